@@ -1,0 +1,26 @@
+"""kdfast: knowledge distillation on pruned data. The public names, imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "kd_loss": "kdfast.ops.kd_loss",
+    "kd_loss_terms": "kdfast.ops.kd_loss",
+    "KDLoss": "kdfast.ops.kd_loss",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'kdfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,1 @@
+"""Data: sources, loaders, order, views and subset files."""

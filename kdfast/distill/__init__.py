@@ -1,0 +1,1 @@
+"""Distillation: the loop, its losses and its schedule."""

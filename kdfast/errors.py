@@ -1,0 +1,82 @@
+"""The kinds of error kdfast raises, and the exit code each one has on the command line.
+
+Every message says what was given, what is needed, and what to do.
+
+| exit code | meaning |
+|---|---|
+| 0 | all planned work ran |
+| 1 | an error kdfast did not foresee |
+| 2 | wrong usage of the command line |
+| 3 | bad or mismatching data, cache, subset or checkpoint |
+| 4 | the output cannot be written (read-only, full, or already in use) |
+| 5 | training diverged: the loss is not finite |
+| 75 | interrupted, resumable by the same command |
+"""
+
+from __future__ import annotations
+
+
+class KdfastError(Exception):
+    """Base of all errors that kdfast raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(KdfastError, ValueError):
+    """Options that do not make sense, alone or together."""
+
+    exit_code = 2
+
+
+class ShapeError(KdfastError, ValueError):
+    """A tensor has the wrong shape, or a value lies outside its range."""
+
+    exit_code = 3
+
+
+class DataError(KdfastError, ValueError):
+    """A data source is missing, damaged or unusable."""
+
+    exit_code = 3
+
+
+class SubsetError(KdfastError, ValueError):
+    """A subset file is malformed or does not fit the data."""
+
+    exit_code = 3
+
+
+class CacheMismatch(KdfastError, ValueError):
+    """A teacher's cache is damaged or belongs to other data, another teacher or other views."""
+
+    exit_code = 3
+
+
+class CheckpointError(KdfastError, ValueError):
+    """A checkpoint cannot be read safely or holds another network."""
+
+    exit_code = 3
+
+
+class OutputError(KdfastError, RuntimeError):
+    """An output folder or file cannot be written."""
+
+    exit_code = 4
+
+
+class DivergedError(KdfastError, RuntimeError):
+    """Training stopped because the loss is not finite."""
+
+    exit_code = 5
+
+
+class BackendUnavailable(KdfastError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+    exit_code = 2
+
+
+class Interrupted(KdfastError, RuntimeError):
+    """Stopped by a signal after saving; the same command goes on from there."""
+
+    exit_code = 75

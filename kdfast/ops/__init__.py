@@ -1,0 +1,1 @@
+"""Operators: pure functions on tensors, no files, no state."""

@@ -1,0 +1,1 @@
+"""Pruning: scores, selection rules, subsets."""

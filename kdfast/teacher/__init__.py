@@ -1,0 +1,1 @@
+"""Teachers: what they say, cached."""
