@@ -1,0 +1,267 @@
+"""Augmentation as a finite, seeded set of views, so that a teacher's answer to each can be looked up.
+
+A view id names one outcome of the augmentation: for 32x32 images zero-pad 4 + crop + flip has 9 * 9 * 2 = 162 of them,
+and for large images a fixed number of random-resized crops is recorded per sample. Which views a sample uses, and when,
+is a hash of (seed, sample, epoch): the same on any machine, rank, batch split and loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdfast.data.counter import IntArray, Purpose, hash64, shuffled_at, shuffled_prefix
+from kdfast.data.crops import crop_boxes
+from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.views import check_images, crop_views, shift_views
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a network expects of its input: `(x / 255 - mean) / std` for each channel, of pixels in 0..255.
+
+    Attributes:
+        mean: Of the red, green and blue channel, in units of 255.
+        std: Likewise; positive.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UsageError(f"normalisation {self.mean}, {self.std}: needs a mean and a std for each of 3 channels")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise UsageError(f"normalisation {self.mean}, {self.std}: the means must be finite, the stds positive")
+
+    def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The normalised value of each pixel value.
+
+        Args:
+            dtype: Of the result; values are computed in float64 and rounded once.
+
+        Returns:
+            `(3, 256)` on the CPU.
+        """
+        pixels = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None] for v in (self.mean, self.std))
+        return ((pixels - mean) / std).to(dtype)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """Which views there are.
+
+    Attributes:
+        kind: "shift": crops of the zero-padded image at its own size; "crop": random-resized crops.
+        size: Height and width of a view, in pixels. For "shift" also that of the images.
+        pad: "shift": black border on each side, in pixels.
+        flip: Whether a view may be mirrored left to right.
+        crops: "crop": number of views recorded per sample, the identity included.
+        scale: "crop": least and largest area of a box, as a share of the image's.
+        ratio: "crop": least and largest width / height of a box.
+        seed: "crop": seed of the boxes.
+        version: Of the mapping from view ids to images.
+    """
+
+    kind: Literal["shift", "crop"]
+    size: tuple[int, int]
+    pad: int = 0
+    flip: bool = False
+    crops: int = 1
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    seed: int = 0
+    version: int = _VERSION
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("shift", "crop"):
+            raise UsageError(f"view kind {self.kind!r}: must be 'shift' or 'crop'")
+        if self.version != _VERSION:
+            raise DataError(f"views of version {self.version}: this kdfast makes version {_VERSION}; rebuild the cache")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise UsageError(f"view size {self.size}: needs a positive height and width")
+        if not 0 <= self.pad <= min(self.size):
+            raise UsageError(f"pad {self.pad}: must be in 0..{min(self.size)} for views of size {self.size}")
+        if self.crops < 1 or (self.kind == "shift" and self.crops != 1) or (self.kind == "crop" and self.pad):
+            raise UsageError(
+                f"{self.kind} views with pad {self.pad}, crops {self.crops}: pad is for shift, crops for crop"
+            )
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1] < math.inf):
+            raise UsageError(f"scale {self.scale}, ratio {self.ratio}: need 0 < low <= high, and scale at most 1")
+
+    @property
+    def count(self) -> int:
+        """Number of view ids."""
+        return self.crops if self.kind == "crop" else (2 * self.pad + 1) ** 2 * (2 if self.flip else 1)
+
+    @property
+    def identity(self) -> int:
+        """The id of the view that leaves the image as it is (for "crop": the whole image, resized)."""
+        return 0 if self.kind == "crop" else self.pad * (2 * self.pad + 2) * (2 if self.flip else 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ViewSpec:
+        """The spec that `to_dict` wrote.
+
+        Raises:
+            DataError: A field is missing, unknown or of the wrong kind, or the version is another.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise DataError(f"view spec with fields {sorted(fields)}: needs exactly {sorted(names)}; rebuild the cache")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        try:
+            return cls(**values)
+        except (TypeError, UsageError) as exc:
+            raise DataError(f"damaged view spec {fields}: {exc}") from exc
+
+
+def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: int) -> IntArray:
+    """The view ids that each sample may use.
+
+    Column 0 is the identity and the others are a seeded choice per sample without repetition, such that fewer views are
+    the first columns of more. With all views (`n_views == spec.count`) each row is `0, 1, ..., count - 1` instead.
+
+    Args:
+        spec: The views there are.
+        view_seed: Seed of the choice.
+        sample_ids: `(n,)` original sample indices.
+        n_views: Views per sample, in `[1, spec.count]`.
+
+    Returns:
+        `(n, n_views)` int64 view ids.
+
+    Raises:
+        UsageError: `n_views` is out of range.
+    """
+    if not 1 <= n_views <= spec.count:
+        raise UsageError(f"{n_views} views per sample: there are {spec.count}; give a number from 1 to {spec.count}")
+    if n_views == spec.count:
+        return np.tile(np.arange(n_views, dtype=np.int64), (len(sample_ids), 1))
+    out = np.full((len(sample_ids), n_views), spec.identity, np.int64)
+    others = shuffled_prefix(n_views - 1, spec.count - 1, hash64(Purpose.VIEW, view_seed, sample_ids))
+    out[:, 1:] = others + (others >= spec.identity)
+    return out
+
+
+def draw_slots(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> IntArray:
+    """Which of its `n_views` views each sample uses in an epoch.
+
+    In each block of `n_views` epochs (0 to n_views - 1, and so on) a sample uses each slot once, in an order drawn anew
+    for each sample and block. A draw depends on (seed, epoch, sample) alone.
+
+    Args:
+        seed: Seed of the run.
+        epoch: From 0.
+        sample_ids: `(n,)` original sample indices.
+        n_views: Views per sample, at least 1.
+
+    Returns:
+        `(n,)` int64 in `[0, n_views)`: columns of `view_table`.
+
+    Raises:
+        UsageError: `n_views` is less than 1 or the epoch is negative.
+    """
+    if n_views < 1 or epoch < 0:
+        raise UsageError(f"slots of {n_views} views in epoch {epoch}: needs at least 1 view, and epochs from 0")
+    block, position = divmod(epoch, n_views)
+    keys = hash64(Purpose.SLOT, seed, sample_ids, block)
+    return shuffled_at(np.array([position], np.int64), n_views, keys)
+
+
+def apply_views(
+    images_u8: Tensor,
+    view_ids: Tensor | IntArray,
+    spec: ViewSpec,
+    norm: Normalization,
+    *,
+    sample_ids: Tensor | IntArray | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Make the named view of each image, normalised: what the teacher and the student are fed.
+
+    The black border of a shift is laid round the uint8 image, before normalising.
+
+    Args:
+        images_u8: `(B, H, W, 3)` uint8, on any device.
+        view_ids: `(B,)` integers in `[0, spec.count)`; on the CPU (elsewhere they are copied there, a synchronisation).
+        spec: The views there are.
+        norm: Input normalisation of the network that is to see the images.
+        sample_ids: `(B,)` original sample indices; needed for "crop", whose boxes depend on them.
+        dtype: float32, bfloat16, float16 or float64.
+
+    Returns:
+        `(B, 3, h, w)` in `dtype`, in channels_last memory, on the images' device.
+
+    Raises:
+        ShapeError: Images, ids or dtype do not fit the above.
+        DataError: Images are not uint8.
+        UsageError: "crop" views without `sample_ids`.
+    """
+    check_images(images_u8)
+    views = _ids(view_ids, len(images_u8), "view ids")
+    if len(views) and (views.min() < 0 or views.max() >= spec.count):
+        raise ShapeError(f"view ids from {views.min()} to {views.max()}: this spec has the ids 0 to {spec.count - 1}")
+    table = _table(norm, dtype, images_u8.device)
+    if spec.kind == "crop":
+        if sample_ids is None:
+            raise UsageError(
+                "crop views without sample_ids: the boxes depend on the samples; pass their original indices"
+            )
+        boxes = crop_boxes(
+            hash64(Purpose.CROP, spec.seed, _ids(sample_ids, len(views), "sample ids"), views),
+            (images_u8.shape[1], images_u8.shape[2]),
+            scale=spec.scale,
+            ratio=spec.ratio,
+            flip=spec.flip,
+            whole=views == spec.identity,
+        )
+        return crop_views(images_u8, torch.from_numpy(boxes), table, size=spec.size)
+    if tuple(images_u8.shape[1:3]) != spec.size:
+        raise ShapeError(
+            f"images of shape {tuple(images_u8.shape)}: these views need (B, {spec.size[0]}, {spec.size[1]}, 3)"
+        )
+    return shift_views(images_u8, torch.from_numpy(shift_moves(spec, views)), table, pad=spec.pad)
+
+
+def shift_moves(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Decode ids of "shift" views: `id = (top (2 pad + 1) + left) flips + flip`.
+
+    Returns:
+        `(n, 3)` int32: top and left of the window in the padded image, and flip.
+    """
+    shifts, flip = np.divmod(view_ids, 2 if spec.flip else 1)
+    top, left = np.divmod(shifts, 2 * spec.pad + 1)
+    return np.stack([top, left, flip], axis=1).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not dtype.is_floating_point:
+        raise ShapeError(f"views of dtype {dtype}: normalised images need a floating dtype, such as torch.float32")
+    with torch.inference_mode(False):  # the cache outlives the caller's mode
+        return norm.table(dtype).to(device)
+
+
+def _ids(ids: Tensor | IntArray, count: int, what: str) -> IntArray:
+    """`ids` as a `(count,)` int64 array."""
+    array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if array.shape != (count,) or array.dtype.kind not in "iu":
+        raise ShapeError(
+            f"{what} are {array.dtype} {array.shape}: they must be integers ({count},), one for each image"
+        )
+    return array.astype(np.int64, copy=False)

@@ -1,0 +1,111 @@
+"""Augmentation as a gather: shifted, flipped or cropped uint8 images to normalised float images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.errors import DataError, ShapeError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shift_views(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Tensor:
+    """Zero-pad each image, cut out a window of its own size, perhaps mirror it, and map pixels through a table.
+
+    With `P` the image padded by `pad` black pixels on each side and `(top, left, flip)` the image's move,
+    `out[c, y, x] = table[c, P[top + y, left + x', c]]`, where `x'` is `x`, or `W - 1 - x` when flip is 1.
+
+    Args:
+        images: `(B, H, W, 3)` uint8, on any device.
+        moves: `(B, 3)` int32 on the CPU: top and left in `[0, 2 pad]`, flip in {0, 1}.
+        table: `(3, 256)` floating: the value of each pixel value in each channel. Its dtype is the result's.
+        pad: Width of the black border, in pixels.
+
+    Returns:
+        `(B, 3, H, W)` in the table's dtype and in channels_last memory, on the images' device.
+
+    Raises:
+        ShapeError: A shape or dtype is not as above, or a move leaves the padded image.
+    """
+    check_images(images)
+    _check_table(table)
+    if moves.shape != (len(images), 3) or moves.dtype != torch.int32 or moves.device.type != "cpu":
+        raise ShapeError(
+            f"moves are {moves.dtype} {tuple(moves.shape)} on {moves.device}: they must be int32 "
+            f"({len(images)}, 3) on the CPU, one (top, left, flip) for each image"
+        )
+    if len(moves) and (int(moves.min()) < 0 or int(moves[:, :2].max()) > 2 * pad or int(moves[:, 2].max()) > 1):
+        raise ShapeError(f"a move leaves the image padded by {pad}: top and left must be in 0..{2 * pad}, flip 0 or 1")
+    return shift_views_reference(images, moves, table, pad=pad)
+
+
+def shift_views_reference(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Tensor:
+    """`shift_views` in plain torch, without its checks."""
+    height, width = images.shape[1:3]
+    device = images.device
+    moves = moves.to(device, non_blocking=True).long()
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    columns = torch.arange(width, device=device)
+    columns = torch.where(moves[:, 2:] == 1, width - 1 - columns, columns) + moves[:, 1:2]  # (B, W)
+    rows = torch.arange(height, device=device) + moves[:, :1]  # (B, H)
+    which = torch.arange(len(images), device=device)
+    pixels = padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
+    return _through_table(pixels, table)
+
+
+def crop_views(images: Tensor, boxes: Tensor, table: Tensor, *, size: tuple[int, int]) -> Tensor:
+    """Cut a box out of each image, resize it, perhaps mirror it, and normalise.
+
+    The resize is bilinear and antialiased, on the normalised image: as both are linear the order does not matter.
+
+    Args:
+        images: `(B, H, W, 3)` uint8, on any device.
+        boxes: `(B, 5)` int32 on the CPU: top, left, height, width in pixels, and flip in {0, 1}.
+        table: `(3, 256)` floating: the value of each pixel value in each channel. Its dtype is the result's.
+        size: Height and width of the result.
+
+    Returns:
+        `(B, 3, h, w)` in the table's dtype and in channels_last memory, on the images' device.
+
+    Raises:
+        ShapeError: A shape or dtype is not as above, or a box leaves its image.
+    """
+    check_images(images)
+    _check_table(table)
+    if boxes.shape != (len(images), 5) or boxes.dtype != torch.int32 or boxes.device.type != "cpu":
+        raise ShapeError(
+            f"boxes are {boxes.dtype} {tuple(boxes.shape)} on {boxes.device}: they must be int32 "
+            f"({len(images)}, 5) on the CPU, one (top, left, height, width, flip) for each image"
+        )
+    height, width = images.shape[1:3]
+    exact = torch.promote_types(table.dtype, torch.float32)  # half-precision weights would lose more than the result
+    values = table.to(images.device, exact)
+    out = torch.empty((len(images), *size, 3), dtype=table.dtype, device=images.device).permute(0, 3, 1, 2)
+    for i, (top, left, tall, wide, flip) in enumerate(boxes.tolist()):
+        if min(top, left, flip) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width or flip > 1:
+            raise ShapeError(f"box {(top, left, tall, wide, flip)} does not lie in an image of {height}x{width} pixels")
+        piece = _through_table(images[i : i + 1, top : top + tall, left : left + wide], values)
+        piece = F.interpolate(piece, size=size, mode="bilinear", antialias=True, align_corners=False)
+        out[i] = (piece.flip(3) if flip else piece)[0]
+    return out
+
+
+def check_images(images: Tensor) -> None:
+    """Raise DataError unless the images are uint8, ShapeError unless they are `(B, H, W, 3)`."""
+    if images.dtype != torch.uint8:
+        raise DataError(f"images are {images.dtype}: views are made from uint8 pixels; normalisation comes after them")
+    if images.dim() != 4 or images.shape[3] != 3:
+        raise ShapeError(f"images have shape {tuple(images.shape)}: they must be (B, H, W, 3), channels last")
+
+
+def _through_table(pixels: Tensor, table: Tensor) -> Tensor:
+    """`(B, H, W, 3)` uint8 pixels to `(B, 3, H, W)` values, in channels_last memory."""
+    offsets = torch.arange(0, 768, 256, device=pixels.device, dtype=torch.int32)
+    return table.to(pixels.device).reshape(-1)[pixels + offsets].permute(0, 3, 1, 2)
+
+
+def _check_table(table: Tensor) -> None:
+    if table.shape != (3, 256) or table.dtype not in _FLOATS:
+        raise ShapeError(f"the table is {table.dtype} {tuple(table.shape)}: it must be floating and (3, 256)")
