@@ -1,0 +1,75 @@
+# make demo: set up, then the whole job on small embedded data.  make test: set up, then the tests.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# One version for everybody who develops kdfast; the package itself takes any torch >= 2.8.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+XDIST ?= -n 2
+
+.PHONY: demo test test-slow lint format bench cuda-check gpu setup clean
+
+demo: setup
+	$(BIN)/python bench/kd_table.py digits --out demo
+
+test: setup
+	$(BIN)/python -m pytest $(XDIST) -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest $(XDIST) -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# Compiles the CUDA sources where nvcc is, without touching the installed package; needs no GPU.
+cuda-check: setup
+	@if command -v nvcc >/dev/null; then \
+	  $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DKDFAST_CUDA=ON -DCMAKE_BUILD_TYPE=Release \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
+	  $(BIN)/cmake --build build/cuda-check; \
+	else echo "cuda-check: no nvcc here, nothing compiled"; fi
+
+setup: $(VENV)/.installed
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	@touch $@
+
+# FFCV builds from source against two system libraries; without them kdfast uses its resident loader.
+$(VENV)/.ffcv: $(VENV)/.venv
+	@pkg-config --exists opencv4 libturbojpeg 2>/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	  command -v apt-get >/dev/null && $$as_root true 2>/dev/null && \
+	  $$as_root apt-get update -qq && \
+	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	    g++ libopencv-dev libturbojpeg0-dev pkg-config >/dev/null; } || true
+	@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then \
+	  $(BIN)/python -m pip install -q setuptools "ffcv==1.0.2" \
+	    || echo "FFCV did not build (see above): kdfast will use its resident loader"; \
+	else \
+	  echo "FFCV needs libopencv-dev, libturbojpeg0-dev and pkg-config (apt-get install them, then make clean setup):" \
+	    "without it kdfast uses its resident loader"; \
+	fi
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.ffcv
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)/.installed $(VENV)/.ffcv demo

@@ -1,0 +1,57 @@
+"""The `kdfast` command: parse, call, print; no logic. One file a group of commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from kdfast.cli import cache, data, distill, evaluate, prune, system, teacher
+from kdfast.errors import Interrupted, KdfastError
+
+app = typer.Typer(
+    name="kdfast",
+    help="Distill a trained teacher into a smaller student, on less data.",
+    epilog="Exit codes: 0 all planned work ran; 2 usage; 3 bad or mismatching data, cache, subset or checkpoint; "
+    "4 the output cannot be written; 5 training diverged; 75 interrupted, the same command goes on; "
+    "1 anything unforeseen (KDFAST_DEBUG=1 shows tracebacks).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(system.doctor)
+app.add_typer(data.app, name="data")
+app.add_typer(teacher.app, name="teacher")
+app.add_typer(cache.app, name="cache")
+app.command("prune")(prune.prune)
+app.command("distill")(distill.distill)
+app.command("eval")(evaluate.evaluate)
+
+# What the option parser makes of a KeyboardInterrupt.
+_PARSER_INTERRUPT = 130
+
+
+def main() -> None:
+    """Run the command line; errors become one line on stderr and the exit code of `kdfast.errors`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except KdfastError as error:
+        if os.environ.get("KDFAST_DEBUG"):
+            raise
+        print(f"kdfast: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != _PARSER_INTERRUPT:
+            raise
+        print("kdfast: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,37 @@
+"""`kdfast eval`: score a model on the test split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdfast.cli import options
+
+
+def evaluate(
+    data: options.Data,
+    model: Annotated[Path, typer.Option("--model", help="A kdfast model: T.pt or a run's student.pt.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    size: options.Size = None,
+    device: options.Device = "auto",
+    config: options.Config = None,
+) -> None:
+    """Print a model's top-1 and top-5 accuracy and its loss on the test split, in percent and nats."""
+    from kdfast.data.sources import open_source
+    from kdfast.device import resolve_device
+    from kdfast.nets.checkpoint import load_model
+    from kdfast.teacher.evaluate import evaluate as evaluate_model
+
+    loaded = load_model(model)
+    source = open_source(data, size=size)
+    scores = evaluate_model(loaded, source.test, device=resolve_device(device))
+    if as_json:
+        print(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))
+    else:
+        print(
+            f"{loaded.name}: top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}  loss {scores['loss']:.4f} "
+            f"on {len(source.test)} test images"
+        )

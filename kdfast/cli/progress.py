@@ -1,0 +1,36 @@
+"""Progress bars on long work: on a terminal only, on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+Report = Callable[[int, int, str], None]
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Report]:
+    """Yield a function of (done, total, note) that draws a bar; silent where stderr is not a terminal.
+
+    Args:
+        label: What is going on.
+    """
+    if not sys.stderr.isatty():
+        yield _silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None, note="")
+
+        def report(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield report
+
+
+def _silent(done: int, total: int, note: str = "") -> None:
+    """Draw nothing."""

@@ -1,0 +1,124 @@
+"""`kdfast teacher`: train one, or bring one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdfast.cli import options, training
+from kdfast.cli.progress import progress
+from kdfast.errors import UsageError
+
+app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)
+
+Net = Annotated[str, typer.Option("--net", help="Network, such as resnet56; torchvision:NAME or timm:NAME.")]
+ModelOut = Annotated[Path, typer.Option("--out", help="The model's file, T.pt.")]
+
+
+@app.command("train")
+def train(
+    data: options.Data,
+    net: Net,
+    out: Annotated[Path, typer.Option("--out", help="The model's file, T.pt; the run's folder T.run lies beside it.")],
+    epochs: training.Epochs = 240,
+    batch_size: training.BatchSize = 64,
+    lr: training.Lr = 0.05,
+    momentum: training.Momentum = 0.9,
+    weight_decay: training.WeightDecay = 5e-4,
+    schedule: training.Schedule = "step",
+    warmup_epochs: training.Warmup = 0.0,
+    views: training.Views = 0,
+    loader: options.Loader = "auto",
+    precision: training.Precision = "fp32",
+    resume: training.Resume = "auto",
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    log_every: training.LogEvery = 50,
+    eval_every: training.EvalEvery = 0,
+    checkpoint_seconds: training.CheckpointSeconds = 30.0,
+    tensorboard: training.TensorBoard = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
+) -> None:
+    """Train a network on the whole training split, without a teacher; the same command resumes it."""
+    from kdfast.device import resolve_device
+    from kdfast.distill.plan import Inputs, prepare
+    from kdfast.nets.checkpoint import load_model, save_model
+
+    settings = {
+        "student": net,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup_epochs": warmup_epochs,
+        "views": views,
+        "precision": precision,
+        "seed": seed,
+    }
+    plan = prepare(Inputs(data=data, loader=loader, size=size), settings, alpha="0", device=resolve_device(device))
+    if dry_run:
+        print(json.dumps(plan.describe(), indent=2))
+        return
+    folder = out.with_suffix(".run")
+    with progress(f"train {net}") as report:
+        result = training.run(
+            plan,
+            folder,
+            resume=resume,
+            log_every=log_every,
+            eval_every=eval_every,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+            report=report,
+        )
+    save_model(out, load_model(folder / "student.pt"))
+    print(training.summary(result, out))
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")],
+    data: options.Data,
+    net: Net,
+    mean: Annotated[str, typer.Option("--mean", help="Channel means the teacher was trained with, as a,b,c in [0, 1].")],
+    std: Annotated[str, typer.Option("--std", help="Channel standard deviations, as a,b,c.")],
+    out: ModelOut,
+    size: options.Size = None,
+    device: options.Device = "auto",
+    config: options.Config = None,
+) -> None:
+    """Import a checkpoint: prefixes and layer names are matched, code in it is never run, the test split is scored."""
+    from kdfast.data.sources import open_source
+    from kdfast.data.views import Normalization
+    from kdfast.device import resolve_device
+    from kdfast.nets.checkpoint import save_model
+    from kdfast.nets.foreign import import_checkpoint
+    from kdfast.teacher.evaluate import evaluate
+
+    normalization = Normalization(_triple("--mean", mean), _triple("--std", std))
+    source = open_source(data, size=size)
+    model, report = import_checkpoint(
+        checkpoint, net=net, classes=len(source.classes), class_names=source.classes, normalization=normalization
+    )
+    print(report)
+    scores = evaluate(model, source.test, device=resolve_device(device))
+    model.metadata.update(
+        {"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]}
+    )
+    save_model(out, model)
+    print(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
+
+
+def _triple(flag: str, text: str) -> tuple[float, float, float]:
+    try:
+        first, second, third = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{flag} is {text!r}; needed: three numbers as a,b,c") from error
+    return first, second, third

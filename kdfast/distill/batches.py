@@ -1,0 +1,94 @@
+"""The batches of an epoch: which samples, in which order, in which view; the same however the run is cut or resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.data.loaders import Loader
+from kdfast.data.order import epoch_order
+from kdfast.data.views import ViewSpec, draw_slots, view_table
+from kdfast.distill.targets import Targets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input.
+
+    Attributes:
+        ids: int64 (B,), indices into the training split.
+        images: uint8 (B, H, W, 3) on the device; valid until the next batch is asked for.
+        view_ids: int64 (B,) on the device.
+        teacher: Teacher logits (B, C) on the device, or None.
+    """
+
+    ids: Tensor
+    images: Tensor
+    view_ids: Tensor
+    teacher: Tensor | None
+
+
+class Batches:
+    """The seeded batches of a run over a subset.
+
+    Args:
+        ids: int64 (n,), the kept samples.
+        loader: Yields their images.
+        spec: The data's views.
+        n_views: How many of them each sample may be seen in.
+        view_seed: Seed of that choice.
+        targets: The teacher's side, or None.
+        batch_size: Samples a batch; the last of an epoch may be smaller.
+        seed: Seed of order and views.
+        device: Where the view ids go.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.int64],
+        loader: Loader,
+        spec: ViewSpec,
+        *,
+        n_views: int,
+        view_seed: int,
+        targets: Targets | None,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._ids = np.sort(ids)
+        self._loader, self._targets, self._device = loader, targets, device
+        self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
+        whole = n_views == spec.count
+        self._table = None if whole else view_table(spec, view_seed, self._ids, n_views)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self._ids) // self._batch_size)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from batch `first` on."""
+        order = epoch_order(self._ids, self._seed, epoch)
+        slots = draw_slots(self._seed, epoch, order, self._n_views)
+        views = self._view_ids(order, slots)
+        if self._targets is not None:
+            self._targets.begin_epoch(order, slots)
+        start = first * self._batch_size
+        for images in self._loader.batches(order[start:], self._batch_size):
+            stop = start + len(images)
+            view_ids = torch.from_numpy(views[start:stop]).to(self._device)
+            teacher = None if self._targets is None else self._targets.batch(start, images, view_ids)
+            yield Batch(torch.from_numpy(order[start:stop]), images, view_ids, teacher)
+            start = stop
+
+    def _view_ids(self, order: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._table is None:
+            return slots
+        rows: NDArray[np.int64] = self._table[np.searchsorted(self._ids, order), slots]
+        return rows

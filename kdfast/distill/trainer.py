@@ -1,0 +1,158 @@
+"""One training run in memory: network, optimizer, position; one step at a time, saved and restored at any step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.data.views import apply_views
+from kdfast.distill.batches import Batch
+from kdfast.distill.plan import Plan
+from kdfast.distill.schedule import learning_rate
+from kdfast.errors import CheckpointError, DivergedError
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
+from kdfast.ops.kd_loss import kd_loss
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """A student on its way.
+
+    The weights after any step depend on the plan alone, not on where the run was interrupted: everything random is a
+    function of (seed, epoch, sample), and the state holds the rest.
+
+    Args:
+        plan: What to train on what.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        config = plan.config
+        self.plan = plan
+        self.batches = plan.batches()
+        self.total_steps = config.epochs * self.batches.per_epoch
+        self.warmup_steps = round(config.warmup_epochs * self.batches.per_epoch)
+        torch.manual_seed(config.seed)
+        self.net = build_net(config.student, len(plan.source.classes))
+        self.net.to(device=plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=config.precision == "fp16")
+        self.labels = torch.from_numpy(plan.source.train.labels).to(plan.device)
+        self.step = 0
+        self.train_seconds = 0.0
+        self.loss_sum = torch.zeros((), device=plan.device, dtype=torch.float64)
+        self.loss_steps = 0
+        self._bad_step = torch.full((), -1, device=plan.device, dtype=torch.int64)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to."""
+        return self.step // self.batches.per_epoch
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the remaining steps depend on, as tensors and plain values."""
+        cuda = self.plan.device.type == "cuda"
+        return {
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+            "loss_steps": self.loss_steps,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.plan.device) if cuda else None,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            CheckpointError: If it is not a state of this run.
+        """
+        try:
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.train_seconds = state["step"], state["train_seconds"]
+            self.loss_sum, self.loss_steps = state["loss_sum"].to(self.plan.device), state["loss_steps"]
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and self.plan.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.plan.device)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this run ({error}); choose another --out") from error
+
+    def train_step(self, batch: Batch) -> None:
+        """One step of SGD."""
+        plan, config = self.plan, self.plan.config
+        rate = learning_rate(config.lr, config.schedule, self.step, self.total_steps, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs = apply_views(batch.images, batch.view_ids, plan.source.views, plan.normalization, sample_ids=batch.ids)
+        with torch.autocast(plan.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+            logits = self.net(inputs)
+        loss = self._loss(logits, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._record(loss.detach())
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        labels = self.labels[batch.ids.to(self.labels.device)]
+        if batch.teacher is None:
+            return F.cross_entropy(logits.float(), labels)
+        config = self.plan.config
+        return kd_loss(logits, labels, batch.teacher, alpha=config.alpha, temperature=config.temperature)
+
+    def _record(self, loss: Tensor) -> None:
+        """Count the step; note the first one whose loss is not finite, without waiting for the device."""
+        first_bad = (self._bad_step < 0) & ~torch.isfinite(loss)
+        self._bad_step = torch.where(first_bad, self.step, self._bad_step)
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Wait for the device, and stop when a loss was not finite.
+
+        Raises:
+            DivergedError: Naming the first such step.
+        """
+        bad = int(self._bad_step)
+        if bad >= 0:
+            raise DivergedError(
+                f"the loss is not finite at step {bad} (epoch {bad // self.batches.per_epoch}); the last good "
+                "checkpoint is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
+            )
+
+    def take_metrics(self) -> dict[str, Any]:
+        """A row for metrics.jsonl: means since the last call, which are reset."""
+        row = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.batches.per_epoch,
+            "loss": float(self.loss_sum) / max(self.loss_steps, 1),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_seconds": round(self.train_seconds, 3),
+        }
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        return row
+
+    def model(self) -> Model:
+        """The student as it stands."""
+        source = self.plan.source
+        return Model(
+            net=self.net,
+            name=self.plan.config.student,
+            classes=len(source.classes),
+            class_names=source.classes,
+            normalization=self.plan.normalization,
+            metadata={"data": source.fingerprint, "steps": self.step, "config": self.plan.config.to_dict()},
+        )
