@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace kdfast {
@@ -13,7 +14,17 @@ namespace kdfast {
 // Below this much work (in units of about one nanosecond on one core) a second thread costs more than it saves.
 constexpr int64_t kSerialCutoff = 100000;
 
-// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included.
+template <class Body>
+void call_range(const Body& body, int64_t begin, int64_t end, int slot) {
+  if constexpr (std::is_invocable_v<const Body&, int64_t, int64_t, int>) {
+    body(begin, end, slot);
+  } else {
+    body(begin, end);
+  }
+}
+
+// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included; or
+// body(begin, end, slot), where slot < max(threads, 1) is a number that no other thread has at that time (for scratch).
 // `cost` is the work of one row in the unit above. The caller has released the GIL; body must not throw, and what it
 // computes for a row must not depend on the range that the row comes in. Threads live no longer than the call, so a
 // process may fork at any time.
@@ -22,23 +33,23 @@ void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   const int64_t total = rows * std::max<int64_t>(cost, 1);
   const int64_t useful = std::min<int64_t>({threads, rows, total / kSerialCutoff + 1});
   if (useful <= 1) {
-    if (rows > 0) body(int64_t{0}, rows);
+    if (rows > 0) call_range(body, 0, rows, 0);
     return;
   }
   // Four ranges a thread: a thread that the machine takes away for a while does not hold up the rest.
   const int64_t step = std::max<int64_t>(1, rows / (useful * 4));
   std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(step)) < rows;) body(begin, std::min(begin + step, rows));
+  const auto work = [&](int slot) {
+    for (int64_t begin; (begin = next.fetch_add(step)) < rows;) call_range(body, begin, std::min(begin + step, rows), slot);
   };
   std::vector<std::thread> helpers;
   helpers.reserve(static_cast<size_t>(useful - 1));
   try {
-    for (int64_t i = 1; i < useful; ++i) helpers.emplace_back(work);
+    for (int slot = 1; slot < useful; ++slot) helpers.emplace_back(work, slot);
   } catch (const std::system_error&) {
     // The system has no thread to spare: those that started, and the caller, do the work.
   }
-  work();
+  work(0);
   for (auto& helper : helpers) helper.join();
 }
 
