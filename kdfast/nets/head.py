@@ -1,0 +1,56 @@
+"""The last linear layer of any network, and the features that go into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdfast.errors import ShapeError, UsageError
+
+
+def classifier_of(net: nn.Module) -> nn.Linear:
+    """The last ``nn.Linear`` of a network, in the order of its modules: the layer that makes the logits.
+
+    Raises:
+        UsageError: The network has no linear layer.
+    """
+    last = None
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            last = module
+    if last is None:
+        raise UsageError(
+            f"{type(net).__name__} has no nn.Linear: kdfast needs networks that end in a linear classifier"
+        )
+    return last
+
+
+def logits_and_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward pass that also returns what entered the classifier.
+
+    Args:
+        net: Any network that ends in a linear layer.
+        x: Images (B, 3, h, w).
+
+    Returns:
+        Logits (B, C) and features (B, D), with ``logits == features @ W.T + b`` for the classifier's W and b.
+
+    Raises:
+        UsageError: The network has no linear layer.
+        ShapeError: The classifier did not run exactly once on a (B, D) tensor.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = classifier_of(net).register_forward_pre_hook(keep)
+    try:
+        logits = net(x)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].ndim != 2:
+        shapes = [tuple(t.shape) for t in seen]
+        raise ShapeError(f"the classifier of {type(net).__name__} must run once on (B, D) features; it ran on {shapes}")
+    return logits, seen[0]

@@ -1,0 +1,113 @@
+"""Residual networks for small images: three stages of n blocks, depth 6n + 2, widths 16, 32, 64.
+
+Layer names are those of RepDistiller (option B) and of the common CIFAR-10 reproduction of the paper (option A), so
+that their weights load as they are.
+
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast.errors import UsageError
+
+Shortcut = Literal["A", "B"]
+
+
+def init_convolutions(net: nn.Module) -> None:
+    """Initialise every convolution by Kaiming's fan-out rule and every batch norm to the identity, in place."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Mean over the spatial axes, whatever the image's size: (B, C, h, w) -> (B, C)."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class SubsampleAndPad(nn.Module):
+    """Option A's shortcut, without parameters: every second pixel, missing channels filled with zeros on both sides."""
+
+    def __init__(self, extra_channels: int, stride: int) -> None:
+        super().__init__()
+        self.before = extra_channels // 2
+        self.after = extra_channels - self.before
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C + extra, ceil(h / stride), ceil(w / stride))."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut around both."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            if shortcut == "A":
+                self.downsample = SubsampleAndPad(outputs - inputs, stride)
+            else:
+                projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+                self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, h, w) -> (B, outputs, h / stride, w / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        return F.relu(out)
+
+
+class CifarResNet(nn.Module):
+    """A ResNet of depth 6n + 2 for images of about 32x32; smaller and larger ones work too (the pooling adapts).
+
+    Args:
+        depth: 6n + 2, for example 20.
+        classes: Width of the output.
+        shortcut: "B", a 1x1 convolution with batch norm where shapes change, and a final layer named ``fc``; or "A",
+            parameter-free, with a final layer named ``linear``.
+
+    Raises:
+        UsageError: The depth is not 6n + 2.
+    """
+
+    def __init__(self, depth: int, classes: int, shortcut: Shortcut = "B") -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise UsageError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...); got {depth}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, 1, blocks, shortcut)
+        self.layer2 = self._stage(16, 32, 2, blocks, shortcut)
+        self.layer3 = self._stage(32, 64, 2, blocks, shortcut)
+        self.head_name = "linear" if shortcut == "A" else "fc"
+        self.add_module(self.head_name, nn.Linear(64, classes))
+        init_convolutions(self)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int, blocks: int, shortcut: Shortcut) -> nn.Sequential:
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1, shortcut) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, h, w) -> logits (B, classes)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        head = cast(nn.Linear, self.get_submodule(self.head_name))
+        return cast(torch.Tensor, head(global_average(x)))
