@@ -1,7 +1,7 @@
 """Subset files: which training samples to keep.
 
-`idx.npy` is a one-dimensional int64 array of original training indices, in any order; np.save makes one. Where kdfast wrote
-it, `idx.json` beside it says of which data and how. Everything that would train on the wrong samples is refused on reading.
+`idx.npy` is a one-dimensional int64 array of original training indices, in any order; np.save makes one. Where kdfast
+wrote it, `idx.json` beside it says of which data and how. Whatever would train on the wrong samples is refused on reading.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def read_subset(
         batch_size: The subset must fill at least one batch of this size. None: not checked.
 
     Raises:
-        SubsetError: The file is missing, damaged, no plain int64 vector, empty, has repeated or foreign indices, fills no
-            batch, or belongs to other data.
+        SubsetError: The file is missing, damaged, no plain int64 vector, empty, has repeated or foreign indices, fills
+            no batch, or belongs to other data.
     """
     file = Path(path)
     ids = _check_ids(_load(file), str(file), n)
@@ -187,7 +187,7 @@ def _check_ids(ids: npt.NDArray[Any], what: str, n: int | None) -> IntArray:
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         raise SubsetError(
-            f"{what} repeats indices: {len(ids) - len(values)} too many, such as {values[counts.argmax()]}; use np.unique"
+            f"{what} repeats {len(ids) - len(values)} indices, such as {values[counts.argmax()]}: use np.unique(ids)"
         )
     return ids
 
@@ -201,8 +201,8 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
         raise SubsetError(f"{beside} is no provenance that kdfast wrote: rename it, or prune anew")
     if provenance["ids"] != _digest(ids):
         raise SubsetError(
-            f"{beside} describes other indices than {file.name} holds: remove it if you changed {file.name} on purpose, "
-            "else prune anew"
+            f"{beside} describes other indices than {file.name} holds: remove it if you changed them on purpose, else "
+            "prune anew"
         )
     return provenance
 
