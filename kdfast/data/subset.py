@@ -1,7 +1,7 @@
 """Subset files: which training samples to keep.
 
 `idx.npy` is a one-dimensional int64 array of original training indices, in any order; np.save makes one. Where kdfast
-wrote it, `idx.json` beside it says of which data and how. Whatever would train on the wrong samples is refused on reading.
+wrote it, `idx.json` beside it says of which data and how. What would train on the wrong samples is refused.
 """
 
 from __future__ import annotations
