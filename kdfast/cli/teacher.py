@@ -98,8 +98,7 @@ def import_(
     from kdfast.data.sources import open_source
     from kdfast.data.views import Normalization
     from kdfast.device import resolve_device
-    from kdfast.nets.checkpoint import save_model
-    from kdfast.nets.foreign import import_checkpoint
+    from kdfast.nets.checkpoint import import_checkpoint, save_model
     from kdfast.teacher.evaluate import evaluate
 
     normalization = Normalization(_triple("--mean", mean), _triple("--std", std))

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     SLOT = 2
     VIEW = 3
     CROP = 4
+    SCORE = 5
+    TIE = 6
 
 
 def mix64(words: WordArray) -> WordArray:
@@ -149,14 +151,13 @@ def _mix32(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     return x
 
 
-def uniform(seed: int, ids: IntArray) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), each a function of the seed and one id.
+def uniform(*words: int | IntArray) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), each a function of its words.
 
     Args:
-        seed: Any integer.
-        ids: int64 (n,).
+        words: As for `hash64`: a `Purpose`, a seed, sample indices, ...
 
     Returns:
-        float64 (n,), multiples of 2**-53.
+        float64 of the broadcast shape, multiples of 2**-53.
     """
-    return (hash64(seed, ids) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
