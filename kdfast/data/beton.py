@@ -1,0 +1,331 @@
+"""FFCV's .beton files: reading, loading and writing them. The only file that imports ffcv, and only when it is needed.
+
+FFCV 1.0.2 trusts its caller: a wrong index reads foreign memory, an exception in its thread leaves the main thread
+waiting for ever, a half-written file opens. Everything is therefore checked here before FFCV sees it, and its pipelines
+only decode; augmentation is by views, whose draws, unlike FFCV's, can be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdfast.data.counter import IntArray
+from kdfast.data.split import Pixels, Split, epoch_ids, id_blocks, index_array
+from kdfast.errors import BackendUnavailable, DataError, UsageError
+
+_VERSION = 2
+_INT_FIELD, _IMAGE_FIELD = 1, 2
+_RAW = 1
+_BATCHES_AHEAD = 3
+_READ_BATCH = 1024
+_MIN_PAGE = 8 << 20
+_NEEDED = "needed: a file that `kdfast data convert` wrote; convert the data again"
+
+
+@functools.cache
+def _ffcv() -> ModuleType:
+    """FFCV, imported on first use; importing it sets torch's thread count to 1, which is undone."""
+    try:
+        with _torch_threads_kept():
+            import ffcv.loader.epoch_iterator
+            import ffcv.writer
+    except (ImportError, OSError) as error:
+        raise BackendUnavailable(
+            f"betons need FFCV, which does not load here ({error}); install libopencv-dev, libturbojpeg0-dev and "
+            "pkg-config, then `pip install 'kdfast[ffcv]'`, or use another data format"
+        ) from error
+    module: ModuleType = ffcv
+    return module
+
+
+@contextlib.contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        # Unconditionally: another thread may have changed the count that new threads start with, which this sets too.
+        torch.set_num_threads(threads)
+
+
+def worker_count(wanted: int | None = None) -> int:
+    """Decoding threads: `wanted`, or one per core, but no more than the cores this process may use (FFCV fails on more)."""
+    from numba import config
+
+    allowed = min(len(os.sched_getaffinity(0)), int(config.NUMBA_NUM_THREADS))
+    return max(1, min(wanted or allowed, allowed))
+
+
+class BetonSplit:
+    """One .beton file of an image field and an integer label field, its structure checked when it is opened.
+
+    Args:
+        path: The file.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        DataError: The file is missing, truncated, unfinished, or has other fields or images of different sizes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        reader = _open_checked(self.path)
+        images = reader.metadata["f0"]
+        self._labels: IntArray = reader.metadata["f1"].astype(np.int64)
+        self._shape = (int(images["height"][0]), int(images["width"][0]), 3)
+        self._loader: BetonLoader | None = None
+
+    @property
+    def labels(self) -> IntArray:
+        """Class of each sample, int64 `(N,)`."""
+        return self._labels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of every image, `(H, W, 3)`."""
+        return self._shape
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, ids: npt.ArrayLike) -> Pixels:
+        """Decode the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`; the first call compiles FFCV's decoder."""
+        order = index_array(ids, len(self))
+        out = np.empty((len(order), *self._shape), np.uint8)
+        if not len(order):
+            return out
+        if self._loader is None:
+            self._loader = BetonLoader(self)
+        distinct, place = np.unique(order, return_inverse=True)
+        decoded = out if len(distinct) == len(order) else np.empty((len(distinct), *self._shape), np.uint8)
+        with contextlib.closing(self._loader.batches(distinct, min(_READ_BATCH, len(distinct)))) as batches:
+            start = 0
+            for batch in batches:
+                decoded[start : start + len(batch)] = batch.numpy()
+                start += len(batch)
+        if not np.array_equal(distinct, order):
+            out = decoded[place]
+        return out
+
+
+class BetonLoader:
+    """Streams batches of a beton through FFCV's decoding threads.
+
+    Args:
+        split: The split.
+        workers: Decoding threads; None for one per core. Clamped to the cores this process may use.
+
+    Attributes:
+        name: `ffcv`.
+        compile_seconds: Time that compiling the decoder took; it is done when the loader is made, once.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+    """
+
+    name = "ffcv"
+
+    def __init__(self, split: BetonSplit, *, workers: int | None = None) -> None:
+        ffcv = _ffcv()
+        self._count = len(split)
+        start = time.perf_counter()
+        with _torch_threads_kept():
+            self._loader: Any = ffcv.loader.Loader(
+                str(split.path),
+                batch_size=1,
+                num_workers=worker_count(workers),
+                os_cache=True,
+                drop_last=False,
+                batches_ahead=_BATCHES_AHEAD,
+                pipelines={
+                    "image": [ffcv.fields.rgb_image.SimpleRGBImageDecoder(), ffcv.transforms.ToTensor()],
+                    "label": None,
+                },
+            )
+            self._warm_up()
+        self.compile_seconds = time.perf_counter() - start
+
+    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
+        """Decode the samples `ids` in their order.
+
+        Args:
+            ids: Integers `(n,)`, n >= 1, no id twice; copied, so changing them later has no effect.
+            batch_size: Samples per batch; the last batch may be smaller.
+
+        Returns:
+            Iterator of uint8 `(b, H, W, 3)` on the CPU. A batch is valid until the next one is asked for: FFCV decodes
+            later ones into its memory. Leaving the iterator early stops the threads and frees the buffers.
+
+        Raises:
+            SubsetError: See `epoch_ids`.
+            UsageError: The loader is closed.
+            DataError: Decoding failed.
+        """
+        if self._loader is None:
+            raise UsageError("this loader is closed; make another one")
+        return self._epoch(epoch_ids(ids, self._count, batch_size), batch_size)
+
+    def close(self) -> None:
+        """Give up the compiled pipeline and the mapped file."""
+        self._loader = None
+
+    def _warm_up(self) -> None:
+        """Compile by decoding one sample; with the argument types of `batches`, or it would compile again there."""
+        for _ in self.batches(np.zeros(1, np.int64), 1):
+            pass
+
+    def _epoch(self, order: IntArray, batch_size: int) -> Iterator[Tensor]:
+        # FFCV sizes an epoch's buffers by this attribute; the compiled code does not depend on it.
+        self._loader.batch_size = batch_size
+        threads = torch.get_num_threads()
+        epoch = _epoch_class()(self._loader, order)
+        try:
+            for (batch,) in epoch:
+                # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
+                if threads:
+                    torch.set_num_threads(threads)
+                    threads = 0
+                yield batch
+            if epoch.error is not None:
+                raise DataError(f"FFCV could not decode {self._loader.fname}: {epoch.error!r}") from epoch.error
+        finally:
+            _stop(epoch)
+            if threads:
+                torch.set_num_threads(threads)
+
+
+@functools.cache
+def _epoch_class() -> type[Any]:
+    base = _ffcv().loader.epoch_iterator.EpochIterator
+
+    class Epoch(base):  # type: ignore[misc]
+        """FFCV's thread of one epoch, which ends with an error where FFCV's own would leave its reader waiting."""
+
+        error: Exception | None = None
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # raised again in the reader's thread
+                self.error = error
+                self.output_queue.put(None)
+
+    return Epoch
+
+
+def _stop(epoch: Any) -> None:
+    """End an epoch's thread, whatever it is doing: no further batches, and room in its queue until it is gone."""
+    epoch.iter_ixes = iter(())
+    epoch.close()
+    while epoch.is_alive():
+        with contextlib.suppress(queue.Empty):
+            epoch.output_queue.get(timeout=0.01)
+
+
+def _open_checked(path: Path) -> Any:
+    """FFCV's reader of a file whose every pointer has been checked to lie inside it."""
+    types = _ffcv().types
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            raw = file.read(types.HeaderType.itemsize)
+            header = np.frombuffer(raw, types.HeaderType)[0] if len(raw) == types.HeaderType.itemsize else None
+            fields = np.fromfile(file, types.FieldDescType, 2)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if header is None or header["version"] != _VERSION:
+        raise DataError(f"{path} is not a beton of version {_VERSION}; {_NEEDED}")
+    if header["num_fields"] != 2 or [int(kind) for kind in fields["type_id"]] != [_IMAGE_FIELD, _INT_FIELD]:
+        raise DataError(f"{path} does not have an RGB image field and an integer field, in this order; {_NEEDED}")
+    names = [bytes(name).rstrip(b"\0") for name in fields["name"]]
+    if names != [b"image", b"label"]:
+        raise DataError(f"{path} has fields {names}, not image and label; {_NEEDED}")
+    count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if not count or size - table != count * types.ALLOC_TABLE_TYPE.itemsize:
+        raise DataError(f"{path} is empty, truncated or was never finished; {_NEEDED}")
+    reader = _ffcv().reader.Reader(str(path))
+    _check_pointers(path, reader, size)
+    return reader
+
+
+def _check_pointers(path: Path, reader: Any, size: int) -> None:
+    images, table = reader.metadata["f0"], np.sort(reader.alloc_table, order="ptr")
+    height, width = int(images["height"][0]), int(images["width"][0])
+    if (images["height"] != height).any() or (images["width"] != width).any():
+        raise DataError(f"{path} has images of different sizes; convert the data with --size")
+    place = np.searchsorted(table["ptr"], images["data_ptr"])
+    found = table[np.minimum(place, len(table) - 1)]
+    raw = images["mode"] == _RAW
+    sound = (
+        bool(height and width)
+        and bool((found["ptr"] == images["data_ptr"]).all())
+        and int(table["ptr"][-1]) <= size
+        and int(table["size"].max()) <= size
+        and int((table["ptr"] + table["size"]).max()) <= size
+        and bool((found["size"][raw] == height * width * 3).all())
+        and bool((images["mode"] <= _RAW).all())
+    )
+    if not sound:
+        raise DataError(f"{path} has samples without whole pixel data: it is damaged or was never finished; {_NEEDED}")
+
+
+def write_beton(
+    split: Split,
+    path: str | os.PathLike[str],
+    *,
+    jpeg_quality: int | None = None,
+    on_block: Callable[[Pixels], None] | None = None,
+) -> None:
+    """Write a split as a beton in FFCV's format, in this process.
+
+    FFCV's own writer hands the samples to worker processes and waits for ever when one dies. Here an exception while
+    reading or writing is simply raised. The file is not complete until this returns: give a temporary path and rename.
+
+    Args:
+        split: What to write.
+        path: The file; an existing one is overwritten.
+        jpeg_quality: None stores the pixels, 1 to 100 a JPEG of each image.
+        on_block: Called with each block of source pixels, uint8 `(n, H, W, 3)`, in index order.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        OSError: The file cannot be written.
+    """
+    ffcv = _ffcv()
+    height, width, _ = split.shape
+    mode = {"write_mode": "raw"} if jpeg_quality is None else {"write_mode": "jpg", "jpeg_quality": jpeg_quality}
+    fields = {"image": ffcv.fields.RGBImageField(**mode), "label": ffcv.fields.IntField()}
+    # A JPEG of noise can be larger than its pixels.
+    page = max(_MIN_PAGE, 1 << (height * width * 6 - 1).bit_length())
+    writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
+    writer.num_samples = len(split)
+    writer.prepare()
+    metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type)
+    try:
+        allocator = ffcv.memory_allocator.MemoryAllocator(writer.fname, writer.data_region_start, page)
+        with allocator:
+            for ids in id_blocks(split):
+                pixels = split.read(ids)
+                if on_block:
+                    on_block(pixels)
+                for index, image, label in zip(ids.tolist(), pixels, split.labels[ids].tolist(), strict=True):
+                    ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
+        writer.finalize(allocator.allocations)
+    finally:
+        # The shared memory cannot be closed while the array looks at it.
+        del metadata
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()

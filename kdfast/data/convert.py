@@ -1,0 +1,176 @@
+"""A folder of `train.beton` and `test.beton` as a source, and the conversion of any source to one.
+
+Beside the two files lies `data.json`: class names, views, the fingerprint, and size and modification time of the files
+it speaks of. Its fingerprint counts only while those are unchanged; otherwise it is computed anew. While a conversion
+runs, `data.json` says so, and such a folder is no source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.data.beton import BetonSplit, write_beton
+from kdfast.data.split import DataDigest, Pixels, Source, Split, generic_views, id_blocks, inferred_classes
+from kdfast.data.views import ViewSpec
+from kdfast.errors import DataError, OutputError, UsageError
+from kdfast.files import FolderLock, atomic_path, check_writable, read_json, write_json
+
+PARTS = ("train", "test")
+_RECORD = "data.json"
+_FORMAT = 1
+# JPEG of this quality or better keeps an image's mean colour to a few grey levels; a missing image is far off.
+_LEAST_QUALITY = 50
+_MEAN_TOLERANCE = 16.0
+
+
+def is_betons(path: Path) -> bool:
+    """Whether `path` is a folder with one of the two betons, or with a conversion's record."""
+    return path.is_dir() and any((path / name).is_file() for name in ("train.beton", "test.beton", _RECORD))
+
+
+def open_betons(path: Path) -> Source:
+    """Open a folder of `train.beton` and `test.beton`.
+
+    A folder without `data.json`, written by other tools, calls its classes `0`, `1`, ... and does not flip.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        DataError: A file is missing or damaged, or the conversion was interrupted.
+    """
+    record = _read_record(path)
+    if record is not None and not record["files"]:
+        raise DataError(f"the conversion to {path} was interrupted; run the same `kdfast data convert` again")
+    missing = [f"{part}.beton" for part in PARTS if not (path / f"{part}.beton").is_file()]
+    if missing:
+        raise DataError(f"{path} lacks {' and '.join(missing)}; run `kdfast data convert` again")
+    train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
+    if record is None:
+        classes = inferred_classes(train.labels, str(path))
+        return Source(str(path), "beton", classes, train, test, generic_views(train.shape, flip=False))
+    return Source(
+        path=str(path),
+        kind="beton",
+        classes=tuple(record["classes"]),
+        train=train,
+        test=test,
+        views=ViewSpec.from_dict(record["views"]),
+        recorded=record["fingerprint"] if record["files"] == _file_marks(path) else None,
+    )
+
+
+def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | None = None) -> Source:
+    """Write a source as betons and read every sample back.
+
+    The files get their names only when they are verified: pixels and labels equal in the raw mode; with JPEG equal
+    labels and, for each image, a mean colour within 16 grey levels. Killed at any time, the same call completes the
+    work; finished, it does nothing. A JPEG beton is another data set than its origin (its fingerprint is that of its
+    decoded pixels), a raw one the same.
+
+    Args:
+        source: What to convert.
+        out: The folder to write; made when missing.
+        jpeg_quality: None keeps the pixels as they are; 50 to 100 compresses (for large images).
+
+    Returns:
+        The converted source, opened.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        DataError: A sample cannot be read, or reads back differently.
+        OutputError: `out` cannot be written, is in use, or holds other data.
+        UsageError: `jpeg_quality` is out of range.
+    """
+    if jpeg_quality is not None and not _LEAST_QUALITY <= jpeg_quality <= 100:
+        raise UsageError(f"the JPEG quality is {jpeg_quality}; needed: {_LEAST_QUALITY} to 100")
+    folder = check_writable(out)
+    with FolderLock(folder):
+        if not _finished(folder, source, jpeg_quality):
+            _convert(source, folder, jpeg_quality)
+        return open_betons(folder)
+
+
+def _finished(folder: Path, source: Source, quality: int | None) -> bool:
+    """Whether `folder` holds this conversion already; other data there is an error."""
+    if not is_betons(folder):
+        return False
+    record = _read_record(folder)
+    if record is None:
+        raise OutputError(f"{folder} holds betons that kdfast did not write; give another folder")
+    if not record["files"]:
+        return False
+    same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
+    if not same:
+        raise OutputError(f"{folder} holds another data set, or this one in another encoding; give another folder")
+    return bool(record["files"] == _file_marks(folder))
+
+
+def _convert(source: Source, folder: Path, quality: int | None) -> None:
+    record: dict[str, Any] = {
+        "format": _FORMAT,
+        "classes": list(source.classes),
+        "views": source.views.to_dict(),
+        "jpeg_quality": quality,
+        "origin": None,
+        "fingerprint": None,
+        "files": {},
+    }
+    write_json(folder / _RECORD, record)
+    classes = len(source.classes)
+    with contextlib.ExitStack() as stack:
+        # Both temporary files are renamed when the stack unwinds without an exception, after both are verified.
+        test = stack.enter_context(atomic_path(folder / "test.beton"))
+        train = stack.enter_context(atomic_path(folder / "train.beton"))
+        _write_verified(source.test, test, classes, quality)
+        record["origin"], record["fingerprint"] = _write_verified(source.train, train, classes, quality)
+    write_json(folder / _RECORD, {**record, "files": _file_marks(folder)})
+
+
+def _write_verified(split: Split, path: Path, classes: int, quality: int | None) -> tuple[str, str]:
+    """Write one file and read it back; fingerprints of what was given and of what the file decodes to."""
+    given = DataDigest(len(split), classes, split.shape)
+    means: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+
+    def note(pixels: Pixels) -> None:
+        given.update(pixels)
+        means.append(pixels.mean((1, 2)))
+
+    write_beton(split, path, jpeg_quality=quality, on_block=note)
+    written = BetonSplit(path)
+    decoded = DataDigest(len(written), classes, written.shape)
+    worst = 0.0
+    for ids, wanted in zip(id_blocks(written), means, strict=True):
+        pixels = written.read(ids)
+        decoded.update(pixels)
+        worst = max(worst, float(np.abs(pixels.mean((1, 2)) - wanted).max()))
+    origin, result = given.finish(split.labels), decoded.finish(written.labels)
+    good = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
+    if not good or (quality is None and origin != result):
+        raise DataError(f"{path.name} does not read back as it was written; check the disk and convert again")
+    return origin, result
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / _RECORD
+    if not path.exists():
+        return None
+    record = read_json(path)
+    keys = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
+    if not isinstance(record, dict) or set(record) != keys or record["format"] != _FORMAT:
+        raise DataError(f"{path} is not a record of this version of `kdfast data convert`; convert the data again")
+    return record
+
+
+def _file_marks(folder: Path) -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of the betons that are there."""
+    marks = {}
+    for part in PARTS:
+        path = folder / f"{part}.beton"
+        if path.is_file():
+            status = path.stat()
+            marks[path.name] = [status.st_size, status.st_mtime_ns]
+    return marks

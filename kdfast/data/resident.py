@@ -1,0 +1,75 @@
+"""The loader that keeps a whole split decoded in the memory of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdfast.data.counter import IntArray
+from kdfast.data.split import ArraySplit, Split, epoch_ids, id_blocks
+from kdfast.errors import UsageError
+
+
+class ResidentLoader:
+    """Serves batches by gathering rows of one uint8 tensor.
+
+    Args:
+        split: The split; read once, in blocks. One that is in memory already is shared with a loader on the CPU.
+        device: Where the pixels live and the batches come out.
+
+    Attributes:
+        name: `resident`.
+        compile_seconds: 0; nothing is compiled.
+    """
+
+    name = "resident"
+    compile_seconds = 0.0
+
+    def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
+        self._shape = split.shape
+        self._rows: Tensor | None = _decoded(split, torch.device(device)).flatten(1)
+
+    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
+        """Gather the samples `ids` in their order.
+
+        Args:
+            ids: Integers `(n,)`, n >= 1, no id twice; copied, so changing them later has no effect.
+            batch_size: Samples per batch; the last batch may be smaller.
+
+        Returns:
+            Iterator of uint8 `(b, H, W, 3)` on the loader's device. All batches of a pass share one buffer: a batch is
+            valid until the next one is asked for.
+
+        Raises:
+            SubsetError: See `epoch_ids`.
+            UsageError: The loader is closed.
+        """
+        if self._rows is None:
+            raise UsageError("this loader is closed; make another one")
+        return self._epoch(self._rows, epoch_ids(ids, len(self._rows), batch_size), batch_size)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._rows = None
+
+    def _epoch(self, rows: Tensor, order: IntArray, batch_size: int) -> Iterator[Tensor]:
+        places = torch.from_numpy(order).to(rows.device)
+        buffer = torch.empty((min(batch_size, len(order)), rows.shape[1]), dtype=torch.uint8, device=rows.device)
+        for start in range(0, len(order), batch_size):
+            chosen = places[start : start + batch_size]
+            batch = buffer[: len(chosen)]
+            torch.index_select(rows, 0, chosen, out=batch)
+            yield batch.view(-1, *self._shape)
+
+
+def _decoded(split: Split, device: torch.device) -> Tensor:
+    """All images of a split, uint8 `(N, H, W, 3)`."""
+    if isinstance(split, ArraySplit):
+        return torch.from_numpy(split.images).to(device)
+    pixels = torch.empty((len(split), *split.shape), dtype=torch.uint8, device=device)
+    for ids in id_blocks(split):
+        pixels[int(ids[0]) : int(ids[-1]) + 1] = torch.from_numpy(split.read(ids)).to(device)
+    return pixels
