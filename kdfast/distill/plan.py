@@ -73,6 +73,19 @@ class Plan:
     identity: dict[str, Any]
     costs: dict[str, float] = field(default_factory=dict)
 
+    def describe(self) -> dict[str, Any]:
+        """What the run would do: settings, sizes, inputs."""
+        per_epoch = self.batches().per_epoch
+        return {
+            **self.identity,
+            "samples": len(self.ids),
+            "of": len(self.source.train),
+            "steps": per_epoch * self.config.epochs,
+            "images": len(self.ids) * self.config.epochs,
+            "loader": self.loader.name,
+            "device": str(self.device),
+        }
+
     def batches(self) -> Batches:
         """The run's seeded batches."""
         return Batches(

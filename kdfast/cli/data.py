@@ -1,0 +1,59 @@
+"""`kdfast data`: look at a source of data, convert it for FFCV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdfast.cli import options
+from kdfast.cli.progress import waiting
+
+app = typer.Typer(help="Look at a source of data; convert it to FFCV files.", no_args_is_help=True)
+
+Src = Annotated[str, typer.Argument(help="A source, as for --data.")]
+
+
+@app.command("info")
+def info(src: Src, size: options.Size = None) -> None:
+    """Print what a source holds: kind, splits, classes, views, statistics, fingerprint."""
+    from kdfast.data.sources import normalization_of, open_source
+
+    source = open_source(src, size=size)
+    normalization = normalization_of(source.train)
+    height, width, _ = source.train.shape
+    counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
+    print(f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images")
+    print(f"images       {height} x {width} x 3, uint8")
+    print(f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}")
+    print(f"per class    {min(counts)} to {max(counts)} training images")
+    print(f"views        {source.views.count} ({source.views.kind}{', flipped too' * source.views.flip})")
+    print(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
+    print(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
+    print(f"fingerprint  {source.fingerprint}")
+
+
+@app.command("convert")
+def convert(
+    src: Src,
+    out: Annotated[Path, typer.Argument(help="Folder for train.beton and test.beton.")],
+    size: options.Size = None,
+    jpeg: Annotated[
+        int | None, typer.Option("--jpeg", help="Store JPEGs of this quality instead of raw pixels.", min=50, max=100)
+    ] = None,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Write a source as FFCV files, read them back, verify them, and only then give them their names."""
+    from kdfast.data.convert import convert as convert_source
+    from kdfast.data.sources import open_source
+
+    source = open_source(src, size=size)
+    if dry_run:
+        pixels = source.train.shape[0] * source.train.shape[1] * 3
+        total = (len(source.train) + len(source.test)) * pixels
+        print(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
+        return
+    with waiting("convert"):
+        convert_source(source, out, jpeg_quality=jpeg)
+    print(f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}")

@@ -1,0 +1,39 @@
+"""`kdfast doctor`: what is installed here, and which backend each operator will use and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision")
+
+
+def doctor() -> None:
+    """Print versions, devices, and every operator's backend with its reason."""
+    import torch
+
+    import kdfast
+    from kdfast.ops import native
+    from kdfast.ops.backends import choices
+
+    print(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        print(f"{package:<12} {_version(package)}")
+    print(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"cuda         {', '.join(devices) if devices else 'no device'}")
+    print(f"native       instruction set {native.isa()}, CUDA kernels {'built' if native.cuda_built() else 'not built'}")
+    print("\noperator, device -> backend: reason")
+    for choice in choices():
+        print(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")
+    if sys.platform != "linux":
+        print("\nffcv and triton need Linux: the resident loader and the native kernels serve here")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
