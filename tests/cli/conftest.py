@@ -1,0 +1,83 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from kdfast import cli
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def kdfast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: arguments -> exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kdfast", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An .npz of 3 classes that a network learns in a few steps: 120 training and 60 test images of 12 x 12."""
+    rng = np.random.default_rng(0)
+
+    def split(n: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(n, dtype=np.int64) % 3
+        images = rng.integers(0, 60, (n, 12, 12, 3), dtype=np.uint8)
+        images[np.arange(n), :, :, labels] += 150
+        return images, labels
+
+    train, test = split(120), split(60)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
+    np.savez(path, train_images=train[0], train_labels=train[1], test_images=test[0], test_labels=test[1])
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher trained on the tiny data."""
+    from kdfast.data.sources import open_source
+    from kdfast.device import resolve_device
+    from kdfast.distill.folder import RunFolder
+    from kdfast.distill.plan import Inputs, prepare
+    from kdfast.distill.train import train
+
+    open_source(tiny)
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    settings = {"student": "resnet8", "epochs": 3, "batch_size": 20, "lr": 0.05, "schedule": "cosine"}
+    plan = prepare(Inputs(str(tiny)), settings, alpha="0", device=resolve_device("cpu"))
+    with RunFolder(folder, plan.identity) as claimed:
+        train(plan, claimed)
+    return folder / "student.pt"
+
+
+@pytest.fixture(scope="session")
+def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That teacher's cache of three views of every sample."""
+    from kdfast.data.sources import open_source
+    from kdfast.nets.checkpoint import load_model
+    from kdfast.teacher.cache import build_cache
+
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    build_cache(open_source(tiny), load_model(teacher), out, n_views=3)
+    return out

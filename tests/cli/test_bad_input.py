@@ -1,0 +1,267 @@
+"""Every bad input ends in one clear line, the documented exit code, and nothing lost or overwritten."""
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+def expect(outcome, code: int, pattern: str) -> None:
+    assert outcome.code == code, f"exit code {outcome.code}, stderr: {outcome.err}"
+    assert re.search(pattern, outcome.err), outcome.err
+    assert outcome.err.count("\n") == 1, f"one line, not: {outcome.err}"
+    assert "Traceback" not in outcome.err
+
+
+def distill(kdfast, data, out, *more, alpha="0", student="resnet8"):
+    return kdfast("distill", "--data", data, "--student", student, "--epochs", 1, "--batch-size", 20, "--alpha", alpha,
+                  "--out", out, *more)  # fmt: skip
+
+
+SUBSETS = {
+    "bool": (np.ones(120, bool), "flatnonzero"),
+    "float": (np.arange(30.0), "int64"),
+    "int32": (np.arange(30, dtype=np.int32), "int64"),
+    "rank 2": (np.arange(30)[:, None], "one-dimensional|1-D|dimension"),
+    "negative": (np.array([-1, *range(30)]), "-1"),
+    "past the end": (np.array([*range(30), 120]), "120"),
+    "a thousand million": (np.array([*range(30), 10**9]), "1000000000"),
+    "duplicates": (np.array([*range(30), 3]), "twice|duplicate|more than once|repeat"),
+    "empty": (np.empty(0, np.int64), "empty|no "),
+    "less than a batch": (np.arange(10), "batch"),
+}
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_subset_files_that_are_refused(kdfast, tiny: Path, tmp_path: Path, name: str) -> None:
+    ids, pattern = SUBSETS[name]
+    np.save(tmp_path / "idx.npy", ids)
+    expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, pattern)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unsorted_subset_is_fine(kdfast, tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "idx.npy", np.arange(40)[::-1].copy())
+    assert distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy").code == 0
+
+
+def test_a_subset_of_other_data(kdfast, tiny: Path, tmp_path: Path) -> None:
+    assert kdfast("prune", "--data", "digits", "--fraction", 0.05, "--out", tmp_path / "idx.npy").code == 0
+    expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, "other data|another data")
+
+
+def test_a_subset_that_is_a_pickle(kdfast, tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "idx.npy", np.array([{}], dtype=object), allow_pickle=True)
+    expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, r"idx\.npy")
+
+
+def test_data_that_is_missing_or_truncated(kdfast, tiny: Path, tmp_path: Path) -> None:
+    expect(distill(kdfast, tmp_path / "nowhere", tmp_path / "run"), 3, "nowhere")
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(tiny.read_bytes()[:2000])
+    expect(distill(kdfast, cut, tmp_path / "run"), 3, r"cut\.npz")
+
+
+def test_labels_out_of_range(kdfast, tiny: Path, tmp_path: Path) -> None:
+    arrays = dict(np.load(tiny))
+    arrays["train_labels"] = arrays["train_labels"] - 1
+    np.savez(tmp_path / "bad.npz", **arrays)
+    expect(distill(kdfast, tmp_path / "bad.npz", tmp_path / "run"), 3, "label|class")
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_malicious_pickle_as_teacher(kdfast, tiny: Path, tmp_path: Path) -> None:
+    trap, bomb = tmp_path / "executed", tmp_path / "bomb.pt"
+    torch.save({"state_dict": Bomb(trap)}, bomb)
+    outcome = distill(kdfast, tiny, tmp_path / "run", "--teacher", bomb, alpha="1")
+    expect(outcome, 3, r"bomb\.pt")
+    imported = kdfast("teacher", "import", bomb, "--data", tiny, "--net", "resnet8", "--mean", "0,0,0", "--std", "1,1,1",
+                      "--out", tmp_path / "t.pt")  # fmt: skip
+    expect(imported, 3, r"bomb\.pt")
+    expect(kdfast("eval", "--data", tiny, "--model", bomb), 3, r"bomb\.pt")
+    assert not trap.exists()
+    assert not (tmp_path / "t.pt").exists()
+
+
+def test_a_malicious_pickle_as_cifar_archive(kdfast, tmp_path: Path) -> None:
+    folder, trap = tmp_path / "cifar-10-batches-py", tmp_path / "executed"
+    folder.mkdir()
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        (folder / name).write_bytes(pickle.dumps(Bomb(trap), protocol=2))
+    expect(kdfast("data", "info", folder), 3, "cifar")
+    assert not trap.exists()
+
+
+def test_a_checkpoint_of_another_architecture_or_class_count(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    weights = torch.load(teacher, weights_only=True)["state_dict"]
+    torch.save(weights, tmp_path / "foreign.pt")
+    command = ("teacher", "import", tmp_path / "foreign.pt", "--mean", "0,0,0", "--std", "1,1,1", "--out", tmp_path / "t")
+    expect(kdfast(*command, "--data", tiny, "--net", "resnet14"), 3, "resnet14|missing|layer")
+    expect(kdfast(*command, "--data", "digits", "--net", "resnet8"), 3, "class")
+    assert not (tmp_path / "t").exists()
+    expect(distill(kdfast, "digits", tmp_path / "run", "--teacher", teacher, alpha="1"), 3, "classes")
+
+
+def test_a_cache_of_other_data_or_another_teacher(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    expect(distill(kdfast, "digits", tmp_path / "run", "--cache", cache, alpha="1"), 3, "data")
+    other = tmp_path / "other.pt"
+    assert kdfast("teacher", "train", "--data", tiny, "--net", "resnet8", "--epochs", 1, "--out", other).code == 0
+    outcome = distill(kdfast, tiny, tmp_path / "run", "--cache", cache, "--teacher", other, alpha="1")
+    expect(outcome, 3, "teacher")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_flipped_byte_in_a_cache_is_detected(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = sorted(f.name for f in cache.iterdir() if f.is_file() and not f.name.startswith("."))
+    assert {"manifest.json", "features.npy"} <= set(names)
+    for name in names:
+        copy = tmp_path / "copy"
+        shutil.copytree(cache, copy)
+        data = bytearray((copy / name).read_bytes())
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        (copy / name).write_bytes(data)
+        outcome = distill(kdfast, tiny, tmp_path / "run", "--cache", copy, alpha="1")
+        expect(outcome, 3, "")
+        shutil.rmtree(copy)
+
+
+def test_a_cache_that_does_not_cover_the_run(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "idx.npy", np.arange(40))
+    made = kdfast("cache", "--data", tiny, "--teacher", teacher, "--subset", tmp_path / "idx.npy", "--views", 2, "--out",
+                  tmp_path / "cache")  # fmt: skip
+    assert made.code == 0, made.err
+    expect(distill(kdfast, tiny, tmp_path / "run", "--cache", tmp_path / "cache", alpha="1"), 3, "80")
+
+
+def test_more_views_than_cached(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    outcome = distill(kdfast, tiny, tmp_path / "run", "--cache", cache, "--views", 9, alpha="1")
+    expect(outcome, 2, "--views is 9, but the cache holds 3")
+
+
+def test_a_teacher_that_says_nan(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    content = torch.load(teacher, weights_only=True)
+    content["state_dict"]["fc.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "nan.pt")
+    outcome = kdfast("cache", "--data", tiny, "--teacher", tmp_path / "nan.pt", "--views", 1, "--out", tmp_path / "c")
+    expect(outcome, 3, "finite|NaN|nan")
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (("--alpha", "1.5"), r"--alpha.*\[0, 1\]"),
+        (("--alpha", "-0.1"), r"--alpha.*\[0, 1\]"),
+        (("--alpha", "much"), "--alpha"),
+        (("--alpha", "0.5"), "--cache or --teacher"),
+        (("--temperature", "0"), "--temperature.*above 0"),
+        (("--temperature", "nan"), "--temperature"),
+        (("--epochs", "0"), "--epochs"),
+        (("--batch-size", "500"), "--batch-size.*120"),
+        (("--lr", "-1"), "--lr"),
+        (("--student", "resnet9"), "resnet"),
+        (("--schedule", "linear"), "--schedule"),
+        (("--loader", "magic"), "magic"),
+        (("--device", "tpu"), "--device"),
+        (("--resume", "maybe"), "--resume"),
+    ],
+)
+def test_options_out_of_range(kdfast, tiny: Path, tmp_path: Path, flags: tuple[str, str], pattern: str) -> None:
+    expect(distill(kdfast, tiny, tmp_path / "run", *flags), 2, pattern)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("fraction", ["0", "-1", "1.5", "nan", "0.005", "0.01"])
+def test_fractions_that_keep_nothing_or_leave_a_class_empty(kdfast, tiny: Path, tmp_path: Path, fraction: str) -> None:
+    outcome = kdfast("prune", "--data", tiny, "--fraction", fraction, "--out", tmp_path / "idx.npy")
+    expect(outcome, 3, "fraction|class")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    for text, pattern in (("studnet: x", "studnet"), ("- 1", "mapping"), ("a: [", "cannot be read")):
+        config.write_text(text)
+        expect(kdfast("distill", "--config", config), 2, pattern)
+
+
+def test_another_run_in_the_folder(kdfast, tiny: Path, tmp_path: Path) -> None:
+    assert distill(kdfast, tiny, tmp_path / "run").code == 0
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    expect(distill(kdfast, tiny, tmp_path / "run", "--seed", 1), 2, "seed was 0, is 1")
+    expect(distill(kdfast, tiny, tmp_path / "run", "--resume", "never"), 4, "already holds a run")
+    assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(kdfast, tiny: Path, tmp_path: Path) -> None:
+    outcome = distill(kdfast, tiny, tmp_path / "run", "--lr", "1e30", "--checkpoint-seconds", 0, "--log-every", 1)
+    expect(outcome, 5, "not finite at step [1-9]")
+    step = int(re.search(r"at step (\d+)", outcome.err)[1])
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
+    assert kept, "the last good checkpoint"
+    assert torch.load(kept[-1], weights_only=True)["step"] == step
+    assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
+
+
+def unwritable(tmp_path: Path) -> Path:
+    """A path no user can write below, not even root: under a file."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "out"
+
+
+@pytest.mark.parametrize("command", ["distill", "prune", "cache", "train", "import"])
+def test_output_that_cannot_be_written(kdfast, command: str, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    out = unwritable(tmp_path)
+    arguments = {
+        "distill": ("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--out", out),
+        "prune": ("prune", "--data", tiny, "--fraction", 0.5, "--out", out / "idx.npy"),
+        "cache": ("cache", "--data", tiny, "--teacher", teacher, "--out", out),
+        "train": ("teacher", "train", "--data", tiny, "--net", "resnet8", "--out", out / "t.pt"),
+        "import": ("teacher", "import", tmp_path / "w.pt", "--data", tiny, "--net", "resnet8", "--mean", "0,0,0", "--std",
+                   "1,1,1", "--out", out / "t.pt"),
+    }[command]  # fmt: skip
+    torch.save(torch.load(teacher, weights_only=True)["state_dict"], tmp_path / "w.pt")
+    expect(kdfast(*arguments), 4, "cannot write")
+
+
+def test_a_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A file-size limit stands for the full disk: writes fail with an error in the middle of a file."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "kdfast", "distill", "--data", tiny, "--student", "resnet8", "--alpha", "0",
+               "--epochs", "2", "--batch-size", "20", "--out", run]  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "-", *map(str, command)]
+    outcome = subprocess.run(limited, capture_output=True, text=True)
+    assert outcome.returncode == 4, outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert "cannot write" in outcome.stderr
+    assert not (run / "result.json").exists()
+    assert not list((run / "checkpoints").glob("*.pt"))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_refusals_come_within_five_seconds(tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "idx.npy", np.array([0, 10**9]))
+    started = time.perf_counter()
+    outcome = subprocess.run(
+        [sys.executable, "-m", "kdfast", "distill", "--data", tiny, "--student", "resnet8", "--alpha", "0", "--subset",
+         tmp_path / "idx.npy", "--out", tmp_path / "run"], capture_output=True
+    )  # fmt: skip
+    assert time.perf_counter() - started < 5
+    assert outcome.returncode == 3

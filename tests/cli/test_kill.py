@@ -1,0 +1,146 @@
+"""kill -9 at random moments, the same command again: the same bytes as without a kill; nothing half-written is accepted."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+def start(command: list[object]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdfast", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(command: list[object]) -> float:
+    """Run to the end; seconds taken."""
+    started = time.perf_counter()
+    process = start(command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return time.perf_counter() - started
+
+
+def kill_and_restart(command: list[object], kills: int, seconds: float, seed: int) -> int:
+    """Start the command again and again, killing it after a random share of its usual time; then let it end."""
+    rng = random.Random(seed)
+    hits = 0
+    for _ in range(kills):
+        process = start(command)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            hits += 1
+            continue
+        assert process.returncode == 0
+    finish(command)
+    return hits
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    """What must not depend on kills."""
+    found: dict[str, object] = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.name.startswith(".kdfast") or not file.is_file():
+            continue
+        assert ".kdtmp-" not in file.name, "a finished command leaves no temporary file"
+        if name == "student.pt":
+            content = torch.load(file, weights_only=True)["state_dict"]
+            found[name] = {k: v.numpy().tobytes() for k, v in content.items()}
+        elif name == "metrics.jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            found[name] = [{k: row[k] for k in ("step", "epoch", "loss", "lr")} for row in rows]
+        elif file.suffix == ".npy":
+            found[name] = file.read_bytes()
+    return found
+
+
+def check(make, tmp_path: Path, kills: int) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    seconds = finish(make(whole))
+    hits = kill_and_restart(make(cut), kills, seconds, seed=kills)
+    assert hits >= kills // 2, "the kills came too late to mean anything"
+    expected, got = state_of(whole), state_of(cut)
+    assert expected
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert got[name] == expected[name], name
+
+
+def training(tiny: Path, cache: Path):
+    def make(out: Path) -> list[object]:
+        return ["distill", "--data", tiny, "--student", "resnet20", "--cache", cache, "--epochs", 60, "--batch-size", 25,
+                "--log-every", 7, "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
+
+    return make
+
+
+def caching(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    n = 600
+    data = tmp_path / "big.npz"
+    images, labels = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
+    np.savez(data, train_images=images, train_labels=labels, test_images=images[:50], test_labels=labels[:50])
+    teacher = tmp_path / "t.pt"
+    finish(["teacher", "train", "--data", data, "--net", "resnet8", "--epochs", 1, "--out", teacher])
+
+    def make(out: Path) -> list[object]:
+        return ["cache", "--data", data, "--teacher", teacher, "--views", 12, "--out", out]
+
+    return make
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_training_survives_kill_9(tiny: Path, cache: Path, tmp_path: Path, kills: int) -> None:
+    check(training(tiny, cache), tmp_path, kills)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_caching_survives_kill_9(tmp_path: Path, kills: int) -> None:
+    check(caching(tmp_path), tmp_path, kills)
+
+
+@pytest.mark.slow
+def test_converting_survives_kill_9(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    rng = np.random.default_rng(0)
+    n = 3000
+    data = tmp_path / "d.npz"
+    images, labels = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
+    np.savez(data, train_images=images, train_labels=labels, test_images=images[:50], test_labels=labels[:50])
+    seconds = finish(["data", "convert", data, tmp_path / "whole"])
+    assert kill_and_restart(["data", "convert", data, tmp_path / "cut"], 20, seconds, seed=1) >= 10
+    finish(["data", "info", tmp_path / "cut"])
+    from kdfast.data.sources import open_source
+
+    assert open_source(tmp_path / "cut").fingerprint == open_source(data).fingerprint
+
+
+def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    command = training(tiny, cache)(tmp_path / "run")
+    process = start(command)
+    status = tmp_path / "run" / "status.json"
+    deadline = time.monotonic() + 60
+    while not (status.exists() and json.loads(status.read_text())["step"] > 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert "SIGTERM" in err
+    told = json.loads(status.read_text())
+    assert told["state"] == "interrupted"
+    latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
+    assert latest["step"] == told["step"] > 5
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    finish(command)
+    assert json.loads(status.read_text())["state"] == "finished"

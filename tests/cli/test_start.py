@@ -1,0 +1,25 @@
+"""Start-up is quick: heavy packages are imported where they are used."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.mark.parametrize("code", ["import kdfast", "import kdfast.cli"])
+def test_no_heavy_import(code: str) -> None:
+    script = f"import sys; {code}; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert loaded.isdisjoint({"torch", "numba", "ffcv", "triton", "scipy", "sklearn", "matplotlib", "numpy"})
+
+
+@pytest.mark.slow
+def test_help_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kdfast", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    assert statistics.median(seconds) <= 0.5

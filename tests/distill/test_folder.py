@@ -1,0 +1,103 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdfast.distill.folder import MetricsFile, RunFolder
+from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
+
+CONFIG = {"student": "resnet8", "lr": 0.1, "ids": "abc"}
+
+
+def test_a_folder_is_claimed_with_its_config(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", CONFIG) as folder:
+        assert json.loads((folder.path / "config.json").read_text()) == CONFIG
+    with RunFolder(tmp_path / "run", CONFIG):
+        pass
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UsageError, match=r"lr was 0\.1, is 0\.2"), RunFolder(tmp_path, {**CONFIG, "lr": 0.2}):
+        pass
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_resume_never_wants_a_fresh_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG, resume="never"):
+        pass
+    with pytest.raises(OutputError, match="already holds a run"), RunFolder(tmp_path, CONFIG, resume="never"):
+        pass
+
+
+def _hold(path: Path, held: "multiprocessing.synchronize.Event", done: "multiprocessing.synchronize.Event") -> None:
+    with RunFolder(path, CONFIG):
+        held.set()
+        done.wait(20)
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, held, done))
+    other.start()
+    try:
+        assert held.wait(30)
+        with pytest.raises(OutputError, match="in use"), RunFolder(tmp_path, CONFIG):
+            pass
+    finally:
+        done.set()
+        other.join(20)
+    with RunFolder(tmp_path, CONFIG):
+        pass
+
+
+def test_checkpoints_round_trip_and_old_ones_go(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        assert folder.load_checkpoint() is None
+        for step in (10, 20, 30):
+            folder.save_checkpoint({"step": step, "w": torch.arange(step)}, step)
+        state = folder.load_checkpoint()
+        assert state is not None
+        assert state["step"] == 30
+        assert torch.equal(state["w"], torch.arange(30))
+        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.save_checkpoint({"w": torch.arange(1000)}, 5)
+        file = next((tmp_path / "checkpoints").glob("*.pt"))
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            folder.load_checkpoint()
+
+
+def test_metrics_never_repeat_a_step_and_cut_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    for step in (1, 2, 2, 1, 3):
+        metrics.append({"step": step})
+    metrics.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')
+    metrics = MetricsFile(path)
+    assert metrics.last_step == 3
+    for step in (3, 4):
+        metrics.append({"step": step})
+    metrics.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_foreign_metrics_file_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("hello\n")
+    with pytest.raises(DataError, match="not a metrics row"):
+        MetricsFile(path)
+    assert path.read_text() == "hello\n"
