@@ -7,6 +7,7 @@ before anything of it runs.
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -135,12 +136,16 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     wanted = {f"{layout.folder}/{name}": name for name in layout.files}
     try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                name = wanted.get(member.name.removeprefix("./"))
-                file = archive.extractfile(member) if name and member.isfile() else None
-                if name and file:
-                    found[name] = file.read()
+        with _uncompressed(path) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    name = wanted.get(member.name.removeprefix("./"))
+                    file = archive.extractfile(member) if name and member.isfile() else None
+                    if name and file:
+                        found[name] = file.read()
+            # The checksum is at the very end, which the tar reader does not reach.
+            while stream.read(1 << 20):
+                pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged or incomplete ({error}); download it again") from error
     missing = [name for name in layout.files if name not in found]
@@ -149,9 +154,15 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
     return found
 
 
+def _uncompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else open(path, "rb")
+
+
 def _top_folder(path: Path) -> str | None:
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with _uncompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             first = archive.next()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a readable tar archive ({error}); download it again") from error
@@ -189,7 +200,7 @@ class _Dtype:
         dtype = np.dtype(self.code)
         if dtype.kind not in _NUMBERS:
             raise pickle.UnpicklingError(f"an array of {dtype}, not of numbers")
-        return dtype.newbyteorder(self.order) if self.order in "<>" else dtype
+        return dtype.newbyteorder(">") if self.order == ">" else dtype
 
 
 class _Array:

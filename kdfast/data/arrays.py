@@ -66,8 +66,8 @@ def is_npz(path: Path) -> bool:
 def open_npz(path: Path) -> Source:
     """Read `train_images`, `train_labels`, `test_images` and `test_labels` from an .npz.
 
-    Images are uint8 `(N, H, W, 3)` or grey `(N, H, W)`; labels are integers `(N,)`, 0 to C - 1 without a gap. The classes
-    are called `0`, `1`, ... Views do not flip: nothing says that a mirrored image keeps its class.
+    Images are uint8 `(N, H, W, 3)` or grey `(N, H, W)`; labels are integers `(N,)`, 0 to C - 1 without a gap. The
+    classes are called `0`, `1`, ... Views do not flip: nothing says that a mirrored image keeps its class.
 
     Raises:
         DataError: An array is missing, damaged, or of another dtype or shape.
@@ -98,9 +98,9 @@ def _column(labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def open_digits() -> Source:
     """Read scikit-learn's 1,797 handwritten digits, 8x8, bundled with it.
 
-    The 17 grey levels are spread over 0 to 255 and the one channel becomes three. The bundle has no split of its own: in
-    each class the fifth of the samples with the smallest SHA-256 of `kdfast digits <index>` is the test split, the same
-    on every machine. Both splits keep the bundle's order. Views shift by up to 1 pixel and do not flip.
+    The 17 grey levels are spread over 0 to 255 and the one channel becomes three. The bundle has no split of its
+    own: in each class the fifth of the samples with the smallest SHA-256 of `kdfast digits <index>` is the test split,
+    the same on every machine. Both splits keep the bundle's order. Views shift by up to 1 pixel and do not flip.
     """
     from sklearn.datasets import load_digits
 
@@ -109,7 +109,7 @@ def open_digits() -> Source:
     labels = bundle.target.astype(np.int64)
     test = np.zeros(len(labels), bool)
     for digit in range(10):
-        members = sorted(np.flatnonzero(labels == digit), key=_lot)
+        members = sorted(np.flatnonzero(labels == digit).tolist(), key=_lot)
         test[members[: len(members) // _DIGITS_TEST_SHARE]] = True
     return Source(
         path="digits",
@@ -122,7 +122,7 @@ def open_digits() -> Source:
 
 
 def _lot(index: int) -> bytes:
-    return hashlib.sha256(f"kdfast digits {int(index)}".encode()).digest()
+    return hashlib.sha256(f"kdfast digits {index}".encode()).digest()
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""FFCV's .beton files: reading, loading and writing them. The only file that imports ffcv, and only when it is needed.
+"""FFCV's .beton files: reading and loading them. The only file that imports ffcv, and only when it is needed.
 
 FFCV 1.0.2 trusts its caller: a wrong index reads foreign memory, an exception in its thread leaves the main thread
 waiting for ever, a half-written file opens. Everything is therefore checked here before FFCV sees it, and its pipelines
@@ -12,7 +12,7 @@ import functools
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.counter import IntArray
-from kdfast.data.split import Pixels, Split, epoch_ids, id_blocks, index_array
+from kdfast.data.split import Pixels, epoch_ids, index_array
 from kdfast.errors import BackendUnavailable, DataError, UsageError
 
 _VERSION = 2
@@ -31,13 +31,19 @@ _INT_FIELD, _IMAGE_FIELD = 1, 2
 _RAW = 1
 _BATCHES_AHEAD = 3
 _READ_BATCH = 1024
-_MIN_PAGE = 8 << 20
 _NEEDED = "needed: a file that `kdfast data convert` wrote; convert the data again"
 
 
 @functools.cache
-def _ffcv() -> ModuleType:
-    """FFCV, imported on first use; importing it sets torch's thread count to 1, which is undone."""
+def load_ffcv() -> ModuleType:
+    """Import FFCV on first use; torch's thread count, which that sets to 1, is restored.
+
+    Returns:
+        The package `ffcv` with its submodules.
+
+    Raises:
+        BackendUnavailable: It is not installed, or a library it needs is not.
+    """
     try:
         with _torch_threads_kept():
             import ffcv.loader.epoch_iterator
@@ -62,10 +68,10 @@ def _torch_threads_kept() -> Iterator[None]:
 
 
 def worker_count(wanted: int | None = None) -> int:
-    """Decoding threads: `wanted`, or one per core, but no more than the cores this process may use (FFCV fails on more)."""
+    """Decoding threads: `wanted`, or one per core; at most the cores this process may use, for FFCV fails on more."""
     from numba import config
 
-    allowed = min(len(os.sched_getaffinity(0)), int(config.NUMBA_NUM_THREADS))
+    allowed = min(len(os.sched_getaffinity(0)), int(config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     return max(1, min(wanted or allowed, allowed))
 
 
@@ -102,7 +108,7 @@ class BetonSplit:
         return len(self._labels)
 
     def read(self, ids: npt.ArrayLike) -> Pixels:
-        """Decode the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`; the first call compiles FFCV's decoder."""
+        """Decode the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`; the first call compiles the decoder."""
         order = index_array(ids, len(self))
         out = np.empty((len(order), *self._shape), np.uint8)
         if not len(order):
@@ -139,7 +145,7 @@ class BetonLoader:
     name = "ffcv"
 
     def __init__(self, split: BetonSplit, *, workers: int | None = None) -> None:
-        ffcv = _ffcv()
+        ffcv = load_ffcv()
         self._count = len(split)
         start = time.perf_counter()
         with _torch_threads_kept():
@@ -158,7 +164,7 @@ class BetonLoader:
             self._warm_up()
         self.compile_seconds = time.perf_counter() - start
 
-    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Generator[Tensor, None, None]:
         """Decode the samples `ids` in their order.
 
         Args:
@@ -187,7 +193,7 @@ class BetonLoader:
         for _ in self.batches(np.zeros(1, np.int64), 1):
             pass
 
-    def _epoch(self, order: IntArray, batch_size: int) -> Iterator[Tensor]:
+    def _epoch(self, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
         # FFCV sizes an epoch's buffers by this attribute; the compiled code does not depend on it.
         self._loader.batch_size = batch_size
         threads = torch.get_num_threads()
@@ -209,9 +215,9 @@ class BetonLoader:
 
 @functools.cache
 def _epoch_class() -> type[Any]:
-    base = _ffcv().loader.epoch_iterator.EpochIterator
+    base = load_ffcv().loader.epoch_iterator.EpochIterator
 
-    class Epoch(base):  # type: ignore[misc]
+    class Epoch(base):  # type: ignore[misc, valid-type]
         """FFCV's thread of one epoch, which ends with an error where FFCV's own would leave its reader waiting."""
 
         error: Exception | None = None
@@ -237,7 +243,7 @@ def _stop(epoch: Any) -> None:
 
 def _open_checked(path: Path) -> Any:
     """FFCV's reader of a file whose every pointer has been checked to lie inside it."""
-    types = _ffcv().types
+    types = load_ffcv().types
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -256,7 +262,7 @@ def _open_checked(path: Path) -> Any:
     count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if not count or size - table != count * types.ALLOC_TABLE_TYPE.itemsize:
         raise DataError(f"{path} is empty, truncated or was never finished; {_NEEDED}")
-    reader = _ffcv().reader.Reader(str(path))
+    reader = load_ffcv().reader.Reader(str(path))
     _check_pointers(path, reader, size)
     return reader
 
@@ -280,52 +286,3 @@ def _check_pointers(path: Path, reader: Any, size: int) -> None:
     )
     if not sound:
         raise DataError(f"{path} has samples without whole pixel data: it is damaged or was never finished; {_NEEDED}")
-
-
-def write_beton(
-    split: Split,
-    path: str | os.PathLike[str],
-    *,
-    jpeg_quality: int | None = None,
-    on_block: Callable[[Pixels], None] | None = None,
-) -> None:
-    """Write a split as a beton in FFCV's format, in this process.
-
-    FFCV's own writer hands the samples to worker processes and waits for ever when one dies. Here an exception while
-    reading or writing is simply raised. The file is not complete until this returns: give a temporary path and rename.
-
-    Args:
-        split: What to write.
-        path: The file; an existing one is overwritten.
-        jpeg_quality: None stores the pixels, 1 to 100 a JPEG of each image.
-        on_block: Called with each block of source pixels, uint8 `(n, H, W, 3)`, in index order.
-
-    Raises:
-        BackendUnavailable: FFCV is not installed.
-        OSError: The file cannot be written.
-    """
-    ffcv = _ffcv()
-    height, width, _ = split.shape
-    mode = {"write_mode": "raw"} if jpeg_quality is None else {"write_mode": "jpg", "jpeg_quality": jpeg_quality}
-    fields = {"image": ffcv.fields.RGBImageField(**mode), "label": ffcv.fields.IntField()}
-    # A JPEG of noise can be larger than its pixels.
-    page = max(_MIN_PAGE, 1 << (height * width * 6 - 1).bit_length())
-    writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
-    writer.num_samples = len(split)
-    writer.prepare()
-    metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type)
-    try:
-        allocator = ffcv.memory_allocator.MemoryAllocator(writer.fname, writer.data_region_start, page)
-        with allocator:
-            for ids in id_blocks(split):
-                pixels = split.read(ids)
-                if on_block:
-                    on_block(pixels)
-                for index, image, label in zip(ids.tolist(), pixels, split.labels[ids].tolist(), strict=True):
-                    ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
-        writer.finalize(allocator.allocations)
-    finally:
-        # The shared memory cannot be closed while the array looks at it.
-        del metadata
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdfast.data.beton import BetonSplit, write_beton
+from kdfast.data.beton import BetonSplit, load_ffcv
 from kdfast.data.split import DataDigest, Pixels, Source, Split, generic_views, id_blocks, inferred_classes
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
@@ -22,15 +23,24 @@ from kdfast.files import FolderLock, atomic_path, check_writable, read_json, wri
 
 PARTS = ("train", "test")
 _RECORD = "data.json"
-_FORMAT = 1
+_FORMAT = "kdfast betons 1"
+_RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
+_MIN_PAGE = 8 << 20
 # JPEG of this quality or better keeps an image's mean colour to a few grey levels; a missing image is far off.
 _LEAST_QUALITY = 50
 _MEAN_TOLERANCE = 16.0
 
 
 def is_betons(path: Path) -> bool:
-    """Whether `path` is a folder with one of the two betons, or with a conversion's record."""
-    return path.is_dir() and any((path / name).is_file() for name in ("train.beton", "test.beton", _RECORD))
+    """Whether `path` is a folder with one of the two betons, or with the record of a conversion."""
+    if not path.is_dir():
+        return False
+    if any((path / f"{part}.beton").is_file() for part in PARTS):
+        return True
+    try:
+        return _read_record(path) is not None
+    except DataError:  # a data.json of some other program
+        return False
 
 
 def open_betons(path: Path) -> Source:
@@ -92,6 +102,55 @@ def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | 
         if not _finished(folder, source, jpeg_quality):
             _convert(source, folder, jpeg_quality)
         return open_betons(folder)
+
+
+def write_beton(
+    split: Split,
+    path: str | os.PathLike[str],
+    *,
+    jpeg_quality: int | None = None,
+    on_block: Callable[[Pixels], None] | None = None,
+) -> None:
+    """Write a split as a beton in FFCV's format, in this process.
+
+    FFCV's own writer hands the samples to worker processes and waits for ever when one dies. Here an exception while
+    reading or writing is simply raised. The file is not complete until this returns: give a temporary path and rename.
+
+    Args:
+        split: What to write.
+        path: The file; an existing one is overwritten.
+        jpeg_quality: None stores the pixels, 1 to 100 a JPEG of each image.
+        on_block: Called with each block of source pixels, uint8 `(n, H, W, 3)`, in index order.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        OSError: The file cannot be written.
+    """
+    ffcv = load_ffcv()
+    height, width, _ = split.shape
+    mode = {"write_mode": "raw"} if jpeg_quality is None else {"write_mode": "jpg", "jpeg_quality": jpeg_quality}
+    fields = {"image": ffcv.fields.RGBImageField(**mode), "label": ffcv.fields.IntField()}
+    # A JPEG of noise can be larger than its pixels.
+    page = max(_MIN_PAGE, 1 << (height * width * 6 - 1).bit_length())
+    writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
+    writer.num_samples = len(split)
+    writer.prepare()
+    metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type)
+    try:
+        allocator = ffcv.memory_allocator.MemoryAllocator(writer.fname, writer.data_region_start, page)
+        with allocator:
+            for ids in id_blocks(split):
+                pixels = split.read(ids)
+                if on_block:
+                    on_block(pixels)
+                for index, image, label in zip(ids.tolist(), pixels, split.labels[ids].tolist(), strict=True):
+                    ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
+        writer.finalize(allocator.allocations)
+    finally:
+        # The shared memory cannot be closed while the array looks at it.
+        del metadata
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
 
 
 def _finished(folder: Path, source: Source, quality: int | None) -> bool:
@@ -159,8 +218,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read_json(path)
-    keys = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
-    if not isinstance(record, dict) or set(record) != keys or record["format"] != _FORMAT:
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or set(record) != _RECORD_KEYS:
         raise DataError(f"{path} is not a record of this version of `kdfast data convert`; convert the data again")
     return record
 

@@ -96,7 +96,8 @@ def _pixels(image: Any, where: str) -> Pixels:
         array = array[..., np.newaxis]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
         raise DataError(
-            f"{where} is {array.dtype} of shape {array.shape}; needed: uint8 (H, W, 3), a PIL image, or a tensor (3, H, W)"
+            f"{where} is {array.dtype} of shape {array.shape}; "
+            "needed: uint8 (H, W, 3), a PIL image, or a tensor (3, H, W)"
         )
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)), dtype=np.uint8)
 

@@ -1,8 +1,8 @@
 """Image folders: one sub-folder per class under `train/`, and under `test/` or `val/`.
 
-Classes are the sub-folders of `train/` sorted by name (by code point); samples are the image files of a class sorted by
-path, classes one after the other. Images are decoded when they are read, not before. A picture's EXIF orientation is not
-applied, as in the usual training pipelines, so that teachers trained with those see the same pixels.
+Classes are the sub-folders of `train/` sorted by name (by code point); samples are the image files of a class sorted
+by path, classes one after the other. Images are decoded when they are read, not before. A picture's EXIF orientation
+is not applied, as in the usual training pipelines, so that teachers trained with those see the same pixels.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FolderSplit:
         size: See `open_folder`.
 
     Raises:
-        DataError: The images differ in size and `size` is None (up to 1,000 of them are looked at), or one is unreadable.
+        DataError: The images differ in size and `size` is None (up to 1,000 are looked at), or one is unreadable.
     """
 
     def __init__(self, files: Sequence[str], labels: IntArray, size: int | None) -> None:

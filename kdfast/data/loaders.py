@@ -61,8 +61,8 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
 
     Args:
         split: What to load.
-        kind: A key of LOADERS, or `auto`: resident when the decoded split fits a quarter of the memory of `device`, else
-            ffcv.
+        kind: A key of LOADERS, or `auto`: resident when the decoded split fits a quarter of the memory of `device`,
+            else ffcv.
         device: Where training runs. The resident loader's batches are there, the ffcv loader's on the CPU.
 
     Returns:
@@ -78,8 +78,8 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
         kind = "resident" if need * _SHARE <= have else "ffcv"
         if kind == "ffcv" and not isinstance(split, BetonSplit):
             raise UsageError(
-                f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the {have / 1e9:.1f} GB of {place}; "
-                f"{_CONVERT}, or insist with --loader resident"
+                f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the {have / 1e9:.1f} GB of "
+                f"{place}; {_CONVERT}, or insist with --loader resident"
             )
     if kind not in LOADERS:
         raise UsageError(f"the loader is {kind!r}; needed: auto, {', '.join(LOADERS)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy.typing as npt
 import torch
@@ -32,7 +32,7 @@ class ResidentLoader:
         self._shape = split.shape
         self._rows: Tensor | None = _decoded(split, torch.device(device)).flatten(1)
 
-    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, ids: npt.ArrayLike, batch_size: int) -> Generator[Tensor, None, None]:
         """Gather the samples `ids` in their order.
 
         Args:
@@ -55,7 +55,7 @@ class ResidentLoader:
         """Give the memory back."""
         self._rows = None
 
-    def _epoch(self, rows: Tensor, order: IntArray, batch_size: int) -> Iterator[Tensor]:
+    def _epoch(self, rows: Tensor, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
         places = torch.from_numpy(order).to(rows.device)
         buffer = torch.empty((min(batch_size, len(order)), rows.shape[1]), dtype=torch.uint8, device=rows.device)
         for start in range(0, len(order), batch_size):
