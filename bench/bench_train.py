@@ -21,7 +21,7 @@ from kdfast.data.subset import write_subset
 from kdfast.distill.plan import Inputs, Plan, prepare
 from kdfast.distill.trainer import Trainer
 from kdfast.nets.checkpoint import load_model
-from kdfast.teacher.cache import build_cache
+from kdfast.teacher.build import build_cache
 
 VIEWS = 4
 

@@ -43,7 +43,18 @@ PRESETS = {
         fraction=0.1,
         views=9,
         seeds=(0, 1, 2),
-        student_flags=("--epochs", "60", "--batch-size", "32", "--lr", "0.1", "--schedule", "cosine", "--eval-every", "5"),
+        student_flags=(
+            "--epochs",
+            "60",
+            "--batch-size",
+            "32",
+            "--lr",
+            "0.1",
+            "--schedule",
+            "cosine",
+            "--eval-every",
+            "5",
+        ),
         teacher_flags=("--epochs", "12", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
     ),
     "cifar10": Preset(
@@ -93,7 +104,9 @@ def run_seed(preset: Preset, data: str, teacher: Path, out: Path, seed: int) -> 
     if not subset.exists():
         kdfast("prune", "--data", data, "--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed),
                "--out", subset)  # fmt: skip
-    kdfast("cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views), "--out", cache)
+    kdfast(
+        "cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views), "--out", cache
+    )
     common = ("--data", data, "--subset", subset, "--student", preset.student, "--seed", str(seed))
     runs = {"KD": out / f"kd-{seed}", "no KD": out / f"plain-{seed}"}
     kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *preset.student_flags, "--out", runs["KD"])

@@ -16,12 +16,17 @@ def distill(
     data: options.Data,
     student: Annotated[str, typer.Option("--student", help="Network, such as resnet8; torchvision:NAME or timm:NAME.")],
     out: Annotated[Path, typer.Option("--out", help="The run's folder; the same command resumes it.")],
-    subset: Annotated[str | None, typer.Option("--subset", help="idx.npy; without it the whole training split.")] = None,
+    subset: Annotated[
+        str | None, typer.Option("--subset", help="idx.npy; without it the whole training split.")
+    ] = None,
     cache: Annotated[str | None, typer.Option("--cache", help="The teacher's cache: logits are looked up.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", help="Without --cache: run this teacher on the fly, on the same views. With it: the "
-                     "teacher that the cache must be of."),
+        typer.Option(
+            "--teacher",
+            help="Without --cache: run this teacher on the fly, on the same views. With it: the "
+            "teacher that the cache must be of.",
+        ),
     ] = None,
     epochs: training.Epochs = 240,
     batch_size: training.BatchSize = 64,
@@ -32,8 +37,11 @@ def distill(
     warmup_epochs: training.Warmup = 0.0,
     alpha: Annotated[
         str,
-        typer.Option("--alpha", help="Weight of the teacher's term in [0, 1]; 0: plain training; auto: 1 at a tenth of "
-                     "the data and less, falling to 0.5 at seven tenths and more."),
+        typer.Option(
+            "--alpha",
+            help="Weight of the teacher's term in [0, 1]; 0: plain training; auto: 1 at a tenth of "
+            "the data and less, falling to 0.5 at seven tenths and more.",
+        ),
     ] = "auto",
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term.")] = 4.0,
     views: training.Views = 0,

@@ -27,7 +27,7 @@ def evaluate(
 
     loaded = load_model(model)
     source = open_source(data, size=size)
-    scores = evaluate_model(loaded, source.test, device=resolve_device(device))
+    scores = evaluate_model(loaded, source.test, device=resolve_device(device), views=source.views)
     if as_json:
         print(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))
     else:

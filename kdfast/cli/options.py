@@ -30,7 +30,9 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
     unknown = sorted(defaults.keys() - known)
     if unknown:
-        raise UsageError(f"--config {path}: no option {', '.join(unknown)}; known: {', '.join(sorted(map(str, known)))}")
+        raise UsageError(
+            f"--config {path}: no option {', '.join(unknown)}; known: {', '.join(sorted(map(str, known)))}"
+        )
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

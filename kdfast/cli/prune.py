@@ -15,7 +15,9 @@ from kdfast.errors import UsageError
 def prune(
     data: options.Data,
     fraction: Annotated[float, typer.Option("--fraction", help="Share of the training split to keep, in (0, 1].")],
-    out: Annotated[Path, typer.Option("--out", help="idx.npy: int64 indices; its provenance goes beside it, idx.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="idx.npy: int64 indices; its provenance goes beside it, idx.json.")
+    ],
     method: Annotated[str, typer.Option("--method", help="How samples are scored: random.")] = "random",
     rule: Annotated[str, typer.Option("--rule", help="How scores choose: hard (keep the highest).")] = "hard",
     balanced: Annotated[
@@ -43,9 +45,7 @@ def prune(
     source = open_source(data, size=size)
     labels = source.train.labels
     started = time.perf_counter()
-    ids = choose(
-        score(method, ScoreInputs(labels, seed)), labels, fraction, rule=rule, balance=balance, seed=seed
-    )
+    ids = choose(score(method, ScoreInputs(labels, seed)), labels, fraction, rule=rule, balance=balance, seed=seed)
     seconds = time.perf_counter() - started
     counts = [int((labels[ids] == label).sum()) for label in range(len(source.classes))]
     print(

@@ -87,7 +87,9 @@ def import_(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")],
     data: options.Data,
     net: Net,
-    mean: Annotated[str, typer.Option("--mean", help="Channel means the teacher was trained with, as a,b,c in [0, 1].")],
+    mean: Annotated[
+        str, typer.Option("--mean", help="Channel means the teacher was trained with, as a,b,c in [0, 1].")
+    ],
     std: Annotated[str, typer.Option("--std", help="Channel standard deviations, as a,b,c.")],
     out: ModelOut,
     size: options.Size = None,
@@ -106,11 +108,9 @@ def import_(
     model, report = import_checkpoint(
         checkpoint, net=net, classes=len(source.classes), class_names=source.classes, normalization=normalization
     )
-    print(report)
-    scores = evaluate(model, source.test, device=resolve_device(device))
-    model.metadata.update(
-        {"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]}
-    )
+    print(report.summary())
+    scores = evaluate(model, source.test, device=resolve_device(device), views=source.views)
+    model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
     save_model(out, model)
     print(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
 

@@ -24,8 +24,11 @@ Schedule = Annotated[
 Warmup = Annotated[float, typer.Option("--warmup-epochs", help="Epochs of linear warm-up.")]
 Views = Annotated[
     int,
-    typer.Option("--views", help="Distinct augmentation views a sample may be seen in; 0: all the cache holds, or all "
-                 "there are; 1: the image as it is, an approximation that overfits fixed targets."),
+    typer.Option(
+        "--views",
+        help="Distinct augmentation views a sample may be seen in; 0: all the cache holds, or all "
+        "there are; 1: the image as it is, an approximation that overfits fixed targets.",
+    ),
 ]
 ViewSeed = Annotated[int, typer.Option("--view-seed", help="Seed of the choice of those views.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, or bf16 / fp16 for automatic mixed precision.")]
@@ -71,8 +74,10 @@ def _writer(out: Path) -> Any:
 
 def summary(result: dict[str, Any], out: Path) -> str:
     """Two lines about a finished run."""
-    side = f"alpha {result['alpha']:g}" if result["targets"] is None else (
-        f"alpha {result['alpha']:g}, targets from {result['targets']}, {result['views']} views"
+    side = (
+        f"alpha {result['alpha']:g}"
+        if result["targets"] is None
+        else (f"alpha {result['alpha']:g}, targets from {result['targets']}, {result['views']} views")
     )
     return (
         f"top-1 {result['test_top1']:.2f}  top-5 {result['test_top5']:.2f}  on the test split "

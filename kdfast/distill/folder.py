@@ -61,7 +61,9 @@ class RunFolder:
             write_json(file, self._config)
             return
         if self.resume == "never":
-            raise OutputError(f"{self.path} already holds a run; choose another --out, or --resume auto to go on with it")
+            raise OutputError(
+                f"{self.path} already holds a run; choose another --out, or --resume auto to go on with it"
+            )
         held = read_json(file)
         changed = sorted(k for k in {*held, *self._config} if held.get(k) != self._config.get(k))
         if changed:

@@ -177,9 +177,7 @@ def _teacher_side(
     if inputs.cache is None:
         return None, teacher
     started = time.perf_counter()
-    cache = TeacherCache.open(
-        inputs.cache, fingerprint=source.fingerprint, teacher=teacher, views=source.views, classes=len(source.classes)
-    )
+    cache = TeacherCache.open(inputs.cache, source=source, teacher=teacher)
     cache.require(ids)
     costs["open cache"] = time.perf_counter() - started
     costs["cache"] = float(cache.manifest["seconds"])
@@ -190,5 +188,7 @@ def _count_views(asked: int, available: int, cache: TeacherCache | None) -> int:
     most = available if cache is None else cache.n_views
     if asked > most:
         held = f"the data has {available}" if cache is None else f"the cache holds {most} (of {available})"
-        raise UsageError(f"--views is {asked}, but {held}; lower it" + ("" if cache is None else " or cache more views"))
+        raise UsageError(
+            f"--views is {asked}, but {held}; lower it" + ("" if cache is None else " or cache more views")
+        )
     return asked or most

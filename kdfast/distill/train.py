@@ -125,9 +125,10 @@ class _Run:
         trainer, watch = self.trainer, self.watch
         row = trainer.take_metrics()
         if epoch_ended and watch.eval_every and (row["epoch"] + 1) % watch.eval_every == 0:
-            scores = evaluate(trainer.model(), trainer.plan.source.test, device=trainer.plan.device)
+            scores = evaluate(
+                trainer.model(), trainer.plan.source.test, device=trainer.plan.device, views=trainer.plan.source.views
+            )
             row |= {"test_top1": scores["top1"], "test_loss": scores["loss"]}
-            trainer.net.train()
         self.metrics.append(row)
         if watch.writer is not None:
             for name in sorted(row.keys() - {"step", "epoch"}):
@@ -141,7 +142,7 @@ class _Run:
         trainer, plan = self.trainer, self.trainer.plan
         started = time.perf_counter()
         model = trainer.model()
-        scores = evaluate(model, plan.source.test, device=plan.device)
+        scores = evaluate(model, plan.source.test, device=plan.device, views=plan.source.views)
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)

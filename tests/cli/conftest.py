@@ -56,13 +56,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher trained on the tiny data."""
-    from kdfast.data.sources import open_source
     from kdfast.device import resolve_device
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.plan import Inputs, prepare
     from kdfast.distill.train import train
 
-    open_source(tiny)
     folder = tmp_path_factory.mktemp("teacher") / "run"
     settings = {"student": "resnet8", "epochs": 3, "batch_size": 20, "lr": 0.05, "schedule": "cosine"}
     plan = prepare(Inputs(str(tiny)), settings, alpha="0", device=resolve_device("cpu"))
@@ -76,7 +74,7 @@ def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
     """That teacher's cache of three views of every sample."""
     from kdfast.data.sources import open_source
     from kdfast.nets.checkpoint import load_model
-    from kdfast.teacher.cache import build_cache
+    from kdfast.teacher.build import build_cache
 
     out = tmp_path_factory.mktemp("cache") / "cache"
     build_cache(open_source(tiny), load_model(teacher), out, n_views=3)

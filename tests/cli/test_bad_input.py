@@ -110,7 +110,17 @@ def test_a_malicious_pickle_as_cifar_archive(kdfast, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_architecture_or_class_count(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     weights = torch.load(teacher, weights_only=True)["state_dict"]
     torch.save(weights, tmp_path / "foreign.pt")
-    command = ("teacher", "import", tmp_path / "foreign.pt", "--mean", "0,0,0", "--std", "1,1,1", "--out", tmp_path / "t")
+    command = (
+        "teacher",
+        "import",
+        tmp_path / "foreign.pt",
+        "--mean",
+        "0,0,0",
+        "--std",
+        "1,1,1",
+        "--out",
+        tmp_path / "t",
+    )
     expect(kdfast(*command, "--data", tiny, "--net", "resnet14"), 3, "resnet14|missing|layer")
     expect(kdfast(*command, "--data", "digits", "--net", "resnet8"), 3, "class")
     assert not (tmp_path / "t").exists()

@@ -15,7 +15,10 @@ import torch
 
 def start(command: list[object]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "kdfast", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "kdfast", *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -11,7 +11,9 @@ import pytest
 @pytest.mark.parametrize("code", ["import kdfast", "import kdfast.cli"])
 def test_no_heavy_import(code: str) -> None:
     script = f"import sys; {code}; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert loaded.isdisjoint({"torch", "numba", "ffcv", "triton", "scipy", "sklearn", "matplotlib", "numpy"})
 
 
