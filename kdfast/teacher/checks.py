@@ -1,0 +1,69 @@
+"""Whether a cache is whole, and whether it belongs to the data and the teacher at hand."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kdfast.data.views import ViewSpec
+from kdfast.errors import CacheMismatch, DataError
+from kdfast.files import sha256_file
+from kdfast.nets.checkpoint import Model
+from kdfast.teacher.manifest import differences
+
+_THREADS = 8
+
+
+def require_match(
+    folder: Path,
+    manifest: dict[str, Any],
+    fingerprint: str | None,
+    views: ViewSpec | None,
+    classes: int | None,
+    teacher: Model | None,
+) -> None:
+    """Compare a manifest with the data and the teacher that a cache is to be used with; None is not compared.
+
+    Raises:
+        CacheMismatch: Something differs; all of it is named.
+    """
+    data: dict[str, Any] = {"fingerprint": fingerprint, "classes": classes}
+    needed: dict[str, Any] = {"data": {key: value for key, value in data.items() if value is not None}}
+    if views is not None:
+        needed["views"] = {"spec": views.to_dict()}
+    if teacher is not None:
+        norm = teacher.normalization
+        needed["teacher"] = {
+            "net": teacher.name,
+            "digest": teacher.digest,
+            "mean": list(norm.mean),
+            "std": list(norm.std),
+        }
+    if odd := differences(manifest, needed):
+        raise CacheMismatch(
+            f"{folder} was not made for this: {'; '.join(odd)}. Give the cache of this data and teacher, or build one"
+        )
+
+
+def require_sound(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Compare size and SHA-256 of every file with the manifest's, on several threads.
+
+    Raises:
+        CacheMismatch: A file is missing or has changed.
+    """
+
+    def fault(name: str) -> str | None:
+        path = folder / name
+        try:
+            if path.stat().st_size != files[name]["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, needed {files[name]['bytes']}"
+            return None if sha256_file(path) == files[name]["sha256"] else f"{name} has another SHA-256"
+        except (OSError, DataError) as error:
+            return f"{name} cannot be read ({error})"
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        faults = [found for found in pool.map(fault, files) if found is not None]
+    if faults:
+        raise CacheMismatch(f"{folder} is damaged: {'; '.join(faults[:3])}. Delete it and build the cache again")

@@ -1,0 +1,83 @@
+"""A teacher made ready to answer fast: evaluation mode, batch norms folded, channels_last, on its device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdfast.data.counter import IntArray
+from kdfast.data.views import ViewSpec, apply_views
+from kdfast.nets.checkpoint import Model
+from kdfast.nets.head import logits_and_features
+from kdfast.teacher.fold import fold_batch_norms
+
+Precision = Literal["float32", "bfloat16"]
+
+# Measured with ResNet-32 and ResNet-56 on 32x32 images: larger batches leave the CPU's caches and halve the speed.
+_CPU_BATCH = 192
+_CUDA_BATCH = 1024
+
+
+def default_batch(device: torch.device) -> int:
+    """Images per forward pass that suit a device."""
+    return _CPU_BATCH if device.type == "cpu" else _CUDA_BATCH
+
+
+class Forward:
+    """Feeds views of raw images to a teacher, normalised as the teacher wants them.
+
+    Args:
+        model: The teacher. It is copied, not changed.
+        spec: The views there are.
+        device: Where to compute.
+        batch_size: Images per forward pass.
+    """
+
+    def __init__(self, model: Model, spec: ViewSpec, device: torch.device, batch_size: int) -> None:
+        self.device = device
+        self._batch_size = batch_size
+        self._spec = spec
+        self._normalization = model.normalization
+        self._net = fold_batch_norms(copy.deepcopy(model.net).eval()).to(device=device)
+        self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def identity(self, images: Tensor, ids: IntArray) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) and features (n, D), float32 on the CPU, of the identity view of uint8 images (n, H, W, 3)."""
+        views = torch.full((len(ids),), self._spec.identity)
+        parts = [logits_and_features(self._net, self._feed(images, views, ids, s)) for s in self._slices(len(ids))]
+        logits, features = (torch.cat([part[side].float().cpu() for part in parts]) for side in (0, 1))
+        return logits, features
+
+    @torch.inference_mode()
+    def views(self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision) -> Tensor:
+        """Logits of several views of each image.
+
+        Args:
+            images: uint8 (n, H, W, 3), on the device.
+            view_ids: (n, V).
+            ids: Original sample indices (n,).
+            precision: Of the arithmetic inside the network.
+
+        Returns:
+            float32 (n, V, C) on the CPU.
+        """
+        count, n_views = view_ids.shape
+        flat = torch.from_numpy(view_ids.reshape(-1))
+        row = torch.arange(count).repeat_interleave(n_views)
+        parts = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            for piece in self._slices(len(flat)):
+                rows = row[piece]
+                inputs = self._feed(images[rows.to(self.device)], flat[piece], ids[rows.numpy()], slice(None))
+                parts.append(self._net(inputs).float())
+        return torch.cat(parts).cpu().reshape(count, n_views, -1)
+
+    def _slices(self, count: int) -> list[slice]:
+        return [slice(start, start + self._batch_size) for start in range(0, count, self._batch_size)]
+
+    def _feed(self, images: Tensor, view_ids: Tensor, ids: IntArray, piece: slice) -> Tensor:
+        return apply_views(images[piece], view_ids[piece], self._spec, self._normalization, sample_ids=ids[piece])
