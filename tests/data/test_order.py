@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kdfast.data.order import batch_count, epoch_order, rank_batches
+from kdfast.errors import SubsetError, UsageError
+
+
+def test_orders_are_pinned():
+    ids = np.arange(10)
+    assert epoch_order(ids, 0, 0).tolist() == [3, 1, 9, 6, 2, 4, 7, 8, 0, 5]
+    assert epoch_order(ids, 0, 1).tolist() == [5, 9, 1, 7, 0, 4, 3, 6, 2, 8]
+    assert epoch_order(ids, 1, 0).tolist() == [8, 1, 9, 7, 2, 6, 5, 4, 0, 3]
+
+
+@given(
+    st.lists(st.integers(0, 2**40), unique=True, max_size=50), st.integers(0, 2**64), st.integers(0, 1000), st.data()
+)
+def test_an_order_is_a_permutation_that_ignores_the_order_of_its_input(ids, seed, epoch, data):
+    order = epoch_order(np.array(ids, np.int64), seed, epoch)
+    assert sorted(order.tolist()) == sorted(ids)
+    again = epoch_order(np.array(data.draw(st.permutations(ids)), np.int64), seed, epoch)
+    assert order.tolist() == again.tolist()
+
+
+def test_orders_are_uniform_and_change_with_the_epoch():
+    ids = np.arange(4)
+    rows = np.stack([epoch_order(ids, 0, epoch) for epoch in range(24_000)])
+    _, counts = np.unique(rows @ 4 ** np.arange(4), return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-3
+    step = np.bincount((rows[1:, 0] - rows[:-1, 0]) % 4, minlength=4)
+    assert stats.chisquare(step).pvalue > 1e-3
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6), st.booleans(), st.data())
+def test_shares_join_to_the_global_batches_at_any_start(n, batch, world, drop_last, data):
+    world = min(world, batch)
+    if drop_last and n < batch:
+        n = batch
+    order = epoch_order(np.arange(n), 3, 0)
+    whole = [order[i : i + batch].tolist() for i in range(0, n, batch) if not drop_last or i + batch <= n]
+    assert batch_count(n, batch, drop_last=drop_last) == len(whole)
+    start = data.draw(st.integers(0, len(whole)))
+    shares = [
+        list(rank_batches(order, batch, start=start, rank=rank, world=world, drop_last=drop_last))
+        for rank in range(world)
+    ]
+    assert all(len(share) == len(whole) - start for share in shares)
+    for step, expected in enumerate(whole[start:]):
+        parts = [share[step].tolist() for share in shares]
+        assert [i for part in parts for i in part] == expected
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_rank_gets_the_global_batches():
+    batches = [b.tolist() for b in rank_batches(np.arange(7), 3)]
+    assert batches == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"start": 4}, {"start": -1}, {"rank": 2, "world": 2}, {"rank": -1}, {"world": 0}, {"world": 4}],
+)
+def test_senseless_options_are_refused_before_the_first_batch(options):
+    with pytest.raises(UsageError):
+        rank_batches(np.arange(7), 3, **options)
+
+
+def test_an_epoch_without_batches_is_refused():
+    with pytest.raises(SubsetError, match="no batch of 8"):
+        rank_batches(np.arange(7), 8, drop_last=True)
+    with pytest.raises(SubsetError, match="0 samples"):
+        batch_count(0, 8)
+    with pytest.raises(UsageError, match="batch size 0"):
+        batch_count(7, 0)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdfast
+from kdfast.data.subset import class_budgets, read_subset, subset_size, write_subset
+from kdfast.errors import OutputError, SubsetError
+
+PROVENANCE = {"data": "f" * 64, "method": "el2n", "parameters": {"fraction": 0.5}, "seed": 0, "seconds": 1.5}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(array, **options):
+        np.save(tmp_path / "idx.npy", array, **options)
+        return tmp_path / "idx.npy"
+
+    return save
+
+
+def refuse(path, match, n=10, **options):
+    with pytest.raises(SubsetError, match=match) as caught:
+        read_subset(path, n=n, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plain_numpy_file_is_a_subset_in_its_own_order(saved):
+    path = saved(np.array([7, 0, 9]))
+    subset = read_subset(path, n=10, fingerprint="anything", batch_size=3)
+    assert subset.ids.tolist() == [7, 0, 9]
+    assert subset.ids.dtype == np.int64
+    assert (subset.provenance, subset.path) == (None, path)
+
+
+def test_a_written_subset_reads_back_with_its_provenance(tmp_path):
+    path = tmp_path / "idx.npy"
+    write_subset(path, np.array([7, 0, 9]), PROVENANCE)
+    assert sorted(os.listdir(tmp_path)) == ["idx.json", "idx.npy"]
+    subset = read_subset(str(path), n=10, fingerprint="f" * 64)
+    assert subset.ids.tolist() == [7, 0, 9]
+    assert subset.provenance is not None
+    assert PROVENANCE.items() <= subset.provenance.items()
+    assert subset.provenance["kdfast"] == kdfast.__version__
+    assert np.load(path).tolist() == [7, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.ones(10, bool), r"boolean mask \(10,\).*np\.flatnonzero"),
+        (np.arange(4.0), "float64.*int64"),
+        (np.arange(4, dtype=np.int32), "int32.*int64"),
+        (np.arange(4, dtype=np.uint64), "uint64.*int64"),
+        (np.arange(4, dtype=">i8"), ">i8.*int64"),
+        (np.arange(4)[:, None], r"int64 \(4, 1\).*one-dimensional"),
+        (np.array(3), "one-dimensional"),
+        (np.array(["1"]), "one-dimensional int64"),
+        (np.zeros(0, np.int64), "empty"),
+        (np.array([3, -1]), "negative.*-1"),
+        (np.array([3, 10]), "past the end, such as 10.*10 training samples, 0 to 9"),
+        (np.array([2**62]), "past the end"),
+        (np.array([3, 4, 3, 4, 4]), "repeats 3 indices, such as 4"),
+    ],
+)
+def test_arrays_that_are_no_subset_are_refused(saved, array, match):
+    refuse(saved(array), match)
+
+
+def test_fewer_samples_than_a_batch_are_refused(saved):
+    path = saved(np.arange(4))
+    refuse(path, "keeps 4 samples, fewer than one batch of 5", batch_size=5)
+    assert len(read_subset(path, n=10, batch_size=4).ids) == 4
+
+
+@pytest.mark.parametrize("cut", [1, 8, 40, 127, 135])
+def test_truncated_files_are_refused(saved, cut):
+    path = saved(np.arange(4))
+    path.write_bytes(path.read_bytes()[:-cut])
+    refuse(path, "truncated or not a plain")
+
+
+def test_files_that_are_no_plain_array_are_refused(tmp_path, saved):
+    refuse(saved(np.array([print, 1], object), allow_pickle=True), "pickles are not read")
+    for name, content in {"empty": b"", "text": b"1\n2\n3\n", "pickle": b"\x80\x04K\x01."}.items():
+        (tmp_path / name).write_bytes(content)
+        refuse(tmp_path / name, "not a plain .npy array")
+    np.savez(tmp_path / "a.npz", ids=np.arange(3))
+    refuse(tmp_path / "a.npz", "npz archive")
+    refuse(tmp_path / "missing.npy", "cannot read.*No such file")
+    refuse(tmp_path, "cannot read.*directory")
+
+
+def test_a_header_that_claims_more_than_memory_is_refused(saved):
+    path = saved(np.arange(4))
+    path.write_bytes(path.read_bytes().replace(b"(4,), }            ", b"(4000000000000000,), }"))
+    refuse(path, "truncated or not a plain")
+
+
+def test_a_subset_of_other_data_is_refused(tmp_path):
+    write_subset(tmp_path / "idx.npy", np.arange(4), PROVENANCE)
+    refuse(tmp_path / "idx.npy", "made of other data.*ffffffffffff.*000000000000", fingerprint="0" * 64)
+    assert len(read_subset(tmp_path / "idx.npy", n=10).ids) == 4
+
+
+def test_a_provenance_that_does_not_belong_to_the_indices_is_refused(tmp_path, saved):
+    write_subset(tmp_path / "idx.npy", np.arange(4), PROVENANCE)
+    path = saved(np.arange(5))
+    refuse(path, "idx.json describes other indices")
+    for text, match in (("{", "not valid JSON"), ("[1]", "no provenance"), ('{"data": 3, "ids": ""}', "no provenance")):
+        (tmp_path / "idx.json").write_text(text)
+        refuse(path, match)
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (np.ones(3, bool), "boolean"),
+        (np.array([1, 1]), "repeats"),
+        (np.array([-1]), "negative"),
+        (np.arange(3.0), "float"),
+    ],
+)
+def test_nothing_is_written_that_would_not_be_read(tmp_path, ids, match):
+    with pytest.raises(SubsetError, match=match):
+        write_subset(tmp_path / "idx.npy", ids, PROVENANCE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_writing_needs_a_name_a_fingerprint_and_a_folder(tmp_path):
+    with pytest.raises(SubsetError, match=r"named \.npy"):
+        write_subset(tmp_path / "idx", np.arange(3), PROVENANCE)
+    with pytest.raises(SubsetError, match="fingerprint"):
+        write_subset(tmp_path / "idx.npy", np.arange(3), {"method": "el2n"})
+    with pytest.raises(OutputError, match="No such file"):
+        write_subset(tmp_path / "missing" / "idx.npy", np.arange(3), PROVENANCE)
+
+
+def test_a_write_broken_off_between_the_two_files_is_noticed(tmp_path):
+    path = tmp_path / "idx.npy"
+    write_subset(path, np.arange(4), PROVENANCE)
+    old = path.read_bytes()
+    write_subset(path, np.arange(5), PROVENANCE)
+    path.write_bytes(old)
+    refuse(path, "describes other indices")
+    assert json.loads((tmp_path / "idx.json").read_text())["data"] == "f" * 64
+
+
+@given(st.integers(1, 10**6), st.floats(1e-6, 1.0))
+def test_sizes_are_the_rounded_fraction(n, fraction):
+    if round(fraction * n) == 0:
+        with pytest.raises(SubsetError, match="keeps none"):
+            subset_size(n, fraction)
+    else:
+        assert subset_size(n, fraction) == round(fraction * n)
+
+
+def test_known_sizes():
+    assert [subset_size(50_000, f) for f in (0.1, 0.3, 0.7, 1.0, 0.99999)] == [5000, 15000, 35000, 50000, 50000]
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_fractions_out_of_range_are_refused(fraction):
+    with pytest.raises(SubsetError, match="above 0 and at most 1"):
+        subset_size(100, fraction)
+
+
+def labels_of(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.data())
+def test_proportional_budgets_are_exact_and_within_one_of_the_quota(sizes, data):
+    n = sum(sizes)
+    total = data.draw(st.integers(1, n))
+    quotas = [total * size / n for size in sizes]
+    try:
+        budgets = class_budgets(labels_of(sizes), total).tolist()
+    except SubsetError:
+        # Refused only where a class's quota is below one.
+        assert min(quotas) < 1
+        return
+    assert sum(budgets) == total
+    for budget, size, quota in zip(budgets, sizes, quotas, strict=True):
+        assert 1 <= budget <= size
+        assert abs(budget - quota) < 1
+    rest = [quota % 1 for quota in quotas]
+    rounded_up = [r for b, q, r in zip(budgets, quotas, rest, strict=True) if b > q]
+    rounded_down = [r for b, q, r in zip(budgets, quotas, rest, strict=True) if b < q]
+    assert not rounded_up or not rounded_down or min(rounded_up) >= max(rounded_down) - 1e-9
+
+
+def test_known_budgets_and_ties():
+    assert class_budgets(labels_of([50, 30, 20]), 10).tolist() == [5, 3, 2]
+    assert class_budgets(labels_of([10, 10, 10]), 10).tolist() == [4, 3, 3]
+    assert class_budgets(labels_of([10, 10, 10]), 11).tolist() == [4, 4, 3]
+    assert class_budgets(labels_of([6, 1, 3]), 5).tolist() == [3, 1, 1]
+    assert class_budgets(labels_of([3, 0, 3]), 4).tolist() == [2, 0, 2]
+    assert class_budgets(labels_of([5000] * 10), 15_000).tolist() == [1500] * 10
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
+def test_equal_budgets_differ_by_at_most_one_or_a_class_is_too_small(sizes, data):
+    total = data.draw(st.integers(len(sizes), sum(sizes)))
+    needed = [total // len(sizes) + (label < total % len(sizes)) for label in range(len(sizes))]
+    if any(need > size for need, size in zip(needed, sizes, strict=True)):
+        with pytest.raises(SubsetError, match="equal budgets need"):
+            class_budgets(labels_of(sizes), total, "equal")
+        return
+    budgets = class_budgets(labels_of(sizes), total, "equal")
+    assert budgets.tolist() == needed
+
+
+def test_budgets_that_cannot_be_are_refused():
+    with pytest.raises(SubsetError, match=r"leaves 1 classes empty, the first is 1 with 1 samples"):
+        class_budgets(labels_of([99, 1]), 10)
+    with pytest.raises(SubsetError, match="class 1 has 3 samples and equal budgets need 5"):
+        class_budgets(labels_of([20, 3]), 10, "equal")
+    with pytest.raises(SubsetError, match="class 1 has 0 samples"):
+        class_budgets(labels_of([20, 0, 20]), 10, "equal")
+    with pytest.raises(SubsetError, match=r"1\.\.20"):
+        class_budgets(labels_of([20]), 21)
+    with pytest.raises(SubsetError, match=r"1\.\.20"):
+        class_budgets(labels_of([20]), 0)
+    with pytest.raises(SubsetError, match="'proportional' or 'equal'"):
+        class_budgets(labels_of([20]), 3, "fair")  # type: ignore[arg-type]
