@@ -7,28 +7,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops.backends import resolve
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def shift_views(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Tensor:
+def shift_views(images: Tensor, moves: Tensor, table: Tensor, *, pad: int, backend: str = "auto") -> Tensor:
     """Zero-pad each image, cut out a window of its own size, perhaps mirror it, and map pixels through a table.
 
     With `P` the image padded by `pad` black pixels on each side and `(top, left, flip)` the image's move,
     `out[c, y, x] = table[c, P[top + y, left + x', c]]`, where `x'` is `x`, or `W - 1 - x` when flip is 1.
+    All implementations agree to the bit.
 
     Args:
         images: `(B, H, W, 3)` uint8, on any device.
         moves: `(B, 3)` int32 on the CPU: top and left in `[0, 2 pad]`, flip in {0, 1}.
         table: `(3, 256)` floating: the value of each pixel value in each channel. Its dtype is the result's.
         pad: Width of the black border, in pixels.
+        backend: "auto", or an implementation's name in the row "views" of `kdfast.ops.backends`.
 
     Returns:
         `(B, 3, H, W)` in the table's dtype and in channels_last memory, on the images' device.
 
     Raises:
-        ShapeError: A shape or dtype is not as above, or a move leaves the padded image.
+        DataError: The images are not uint8.
+        ShapeError: Another shape or dtype is not as above, or a move leaves the padded image.
+        BackendUnavailable: A named implementation cannot run here.
     """
+    out: Tensor = _shift_views(images, moves, table, pad, backend)
+    return out
+
+
+@torch.library.custom_op("kdfast::shift_views", mutates_args=())
+def _shift_views(images: Tensor, moves: Tensor, table: Tensor, pad: int, backend: str) -> Tensor:
     check_images(images)
     _check_table(table)
     if moves.shape != (len(images), 3) or moves.dtype != torch.int32 or moves.device.type != "cpu":
@@ -38,7 +49,16 @@ def shift_views(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Te
         )
     if len(moves) and (int(moves.min()) < 0 or int(moves[:, :2].max()) > 2 * pad or int(moves[:, 2].max()) > 1):
         raise ShapeError(f"a move leaves the image padded by {pad}: top and left must be in 0..{2 * pad}, flip 0 or 1")
+    if resolve("views", images.device.type, backend=backend) == "native":
+        from kdfast.ops import native
+
+        return native.shift_views(images, moves, table.cpu(), pad)
     return shift_views_reference(images, moves, table, pad=pad)
+
+
+@_shift_views.register_fake
+def _(images: Tensor, moves: Tensor, table: Tensor, pad: int, backend: str) -> Tensor:
+    return images.new_empty(images.shape, dtype=table.dtype).permute(0, 3, 1, 2)
 
 
 def shift_views_reference(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Tensor:

@@ -1,0 +1,142 @@
+"""The dispatch table: which implementations each operator has on each device, best first.
+
+Rules:
+
+- ``backend="auto"`` takes the first entry of the row that can run here. When that is not the first of all, one warning
+  says why.
+- ``backend="name"`` takes that implementation or raises ``BackendUnavailable``; it never falls back.
+- ``KDFAST_BACKEND`` replaces ``"auto"``: one name for all operators (``reference``), or ``operator=name`` pairs
+  (``kd_loss=reference,views=native``). A name given in code wins over it.
+- ``"reference"`` is plain PyTorch, runs everywhere, and is the oracle of the tests.
+- Under ``TRITON_INTERPRET=1`` a Triton kernel may be named for CPU tensors, to test it; it is never chosen.
+
+A new operator adds a row a device to ``TABLE``, and to ``DTYPES`` what its kernels accept, where that is not everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from typing import NamedTuple
+
+from kdfast.errors import BackendUnavailable, UsageError
+
+__all__ = ["DTYPES", "TABLE", "Choice", "choices", "resolve"]
+
+TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("kd_loss", "cpu"): ("native", "reference"),
+    ("kd_loss", "cuda"): ("triton", "reference"),
+    ("views", "cpu"): ("native", "reference"),
+    ("views", "cuda"): ("reference",),
+}
+
+DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("kd_loss", "native"): ("float32", "bfloat16", "float16"),
+    ("kd_loss", "triton"): ("float32", "bfloat16", "float16"),
+}
+
+
+class Choice(NamedTuple):
+    """What runs for an operator on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def resolve(op: str, device: str, dtype: str | None = None, backend: str = "auto") -> str:
+    """Name of the implementation that runs ``op`` on tensors of ``device`` and ``dtype``.
+
+    Args:
+        op: Operator, the first half of a key of ``TABLE``.
+        device: Device type, such as ``"cpu"`` or ``"cuda"``.
+        dtype: Element type without ``torch.``, such as ``"float32"``; None skips that check.
+        backend: ``"auto"`` or the name of an implementation.
+
+    Raises:
+        BackendUnavailable: If a named implementation does not exist for the operator and device, or cannot run.
+        UsageError: If ``KDFAST_BACKEND`` cannot be read.
+    """
+    return _resolve(op, device, dtype, backend, os.environ.get("KDFAST_BACKEND", "")).backend
+
+
+def choices() -> list[Choice]:
+    """The choice for every row of the table, with its reason, in the order of the table. Warns about nothing."""
+    setting = os.environ.get("KDFAST_BACKEND", "")
+    found = []
+    for op, device in TABLE:
+        try:
+            named = _named(op, setting)
+            found.append(_choose(op, device, None, named or "auto", bool(named)))
+        except (BackendUnavailable, UsageError) as error:
+            found.append(Choice(op, device, "none", str(error)))
+    return found
+
+
+@functools.cache
+def _resolve(op: str, device: str, dtype: str | None, backend: str, setting: str) -> Choice:
+    named = _named(op, setting) if backend == "auto" else None
+    choice = _choose(op, device, dtype, named or backend, bool(named))
+    preferred = TABLE.get((op, device), ("reference",))[0]
+    if backend == "auto" and named is None and choice.backend != preferred:
+        warnings.warn(f"kdfast: {op} on {device} falls back to {choice.backend}: {choice.reason}", RuntimeWarning, 4)
+    return choice
+
+
+def _choose(op: str, device: str, dtype: str | None, backend: str, from_environment: bool) -> Choice:
+    row = TABLE.get((op, device), ("reference",))
+    if backend != "auto":
+        source = f"KDFAST_BACKEND={os.environ.get('KDFAST_BACKEND')}" if from_environment else f"backend={backend!r}"
+        problem = _problem(op, device, dtype, backend)
+        if problem:
+            raise BackendUnavailable(
+                f"{source}: {op} on {device} cannot use it: {problem}; "
+                f"implementations there are {', '.join(row)}, or 'auto' to let kdfast choose"
+            )
+        return Choice(op, device, backend, f"asked for by {source}")
+    problems = []
+    for name in row:
+        problem = _problem(op, device, dtype, name)
+        if problem is None:
+            return Choice(op, device, name, "; ".join(problems) or "preferred")
+        problems.append(f"{name}: {problem}")
+    raise BackendUnavailable(f"{op} on {device} has no implementation that can run: {'; '.join(problems)}")
+
+
+def _named(op: str, setting: str) -> str | None:
+    chosen = None
+    for entry in filter(None, (part.strip() for part in setting.split(","))):
+        left, separator, right = entry.partition("=")
+        if separator and left not in {name for name, _ in TABLE}:
+            known = ", ".join(sorted({name for name, _ in TABLE}))
+            raise UsageError(f"KDFAST_BACKEND={setting!r}: there is no operator {left!r}; operators are {known}")
+        if not separator:
+            chosen = entry if chosen is None else chosen
+        elif left == op:
+            chosen = right
+    return None if chosen == "auto" else chosen
+
+
+def _problem(op: str, device: str, dtype: str | None, backend: str) -> str | None:
+    """Why a backend cannot run, or None."""
+    row = TABLE.get((op, device), ("reference",))
+    interpreted = backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend not in row and not (interpreted and "triton" in TABLE.get((op, "cuda"), ())):
+        return "it has no such implementation"
+    accepted = DTYPES.get((op, backend))
+    if dtype is not None and accepted is not None and dtype not in accepted:
+        return f"it takes {', '.join(accepted)}, not {dtype}"
+    module = {"native": "kdfast._native", "triton": "triton"}.get(backend)
+    return None if module is None else _import_problem(module)
+
+
+@functools.cache
+def _import_problem(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return f"{module} cannot be imported ({error})"
+    return None

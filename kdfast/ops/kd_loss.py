@@ -1,0 +1,238 @@
+"""Knowledge-distillation loss: cross-entropy with the labels plus temperature-scaled KL divergence from a teacher.
+
+For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = softmax(t / T), a row's loss is
+
+    (1 - alpha) CE(softmax(z), y) + alpha T^2 KL(q_T || p_T)
+
+and its gradient (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
+
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.ops import backends
+from kdfast.ops.kd_loss_checks import TopKTeacher, check_call, check_values, number
+from kdfast.ops.kd_loss_op import EagerKDLoss, Operands, Options, kd_loss_op, launch, plain_eager
+from kdfast.ops.kd_loss_reference import reference_loss, reference_terms
+
+__all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
+
+
+def kd_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    teacher: Tensor | TopKTeacher,
+    rows: Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 4.0,
+    t_squared: bool = True,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    direction: str = "forward",
+    validate: bool = False,
+) -> Tensor:
+    """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
+
+    Reads float32, bfloat16 or float16, sums in float32 and wider, returns float32; the gradient has the dtype of ``logits``.
+    Autocast changes nothing. ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated once. float64
+    logits run on the reference implementation.
+
+    A class with logit -inf is masked: it has probability zero. Where the student masks a class that the teacher gives mass,
+    the forward divergence is infinite, as it is in the mathematics; NaN logits give a NaN loss.
+
+    Args:
+        logits: (N, C) student logits, any strides.
+        labels: (N,) int64 classes; None is allowed when ``alpha`` is 1.
+        teacher: (M, C) raw teacher logits, any floating dtype the student may have, on the device of ``logits``; or a
+            ``TopKTeacher``, which holds k classes a row.
+        rows: (N,) int64, the teacher's row for each sample, in any order and with repetitions; None: row i for sample i,
+            which needs M = N.
+        alpha: Weight of the divergence, in [0, 1]; the cross-entropy has 1 - alpha. At 0 the teacher is not read.
+        temperature: T > 0, for the divergence only.
+        t_squared: Whether the divergence is multiplied by T^2, which keeps its gradient's size independent of T.
+        ignore_index: Rows with this label have loss and gradient zero, and do not count in the mean.
+        weights: (N,) factors of the rows; a mean divides by the sum of the counted ones.
+        reduction: "mean", "sum" or "none". A mean over no row at all is 0.
+        backend: "auto", or an implementation named in ``kdfast.ops.backends.TABLE``.
+        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
+        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device. On a
+            CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
+
+    Returns:
+        The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
+
+    Raises:
+        ShapeError: If shapes do not fit, or alpha or the temperature lies outside its range.
+        TypeError: If a dtype or a device does not fit, or the teacher requires a gradient.
+        IndexError: If a label, a row or a class id lies outside its range.
+        BackendUnavailable: If a named backend cannot run here.
+
+    Source: https://arxiv.org/abs/1503.02531, section 2.
+    """
+    alpha, temperature = number("alpha", alpha), number("temperature", temperature)
+    options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
+    operands = check_call(logits, labels, teacher, rows, weights, options, direction)
+    name = _backend_of(logits.device.type, logits.dtype, backend)
+    if validate or (name == "reference" and logits.device.type == "cpu"):
+        check_values(operands, options, validate)
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        return _weighted(operands, options, name)
+    return _dispatch(operands, options, name)
+
+
+def kd_loss_terms(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | TopKTeacher,
+    rows: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    direction: str = "forward",
+) -> tuple[Tensor, Tensor]:
+    """Each row's cross-entropy and divergence, for logging: without weights, alpha and T^2, and without a gradient.
+
+    Args:
+        logits: (N, C) student logits.
+        labels: (N,) int64 classes.
+        teacher: (M, C) raw teacher logits, or a ``TopKTeacher``.
+        rows: (N,) int64 teacher rows, or None.
+        temperature: T > 0.
+        ignore_index: Rows with this label are 0 in both.
+        backend: As in ``kd_loss``.
+        direction: As in ``kd_loss``.
+
+    Returns:
+        Two tensors (N,), in nats.
+
+    Raises:
+        ShapeError, TypeError, IndexError, BackendUnavailable: As ``kd_loss``.
+    """
+    temperature = number("temperature", temperature)
+    options = Options(0.5, temperature, True, ignore_index, "none", direction == "reverse")
+    operands = check_call(logits.detach(), labels, teacher, rows, None, options, direction)
+    name = _backend_of(logits.device.type, logits.dtype, backend)
+    if name == "native" and plain_eager(operands.logits):
+        from kdfast.ops import native
+
+        terms = (torch.empty(logits.shape[0]), torch.empty(logits.shape[0]))
+        native.kd_loss(*operands, **options._asdict(), hold=1.0, need_grad=False, terms=terms)
+        return terms
+    if name == "reference":
+        if logits.device.type == "cpu":
+            check_values(operands, options, False)
+        ce, kl, _ = reference_terms(
+            *operands[:6], temperature=temperature, ignore_index=ignore_index, reverse=options.reverse
+        )
+        return ce, kl
+    return (
+        _dispatch(operands, options._replace(alpha=0.0), name),
+        _dispatch(operands, options._replace(alpha=1.0, t_squared=False), name),
+    )
+
+
+class KDLoss(nn.Module):
+    """``kd_loss`` as a module; the arguments that stay the same are given once.
+
+    Args:
+        alpha: As in ``kd_loss``; may be changed between calls (``loss.alpha = ...``).
+        temperature: As in ``kd_loss``.
+        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction``, ``validate``, as in ``kd_loss``.
+
+    Raises:
+        TypeError: On an option that ``kd_loss`` does not have.
+    """
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 4.0, **options: Any) -> None:
+        super().__init__()
+        known = {"t_squared", "ignore_index", "reduction", "backend", "direction", "validate"}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise TypeError(f"KDLoss was given {', '.join(unknown)}; its options are alpha, temperature, {', '.join(sorted(known))}")
+        self.alpha = alpha
+        self.temperature = temperature
+        self.options = options
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        teacher: Tensor | TopKTeacher,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``kd_loss``; shapes as there."""
+        return kd_loss(
+            logits, labels, teacher, rows, weights=weights, alpha=self.alpha, temperature=self.temperature, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return ", ".join(f"{k}={v!r}" for k, v in {"alpha": self.alpha, "temperature": self.temperature, **self.options}.items())
+
+
+def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
+    """Keep the k largest classes of each row of full teacher logits.
+
+    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C that is a lower bound
+    of the full divergence: the teacher no longer says how the rest is spread.
+
+    Args:
+        teacher: (M, C) raw logits.
+        k: Classes to keep, 1 <= k <= C.
+        temperature: The T that the loss will use; the mass of the rest depends on it.
+
+    Raises:
+        ShapeError: If k lies outside [1, C].
+    """
+    from kdfast.errors import ShapeError
+
+    if not 1 <= k <= teacher.shape[1]:
+        raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
+    values, classes = teacher.topk(k, 1)
+    rest = (teacher.double() / temperature).scatter(1, classes, -torch.inf)
+    return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _backend_of(device: str, dtype: torch.dtype, backend: str) -> str:
+    return backends.resolve("kd_loss", device, str(dtype).removeprefix("torch."), backend)
+
+
+def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference_loss(*operands, **options._asdict())
+    logits = operands.logits
+    if not torch.compiler.is_compiling() and plain_eager(logits):
+        if torch.is_grad_enabled() and logits.requires_grad:
+            loss: Tensor = EagerKDLoss.apply(logits, backend, operands, options)
+            return loss
+        return launch(backend, operands, options, need_grad=False)[0]
+    # Inside torch.func a wrapped tensor does not say whether an outer transform differentiates it.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    need_grad = torch.is_grad_enabled() and (logits.requires_grad or transformed)
+    return kd_loss_op(*operands, *options, backend, need_grad)[0]
+
+
+def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:
+    """The loss when the weights are to get a gradient too: rows from the kernel, the rest in PyTorch."""
+    weights = operands.weights
+    assert weights is not None
+    loss = _dispatch(operands._replace(weights=None), options._replace(reduction="none"), backend) * weights
+    if options.reduction == "none":
+        return loss
+    if options.reduction == "sum":
+        return loss.sum()
+    labels = operands.labels
+    mass = weights.sum() if labels is None else (weights * (labels != options.ignore_index)).sum()
+    return loss.sum() / torch.where(mass == 0, 1, mass)

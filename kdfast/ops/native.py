@@ -1,0 +1,138 @@
+"""The only importer of the compiled extension: turns CPU tensors into addresses, sizes and strides, and allocates outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast import _native
+
+__all__ = ["isa", "kd_loss", "scale_rows", "shift_views"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+_WIDEST_ISA = 2
+
+
+def isa() -> str:
+    """The widest instruction set the kernels use here: ``"x86-64-v4"``, ``"x86-64-v3"`` or ``"default"``."""
+    name: str = _native.isa()
+    return name
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    rows, cols = x.shape
+    row_stride, col_stride = x.stride()
+    return x.data_ptr(), rows, cols, row_stride, col_stride, _DTYPES[x.dtype]
+
+
+def kd_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    teacher: Tensor,
+    rows: Tensor | None,
+    classes: Tensor | None,
+    tail: Tensor | None,
+    weights: Tensor | None,
+    *,
+    alpha: float,
+    temperature: float,
+    t_squared: bool,
+    ignore_index: int,
+    reduction: str,
+    reverse: bool,
+    hold: float,
+    need_grad: bool,
+    terms: tuple[Tensor, Tensor] | None = None,
+    isa_limit: int = _WIDEST_ISA,
+) -> tuple[Tensor, Tensor]:
+    """Loss (scalar, or (N,) for "none") in float32 and its gradient times ``hold`` ((N, C), or empty when not needed).
+
+    ``terms``, two float32 tensors (N,), receive each row's cross-entropy and divergence. ``isa_limit`` (0, 1, 2: baseline,
+    x86-64-v3, x86-64-v4) exists so that tests can compare instruction sets.
+
+    Raises:
+        IndexError: If a label, a row or a class id lies outside its range.
+        ValueError: If sizes do not fit.
+    """
+    loss = torch.empty(logits.shape[0] if reduction == "none" else (), dtype=torch.float32)
+    grad = torch.empty(logits.shape if need_grad else (0,), dtype=logits.dtype)
+    if classes is not None:
+        classes = classes.contiguous()
+    if tail is not None:
+        tail = tail.to(torch.float32).contiguous()
+    if weights is not None:
+        weights = weights.to(torch.float32).contiguous()
+    _native.kd_loss(
+        _matrix(logits),
+        _matrix(teacher),
+        0 if labels is None else labels.data_ptr(),
+        0 if labels is None else labels.stride(0),
+        0 if rows is None else rows.data_ptr(),
+        0 if rows is None else rows.stride(0),
+        0 if classes is None else classes.data_ptr(),
+        0 if tail is None else tail.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        alpha < 1,
+        alpha > 0,
+        reverse,
+        1 - alpha,
+        alpha * temperature**2 if t_squared else alpha,
+        temperature,
+        ignore_index,
+        _REDUCTIONS[reduction],
+        hold,
+        loss.data_ptr(),
+        0 if terms is None else terms[0].data_ptr(),
+        0 if terms is None else terms[1].data_ptr(),
+        grad.data_ptr() if need_grad else 0,
+        torch.get_num_threads(),
+        isa_limit,
+    )
+    return loss, grad
+
+
+def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    """``grad * factor * scale``, rounded once to the dtype of ``grad``.
+
+    Args:
+        grad: (N, C), contiguous.
+        factor: A scalar, or (N,) for one factor a row; float32.
+        scale: A factor common to all rows.
+        in_place: Whether the result may take the memory of ``grad``. Then nothing is computed when all factors are known
+            to be one.
+    """
+    single = factor.dim() == 0 or factor.stride(0) == 0
+    if in_place and single and (factor.numel() == 0 or factor.reshape(-1)[0].item() * scale == 1.0):
+        return grad
+    out = grad if in_place else torch.empty_like(grad)
+    n, c = grad.shape
+    stride = 0 if single else factor.stride(0)
+    _native.scale_rows(
+        grad.data_ptr(), out.data_ptr(), _DTYPES[grad.dtype], n, c, factor.data_ptr(), stride, scale, torch.get_num_threads()
+    )
+    return out
+
+
+def shift_views(images: Tensor, moves: Tensor, table: Tensor, pad: int) -> Tensor:
+    """``kdfast.ops.views.shift_views`` on the CPU: the same values to the bit, as both copy them from the table.
+
+    Raises:
+        ValueError: If a move leaves the padded image.
+    """
+    images, moves, table = images.contiguous(), moves.contiguous(), table.contiguous()
+    batch, height, width, channels = images.shape
+    out = torch.empty((batch, height, width, channels), dtype=table.dtype)
+    _native.shift_views(
+        images.data_ptr(),
+        moves.data_ptr(),
+        table.data_ptr(),
+        table.element_size(),
+        batch,
+        height,
+        width,
+        pad,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.permute(0, 3, 1, 2)
