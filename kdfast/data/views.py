@@ -216,25 +216,22 @@ def apply_views(
     views = _ids(view_ids, len(images_u8), "view ids")
     if len(views) and (views.min() < 0 or views.max() >= spec.count):
         raise ShapeError(f"view ids from {views.min()} to {views.max()}: this spec has the ids 0 to {spec.count - 1}")
-    table = _table(norm, dtype, images_u8.device)
+    if not dtype.is_floating_point:
+        raise ShapeError(f"views of dtype {dtype}: normalised images need a floating dtype, such as torch.float32")
+    height, width = images_u8.shape[1:3]
     if spec.kind == "crop":
         if sample_ids is None:
-            raise UsageError(
-                "crop views without sample_ids: the boxes depend on the samples; pass their original indices"
-            )
+            raise UsageError("crop views without sample_ids: the boxes depend on them; pass the original indices")
+        keys = hash64(Purpose.CROP, spec.seed, _ids(sample_ids, len(views), "sample ids"), views)
         boxes = crop_boxes(
-            hash64(Purpose.CROP, spec.seed, _ids(sample_ids, len(views), "sample ids"), views),
-            (images_u8.shape[1], images_u8.shape[2]),
-            scale=spec.scale,
-            ratio=spec.ratio,
-            flip=spec.flip,
-            whole=views == spec.identity,
+            keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=views == spec.identity
         )
-        return crop_views(images_u8, torch.from_numpy(boxes), table, size=spec.size)
-    if tuple(images_u8.shape[1:3]) != spec.size:
-        raise ShapeError(
-            f"images of shape {tuple(images_u8.shape)}: these views need (B, {spec.size[0]}, {spec.size[1]}, 3)"
-        )
+        # Half-precision values would be rounded before the resize and again after it.
+        table = _table(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
+        return crop_views(images_u8, torch.from_numpy(boxes), table, size=spec.size, dtype=dtype)
+    if (height, width) != spec.size:
+        raise ShapeError(f"images of {height}x{width} pixels: these views are for {spec.size[0]}x{spec.size[1]}")
+    table = _table(norm, dtype, images_u8.device)
     return shift_views(images_u8, torch.from_numpy(shift_moves(spec, views)), table, pad=spec.pad)
 
 
@@ -251,8 +248,6 @@ def shift_moves(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[
 
 @functools.lru_cache(maxsize=32)
 def _table(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not dtype.is_floating_point:
-        raise ShapeError(f"views of dtype {dtype}: normalised images need a floating dtype, such as torch.float32")
     with torch.inference_mode(False):  # the cache outlives the caller's mode
         return norm.table(dtype).to(device)
 

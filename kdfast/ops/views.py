@@ -75,7 +75,9 @@ def shift_views_reference(images: Tensor, moves: Tensor, table: Tensor, *, pad: 
     return _through_table(pixels, table)
 
 
-def crop_views(images: Tensor, boxes: Tensor, table: Tensor, *, size: tuple[int, int]) -> Tensor:
+def crop_views(
+    images: Tensor, boxes: Tensor, table: Tensor, *, size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Cut a box out of each image, resize it, perhaps mirror it, and normalise.
 
     The resize is bilinear and antialiased, on the normalised image: as both are linear the order does not matter.
@@ -83,30 +85,32 @@ def crop_views(images: Tensor, boxes: Tensor, table: Tensor, *, size: tuple[int,
     Args:
         images: `(B, H, W, 3)` uint8, on any device.
         boxes: `(B, 5)` int32 on the CPU: top, left, height, width in pixels, and flip in {0, 1}.
-        table: `(3, 256)` floating: the value of each pixel value in each channel. Its dtype is the result's.
+        table: `(3, 256)` float32 or float64: the value of each pixel value in each channel; also the precision
+            of the resize.
         size: Height and width of the result.
+        dtype: Floating, of the result.
 
     Returns:
-        `(B, 3, h, w)` in the table's dtype and in channels_last memory, on the images' device.
+        `(B, 3, h, w)` in `dtype` and in channels_last memory, on the images' device.
 
     Raises:
-        ShapeError: A shape or dtype is not as above, or a box leaves its image.
+        DataError: The images are not uint8.
+        ShapeError: Another shape or dtype is not as above, or a box leaves its image.
     """
     check_images(images)
-    _check_table(table)
+    _check_table(table, (torch.float32, torch.float64))
     if boxes.shape != (len(images), 5) or boxes.dtype != torch.int32 or boxes.device.type != "cpu":
         raise ShapeError(
             f"boxes are {boxes.dtype} {tuple(boxes.shape)} on {boxes.device}: they must be int32 "
             f"({len(images)}, 5) on the CPU, one (top, left, height, width, flip) for each image"
         )
     height, width = images.shape[1:3]
-    exact = torch.promote_types(table.dtype, torch.float32)  # half-precision weights would lose more than the result
-    values = table.to(images.device, exact)
-    out = torch.empty((len(images), *size, 3), dtype=table.dtype, device=images.device).permute(0, 3, 1, 2)
+    table = table.to(images.device)
+    out = torch.empty((len(images), *size, 3), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
     for i, (top, left, tall, wide, flip) in enumerate(boxes.tolist()):
         if min(top, left, flip) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width or flip > 1:
             raise ShapeError(f"box {(top, left, tall, wide, flip)} does not lie in an image of {height}x{width} pixels")
-        piece = _through_table(images[i : i + 1, top : top + tall, left : left + wide], values)
+        piece = _through_table(images[i : i + 1, top : top + tall, left : left + wide], table)
         piece = F.interpolate(piece, size=size, mode="bilinear", antialias=True, align_corners=False)
         out[i] = (piece.flip(3) if flip else piece)[0]
     return out
@@ -126,6 +130,6 @@ def _through_table(pixels: Tensor, table: Tensor) -> Tensor:
     return table.to(pixels.device).reshape(-1)[pixels + offsets].permute(0, 3, 1, 2)
 
 
-def _check_table(table: Tensor) -> None:
-    if table.shape != (3, 256) or table.dtype not in _FLOATS:
-        raise ShapeError(f"the table is {table.dtype} {tuple(table.shape)}: it must be floating and (3, 256)")
+def _check_table(table: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
+    if table.shape != (3, 256) or table.dtype not in dtypes:
+        raise ShapeError(f"the table is {table.dtype} {tuple(table.shape)}: it must be (3, 256), of one of {dtypes}")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -165,17 +163,6 @@ def test_senseless_slots_are_refused():
         draw_slots(0, -1, IDS, 3)
 
 
-def test_draws_are_fast_enough_for_each_epoch():
-    ids = np.arange(50_000)
-    for work, limit in ((lambda: draw_slots(0, 3, ids, 162), 0.1), (lambda: view_table(CIFAR, 0, ids, 20), 0.2)):
-        seconds = []
-        for _ in range(5):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
-        assert min(seconds) < limit
-
-
 def test_ids_and_moves_are_one_to_one():
     moves = shift_moves(CIFAR, np.arange(162))
     assert len(np.unique(moves, axis=0)) == 162
@@ -253,10 +240,12 @@ def test_bad_input_is_refused_with_its_shape():
         apply_views(images, ids + 159, CIFAR, NORM)
     with pytest.raises(ShapeError, match="0 to 161"):
         apply_views(images, ids - 1, CIFAR, NORM)
-    with pytest.raises(ShapeError, match="these views need"):
+    with pytest.raises(ShapeError, match="32x32"):
         apply_views(images[:, :8], ids, CIFAR, NORM)
     with pytest.raises(ShapeError, match="floating dtype"):
         apply_views(images, ids, CIFAR, NORM, dtype=torch.int32)
+    with pytest.raises(ShapeError, match="floating dtype"):
+        apply_views(images, ids, LARGE, NORM, sample_ids=ids, dtype=torch.int32)
     with pytest.raises(UsageError, match="sample_ids"):
         apply_views(images, ids, LARGE, NORM)
     with pytest.raises(ShapeError, match="sample ids"):
