@@ -73,7 +73,8 @@ def open_npz(path: Path) -> Source:
         DataError: An array is missing, damaged, or of another dtype or shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves a damaged file that it opened itself open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             missing = [key for key in _NPZ_KEYS if key not in file.files]
             if missing:
                 raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")

@@ -209,10 +209,12 @@ def index_array(ids: npt.ArrayLike, count: int) -> IntArray:
         SubsetError: Not one-dimensional integers, or outside `[0, count)`.
     """
     given = np.asarray(ids)
+    if given.shape == (0,):
+        return np.empty(0, np.int64)  # an empty list has numpy's default dtype, which is float
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
         hint = "; turn a mask into ids with np.flatnonzero" if given.dtype == np.bool_ else ""
         raise SubsetError(f"sample ids are {given.dtype} of shape {given.shape}; needed: integers of shape (n,){hint}")
-    if given.size and (given.min() < 0 or given.max() >= count):
+    if given.min() < 0 or given.max() >= count:
         raise SubsetError(
             f"sample ids go from {given.min()} to {given.max()}; the split has {count} samples, ids 0 to {count - 1}"
         )

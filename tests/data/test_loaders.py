@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from kdfast.data import loaders
+from kdfast.data.loaders import LOADERS, device_memory, make_loader
+from kdfast.errors import UsageError
+
+
+@pytest.fixture
+def beton_split(split, tmp_path):
+    pytest.importorskip("ffcv")
+    from kdfast.data.beton import BetonSplit
+    from kdfast.data.convert import write_beton
+
+    write_beton(split(60), tmp_path / "train.beton")
+    return BetonSplit(tmp_path / "train.beton")
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_every_loader_gives_the_same_batches(split, beton_split, kind):
+    loader = make_loader(beton_split, kind)
+    assert loader.name == kind
+    assert loader.compile_seconds >= 0
+    ids = np.random.default_rng(0).permutation(60)[:50]
+    batches = [batch.clone() for batch in loader.batches(ids, 16)]
+    assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+    assert np.array_equal(torch.cat(batches).numpy(), split(60).images[ids])
+    loader.close()
+
+
+def test_auto_is_resident_when_it_fits_a_quarter(beton_split, monkeypatch):
+    decoded = 60 * 8 * 8 * 3
+    monkeypatch.setattr(loaders, "device_memory", lambda device: 4 * decoded)
+    assert make_loader(beton_split).name == "resident"
+    monkeypatch.setattr(loaders, "device_memory", lambda device: 4 * decoded - 1)
+    assert make_loader(beton_split).name == "ffcv"
+
+
+def test_what_is_no_beton_and_does_not_fit(split, monkeypatch):
+    monkeypatch.setattr(loaders, "device_memory", lambda device: 1000)
+    with pytest.raises(UsageError, match="kdfast data convert"):
+        make_loader(split())
+    assert make_loader(split(), "resident").name == "resident"
+
+
+def test_ffcv_needs_a_beton(split):
+    with pytest.raises(UsageError, match="reads betons"):
+        make_loader(split(), "ffcv")
+
+
+def test_unknown_kind(split):
+    with pytest.raises(UsageError, match="auto, resident, ffcv"):
+        make_loader(split(), "dali")
+
+
+def test_memory_of_the_cpu(monkeypatch, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setattr(loaders, "_CGROUP_LIMITS", ())
+    assert device_memory(torch.device("cpu")) == psutil.virtual_memory().total
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(loaders, "_CGROUP_LIMITS", (str(limit),))
+    limit.write_text("123456\n")
+    assert device_memory(torch.device("cpu")) == 123456
+    limit.write_text("max\n")
+    assert device_memory(torch.device("cpu")) == psutil.virtual_memory().total
