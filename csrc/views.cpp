@@ -92,10 +92,14 @@ void shift_views(const ShiftViews& args) {
   }
   // The values are copied, never computed with: only their size matters.
   switch (args.element_size) {
-    case 2: return run<uint16_t>(args);
-    case 4: return run<uint32_t>(args);
-    case 8: return run<uint64_t>(args);
-    default: throw std::invalid_argument("shift_views: elements must have 2, 4 or 8 bytes");
+    case 2:
+      return run<uint16_t>(args);
+    case 4:
+      return run<uint32_t>(args);
+    case 8:
+      return run<uint64_t>(args);
+    default:
+      throw std::invalid_argument("shift_views: elements must have 2, 4 or 8 bytes");
   }
 }
 

@@ -1,0 +1,74 @@
+"""Augmenting and normalising a batch: kdfast's operator, its reference, and the same done by slicing in plain torch.
+
+`pytest bench/bench_views.py --benchmark-only`; images per second are in extra_info. The draws' cost for one epoch of
+CIFAR is a group of its own.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_slots, view_table
+from kdfast.ops.views import shift_views_reference
+
+NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+SPEC = ViewSpec("shift", (32, 32), pad=4, flip=True)
+IDS = np.arange(50_000)
+
+
+def native(images, moves, dtype):
+    views = (moves[:, 0] * 9 + moves[:, 1]) * 2 + moves[:, 2]
+    return apply_views(images, views, SPEC, NORM, dtype=dtype)
+
+
+def reference(images, moves, dtype):
+    return shift_views_reference(images, moves, NORM.table(dtype), pad=4)
+
+
+def sliced(images, moves, dtype):
+    """Normalise, pad, then one slice for each shift that occurs, rows and columns apart, and a masked flip."""
+    padded = F.pad(images.permute(0, 3, 1, 2), (4, 4, 4, 4)).to(dtype)
+    mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) * 255 for v in (NORM.mean, NORM.std))
+    padded = (padded - mean) / std
+    rows = padded.new_empty(len(images), 3, 32, 40)
+    out = padded.new_empty(len(images), 3, 32, 32)
+    for shift in range(9):
+        chosen = moves[:, 0] == shift
+        rows[chosen] = padded[chosen, :, shift : shift + 32]
+    for shift in range(9):
+        chosen = moves[:, 1] == shift
+        out[chosen] = rows[chosen, :, :, shift : shift + 32]
+    return torch.where(moves[:, 2].bool()[:, None, None, None], out.flip(3), out)
+
+
+def batch(size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    moves = torch.randint(0, 9, (size, 3), dtype=torch.int32, generator=generator)
+    moves[:, 2] %= 2
+    return images, moves
+
+
+@pytest.mark.parametrize("implementation", [native, reference, sliced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [128, 512])
+def test_views_of_a_batch(benchmark, size, dtype, implementation):
+    benchmark.group = f"views: {size} x 32x32 to {dtype}"
+    images, moves = batch(size)
+    expected = shift_views_reference(images, moves, NORM.table(torch.float64), pad=4)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(implementation(images, moves, dtype).double(), expected, rtol=0, atol=tolerance)
+    benchmark(implementation, images, moves, dtype)
+    benchmark.extra_info["images_per_s"] = size / benchmark.stats.stats.median
+
+
+@pytest.mark.parametrize(
+    ("draw", "limit"),
+    [(lambda: draw_slots(0, 3, IDS, 162), 0.1), (lambda: view_table(SPEC, 0, IDS, 20), 0.2)],
+    ids=["slots-of-162", "table-of-20"],
+)
+def test_draws_for_one_epoch(benchmark, draw, limit):
+    benchmark.group = "views: draws for 50,000 samples"
+    benchmark(draw)
+    assert benchmark.stats.stats.min < limit
