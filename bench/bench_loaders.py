@@ -1,0 +1,195 @@
+"""Images per second of the loaders, against torch's DataLoader and against FFCV's own augmentation.
+
+    python bench/bench_loaders.py --data PATH-TO-CIFAR-10
+
+(a) an epoch of the ffcv loader over a subset, decoding only, after compiling;
+(b) ffcv loader + views, to a normalised float batch, against torch's DataLoader over PIL images with the same pad,
+    crop, flip and normalisation;
+(c) resident loader + views against FFCV's own flip + translate + normalise pipeline.
+
+Every pipeline's output is checked first: each image must be one of the 162 views of its original. The two sides of a
+ratio take turns, so that other work on the machine hits both; the ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdfast.data.beton import BetonLoader, load_ffcv, worker_count
+from kdfast.data.convert import convert
+from kdfast.data.resident import ResidentLoader
+from kdfast.data.sources import Source, normalization_of, open_source
+from kdfast.data.views import Normalization, apply_views, draw_slots
+
+BATCH = 256
+KEEP = 0.5
+WORKERS = 2
+TARGETS = {"ffcv decode only, images/s": 300_000, "ffcv + views / DataLoader": 10, "resident + views / FFCV": 3}
+
+Epoch = Callable[[], Iterator[Tensor]]
+
+
+class PilImages(Dataset):
+    """The usual training set: a PIL image per item, augmented and normalised one by one."""
+
+    def __init__(self, images: np.ndarray, norm: Normalization) -> None:
+        self.images = images
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (norm.mean, norm.std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        padded = ImageOps.expand(Image.fromarray(self.images[index]), 4)
+        left, top = torch.randint(0, 9, (2,)).tolist()
+        image = padded.crop((left, top, left + 32, top + 32))
+        if torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        return tensor.sub_(self.mean).div_(self.std)
+
+
+def with_views(loader: ResidentLoader | BetonLoader, source: Source, ids: np.ndarray, norm: Normalization) -> Epoch:
+    """An epoch of kdfast's: decoded batches, then the views that the seed draws for them."""
+
+    def epoch() -> Iterator[Tensor]:
+        views = draw_slots(0, 0, ids, source.views.count)
+        for start, batch in zip(range(0, len(ids), BATCH), loader.batches(ids, BATCH), strict=True):
+            yield apply_views(batch, views[start : start + BATCH], source.views, norm)
+
+    return epoch
+
+
+def ffcv_pipeline(path: Path, ids: np.ndarray, norm: Normalization) -> Epoch:
+    """An epoch of FFCV's own: flip, translate and normalise, compiled and fused with the decoding."""
+    ffcv = load_ffcv()
+    mean, std = (np.array(values) * 255 for values in (norm.mean, norm.std))
+    loader = ffcv.Loader(
+        str(path),
+        batch_size=BATCH,
+        num_workers=worker_count(WORKERS),
+        os_cache=True,
+        indices=ids,
+        drop_last=False,
+        order=ffcv.loader.OrderOption.SEQUENTIAL,
+        pipelines={
+            "image": [
+                ffcv.fields.rgb_image.SimpleRGBImageDecoder(),
+                ffcv.transforms.RandomHorizontalFlip(),
+                ffcv.transforms.RandomTranslate(padding=4),
+                ffcv.transforms.NormalizeImage(mean, std, np.float32),
+                ffcv.transforms.ToTensor(),
+                ffcv.transforms.ToTorchImage(),
+            ],
+            "label": None,
+        },
+    )
+    return lambda: (batch for (batch,) in loader)
+
+
+def check(epoch: Epoch, source: Source, ids: np.ndarray, norm: Normalization, what: str) -> None:
+    """Require each of the first images to be one of the views of the image it stands for; compiles on the way."""
+    batches = [batch[:8].clone() for batch in epoch()]
+    every = torch.arange(source.views.count)
+    for index, image in enumerate(batches[0]):
+        original = torch.from_numpy(source.train.read(ids[index : index + 1])).expand(len(every), -1, -1, -1)
+        gaps = (apply_views(original.contiguous(), every, source.views, norm) - image).abs().amax((1, 2, 3))
+        if gaps.min() > 1e-4:
+            raise SystemExit(f"{what}: image {index} of the first batch is no view of sample {ids[index]}")
+
+
+def rate(epoch: Epoch, count: int) -> float:
+    """Images per second of one epoch; the batches are only looked at."""
+    start = time.perf_counter()
+    seen = sum(len(batch) for batch in epoch())
+    seconds = time.perf_counter() - start
+    if seen != count:
+        raise SystemExit(f"an epoch of {count} images gave {seen}")
+    return count / seconds
+
+
+def compare(ours: Epoch, theirs: Epoch, count: int, rounds: int) -> dict[str, object]:
+    """Rates of both sides, taken in turns, and the median of the rounds' ratios with its range."""
+    pairs = [(rate(ours, count), rate(theirs, count)) for _ in range(rounds)]
+    ratios = sorted(one / two for one, two in pairs)
+    return {
+        "ours": round(statistics.median(one for one, _ in pairs)),
+        "theirs": round(statistics.median(two for _, two in pairs)),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "rounds": rounds,
+    }
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def measure(source: Source, folder: Path, rounds: int) -> dict[str, object]:
+    """All three comparisons, in the order of the module's text."""
+    norm = normalization_of(source.train)
+    ids = np.random.default_rng(0).permutation(len(source.train))[: int(KEEP * len(source.train))].astype(np.int64)
+    # Its worker processes are forked before FFCV starts threads.
+    pil = DataLoader(
+        PilImages(source.train.read(ids), norm), BATCH, num_workers=WORKERS, persistent_workers=True, shuffle=False
+    )
+    check(lambda: iter(pil), source, ids, norm, "DataLoader")
+    betons = convert(source, folder)
+    loader = BetonLoader(betons.train, workers=WORKERS)
+    streamed = with_views(loader, source, ids, norm)
+    resident = with_views(ResidentLoader(source.train), source, ids, norm)
+    own = ffcv_pipeline(folder / "train.beton", ids, norm)
+    for epoch, what in ((streamed, "ffcv + views"), (resident, "resident + views"), (own, "FFCV's own pipeline")):
+        check(epoch, source, ids, norm, what)
+    decode = [rate(lambda: loader.batches(ids, BATCH), len(ids)) for _ in range(3 * rounds)]
+    return {
+        "ffcv decode only, images/s": {"median": round(statistics.median(decode)), "best": round(max(decode))},
+        "ffcv compile, seconds": round(loader.compile_seconds, 2),
+        "ffcv + views / DataLoader": compare(streamed, lambda: iter(pil), len(ids), rounds),
+        "resident + views / FFCV": compare(resident, own, len(ids), 2 * rounds),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Benchmark of the loaders on CIFAR-10.")
+    parser.add_argument("--data", required=True, help="CIFAR-10, in any form that kdfast reads")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loaders.json")
+    options = parser.parse_args()
+    source = open_source(options.data)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(source, Path(folder), options.rounds)
+    setting = {"data": source.kind, "kept": KEEP, "batch": BATCH, "workers": WORKERS}
+    result = {"machine": machine(), "setting": setting, "targets": TARGETS, "figures": figures}
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
