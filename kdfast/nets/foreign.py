@@ -38,7 +38,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refusal = re.search(r"(?i)unsupported (?:(?:global|class)\S* )*\S+(?: \d+)?", str(error))
+        refusal = re.search(r"(?i)unsupported (?:(?:global|class)\S* )+\S+", str(error))
         if refusal is None:
             raise CheckpointError(_damaged(file, error)) from error
         raise CheckpointError(

@@ -61,6 +61,9 @@ class ImportReport:
         """Whether the file fills the network exactly: nothing missing, left over or of another shape."""
         return not (self.missing or self.unexpected or self.mismatched)
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """The report as text of a few lines: the outcome with what to do, then examples of each difference."""
         if self.complete:
@@ -158,13 +161,15 @@ def _canonical(name: str, tensor: Tensor, target: Mapping[str, Tensor]) -> str:
 
 def _fitting_nets(state: Mapping[str, Tensor], classes: int) -> tuple[str, ...]:
     """The networks of NETS that these tensors would fill exactly."""
+    given = {key: tensor for key, tensor in state.items() if not key.endswith(_COUNTER)}
     fitting = []
     for name in NETS:
         with torch.device("meta"):
             target = build_net(name, max(2, classes)).state_dict()
-        renamed = {_canonical(old, tensor, target): tensor.shape for old, tensor in state.items()}
         weights = {key: tensor.shape for key, tensor in target.items() if not key.endswith(_COUNTER)}
-        if weights == {key: shape for key, shape in renamed.items() if not key.endswith(_COUNTER)}:
+        if len(weights) != len(given):
+            continue
+        if weights == {_canonical(old, tensor, target): tensor.shape for old, tensor in given.items()}:
             fitting.append(name)
     return tuple(fitting)
 

@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from kdfast.errors import ShapeError, UsageError
+from kdfast.nets import NETS, build_net, classifier_of, logits_and_features
+from kdfast.nets.resnet import CifarResNet, SubsampleAndPad
+from kdfast.nets.wrn import WideResNet
+
+PARAMETERS = {  # option B and wide networks at 10 / 100 classes, as published
+    "resnet8": (78_042, 83_892),
+    "resnet14": (175_258, 181_108),
+    "resnet20": (272_474, 278_324),
+    "resnet32": (466_906, 472_756),
+    "resnet56": (855_770, 861_620),
+    "resnet110": (1_730_714, 1_736_564),
+    "wrn_40_2": (2_243_546, 2_255_156),
+    "resnet20a": (269_722, 275_572),  # He et al.'s 0.27M; the projections of option B are missing
+    "resnet56a": (853_018, 858_868),
+}
+
+
+def trained(net: torch.nn.Module) -> torch.nn.Module:
+    """Give batch norms statistics as after training, so that evaluation mode differs from the identity."""
+    generator = torch.Generator().manual_seed(3)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return net.eval()
+
+
+@pytest.mark.parametrize(("name", "counts"), PARAMETERS.items())
+def test_parameter_counts(name, counts):
+    found = tuple(sum(p.numel() for p in build_net(name, classes).parameters()) for classes in (10, 100))
+    assert found == counts
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("size", [8, 32])
+def test_every_network_answers_on_digits_and_cifar(name, size):
+    net = build_net(name, 7).eval()
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits, features = logits_and_features(net, x)
+    head = classifier_of(net)
+    assert logits.shape == (2, 7)
+    torch.testing.assert_close(logits, features @ head.weight.T + head.bias)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_reach_every_parameter(name):
+    net = build_net(name, 5)
+    net(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_layer_names_are_repdistillers():
+    names = set(build_net("resnet8", 10).state_dict())
+    expected = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"}
+    assert expected <= names
+    assert "layer1.0.downsample.0.weight" not in names
+    wide = set(build_net("wrn_40_2", 10).state_dict())
+    assert {"conv1.weight", "block1.layer.0.convShortcut.weight", "block3.layer.5.bn2.weight", "bn1.weight"} <= wide
+    assert "block1.layer.1.convShortcut.weight" not in wide
+
+
+def test_option_a_has_no_shortcut_parameters_and_ends_in_linear():
+    names = set(build_net("resnet20a", 10).state_dict())
+    assert "linear.weight" in names
+    assert not any("downsample" in name or name.startswith("fc") for name in names)
+
+
+def test_option_a_shortcut_subsamples_and_pads_on_both_sides():
+    x = torch.arange(2 * 2 * 5 * 5, dtype=torch.float32).reshape(2, 2, 5, 5)
+    out = SubsampleAndPad(extra_channels=3, stride=2)(x)
+    assert out.shape == (2, 5, 3, 3)
+    assert out[:, 0].eq(0).all()
+    assert out[:, 3:].eq(0).all()
+    torch.testing.assert_close(out[:, 1:3], x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_40_2"])
+def test_convolutions_start_from_kaiming_fan_out(name):
+    torch.manual_seed(0)
+    net = build_net(name, 10)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 4000:
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.08)
+
+
+def test_pre_activation_block_matches_its_definition():
+    torch.manual_seed(0)
+    net = trained(WideResNet(10, 2, classes=3))
+    block = net.block2.layer[0]
+    x = torch.randn(2, 32, 8, 8)
+    active = torch.relu(block.bn1(x))
+    expected = block.convShortcut(active) + block.conv2(torch.relu(block.bn2(block.conv1(active))))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: CifarResNet(21, 10), lambda: WideResNet(38, 2, 10), lambda: WideResNet(40, 1, 10)]
+)
+def test_impossible_depths_and_widths_are_refused(build):
+    with pytest.raises(UsageError, match="got"):
+        build()
+
+
+def test_a_typo_gets_the_nearest_name():
+    with pytest.raises(UsageError, match="did you mean 'resnet56'"):
+        build_net("resnet65", 10)
+
+
+@pytest.mark.parametrize(("name", "words"), [("keras:resnet50", "torchvision:NAME"), ("resnet20", "at least 2")])
+def test_other_wrong_requests(name, words):
+    with pytest.raises(UsageError, match=words):
+        build_net(name, 1 if name == "resnet20" else 10)
+
+
+def test_an_absent_library_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        build_net("timm:resnet18", 10)
+
+
+def test_networks_of_a_library_are_built_by_name(monkeypatch):
+    made = []
+
+    class Library:
+        @staticmethod
+        def list_models():
+            return ["vit_tiny", "resnet18"]
+
+        @staticmethod
+        def create_model(name, pretrained, num_classes):
+            made.append((name, pretrained, num_classes))
+            return torch.nn.Linear(2, num_classes)
+
+    monkeypatch.setitem(__import__("sys").modules, "timm", Library)
+    assert isinstance(build_net("timm:resnet18", 6), torch.nn.Linear)
+    assert made == [("resnet18", False, 6)]
+    with pytest.raises(UsageError, match="near: resnet18"):
+        build_net("timm:resnet81", 6)
+
+
+def test_features_of_unsuitable_networks_are_refused():
+    with pytest.raises(UsageError, match=r"no nn\.Linear"):
+        classifier_of(torch.nn.Conv2d(3, 4, 1))
+    per_pixel = torch.nn.Sequential(torch.nn.Linear(4, 5))
+    with pytest.raises(ShapeError, match=r"\(2, 3, 8, 4\)"):
+        logits_and_features(per_pixel, torch.randn(2, 3, 8, 4))
+    assert not per_pixel[0]._forward_pre_hooks
