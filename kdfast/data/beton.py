@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import queue
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ _INT_FIELD, _IMAGE_FIELD = 1, 2
 _RAW = 1
 _BATCHES_AHEAD = 3
 _READ_BATCH = 1024
+_DECODING = threading.Lock()
 _NEEDED = "needed: a file that `kdfast data convert` wrote; convert the data again"
 
 
@@ -221,6 +223,12 @@ def _epoch_class() -> type[Any]:
         """FFCV's thread of one epoch, which ends with an error where FFCV's own would leave its reader waiting."""
 
         error: Exception | None = None
+
+        def run_pipeline(self, *batch: Any) -> Any:
+            # One batch at a time takes all decoding threads anyway, and numba's simplest thread pool ends the process
+            # when two threads use it at once.
+            with _DECODING:
+                return super().run_pipeline(*batch)
 
         def run(self) -> None:
             try:

@@ -196,6 +196,32 @@ def test_leaving_midway_does_not_decode_the_rest(loader, monkeypatch):
     assert len(decoded) < 20
 
 
+TWO_AT_ONCE = """
+import sys
+from kdfast.data.beton import BetonLoader, BetonSplit
+import numba
+split = BetonSplit(sys.argv[1])
+one, two = BetonLoader(split), BetonLoader(split)
+for _ in range(20):
+    for first, second in zip(one.batches(range(600), 10), two.batches(range(599, -1, -1), 10), strict=True):
+        pass
+print(numba.threading_layer() if numba.get_num_threads() > 1 else "workqueue")
+"""
+
+
+def test_two_epochs_at_once(opened):
+    """The thread pool that numba falls back to ends the process when two threads use it at a time."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_AT_ONCE, str(opened.path)],
+        env={**os.environ, "NUMBA_THREADING_LAYER": "workqueue"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "workqueue"), done.stderr
+
+
 def test_workers_are_clamped_to_the_affinity_mask(opened, source):
     assert worker_count(10_000) <= len(os.sched_getaffinity(0))
     assert worker_count(1) == 1
