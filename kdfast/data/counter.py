@@ -149,15 +149,3 @@ def _mix32(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     x *= np.uint32(0xC2B2AE35)
     x ^= x >> np.uint32(16)
     return x
-
-
-def uniform(*words: int | IntArray) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), each a function of its words.
-
-    Args:
-        words: As for `hash64`: a `Purpose`, a seed, sample indices, ...
-
-    Returns:
-        float64 of the broadcast shape, multiples of 2**-53.
-    """
-    return (hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53

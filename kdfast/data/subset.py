@@ -53,16 +53,17 @@ def read_subset(
             no batch, or belongs to other data.
     """
     file = Path(path)
-    ids = _check_ids(_load(file), str(file), n)
-    if batch_size is not None and len(ids) < batch_size:
-        raise SubsetError(
-            f"{file} keeps {len(ids)} samples, fewer than one batch of {batch_size}: keep more or lower the batch size"
-        )
+    ids = _check_ids(_load(file), str(file))
     provenance = _read_provenance(file, ids)
     if provenance is not None and fingerprint is not None and provenance["data"] != fingerprint:
         raise SubsetError(
             f"{file} was made of other data (fingerprint {provenance['data'][:12]}; this data has {fingerprint[:12]}): "
             "its indices mean other samples; prune this data anew"
+        )
+    _check_range(ids, str(file), n)
+    if batch_size is not None and len(ids) < batch_size:
+        raise SubsetError(
+            f"{file} keeps {len(ids)} samples, fewer than one batch of {batch_size}: keep more or lower the batch size"
         )
     return Subset(ids, provenance, file)
 
@@ -85,7 +86,7 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
         raise SubsetError(f"{file}: a subset file is named .npy; give such a name")
     if not isinstance(provenance.get("data"), str):
         raise SubsetError(f"provenance with {sorted(provenance)}: needs 'data', the fingerprint of the data")
-    checked = _check_ids(ids, "the subset to write", None)
+    checked = _check_ids(ids, "the subset to write")
     # The provenance first: should the second write not come about, its digest gives the old ids away.
     write_json(file.with_suffix(".json"), {**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__})
     with atomic_write(file) as stream:
@@ -168,8 +169,8 @@ def _load(file: Path) -> npt.NDArray[Any]:
     return array
 
 
-def _check_ids(ids: npt.NDArray[Any], what: str, n: int | None) -> IntArray:
-    """Refuse anything but distinct int64 indices below `n`."""
+def _check_ids(ids: npt.NDArray[Any], what: str) -> IntArray:
+    """Refuse anything but distinct int64 indices from 0 on."""
     if ids.dtype == np.bool_:
         raise SubsetError(f"{what} is a boolean mask {ids.shape}, not indices: save np.flatnonzero(mask) instead")
     if ids.ndim != 1 or ids.dtype != np.int64:
@@ -180,16 +181,19 @@ def _check_ids(ids: npt.NDArray[Any], what: str, n: int | None) -> IntArray:
         raise SubsetError(f"{what} is empty: keep at least one sample")
     if ids.min() < 0:
         raise SubsetError(f"{what} has negative indices, such as {ids.min()}: count from 0, at the front of the data")
-    if n is not None and ids.max() >= n:
-        raise SubsetError(
-            f"{what} has indices past the end, such as {ids.max()}: the data has {n} training samples, 0 to {n - 1}"
-        )
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         raise SubsetError(
             f"{what} repeats {len(ids) - len(values)} indices, such as {values[counts.argmax()]}: use np.unique(ids)"
         )
     return ids
+
+
+def _check_range(ids: IntArray, what: str, n: int) -> None:
+    if ids.max() >= n:
+        raise SubsetError(
+            f"{what} has indices past the end, such as {ids.max()}: the data has {n} training samples, 0 to {n - 1}"
+        )
 
 
 def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:

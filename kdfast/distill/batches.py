@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         ids: int64 (B,), indices into the training split.
         images: uint8 (B, H, W, 3) on the device; valid until the next batch is asked for.
-        view_ids: int64 (B,) on the device.
+        view_ids: int64 (B,) on the CPU, where views are decoded.
         teacher: Teacher logits (B, C) on the device, or None.
     """
 
@@ -45,7 +45,6 @@ class Batches:
         targets: The teacher's side, or None.
         batch_size: Samples a batch; the last of an epoch may be smaller.
         seed: Seed of order and views.
-        device: Where the view ids go.
     """
 
     def __init__(
@@ -59,10 +58,9 @@ class Batches:
         targets: Targets | None,
         batch_size: int,
         seed: int,
-        device: torch.device,
     ) -> None:
         self._ids = np.sort(ids)
-        self._loader, self._targets, self._device = loader, targets, device
+        self._loader, self._targets = loader, targets
         self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
         whole = n_views == spec.count
         self._table = None if whole else view_table(spec, view_seed, self._ids, n_views)
@@ -82,7 +80,7 @@ class Batches:
         start = first * self._batch_size
         for images in self._loader.batches(order[start:], self._batch_size):
             stop = start + len(images)
-            view_ids = torch.from_numpy(views[start:stop]).to(self._device)
+            view_ids = torch.from_numpy(views[start:stop])
             teacher = None if self._targets is None else self._targets.batch(start, images, view_ids)
             yield Batch(torch.from_numpy(order[start:stop]), images, view_ids, teacher)
             start = stop

@@ -97,7 +97,6 @@ class Plan:
             targets=self.targets,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
-            device=self.device,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.counter import Purpose, uniform
+from kdfast.data.counter import Purpose, hash64, unit
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.errors import DataError, UsageError
 
@@ -67,7 +67,7 @@ def choose(
         raise DataError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite; score again")
     if rule not in RULES or balance not in BALANCE:
         raise UsageError(f"rule {rule!r} and balance {balance!r}; needed: one of {list(RULES)} and one of {BALANCE}")
-    ties = uniform(Purpose.TIE, seed, np.arange(len(labels), dtype=np.int64))
+    ties = unit(hash64(Purpose.TIE, seed, np.arange(len(labels), dtype=np.int64)))
     size = subset_size(len(labels), fraction)
     if balance == "unbalanced":
         return np.sort(RULES[rule](scores, ties, size))

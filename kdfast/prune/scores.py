@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.counter import Purpose, uniform
+from kdfast.data.counter import Purpose, hash64, unit
 from kdfast.errors import UsageError
 
 
@@ -37,7 +37,7 @@ def random_score(inputs: ScoreInputs) -> NDArray[np.float64]:
     Returns:
         float64 (N,) in [0, 1).
     """
-    return uniform(Purpose.SCORE, inputs.seed, np.arange(len(inputs.labels), dtype=np.int64))
+    return unit(hash64(Purpose.SCORE, inputs.seed, np.arange(len(inputs.labels), dtype=np.int64)))
 
 
 SCORES: dict[str, Callable[[ScoreInputs], NDArray[np.float64]]] = {"random": random_score}
