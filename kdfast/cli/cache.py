@@ -120,7 +120,7 @@ def verify(
     opened = TeacherCache.open(cache, source=source, teacher=model)
     found = opened.verify(source, model, samples=samples, seed=seed, device=resolve_device(device))
     print(
-        f"{cache} is whole; {found.rows} random entries computed again differ by at most {found.largest_difference:.2g} "
+        f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "
         f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max"
     )
 

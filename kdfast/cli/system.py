@@ -24,9 +24,7 @@ def doctor() -> None:
     print(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda         {', '.join(devices) if devices else 'no device'}")
-    print(
-        f"native       instruction set {native.isa()}, CUDA kernels {'built' if native.cuda_built() else 'not built'}"
-    )
+    print(f"native       instruction set {native.isa()}")
     print("\noperator, device -> backend: reason")
     for choice in choices():
         print(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")

@@ -69,7 +69,7 @@ def _writer(out: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard needs the package tensorboard: pip install 'kdfast[tensorboard]'") from error
-    return SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 def summary(result: dict[str, Any], out: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ class Batches:
         """Batches in an epoch."""
         return -(-len(self._ids) // self._batch_size)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of one epoch, from batch `first` on."""
         order = epoch_order(self._ids, self._seed, epoch)
         slots = draw_slots(self._seed, epoch, order, self._n_views)

@@ -99,7 +99,7 @@ class Trainer:
             logits = self.net(inputs)
         loss = self._loss(logits, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._record(loss.detach())

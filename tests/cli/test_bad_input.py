@@ -90,8 +90,8 @@ def test_a_malicious_pickle_as_teacher(kdfast, tiny: Path, tmp_path: Path) -> No
     torch.save({"state_dict": Bomb(trap)}, bomb)
     outcome = distill(kdfast, tiny, tmp_path / "run", "--teacher", bomb, alpha="1")
     expect(outcome, 3, r"bomb\.pt")
-    imported = kdfast("teacher", "import", bomb, "--data", tiny, "--net", "resnet8", "--mean", "0,0,0", "--std", "1,1,1",
-                      "--out", tmp_path / "t.pt")  # fmt: skip
+    imported = kdfast("teacher", "import", bomb, "--data", tiny, "--net", "resnet8", "--mean", "0,0,0",
+                      "--std", "1,1,1", "--out", tmp_path / "t.pt")  # fmt: skip
     expect(imported, 3, r"bomb\.pt")
     expect(kdfast("eval", "--data", tiny, "--model", bomb), 3, r"bomb\.pt")
     assert not trap.exists()
@@ -153,8 +153,8 @@ def test_every_flipped_byte_in_a_cache_is_detected(kdfast, tiny: Path, cache: Pa
 
 def test_a_cache_that_does_not_cover_the_run(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.arange(40))
-    made = kdfast("cache", "--data", tiny, "--teacher", teacher, "--subset", tmp_path / "idx.npy", "--views", 2, "--out",
-                  tmp_path / "cache")  # fmt: skip
+    made = kdfast("cache", "--data", tiny, "--teacher", teacher, "--subset", tmp_path / "idx.npy", "--views", 2,
+                  "--out", tmp_path / "cache")  # fmt: skip
     assert made.code == 0, made.err
     expect(distill(kdfast, tiny, tmp_path / "run", "--cache", tmp_path / "cache", alpha="1"), 3, "80")
 
@@ -243,8 +243,8 @@ def test_output_that_cannot_be_written(kdfast, command: str, tiny: Path, teacher
         "prune": ("prune", "--data", tiny, "--fraction", 0.5, "--out", out / "idx.npy"),
         "cache": ("cache", "--data", tiny, "--teacher", teacher, "--out", out),
         "train": ("teacher", "train", "--data", tiny, "--net", "resnet8", "--out", out / "t.pt"),
-        "import": ("teacher", "import", tmp_path / "w.pt", "--data", tiny, "--net", "resnet8", "--mean", "0,0,0", "--std",
-                   "1,1,1", "--out", out / "t.pt"),
+        "import": ("teacher", "import", tmp_path / "w.pt", "--data", tiny, "--net", "resnet8", "--mean", "0,0,0",
+                   "--std", "1,1,1", "--out", out / "t.pt"),
     }[command]  # fmt: skip
     torch.save(torch.load(teacher, weights_only=True)["state_dict"], tmp_path / "w.pt")
     expect(kdfast(*arguments), 4, "cannot write")

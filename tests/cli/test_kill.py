@@ -1,4 +1,4 @@
-"""kill -9 at random moments, the same command again: the same bytes as without a kill; nothing half-written is accepted."""
+"""kill -9 at random moments, the same command again: the same bytes; nothing half-written is accepted."""
 
 import json
 import random
@@ -82,8 +82,8 @@ def check(make, tmp_path: Path, kills: int) -> None:
 
 def training(tiny: Path, cache: Path):
     def make(out: Path) -> list[object]:
-        return ["distill", "--data", tiny, "--student", "resnet20", "--cache", cache, "--epochs", 60, "--batch-size", 25,
-                "--log-every", 7, "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
+        return ["distill", "--data", tiny, "--student", "resnet20", "--cache", cache, "--epochs", 60,
+                "--batch-size", 25, "--log-every", 7, "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
 
     return make
 

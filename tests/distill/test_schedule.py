@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_alpha_follows_its_anchors(fraction: float, alpha: float) -> None:
 
 def test_alpha_never_grows_with_the_fraction() -> None:
     alphas = [alpha_for_fraction(i / 100) for i in range(1, 101)]
-    assert all(a >= b for a, b in zip(alphas, alphas[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(alphas))
     assert len(set(alphas)) > 50
 
 
@@ -48,5 +49,5 @@ def test_learning_rate_warms_up_then_never_rises(schedule: str) -> None:
     rates = [learning_rate(0.1, schedule, step, 100, warmup=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[9] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert all(rate > 0 for rate in rates)

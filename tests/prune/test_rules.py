@@ -37,7 +37,7 @@ def test_hard_keeps_the_highest_scores_of_each_class() -> None:
     scores = np.random.default_rng(0).normal(size=len(LABELS))
     kept = choose(scores, LABELS, 0.2, rule="hard", balance="balanced")
     for label in range(5):
-        members = np.flatnonzero(LABELS == label)
+        members = np.flatnonzero(label == LABELS)
         best = set(members[np.argsort(-scores[members])[: int((LABELS[kept] == label).sum())]])
         assert set(kept[LABELS[kept] == label]) == best
 
