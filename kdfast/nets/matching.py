@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.errors import CheckpointError
@@ -164,8 +163,7 @@ def _fitting_nets(state: Mapping[str, Tensor], classes: int) -> tuple[str, ...]:
     given = {key: tensor for key, tensor in state.items() if not key.endswith(_COUNTER)}
     fitting = []
     for name in NETS:
-        with torch.device("meta"):
-            target = build_net(name, max(2, classes)).state_dict()
+        target = build_net(name, max(2, classes)).state_dict()
         weights = {key: tensor.shape for key, tensor in target.items() if not key.endswith(_COUNTER)}
         if len(weights) != len(given):
             continue

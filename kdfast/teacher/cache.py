@@ -184,7 +184,7 @@ class TeacherCache:
         order = np.argsort(shards * (self.n_views * self._per_shard) + rows)
         starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
         target = result.numpy()
-        for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        for begin, end in zip(starts, np.append(starts, len(order))[1:], strict=True):
             piece = order[begin:end]
             logits, madvise = self._map(int(shards[piece[0]]))
             target[piece] = logits[rows[piece]]

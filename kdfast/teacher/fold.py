@@ -34,5 +34,6 @@ def fold_batch_norms(net: nn.Module) -> nn.Module:
         traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
     traced.recompile()
     return traced

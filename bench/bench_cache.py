@@ -1,0 +1,123 @@
+"""The teacher's cache at full size: writing, opening with every SHA-256 checked, looking up windows of random rows.
+
+CIFAR-100's shape: 50,000 samples x 162 views x 100 classes, 1.62 GB of float16. The teacher is replaced by random
+numbers, so that the time is the cache's own. Needs 2 GB of free disk: `pytest bench/bench_cache.py`.
+"""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from kdfast.data.split import ArraySplit, Source
+from kdfast.data.views import Normalization, ViewSpec
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
+from kdfast.teacher.cache import TeacherCache, build_cache
+
+SAMPLES, CLASSES = 50_000, 100
+VIEWS = ViewSpec(kind="shift", size=(32, 32), pad=4, flip=True)
+MIB = 1 << 20
+
+
+class Synthetic:
+    """Stands in for the teacher: slices of one block of random numbers, at no cost."""
+
+    def __init__(self, model, spec, device, batch_size):
+        self.device = device
+        self._pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 5
+
+    def identity(self, images, ids):
+        return self._take(ids, CLASSES), self._take(ids, 64)
+
+    def views(self, images, view_ids, ids, precision):
+        return self._take(ids, view_ids.shape[1] * CLASSES).reshape(*view_ids.shape, CLASSES)
+
+    def _take(self, ids, width):
+        return torch.stack([self._pool[i * 37 % 3_000_000 :][:width] for i in ids.tolist()])
+
+
+@pytest.fixture(scope="module")
+def source():
+    draw = np.random.default_rng(0)
+
+    def split(count, name):
+        images = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        return ArraySplit(images, draw.integers(0, CLASSES, count), name)
+
+    names = tuple(map(str, range(CLASSES)))
+    return Source("synthetic", "datasets", names, split(SAMPLES, "train"), split(200, "test"), VIEWS)
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache") / "full"
+    norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    model = Model(build_net("resnet8", CLASSES).eval(), "resnet8", CLASSES, source.classes, norm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdfast.teacher.build.Forward", Synthetic)
+        began = time.perf_counter()
+        build_cache(source, model, path)
+    return path, time.perf_counter() - began
+
+
+class PeakMemory:
+    """Highest resident set, in MiB above the one at the start, while the `with` block runs."""
+
+    def __enter__(self):
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._start = self._top = self._process.memory_info().rss
+        self._watch = threading.Thread(target=self._sample)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._watch.join()
+        self.kept = (self._process.memory_info().rss - self._start) / MIB
+        self.peak = (self._top - self._start) / MIB
+
+    def _sample(self):
+        while not self._stop.wait(0.001):
+            self._top = max(self._top, self._process.memory_info().rss)
+
+
+@pytest.mark.benchmark(group="cache: open")
+def test_open_verifies_every_file_in_time(benchmark, built):
+    path, build_seconds = built
+    size = sum(file.stat().st_size for file in Path(path).iterdir())
+    with PeakMemory() as memory:
+        benchmark.pedantic(TeacherCache.open, args=(path,), rounds=3, warmup_rounds=1)
+    benchmark.extra_info |= {
+        "bytes": size,
+        "write_rows_per_s": SAMPLES * VIEWS.count / build_seconds,
+        "rss_peak_mib": memory.peak,
+    }
+    assert size > 1.6e9
+    assert memory.peak < 100
+
+
+@pytest.mark.benchmark(group="cache: lookup")
+@pytest.mark.parametrize("window", [1024, 8192, 50_000])
+def test_lookup_of_random_rows(benchmark, built, source, window):
+    path, _ = built
+    cache = TeacherCache.open(path, source=source, check_files=False)
+    draw = np.random.default_rng(1)
+    ids, slots = draw.integers(0, SAMPLES, 300), draw.integers(0, VIEWS.count, 300)
+    stored = np.concatenate([np.load(file, mmap_mode="r") for file in sorted(path.glob("logits-*"))], axis=1)
+    assert (cache.lookup(ids, slots).numpy() == stored[slots, ids]).all()
+    del stored
+
+    def arguments():
+        ids = draw.permutation(SAMPLES)[:window]
+        return (ids, draw.integers(0, VIEWS.count, window)), {}
+
+    with PeakMemory() as memory:
+        benchmark.pedantic(cache.lookup, setup=arguments, rounds=10, warmup_rounds=1)
+    rate = window / benchmark.stats.stats.median
+    benchmark.extra_info |= {"rows_per_s": rate, "rss_peak_mib": memory.peak, "rss_kept_mib": memory.kept}
+    assert memory.kept < 64

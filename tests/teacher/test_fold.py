@@ -1,0 +1,73 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.nets import NETS, build_net
+from kdfast.teacher.fold import fold_batch_norms
+
+
+def norms(net):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+def with_statistics(net):
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1, generator=generator)
+            module.running_var.uniform_(0.8, 1.2, generator=generator)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if "110" not in name])
+def test_folded_networks_give_the_same_answers(name):
+    torch.manual_seed(0)
+    net = with_statistics(build_net(name, 10)).double()
+    folded = fold_batch_norms(copy.deepcopy(net))
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = net(x), folded(x)
+    torch.testing.assert_close(got, expected)
+    # A pre-activation network keeps those norms that follow a sum; the others keep none.
+    assert norms(folded) == (18 if name.startswith("wrn") else 0)
+
+
+class Shared(nn.Module):
+    """One convolution used twice, and one whose output is used beside its norm: neither may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.conv2 = nn.Conv2d(3, 3, 1)
+        self.bn2 = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.conv(self.bn(self.conv(x)))
+        y = self.conv2(x)
+        return self.bn2(y) + y
+
+
+def test_convolutions_used_elsewhere_keep_their_weights():
+    torch.manual_seed(0)
+    net = with_statistics(Shared())
+    folded = fold_batch_norms(copy.deepcopy(net))
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(folded(x), net(x))
+    assert norms(folded) == 2
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
+def test_networks_that_cannot_be_traced_are_returned_as_they_are():
+    net = Branching()
+    assert fold_batch_norms(net) is net
