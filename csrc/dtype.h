@@ -25,68 +25,101 @@ inline void check_dtype(int code) {
 
 inline int64_t size_of(int code) { return code == kFloat32 ? 4 : 2; }
 
-using VecH = uint16_t __attribute__((vector_size(32)));
+template <int W>
+struct Halves {
+  typedef uint16_t Part __attribute__((vector_size(2 * W)));
+  Part part[kLanes / W];
+};
 
-KDFAST_INLINE VecU widen(const uint16_t* p) {
-  VecH h;
-  std::memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, VecU);
+template <int W>
+KDFAST_INLINE Words<W> widen(const uint16_t* p) {
+  Halves<W> h;
+  KDFAST_EACH_PART(k) std::memcpy(&h.part[k], p + k * W, sizeof h.part[k]);
+  Words<W> r;
+  KDFAST_EACH_PART(k) r.part[k] = __builtin_convertvector(h.part[k], typename Words<W>::Part);
+  return r;
 }
 
-KDFAST_INLINE void narrow(uint16_t* p, VecU v) {
-  const VecH h = __builtin_convertvector(v, VecH);
-  std::memcpy(p, &h, sizeof h);
+template <int W>
+KDFAST_INLINE void narrow(uint16_t* p, Words<W> v) {
+  Halves<W> h;
+  KDFAST_EACH_PART(k) h.part[k] = __builtin_convertvector(v.part[k], typename Halves<W>::Part);
+  KDFAST_EACH_PART(k) std::memcpy(p + k * W, &h.part[k], sizeof h.part[k]);
 }
 
-KDFAST_INLINE VecF decode(const float* p) { return load(p); }
+template <int W>
+KDFAST_INLINE Floats<W> decode(const float* p) {
+  return load<W>(p);
+}
 
-KDFAST_INLINE VecF decode(const BFloat16* p) { return reinterpret_cast<VecF>(widen(&p->bits) << 16); }
+template <int W>
+KDFAST_INLINE Floats<W> decode(const BFloat16* p) {
+  return floats_from(widen<W>(&p->bits) << 16);
+}
 
-KDFAST_INLINE VecF decode(const Float16* p) {
-  const VecU h = widen(&p->bits);
-  const VecU sign = (h & 0x8000u) << 16;
+template <int W>
+KDFAST_INLINE Floats<W> decode(const Float16* p) {
+  const Words<W> h = widen<W>(&p->bits);
+  const Words<W> sign = (h & words<W>(0x8000u)) << 16;
   // The multiplication rebiases the exponent, and normalises subnormal numbers on the way.
-  const VecF magnitude = reinterpret_cast<VecF>((h & 0x7fffu) << 13) * 0x1p112f;
-  const VecU special = reinterpret_cast<VecU>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // inf and NaN
-  return reinterpret_cast<VecF>(reinterpret_cast<VecU>(magnitude) | special | sign);
+  const Floats<W> magnitude = floats_from((h & words<W>(0x7fffu)) << 13) * splat<W>(0x1p112f);
+  const Words<W> not_finite = (h & words<W>(0x7c00u)) == words<W>(0x7c00u);
+  return floats_from(bits_of(magnitude) | (not_finite & words<W>(0x7f800000u)) | sign);
 }
 
-KDFAST_INLINE void encode(float* p, VecF v) { store(p, v); }
-
-KDFAST_INLINE void encode(BFloat16* p, VecF v) {
-  const VecU x = reinterpret_cast<VecU>(v);
-  const VecU rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-  narrow(&p->bits, (x & 0x7fffffffu) > 0x7f800000u ? (x >> 16) | 0x40u : rounded);
+template <int W>
+KDFAST_INLINE void encode(float* p, Floats<W> v) {
+  store(p, v);
 }
 
-KDFAST_INLINE void encode(Float16* p, VecF v) {
-  const VecU x = reinterpret_cast<VecU>(v);
-  const VecU sign = (x >> 16) & 0x8000u;
-  const VecU a = x & 0x7fffffffu;
+template <int W>
+KDFAST_INLINE void encode(BFloat16* p, Floats<W> v) {
+  const Words<W> x = bits_of(v), high = x >> 16;
+  const Words<W> rounded = (x + words<W>(0x7fffu) + (high & words<W>(1u))) >> 16;
+  narrow(&p->bits, select(v == v, rounded, high | words<W>(0x40u)));
+}
+
+template <int W>
+KDFAST_INLINE void encode(Float16* p, Floats<W> v) {
+  const Words<W> x = bits_of(v), a = x & words<W>(0x7fffffffu);
+  const Words<W> sign = (x >> 16) & words<W>(0x8000u);
   // Adding 0.5 leaves the bits of a result below 2^-14 in the low end of the mantissa, rounded by the hardware.
-  const VecU tiny = reinterpret_cast<VecU>(reinterpret_cast<VecF>(a) + 0.5f) - 0x3f000000u;
-  const VecU normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  const VecU special = a > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
-  VecU h = a < 0x38800000u ? tiny : normal;
-  h = a >= 0x477ff000u ? special : h;  // 65520 and above round to infinity
-  narrow(&p->bits, h | sign);
+  const Words<W> tiny = bits_of(floats_from(a) + splat<W>(0.5f)) - words<W>(0x3f000000u);
+  const Words<W> normal = (a - words<W>(0x38000000u) + words<W>(0xfffu) + ((a >> 13) & words<W>(1u))) >> 13;
+  const Words<W> special = select(v == v, words<W>(0x7c00u), words<W>(0x7e00u));
+  const Words<W> h = select(a < words<W>(0x38800000u), tiny, normal);
+  narrow(&p->bits, select(a < words<W>(0x477ff000u), h, special) | sign);  // 65520 and above round to infinity
 }
 
 // A full vector from the first `count` < 16 elements; the other lanes hold `fill`.
+template <int W, class T>
+KDFAST_INLINE Floats<W> decode_part(const T* p, int64_t count, float fill) {
+  T part[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  float values[kLanes];
+  store(values, decode<W>(part));
+  for (int64_t i = count; i < kLanes; ++i) values[i] = fill;
+  return load<W>(values);
+}
+
+template <class T, int W>
+KDFAST_INLINE void encode_part(T* p, Floats<W> v, int64_t count) {
+  T part[kLanes];
+  encode(part, v);
+  std::memcpy(p, part, static_cast<size_t>(count) * sizeof(T));
+}
+
+// One element, with the same arithmetic as a vector of them.
 template <class T>
-KDFAST_INLINE VecF decode_part(const T* p, int64_t count, float fill) {
-  T tail[kLanes] = {};
-  std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
-  VecF v = decode(tail);
-  for (int64_t i = count; i < kLanes; ++i) v[i] = fill;
-  return v;
+inline float decode_one(const T* p) {
+  float values[kLanes];
+  store(values, decode_part<4>(p, 1, 0.0f));
+  return values[0];
 }
 
 template <class T>
-KDFAST_INLINE void encode_part(T* p, VecF v, int64_t count) {
-  T tail[kLanes];
-  encode(tail, v);
-  std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
+inline void encode_one(T* p, float value) {
+  encode_part(p, splat<4>(value), 1);
 }
 
 }  // namespace kdfast

@@ -9,11 +9,6 @@
 
 namespace kdfast {
 
-// Vectors of one thread, each as long as a row, rounded up to full lanes.
-struct Scratch {
-  float *e, *u, *e1;
-};
-
 // What all rows of one call share.
 struct Job {
   const KdLoss& args;
@@ -23,11 +18,11 @@ struct Job {
   double* losses;
 };
 
-// Row of a matrix as contiguous floats: in place where it already is that, else copied to `buffer`.
+// Row of a matrix as contiguous floats: in place where it already is that (but for a partial vector), else copied to `buffer`.
 inline const float* floats_of(const Job& job, const Matrix& m, int64_t row, float* buffer, float* largest) {
   const char* base = static_cast<const char*>(m.data) + row * m.row_stride * size_of(m.dtype);
   const bool direct = m.dtype == kFloat32 && m.col_stride == 1;
-  *largest = job.kernels.load[m.dtype](base, m.col_stride, m.cols, direct ? nullptr : buffer);
+  *largest = job.kernels.load[m.dtype](base, m.col_stride, m.cols, buffer, !direct);
   return direct ? reinterpret_cast<const float*>(base) : buffer;
 }
 
@@ -53,9 +48,9 @@ inline char* gradient_row(const KdLoss& a, int64_t i) {
 
 inline void put_gradient(const KdLoss& a, int64_t i, int64_t column, float value) {
   char* p = gradient_row(a, i) + column * size_of(a.logits.dtype);
-  if (a.logits.dtype == kFloat32) encode_part(reinterpret_cast<float*>(p), splat(value), 1);
-  else if (a.logits.dtype == kBFloat16) encode_part(reinterpret_cast<BFloat16*>(p), splat(value), 1);
-  else encode_part(reinterpret_cast<Float16*>(p), splat(value), 1);
+  if (a.logits.dtype == kFloat32) encode_one(reinterpret_cast<float*>(p), value);
+  else if (a.logits.dtype == kBFloat16) encode_one(reinterpret_cast<BFloat16*>(p), value);
+  else encode_one(reinterpret_cast<Float16*>(p), value);
 }
 
 // exp(z - max z) of one class, from the kept terms.
@@ -84,13 +79,13 @@ inline void dense_row(const Job& job, const Scratch& s, int64_t i) {
   float max_z = 0, max_t = 0;
   const float* z = floats_of(job, a.logits, i, s.e, &max_z);
   const double z_label = label < 0 ? 0.0 : static_cast<double>(z[label] - max_z);
-  float* keep = a.grad ? s.e : nullptr;
+  const bool keep = a.grad != nullptr;
   Sums sums;
   if (a.use_kl) {
     const float* t = floats_of(job, a.teacher, teacher_row(a, i), s.u, &max_t);
-    sums = job.kernels.pair[a.reverse][job.power](z, t, n, max_z, max_t, inv_t, keep, s.u, s.e1);
+    sums = job.kernels.pair[a.reverse][job.power](z, t, n, max_z, max_t, inv_t, keep, s);
   } else {
-    sums = job.kernels.student[job.power](z, n, max_z, inv_t, keep, s.e1);
+    sums = job.kernels.student[job.power](z, n, max_z, inv_t, keep, s);
   }
   const double ratio = a.use_kl ? std::log(sums.student / sums.teacher) : 0.0;
   const double kl = !a.use_kl ? 0.0 : a.reverse ? sums.cross / sums.student - ratio : sums.cross / sums.teacher + ratio;
@@ -106,7 +101,7 @@ inline void dense_row(const Job& job, const Scratch& s, int64_t i) {
   slopes.teacher = a.use_kl ? static_cast<float>(soft / sums.teacher) : 0.0f;
   slopes.shift = static_cast<float>(kl + ratio);
   const bool bend = a.use_kl && a.reverse;
-  job.kernels.gradient[bend][job.power][a.logits.dtype](s.e, a.use_kl ? s.u : nullptr, s.e1, n, slopes, gradient_row(a, i));
+  job.kernels.gradient[bend][job.power][a.logits.dtype](s, a.use_kl, n, slopes, gradient_row(a, i));
   if (label >= 0) put_label(job, s, slopes, i, label, static_cast<float>(hard));
 }
 

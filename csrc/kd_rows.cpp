@@ -9,55 +9,79 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // elements whose float sums are added up before they go into a double
 
-template <int kPower>
-KDFAST_INLINE VecF raise(VecF e) {
-  if constexpr (kPower >= 1) e *= e;
-  if constexpr (kPower >= 2) e *= e;
+template <int kPower, int W>
+KDFAST_INLINE Floats<W> raise(Floats<W> e) {
+  if constexpr (kPower == kPowerTwo || kPower == kPowerFour) e = e * e;
+  if constexpr (kPower == kPowerFour) e = e * e;
   return e;
 }
 
-KDFAST_INLINE VecF load_part(const float* p, int64_t i, int64_t n, float fill) {
-  return i + kLanes <= n ? load(p + i) : decode_part(p + i, n - i, fill);
-}
-
-// Largest of n elements. Writes them as floats to `out`, padded with -inf to full vectors, unless out is null.
-template <class T>
-KDFAST_INLINE float load_row(const T* p, int64_t stride, int64_t n, float* out) {
-  VecF m = splat(-kInf), m2 = m;
+// Largest of n elements. Writes them as floats to `out`, followed by a vector of -inf; when the row is read in place
+// (kCopy false), writes only the last, partial vector, to out + (n rounded down to full vectors).
+template <bool kCopy, int W, class T>
+KDFAST_INLINE float load_row(const T* p, int64_t n, float* out) {
+  Floats<W> m = splat<W>(-kInf), m2 = m;
   int64_t i = 0;
-  if (stride == 1) {
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      const VecF a = decode(p + i), b = decode(p + i + kLanes);
-      m = max(a, m);
-      m2 = max(b, m2);
-      if (out) store(out + i, a), store(out + i + kLanes, b);
-    }
-  }
-  for (; i < n; i += kLanes) {
-    T part[kLanes] = {};
-    const int64_t count = n - i < kLanes ? n - i : kLanes;
-    for (int64_t j = 0; j < count; ++j) part[j] = p[(i + j) * stride];
-    const VecF a = decode_part(part, count, -kInf);
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Floats<W> a = decode<W>(p + i), b = decode<W>(p + i + kLanes);
     m = max(a, m);
-    if (out) store(out + i, a);
+    m2 = max(b, m2);
+    if (kCopy) store(out + i, a), store(out + i + kLanes, b);
+  }
+  if (i + kLanes <= n) {
+    const Floats<W> a = decode<W>(p + i);
+    m = max(a, m);
+    if (kCopy) store(out + i, a);
+    i += kLanes;
+  }
+  if (i < n) {
+    const Floats<W> a = decode_part<W>(p + i, n - i, -kInf);
+    m2 = max(a, m2);
+    store(out + i, a);
   }
   return max_of(max(m, m2));
 }
 
-// Sums of a student's row. e and e1 receive the terms when they are not null; they may be the row itself.
-template <int kPower>
-KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float inv_t, float* e_out, float* e1_out) {
-  Sum one, student;
+template <int W, class T>
+KDFAST_INLINE float load_strided(const T* p, int64_t stride, int64_t n, float* out) {
+  Floats<W> m = splat<W>(-kInf);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    T part[kLanes] = {};
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    for (int64_t j = 0; j < count; ++j) part[j] = p[(i + j) * stride];
+    const Floats<W> a = decode_part<W>(part, count, -kInf);
+    m = max(a, m);
+    store(out + i, a);
+  }
+  return max_of(m);
+}
+
+template <int W, class T>
+KDFAST_INLINE float load_any(const T* p, int64_t stride, int64_t n, float* out, bool copy) {
+  if (stride != 1) return load_strided<W>(p, stride, n, out);
+  return copy ? load_row<true, W>(p, n, out) : load_row<false, W>(p, n, out);
+}
+
+// Full vectors of a row come from where it lies, the partial one from the scratch that load_row padded.
+template <int W>
+KDFAST_INLINE Floats<W> load_padded(const float* p, const float* scratch, int64_t i, int64_t n) {
+  return load<W>((i + kLanes <= n ? p : scratch) + i);
+}
+
+// Sums of a student's row. The scratch of the row receives the terms when they are to be kept.
+template <int kPower, int W>
+KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s) {
+  Sum<W> one, student;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     for (int64_t i = begin; i < end; i += kLanes) {
-      const VecF d = load_part(z, i, n, -kInf) - max_z;
-      const VecF e = exp_nonpositive(d * inv_t);
-      const VecF e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
+      const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
+      const Floats<W> e = exp_nonpositive(d * splat<W>(inv_t));
+      const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
       student.add(e);
       one.add(e1);
-      if (e_out) store(e_out + i, e);
-      if (kPower == kPowerAny && e1_out) store(e1_out + i, e1);
+      if (keep) store(s.e + i, e);
+      if (kPower == kPowerAny && keep) store(s.e1 + i, e1);
     }
     student.flush();
     one.flush();
@@ -65,32 +89,31 @@ KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float in
   return {one.total, student.total, 0, 0};
 }
 
-// Sums of a student's and a teacher's row. Unless e_out is null, e, u = exp((t - max t) / T) (b - a
-// when kReverse) and e1 are kept.
-template <int kPower, bool kReverse>
-KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, float* e_out,
-                             float* u_out, float* e1_out) {
-  Sum one, student, teacher, cross;
+// Sums of a student's and a teacher's row. To keep: e, u = exp((t - max t) / T) (b - a when kReverse) and e1.
+template <int kPower, bool kReverse, int W>
+KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, bool keep, Scratch s) {
+  const Floats<W> zero = splat<W>(0);
+  Sum<W> one, student, teacher, cross;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     for (int64_t i = begin; i < end; i += kLanes) {
-      const VecF d = load_part(z, i, n, -kInf) - max_z;
-      const VecF b = d * inv_t;
-      const VecF a = (load_part(t, i, n, -kInf) - max_t) * inv_t;
-      const VecF e = exp_nonpositive(b);
-      const VecF e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
-      const VecF u = exp_nonpositive(a);
+      const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
+      const Floats<W> b = d * splat<W>(inv_t);
+      const Floats<W> a = (load_padded<W>(t, s.u, i, n) - splat<W>(max_t)) * splat<W>(inv_t);
+      const Floats<W> e = exp_nonpositive(b);
+      const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
+      const Floats<W> u = exp_nonpositive(a);
       student.add(e);
       one.add(e1);
       teacher.add(u);
       // A class of probability zero adds nothing, even where the other side's logarithm is infinite.
-      const VecF weight = kReverse ? e : u;
-      const VecF gap = kReverse ? b - a : a - b;
-      cross.add(weight == VecF{} ? VecF{} : weight * gap);
-      if (e_out) {
-        store(e_out + i, e);
-        store(u_out + i, kReverse ? gap : u);
-        if (kPower == kPowerAny) store(e1_out + i, e1);
+      const Floats<W> weight = kReverse ? e : u;
+      const Floats<W> gap = kReverse ? b - a : a - b;
+      cross.add(select(weight == zero, zero, weight * gap));
+      if (keep) {
+        store(s.e + i, e);
+        store(s.u + i, kReverse ? gap : u);
+        if (kPower == kPowerAny) store(s.e1 + i, e1);
       }
     }
     student.flush();
@@ -101,66 +124,74 @@ KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float ma
   return {one.total, student.total, teacher.total, cross.total};
 }
 
-template <int kPower, bool kReverse>
-KDFAST_INLINE VecF gradient_of(VecF e, VecF u, VecF e1, Slopes s) {
-  const VecF hard = e1 * s.one;
-  if constexpr (!kReverse) return hard + (e * s.student - u * s.teacher);
-  const VecF soft = e * s.student * (u - s.shift);
-  return hard + (e == VecF{} ? VecF{} : soft);
+template <bool kReverse, int W>
+KDFAST_INLINE Floats<W> gradient_of(Floats<W> e, Floats<W> u, Floats<W> e1, Slopes s) {
+  const Floats<W> hard = e1 * splat<W>(s.one), p = e * splat<W>(s.student);
+  if constexpr (!kReverse) return hard + (p - u * splat<W>(s.teacher));
+  const Floats<W> zero = splat<W>(0);
+  return hard + select(e == zero, zero, p * (u - splat<W>(s.shift)));
 }
 
-// Writes the gradient of a row from the kept terms; without a teacher's terms (u null) u counts as zero.
-template <int kPower, bool kReverse, class T>
-KDFAST_INLINE void write_gradient(const float* e_row, const float* u_row, const float* e1_row, int64_t n, Slopes s, T* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF e = load(e_row + i);
-    const VecF u = u_row ? load(u_row + i) : VecF{};
-    const VecF e1 = kPower == kPowerAny ? load(e1_row + i) : raise<kPower>(e);
-    const VecF g = gradient_of<kPower, kReverse>(e, u, e1, s);
-    if (i + kLanes <= n) {
-      encode(out + i, g);
-    } else {
-      encode_part(out + i, g, n - i);
-    }
+template <int kPower, bool kReverse, int W>
+KDFAST_INLINE Floats<W> gradient_at(Scratch s, bool has_teacher, int64_t i, Slopes slopes) {
+  const Floats<W> e = load<W>(s.e + i);
+  const Floats<W> u = has_teacher ? load<W>(s.u + i) : splat<W>(0);
+  const Floats<W> e1 = kPower == kPowerAny ? load<W>(s.e1 + i) : raise<kPower>(e);
+  return gradient_of<kReverse>(e, u, e1, slopes);
+}
+
+// Writes the gradient of a row from the kept terms; without a teacher's terms u counts as zero.
+template <int kPower, bool kReverse, int W, class T>
+KDFAST_INLINE void write_gradient(Scratch s, bool has_teacher, int64_t n, Slopes slopes, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) encode(out + i, gradient_at<kPower, kReverse, W>(s, has_teacher, i, slopes));
+  if (i == n) return;
+  if (n >= kLanes) {
+    // The last full vector once more, where it ends with the row, is cheaper than part of one.
+    encode(out + n - kLanes, gradient_at<kPower, kReverse, W>(s, has_teacher, n - kLanes, slopes));
+  } else {
+    encode_part(out, gradient_at<kPower, kReverse, W>(s, has_teacher, 0, slopes), n);
   }
 }
 
+// p is padded with zeros to a full vector.
+template <int W>
 KDFAST_INLINE double sum_row_body(const float* p, int64_t n) {
-  Sum s;
+  Sum<W> s;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) s.add(load_part(p, i, n, 0.0f));
+    for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) s.add(load<W>(p + i));
     s.flush();
   }
   return s.total;
 }
 
-template <class T>
+template <int W, class T>
 KDFAST_INLINE void scale_body(const T* grad, T* out, int64_t n, float factor) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) encode(out + i, decode(grad + i) * factor);
-  if (i < n) encode_part(out + i, decode_part(grad + i, n - i, 0.0f) * factor, n - i);
+  for (; i + kLanes <= n; i += kLanes) encode(out + i, decode<W>(grad + i) * splat<W>(factor));
+  if (i < n) encode_part(out + i, decode_part<W>(grad + i, n - i, 0.0f) * splat<W>(factor), n - i);
 }
 
 // clang-format off
-#define KDFAST_ROW_KERNELS(suffix, attribute)                                                                                \
-  template <class T> attribute float load_##suffix(const void* p, int64_t stride, int64_t n, float* out) {                   \
-    return load_row(static_cast<const T*>(p), stride, n, out);                                                               \
+#define KDFAST_ROW_KERNELS(suffix, W, attribute)                                                                                \
+  template <class T> attribute float load_##suffix(const void* p, int64_t stride, int64_t n, float* out, bool copy) {         \
+    return load_any<W>(static_cast<const T*>(p), stride, n, out, copy);                                                         \
   }                                                                                                                          \
-  template <int P> attribute Sums student_##suffix(const float* z, int64_t n, float max_z, float inv_t, float* e, float* e1) { \
-    return student_sums<P>(z, n, max_z, inv_t, e, e1);                                                                       \
+  template <int P> attribute Sums student_##suffix(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s) { \
+    return student_sums<P, W>(z, n, max_z, inv_t, keep, s);                                                                     \
   }                                                                                                                          \
   template <bool R, int P> attribute Sums pair_##suffix(const float* z, const float* t, int64_t n, float max_z, float max_t, \
-                                                        float inv_t, float* e, float* u, float* e1) {                        \
-    return pair_sums<P, R>(z, t, n, max_z, max_t, inv_t, e, u, e1);                                                          \
+                                                        float inv_t, bool keep, Scratch s) {                                 \
+    return pair_sums<P, R, W>(z, t, n, max_z, max_t, inv_t, keep, s);                                                           \
   }                                                                                                                          \
-  template <bool R, int P, class T> attribute void gradient_##suffix(const float* e, const float* u, const float* e1,        \
-                                                                     int64_t n, Slopes s, void* out) {                       \
-    write_gradient<P, R>(e, u, e1, n, s, static_cast<T*>(out));                                                              \
+  template <bool R, int P, class T> attribute void gradient_##suffix(Scratch s, bool has_teacher, int64_t n, Slopes slopes,  \
+                                                                     void* out) {                                            \
+    write_gradient<P, R, W>(s, has_teacher, n, slopes, static_cast<T*>(out));                                                   \
   }                                                                                                                          \
   template <class T> attribute void scale_##suffix(const void* grad, void* out, int64_t n, float factor) {                   \
-    scale_body(static_cast<const T*>(grad), static_cast<T*>(out), n, factor);                                                \
+    scale_body<W>(static_cast<const T*>(grad), static_cast<T*>(out), n, factor);                                                \
   }                                                                                                                          \
-  attribute double sum_##suffix(const float* p, int64_t n) { return sum_row_body(p, n); }
+  attribute double sum_##suffix(const float* p, int64_t n) { return sum_row_body<W>(p, n); }
 KDFAST_FOR_EACH_ISA(KDFAST_ROW_KERNELS)
 
 #define KDFAST_BY_TYPE(f) {f<float>, f<BFloat16>, f<Float16>}
@@ -170,7 +201,7 @@ KDFAST_FOR_EACH_ISA(KDFAST_ROW_KERNELS)
 #define KDFAST_GRADIENTS_OF(f, r)                                                    \
   {KDFAST_GRADIENTS(f, r, kPowerOne), KDFAST_GRADIENTS(f, r, kPowerTwo),             \
    KDFAST_GRADIENTS(f, r, kPowerFour), KDFAST_GRADIENTS(f, r, kPowerAny)}
-#define KDFAST_TABLE(suffix, attribute)                                              \
+#define KDFAST_TABLE(suffix, W, attribute)                                              \
   const RowKernels table_##suffix = {                                                \
       KDFAST_BY_TYPE(load_##suffix),                                                 \
       KDFAST_BY_POWER(student_##suffix),                                             \

@@ -20,16 +20,23 @@ struct Slopes {
   float shift = 0;                          // what the reverse divergence subtracts from b - a
 };
 
-// Outer indices: reverse divergence or not, Power, dtype code. Buffers hold full vectors of 16 floats, so up to 15 more than n.
+// Vectors of one thread, each with room for a row rounded up to 16 floats.
+struct Scratch {
+  float *e, *u, *e1;
+};
+
+// Outer indices: reverse divergence or not, Power, dtype code.
 struct RowKernels {
-  // Largest of n elements; writes them as floats to `out` unless it is null.
-  float (*load[3])(const void* p, int64_t stride, int64_t n, float* out);
-  // Keep the terms in e, u, e1 unless e is null (u is b - a for the reverse divergence); e and u may be the rows themselves.
-  Sums (*student[4])(const float* z, int64_t n, float max_z, float inv_t, float* e, float* e1);
-  Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, float* e, float* u, float* e1);
-  // Writes one row from the kept terms; u may be null.
-  void (*gradient[2][4][3])(const float* e, const float* u, const float* e1, int64_t n, Slopes s, void* out);
+  // Largest of n elements. Writes them as floats to `out`, the last vector padded with -inf; without `copy`, that vector only.
+  float (*load[3])(const void* p, int64_t stride, int64_t n, float* out, bool copy);
+  // Sums over rows that `load` went through with `out` = s.e (the student's) and s.u (the teacher's); z and t may be those, or
+  // the rows themselves. Kept terms replace them: e, u (b - a for the reverse divergence) and, for kPowerAny, e1.
+  Sums (*student[4])(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s);
+  Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, bool keep, Scratch s);
+  // Writes one row of the gradient from the kept terms.
+  void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, void* out);
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);
+  // Sum of p[0, n), padded with zeros to a full vector.
   double (*sum)(const float* p, int64_t n);
 };
 

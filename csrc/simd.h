@@ -1,4 +1,4 @@
-// Sixteen-lane float vectors that give the same bits on every instruction set, and the macro that compiles a kernel for each.
+// Sixteen-lane vectors that give the same bits on every instruction set, and the macro that compiles a kernel for each.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,21 @@
 
 #define KDFAST_INLINE inline __attribute__((always_inline))
 
-// KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, attribute) once per instruction set: a kernel is an always-inlined body plus
-// one thin function per set, picked at run time by level(). Unlike target_clones this needs no ifunc and a test can name a level.
+// KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, width, attribute) once per instruction set, width being the floats that one
+// of its registers holds. A kernel is an always-inlined body plus one thin function per set, picked at run time with
+// KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can name a level.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KDFAST_FOR_EACH_ISA(NAME)                           \
-  NAME(base, )                                              \
-  NAME(v3, __attribute__((target("arch=x86-64-v3"))))       \
-  NAME(v4, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#define KDFAST_FOR_EACH_ISA(NAME)                        \
+  NAME(base, 4, )                                        \
+  NAME(v3, 8, __attribute__((target("arch=x86-64-v3")))) \
+  NAME(v4, 16, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
 #define KDFAST_PICK_ISA(level, kernel) ((level) >= 2 ? kernel##_v4 : (level) == 1 ? kernel##_v3 : kernel##_base)
 #else
-#define KDFAST_FOR_EACH_ISA(NAME) NAME(base, )
+#define KDFAST_FOR_EACH_ISA(NAME) NAME(base, 4, )
 #define KDFAST_PICK_ISA(level, kernel) (static_cast<void>(level), kernel##_base)
 #endif
+
+#define KDFAST_EACH_PART(k) _Pragma("GCC unroll 4") for (int k = 0; k < kLanes / W; ++k)
 
 namespace kdfast {
 
@@ -36,72 +39,172 @@ inline int isa_level(int limit = kWidestIsa) {
   return level < limit ? level : limit;
 }
 
-// One width for all sets: the lanes, not the hardware, fix the order of every sum.
-constexpr int64_t kLanes = 16;
-using VecF = float __attribute__((vector_size(64)));
-using VecI = int32_t __attribute__((vector_size(64)));
-using VecU = uint32_t __attribute__((vector_size(64)));
-
+// Lanes of every vector, whatever the hardware holds in a register: they fix the order of every sum.
+constexpr int kLanes = 16;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-KDFAST_INLINE VecF splat(float x) { return VecF{} + x; }
+// Sixteen floats in registers of W. Compilers split wider vectors by themselves, but take comparisons apart lane by lane.
+// (A typedef, as GCC drops the attribute from an alias whose size depends on a template's parameter.)
+template <int W>
+struct Floats {
+  typedef float Part __attribute__((vector_size(4 * W)));
+  Part part[kLanes / W];
+};
 
-KDFAST_INLINE VecF load(const float* p) {
-  VecF v;
-  std::memcpy(&v, p, sizeof v);
+// Sixteen 32-bit words; as a mask, all ones or all zeros in each.
+template <int W>
+struct Words {
+  typedef uint32_t Part __attribute__((vector_size(4 * W)));
+  Part part[kLanes / W];
+};
+
+#define KDFAST_BINARY(Result, Left, op)                                       \
+  template <int W>                                                            \
+  KDFAST_INLINE Result<W> operator op(Left<W> a, Left<W> b) {                 \
+    Result<W> r;                                                              \
+    KDFAST_EACH_PART(k) r.part[k] = (typename Result<W>::Part)(a.part[k] op b.part[k]); \
+    return r;                                                                 \
+  }
+KDFAST_BINARY(Floats, Floats, +)
+KDFAST_BINARY(Floats, Floats, -)
+KDFAST_BINARY(Floats, Floats, *)
+KDFAST_BINARY(Words, Floats, <)
+KDFAST_BINARY(Words, Floats, ==)
+KDFAST_BINARY(Words, Words, +)
+KDFAST_BINARY(Words, Words, -)
+KDFAST_BINARY(Words, Words, &)
+KDFAST_BINARY(Words, Words, |)
+KDFAST_BINARY(Words, Words, <)
+KDFAST_BINARY(Words, Words, ==)
+#undef KDFAST_BINARY
+
+template <int W>
+KDFAST_INLINE Words<W> operator<<(Words<W> a, int count) {
+  KDFAST_EACH_PART(k) a.part[k] <<= count;
+  return a;
+}
+
+template <int W>
+KDFAST_INLINE Words<W> operator>>(Words<W> a, int count) {
+  KDFAST_EACH_PART(k) a.part[k] >>= count;
+  return a;
+}
+
+template <int W>
+KDFAST_INLINE Floats<W> splat(float x) {
+  Floats<W> r;
+  KDFAST_EACH_PART(k) r.part[k] = typename Floats<W>::Part{} + x;
+  return r;
+}
+
+template <int W>
+KDFAST_INLINE Words<W> words(uint32_t x) {
+  Words<W> r;
+  KDFAST_EACH_PART(k) r.part[k] = typename Words<W>::Part{} + x;
+  return r;
+}
+
+template <int W>
+KDFAST_INLINE Words<W> bits_of(Floats<W> a) {
+  Words<W> r;
+  KDFAST_EACH_PART(k) r.part[k] = (typename Words<W>::Part)a.part[k];
+  return r;
+}
+
+template <int W>
+KDFAST_INLINE Floats<W> floats_from(Words<W> a) {
+  Floats<W> r;
+  KDFAST_EACH_PART(k) r.part[k] = (typename Floats<W>::Part)a.part[k];
+  return r;
+}
+
+template <template <int> class V, int W>
+KDFAST_INLINE V<W> select(Words<W> mask, V<W> a, V<W> b) {
+  KDFAST_EACH_PART(k) a.part[k] = mask.part[k] ? a.part[k] : b.part[k];
+  return a;
+}
+
+// Part by part: a copy of all sixteen lanes would go through memory in pieces that stall the load after it.
+template <int W>
+KDFAST_INLINE Floats<W> load(const float* p) {
+  Floats<W> v;
+  KDFAST_EACH_PART(k) std::memcpy(&v.part[k], p + k * W, sizeof v.part[k]);
   return v;
 }
 
-KDFAST_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
-
-KDFAST_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
-
-KDFAST_INLINE float max_of(VecF v) {
-  float a[kLanes];
-  store(a, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-  return a[0];
+template <int W>
+KDFAST_INLINE void store(float* p, Floats<W> v) {
+  KDFAST_EACH_PART(k) std::memcpy(p + k * W, &v.part[k], sizeof v.part[k]);
 }
 
-KDFAST_INLINE double sum_of(VecF v) {
-  double a[kLanes / 2];
-  for (int i = 0; i < kLanes / 2; ++i) a[i] = static_cast<double>(v[i]) + static_cast<double>(v[i + kLanes / 2]);
-  for (int half = kLanes / 4; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] += a[i + half];
-  return a[0];
+// The larger of each pair; b where a is NaN.
+template <int W>
+KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
+  KDFAST_EACH_PART(k) a.part[k] = a.part[k] > b.part[k] ? a.part[k] : b.part[k];
+  return a;
+}
+
+using Floats4 = float __attribute__((vector_size(16)));
+using Floats8 = float __attribute__((vector_size(32)));
+using Doubles4 = double __attribute__((vector_size(32)));
+using Doubles8 = double __attribute__((vector_size(64)));
+
+template <class Half, class Whole>
+KDFAST_INLINE Half half_of(const Whole& v, int which) {
+  Half h;
+  std::memcpy(&h, reinterpret_cast<const char*>(&v) + (which ? sizeof h : 0), sizeof h);
+  return h;
+}
+
+template <int W>
+KDFAST_INLINE float max_of(Floats<W> v) {
+  float a[kLanes];
+  store(a, v);
+  Floats4 q[4];
+  std::memcpy(q, a, sizeof a);
+  const Floats4 b = q[0] > q[2] ? q[0] : q[2], c = q[1] > q[3] ? q[1] : q[3];
+  const Floats4 d = b > c ? b : c;
+  const float e = d[0] > d[2] ? d[0] : d[2], f = d[1] > d[3] ? d[1] : d[3];
+  return e > f ? e : f;
+}
+
+// Halves folded onto each other in double: the order of the additions is the same at every width.
+template <int W>
+KDFAST_INLINE double sum_of(Floats<W> v) {
+  const Doubles8 a = __builtin_convertvector(half_of<Floats8>(v, 0), Doubles8) + __builtin_convertvector(half_of<Floats8>(v, 1), Doubles8);
+  const Doubles4 b = half_of<Doubles4>(a, 0) + half_of<Doubles4>(a, 1);
+  return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 // A sum that keeps float lanes for one block at a time and adds blocks in double: the error does not grow with the row.
+template <int W>
 struct Sum {
-  VecF lanes = VecF{};
+  Floats<W> lanes = splat<W>(0);
   double total = 0;
-  KDFAST_INLINE void add(VecF v) { lanes += v; }
+  KDFAST_INLINE void add(Floats<W> v) { lanes = lanes + v; }
   KDFAST_INLINE void flush() {
     total += sum_of(lanes);
-    lanes = VecF{};
+    lanes = splat<W>(0);
   }
 };
 
-// exp(x) for x <= 0, about one unit in the last place; exactly 0 below the smallest normal number and at -inf; NaN stays NaN.
-KDFAST_INLINE VecF exp_nonpositive(VecF x) {
-  const VecF floor = splat(-87.336544f);
-  const VecF c = x < floor ? floor : x;
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecF shifted = c * 1.44269504f + magic;
-  const VecF n = shifted - magic;
+// exp(x) for x <= 0, about one unit in the last place; exactly 0 from -88 down, -inf included; NaN stays NaN.
+template <int W>
+KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
+  const Floats<W> floor = splat<W>(-88.0f), magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats<W> c = select(x < floor, floor, x);
+  const Floats<W> shifted = c * splat<W>(1.44269504f) + magic;
+  const Floats<W> n = shifted - magic;
   // ln 2 in two parts; the first has few bits, so that n times it is exact.
-  const VecF r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
-  VecF p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const VecI power = (reinterpret_cast<VecI>(shifted) - 0x4b400000 + 127) << 23;
-  const VecF y = p * reinterpret_cast<VecF>(power);
-  return x < floor ? VecF{} : y;
+  const Floats<W> r = (c - n * splat<W>(0.693359375f)) - n * splat<W>(-2.12194440e-4f);
+  Floats<W> p = splat<W>(1.3814999256e-3f);
+  p = p * r + splat<W>(8.3689084277e-3f);
+  p = p * r + splat<W>(4.1668396443e-2f);
+  p = p * r + splat<W>(1.6666519642e-1f);
+  p = p * r + splat<W>(4.9999994040e-1f);
+  p = p * (r * r) + r + splat<W>(1.0f);
+  // At -88, n is -127 and this power of two is zero.
+  return p * floats_from((bits_of(shifted) + words<W>(127u - 0x4b400000u)) << 23);
 }
 
 }  // namespace kdfast

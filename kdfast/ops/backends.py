@@ -10,7 +10,7 @@ Rules:
 - ``"reference"`` is plain PyTorch, runs everywhere, and is the oracle of the tests.
 - Under ``TRITON_INTERPRET=1`` a Triton kernel may be named for CPU tensors, to test it; it is never chosen.
 
-A new operator adds a row a device to ``TABLE``, and to ``DTYPES`` what its kernels accept, where that is not everything.
+A new operator adds a row a device to ``TABLE``, and to ``DTYPES`` what its kernels accept where that is not everything.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _choose(op: str, device: str, dtype: str | None, backend: str, from_environm
                 f"implementations there are {', '.join(row)}, or 'auto' to let kdfast choose"
             )
         return Choice(op, device, backend, f"asked for by {source}")
-    problems = []
+    problems: list[str] = []
     for name in row:
         problem = _problem(op, device, dtype, name)
         if problem is None:

@@ -6,7 +6,8 @@ For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = 
 
 and its gradient (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
 
-Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531, section 2.
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2,
+https://arxiv.org/abs/1503.02531.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.errors import ShapeError
 from kdfast.ops import backends
 from kdfast.ops.kd_loss_checks import TopKTeacher, check_call, check_values, number
 from kdfast.ops.kd_loss_op import EagerKDLoss, Operands, Options, kd_loss_op, launch, plain_eager
@@ -42,20 +44,20 @@ def kd_loss(
 ) -> Tensor:
     """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
 
-    Reads float32, bfloat16 or float16, sums in float32 and wider, returns float32; the gradient has the dtype of ``logits``.
-    Autocast changes nothing. ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated once. float64
-    logits run on the reference implementation.
+    Reads float32, bfloat16 or float16, sums in float32 and wider, returns float32; the gradient has the dtype of
+    ``logits``. Autocast changes nothing. ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated
+    once. float64 logits run on the reference implementation.
 
-    A class with logit -inf is masked: it has probability zero. Where the student masks a class that the teacher gives mass,
-    the forward divergence is infinite, as it is in the mathematics; NaN logits give a NaN loss.
+    A class with logit -inf is masked: it has probability zero. Where the student masks a class that the teacher gives
+    mass, the forward divergence is infinite, as it is in the mathematics; NaN logits give a NaN loss.
 
     Args:
         logits: (N, C) student logits, any strides.
         labels: (N,) int64 classes; None is allowed when ``alpha`` is 1.
         teacher: (M, C) raw teacher logits, any floating dtype the student may have, on the device of ``logits``; or a
             ``TopKTeacher``, which holds k classes a row.
-        rows: (N,) int64, the teacher's row for each sample, in any order and with repetitions; None: row i for sample i,
-            which needs M = N.
+        rows: (N,) int64, the teacher's row for each sample, in any order and with repetitions; None: row i for sample
+            i, which needs M = N.
         alpha: Weight of the divergence, in [0, 1]; the cross-entropy has 1 - alpha. At 0 the teacher is not read.
         temperature: T > 0, for the divergence only.
         t_squared: Whether the divergence is multiplied by T^2, which keeps its gradient's size independent of T.
@@ -64,8 +66,8 @@ def kd_loss(
         reduction: "mean", "sum" or "none". A mean over no row at all is 0.
         backend: "auto", or an implementation named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device. On a
-            CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
+        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device. On
+            a CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
@@ -126,7 +128,7 @@ def kd_loss_terms(
         from kdfast.ops import native
 
         terms = (torch.empty(logits.shape[0]), torch.empty(logits.shape[0]))
-        native.kd_loss(*operands, **options._asdict(), hold=1.0, need_grad=False, terms=terms)
+        native.kd_loss(*operands, *options, 1.0, False, terms=terms)
         return terms
     if name == "reference":
         if logits.device.type == "cpu":
@@ -147,7 +149,8 @@ class KDLoss(nn.Module):
     Args:
         alpha: As in ``kd_loss``; may be changed between calls (``loss.alpha = ...``).
         temperature: As in ``kd_loss``.
-        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction``, ``validate``, as in ``kd_loss``.
+        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction`` and ``validate``, as in
+            ``kd_loss``.
 
     Raises:
         TypeError: On an option that ``kd_loss`` does not have.
@@ -158,7 +161,8 @@ class KDLoss(nn.Module):
         known = {"t_squared", "ignore_index", "reduction", "backend", "direction", "validate"}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise TypeError(f"KDLoss was given {', '.join(unknown)}; its options are alpha, temperature, {', '.join(sorted(known))}")
+            known_names = ", ".join(["alpha", "temperature", *sorted(known)])
+            raise TypeError(f"KDLoss was given {', '.join(unknown)}; its options are {known_names}")
         self.alpha = alpha
         self.temperature = temperature
         self.options = options
@@ -172,20 +176,20 @@ class KDLoss(nn.Module):
         weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of ``kd_loss``; shapes as there."""
-        return kd_loss(
-            logits, labels, teacher, rows, weights=weights, alpha=self.alpha, temperature=self.temperature, **self.options
-        )
+        numbers = {"alpha": self.alpha, "temperature": self.temperature}
+        return kd_loss(logits, labels, teacher, rows, weights=weights, **numbers, **self.options)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
-        return ", ".join(f"{k}={v!r}" for k, v in {"alpha": self.alpha, "temperature": self.temperature, **self.options}.items())
+        shown = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     """Keep the k largest classes of each row of full teacher logits.
 
-    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C that is a lower bound
-    of the full divergence: the teacher no longer says how the rest is spread.
+    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C that is a lower
+    bound of the full divergence: the teacher no longer says how the rest is spread.
 
     Args:
         teacher: (M, C) raw logits.
@@ -195,8 +199,6 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     Raises:
         ShapeError: If k lies outside [1, C].
     """
-    from kdfast.errors import ShapeError
-
     if not 1 <= k <= teacher.shape[1]:
         raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)
@@ -204,7 +206,7 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_of(device: str, dtype: torch.dtype, backend: str) -> str:
     return backends.resolve("kd_loss", device, str(dtype).removeprefix("torch."), backend)
 
@@ -215,13 +217,14 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
     logits = operands.logits
     if not torch.compiler.is_compiling() and plain_eager(logits):
         if torch.is_grad_enabled() and logits.requires_grad:
-            loss: Tensor = EagerKDLoss.apply(logits, backend, operands, options)
+            loss: Tensor = EagerKDLoss.apply(logits, backend, operands, options)  # type: ignore[no-untyped-call]
             return loss
         return launch(backend, operands, options, need_grad=False)[0]
     # Inside torch.func a wrapped tensor does not say whether an outer transform differentiates it.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     need_grad = torch.is_grad_enabled() and (logits.requires_grad or transformed)
-    return kd_loss_op(*operands, *options, backend, need_grad)[0]
+    result: tuple[Tensor, Tensor] = kd_loss_op(*operands, *options, backend, need_grad)
+    return result[0]
 
 
 def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:

@@ -22,8 +22,8 @@ class TopKTeacher(NamedTuple):
     Attributes:
         values: (M, k) raw logits of those classes, floating point.
         classes: (M, k) int32 class ids, distinct within a row, in any order.
-        tail: (M,) natural logarithm of the sum of exp(t / T) over the classes left out, at the temperature T of the loss;
-            -inf when none is left out.
+        tail: (M,) natural logarithm of the sum of exp(t / T) over the classes left out, at the temperature T of the
+            loss; -inf when none is left out.
     """
 
     values: Tensor
@@ -31,25 +31,23 @@ class TopKTeacher(NamedTuple):
     tail: Tensor
 
 
-def number(name: str, value: float | Tensor) -> float:
+def number(name: str, value: object) -> float:
     """A Python number, also from a scalar tensor on the CPU.
 
     Raises:
         TypeError: If it is neither, or would get a gradient.
     """
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        return value
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.device.type != "cpu" or value.requires_grad:
+            grad = " that requires a gradient" if value.requires_grad else ""
             raise TypeError(
-                f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}"
-                f"{' that requires a gradient' if value.requires_grad else ''}: give a number, or a scalar CPU tensor without one"
+                f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}{grad}: "
+                "give a number, or a scalar CPU tensor without a gradient"
             )
         return float(value.item())
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is {value!r}: give a number") from error
+    raise TypeError(f"{name} is {value!r}: give a number")
 
 
 def check_call(
@@ -78,7 +76,7 @@ def check_call(
     if labels is not None:
         _check_index("labels", labels, n, device)
     elif options.alpha != 1:
-        raise ShapeError(f"labels are None, but alpha is {options.alpha}: give labels, or alpha=1 for the divergence alone")
+        raise ShapeError(f"labels are None, but alpha is {options.alpha}: give labels, or alpha=1 to leave them out")
     if rows is not None:
         _check_index("rows", rows, n, device)
     if weights is not None:
@@ -92,7 +90,7 @@ def check_call(
         _check_teacher("teacher", teacher, n, rows, device)
         if teacher.shape[1] != c:
             raise ShapeError(
-                f"teacher has {teacher.shape[1]} classes and logits have {c}: both need the same classes, in the same order"
+                f"teacher has {teacher.shape[1]} classes and logits have {c}: both need the same ones, in the same order"
             )
         return Operands(logits, labels, teacher, rows, None, None, weights)
     values, classes, tail = _check_topk(teacher, n, c, rows, device)
@@ -165,7 +163,9 @@ def _check_teacher(name: str, x: Tensor, n: int, rows: Tensor | None, device: to
         raise TypeError(f"{name} requires a gradient, which kd_loss does not compute: pass {name}.detach()")
     _check_device(name, x, device)
     if rows is None and x.shape[0] != n:
-        raise ShapeError(f"{name} has {x.shape[0]} rows and logits have {n}: give rows, the teacher's row for each sample")
+        raise ShapeError(
+            f"{name} has {x.shape[0]} rows and logits have {n}: give rows, the teacher's row of each sample"
+        )
 
 
 def _check_topk(teacher: object, n: int, c: int, rows: Tensor | None, device: torch.device) -> TopKTeacher:
@@ -181,7 +181,7 @@ def _check_topk(teacher: object, n: int, c: int, rows: Tensor | None, device: to
             f"{tuple(tail.shape)}: (M, k), (M, k) and (M,) are needed"
         )
     if not 1 <= values.shape[1] <= c:
-        raise ShapeError(f"teacher.values hold {values.shape[1]} classes a row: 1 to {c} are needed, the classes of logits")
+        raise ShapeError(f"teacher.values hold {values.shape[1]} classes a row: 1 to {c} are needed, as logits have")
     if classes.dtype != torch.int32:
         raise TypeError(f"teacher.classes is {classes.dtype}: int32 is needed; convert it with .int()")
     if tail.dtype not in _FLOATS:

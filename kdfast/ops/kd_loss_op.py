@@ -1,15 +1,15 @@
-"""The operator behind ``kdfast.kd_loss``: one opaque custom op, its gradient, and a shorter way to the same kernels in eager mode.
+"""The operator behind ``kdfast.kd_loss``: one opaque custom op, its gradient, and a shorter way in eager mode.
 
-The forward kernel writes the losses and the gradient together; the gradient waits for the backward pass, which multiplies
-it by the incoming factor, or hands it on as it is when that factor is one. Two ways lead to the kernels:
+The forward kernel writes the losses and the gradient together; the gradient waits for the backward pass, which
+multiplies it by the incoming factor, or hands it on as it is when that factor is one. Two ways lead to the kernels:
 
-- ``torch.ops.kdfast.kd_loss``, for ``torch.compile``, ``torch.func`` and other dispatch modes. Its backward calls a second
-  op that has no derivative, so that differentiating twice raises.
-- ``EagerKDLoss``, for plain tensors in eager mode: it skips the dispatcher, whose cost exceeds the kernel's at small sizes,
-  and may scale the gradient in place.
+- ``torch.ops.kdfast.kd_loss``, for ``torch.compile``, ``torch.func`` and other dispatch modes. Its backward calls a
+  second op that has no derivative, so that differentiating twice raises.
+- ``EagerKDLoss``, for plain tensors in eager mode: it skips the dispatcher, whose cost exceeds the kernel's at small
+  sizes, and may scale the gradient in place.
 
-float16 gradients of a mean wait multiplied by ``hold_of(...)``: the factor of ``torch.amp.GradScaler`` arrives only in the
-backward pass, and a probability over the number of rows would by then have been rounded to zero.
+float16 gradients of a mean wait multiplied by ``hold_of(...)``: the factor of ``torch.amp.GradScaler`` arrives only in
+the backward pass, and a probability over the number of rows would by then have been rounded to zero.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def launch(backend: str, operands: Operands, options: Options, need_grad: bool) 
     if backend == "native":
         from kdfast.ops import native
 
-        return native.kd_loss(*operands, **options._asdict(), hold=hold, need_grad=need_grad)
+        return native.kd_loss(*operands, *options, hold, need_grad)
     if backend == "triton":
         from kdfast.ops import kd_loss_triton
 
-        return kd_loss_triton.kd_loss(*operands, **options._asdict(), hold=hold, need_grad=need_grad)
+        return kd_loss_triton.kd_loss(*operands, *options, hold, need_grad)
     raise UsageError(f"backend={backend!r}: the operator runs 'native' or 'triton'")
 
 
@@ -79,9 +79,6 @@ def _scale(backend: str, grad: Tensor, factor: Tensor, scale: float, in_place: b
     from kdfast.ops import kd_loss_triton
 
     return kd_loss_triton.scale_rows(grad, factor, scale, in_place=in_place)
-
-
-# --- the way of torch.compile and torch.func
 
 
 @torch.library.custom_op("kdfast::kd_loss", mutates_args=())
@@ -104,7 +101,8 @@ def kd_loss_op(
 ) -> tuple[Tensor, Tensor]:
     """Loss and stored gradient; ``backend`` is "native" or "triton"."""
     operands = Operands(logits, labels, teacher, rows, classes, tail, weights)
-    return launch(backend, operands, Options(alpha, temperature, t_squared, ignore_index, reduction, reverse), need_grad)
+    options = Options(alpha, temperature, t_squared, ignore_index, reduction, reverse)
+    return launch(backend, operands, options, need_grad)
 
 
 @kd_loss_op.register_fake
@@ -149,15 +147,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.need_grad:
-        raise UsageError("kdfast::kd_loss was called with need_grad=False: it kept no gradient; call kdfast.kd_loss instead")
+        raise UsageError("kdfast::kd_loss ran with need_grad=False and kept no gradient: call kdfast.kd_loss instead")
     (grad,) = ctx.saved_tensors
     return (scale_op(grad, grad_loss, ctx.scale, ctx.backend), *([None] * 14))
 
 
 kd_loss_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-# --- the way of eager mode
 
 
 def plain_eager(tensor: Tensor) -> bool:
@@ -166,7 +161,7 @@ def plain_eager(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -1,4 +1,4 @@
-"""The distillation loss in plain PyTorch: differentiable, correct in float64, and the oracle of every test of the kernels."""
+"""The distillation loss in plain PyTorch: differentiable, correct in float64, the oracle of every test of the kernels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def reference_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and divergence of each row, and which rows count: three tensors (N,).
 
-    Computes in float64 for float64 logits, else in float32. Rows that do not count are zero. A term that is not used is zero
-    and not computed.
+    Computes in float64 for float64 logits, else in float32. Rows that do not count are zero. A term that is not used is
+    zero and not computed.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     zeros = z.new_zeros(z.shape[0])

@@ -1,4 +1,4 @@
-"""The only importer of the compiled extension: turns CPU tensors into addresses, sizes and strides, and allocates outputs."""
+"""The only importer of the compiled extension: turns CPU tensors into addresses and strides, and allocates outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def kd_loss(
     classes: Tensor | None,
     tail: Tensor | None,
     weights: Tensor | None,
-    *,
     alpha: float,
     temperature: float,
     t_squared: bool,
@@ -43,13 +42,15 @@ def kd_loss(
     reverse: bool,
     hold: float,
     need_grad: bool,
+    *,
     terms: tuple[Tensor, Tensor] | None = None,
     isa_limit: int = _WIDEST_ISA,
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar, or (N,) for "none") in float32 and its gradient times ``hold`` ((N, C), or empty when not needed).
 
-    ``terms``, two float32 tensors (N,), receive each row's cross-entropy and divergence. ``isa_limit`` (0, 1, 2: baseline,
-    x86-64-v3, x86-64-v4) exists so that tests can compare instruction sets.
+    Arguments up to ``reverse`` are the fields of ``Operands`` and ``Options``. ``terms``, two float32 tensors (N,), receive
+    each row's cross-entropy and divergence. ``isa_limit`` (0, 1, 2: baseline, x86-64-v3, x86-64-v4) exists so that tests
+    can compare instruction sets.
 
     Raises:
         IndexError: If a label, a row or a class id lies outside its range.
@@ -99,8 +100,8 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
         grad: (N, C), contiguous.
         factor: A scalar, or (N,) for one factor a row; float32.
         scale: A factor common to all rows.
-        in_place: Whether the result may take the memory of ``grad``. Then nothing is computed when all factors are known
-            to be one.
+        in_place: Whether the result may take the memory of ``grad``. Then nothing is computed when all factors are
+            known to be one.
     """
     single = factor.dim() == 0 or factor.stride(0) == 0
     if in_place and single and (factor.numel() == 0 or factor.reshape(-1)[0].item() * scale == 1.0):
@@ -108,8 +109,9 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
     out = grad if in_place else torch.empty_like(grad)
     n, c = grad.shape
     stride = 0 if single else factor.stride(0)
+    threads = torch.get_num_threads()
     _native.scale_rows(
-        grad.data_ptr(), out.data_ptr(), _DTYPES[grad.dtype], n, c, factor.data_ptr(), stride, scale, torch.get_num_threads()
+        grad.data_ptr(), out.data_ptr(), _DTYPES[grad.dtype], n, c, factor.data_ptr(), stride, scale, threads
     )
     return out
 
