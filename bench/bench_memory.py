@@ -1,0 +1,79 @@
+"""Peak resident memory of a training run fed by FFCV, with a cache of all 162 views memory-mapped.
+
+    python bench/bench_memory.py --data cifar-100-python [--student resnet8]
+
+The cache has its full size (1.62 GB for CIFAR-100); its logits are random numbers, since whose logits they are does not
+change the memory. The run is the `kdfast distill` command in a process of its own, over one epoch of the whole split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import psutil
+from bench_cache import Synthetic
+from harness import machine, save
+
+from kdfast.data.convert import convert
+from kdfast.data.sources import normalization_of, open_source
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
+from kdfast.teacher.build import build_cache
+
+LIMIT_BYTES = 1.5e9
+
+
+def watch(command: list[str]) -> tuple[int, float]:
+    """Run a command; its peak resident set in bytes, children included, and its seconds."""
+    started, peak = time.perf_counter(), 0
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            family = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(member.memory_info().rss for member in family))
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(0.05)
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return peak, time.perf_counter() - started
+
+
+def main() -> None:
+    """Build the files, run, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--student", default="resnet8")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        betons, cache, run = Path(name) / "betons", Path(name) / "cache", Path(name) / "run"
+        source = convert(open_source(options.data), betons)
+        classes = len(source.classes)
+        model = Model(build_net("resnet8", classes).eval(), "resnet8", classes, source.classes,
+                      normalization_of(source.train))  # fmt: skip
+        with mock.patch("kdfast.teacher.build.Forward", Synthetic):
+            build_cache(source, model, cache)
+        size = sum(file.stat().st_size for file in cache.iterdir())
+        peak, seconds = watch(
+            [sys.executable, "-m", "kdfast", "distill", "--data", str(betons), "--cache", str(cache), "--student",
+             options.student, "--epochs", "1", "--loader", "ffcv", "--alpha", "0.5", "--out", str(run)]
+        )  # fmt: skip
+        result = json.loads((run / "result.json").read_text())
+    verdict = "under" if peak < LIMIT_BYTES else "OVER"
+    print(
+        f"{result['images']} images of {options.data} through {result['loader']} with {size / 1e9:.2f} GB of cache "
+        f"({result['views']} views): peak resident memory {peak / 1e9:.2f} GB, {verdict} {LIMIT_BYTES / 1e9:.1f} GB "
+        f"({seconds:.0f} s)"
+    )
+    save("memory", {"machine": machine(), "peak_bytes": peak, "cache_bytes": size, "images": result["images"]})
+
+
+if __name__ == "__main__":
+    main()
