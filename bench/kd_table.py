@@ -63,7 +63,7 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0, 1, 2),
-        student_flags=("--epochs", "40", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
+        student_flags=("--epochs", "80", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
         teacher_flags=("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
     ),
     "cifar100": Preset(
@@ -72,7 +72,7 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0,),
-        student_flags=("--epochs", "40", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
+        student_flags=("--epochs", "80", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
         teacher_flags=("--mean", "0.5071,0.4867,0.4408", "--std", "0.2675,0.2565,0.2761"),
     ),
 }

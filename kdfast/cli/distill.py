@@ -90,7 +90,7 @@ def distill(
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return
-    with progress(f"distill {student}") as report:
+    with progress(f"distill {student}", shown=plan.ranks.main) as report:
         result = training.run(
             plan,
             out,
@@ -101,4 +101,5 @@ def distill(
             tensorboard=tensorboard,
             report=report,
         )
-    print(training.summary(result, out))
+    if plan.ranks.main:
+        print(training.summary(result, out))

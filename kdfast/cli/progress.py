@@ -10,13 +10,14 @@ Report = Callable[[int, int, str], None]
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Report]:
+def progress(label: str, *, shown: bool = True) -> Iterator[Report]:
     """Yield a function of (done, total, note) that draws a bar; silent where stderr is not a terminal.
 
     Args:
         label: What is going on.
+        shown: False draws nothing, for processes other than the main one of a run.
     """
-    if not sys.stderr.isatty():
+    if not (shown and sys.stderr.isatty()):
         yield _silent
         return
     from rich.console import Console

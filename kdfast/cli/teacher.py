@@ -67,7 +67,7 @@ def train(
         print(json.dumps(plan.describe(), indent=2))
         return
     folder = out.with_suffix(".run")
-    with progress(f"train {net}") as report:
+    with progress(f"train {net}", shown=plan.ranks.main) as report:
         result = training.run(
             plan,
             folder,
@@ -78,8 +78,9 @@ def train(
             tensorboard=tensorboard,
             report=report,
         )
-    save_model(out, load_model(folder / "student.pt"))
-    print(training.summary(result, out))
+    if plan.ranks.main:
+        save_model(out, load_model(folder / "student.pt"))
+        print(training.summary(result, out))
 
 
 @app.command("import")

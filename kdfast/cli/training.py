@@ -58,8 +58,11 @@ def run(
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Watch, train
 
-    writer = _writer(out) if tensorboard else None
-    with RunFolder(out, plan.identity, resume=resume) as folder:
+    writer = _writer(out) if tensorboard and plan.ranks.main else None
+    with (
+        plan.ranks.group(plan.device),
+        RunFolder(out, plan.identity, resume=resume, writes=plan.ranks.main) as folder,
+    ):
         watch = Watch(log_every, eval_every, checkpoint_seconds, writer, report)
         return train(plan, folder, watch)
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.data.loaders import Loader
-from kdfast.data.order import epoch_order
+from kdfast.data.order import epoch_order, rank_batches
 from kdfast.data.views import ViewSpec, draw_slots, view_table
+from kdfast.distill.ranks import Ranks
 from kdfast.distill.targets import Targets
 
 
@@ -45,6 +46,7 @@ class Batches:
         targets: The teacher's side, or None.
         batch_size: Samples a batch; the last of an epoch may be smaller.
         seed: Seed of order and views.
+        ranks: This process among those of the run; each has its share of every batch.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class Batches:
         targets: Targets | None,
         batch_size: int,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self._ids = np.sort(ids)
         self._loader, self._targets = loader, targets
         self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
+        self._ranks = ranks or Ranks()
         whole = n_views == spec.count
         self._table = None if whole else view_table(spec, view_seed, self._ids, n_views)
 
@@ -70,23 +74,32 @@ class Batches:
         """Batches in an epoch."""
         return -(-len(self._ids) // self._batch_size)
 
+    def size_of(self, step: int) -> int:
+        """Samples in the batch of a step, over all processes."""
+        last = (step + 1) % self.per_epoch == 0
+        return len(self._ids) - (self.per_epoch - 1) * self._batch_size if last else self._batch_size
+
     def epoch(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches of one epoch, from batch `first` on."""
+        """Yield this process's share of the batches of one epoch, from batch `first` on."""
         order = epoch_order(self._ids, self._seed, epoch)
-        slots = draw_slots(self._seed, epoch, order, self._n_views)
-        views = self._view_ids(order, slots)
+        shares = list(
+            rank_batches(order, self._batch_size, start=first, rank=self._ranks.rank, world=self._ranks.world)
+        )
+        ids = np.concatenate(shares)
+        slots = draw_slots(self._seed, epoch, ids, self._n_views)
+        views = self._view_ids(ids, slots)
         if self._targets is not None:
-            self._targets.begin_epoch(order, slots)
-        start = first * self._batch_size
-        for images in self._loader.batches(order[start:], self._batch_size):
+            self._targets.begin_epoch(ids, slots)
+        start = 0
+        for images in self._loader.batches(ids, len(shares[0])):
             stop = start + len(images)
             view_ids = torch.from_numpy(views[start:stop])
             teacher = None if self._targets is None else self._targets.batch(start, images, view_ids)
-            yield Batch(torch.from_numpy(order[start:stop]), images, view_ids, teacher)
+            yield Batch(torch.from_numpy(ids[start:stop]), images, view_ids, teacher)
             start = stop
 
-    def _view_ids(self, order: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _view_ids(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._table is None:
             return slots
-        rows: NDArray[np.int64] = self._table[np.searchsorted(self._ids, order), slots]
+        rows: NDArray[np.int64] = self._table[np.searchsorted(self._ids, ids), slots]
         return rows

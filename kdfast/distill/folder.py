@@ -27,22 +27,29 @@ class RunFolder:
         path: Where; made when missing.
         config: The settings. A folder that holds a run of other settings is refused.
         resume: `auto` goes on with what the folder holds, `never` wants a folder without a run.
+        writes: False for the processes of a run that only read the folder; their writes do nothing.
 
     Raises:
         UsageError: If the folder holds a run of other settings.
         OutputError: If it cannot be written, is in use by another process, or holds a run and `resume` is `never`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any], *, resume: str = "auto") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], config: Mapping[str, Any], *, resume: str = "auto", writes: bool = True
+    ) -> None:
         if resume not in ("auto", "never"):
             raise UsageError(f"--resume is {resume!r}; needed: auto or never")
         self.path = Path(path)
-        check_writable(self.path)
+        self.writes = writes
+        if writes:
+            check_writable(self.path)
         self._lock = FolderLock(self.path)
         self._config = json.loads(json.dumps(config))
         self.resume = resume
 
     def __enter__(self) -> RunFolder:
+        if not self.writes:
+            return self
         self._lock.__enter__()
         try:
             self._claim()
@@ -75,6 +82,8 @@ class RunFolder:
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
         """Write the state after `step` steps under its own name, then point latest.json to it and drop old ones."""
+        if not self.writes:
+            return
         folder = self.path / "checkpoints"
         file = folder / f"step-{step:09d}.pt"
         with atomic_write(file) as temporary:
@@ -101,7 +110,8 @@ class RunFolder:
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json."""
-        write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
+        if self.writes:
+            write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
 
     def read_result(self) -> dict[str, Any] | None:
         """The outcome of a finished run, or None."""
@@ -110,7 +120,8 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json; from then on the run counts as finished."""
-        write_json(self.path / "result.json", dict(result))
+        if self.writes:
+            write_json(self.path / "result.json", dict(result))
 
 
 class MetricsFile:

@@ -18,6 +18,7 @@ from kdfast.data.subset import Subset, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import RunConfig
+from kdfast.distill.ranks import Ranks
 from kdfast.distill.schedule import parse_alpha
 from kdfast.distill.targets import CachedTargets, OnlineTargets, Targets
 from kdfast.errors import CheckpointError, UsageError
@@ -59,6 +60,7 @@ class Plan:
         targets: The teacher's side; None when alpha is 0.
         normalization: The student's input statistics.
         device: Where to train.
+        ranks: This process among those of the run.
         identity: Fingerprints of the inputs, and the settings: what makes two runs the same run.
         costs: Seconds of the stages before this one, where known.
     """
@@ -70,6 +72,7 @@ class Plan:
     targets: Targets | None
     normalization: Normalization
     device: torch.device
+    ranks: Ranks
     identity: dict[str, Any]
     costs: dict[str, float] = field(default_factory=dict)
 
@@ -97,6 +100,7 @@ class Plan:
             targets=self.targets,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            ranks=self.ranks,
         )
 
 
@@ -117,10 +121,13 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
         DataError, SubsetError, CacheMismatch, CheckpointError: If an input is damaged or does not fit the others.
     """
     config = RunConfig(**settings)
+    ranks = Ranks.from_environment()
+    device = ranks.device(device)
     started = time.perf_counter()
     source = open_source(inputs.data, size=inputs.size)
     build_net(config.student, len(source.classes))
     subset = _subset(inputs.subset, source, config.batch_size)
+    ranks.check(len(subset.ids), config.batch_size)
     weight = parse_alpha(alpha, len(subset.ids) / len(source.train))
     if weight > 0 and inputs.cache is None and inputs.teacher is None:
         raise UsageError(f"--alpha {alpha} needs --cache or --teacher; plain training is --alpha 0")
@@ -136,6 +143,7 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
     elif teacher is not None:
         targets = OnlineTargets(teacher, source.views, device)
     loader = make_loader(source.train, inputs.loader, device)
+    costs["compile loader"] = getattr(loader, "compile_seconds", 0.0)
     return Plan(
         config=config,
         source=source,
@@ -144,12 +152,14 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
         targets=targets,
         normalization=normalization_of(source.train),
         device=device,
+        ranks=ranks,
         identity={
             **config.to_dict(),
             "data": source.fingerprint,
             "subset": hashlib.sha256(np.sort(subset.ids).tobytes()).hexdigest(),
             "teacher": None if targets is None else (cache.teacher_digest if cache else teacher and teacher.digest),
             "targets": None if targets is None else targets.name,
+            "processes": ranks.world,
         },
         costs=costs,
     )

@@ -22,11 +22,11 @@ class Targets(Protocol):
 
     name: str
 
-    def begin_epoch(self, order: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+    def begin_epoch(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Announce the samples of an epoch and the view slot of each, in the order in which they will come."""
 
     def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
-        """Teacher logits (B, C) of the batch that begins at position `start` of the announced order."""
+        """Teacher logits (B, C) of the batch that begins at position `start` of the announced samples."""
 
 
 class CachedTargets:
@@ -46,13 +46,13 @@ class CachedTargets:
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
         self._rows = max(1, WINDOW_BYTES // (cache.classes * 2))
-        self._order = self._slots = np.empty(0, np.int64)
+        self._ids = self._slots = np.empty(0, np.int64)
         self._window = torch.empty(0)
         self._begin = 0
 
-    def begin_epoch(self, order: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+    def begin_epoch(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """See `Targets`."""
-        self._order, self._slots = order, slots
+        self._ids, self._slots = ids, slots
         self._window, self._begin = torch.empty(0), 0
 
     def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class CachedTargets:
         stop = start + len(images)
         if start < self._begin or stop > self._begin + len(self._window):
             end = max(stop, start + self._rows)
-            ids, slots = self._order[start:end], self._slots[start:end]
+            ids, slots = self._ids[start:end], self._slots[start:end]
             rows = self._cache.lookup(ids, self._cache.slots_for(ids, slots, self._n_views, self._view_seed))
             self._window, self._begin = rows.to(self._device), start
         return self._window[start - self._begin : stop - self._begin]
@@ -81,15 +81,15 @@ class OnlineTargets:
         self._net = model.net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._normalization = model.normalization
         self._spec = spec
-        self._order = np.empty(0, np.int64)
+        self._ids = np.empty(0, np.int64)
 
-    def begin_epoch(self, order: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+    def begin_epoch(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """See `Targets`."""
-        self._order = order
+        self._ids = ids
 
     def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
         """See `Targets`."""
-        ids = torch.from_numpy(self._order[start : start + len(images)])
+        ids = torch.from_numpy(self._ids[start : start + len(images)])
         with torch.no_grad():
             inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids)
             logits: Tensor = self._net(inputs)

@@ -46,7 +46,8 @@ def train(plan: Plan, folder: RunFolder, watch: Watch | None = None) -> dict[str
         watch: Logging, evaluation and checkpoint intervals.
 
     Returns:
-        The content of result.json. A finished run returns it without training again.
+        The content of result.json; in processes other than the main one of a run, nothing. A finished run returns it
+        without training again.
 
     Raises:
         DivergedError: If the loss is not finite; the last good checkpoint is kept.
@@ -57,6 +58,7 @@ def train(plan: Plan, folder: RunFolder, watch: Watch | None = None) -> dict[str
     if finished is not None:
         return finished
     trainer = Trainer(plan)
+    plan.ranks.barrier()
     saved = folder.load_checkpoint()
     if saved is not None:
         trainer.load_state(saved)
@@ -71,7 +73,8 @@ def train(plan: Plan, folder: RunFolder, watch: Watch | None = None) -> dict[str
         )
         raise
     finally:
-        run.metrics.close()
+        if run.metrics is not None:
+            run.metrics.close()
 
 
 class _Run:
@@ -79,7 +82,7 @@ class _Run:
 
     def __init__(self, trainer: Trainer, folder: RunFolder, watch: Watch) -> None:
         self.trainer, self.folder, self.watch = trainer, folder, watch
-        self.metrics = MetricsFile(folder.path / "metrics.jsonl")
+        self.metrics = MetricsFile(folder.path / "metrics.jsonl") if folder.writes else None
         self.saved_at = time.monotonic()
 
     def position(self) -> dict[str, int]:
@@ -87,7 +90,7 @@ class _Run:
 
     def steps(self, stop: StopRequest) -> None:
         """All remaining steps. The clock runs while training and stands while logging and saving."""
-        trainer = self.trainer
+        trainer, ranks = self.trainer, self.trainer.plan.ranks
         self.folder.write_status("running", **self.position())
         while trainer.step < trainer.total_steps:
             batches = trainer.batches.epoch(trainer.epoch, trainer.step % trainer.batches.per_epoch)
@@ -97,7 +100,8 @@ class _Run:
                     trainer.train_step(batch)
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
                     logs = epoch_ended or trainer.step % self.watch.log_every == 0
-                    saves = bool(stop.signal_name) or time.monotonic() - self.saved_at > self.watch.checkpoint_seconds
+                    stops = ranks.any(bool(stop.signal_name), trainer.plan.device)
+                    saves = stops or time.monotonic() - self.saved_at > self.watch.checkpoint_seconds
                     if not (logs or saves):
                         continue
                     trainer.check_finite()
@@ -106,10 +110,10 @@ class _Run:
                         self.log(epoch_ended)
                     if saves:
                         self.save()
-                    if stop.signal_name:
+                    if stops:
                         raise Interrupted(
-                            f"stopped by {stop.signal_name} after step {trainer.step} of {trainer.total_steps}; "
-                            "the same command goes on from there"
+                            f"stopped by {stop.signal_name or 'another process'} after step {trainer.step} of "
+                            f"{trainer.total_steps}; the same command goes on from there"
                         )
                     clock = time.perf_counter()
             finally:
@@ -124,6 +128,8 @@ class _Run:
     def log(self, epoch_ended: bool) -> None:
         trainer, watch = self.trainer, self.watch
         row = trainer.take_metrics()
+        if self.metrics is None:
+            return
         if epoch_ended and watch.eval_every and (row["epoch"] + 1) % watch.eval_every == 0:
             scores = evaluate(
                 trainer.model(), trainer.plan.source.test, device=trainer.plan.device, views=trainer.plan.source.views
@@ -140,14 +146,15 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Evaluate, save the student, and write the result last: from then on the run counts as finished."""
         trainer, plan = self.trainer, self.trainer.plan
+        if not self.folder.writes:
+            return {}
         started = time.perf_counter()
         model = trainer.model()
         scores = evaluate(model, plan.source.test, device=plan.device, views=plan.source.views)
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)
-        compiled = getattr(plan.loader, "compile_seconds", 0.0)
-        costs = {"train": trainer.train_seconds - compiled, "evaluate": time.perf_counter() - started}
+        costs = {"train": trainer.train_seconds, "evaluate": time.perf_counter() - started}
         result = {
             "test_top1": scores["top1"],
             "test_top5": scores["top5"],
@@ -162,7 +169,7 @@ class _Run:
             "loader": plan.loader.name,
             "targets": None if plan.targets is None else plan.targets.name,
             "weights": model.digest,
-            "cost_seconds": plan.costs | {"compile loader": compiled} | costs,
+            "cost_seconds": plan.costs | costs,
         }
         self.folder.write_result(result)
         self.folder.write_status("finished", **self.position())

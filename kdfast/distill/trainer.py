@@ -39,6 +39,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = build_net(config.student, len(plan.source.classes))
         self.net.to(device=plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._forward = plan.ranks.wrap(self.net, plan.device)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -96,8 +97,11 @@ class Trainer:
             group["lr"] = rate
         inputs = apply_views(batch.images, batch.view_ids, plan.source.views, plan.normalization, sample_ids=batch.ids)
         with torch.autocast(plan.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
-            logits = self.net(inputs)
+            logits = self._forward(inputs)
         loss = self._loss(logits, batch)
+        if plan.ranks.world > 1:
+            # Gradients are averaged over processes, whose shares of a batch may differ by a sample.
+            loss = loss * (len(batch.ids) * plan.ranks.world / self.batches.size_of(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
@@ -134,10 +138,11 @@ class Trainer:
 
     def take_metrics(self) -> dict[str, Any]:
         """A row for metrics.jsonl: means since the last call, which are reset."""
+        total = self.plan.ranks.mean(self.loss_sum)
         row = {
             "step": self.step,
             "epoch": (self.step - 1) // self.batches.per_epoch,
-            "loss": float(self.loss_sum) / max(self.loss_steps, 1),
+            "loss": float(total) / max(self.loss_steps, 1),
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(self.train_seconds, 3),
         }
