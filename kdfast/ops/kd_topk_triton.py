@@ -1,0 +1,175 @@
+"""``kd_loss`` on GPUs against a teacher's k most probable classes: the divergence over k + 1 outcomes, see ``topk_teacher``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdfast.ops.kd_dense_triton import LN2, LOG2E, finite, raised, row_factors
+
+__all__ = ["topk_kernel"]
+
+
+@triton.jit
+def without(z, col, start, ids_ptr, k, BLOCK: tl.constexpr):
+    """The tile that begins at column `start`, with the teacher's classes masked out."""
+    for j in range(0, k):
+        at = tl.load(ids_ptr + j)
+        if (at >= start) & (at < start + BLOCK):
+            z = tl.where(col == at, float("-inf"), z)
+    return z
+
+
+@triton.jit
+def term(log_x, log_y):
+    """x log2(x / y) from logarithms to base 2; zero where x is."""
+    x = tl.exp2(log_x)
+    return tl.where(x == 0.0, 0.0, x * (log_x - log_y))
+
+
+@triton.jit
+def topk_kernel(
+    z_ptr,  # (N, C) student logits, strides z_row, z_col
+    v_ptr,  # (M, k) teacher logits, strides v_row, v_col
+    ids_ptr,  # (M, k) int32 classes, contiguous
+    tail_ptr,  # (M,) float, log-mass of the other classes
+    label_ptr,  # (N,) int64
+    rows_ptr,  # (N,) int64 rows of the teacher
+    weights_ptr,  # (N,) float
+    mass_ptr,  # () float32, what a mean divides by
+    loss_ptr,  # (N,) float32, out
+    grad_ptr,  # (N, C) contiguous, out
+    n,
+    c,
+    m,
+    k,
+    z_row,
+    z_col,
+    v_row,
+    v_col,
+    label_stride,
+    rows_stride,
+    ignore_index,
+    temperature,
+    ce_factor,
+    kl_factor,
+    hold,
+    USE_CE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    POWER: tl.constexpr,
+    GRAD: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
+    """Loss and gradient of one row."""
+    NEG: tl.constexpr = float("-inf")
+    r = tl.program_id(0).to(tl.int64)
+    live = r < n  # always; one program a row
+    factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
+    label = r * 0
+    bad = r < 0
+    if HAS_LABELS:
+        label = tl.load(label_ptr + r * label_stride)
+        live = live & (label != ignore_index)
+        bad = live & ((label < 0) | (label >= c))
+        label = tl.minimum(tl.maximum(label, 0), c - 1)
+    source = r
+    if HAS_ROWS:
+        source = tl.load(rows_ptr + r * rows_stride)
+    bad = bad | (live & ((source < 0) | (source >= m)))
+    source = tl.minimum(tl.maximum(source, 0), m - 1)
+    z_base = z_ptr + r * z_row
+    v_base = v_ptr + source * v_row
+    ids_base = ids_ptr + source * k
+    scale = LOG2E / temperature
+    columns = tl.arange(0, BLOCK).to(tl.int64)
+    tiles = tl.cdiv(c, BLOCK)
+    read = tl.where(live, c, 0)  # columns to read: none of an ignored row
+
+    # Normalisers: of all classes at T (z) and at 1 (1), and of the classes that the teacher left out (o).
+    max_z = tl.full((), NEG, tl.float32)
+    max_o = tl.full((), NEG, tl.float32)
+    sum_z = tl.full((), 0.0, tl.float32)
+    sum_1 = tl.full((), 0.0, tl.float32)
+    sum_o = tl.full((), 0.0, tl.float32)
+    for i in range(0, tiles):
+        col = i * BLOCK + columns
+        z = tl.load(z_base + col * z_col, mask=col < read, other=NEG, eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(max_z, tl.max(z, 0))
+        d = z - finite(higher)
+        e = tl.exp2(d * scale)
+        lost = max_z - finite(higher)
+        shrink = tl.exp2(lost * scale)
+        sum_z = sum_z * shrink + tl.sum(e, 0)
+        if USE_CE:
+            sum_1 = sum_1 * raised(shrink, lost, scale, temperature, POWER)
+            sum_1 += tl.sum(raised(e, d, scale, temperature, POWER), 0)
+        max_z = higher
+        other = without(z, col, i * BLOCK, ids_base, k, BLOCK)
+        higher_o = tl.maximum(max_o, tl.max(other, 0))
+        sum_o = sum_o * tl.exp2((max_o - finite(higher_o)) * scale)
+        sum_o += tl.sum(tl.exp2((other - finite(higher_o)) * scale), 0)
+        max_o = higher_o
+
+    # The k classes at once: log2 of the student's (p) and the teacher's (q) probabilities, and those of the rest.
+    j = tl.arange(0, K_BLOCK)
+    inside = j < k
+    ids = tl.load(ids_base + j, mask=inside, other=0).to(tl.int64)
+    bad = bad | (live & (tl.max(tl.where(inside & ((ids < 0) | (ids >= c)), 1, 0), 0) > 0))
+    ids = tl.minimum(tl.maximum(ids, 0), c - 1)
+    zk = tl.load(z_base + ids * z_col, mask=inside, other=NEG).to(tl.float32)
+    vk = tl.load(v_base + j * v_col, mask=inside, other=NEG).to(tl.float32) * scale
+    tail = tl.load(tail_ptr + source).to(tl.float32) * LOG2E
+    top = finite(tl.maximum(tl.max(vk, 0), tail))
+    norm_q = top + tl.log2(tl.sum(tl.exp2(vk - top), 0) + tl.exp2(tail - top))
+    log_sum = tl.log2(sum_z)
+    log_p = (zk - max_z) * scale - log_sum
+    log_q = vk - norm_q
+    rest_p = tl.where(sum_o == 0.0, NEG, tl.log2(sum_o) + (finite(max_o) - max_z) * scale - log_sum)
+    rest_q = tail - norm_q
+    if REVERSE:
+        kl = tl.sum(tl.where(inside, term(log_p, log_q), 0.0), 0) + term(rest_p, rest_q)
+    else:
+        kl = tl.sum(tl.where(inside, term(log_q, log_p), 0.0), 0) + term(rest_q, rest_p)
+    factor = tl.where(bad, float("nan"), tl.where(live, factor, 0.0))
+    loss = kl_factor * (LN2 * kl)
+    if USE_CE:
+        z_label = tl.load(z_base + label * z_col).to(tl.float32)
+        loss += ce_factor * (LN2 * tl.log2(sum_1) - (z_label - max_z))
+    tl.store(loss_ptr + r, tl.where(live, loss * factor, 0.0))
+
+    if GRAD:
+        hard = factor * hold * ce_factor
+        soft = factor * hold * kl_factor / temperature
+        if REVERSE:
+            pull = tl.exp2(rest_p) * LN2 * (rest_p - rest_q - kl)
+        else:
+            pull = tl.exp2(rest_p) - tl.exp2(rest_q)
+        pull = tl.where(sum_o == 0.0, 0.0, soft * pull / sum_o)
+        for i in range(0, tiles):
+            start = (tiles - 1 - i) * BLOCK
+            col = start + columns
+            z = tl.load(z_base + col * z_col, mask=col < read, other=NEG, eviction_policy="evict_first").to(tl.float32)
+            # Relative to their own largest: beside a very confident choice the others' terms would underflow.
+            g = pull * tl.exp2((z - finite(max_o)) * scale)
+            for a in range(0, k):
+                at = tl.load(ids_base + a)
+                if (at >= start) & (at < start + BLOCK):
+                    lp = (tl.load(z_base + at.to(tl.int64) * z_col).to(tl.float32) - max_z) * scale - log_sum
+                    lq = tl.load(v_base + a * v_col).to(tl.float32) * scale - norm_q
+                    p = tl.exp2(lp)
+                    if REVERSE:
+                        bent = tl.where(p == 0.0, 0.0, p * LN2 * (lp - lq - kl))
+                    else:
+                        bent = p - tl.exp2(lq)
+                    g = tl.where(col == at, soft * bent, g)
+            if USE_CE:
+                d = z - finite(max_z)
+                e1 = raised(tl.exp2(d * scale), d, scale, temperature, POWER)
+                g += e1 * (hard / sum_1) - tl.where(col == label, hard, 0.0)
+            g = tl.where(live, g, 0.0).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + r * c + col, g, mask=col < c, eviction_policy="evict_first")
