@@ -1,5 +1,6 @@
 """The main job through the command line, on small data."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -131,3 +132,24 @@ def test_doctor(kdfast) -> None:
     outcome = kdfast("doctor")
     assert outcome.code == 0
     assert "kd_loss, cpu -> native" in outcome.out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(kdfast, tiny: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+    outcome = kdfast("distill", "--data", tiny, "--student", "resnet8", "--cache", cache, "--epochs", 2,
+                     "--batch-size", 30, "--precision", precision, "--out", tmp_path / "run")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert weights(tmp_path / "run")["fc.weight"].dtype == torch.float32
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_tensorboard_when_asked_for(kdfast, tiny: Path, tmp_path: Path) -> None:
+    outcome = kdfast("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--epochs", 1, "--batch-size", 30,
+                     "--tensorboard", "--out", tmp_path / "run")  # fmt: skip
+    if importlib.util.find_spec("tensorboard") is None:
+        assert outcome.code == 2
+        assert "pip install 'kdfast[tensorboard]'" in outcome.err
+    else:
+        assert outcome.code == 0, outcome.err
+        assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
