@@ -47,23 +47,18 @@ def prune(
     started = time.perf_counter()
     ids = choose(score(method, ScoreInputs(labels, seed)), labels, fraction, rule=rule, balance=balance, seed=seed)
     seconds = time.perf_counter() - started
+    if not dry_run:
+        provenance = {
+            "data": source.fingerprint,
+            "method": method,
+            "parameters": {"fraction": fraction, "rule": rule, "balance": balance},
+            "seed": seed,
+            "scores": None,
+            "seconds": seconds,
+        }
+        write_subset(out, ids, provenance)
     counts = [int((labels[ids] == label).sum()) for label in range(len(source.classes))]
     print(
         f"{'would keep' if dry_run else 'kept'} {len(ids)} of {len(labels)} training samples "
         f"({method}, {balance}, seed {seed}); {min(counts)} to {max(counts)} a class"
-    )
-    if dry_run:
-        return
-    parameters = {"fraction": fraction, "rule": rule, "balance": balance}
-    write_subset(
-        out,
-        ids,
-        {
-            "data": source.fingerprint,
-            "method": method,
-            "parameters": parameters,
-            "seed": seed,
-            "scores": None,
-            "seconds": seconds,
-        },
     )
