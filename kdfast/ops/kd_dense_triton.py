@@ -1,4 +1,4 @@
-"""Triton kernel of ``kd_loss`` for teachers with all classes: losses and gradient in one launch, over tiles (ROWS, BLOCK).
+"""Triton kernel of ``kd_loss`` for teachers with all classes: losses and gradient in one launch, over tiles.
 
 Three shapes of work:
 
@@ -83,12 +83,21 @@ def dense_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_MASS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
     SINGLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses and gradient of ROWS rows; SINGLE: a row is one tile."""
+    """Losses and gradient of ROWS rows. SINGLE: a row is one tile; WIDE: a column's offset may exceed 31 bits.
+
+    ALIGN divides C and the row strides.
+    """
     NEG: tl.constexpr = float("-inf")
+    # No change of value: it tells the compiler that whole vectors of ALIGN elements may be loaded.
+    c = c // ALIGN * ALIGN
+    z_row = z_row // ALIGN * ALIGN
+    t_row = t_row // ALIGN * ALIGN
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = r < n
     factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
@@ -109,7 +118,9 @@ def dense_kernel(
     z_base = z_ptr + r[:, None] * z_row
     t_base = t_ptr + source[:, None] * t_row
     scale = LOG2E / temperature if USE_KL else LOG2E
-    columns = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    columns = tl.arange(0, BLOCK)[None, :]
+    if WIDE:
+        columns = columns.to(tl.int64)
 
     max_z = tl.full((ROWS,), NEG, tl.float32)
     max_t = tl.full((ROWS,), NEG, tl.float32)
@@ -175,7 +186,9 @@ def dense_kernel(
             if not SINGLE:
                 z = tl.load(z_base + col * z_col, mask=mask, other=NEG, eviction_policy="evict_first").to(tl.float32)
                 if USE_KL:
-                    t = tl.load(t_base + col * t_col, mask=mask, other=NEG, eviction_policy="evict_first").to(tl.float32)
+                    t = tl.load(t_base + col * t_col, mask=mask, other=NEG, eviction_policy="evict_first").to(
+                        tl.float32
+                    )
             d = z - finite(max_z)[:, None]
             e = tl.exp2(d * scale)
             g = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -191,14 +204,18 @@ def dense_kernel(
                     u = tl.exp2((t - finite(max_t)[:, None]) * scale)
                     g += p - u * (soft / sum_t)[:, None]
             g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
-            out = r[:, None] * c + col
-            tl.store(grad_ptr + out, g, mask=(r[:, None] < n) & (col < c), eviction_policy="evict_first")
+            tl.store(
+                grad_ptr + r[:, None] * c + col, g, mask=(r[:, None] < n) & (col < c), eviction_policy="evict_first"
+            )
 
 
 def tile_shape(n: int, c: int) -> dict[str, int]:
-    """Tile, and warps for it, of ``dense_kernel`` for N rows of C classes. N only separates small from large batches."""
+    """Tile of ``dense_kernel`` for N rows of C classes, and warps for it; N only separates small from large batches.
+
+    Eight elements a thread where possible: ptxas then keeps everything in registers, with more it spills (sm_90).
+    """
     block = max(16, triton.next_power_of_2(c))
     if block > 16384:
-        return {"SINGLE": 0, "ROWS": 1, "BLOCK": 8192, "num_warps": 16}
-    rows = (64 if n >= 8192 else 16) if block <= 256 else max(1, 4096 // block)
-    return {"SINGLE": 1, "ROWS": rows, "BLOCK": block, "num_warps": min(16, max(2, rows * block // 512))}
+        return {"SINGLE": 0, "ROWS": 1, "BLOCK": 4096, "num_warps": 16}
+    rows = min(64, max(1, (4096 if n >= 8192 else 2048) // block))
+    return {"SINGLE": 1, "ROWS": rows, "BLOCK": block, "num_warps": min(32, rows * block // 256)}

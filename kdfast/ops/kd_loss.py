@@ -66,8 +66,8 @@ def kd_loss(
         reduction: "mean", "sum" or "none". A mean over no row at all is 0.
         backend: "auto", or an implementation named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device. On
-            a CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
+        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device.
+            On a CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
@@ -84,7 +84,7 @@ def kd_loss(
     options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
     operands = check_call(logits, labels, teacher, rows, weights, options, direction)
     name = _backend_of(logits.device.type, logits.dtype, backend)
-    if validate or (name == "reference" and logits.device.type == "cpu"):
+    if validate or (name == "reference" and _readable(logits)):
         check_values(operands, options, validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
         return _weighted(operands, options, name)
@@ -131,7 +131,7 @@ def kd_loss_terms(
         native.kd_loss(*operands, *options, 1.0, False, terms=terms)
         return terms
     if name == "reference":
-        if logits.device.type == "cpu":
+        if _readable(logits):
             check_values(operands, options, False)
         ce, kl, _ = reference_terms(
             *operands[:6], temperature=temperature, ignore_index=ignore_index, reverse=options.reverse
@@ -165,7 +165,7 @@ class KDLoss(nn.Module):
             raise TypeError(f"KDLoss was given {', '.join(unknown)}; its options are {known_names}")
         self.alpha = alpha
         self.temperature = temperature
-        self.options = options
+        self.options: dict[str, Any] = options
 
     def forward(
         self,
@@ -176,8 +176,8 @@ class KDLoss(nn.Module):
         weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of ``kd_loss``; shapes as there."""
-        numbers = {"alpha": self.alpha, "temperature": self.temperature}
-        return kd_loss(logits, labels, teacher, rows, weights=weights, **numbers, **self.options)
+        options: dict[str, Any] = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
+        return kd_loss(logits, labels, teacher, rows, weights=weights, **options)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
@@ -209,6 +209,11 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_of(device: str, dtype: torch.dtype, backend: str) -> str:
     return backends.resolve("kd_loss", device, str(dtype).removeprefix("torch."), backend)
+
+
+def _readable(logits: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device and without disturbing a trace or a transform."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling() and plain_eager(logits)
 
 
 def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:

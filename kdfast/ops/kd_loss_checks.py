@@ -90,7 +90,7 @@ def check_call(
         _check_teacher("teacher", teacher, n, rows, device)
         if teacher.shape[1] != c:
             raise ShapeError(
-                f"teacher has {teacher.shape[1]} classes and logits have {c}: both need the same ones, in the same order"
+                f"teacher has {teacher.shape[1]} classes and logits have {c}: the same ones are needed, in one order"
             )
         return Operands(logits, labels, teacher, rows, None, None, weights)
     values, classes, tail = _check_topk(teacher, n, c, rows, device)

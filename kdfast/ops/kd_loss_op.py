@@ -155,6 +155,57 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 kd_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _batched(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The tensor with its batch dimension first, repeated where it had none."""
+    if x is None:
+        return None
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+@kd_loss_op.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """All batches as rows of one call; a mean is taken outside, since each batch divides by its own mass."""
+    size, options = info.batch_size, Options(*args[7:13])
+    backend, need_grad = args[13:]
+    logits, labels, rows, weights = (_batched(args[i], in_dims[i], size) for i in (0, 1, 3, 6))
+    assert logits is not None
+    n, c = logits.shape[1:]
+    if rows is None:
+        rows = torch.arange(n, device=logits.device).expand(size, n)
+    sources = [args[i] for i in (2, 4, 5)]
+    if any(in_dims[i] is not None for i in (2, 4, 5)):
+        first = torch.arange(size, device=logits.device).unsqueeze(1)
+        stacked = [_batched(args[i], in_dims[i], size) for i in (2, 4, 5)]
+        rows = rows + first * stacked[0].shape[1]  # type: ignore[union-attr]
+        sources = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in stacked]
+    teacher, classes, tail = sources
+    flat = [None if x is None else x.reshape(-1) for x in (labels, rows, weights)]
+    operands = Operands(logits.reshape(-1, c), flat[0], teacher, flat[1], classes, tail, flat[2])
+    loss, grad = kd_loss_op(*operands, *options._replace(reduction="none"), backend, need_grad)
+    loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
+    if options.reduction == "mean":
+        mass = loss.new_ones(size, n) if weights is None else weights.to(loss.dtype)
+        mass = (mass if labels is None else mass * (labels != options.ignore_index)).sum(1)
+        inverse = torch.where(mass == 0, 0, 1 / mass)
+        loss = loss.sum(1) * inverse
+        if need_grad:
+            grad = (grad * (inverse * hold_of(grad.dtype, options))[:, None, None]).to(logits.dtype)
+    elif options.reduction == "sum":
+        loss = loss.sum(1)
+    return (loss, grad), (0, 0)
+
+
+@scale_op.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, factor: Tensor, scale: float, backend: str) -> Any:
+    batches, factors = _batched(grad, in_dims[0], info.batch_size), _batched(factor, in_dims[1], info.batch_size)
+    assert batches is not None
+    assert factors is not None
+    if factors.dim() == 1:
+        factors = factors.unsqueeze(1).expand(batches.shape[:2])
+    flat = batches.reshape(-1, batches.shape[-1])
+    return scale_op(flat, factors.reshape(-1), scale, backend).view(batches.shape), 0
+
+
 def plain_eager(tensor: Tensor) -> bool:
     """Whether a call on this tensor may go around the dispatcher: no mode, transform or subclass is watching."""
     return (

@@ -1,4 +1,4 @@
-"""The distillation loss in plain PyTorch: differentiable, correct in float64, the oracle of every test of the kernels."""
+"""The distillation loss in plain PyTorch: differentiable, correct in float64, the oracle of the kernels' tests."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from typing import Any
 
@@ -62,7 +63,7 @@ def scale_kernel(
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = grad * factor * scale; leaves at once, decided on the device, when that changes nothing."""
+    """Write grad * factor * scale to out; leaves at once, decided on the device, when that changes nothing."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     if PER_ROW:
@@ -115,11 +116,12 @@ def kd_loss(
             "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(temperature), 3) if use_ce and use_kl else 0,
         }  # fmt: skip
         out = (row_losses, grad if need_grad else row_losses)
-        if classes is None or not use_kl:
+        if classes is None or tail is None or not use_kl:
             shape = tile_shape(n, c)
             grid = (triton.cdiv(n, shape["ROWS"]),)
             kernel = _tuned(dense_kernel, tuple(shape.items()))
-            kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, USE_KL=use_kl, **flags)
+            flags |= {"USE_KL": use_kl, "WIDE": _wide(logits, teacher), "ALIGN": _alignment(logits, teacher)}
+            kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
         else:
             k = teacher.shape[1]
             block = min(4096, max(16, triton.next_power_of_2(c)))
@@ -131,7 +133,7 @@ def kd_loss(
 
 
 def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
-    """``grad * factor * scale``, rounded once; see ``native.scale_rows``. Whether anything is left to do, the GPU decides."""
+    """``grad * factor * scale``, rounded once; as ``native.scale_rows``, but the device finds out what is one."""
     single = factor.dim() == 0 or factor.stride(0) == 0
     out = grad if in_place else torch.empty_like(grad)
     size = grad.numel()
@@ -140,8 +142,8 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
         block = 4096
         with device_of(grad):
             scale_kernel[(triton.cdiv(size, block),)](
-                grad, out, factor, size, grad.shape[1], stride, scale, PER_ROW=not single, IN_PLACE=in_place, BLOCK=block,
-                num_warps=8,
+                grad, out, factor, size, grad.shape[1], stride, scale,
+                PER_ROW=not single, IN_PLACE=in_place, BLOCK=block, num_warps=8,
             )  # fmt: skip
     return out
 
@@ -149,6 +151,17 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The device to launch on; nothing for the interpreter's CPU tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _wide(*matrices: Tensor) -> bool:
+    """Whether a column's offset may need more than 31 bits."""
+    return any(x.shape[1] * x.stride(1) >= 2**31 for x in matrices)
+
+
+def _alignment(*matrices: Tensor) -> int:
+    """Largest power of two up to 16 that divides the number of classes and the rows' strides."""
+    common = math.gcd(16, *(x.shape[1] for x in matrices), *(x.stride(0) for x in matrices))
+    return common & -common
 
 
 def _mass(labels: Tensor | None, weights: Tensor | None, like: Tensor, ignore_index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""``kd_loss`` on GPUs against a teacher's k most probable classes: the divergence over k + 1 outcomes, see ``topk_teacher``."""
+"""Triton kernel of ``kd_loss`` for top-k teachers: the divergence over k + 1 outcomes, see ``topk_teacher``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def without(z, col, start, ids_ptr, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def term(log_x, log_y):
-    """x log2(x / y) from logarithms to base 2; zero where x is."""
+    """Return x log2(x / y) from logarithms to base 2; zero where x is."""
     x = tl.exp2(log_x)
     return tl.where(x == 0.0, 0.0, x * (log_x - log_y))
 
@@ -145,10 +145,7 @@ def topk_kernel(
     if GRAD:
         hard = factor * hold * ce_factor
         soft = factor * hold * kl_factor / temperature
-        if REVERSE:
-            pull = tl.exp2(rest_p) * LN2 * (rest_p - rest_q - kl)
-        else:
-            pull = tl.exp2(rest_p) - tl.exp2(rest_q)
+        pull = tl.exp2(rest_p) * LN2 * (rest_p - rest_q - kl) if REVERSE else tl.exp2(rest_p) - tl.exp2(rest_q)
         pull = tl.where(sum_o == 0.0, 0.0, soft * pull / sum_o)
         for i in range(0, tiles):
             start = (tiles - 1 - i) * BLOCK
@@ -162,10 +159,7 @@ def topk_kernel(
                     lp = (tl.load(z_base + at.to(tl.int64) * z_col).to(tl.float32) - max_z) * scale - log_sum
                     lq = tl.load(v_base + a * v_col).to(tl.float32) * scale - norm_q
                     p = tl.exp2(lp)
-                    if REVERSE:
-                        bent = tl.where(p == 0.0, 0.0, p * LN2 * (lp - lq - kl))
-                    else:
-                        bent = p - tl.exp2(lq)
+                    bent = tl.where(p == 0.0, 0.0, p * LN2 * (lp - lq - kl)) if REVERSE else p - tl.exp2(lq)
                     g = tl.where(col == at, soft * bent, g)
             if USE_CE:
                 d = z - finite(max_z)

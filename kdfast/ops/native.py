@@ -48,9 +48,9 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar, or (N,) for "none") in float32 and its gradient times ``hold`` ((N, C), or empty when not needed).
 
-    Arguments up to ``reverse`` are the fields of ``Operands`` and ``Options``. ``terms``, two float32 tensors (N,), receive
-    each row's cross-entropy and divergence. ``isa_limit`` (0, 1, 2: baseline, x86-64-v3, x86-64-v4) exists so that tests
-    can compare instruction sets.
+    Arguments up to ``reverse`` are the fields of ``Operands`` and ``Options``. ``terms``, two float32 tensors (N,),
+    receive each row's cross-entropy and divergence. ``isa_limit`` (0, 1, 2: baseline, x86-64-v3, x86-64-v4) exists so
+    that tests can compare instruction sets.
 
     Raises:
         IndexError: If a label, a row or a class id lies outside its range.

@@ -1,0 +1,12 @@
+"""pytest-benchmark's files carry the same description of the machine as the tables' JSON."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import machine
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(machine())

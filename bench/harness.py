@@ -1,0 +1,146 @@
+"""Shared by the benchmarks: interleaved timing, the machine's description, and result files."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one contender: seconds a call, one entry a round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """First and third quartile."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        quartiles = statistics.quantiles(self.seconds, n=4)
+        return quartiles[0], quartiles[2]
+
+    def ratio_to(self, other: Timing) -> tuple[float, float, float]:
+        """Median, first and third quartile of other / self, round by round: how many times faster this one is."""
+        ratios = Timing([b / a for a, b in zip(self.seconds, other.seconds, strict=True)])
+        return ratios.median, *ratios.spread
+
+
+def interleave(
+    contenders: dict[str, Callable[[], Any]], rounds: int = 21, *, target: float = 0.005, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Time functions in turn, so that whatever disturbs the machine disturbs all of them.
+
+    Args:
+        contenders: Name to function without arguments; each is called a few times first.
+        rounds: How often each is timed.
+        target: Seconds that one timing should last; fast functions are called several times for it.
+        device: "cuda" waits for the device around each timing.
+    """
+    counts = {}
+    for name, function in contenders.items():
+        for _ in range(3):
+            function()
+        counts[name] = max(1, round(target / max(_timed(function, 1, device), 1e-7)))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, function in contenders.items():
+                seconds[name].append(_timed(function, counts[name], device))
+    finally:
+        if enabled:
+            gc.enable()
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on: processor, threads, load, versions, commit."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where files differ from it; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_results(topic: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
+    """Write bench/results/<topic>.json with the machine's description; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{topic}.json"
+    path.write_text(json.dumps({"machine": machine(), **extra, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text columns, titles from the first row."""
+    titles = list(rows[0])
+    cells = [titles, *[[str(row.get(title, "")) for title in titles] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(titles))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def copy_bandwidth(bytes_moved: int = 2**28, device: str = "cpu", rounds: int = 9) -> float:
+    """Bytes a second (read plus written) of copying one tensor to another, median over rounds."""
+    a = torch.ones(bytes_moved // 8, dtype=torch.float32, device=device)
+    b = torch.empty_like(a)
+    return bytes_moved / interleave({"copy": lambda: b.copy_(a)}, rounds, device=device)["copy"].median
+
+
+def _timed(function: Callable[[], Any], count: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
