@@ -34,6 +34,7 @@ class Preset:
     seeds: tuple[int, ...]
     student_flags: tuple[str, ...]
     teacher_flags: tuple[str, ...]
+    cache_flags: tuple[str, ...] = ()
 
 
 PRESETS = {
@@ -63,8 +64,20 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0, 1, 2),
-        student_flags=("--epochs", "80", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
+        student_flags=(
+            "--epochs",
+            "80",
+            "--batch-size",
+            "64",
+            "--lr",
+            "0.1",
+            "--schedule",
+            "cosine",
+            "--precision",
+            "bf16",
+        ),
         teacher_flags=("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
+        cache_flags=("--precision", "bfloat16"),
     ),
     "cifar100": Preset(
         teacher_net="resnet32",
@@ -72,8 +85,20 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0,),
-        student_flags=("--epochs", "80", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
+        student_flags=(
+            "--epochs",
+            "80",
+            "--batch-size",
+            "64",
+            "--lr",
+            "0.1",
+            "--schedule",
+            "cosine",
+            "--precision",
+            "bf16",
+        ),
         teacher_flags=("--mean", "0.5071,0.4867,0.4408", "--std", "0.2675,0.2565,0.2761"),
+        cache_flags=("--precision", "bfloat16"),
     ),
 }
 
@@ -104,9 +129,8 @@ def run_seed(preset: Preset, data: str, teacher: Path, out: Path, seed: int) -> 
     if not subset.exists():
         kdfast("prune", "--data", data, "--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed),
                "--out", subset)  # fmt: skip
-    kdfast(
-        "cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views), "--out", cache
-    )
+    kdfast("cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views),
+           *preset.cache_flags, "--out", cache)  # fmt: skip
     common = ("--data", data, "--subset", subset, "--student", preset.student, "--seed", str(seed))
     runs = {"KD": out / f"kd-{seed}", "no KD": out / f"plain-{seed}"}
     kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *preset.student_flags, "--out", runs["KD"])
