@@ -19,7 +19,7 @@ from unittest import mock
 
 import psutil
 from bench_cache import Synthetic
-from harness import machine, save
+from harness import write_results
 
 from kdfast.data.convert import convert
 from kdfast.data.sources import normalization_of, open_source
@@ -72,7 +72,7 @@ def main() -> None:
         f"({result['views']} views): peak resident memory {peak / 1e9:.2f} GB, {verdict} {LIMIT_BYTES / 1e9:.1f} GB "
         f"({seconds:.0f} s)"
     )
-    save("memory", {"machine": machine(), "peak_bytes": peak, "cache_bytes": size, "images": result["images"]})
+    write_results("memory", [{"peak_bytes": peak, "cache_bytes": size, "images": result["images"]}])
 
 
 if __name__ == "__main__":
