@@ -11,6 +11,8 @@ _PUBLIC = {
     "kd_loss": "kdfast.ops.kd_loss",
     "kd_loss_terms": "kdfast.ops.kd_loss",
     "KDLoss": "kdfast.ops.kd_loss",
+    "TopKTeacher": "kdfast.ops.kd_loss",
+    "topk_teacher": "kdfast.ops.kd_loss",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

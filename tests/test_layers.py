@@ -21,6 +21,7 @@ LAYER = {
     "distill": 5,
     "report": 6,
     "cli": 7,
+    "examples": 7,
     "__main__": 8,
 }
 # A model carries its input normalisation, which is a type of the data layer.

@@ -1,0 +1,1 @@
+"""kd_loss at home in other trainers: each module is one runnable program, ``python -m kdfast.examples.NAME``."""

@@ -1,0 +1,100 @@
+"""KDLoss in a LightningModule, with cross-entropy and divergence in the log.
+
+    python -m kdfast.examples.lightning
+
+Needs the package ``lightning`` (``pip install 'kdfast[examples]'``). The cached logits are a buffer that is not saved:
+Lightning moves it to the device with the module and leaves it out of the checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import lightning
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdfast
+from kdfast.examples._digits import cached_logits, digits, mlp
+
+__all__ = ["Distilled", "Result", "main"]
+
+
+class Result(NamedTuple):
+    """What the last logged step measured, and the share of test images that are classified correctly."""
+
+    loss: float
+    ce: float
+    kl: float
+    accuracy: float
+
+
+class Distilled(lightning.LightningModule):
+    """A student that learns from labels and from cached logits.
+
+    Args:
+        net: The student: images -> (N, C) logits.
+        teacher_logits: (M, C) raw logits, a row for each sample of the training set.
+        alpha: Weight of the teacher, as in ``kdfast.kd_loss``.
+        temperature: As there.
+    """
+
+    teacher_logits: Tensor
+
+    def __init__(self, net: nn.Module, teacher_logits: Tensor, alpha: float = 0.9, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = kdfast.KDLoss(alpha, temperature)
+        self.register_buffer("teacher_logits", teacher_logits, persistent=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of a batch (images, classes, indices in the training set)."""
+        x, y, rows = batch
+        logits = self.net(x)
+        loss: Tensor = self.loss(logits, y, self.teacher_logits, rows)
+        # The terms cost one more pass over the logits, so they are taken only where Lightning writes them down.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            ce, kl = kdfast.kd_loss_terms(logits, y, self.teacher_logits, rows, temperature=self.loss.temperature)
+            self.log_dict({"loss": loss, "ce": ce.mean(), "kl": kl.mean()})
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Log the accuracy of a batch (images, classes)."""
+        x, y = batch
+        self.log("accuracy", (self.net(x).argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the student."""
+        return torch.optim.AdamW(self.net.parameters(), lr=5e-3)
+
+
+def main(epochs: int = 3, alpha: float = 0.9, temperature: float = 4.0, precision: str = "bf16-mixed") -> Result:
+    """Distill a student on the digits, and print what Lightning logged.
+
+    Args:
+        epochs: Passes over the training set.
+        alpha: Weight of the teacher, as in ``kdfast.kd_loss``.
+        temperature: As there.
+        precision: As in ``lightning.Trainer``; kd_loss takes what autocast leaves.
+
+    Returns:
+        The metrics.
+    """
+    data = digits()
+    lightning.seed_everything(0, verbose=False)
+    module = Distilled(mlp(32), cached_logits(data), alpha, temperature)
+    trainer = lightning.Trainer(
+        max_epochs=epochs, precision=precision, accelerator="auto", devices=1, log_every_n_steps=10,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    held_out = DataLoader(TensorDataset(data.test_x, data.test_y), batch_size=len(data.test_x))
+    trainer.fit(module, DataLoader(data.indexed, batch_size=32, shuffle=True), held_out)
+    result = Result(**{name: float(trainer.callback_metrics[name]) for name in Result._fields})
+    print(result)
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)
