@@ -27,7 +27,7 @@ VIEWS = 4
 
 
 def logits_difference(cached: Plan, online: Plan) -> tuple[float, float]:
-    """Largest difference of a cached logit over an epoch, and in units of the fp16 spacing at its row's largest logit."""
+    """Largest difference of a logit over an epoch; also in units of the fp16 spacing at its row's largest logit."""
     worst = worst_units = 0.0
     for a, b in zip(cached.batches().epoch(0), online.batches().epoch(0), strict=True):
         if not torch.equal(a.ids, b.ids) or not torch.equal(a.view_ids, b.view_ids):
