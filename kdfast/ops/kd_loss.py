@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from kdfast.errors import ShapeError
 from kdfast.ops import backends
 from kdfast.ops.kd_loss_checks import TopKTeacher, check_call, check_values, number
-from kdfast.ops.kd_loss_op import EagerKDLoss, Operands, Options, kd_loss_op, launch, plain_eager
+from kdfast.ops.kd_loss_launch import Operands, Options, launch, plain_eager
+from kdfast.ops.kd_loss_op import EagerKDLoss, FunctionalKDLoss, kd_loss_op
 from kdfast.ops.kd_loss_reference import reference_loss, reference_terms
 
 __all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
@@ -225,10 +226,14 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
             loss: Tensor = EagerKDLoss.apply(logits, backend, operands, options)  # type: ignore[no-untyped-call]
             return loss
         return launch(backend, operands, options, need_grad=False)[0]
-    # Inside torch.func a wrapped tensor does not say whether an outer transform differentiates it.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    need_grad = torch.is_grad_enabled() and (logits.requires_grad or transformed)
-    result: tuple[Tensor, Tensor] = kd_loss_op(*operands, *options, backend, need_grad)
+    result: tuple[Tensor, Tensor]
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # A wrapped tensor does not say whether an outer transform differentiates it.
+        need_grad = torch.is_grad_enabled()
+        result = FunctionalKDLoss.apply(*operands, *options, backend, need_grad)  # type: ignore[no-untyped-call]
+    else:
+        need_grad = torch.is_grad_enabled() and logits.requires_grad
+        result = kd_loss_op(*operands, *options, backend, need_grad)
     return result[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
-from kdfast.ops.kd_loss_op import Operands, Options
+from kdfast.ops.kd_loss_launch import Operands, Options
 
 __all__ = ["TopKTeacher", "check_call", "check_values", "number"]
 

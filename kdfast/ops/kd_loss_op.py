@@ -1,84 +1,31 @@
-"""The operator behind ``kdfast.kd_loss``: one opaque custom op, its gradient, and a shorter way in eager mode.
+"""How PyTorch sees ``kdfast.kd_loss``: an opaque custom op, and autograd functions for eager mode and ``torch.func``.
 
 The forward kernel writes the losses and the gradient together; the gradient waits for the backward pass, which
-multiplies it by the incoming factor, or hands it on as it is when that factor is one. Two ways lead to the kernels:
+multiplies it by the incoming factor, or hands it on as it is when that factor is one. Three ways lead to the kernels:
 
-- ``torch.ops.kdfast.kd_loss``, for ``torch.compile``, ``torch.func`` and other dispatch modes. Its backward calls a
-  second op that has no derivative, so that differentiating twice raises.
-- ``EagerKDLoss``, for plain tensors in eager mode: it skips the dispatcher, whose cost exceeds the kernel's at small
-  sizes, and may scale the gradient in place.
+- ``EagerKDLoss`` for plain tensors in eager mode: it goes around the dispatcher, whose cost exceeds the kernel's at
+  small sizes, and may scale the gradient in place;
+- ``FunctionalKDLoss`` under the transforms of ``torch.func``, which custom ops with a gradient do not support;
+- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes.
 
-float16 gradients of a mean wait multiplied by ``hold_of(...)``: the factor of ``torch.amp.GradScaler`` arrives only in
-the backward pass, and a probability over the number of rows would by then have been rounded to zero.
+The loss can be differentiated once. The scaling in the backward pass is therefore a function of the loss as well, so
+that a second derivative meets it and raises; otherwise it would be zero without a word.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdfast.errors import UsageError
+from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, launch, scale_rows
 
-__all__ = ["EagerKDLoss", "Operands", "Options", "hold_of", "kd_loss_op", "launch", "plain_eager", "scale_op"]
+__all__ = ["EagerKDLoss", "FunctionalKDLoss", "kd_loss_op", "scale_op"]
 
-
-class Operands(NamedTuple):
-    """The tensors of one call; shapes as in ``kdfast.kd_loss``."""
-
-    logits: Tensor
-    labels: Tensor | None
-    teacher: Tensor
-    rows: Tensor | None
-    classes: Tensor | None
-    tail: Tensor | None
-    weights: Tensor | None
-
-
-class Options(NamedTuple):
-    """The numbers of one call."""
-
-    alpha: float
-    temperature: float
-    t_squared: bool
-    ignore_index: int
-    reduction: str
-    reverse: bool
-
-
-def hold_of(dtype: torch.dtype, options: Options) -> float:
-    """Power of two that the stored gradient is multiplied by: 1024 for the mean in float16, else 1.
-
-    The gradient of a mean is at most 1 + alpha T in magnitude, so 1024 times it stays finite up to T = 31.
-    """
-    extreme = max(options.temperature, 1 / options.temperature) > 31
-    return 1024.0 if dtype == torch.float16 and options.reduction == "mean" and not extreme else 1.0
-
-
-def launch(backend: str, operands: Operands, options: Options, need_grad: bool) -> tuple[Tensor, Tensor]:
-    """Run a kernel: the loss and the stored gradient (empty unless ``need_grad``)."""
-    hold = hold_of(operands.logits.dtype, options)
-    if backend == "native":
-        from kdfast.ops import native
-
-        return native.kd_loss(*operands, *options, hold, need_grad)
-    if backend == "triton":
-        from kdfast.ops import kd_loss_triton
-
-        return kd_loss_triton.kd_loss(*operands, *options, hold, need_grad)
-    raise UsageError(f"backend={backend!r}: the operator runs 'native' or 'triton'")
-
-
-def _scale(backend: str, grad: Tensor, factor: Tensor, scale: float, in_place: bool) -> Tensor:
-    if backend == "native":
-        from kdfast.ops import native
-
-        return native.scale_rows(grad, factor, scale, in_place=in_place)
-    from kdfast.ops import kd_loss_triton
-
-    return kd_loss_triton.scale_rows(grad, factor, scale, in_place=in_place)
+Result = tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("kdfast::kd_loss", mutates_args=())
@@ -128,31 +75,37 @@ def _(
 
 
 @torch.library.custom_op("kdfast::scale_rows", mutates_args=())
-def scale_op(grad: Tensor, factor: Tensor, scale: float, backend: str) -> Tensor:
-    """``grad * factor * scale`` in new memory. Without a derivative: differentiating the loss twice must raise."""
-    return _scale(backend, grad, factor, scale, in_place=False)
+def scale_op(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
+    """``grad * factor * scale`` in new memory; ``loss`` only ties the result to what it is the gradient of."""
+    return scale_rows(backend, grad, factor, scale, in_place=False)
 
 
 @scale_op.register_fake
-def _(grad: Tensor, factor: Tensor, scale: float, backend: str) -> Tensor:
+def _(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
     return torch.empty_like(grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    loss, grad = output
     ctx.backend, ctx.need_grad = inputs[13], inputs[14]
     ctx.scale = 1 / hold_of(inputs[0].dtype, Options(*inputs[7:13]))
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(grad)
+    ctx.save_for_backward(grad, loss)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(scale: Callable[..., Tensor], ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.need_grad:
         raise UsageError("kdfast::kd_loss ran with need_grad=False and kept no gradient: call kdfast.kd_loss instead")
-    (grad,) = ctx.saved_tensors
-    return (scale_op(grad, grad_loss, ctx.scale, ctx.backend), *([None] * 14))
+    grad, loss = ctx.saved_tensors
+    return (scale(grad, grad_loss, loss, ctx.scale, ctx.backend), *([None] * 14))
 
 
-kd_loss_op.register_autograd(_backward, setup_context=_setup_context)
+def _refuse(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("kd_loss can be differentiated once: for a second derivative, pass backend='reference'")
+
+
+kd_loss_op.register_autograd(lambda ctx, g, _: _backward(scale_op, ctx, g), setup_context=_setup_context)
+scale_op.register_autograd(_refuse)
 
 
 def _batched(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -162,8 +115,7 @@ def _batched(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-@kd_loss_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def _vmap(call: Callable[..., Result], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, Any]:
     """All batches as rows of one call; a mean is taken outside, since each batch divides by its own mass."""
     size, options = info.batch_size, Options(*args[7:13])
     backend, need_grad = args[13:]
@@ -181,7 +133,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Ten
     teacher, classes, tail = sources
     flat = [None if x is None else x.reshape(-1) for x in (labels, rows, weights)]
     operands = Operands(logits.reshape(-1, c), flat[0], teacher, flat[1], classes, tail, flat[2])
-    loss, grad = kd_loss_op(*operands, *options._replace(reduction="none"), backend, need_grad)
+    loss, grad = call(*operands, *options._replace(reduction="none"), backend, need_grad)
     loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
     if options.reduction == "mean":
         mass = loss.new_ones(size, n) if weights is None else weights.to(loss.dtype)
@@ -195,29 +147,62 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Ten
     return (loss, grad), (0, 0)
 
 
-@scale_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], grad: Tensor, factor: Tensor, scale: float, backend: str) -> Any:
-    batches, factors = _batched(grad, in_dims[0], info.batch_size), _batched(factor, in_dims[1], info.batch_size)
-    assert batches is not None
-    assert factors is not None
-    if factors.dim() == 1:
-        factors = factors.unsqueeze(1).expand(batches.shape[:2])
-    flat = batches.reshape(-1, batches.shape[-1])
-    return scale_op(flat, factors.reshape(-1), scale, backend).view(batches.shape), 0
+def _vmap_scale(call: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    grad, factor, loss = (_batched(args[i], in_dims[i], info.batch_size) for i in range(3))
+    assert grad is not None
+    assert factor is not None
+    if factor.dim() == 1:
+        factor = factor.unsqueeze(1).expand(grad.shape[:2])
+    return call(grad.reshape(-1, grad.shape[-1]), factor.reshape(-1), loss, *args[3:]).view(grad.shape), 0
 
 
-def plain_eager(tensor: Tensor) -> bool:
-    """Whether a call on this tensor may go around the dispatcher: no mode, transform or subclass is watching."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
+kd_loss_op.register_vmap(lambda info, in_dims, *args: _vmap(kd_loss_op, info, in_dims, *args))
+scale_op.register_vmap(lambda info, in_dims, *args: _vmap_scale(scale_op, info, in_dims, *args))
+
+
+class FunctionalKDLoss(torch.autograd.Function):
+    """The operator for ``torch.func``: the arguments of ``kd_loss_op``, its loss and its gradient."""
+
+    @staticmethod
+    def forward(*args: Any) -> Result:
+        """Run the kernel."""
+        return launch(args[13], Operands(*args[:7]), Options(*args[7:13]), args[14])
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the kept gradient."""
+        return _backward(FunctionalScale.apply, ctx, grad_loss)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, Any]:
+        """All batches as rows of one call."""
+        return _vmap(FunctionalKDLoss.apply, info, in_dims, *args)
+
+
+class FunctionalScale(torch.autograd.Function):
+    """``scale_op`` for ``torch.func``; has no derivative."""
+
+    @staticmethod
+    def forward(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
+        """Run the kernel, into new memory."""
+        return scale_rows(backend, grad, factor, scale, in_place=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    backward = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """All batches as rows of one call."""
+        return _vmap_scale(FunctionalScale.apply, info, in_dims, *args)
 
 
 class EagerKDLoss(torch.autograd.Function):
-    """Loss of plain tensors; see the module's text."""
+    """The operator for plain tensors in eager mode; returns the loss alone."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, backend: str, operands: Operands, options: Options) -> Tensor:
@@ -225,13 +210,15 @@ class EagerKDLoss(torch.autograd.Function):
         loss, grad = launch(backend, operands._replace(logits=logits), options, need_grad=True)
         ctx.backend = backend
         ctx.scale = 1 / hold_of(logits.dtype, options)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, loss)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the kept gradient: in its own memory when this is the only backward pass through the graph."""
-        (grad,) = ctx.saved_tensors
+        grad, loss = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            scaled = FunctionalScale.apply(grad, grad_loss, loss, ctx.scale, ctx.backend)  # type: ignore[no-untyped-call]
+            return scaled, None, None, None
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return _scale(ctx.backend, grad, grad_loss, ctx.scale, in_place), None, None, None
+        return scale_rows(ctx.backend, grad, grad_loss, ctx.scale, in_place), None, None, None

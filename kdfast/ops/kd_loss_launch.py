@@ -1,0 +1,81 @@
+"""From checked arguments of ``kd_loss`` to the kernel that was chosen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.errors import UsageError
+
+__all__ = ["Operands", "Options", "hold_of", "launch", "plain_eager", "scale_rows"]
+
+
+class Operands(NamedTuple):
+    """The tensors of one call; shapes as in ``kdfast.kd_loss``."""
+
+    logits: Tensor
+    labels: Tensor | None
+    teacher: Tensor
+    rows: Tensor | None
+    classes: Tensor | None
+    tail: Tensor | None
+    weights: Tensor | None
+
+
+class Options(NamedTuple):
+    """The numbers of one call."""
+
+    alpha: float
+    temperature: float
+    t_squared: bool
+    ignore_index: int
+    reduction: str
+    reverse: bool
+
+
+def hold_of(dtype: torch.dtype, options: Options) -> float:
+    """Power of two that the stored gradient is multiplied by: 1024 for the mean in float16, else 1.
+
+    The factor of ``torch.amp.GradScaler`` arrives only in the backward pass; a probability over the number of rows
+    would by then have been rounded to zero. The gradient of a mean is at most 1 + alpha T in magnitude, so 1024 times
+    it stays finite up to T = 31.
+    """
+    extreme = max(options.temperature, 1 / options.temperature) > 31
+    return 1024.0 if dtype == torch.float16 and options.reduction == "mean" and not extreme else 1.0
+
+
+def launch(backend: str, operands: Operands, options: Options, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """Run a kernel: the loss and the stored gradient (empty unless ``need_grad``)."""
+    hold = hold_of(operands.logits.dtype, options)
+    if backend == "native":
+        from kdfast.ops import native
+
+        return native.kd_loss(*operands, *options, hold, need_grad)
+    if backend == "triton":
+        from kdfast.ops import kd_loss_triton
+
+        return kd_loss_triton.kd_loss(*operands, *options, hold, need_grad)
+    raise UsageError(f"backend={backend!r}: the operator runs 'native' or 'triton'")
+
+
+def scale_rows(backend: str, grad: Tensor, factor: Tensor, scale: float, in_place: bool) -> Tensor:
+    """``grad * factor * scale``, see ``native.scale_rows``."""
+    if backend == "native":
+        from kdfast.ops import native
+
+        return native.scale_rows(grad, factor, scale, in_place=in_place)
+    from kdfast.ops import kd_loss_triton
+
+    return kd_loss_triton.scale_rows(grad, factor, scale, in_place=in_place)
+
+
+def plain_eager(tensor: Tensor) -> bool:
+    """Whether a call on this tensor may go around the dispatcher: no mode, transform or subclass is watching."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
