@@ -35,6 +35,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
 DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "native"): ("float32", "bfloat16", "float16"),
     ("kd_loss", "triton"): ("float32", "bfloat16", "float16"),
+    ("views", "native"): ("float32", "bfloat16", "float16"),
 }
 
 

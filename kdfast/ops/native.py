@@ -116,25 +116,29 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
     return out
 
 
-def shift_views(images: Tensor, moves: Tensor, table: Tensor, pad: int) -> Tensor:
-    """``kdfast.ops.views.shift_views`` on the CPU: the same values to the bit, as both copy them from the table.
+def shift_views(
+    images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, isa_limit: int = _WIDEST_ISA
+) -> Tensor:
+    """``kdfast.ops.views.shift_views`` on the CPU, with the same bits.
 
     Raises:
         ValueError: If a move leaves the padded image.
     """
-    images, moves, table = images.contiguous(), moves.contiguous(), table.contiguous()
+    images, moves, affine = images.contiguous(), moves.contiguous(), affine.contiguous()
     batch, height, width, channels = images.shape
-    out = torch.empty((batch, height, width, channels), dtype=table.dtype)
+    out = torch.empty((batch, height, width, channels), dtype=dtype)
     _native.shift_views(
         images.data_ptr(),
         moves.data_ptr(),
-        table.data_ptr(),
-        table.element_size(),
+        affine[0].data_ptr(),
+        affine[1].data_ptr(),
         batch,
         height,
         width,
         pad,
         out.data_ptr(),
+        _DTYPES[dtype],
         torch.get_num_threads(),
+        isa_limit,
     )
     return out.permute(0, 3, 1, 2)

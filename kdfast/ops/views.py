@@ -12,36 +12,45 @@ from kdfast.ops.backends import resolve
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def shift_views(images: Tensor, moves: Tensor, table: Tensor, *, pad: int, backend: str = "auto") -> Tensor:
-    """Zero-pad each image, cut out a window of its own size, perhaps mirror it, and map pixels through a table.
+def shift_views(
+    images: Tensor,
+    moves: Tensor,
+    affine: Tensor,
+    *,
+    pad: int,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Zero-pad each image, cut out a window of its own size, perhaps mirror it, and normalise.
 
     With `P` the image padded by `pad` black pixels on each side and `(top, left, flip)` the image's move,
-    `out[c, y, x] = table[c, P[top + y, left + x', c]]`, where `x'` is `x`, or `W - 1 - x` when flip is 1.
-    All implementations agree to the bit.
+    `out[c, y, x] = P[top + y, left + x', c] * scale[c] + bias[c]`, where `x'` is `x`, or `W - 1 - x` when flip is 1;
+    rounded after each of the two operations, then to `dtype`. All implementations agree to the bit.
 
     Args:
         images: `(B, H, W, 3)` uint8, on any device.
         moves: `(B, 3)` int32 on the CPU: top and left in `[0, 2 pad]`, flip in {0, 1}.
-        table: `(3, 256)` floating: the value of each pixel value in each channel. Its dtype is the result's.
+        affine: `(2, 3)` float32 or float64, the precision computed in: scale and bias of each channel.
         pad: Width of the black border, in pixels.
+        dtype: Floating, of the result.
         backend: "auto", or an implementation's name in the row "views" of `kdfast.ops.backends`.
 
     Returns:
-        `(B, 3, H, W)` in the table's dtype and in channels_last memory, on the images' device.
+        `(B, 3, H, W)` in `dtype` and in channels_last memory, on the images' device.
 
     Raises:
         DataError: The images are not uint8.
         ShapeError: Another shape or dtype is not as above, or a move leaves the padded image.
         BackendUnavailable: A named implementation cannot run here.
     """
-    out: Tensor = _shift_views(images, moves, table, pad, backend)
+    out: Tensor = _shift_views(images, moves, affine, pad, dtype, backend)
     return out
 
 
 @torch.library.custom_op("kdfast::shift_views", mutates_args=())
-def _shift_views(images: Tensor, moves: Tensor, table: Tensor, pad: int, backend: str) -> Tensor:
+def _shift_views(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
     check_images(images)
-    _check_table(table)
+    _check_affine(affine, dtype)
     if moves.shape != (len(images), 3) or moves.dtype != torch.int32 or moves.device.type != "cpu":
         raise ShapeError(
             f"moves are {moves.dtype} {tuple(moves.shape)} on {moves.device}: they must be int32 "
@@ -49,19 +58,22 @@ def _shift_views(images: Tensor, moves: Tensor, table: Tensor, pad: int, backend
         )
     if len(moves) and (int(moves.min()) < 0 or int(moves[:, :2].max()) > 2 * pad or int(moves[:, 2].max()) > 1):
         raise ShapeError(f"a move leaves the image padded by {pad}: top and left must be in 0..{2 * pad}, flip 0 or 1")
-    if resolve("views", images.device.type, backend=backend) == "native":
+    precision = str(torch.promote_types(affine.dtype, dtype)).removeprefix("torch.")
+    if resolve("views", images.device.type, precision, backend=backend) == "native":
         from kdfast.ops import native
 
-        return native.shift_views(images, moves, table.cpu(), pad)
-    return shift_views_reference(images, moves, table, pad=pad)
+        return native.shift_views(images, moves, affine.cpu(), pad, dtype)
+    return shift_views_reference(images, moves, affine, pad=pad, dtype=dtype)
 
 
 @_shift_views.register_fake
-def _(images: Tensor, moves: Tensor, table: Tensor, pad: int, backend: str) -> Tensor:
-    return images.new_empty(images.shape, dtype=table.dtype).permute(0, 3, 1, 2)
+def _(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return images.new_empty(images.shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
-def shift_views_reference(images: Tensor, moves: Tensor, table: Tensor, *, pad: int) -> Tensor:
+def shift_views_reference(
+    images: Tensor, moves: Tensor, affine: Tensor, *, pad: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`shift_views` in plain torch, without its checks."""
     height, width = images.shape[1:3]
     device = images.device
@@ -72,11 +84,11 @@ def shift_views_reference(images: Tensor, moves: Tensor, table: Tensor, *, pad: 
     rows = torch.arange(height, device=device) + moves[:, :1]  # (B, H)
     which = torch.arange(len(images), device=device)
     pixels = padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
-    return _through_table(pixels, table)
+    return _normalise(pixels, affine).to(dtype)
 
 
 def crop_views(
-    images: Tensor, boxes: Tensor, table: Tensor, *, size: tuple[int, int], dtype: torch.dtype = torch.float32
+    images: Tensor, boxes: Tensor, affine: Tensor, *, size: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Cut a box out of each image, resize it, perhaps mirror it, and normalise.
 
@@ -85,8 +97,7 @@ def crop_views(
     Args:
         images: `(B, H, W, 3)` uint8, on any device.
         boxes: `(B, 5)` int32 on the CPU: top, left, height, width in pixels, and flip in {0, 1}.
-        table: `(3, 256)` float32 or float64: the value of each pixel value in each channel; also the precision
-            of the resize.
+        affine: `(2, 3)` float32 or float64, the precision computed in: scale and bias of each channel.
         size: Height and width of the result.
         dtype: Floating, of the result.
 
@@ -98,19 +109,18 @@ def crop_views(
         ShapeError: Another shape or dtype is not as above, or a box leaves its image.
     """
     check_images(images)
-    _check_table(table, (torch.float32, torch.float64))
+    _check_affine(affine, dtype)
     if boxes.shape != (len(images), 5) or boxes.dtype != torch.int32 or boxes.device.type != "cpu":
         raise ShapeError(
             f"boxes are {boxes.dtype} {tuple(boxes.shape)} on {boxes.device}: they must be int32 "
             f"({len(images)}, 5) on the CPU, one (top, left, height, width, flip) for each image"
         )
     height, width = images.shape[1:3]
-    table = table.to(images.device)
     out = torch.empty((len(images), *size, 3), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
     for i, (top, left, tall, wide, flip) in enumerate(boxes.tolist()):
         if min(top, left, flip) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width or flip > 1:
             raise ShapeError(f"box {(top, left, tall, wide, flip)} does not lie in an image of {height}x{width} pixels")
-        piece = _through_table(images[i : i + 1, top : top + tall, left : left + wide], table)
+        piece = _normalise(images[i : i + 1, top : top + tall, left : left + wide], affine)
         piece = F.interpolate(piece, size=size, mode="bilinear", antialias=True, align_corners=False)
         out[i] = (piece.flip(3) if flip else piece)[0]
     return out
@@ -124,12 +134,14 @@ def check_images(images: Tensor) -> None:
         raise ShapeError(f"images have shape {tuple(images.shape)}: they must be (B, H, W, 3), channels last")
 
 
-def _through_table(pixels: Tensor, table: Tensor) -> Tensor:
-    """`(B, H, W, 3)` uint8 pixels to `(B, 3, H, W)` values, in channels_last memory."""
-    offsets = torch.arange(0, 768, 256, device=pixels.device, dtype=torch.int32)
-    return table.to(pixels.device).reshape(-1)[pixels + offsets].permute(0, 3, 1, 2)
+def _normalise(pixels: Tensor, affine: Tensor) -> Tensor:
+    """`(B, H, W, 3)` uint8 pixels to `(B, 3, H, W)` values in the dtype of `affine`, in channels_last memory."""
+    scale, bias = affine.to(pixels.device)
+    return (pixels.to(affine.dtype) * scale + bias).permute(0, 3, 1, 2)
 
 
-def _check_table(table: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
-    if table.shape != (3, 256) or table.dtype not in dtypes:
-        raise ShapeError(f"the table is {table.dtype} {tuple(table.shape)}: it must be (3, 256), of one of {dtypes}")
+def _check_affine(affine: Tensor, dtype: torch.dtype) -> None:
+    if affine.shape != (2, 3) or affine.dtype not in (torch.float32, torch.float64):
+        raise ShapeError(f"affine is {affine.dtype} {tuple(affine.shape)}: it must be (2, 3), float32 or float64")
+    if dtype not in _FLOATS:
+        raise ShapeError(f"views of dtype {dtype}: normalised images need one of {_FLOATS}")

@@ -1,0 +1,98 @@
+"""The dispatch table: what is chosen, what is refused, and that falling back is said once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.errors import BackendUnavailable, UsageError
+from kdfast.ops import backends
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv("KDFAST_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cached = backends._resolve, backends._import_problem
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_every_row_ends_in_the_reference():
+    for row in backends.TABLE.values():
+        assert row[-1] == "reference"
+
+
+def test_auto_takes_the_preferred_one_without_a_word():
+    assert backends.resolve("kd_loss", "cpu", "float32") == "native"
+    assert backends.resolve("kd_loss", "privateuseone", "float32") == "reference"
+
+
+def test_falling_back_warns_once_and_says_why():
+    with pytest.warns(
+        RuntimeWarning, match="falls back to reference: native: it takes float32, bfloat16, float16, not float64"
+    ):
+        assert backends.resolve("kd_loss", "cpu", "float64") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("kd_loss", "cpu", "float64") == "reference"
+
+
+def test_a_broken_extension_falls_back(monkeypatch):
+    monkeypatch.setattr(backends, "_import_problem", lambda module: f"{module} cannot be imported (gone)")
+    with pytest.warns(RuntimeWarning, match="kdfast._native cannot be imported"):
+        assert backends.resolve("kd_loss", "cpu") == "reference"
+    with pytest.raises(BackendUnavailable, match="gone"):
+        backends.resolve("kd_loss", "cpu", backend="native")
+    assert "gone" in {choice.op: choice for choice in backends.choices() if choice.device == "cpu"}["kd_loss"].reason
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "nonsense"])
+def test_a_named_backend_that_cannot_run_is_refused(name):
+    z = torch.randn(2, 3)
+    with pytest.raises(BackendUnavailable, match=f"backend='{name}'.*implementations there are native, reference"):
+        kdfast.kd_loss(z, torch.tensor([0, 1]), z, backend=name)
+
+
+@pytest.mark.parametrize(
+    "setting", ["reference", "kd_loss=reference", "kd_loss=reference,views=native", "native,kd_loss=reference"]
+)
+def test_the_environment_replaces_auto(monkeypatch, setting):
+    monkeypatch.setenv("KDFAST_BACKEND", setting)
+    assert backends.resolve("kd_loss", "cpu") == "reference"
+    assert backends.resolve("kd_loss", "cpu", backend="native") == "native"
+    assert ("kd_loss", "cpu", "reference") in {choice[:3] for choice in backends.choices()}
+
+
+def test_a_bad_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("KDFAST_BACKEND", "kd_los=native")
+    with pytest.raises(UsageError, match="no operator 'kd_los'"):
+        backends.resolve("kd_loss", "cpu")
+    monkeypatch.setenv("KDFAST_BACKEND", "fastest")
+    with pytest.raises(BackendUnavailable, match="KDFAST_BACKEND=fastest"):
+        backends.resolve("kd_loss", "cpu")
+    assert {choice.backend for choice in backends.choices()} == {"none"}
+
+
+def test_choices_cover_the_table():
+    assert [(choice.op, choice.device) for choice in backends.choices()] == list(backends.TABLE)
+    assert all(choice.reason for choice in backends.choices())
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_the_extension_links_no_openmp_torch_or_cuda_runtime():
+    from kdfast import _native
+
+    done = subprocess.run(["readelf", "-d", _native.__file__], capture_output=True, text=True, check=True)
+    needed = [line for line in done.stdout.splitlines() if "NEEDED" in line]
+    assert any("libc.so" in line for line in needed)
+    for library in ("gomp", "iomp", "libomp", "torch", "c10", "cudart"):
+        assert not any(library in line for line in needed), needed

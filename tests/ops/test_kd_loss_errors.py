@@ -1,0 +1,107 @@
+"""What kd_loss refuses, and what its messages name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.errors import ShapeError
+from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
+
+
+def good():
+    return {
+        "logits": torch.randn(4, 6),
+        "labels": torch.randint(0, 6, (4,)),
+        "teacher": torch.randn(9, 6),
+        "rows": torch.tensor([8, 0, 0, 3]),
+    }
+
+
+def sparse(**changes):
+    values, classes, tail = topk_teacher(torch.randn(9, 6), 2, 4.0)
+    return TopKTeacher(**{"values": values, "classes": classes, "tail": tail, **changes})
+
+
+BAD = {
+    "logits 1-D": ({"logits": torch.randn(6)}, ShapeError, r"logits has shape \(6,\)"),
+    "logits 3-D": ({"logits": torch.randn(2, 4, 6)}, ShapeError, "flatten leading dimensions"),
+    "logits int": ({"logits": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "logits are torch.int64"),
+    "logits list": ({"logits": [[1.0]]}, TypeError, "logits is list"),
+    "no classes": ({"logits": torch.randn(4, 0)}, ShapeError, "at least one class"),
+    "labels int32": ({"labels": torch.zeros(4, dtype=torch.int32)}, TypeError, r"labels is torch.int32.*\.long\(\)"),
+    "labels short": ({"labels": torch.zeros(3, dtype=torch.int64)}, ShapeError, r"labels have|labels has shape \(3,\)"),
+    "labels 2-D": ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, ShapeError, "labels has shape"),
+    "labels None": ({"labels": None}, ShapeError, "alpha=1"),
+    "labels meta": ({"labels": torch.zeros(4, dtype=torch.int64, device="meta")}, TypeError, "labels is on meta"),
+    "label high": ({"labels": torch.tensor([0, 6, 1, 1])}, IndexError, r"labels\[1\] is 6"),
+    "label negative": ({"labels": torch.tensor([0, 1, -7, 1])}, IndexError, r"labels\[2\] is -7"),
+    "rows float": ({"rows": torch.zeros(4)}, TypeError, "rows is torch.float32"),
+    "rows int32": ({"rows": torch.zeros(4, dtype=torch.int32)}, TypeError, "int64 is needed"),
+    "row high": ({"rows": torch.tensor([0, 1, 2, 9])}, IndexError, r"rows\[3\] is 9"),
+    "row negative": ({"rows": torch.tensor([0, -1, 2, 3])}, IndexError, r"rows\[1\] is -1"),
+    "rows missing": ({"rows": None}, ShapeError, "teacher has 9 rows and logits have 4: give rows"),
+    "teacher classes": ({"teacher": torch.randn(9, 5)}, ShapeError, "5 classes and logits have 6"),
+    "teacher int": ({"teacher": torch.ones(9, 6, dtype=torch.int8)}, TypeError, "teacher is torch.int8"),
+    "teacher grad": ({"teacher": torch.randn(9, 6, requires_grad=True)}, TypeError, r"teacher\.detach\(\)"),
+    "teacher meta": ({"teacher": torch.randn(9, 6, device="meta")}, TypeError, "teacher is on meta"),
+    "teacher dict": ({"teacher": {"values": 1}}, TypeError, "TopKTeacher"),
+    "weights 2-D": ({"weights": torch.ones(4, 1)}, ShapeError, "weights has shape"),
+    "weights short": ({"weights": torch.ones(3)}, ShapeError, r"weights have shape \(3,\)"),
+    "weights int": ({"weights": torch.ones(4, dtype=torch.int64)}, TypeError, "weights are torch.int64"),
+    "alpha high": ({"alpha": 1.5}, ShapeError, "alpha is 1.5"),
+    "alpha nan": ({"alpha": math.nan}, ShapeError, "alpha is nan"),
+    "alpha text": ({"alpha": "half"}, TypeError, "alpha is 'half'"),
+    "alpha vector": ({"alpha": torch.ones(2)}, TypeError, "alpha is a tensor"),
+    "alpha meta": ({"alpha": torch.ones((), device="meta")}, TypeError, "alpha is a tensor .* on meta"),
+    "alpha grad": ({"alpha": torch.ones((), requires_grad=True)}, TypeError, "requires a gradient"),
+    "temperature 0": ({"temperature": 0.0}, ShapeError, "temperature is 0.0"),
+    "temperature inf": ({"temperature": math.inf}, ShapeError, "temperature is inf"),
+    "temperature nan": ({"temperature": math.nan}, ShapeError, "temperature is nan"),
+    "reduction": ({"reduction": "average"}, ShapeError, "'average'.*'mean'"),
+    "direction": ({"direction": "back"}, ShapeError, "'back'.*'forward'"),
+    "top-k shapes": ({"teacher": sparse(tail=torch.randn(8))}, ShapeError, r"\(M, k\), \(M, k\) and \(M,\)"),
+    "top-k int64": ({"teacher": sparse(classes=torch.zeros(9, 2, dtype=torch.int64))}, TypeError, "int32 is needed"),
+    "top-k high": (
+        {"teacher": sparse(classes=torch.full((9, 2), 6).int())},
+        IndexError,
+        r"teacher.classes\[\d, 0\] is 6",
+    ),
+    "top-k wide": (
+        {"teacher": TopKTeacher(torch.randn(9, 7), torch.zeros(9, 7).int(), torch.zeros(9))},
+        ShapeError,
+        "1 to 6 are needed",
+    ),
+    "top-k twice": (
+        {"teacher": sparse(classes=torch.ones(9, 2).int()), "validate": True},
+        ShapeError,
+        "repeat a class",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_refused(kd_loss_backend, name):
+    changes, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        kdfast.kd_loss(**{**good(), **changes}, backend=kd_loss_backend)
+
+
+def test_ranges_do_not_matter_for_ignored_rows(kd_loss_backend):
+    arguments = good()
+    arguments["labels"][1], arguments["rows"][1] = -100, 10**9
+    assert kdfast.kd_loss(**arguments, backend=kd_loss_backend, validate=True).isfinite()
+
+
+def test_a_scalar_tensor_is_a_number(kd_loss_backend):
+    arguments = good()
+    loss = kdfast.kd_loss(**arguments, alpha=torch.tensor(0.25), temperature=torch.tensor(2.0), backend=kd_loss_backend)
+    torch.testing.assert_close(loss, kdfast.kd_loss(**arguments, alpha=0.25, temperature=2.0, backend=kd_loss_backend))
+
+
+def test_topk_teacher_needs_a_k_that_fits():
+    with pytest.raises(ShapeError, match=r"\[1, 6\]"):
+        topk_teacher(torch.randn(2, 6), 7, 4.0)

@@ -1,0 +1,177 @@
+"""Run by test_kd_loss_triton.py with TRITON_INTERPRET=1: kernels against float64, failures of each group as JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import torch
+
+import kdfast
+from kdfast.ops.kd_loss import topk_teacher
+from kdfast.ops.kd_loss_triton import scale_rows
+
+torch.manual_seed(0)
+# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+ROUNDING = {torch.float32: 1e-7, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+GROUPS: dict[str, tuple[int, list[str]]] = {}
+
+
+def case(n, c, dtype=torch.float32, spread=3.0):
+    z, t = (spread * torch.randn(n, c)).to(dtype), (spread * torch.randn(n + 2, c)).half()
+    y, r = torch.randint(0, c, (n,)), torch.randint(0, n + 2, (n,))
+    if n > 2:
+        y[1], r[2] = -100, r[0]
+    return z, y, t, r
+
+
+def record(group, ok, what):
+    count, failures = GROUPS.get(group, (0, []))
+    GROUPS[group] = count + 1, failures if ok else [*failures, str(what)]
+
+
+def both(z, *args, **options):
+    results = []
+    for x, backend in ((z, "triton"), (z.double(), "reference")):
+        x = x.detach().requires_grad_()
+        loss = kdfast.kd_loss(x, *args, **options, backend=backend)
+        results += [loss.detach(), torch.autograd.grad(loss.sum(), x)[0]]
+    return results
+
+
+def check(group, z, *args, slack=5e-6, least=1e-12, **options):
+    """`least`: size of the terms whose difference a loss is, when it is smaller itself."""
+    loss, grad, true_loss, true_grad = both(z, *args, **options)
+    errors = [
+        ((a.double() - b).abs().max() / b.abs().max().clamp_min(floor)).item()
+        for a, b, floor in ((loss, true_loss, least), (grad, true_grad, 1e-12))
+    ]
+    ok = errors[0] < 5e-6 and errors[1] < slack + 1.01 * ROUNDING[z.dtype]
+    record(group, ok, (tuple(z.shape), z.dtype, options, errors))
+
+
+def dense():
+    for dtype in ROUNDING:
+        for n, c in [(1, 1), (3, 2), (70, 10), (20, 100), (5, 257), (3, 1000), (2, 4099)]:
+            for t, direction in itertools.product((1.0, 4.0, 3.0), ("forward", "reverse")):
+                slack = 2e-5 if direction == "reverse" else 5e-6
+                check("dense", *case(n, c, dtype), temperature=t, direction=direction, slack=slack)
+    for t, direction in ((2.0, "forward"), (3.0, "reverse")):
+        check("dense", *case(2, 20001), temperature=t, direction=direction, slack=2e-5)
+        check("dense", *case(2, 32768, torch.float16), temperature=t, direction=direction, slack=2e-5)
+    z, y, t, r = case(2, 40000)
+    t, z = t.sort(1).values, z.sort(1).values  # the maximum grows with every tile
+    check("dense", z, y, t, r)
+    check("dense", 30 * z, y, t, r, temperature=1.0)
+
+
+def options():
+    for alpha, squared, reduction in itertools.product((0.0, 0.3, 1.0), (True, False), ("mean", "sum", "none")):
+        check("options", *case(5, 60), alpha=alpha, t_squared=squared, reduction=reduction, temperature=2.0)
+    z, _, t, r = case(5, 60)
+    check("options", z, None, t, r, alpha=1.0)
+    check("options", z, None, t[:5], None, alpha=1.0)
+
+
+def strides():
+    z, y, t, r = case(6, 100)
+    check("strides", z.t().contiguous().t(), y, t.t().contiguous().t(), r)
+    check("strides", z[:1].expand(6, -1), y, t[:1].expand(8, -1), r)
+    check("strides", torch.cat([z, z], 1)[:, 3:103], y, t, r)
+    check("strides", z, torch.stack([y, y], 1)[:, 0], t, torch.stack([r, r], 1)[:, 1])
+
+
+def masked():
+    for c, direction in itertools.product((100, 17000), ("forward", "reverse")):
+        z, y, t, r = case(3, c)
+        hidden = torch.arange(c) % 3 == 0
+        z[:, hidden], t[:, hidden] = -math.inf, -math.inf
+        y = torch.where(y < 0, y, 1)
+        check("masked", z, y, t, r, direction=direction, slack=2e-5)
+        z[:, : c // 2], t[:, : c // 2] = -math.inf, -math.inf  # a first tile without any class
+        y = torch.where(y < 0, y, c // 2 + 1 + (c // 2 + 1) % 3 % 2)
+        z[:, c // 2 :], t[:, c // 2 :] = torch.randn(3, c - c // 2), torch.randn(5, c - c // 2).half()
+        check("masked", z, y, t, r, direction=direction, slack=2e-5)
+    z, y, t, r = case(3, 100)
+    z[:, 5] = -math.inf
+    y = torch.where(y < 0, y, 1)
+    record("masked", both(z, y, t, r)[0] == math.inf, "a class that only the teacher has")
+    z[:, 5] = math.nan
+    record("masked", both(z, y, t, r)[0].isnan(), "NaN")
+
+
+def large():
+    for c, value in itertools.product((40, 17000), (1e4, -1e4)):
+        z, y, t, r = case(3, c)
+        z[:, 3], t[:, 7] = value, value
+        check("large", z, y, t, r)
+        check("large", (z + value).round(), y, t, r)
+
+
+def topk():
+    for dtype, (n, c), t in itertools.product(ROUNDING, [(3, 33), (2, 5000)], (1.0, 4.0, 3.0)):
+        z, y, teacher, r = case(n, c, dtype)
+        for k, direction in ((1, "forward"), (5, "forward"), (5, "reverse"), (33, "forward")):
+            sparse = topk_teacher(teacher, k, t)
+            check("topk", z, y, sparse, r, temperature=t, direction=direction, slack=2e-5)
+            check("topk", z, None, sparse, r, temperature=t, direction=direction, alpha=1.0, slack=2e-5, least=1.0)
+        check("topk", 60 * z, y, topk_teacher(teacher, 4, t), r, temperature=t, slack=2e-5)
+
+
+def ignored():
+    z, y, t, r = case(4, 50)
+    for reduction in ("mean", "sum", "none"):
+        loss, grad, *_ = both(z * math.nan, y.fill_(-100), t, r, reduction=reduction)
+        record("ignored", bool((loss == 0).all() and (grad == 0).all()), reduction)
+    loss, grad, *_ = both(z[:0], y[:0], t, r[:0])
+    record("ignored", bool(loss == 0) and grad.shape == (0, 50), "no rows")
+
+
+def out_of_range():
+    z, y, t, r = case(4, 50)
+    y[1] = 3
+    sparse = topk_teacher(t, 3, 4.0)
+    wild = sparse._replace(classes=sparse.classes.clone().fill_(77))
+    calls = {"rows": (y, t, torch.tensor([0, 10**12, -1, 3])), "labels": (torch.tensor([1, 50, -1, 2]), t, r)}
+    calls |= {"top-k rows": (y, sparse, torch.tensor([0, 99, -5, 3])), "class ids": (y, wild, r)}
+    for name, (labels, teacher, rows) in calls.items():
+        x = z.clone().requires_grad_()
+        loss = kdfast.kd_loss(x, labels, teacher, rows, reduction="none", backend="triton")
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        bad = torch.tensor([name == "class ids", True, True, name == "class ids"])
+        same = bool((loss.isnan() == bad).all() and (grad.isnan().all(1) == bad).all())
+        record("out of range", same, (name, loss, grad.isnan().all(1)))
+        try:
+            kdfast.kd_loss(x, labels, teacher, rows, validate=True, backend="triton")
+            record("out of range", False, f"{name}: validate let it pass")
+        except IndexError:
+            record("out of range", True, name)
+
+
+def scaling():
+    for dtype in ROUNDING:
+        grad = torch.randn(5, 33).to(dtype)
+        for factor in (torch.tensor(3.0), torch.tensor(1.0), torch.rand(5), torch.tensor(2.0).expand(5)):
+            expected = grad.double() * (factor.double().expand(5) * 0.5)[:, None]
+            for in_place in (False, True):
+                source = grad.clone()
+                scaled = scale_rows(source, factor, 0.5, in_place=in_place)
+                near = torch.allclose(scaled.double(), expected, rtol=1.01 * ROUNDING[dtype], atol=1e-6)
+                record("scaling", near and (scaled is source) == in_place, (dtype, factor, in_place))
+                record("scaling", in_place or torch.equal(source, grad), "wrote its input")
+
+
+def weights():
+    z, y, t, r = case(6, 40)
+    for w, reduction in itertools.product(
+        (torch.rand(6), torch.rand(6, dtype=torch.float64), torch.zeros(6)), ("mean", "none")
+    ):
+        check("weights", z, y, t, r, weights=w, reduction=reduction)
+    check("weights", z.half(), y, t, r, weights=torch.rand(6))
+
+
+if __name__ == "__main__":
+    for group in (dense, options, strides, masked, large, topk, ignored, out_of_range, scaling, weights):
+        group()
+    print(json.dumps(GROUPS))
