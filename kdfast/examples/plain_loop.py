@@ -48,7 +48,7 @@ def main(
         keep: Share of the training samples to keep.
         amp: "none", "bf16" or "fp16": what autocast computes in.
         device: "cpu" or "cuda".
-        compile_model: Whether the student goes through ``torch.compile``; the loss may be inside or outside.
+        compile_model: Whether the student goes through ``torch.compile``; the loss may also be compiled with it.
 
     Returns:
         Losses and accuracy.

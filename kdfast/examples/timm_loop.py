@@ -86,9 +86,9 @@ def main(epochs: int = 4, samples: int = 256, model_name: str = "test_resnet", a
         print(f"epoch {epoch}: loss {losses[-1]:.3f}, learning rate {rates[-1]:.2e}")
 
     model.eval()
-    seen = accuracy(model, as_images(data.x[:samples]).to(device), data.y[:samples].to(device))
-    print(f"accuracy on the images it was trained on: {seen:.3f}")
-    return Result(losses, rates, seen)
+    result = Result(losses, rates, accuracy(model, as_images(data.x[:samples]).to(device), data.y[:samples].to(device)))
+    print(result)
+    return result
 
 
 if __name__ == "__main__":

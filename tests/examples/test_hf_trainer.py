@@ -1,5 +1,9 @@
 """The Hugging Face example against the loss written out by hand, in float64, text by text and token by token."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -150,3 +154,47 @@ def test_each_token_has_its_own_row_of_the_table(corpus, teacher):
 def test_training_lowers_the_loss():
     result = hf_trainer.main(steps=40)
     assert result.after < 0.8 * result.before
+
+
+SCRIPT = """
+import sys, torch
+from transformers import TrainingArguments
+from kdfast.examples import hf_trainer
+from kdfast.examples._texts import language_model, make_corpus
+
+folder = sys.argv[1]
+corpus = make_corpus(4, seed=1)
+arguments = TrainingArguments(
+    output_dir=folder, use_cpu=True, ddp_backend="gloo", max_steps=1, max_grad_norm=0, save_strategy="no",
+    report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+    per_device_train_batch_size=1, gradient_accumulation_steps=2,
+)
+torch.manual_seed(1)
+teacher = hf_trainer.cache_topk(language_model(32, 2, spread=0.3), corpus, 6, 2.0)
+torch.manual_seed(2)
+model = language_model(16, 1, spread=0.1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+trainer = hf_trainer.DistillTrainer(
+    model=model, args=arguments, train_dataset=corpus, data_collator=hf_trainer.collate, teacher=teacher, alpha=0.7,
+    temperature=2.0, optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    assert trainer.args.world_size == 2
+    torch.save(model.state_dict(), folder + "/weights.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_update(make_trainer, corpus, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    trainer = make_trainer(torch.float32, per_device_train_batch_size=4)
+    trainer.train()
+    for name, weight in torch.load(tmp_path / "weights.pt").items():
+        torch.testing.assert_close(weight, trainer.model.state_dict()[name], rtol=1e-5, atol=1e-6)

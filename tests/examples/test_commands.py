@@ -1,0 +1,43 @@
+"""Each example as a reader starts it: ``python -m kdfast.examples.NAME``."""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from kdfast import examples
+
+NAMES = sorted(m.name for m in pkgutil.iter_modules(examples.__path__) if not m.name.startswith("_"))
+NEEDS = {"lightning": ["lightning"], "hf_trainer": ["transformers", "accelerate"], "timm_loop": ["torchvision", "timm"]}
+
+
+def test_every_example_is_found():
+    assert NAMES == ["ddp", "hf_trainer", "lightning", "plain_loop", "timm_loop"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    """An example whose libraries import here."""
+    for package in NEEDS.get(request.param, []):
+        pytest.importorskip(package, exc_type=(ImportError, RuntimeError))
+    return request.param
+
+
+def test_the_command_runs_and_leaves_nothing_behind(name, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", f"kdfast.examples.{name}"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Result(" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_is_explained(name):
+    main = importlib.import_module(f"kdfast.examples.{name}").main
+    for argument in main.__annotations__.keys() - {"return"}:
+        assert f"{argument}:" in main.__doc__
