@@ -23,7 +23,7 @@ def native(images, moves, dtype):
 
 
 def reference(images, moves, dtype):
-    return shift_views_reference(images, moves, NORM.table(dtype), pad=4)
+    return shift_views_reference(images, moves, NORM.affine(), pad=4, dtype=dtype)
 
 
 def sliced(images, moves, dtype):
@@ -56,7 +56,7 @@ def batch(size):
 def test_views_of_a_batch(benchmark, size, dtype, implementation):
     benchmark.group = f"views: {size} x 32x32 to {dtype}"
     images, moves = batch(size)
-    expected = shift_views_reference(images, moves, NORM.table(torch.float64), pad=4)
+    expected = shift_views_reference(images, moves, NORM.affine(torch.float64), pad=4, dtype=torch.float64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(implementation(images, moves, dtype).double(), expected, rtol=0, atol=tolerance)
     benchmark(implementation, images, moves, dtype)

@@ -47,10 +47,10 @@ void bind_kd_loss(py::module_& m) {
 }
 
 void bind_views(py::module_& m) {
-  m.def("shift_views", [](uintptr_t images, uintptr_t moves, uintptr_t table, int element_size, int64_t batch, int64_t height,
-                          int64_t width, int64_t pad, uintptr_t out, int threads) {
-    const ShiftViews args{at<const uint8_t>(images), at<const int32_t>(moves), at<const void>(table), element_size, batch,
-                          height, width, pad, at<void>(out), threads};
+  m.def("shift_views", [](uintptr_t images, uintptr_t moves, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
+                          int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
+    const ShiftViews args{at<const uint8_t>(images), at<const int32_t>(moves), at<const float>(scale),
+                          at<const float>(bias), batch, height, width, pad, at<void>(out), dtype, threads, isa_limit};
     py::gil_scoped_release release;
     shift_views(args);
   });

@@ -53,11 +53,12 @@ void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t co
 struct ShiftViews {
   const uint8_t* images;  // (B, H, W, 3) contiguous
   const int32_t* moves;   // (B, 3) contiguous: top and left in [0, 2 pad], flip in {0, 1}
-  const void* table;      // (3, 256) contiguous, elements of element_size bytes
-  int element_size;       // 2, 4 or 8
+  const float* scale;     // (3,): a value is pixel * scale + bias, rounded after each operation
+  const float* bias;      // (3,)
   int64_t batch, height, width, pad;
-  void* out;  // (B, H, W, 3) contiguous, elements like the table's
-  int threads;
+  void* out;  // (B, H, W, 3) contiguous
+  int dtype;  // of out
+  int threads, isa_limit;
 };
 
 // Throws std::invalid_argument on inconsistent sizes and on a move outside the padded image.

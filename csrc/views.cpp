@@ -1,86 +1,140 @@
-// Shifted and mirrored uint8 images, each pixel through a table: the augmentation and the normalisation in one pass.
+// Shifted and mirrored uint8 images, normalised: the augmentation of a batch in one pass.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "core.h"
+#include "dtype.h"
 #include "parallel.h"
 
 namespace kdfast {
 namespace {
 
-constexpr int kChannels = 3;
+constexpr int64_t kChannels = 3;
 
-template <class Element>
-class Shifter {
- public:
-  explicit Shifter(const ShiftViews& args) : args_(args), table_(static_cast<const Element*>(args.table)) {}
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-  void image(int64_t index) const {
-    const int32_t* move = args_.moves + index * 3;
-    const int64_t image_size = args_.height * args_.width * kChannels;
-    const uint8_t* from = args_.images + index * image_size;
-    Element* to = static_cast<Element*>(args_.out) + index * image_size;
-    const int64_t down = move[0] - args_.pad, right = move[1] - args_.pad;
-    const bool flip = move[2] != 0;
-    for (int64_t y = 0; y < args_.height; ++y, to += args_.width * kChannels) {
-      const int64_t source = y + down;
-      if (source < 0 || source >= args_.height) {
-        black(to, args_.width);
-      } else if (flip) {
-        row<-1>(from + source * args_.width * kChannels, to, right);
-      } else {
-        row<1>(from + source * args_.width * kChannels, to, right);
-      }
+// Five pixels end to end fill 15 of 16 bytes.
+constexpr int64_t kGroup = 5;
+constexpr Bytes kReversed = {12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, 15};
+
+// What the rows of a batch share: scale and bias repeated along a row, so that a row is one long vector.
+struct Shared {
+  const ShiftViews& args;
+  std::vector<float> scale, bias;
+
+  explicit Shared(const ShiftViews& a) : args(a) {
+    for (int64_t x = 0; x < a.width; ++x) {
+      scale.insert(scale.end(), a.scale, a.scale + kChannels);
+      bias.insert(bias.end(), a.bias, a.bias + kChannels);
     }
   }
-
- private:
-  // One output row from one source row: a black margin, pixels read forwards or backwards, a black margin.
-  template <int step>
-  void row(const uint8_t* from, Element* to, int64_t right) const {
-    const int64_t width = args_.width;
-    const int64_t inside = width - std::min(width, std::abs(right));
-    const int64_t shift = step * right;  // mirrored, the margin lies on the other side
-    const int64_t before = inside == 0 ? width : std::max<int64_t>(0, -shift);
-    black(to, before);
-    to += before * kChannels;
-    const int64_t first = step > 0 ? std::max<int64_t>(0, right) : width - 1 + std::min<int64_t>(0, right);
-    const uint8_t* pixel = from + (inside == 0 ? 0 : first) * kChannels;
-    const Element *red = table_, *green = table_ + 256, *blue = table_ + 512;
-    for (int64_t x = 0; x < inside; ++x, to += kChannels) {
-      const uint8_t* p = pixel + x * step * kChannels;
-      to[0] = red[p[0]];
-      to[1] = green[p[1]];
-      to[2] = blue[p[2]];
-    }
-    black(to, width - before - inside);
-  }
-
-  void black(Element* to, int64_t count) const {
-    for (int64_t x = 0; x < count; ++x, to += kChannels) {
-      to[0] = table_[0];
-      to[1] = table_[256];
-      to[2] = table_[512];
-    }
-  }
-
-  const ShiftViews& args_;
-  const Element* table_;
 };
 
-template <class Element>
-void run(const ShiftViews& args) {
-  const Shifter<Element> shifter(args);
-  // About a nanosecond for a pixel's three values.
-  parallel_rows(args.batch, args.height * args.width, args.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) shifter.image(index);
-  });
+template <int W>
+struct Pixels {
+  typedef uint8_t Narrow __attribute__((vector_size(W)));
+  typedef int32_t Wide __attribute__((vector_size(4 * W)));
+  Narrow narrow[kLanes / W];
+};
+
+template <int W>
+KDFAST_INLINE Floats<W> from_bytes(const uint8_t* p) {
+  Pixels<W> pixels;
+  std::memcpy(&pixels, p, sizeof pixels);
+  Floats<W> r;
+  KDFAST_EACH_PART(k) {
+    const auto wide = __builtin_convertvector(pixels.narrow[k], typename Pixels<W>::Wide);
+    r.part[k] = __builtin_convertvector(wide, typename Floats<W>::Part);
+  }
+  return r;
+}
+
+// pixels[0], pixels[-1], ... pixels[-(count - 1)] to `out`; both have 16 bytes of room behind their last pixel.
+KDFAST_INLINE void copy_reversed(const uint8_t* pixels, uint8_t* out, int64_t count) {
+  int64_t x = 0;
+  for (; x + kGroup <= count; x += kGroup) {
+    Bytes group;
+    std::memcpy(&group, pixels - (x + kGroup - 1) * kChannels, sizeof group);
+    group = __builtin_shuffle(group, kReversed);
+    std::memcpy(out + x * kChannels, &group, sizeof group);
+  }
+  for (; x < count; ++x) std::memcpy(out + x * kChannels, pixels - x * kChannels, kChannels);
+}
+
+// The bytes of one output row: a black margin, pixels read forwards or backwards, a black margin.
+KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, int64_t right, bool flip) {
+  const int64_t inside = width - std::min(width, std::abs(right));
+  const int64_t shift = flip ? -right : right;  // mirrored, the margin lies on the other side
+  const int64_t before = inside == 0 ? width : std::max<int64_t>(0, -shift);
+  uint8_t* to = line + before * kChannels;
+  if (flip) {
+    copy_reversed(source + (width - 1 + std::min<int64_t>(0, right)) * kChannels, to, inside);
+  } else {
+    std::memcpy(to, source + std::max<int64_t>(0, right) * kChannels, static_cast<size_t>(inside * kChannels));
+  }
+  std::memset(line, 0, static_cast<size_t>(before * kChannels));
+  std::memset(to + inside * kChannels, 0, static_cast<size_t>((width - before - inside) * kChannels));
+}
+
+template <int W, class T>
+KDFAST_INLINE void normalise(const uint8_t* line, const Shared& shared, T* out, int64_t count) {
+  const float *scale = shared.scale.data(), *bias = shared.bias.data();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    encode(out + i, from_bytes<W>(line + i) * load<W>(scale + i) + load<W>(bias + i));
+  for (; i < count; ++i) encode_one(out + i, static_cast<float>(line[i]) * scale[i] + bias[i]);
+}
+
+template <int W, class T>
+KDFAST_INLINE void cut_images(const Shared& shared, int64_t begin, int64_t end) {
+  const ShiftViews& args = shared.args;
+  const int64_t row = args.width * kChannels;
+  std::vector<uint8_t> buffers(static_cast<size_t>(2 * (row + 16)));
+  uint8_t *source = buffers.data(), *line = source + row + 16;
+  for (int64_t index = begin; index < end; ++index) {
+    const int32_t* move = args.moves + index * 3;
+    const uint8_t* image = args.images + index * args.height * row;
+    T* out = static_cast<T*>(args.out) + index * args.height * row;
+    for (int64_t y = 0; y < args.height; ++y, out += row) {
+      const int64_t from = y + move[0] - args.pad;
+      if (from < 0 || from >= args.height) {
+        std::memset(line, 0, static_cast<size_t>(row));
+      } else {
+        std::memcpy(source, image + from * row, static_cast<size_t>(row));
+        cut_row(source, line, args.width, move[1] - args.pad, move[2] != 0);
+      }
+      normalise<W>(line, shared, out, row);
+    }
+  }
+}
+
+using Kernel = void (*)(const Shared&, int64_t, int64_t);
+
+#define KDFAST_CUT_IMAGES(suffix, width, attribute)                                      \
+  template <class T>                                                                     \
+  attribute void cut_images_##suffix(const Shared& shared, int64_t begin, int64_t end) { \
+    cut_images<width, T>(shared, begin, end);                                            \
+  }
+KDFAST_FOR_EACH_ISA(KDFAST_CUT_IMAGES)
+#undef KDFAST_CUT_IMAGES
+
+template <class T>
+Kernel kernel_for(int level) {
+  const Kernel base = cut_images_base<T>;
+#if defined(__x86_64__) && defined(__GNUC__)
+  return level >= 2 ? cut_images_v4<T> : level == 1 ? cut_images_v3<T> : base;
+#else
+  return static_cast<void>(level), base;
+#endif
 }
 
 }  // namespace
 
 void shift_views(const ShiftViews& args) {
+  check_dtype(args.dtype);
   if (args.batch < 0 || args.height < 1 || args.width < 1 || args.pad < 0) {
     throw std::invalid_argument("shift_views: sizes must be positive and the pad at least 0");
   }
@@ -90,17 +144,14 @@ void shift_views(const ShiftViews& args) {
       throw std::invalid_argument("shift_views: a move leaves the padded image");
     }
   }
-  // The values are copied, never computed with: only their size matters.
-  switch (args.element_size) {
-    case 2:
-      return run<uint16_t>(args);
-    case 4:
-      return run<uint32_t>(args);
-    case 8:
-      return run<uint64_t>(args);
-    default:
-      throw std::invalid_argument("shift_views: elements must have 2, 4 or 8 bytes");
-  }
+  const Shared shared(args);
+  const int level = isa_level(args.isa_limit);
+  const Kernel kernel = args.dtype == kFloat32    ? kernel_for<float>(level)
+                        : args.dtype == kBFloat16 ? kernel_for<BFloat16>(level)
+                                                  : kernel_for<Float16>(level);
+  // About a third of a nanosecond for a pixel's three values, memory included.
+  const int64_t cost = args.height * args.width / 3;
+  parallel_rows(args.batch, cost, args.threads, [&](int64_t begin, int64_t end) { kernel(shared, begin, end); });
 }
 
 }  // namespace kdfast

@@ -43,18 +43,17 @@ class Normalization:
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise UsageError(f"normalisation {self.mean}, {self.std}: the means must be finite, the stds positive")
 
-    def table(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The normalised value of each pixel value.
+    def affine(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same as `pixel * scale + bias`.
 
         Args:
-            dtype: Of the result; values are computed in float64 and rounded once.
+            dtype: float32 or float64; values are computed in float64 and rounded once.
 
         Returns:
-            `(3, 256)` on the CPU.
+            `(2, 3)` on the CPU: scale and bias of each channel.
         """
-        pixels = torch.arange(256, dtype=torch.float64) / 255
-        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None] for v in (self.mean, self.std))
-        return ((pixels - mean) / std).to(dtype)
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.std))
+        return torch.stack([1 / (255 * std), -mean / std]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -218,6 +217,7 @@ def apply_views(
         raise ShapeError(f"view ids from {views.min()} to {views.max()}: this spec has the ids 0 to {spec.count - 1}")
     if not dtype.is_floating_point:
         raise ShapeError(f"views of dtype {dtype}: normalised images need a floating dtype, such as torch.float32")
+    affine = _affine(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
     height, width = images_u8.shape[1:3]
     if spec.kind == "crop":
         if sample_ids is None:
@@ -226,13 +226,10 @@ def apply_views(
         boxes = crop_boxes(
             keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=views == spec.identity
         )
-        # Half-precision values would be rounded before the resize and again after it.
-        table = _table(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
-        return crop_views(images_u8, torch.from_numpy(boxes), table, size=spec.size, dtype=dtype)
+        return crop_views(images_u8, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
     if (height, width) != spec.size:
         raise ShapeError(f"images of {height}x{width} pixels: these views are for {spec.size[0]}x{spec.size[1]}")
-    table = _table(norm, dtype, images_u8.device)
-    return shift_views(images_u8, torch.from_numpy(shift_moves(spec, views)), table, pad=spec.pad)
+    return shift_views(images_u8, torch.from_numpy(shift_moves(spec, views)), affine, pad=spec.pad, dtype=dtype)
 
 
 def shift_moves(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -247,9 +244,9 @@ def shift_moves(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[
 
 
 @functools.lru_cache(maxsize=32)
-def _table(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _affine(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # the cache outlives the caller's mode
-        return norm.table(dtype).to(device)
+        return norm.affine(dtype).to(device)
 
 
 def _ids(ids: Tensor | IntArray, count: int, what: str) -> IntArray:

@@ -58,8 +58,10 @@ def _shift_views(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype:
         )
     if len(moves) and (int(moves.min()) < 0 or int(moves[:, :2].max()) > 2 * pad or int(moves[:, 2].max()) > 1):
         raise ShapeError(f"a move leaves the image padded by {pad}: top and left must be in 0..{2 * pad}, flip 0 or 1")
-    precision = str(torch.promote_types(affine.dtype, dtype)).removeprefix("torch.")
-    if resolve("views", images.device.type, precision, backend=backend) == "native":
+    precision = torch.promote_types(affine.dtype, dtype)
+    if backend == "auto" and precision == torch.float64:
+        backend = "reference"  # no kernel is meant to serve it: nothing to warn of
+    if resolve("views", images.device.type, str(precision).removeprefix("torch."), backend) == "native":
         from kdfast.ops import native
 
         return native.shift_views(images, moves, affine.cpu(), pad, dtype)
@@ -136,8 +138,9 @@ def check_images(images: Tensor) -> None:
 
 def _normalise(pixels: Tensor, affine: Tensor) -> Tensor:
     """`(B, H, W, 3)` uint8 pixels to `(B, 3, H, W)` values in the dtype of `affine`, in channels_last memory."""
-    scale, bias = affine.to(pixels.device)
-    return (pixels.to(affine.dtype) * scale + bias).permute(0, 3, 1, 2)
+    affine = affine.to(pixels.device)
+    values = pixels.to(affine.dtype) * affine[0] + affine[1]
+    return values.permute(0, 3, 1, 2)
 
 
 def _check_affine(affine: Tensor, dtype: torch.dtype) -> None:
