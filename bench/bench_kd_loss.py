@@ -1,0 +1,221 @@
+"""kd_loss against what one would write: forward and backward through autograd, teacher rows picked by index.
+
+    python bench/bench_kd_loss.py [--rounds 21] [--threads N] [--classes 100 1000] [--teacher float16]
+    pytest bench/bench_kd_loss.py --benchmark-only
+
+Each contender's loss and gradient are checked against float64 before it is timed. Contenders take turns; a ratio is
+the median over rounds, with quartiles. `of copy` is the share of the bandwidth of copying one tensor to another,
+measured in the same run, that the unavoidable traffic (student and teacher read once, gradient written once) needs in
+that time. Extra memory is the peak above the inputs during forward and backward, in gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import copy_bandwidth, interleave, machine, table, write_results
+
+ALPHA, TEMPERATURE = 0.5, 4.0
+CPU_GRID = {10: 128, 100: 128, 1000: 1024, 32000: 256, 131072: 64, 262144: 32}
+GPU_GRID = {10: 4096, 100: 4096, 1000: 16384, 32000: 8192, 131072: 4096, 262144: 2048}
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# A bar is a least ratio; see the README for what they are held against.
+BARS = {
+    (100, "compile"): 5.0,
+    (1000, "compile"): 4.0,
+    (1000, "eager"): 7.0,
+    (32000, "compile"): 4.0,
+    (32000, "eager"): 10.0,
+}
+
+
+def eager(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+    """The textbook form, in float32 like ours."""
+    z, t = logits.float(), teacher[rows].float()
+    kl = F.kl_div(
+        F.log_softmax(z / TEMPERATURE, 1), F.log_softmax(t / TEMPERATURE, 1), log_target=True, reduction="batchmean"
+    )
+    return (1 - ALPHA) * F.cross_entropy(z, labels) + ALPHA * TEMPERATURE**2 * kl
+
+
+def ours(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+    """The public function."""
+    return kdfast.kd_loss(logits, labels, teacher, rows, alpha=ALPHA, temperature=TEMPERATURE)
+
+
+def liger() -> Loss | None:
+    """Liger-Kernel's cross-entropy and KL divergence, when it is installed; it has no joint kernel without a head."""
+    try:
+        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+    except ImportError:
+        return None
+    cross_entropy, divergence = LigerCrossEntropyLoss(), LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def loss(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+        z, t = logits.float() / TEMPERATURE, teacher[rows].float() / TEMPERATURE
+        kl = divergence(F.log_softmax(z, 1), F.log_softmax(t, 1))
+        return (1 - ALPHA) * cross_entropy(logits, labels) + ALPHA * TEMPERATURE**2 * kl
+
+    return loss
+
+
+def contenders(device: str) -> dict[str, Loss]:
+    """Name to loss; the first is ours."""
+    torch._dynamo.reset()
+    found: dict[str, Loss] = {"kdfast": ours, "compile": torch.compile(eager, dynamic=False), "eager": eager}
+    if device == "cuda" and (other := liger()) is not None:
+        found["liger"] = other
+    return found
+
+
+def inputs(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """Student logits, labels, a teacher of several times N rows where that fits 256 MB, and random rows of it."""
+    m = max(n, min(50_000, 2**28 // (c * teacher.itemsize)))
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(min(m, 1024), c, generator=generator).mul_(3).to(teacher)
+    bank = bank.repeat(-(-m // bank.shape[0]), 1)[:m].to(device)
+    z = torch.randn(n, c, generator=generator).mul_(3).to(device, dtype).requires_grad_()
+    labels, rows = (torch.randint(0, high, (n,), generator=generator).to(device) for high in (c, m))
+    return z, labels, bank, rows
+
+
+def step(loss: Loss, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Forward and backward."""
+    value = loss(*args)
+    return value, torch.autograd.grad(value, args[0])[0]
+
+
+def check(losses: dict[str, Loss], args: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative error of each gradient against float64 on a few rows; raises when it is no rounding error."""
+    z, labels, teacher, rows = args
+    few = tuple(x[:8].detach() for x in (z, labels, rows))
+    exact = few[0].double().requires_grad_()
+    _, truth = step(eager_double, (exact, few[1], teacher, few[2]))
+    errors = {}
+    for name, loss in losses.items():
+        _, grad = step(loss, (few[0].clone().requires_grad_(), few[1], teacher, few[2]))
+        errors[name] = ((grad.double() - truth).abs().max() / truth.abs().max()).item()
+        if not errors[name] < 4 * torch.finfo(z.dtype).eps + 1e-5:
+            raise AssertionError(f"{name} is wrong: relative error {errors[name]:.1e} of the gradient")
+    return errors
+
+
+def eager_double(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+    """The oracle."""
+    return kdfast.kd_loss(logits, labels, teacher, rows, alpha=ALPHA, temperature=TEMPERATURE, backend="reference")
+
+
+PEAK = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import bench_kd_loss as b
+args = b.inputs({n}, {c}, torch.{dtype}, torch.{teacher}, "cpu")
+loss = {{"kdfast": b.ours, "eager": b.eager}}[{name!r}]
+b.step(loss, b.inputs(4, 16, torch.{dtype}, torch.{teacher}, "cpu"))
+open("/proc/self/clear_refs", "w").write("5")
+read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+before = read("VmRSS")
+out = b.step(loss, args)
+print((read("VmHWM") - before) / (args[0].numel() * args[0].itemsize))
+"""
+
+
+def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[str, Any], device: str) -> float | None:
+    """Peak above the inputs during forward and backward, in gradients; None where it drowns in the process's own."""
+    gradient = args[0].numel() * args[0].itemsize
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(loss, args)
+        return (torch.cuda.max_memory_allocated() - before) / gradient
+    if name not in ("kdfast", "eager") or gradient < 2**24 or not sys.platform.startswith("linux"):
+        return None
+    code = PEAK.format(folder=str(Path(__file__).parent), name=name, **sizes)
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def measure(
+    n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds: int, device: str, copy: float
+) -> list[Any]:
+    """One row of the table for each contender."""
+    args, losses = inputs(n, c, dtype, teacher, device), contenders(device)
+    errors = check(losses, args)
+    timings = interleave({name: lambda f=f: step(f, args) for name, f in losses.items()}, rounds, device=device)
+    traffic = n * c * (2 * dtype.itemsize + teacher.itemsize)
+    sizes = {"n": n, "c": c, "dtype": str(dtype)[6:], "teacher": str(teacher)[6:]}
+    rows = []
+    for name, timing in timings.items():
+        ratio = timings["kdfast"].ratio_to(timing)
+        memory = extra_memory(name, losses[name], args, sizes, device)
+        bar = BARS.get((c, name)) if device == "cpu" else None
+        rows.append(
+            {
+                "C": c,
+                "N": n,
+                "student": sizes["dtype"],
+                "teacher": sizes["teacher"],
+                "what": name,
+                "ms": f"{timing.median * 1e3:.3f}",
+                "kdfast is faster": "" if name == "kdfast" else f"{ratio[0]:.2f}x ({ratio[1]:.2f}-{ratio[2]:.2f})",
+                "bar": "" if bar is None else f">= {bar:g}x {'met' if ratio[0] >= bar else 'MISSED'}",
+                "GB/s": f"{traffic / timing.median / 1e9:.2f}",
+                "of copy": f"{traffic / timing.median / copy:.0%}",
+                "gradient error": f"{errors[name]:.0e}",
+                "extra memory": "" if memory is None else f"{memory:.2f}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the table and write bench/results/kd_loss*.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--classes", type=int, nargs="*", default=None)
+    parser.add_argument("--dtype", default=None, help="of the student: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--teacher", default="float16")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cuda = options.device == "cuda"
+    grid = GPU_GRID if cuda else CPU_GRID
+    dtype, teacher = (
+        getattr(torch, x) for x in (options.dtype or ("bfloat16" if cuda else "float32"), options.teacher)
+    )
+    copy = copy_bandwidth(device=options.device)
+    rows = []
+    for c in options.classes or grid:
+        rows += measure(grid.get(c, 128), c, dtype, teacher, options.rounds, options.device, copy)
+        print(table(rows[-3:]), flush=True)
+    print(f"\n{table(rows)}\ncopy: {copy / 1e9:.1f} GB/s read plus written\n{machine()}")
+    topic = "kd_loss_cuda" if cuda else "kd_loss"
+    print(write_results(topic, rows, copy_bytes_per_second=copy, rounds=options.rounds))
+
+
+@pytest.mark.parametrize("name", ["kdfast", "compile", "eager"])
+@pytest.mark.parametrize("c", [100, 1000])
+def test_forward_and_backward(benchmark, c, name):
+    benchmark.group = f"kd_loss: {CPU_GRID[c]} rows of {c} classes, forward and backward"
+    args, losses = inputs(CPU_GRID[c], c, torch.float32, torch.float16, "cpu"), contenders("cpu")
+    benchmark.extra_info["gradient error"] = check({name: losses[name]}, args)[name]
+    benchmark(step, losses[name], args)
+
+
+if __name__ == "__main__":
+    main()
