@@ -59,6 +59,17 @@ KDFAST_INLINE Floats<W> decode(const BFloat16* p) {
 
 template <int W>
 KDFAST_INLINE Floats<W> decode(const Float16* p) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (W >= 8) {
+    Floats<W> r;
+    KDFAST_EACH_PART(k) {
+      typename Halves<W>::Part h;
+      std::memcpy(&h, &p[k * W].bits, sizeof h);
+      __asm__("vcvtph2ps %1, %0" : "=v"(r.part[k]) : "v"(h));  // why assembly: see fma
+    }
+    return r;
+  }
+#endif
   const Words<W> h = widen<W>(&p->bits);
   const Words<W> sign = (h & words<W>(0x8000u)) << 16;
   // The multiplication rebiases the exponent, and normalises subnormal numbers on the way.

@@ -137,11 +137,50 @@ KDFAST_INLINE void store(float* p, Floats<W> v) {
   KDFAST_EACH_PART(k) std::memcpy(p + k * W, &v.part[k], sizeof v.part[k]);
 }
 
+// Stores around the caches, for results too large to be read back from them: the memory is not read before it is written.
+// p is aligned to a register. Ends with stream_end.
+template <int W>
+KDFAST_INLINE void stream(float* p, Floats<W> v) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (W >= 8) {
+    KDFAST_EACH_PART(k) {
+      using Part = typename Floats<W>::Part;
+      __asm__ volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Part*>(p + k * W)) : "v"(v.part[k]));
+    }
+    return;
+  }
+#endif
+  store(p, v);
+}
+
+KDFAST_INLINE void stream_end() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __asm__ volatile("sfence" ::: "memory");
+#endif
+}
+
 // The larger of each pair; b where a is NaN.
 template <int W>
 KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   KDFAST_EACH_PART(k) a.part[k] = a.part[k] > b.part[k] ? a.part[k] : b.part[k];
   return a;
+}
+
+// a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because compilers are
+// told not to contract (-ffp-contract=off): their choice would differ between sets. Assembly, because an intrinsic may only
+// stand in a function of its own set, and these bodies are shared.
+template <int W>
+KDFAST_INLINE Floats<W> fma(Floats<W> a, Floats<W> b, Floats<W> c) {
+  KDFAST_EACH_PART(k) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if constexpr (W >= 8) {
+      __asm__("vfmadd231ps %2, %1, %0" : "+v"(c.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
+      continue;
+    }
+#endif
+    for (int i = 0; i < W; ++i) c.part[k][i] = __builtin_fmaf(a.part[k][i], b.part[k][i], c.part[k][i]);
+  }
+  return c;
 }
 
 using Floats4 = float __attribute__((vector_size(16)));
@@ -182,6 +221,7 @@ struct Sum {
   Floats<W> lanes = splat<W>(0);
   double total = 0;
   KDFAST_INLINE void add(Floats<W> v) { lanes = lanes + v; }
+  KDFAST_INLINE void add_product(Floats<W> a, Floats<W> b) { lanes = fma(a, b, lanes); }
   KDFAST_INLINE void flush() {
     total += sum_of(lanes);
     lanes = splat<W>(0);
@@ -192,17 +232,16 @@ struct Sum {
 template <int W>
 KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
   const Floats<W> floor = splat<W>(-88.0f), magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats<W> c = select(x < floor, floor, x);
-  const Floats<W> shifted = c * splat<W>(1.44269504f) + magic;
+  const Floats<W> c = max(floor, x);
+  const Floats<W> shifted = fma(c, splat<W>(1.44269504f), magic);
   const Floats<W> n = shifted - magic;
-  // ln 2 in two parts; the first has few bits, so that n times it is exact.
-  const Floats<W> r = (c - n * splat<W>(0.693359375f)) - n * splat<W>(-2.12194440e-4f);
+  const Floats<W> r = fma(n, splat<W>(1.90465430e-9f), fma(n, splat<W>(-6.93147182e-1f), c));  // ln 2 in two parts
   Floats<W> p = splat<W>(1.3814999256e-3f);
-  p = p * r + splat<W>(8.3689084277e-3f);
-  p = p * r + splat<W>(4.1668396443e-2f);
-  p = p * r + splat<W>(1.6666519642e-1f);
-  p = p * r + splat<W>(4.9999994040e-1f);
-  p = p * (r * r) + r + splat<W>(1.0f);
+  p = fma(p, r, splat<W>(8.3689084277e-3f));
+  p = fma(p, r, splat<W>(4.1668396443e-2f));
+  p = fma(p, r, splat<W>(1.6666519642e-1f));
+  p = fma(p, r, splat<W>(4.9999994040e-1f));
+  p = fma(p, r * r, r) + splat<W>(1.0f);
   // At -88, n is -127 and this power of two is zero.
   return p * floats_from((bits_of(shifted) + words<W>(127u - 0x4b400000u)) << 23);
 }

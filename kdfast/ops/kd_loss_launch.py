@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,26 +51,24 @@ def hold_of(dtype: torch.dtype, options: Options) -> float:
 def launch(backend: str, operands: Operands, options: Options, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Run a kernel: the loss and the stored gradient (empty unless ``need_grad``)."""
     hold = hold_of(operands.logits.dtype, options)
-    if backend == "native":
-        from kdfast.ops import native
-
-        return native.kd_loss(*operands, *options, hold, need_grad)
-    if backend == "triton":
-        from kdfast.ops import kd_loss_triton
-
-        return kd_loss_triton.kd_loss(*operands, *options, hold, need_grad)
-    raise UsageError(f"backend={backend!r}: the operator runs 'native' or 'triton'")
+    result: tuple[Tensor, Tensor] = _kernels(backend).kd_loss(*operands, *options, hold, need_grad)
+    return result
 
 
 def scale_rows(backend: str, grad: Tensor, factor: Tensor, scale: float, in_place: bool) -> Tensor:
     """``grad * factor * scale``, see ``native.scale_rows``."""
+    scaled: Tensor = _kernels(backend).scale_rows(grad, factor, scale, in_place=in_place)
+    return scaled
+
+
+@functools.cache
+def _kernels(backend: str) -> Any:
+    """The module of a backend, imported when it is first used."""
     if backend == "native":
-        from kdfast.ops import native
-
-        return native.scale_rows(grad, factor, scale, in_place=in_place)
-    from kdfast.ops import kd_loss_triton
-
-    return kd_loss_triton.scale_rows(grad, factor, scale, in_place=in_place)
+        return importlib.import_module("kdfast.ops.native")
+    if backend == "triton":
+        return importlib.import_module("kdfast.ops.kd_loss_triton")
+    raise UsageError(f"backend={backend!r}: the operator runs 'native' or 'triton'")
 
 
 def plain_eager(tensor: Tensor) -> bool:

@@ -104,8 +104,10 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
             known to be one.
     """
     single = factor.dim() == 0 or factor.stride(0) == 0
-    if in_place and single and (factor.numel() == 0 or factor.reshape(-1)[0].item() * scale == 1.0):
-        return grad
+    if in_place and single:
+        first = factor if factor.dim() == 0 else factor[:1]
+        if grad.numel() == 0 or first.item() * scale == 1.0:
+            return grad
     out = grad if in_place else torch.empty_like(grad)
     n, c = grad.shape
     stride = 0 if single else factor.stride(0)

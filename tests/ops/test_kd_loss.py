@@ -282,7 +282,7 @@ def bits(isa_limit, threads=1):
     torch.set_num_threads(threads)
     found = []
     for dtype, (n, c), t, reverse in itertools.product(
-        DTYPES, [(3, 5), (40, 100), (9, 3001)], [1.0, 4.0, 3.0], [False, True]
+        DTYPES, [(3, 5), (40, 100), (9, 3001), (2, 8192)], [1.0, 4.0, 3.0], [False, True]
     ):
         z, y, teacher, r = case(n, c, dtype)
         for sparse in (None, topk_teacher(teacher, 3, t)):
