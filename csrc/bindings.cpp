@@ -23,37 +23,74 @@ T* at(uintptr_t address) {
 // (address, rows, columns, row stride, column stride, dtype code)
 Matrix matrix(const py::tuple& t) {
   if (t.size() != 6) throw std::invalid_argument("a matrix is a tuple of six integers");
-  return {at<const void>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(),                   t[4].cast<int64_t>(), t[5].cast<int>()};
+  return {at<const void>(t[0].cast<uintptr_t>()),
+          t[1].cast<int64_t>(),
+          t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(),
+          t[5].cast<int>()};
 }
 
 void bind_kd_loss(py::module_& m) {
-  m.def("kd_loss", [](const py::tuple& logits, const py::tuple& teacher, uintptr_t labels, int64_t labels_stride, uintptr_t rows,
-                      int64_t rows_stride, uintptr_t classes, uintptr_t tail, uintptr_t weights, bool use_ce, bool use_kl,
-                      bool reverse, double ce_factor, double kl_factor, double temperature, int64_t ignore_index, int reduction,
-                      double hold, uintptr_t loss, uintptr_t ce, uintptr_t kl, uintptr_t grad, int threads, int isa_limit) {
-    const KdLoss args{matrix(logits), matrix(teacher), at<const int64_t>(labels), labels_stride, at<const int64_t>(rows),
-                      rows_stride, at<const int32_t>(classes), at<const float>(tail), at<const float>(weights), use_ce, use_kl,
-                      reverse, ce_factor, kl_factor, temperature, ignore_index, reduction, hold, at<float>(loss), at<float>(ce),
-                      at<float>(kl), at<void>(grad), threads, isa_limit};
-    py::gil_scoped_release release;
-    kd_loss(args);
-  });
+  m.def("kd_loss",
+        [](const py::tuple& logits, const py::tuple& teacher, uintptr_t labels, int64_t labels_stride, uintptr_t rows,
+           int64_t rows_stride, uintptr_t classes, uintptr_t tail, uintptr_t weights, bool use_ce, bool use_kl,
+           bool reverse, double ce_factor, double kl_factor, double temperature, int64_t ignore_index, int reduction,
+           double hold, uintptr_t loss, uintptr_t ce, uintptr_t kl, uintptr_t grad, int threads, int isa_limit) {
+          const KdLoss args{matrix(logits),
+                            matrix(teacher),
+                            at<const int64_t>(labels),
+                            labels_stride,
+                            at<const int64_t>(rows),
+                            rows_stride,
+                            at<const int32_t>(classes),
+                            at<const float>(tail),
+                            at<const float>(weights),
+                            use_ce,
+                            use_kl,
+                            reverse,
+                            ce_factor,
+                            kl_factor,
+                            temperature,
+                            ignore_index,
+                            reduction,
+                            hold,
+                            at<float>(loss),
+                            at<float>(ce),
+                            at<float>(kl),
+                            at<void>(grad),
+                            threads,
+                            isa_limit};
+          py::gil_scoped_release release;
+          kd_loss(args);
+        });
   m.def("scale_rows", [](uintptr_t grad, uintptr_t out, int dtype, int64_t rows, int64_t cols, uintptr_t factor,
                          int64_t factor_stride, float scale, int threads) {
     py::gil_scoped_release release;
-    scale_rows(at<const void>(grad), at<void>(out), dtype, rows, cols, at<const float>(factor), factor_stride, scale, threads);
+    scale_rows(at<const void>(grad), at<void>(out), dtype, rows, cols, at<const float>(factor), factor_stride, scale,
+               threads);
   });
 }
 
 void bind_views(py::module_& m) {
-  m.def("shift_views", [](uintptr_t images, uintptr_t moves, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
-                          int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
-    const ShiftViews args{at<const uint8_t>(images), at<const int32_t>(moves), at<const float>(scale),
-                          at<const float>(bias), batch, height, width, pad, at<void>(out), dtype, threads, isa_limit};
-    py::gil_scoped_release release;
-    shift_views(args);
-  });
+  m.def("shift_views",
+        [](uintptr_t images, uintptr_t moves, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
+           int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
+          const ShiftViews args{at<const uint8_t>(images),
+                                at<const int32_t>(moves),
+                                at<const float>(scale),
+                                at<const float>(bias),
+                                batch,
+                                height,
+                                width,
+                                pad,
+                                at<void>(out),
+                                dtype,
+                                threads,
+                                isa_limit};
+          py::gil_scoped_release release;
+          shift_views(args);
+        });
 }
 
 }  // namespace

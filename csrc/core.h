@@ -5,7 +5,8 @@
 
 namespace kdfast {
 
-// Name of the widest instruction set the function clones will use on this machine: "x86-64-v4", "x86-64-v3" or "default".
+// Name of the widest instruction set the function clones will use on this machine: "x86-64-v4", "x86-64-v3" or
+// "default".
 const char* isa();
 
 // A strided matrix; strides in elements, dtype a code of dtype.h.
@@ -19,11 +20,11 @@ enum Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
 // Row losses (1 - alpha) CE + alpha T^2 KL, and their gradient. Pointers marked "or null" are optional.
 struct KdLoss {
-  Matrix logits;           // (N, C)
-  Matrix teacher;          // (M, C) logits, or (M, k) values when classes is set
-  const int64_t* labels;   // (N,), or null when ce_factor is 0
+  Matrix logits;          // (N, C)
+  Matrix teacher;         // (M, C) logits, or (M, k) values when classes is set
+  const int64_t* labels;  // (N,), or null when ce_factor is 0
   int64_t labels_stride;
-  const int64_t* rows;     // (N,) rows of the teacher, or null: row i
+  const int64_t* rows;  // (N,) rows of the teacher, or null: row i
   int64_t rows_stride;
   const int32_t* classes;  // (M, k) contiguous, or null: a full teacher
   const float* tail;       // (M,) log-mass of the classes left out, with classes
@@ -42,12 +43,13 @@ struct KdLoss {
   int isa_limit;  // highest instruction set to use: 0 baseline, 1 x86-64-v3, 2 x86-64-v4
 };
 
-// Throws std::invalid_argument on inconsistent sizes and std::out_of_range on a label, row or class id outside its range.
+// Throws std::invalid_argument on inconsistent sizes and std::out_of_range on a label, row or class id outside its
+// range.
 void kd_loss(const KdLoss& args);
 
 // out[i, j] = grad[i, j] * factor[i * factor_stride] * scale; out may be grad.
-void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t cols, const float* factor, int64_t factor_stride,
-                float scale, int threads);
+void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t cols, const float* factor,
+                int64_t factor_stride, float scale, int threads);
 
 // Windows of zero-padded uint8 images, perhaps mirrored, each pixel through a table.
 struct ShiftViews {

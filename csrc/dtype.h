@@ -20,7 +20,8 @@ struct Float16 {
 };
 
 inline void check_dtype(int code) {
-  if (code < kFloat32 || code > kFloat16) throw std::invalid_argument("dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  if (code < kFloat32 || code > kFloat16)
+    throw std::invalid_argument("dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
 inline int64_t size_of(int code) { return code == kFloat32 ? 4 : 2; }

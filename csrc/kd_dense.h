@@ -18,7 +18,8 @@ struct Job {
   double* losses;
 };
 
-// Row of a matrix as contiguous floats: in place where it already is that (but for a partial vector), else copied to `buffer`.
+// Row of a matrix as contiguous floats: in place where it already is that (but for a partial vector), else copied to
+// `buffer`.
 inline const float* floats_of(const Job& job, const Matrix& m, int64_t row, float* buffer, float* largest) {
   const char* base = static_cast<const char*>(m.data) + row * m.row_stride * size_of(m.dtype);
   const bool direct = m.dtype == kFloat32 && m.col_stride == 1;
@@ -48,9 +49,12 @@ inline char* gradient_row(const KdLoss& a, int64_t i) {
 
 inline void put_gradient(const KdLoss& a, int64_t i, int64_t column, float value) {
   char* p = gradient_row(a, i) + column * size_of(a.logits.dtype);
-  if (a.logits.dtype == kFloat32) encode_one(reinterpret_cast<float*>(p), value);
-  else if (a.logits.dtype == kBFloat16) encode_one(reinterpret_cast<BFloat16*>(p), value);
-  else encode_one(reinterpret_cast<Float16*>(p), value);
+  if (a.logits.dtype == kFloat32)
+    encode_one(reinterpret_cast<float*>(p), value);
+  else if (a.logits.dtype == kBFloat16)
+    encode_one(reinterpret_cast<BFloat16*>(p), value);
+  else
+    encode_one(reinterpret_cast<Float16*>(p), value);
 }
 
 // exp(z - max z) of one class, from the kept terms.
@@ -65,9 +69,10 @@ inline float hard_term(const Job& job, const Scratch& s, int64_t column) {
 inline void put_label(const Job& job, const Scratch& s, const Slopes& slopes, int64_t i, int64_t label, float onehot) {
   const KdLoss& a = job.args;
   const float e = s.e[label], u = s.u[label];
-  const float soft = !a.use_kl ? 0.0f : !a.reverse ? e * slopes.student - u * slopes.teacher
-                               : e == 0.0f         ? 0.0f
-                                                   : e * slopes.student * (u - slopes.shift);
+  const float soft = !a.use_kl    ? 0.0f
+                     : !a.reverse ? e * slopes.student - u * slopes.teacher
+                     : e == 0.0f  ? 0.0f
+                                  : e * slopes.student * (u - slopes.shift);
   put_gradient(a, i, label, hard_term(job, s, label) * slopes.one + soft - onehot);
 }
 

@@ -1,4 +1,5 @@
-// Fused cross-entropy and temperature-scaled KL divergence: row losses and their gradient in one pass over the operands.
+// Fused cross-entropy and temperature-scaled KL divergence: row losses and their gradient in one pass over the
+// operands.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -27,7 +28,8 @@ void check_shapes(const KdLoss& a) {
   if (!a.use_kl) return;
   check_dtype(a.teacher.dtype);
   if (!(a.temperature > 0)) throw std::invalid_argument("temperature must be positive");
-  if (!a.classes && a.teacher.cols != a.logits.cols) throw std::invalid_argument("teacher and logits differ in classes");
+  if (!a.classes && a.teacher.cols != a.logits.cols)
+    throw std::invalid_argument("teacher and logits differ in classes");
   if (a.classes && !a.tail) throw std::invalid_argument("a top-k teacher needs its tail");
   if (!a.rows && a.teacher.rows < a.logits.rows) throw std::invalid_argument("teacher has fewer rows than logits");
 }
@@ -106,8 +108,8 @@ void kd_loss(const KdLoss& a) {
   *a.loss = static_cast<float>(total);
 }
 
-void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t cols, const float* factor, int64_t factor_stride,
-                float scale, int threads) {
+void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t cols, const float* factor,
+                int64_t factor_stride, float scale, int threads) {
   check_dtype(dtype);
   const auto kernel = row_kernels(kWidestIsa).scale[dtype];
   const int64_t bytes = cols * size_of(dtype);

@@ -1,4 +1,5 @@
-// Vector loops over one row of logits: largest element, sums of exponentials, gradient; compiled once per instruction set.
+// Vector loops over one row of logits: largest element, sums of exponentials, gradient; compiled once per instruction
+// set.
 #include "kd_rows.h"
 
 #include <type_traits>
@@ -10,7 +11,7 @@ namespace kdfast {
 namespace {
 
 constexpr int64_t kStreamed = 8192;  // classes from which on a gradient goes around the caches: 17% faster at 32,000
-constexpr int64_t kBlock = 1024;  // elements whose float sums are added up before they go into a double
+constexpr int64_t kBlock = 1024;     // elements whose float sums are added up before they go into a double
 
 template <int kPower, int W>
 KDFAST_INLINE Floats<W> raise(Floats<W> e) {
@@ -94,7 +95,8 @@ KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float in
 
 // Sums of a student's and a teacher's row. To keep: e, u = exp((t - max t) / T) (b - a when kReverse) and e1.
 template <int kPower, bool kReverse, int W>
-KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, bool keep, Scratch s) {
+KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t,
+                             bool keep, Scratch s) {
   const Floats<W> zero = splat<W>(0);
   Sum<W> one, student, teacher, cross;
   for (int64_t begin = 0; begin < n; begin += kBlock) {

@@ -5,7 +5,8 @@
 
 namespace kdfast {
 
-// How exp(z) follows from e = exp(z / T): it is e (or not wanted), e squared once or twice, or an exponential of its own.
+// How exp(z) follows from e = exp(z / T): it is e (or not wanted), e squared once or twice, or an exponential of its
+// own.
 enum Power : int { kPowerOne = 0, kPowerTwo = 1, kPowerFour = 2, kPowerAny = 3 };
 
 struct Sums {
@@ -27,12 +28,15 @@ struct Scratch {
 
 // Outer indices: reverse divergence or not, Power, dtype code.
 struct RowKernels {
-  // Largest of n elements. Writes them as floats to `out`, the last vector padded with -inf; without `copy`, that vector only.
+  // Largest of n elements. Writes them as floats to `out`, the last vector padded with -inf; without `copy`, that
+  // vector only.
   float (*load[3])(const void* p, int64_t stride, int64_t n, float* out, bool copy);
-  // Sums over rows that `load` went through with `out` = s.e (the student's) and s.u (the teacher's); z and t may be those, or
-  // the rows themselves. Kept terms replace them: e, u (b - a for the reverse divergence) and, for kPowerAny, e1.
+  // Sums over rows that `load` went through with `out` = s.e (the student's) and s.u (the teacher's); z and t may be
+  // those, or the rows themselves. Kept terms replace them: e, u (b - a for the reverse divergence) and, for kPowerAny,
+  // e1.
   Sums (*student[4])(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s);
-  Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, bool keep, Scratch s);
+  Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float inv_t, bool keep,
+                     Scratch s);
   // Writes one row of the gradient from the kept terms.
   void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, void* out);
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);

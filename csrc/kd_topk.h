@@ -1,4 +1,5 @@
-// Rows of kd_loss against a teacher's k largest classes: the divergence over k + 1 outcomes, the last being "any other class".
+// Rows of kd_loss against a teacher's k largest classes: the divergence over k + 1 outcomes, the last being "any other
+// class".
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,8 @@
 
 namespace kdfast {
 
-// Per outcome of one thread's row, k each: the teacher's and the student's log-probability, and the student's exp(z - max z).
+// Per outcome of one thread's row, k each: the teacher's and the student's log-probability, and the student's exp(z -
+// max z).
 struct TopK {
   double *log_q, *log_p, *e1;
 };
@@ -19,18 +21,22 @@ inline double element(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<double>(decode_one(static_cast<const Float16*>(m.data) + at));
 }
 
-// The student's classes that the teacher left out: their terms exp(b - offset), and log-probabilities of the whole and its outcome.
+// The student's classes that the teacher left out: their terms exp(b - offset), and log-probabilities of the whole and
+// its outcome.
 struct Rest {
-  double offset = 0;       // largest exponent b = (z - max z) / T among them, or 0 while their sum is far from underflow
-  double sum = 0;          // of exp(b - offset)
+  double offset = 0;  // largest exponent b = (z - max z) / T among them, or 0 while their sum is far from underflow
+  double sum = 0;     // of exp(b - offset)
   double log_student = 0;  // log of the student's normaliser, relative to max z / T
   double log_p = 0, log_q = 0;
 };
 
 // x log-mass against y, times exp(x): zero where exp(x) is zero.
-inline double divergence_term(double log_x, double log_y) { return log_x == -HUGE_VAL ? 0.0 : std::exp(log_x) * (log_x - log_y); }
+inline double divergence_term(double log_x, double log_y) {
+  return log_x == -HUGE_VAL ? 0.0 : std::exp(log_x) * (log_x - log_y);
+}
 
-// Takes the k classes out of the row of terms and sums the rest, exactly enough for a rest that is a tiny part of the whole.
+// Takes the k classes out of the row of terms and sums the rest, exactly enough for a rest that is a tiny part of the
+// whole.
 inline Rest split_rest(const Job& job, const Scratch& s, const int32_t* ids, int64_t i, float max_z) {
   const KdLoss& a = job.args;
   const int64_t n = a.logits.cols, k = a.teacher.cols;
@@ -42,7 +48,8 @@ inline Rest split_rest(const Job& job, const Scratch& s, const int32_t* ids, int
   rest.log_student = std::log(chosen + rest.sum);
   if (rest.sum < 1e-30) {
     // Their terms underflow beside the chosen ones: take them again, relative to their own largest.
-    for (int64_t c = 0; c < n; ++c) s.u[c] = static_cast<float>((element(a.logits, i, c) - static_cast<double>(max_z)) / a.temperature);
+    for (int64_t c = 0; c < n; ++c)
+      s.u[c] = static_cast<float>((element(a.logits, i, c) - static_cast<double>(max_z)) / a.temperature);
     for (int64_t j = 0; j < k; ++j) s.u[ids[j]] = -kInf;
     rest.offset = -HUGE_VAL;
     for (int64_t c = 0; c < n; ++c) rest.offset = s.u[c] > rest.offset ? static_cast<double>(s.u[c]) : rest.offset;
@@ -80,7 +87,8 @@ struct TopKRow {
   int64_t label;
 };
 
-inline void topk_gradient(const Job& job, const Scratch& s, const TopK& t, const Rest& rest, const TopKRow& r, int64_t i) {
+inline void topk_gradient(const Job& job, const Scratch& s, const TopK& t, const Rest& rest, const TopKRow& r,
+                          int64_t i) {
   const KdLoss& a = job.args;
   const int64_t n = a.logits.cols, k = a.teacher.cols;
   Slopes slopes;
@@ -92,7 +100,8 @@ inline void topk_gradient(const Job& job, const Scratch& s, const TopK& t, const
   slopes.one = rest.offset == 0 || job.power == kPowerAny ? static_cast<float>(r.hard / r.sum_one) : 0.0f;
   job.kernels.gradient[0][job.power][a.logits.dtype](s, false, n, slopes, gradient_row(a, i));
   double g_label = 0;
-  if (r.label >= 0) g_label = static_cast<double>(hard_term(job, s, r.label) * slopes.one + s.e[r.label] * slopes.student);
+  if (r.label >= 0)
+    g_label = static_cast<double>(hard_term(job, s, r.label) * slopes.one + s.e[r.label] * slopes.student);
   for (int64_t j = 0; j < k; ++j) {
     const double p = std::exp(t.log_p[j]);
     const double bent = !a.reverse ? p - std::exp(t.log_q[j]) : p == 0 ? 0.0 : p * (t.log_p[j] - t.log_q[j] - r.kl);

@@ -23,11 +23,11 @@ void call_range(const Body& body, int64_t begin, int64_t end, int slot) {
   }
 }
 
-// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included; or
-// body(begin, end, slot), where slot < max(threads, 1) is a number that no other thread has at that time (for scratch).
-// `cost` is the work of one row in the unit above. The caller has released the GIL; body must not throw, and what it
-// computes for a row must not depend on the range that the row comes in. Threads live no longer than the call, so a
-// process may fork at any time.
+// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included;
+// or body(begin, end, slot), where slot < max(threads, 1) is a number that no other thread has at that time (for
+// scratch). `cost` is the work of one row in the unit above. The caller has released the GIL; body must not throw, and
+// what it computes for a row must not depend on the range that the row comes in. Threads live no longer than the call,
+// so a process may fork at any time.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   const int64_t total = rows * std::max<int64_t>(cost, 1);
@@ -40,7 +40,8 @@ void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   const int64_t step = std::max<int64_t>(1, rows / (useful * 4));
   std::atomic<int64_t> next{0};
   const auto work = [&](int slot) {
-    for (int64_t begin; (begin = next.fetch_add(step)) < rows;) call_range(body, begin, std::min(begin + step, rows), slot);
+    for (int64_t begin; (begin = next.fetch_add(step)) < rows;)
+      call_range(body, begin, std::min(begin + step, rows), slot);
   };
   std::vector<std::thread> helpers;
   helpers.reserve(static_cast<size_t>(useful - 1));

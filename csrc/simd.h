@@ -7,9 +7,10 @@
 
 #define KDFAST_INLINE inline __attribute__((always_inline))
 
-// KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, width, attribute) once per instruction set, width being the floats that one
-// of its registers holds. A kernel is an always-inlined body plus one thin function per set, picked at run time with
-// KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can name a level.
+// KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, width, attribute) once per instruction set, width being the floats
+// that one of its registers holds. A kernel is an always-inlined body plus one thin function per set, picked at run
+// time with KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can
+// name a level.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define KDFAST_FOR_EACH_ISA(NAME)                        \
   NAME(base, 4, )                                        \
@@ -43,8 +44,8 @@ inline int isa_level(int limit = kWidestIsa) {
 constexpr int kLanes = 16;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Sixteen floats in registers of W. Compilers split wider vectors by themselves, but take comparisons apart lane by lane.
-// (A typedef, as GCC drops the attribute from an alias whose size depends on a template's parameter.)
+// Sixteen floats in registers of W. Compilers split wider vectors by themselves, but take comparisons apart lane by
+// lane. (A typedef, as GCC drops the attribute from an alias whose size depends on a template's parameter.)
 template <int W>
 struct Floats {
   typedef float Part __attribute__((vector_size(4 * W)));
@@ -58,12 +59,12 @@ struct Words {
   Part part[kLanes / W];
 };
 
-#define KDFAST_BINARY(Result, Left, op)                                       \
-  template <int W>                                                            \
-  KDFAST_INLINE Result<W> operator op(Left<W> a, Left<W> b) {                 \
-    Result<W> r;                                                              \
+#define KDFAST_BINARY(Result, Left, op)                                                 \
+  template <int W>                                                                      \
+  KDFAST_INLINE Result<W> operator op(Left<W> a, Left<W> b) {                           \
+    Result<W> r;                                                                        \
     KDFAST_EACH_PART(k) r.part[k] = (typename Result<W>::Part)(a.part[k] op b.part[k]); \
-    return r;                                                                 \
+    return r;                                                                           \
   }
 KDFAST_BINARY(Floats, Floats, +)
 KDFAST_BINARY(Floats, Floats, -)
@@ -137,8 +138,8 @@ KDFAST_INLINE void store(float* p, Floats<W> v) {
   KDFAST_EACH_PART(k) std::memcpy(p + k * W, &v.part[k], sizeof v.part[k]);
 }
 
-// Stores around the caches, for results too large to be read back from them: the memory is not read before it is written.
-// p is aligned to a register. Ends with stream_end.
+// Stores around the caches, for results too large to be read back from them: the memory is not read before it is
+// written. p is aligned to a register. Ends with stream_end.
 template <int W>
 KDFAST_INLINE void stream(float* p, Floats<W> v) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -166,9 +167,9 @@ KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   return a;
 }
 
-// a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because compilers are
-// told not to contract (-ffp-contract=off): their choice would differ between sets. Assembly, because an intrinsic may only
-// stand in a function of its own set, and these bodies are shared.
+// a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because
+// compilers are told not to contract (-ffp-contract=off): their choice would differ between sets. Assembly, because an
+// intrinsic may only stand in a function of its own set, and these bodies are shared.
 template <int W>
 KDFAST_INLINE Floats<W> fma(Floats<W> a, Floats<W> b, Floats<W> c) {
   KDFAST_EACH_PART(k) {
@@ -210,7 +211,8 @@ KDFAST_INLINE float max_of(Floats<W> v) {
 // Halves folded onto each other in double: the order of the additions is the same at every width.
 template <int W>
 KDFAST_INLINE double sum_of(Floats<W> v) {
-  const Doubles8 a = __builtin_convertvector(half_of<Floats8>(v, 0), Doubles8) + __builtin_convertvector(half_of<Floats8>(v, 1), Doubles8);
+  const Doubles8 a = __builtin_convertvector(half_of<Floats8>(v, 0), Doubles8) +
+                     __builtin_convertvector(half_of<Floats8>(v, 1), Doubles8);
   const Doubles4 b = half_of<Doubles4>(a, 0) + half_of<Doubles4>(a, 1);
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
@@ -231,7 +233,8 @@ struct Sum {
 // exp(x) for x <= 0, about one unit in the last place; exactly 0 from -88 down, -inf included; NaN stays NaN.
 template <int W>
 KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
-  const Floats<W> floor = splat<W>(-88.0f), magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats<W> floor = splat<W>(-88.0f),
+                  magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats<W> c = max(floor, x);
   const Floats<W> shifted = fma(c, splat<W>(1.44269504f), magic);
   const Floats<W> n = shifted - magic;
