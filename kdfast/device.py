@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `--device` into a device.
+    """Turn `--device` into a device; on CUDA, also ask for deterministic convolutions.
 
     Args:
         name: `auto` (a CUDA device when there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise UsageError(f"--device is {name!r}; needed: auto, cpu, cuda or cuda:N")
@@ -33,4 +33,6 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise UsageError(f"--device {name}: torch sees {count} CUDA devices here; use --device cpu or auto")
+        # The same run gives the same bits only with the same convolution algorithms.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device(name)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
@@ -224,11 +224,22 @@ def _open_temporary(target: Path) -> tuple[Path, int]:
         raise OutputError(_cannot_write(target, exc.strerror or str(exc))) from exc
 
 
+def remove_stale(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that killed writers left in a folder; those of living writers stay."""
+    place = Path(folder)
+    if place.is_dir():
+        _remove_unheld(place, lambda name: name.startswith(_TEMPORARY))
+
+
 def _remove_stale(target: Path) -> None:
     """Remove the temporary files of `target` that no living process holds."""
-    length = len(_TEMPORARY) + 13 + len(target.name)  # 12 hexadecimal digits and a dash
-    for entry in os.scandir(target.parent):
-        if not (entry.name.startswith(_TEMPORARY) and entry.name[length - len(target.name) :] == target.name):
+    length = len(_TEMPORARY) + 13  # 12 hexadecimal digits and a dash
+    _remove_unheld(target.parent, lambda name: name.startswith(_TEMPORARY) and name[length:] == target.name)
+
+
+def _remove_unheld(folder: Path, mine: Callable[[str], bool]) -> None:
+    for entry in os.scandir(folder):
+        if not mine(entry.name):
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)

@@ -49,8 +49,16 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != _PARSER_INTERRUPT:
             raise
-        print("kdfast: interrupted; the same command goes on from there", file=sys.stderr)
+        print("kdfast: interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
+    except Exception as error:
+        if os.environ.get("KDFAST_DEBUG"):
+            raise
+        kind = type(error).__name__
+        print(
+            f"kdfast: unforeseen {kind}: {' '.join(str(error).split())} (KDFAST_DEBUG=1 shows where)", file=sys.stderr
+        )
+        sys.exit(1)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -39,13 +39,13 @@ def distill(
         str,
         typer.Option(
             "--alpha",
-            help="Weight of the teacher's term in [0, 1]; 0: plain training; auto: 1 at a tenth of "
-            "the data and less, falling to 0.5 at seven tenths and more.",
+            help="Weight of the teacher's term in [0, 1]; 0: plain training, without cache and teacher; auto: 1 at a "
+            "tenth of the data and less, falling to 0.5 at seven tenths and more.",
         ),
     ] = "auto",
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term.")] = 4.0,
     views: training.Views = 0,
-    view_seed: training.ViewSeed = 0,
+    view_seed: training.ViewSeed = None,
     loader: options.Loader = "auto",
     precision: training.Precision = "fp32",
     resume: training.Resume = "auto",

@@ -25,8 +25,8 @@ def evaluate(
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.evaluate import evaluate as evaluate_model
 
-    loaded = load_model(model)
     source = open_source(data, size=size)
+    loaded = load_model(model, classes=len(source.classes))
     scores = evaluate_model(loaded, source.test, device=resolve_device(device), views=source.views)
     if as_json:
         print(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))

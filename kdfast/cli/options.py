@@ -26,13 +26,19 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds no mapping; write one `option: value` a line")
-    defaults: dict[str, Any] = {str(key).replace("-", "_"): value for key, value in values.items()}
-    known = {parameter.name for parameter in context.command.params} - {"config", "help"}
-    unknown = sorted(defaults.keys() - known)
-    if unknown:
-        raise UsageError(
-            f"--config {path}: no option {', '.join(unknown)}; known: {', '.join(sorted(map(str, known)))}"
-        )
+    known = {
+        flag.lstrip("-"): parameter
+        for parameter in context.command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        parameter = known.get(str(key).replace("_", "-"))
+        if parameter is None or parameter.name in (None, "config", "help"):
+            raise UsageError(f"--config {path}: no option {key}; known: {', '.join(sorted(known))}")
+        if isinstance(value, bool) != bool(getattr(parameter, "is_flag", False)):
+            raise UsageError(f"--config {path}: {key} is {value!r}, which that option does not take; see --help")
+        defaults[str(parameter.name)] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

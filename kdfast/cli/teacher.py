@@ -22,7 +22,9 @@ ModelOut = Annotated[Path, typer.Option("--out", help="The model's file, T.pt.")
 def train(
     data: options.Data,
     net: Net,
-    out: Annotated[Path, typer.Option("--out", help="The model's file, T.pt; the run's folder T.run lies beside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The model's file, T.pt; the run's folder T.pt.run lies beside it.")
+    ],
     epochs: training.Epochs = 240,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
@@ -49,6 +51,9 @@ def train(
     from kdfast.distill.plan import Inputs, prepare
     from kdfast.nets.checkpoint import load_model, save_model
 
+    folder = out.parent / f"{out.name}.run"
+    if not folder.exists():
+        training.refuse_existing(out)
     settings = {
         "student": net,
         "epochs": epochs,
@@ -66,7 +71,6 @@ def train(
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return
-    folder = out.with_suffix(".run")
     with progress(f"train {net}", shown=plan.ranks.main) as report:
         result = training.run(
             plan,
@@ -104,6 +108,7 @@ def import_(
     from kdfast.nets.checkpoint import import_checkpoint, save_model
     from kdfast.teacher.evaluate import evaluate
 
+    training.refuse_existing(out)
     normalization = Normalization(_triple("--mean", mean), _triple("--std", std))
     source = open_source(data, size=size)
     model, report = import_checkpoint(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdfast.cli.progress import Report
-from kdfast.errors import UsageError
+from kdfast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from kdfast.distill.plan import Plan
@@ -30,7 +31,10 @@ Views = Annotated[
         "there are; 1: the image as it is, an approximation that overfits fixed targets.",
     ),
 ]
-ViewSeed = Annotated[int, typer.Option("--view-seed", help="Seed of the choice of those views.")]
+ViewSeed = Annotated[
+    int | None,
+    typer.Option("--view-seed", help="Seed of the choice of those views; by default the cache's, or 0.", min=0),
+]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, or bf16 / fp16 for automatic mixed precision.")]
 Resume = Annotated[str, typer.Option("--resume", help="auto: go on with what --out holds; never: want none there.")]
 LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between two rows of metrics.jsonl.", min=1)]
@@ -58,13 +62,16 @@ def run(
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Watch, train
 
-    writer = _writer(out) if tensorboard and plan.ranks.main else None
     with (
         plan.ranks.group(plan.device),
-        RunFolder(out, plan.identity, resume=resume, writes=plan.ranks.main) as folder,
+        RunFolder(out, plan.identity, facts=plan.facts, resume=resume, writes=plan.ranks.main) as folder,
+        contextlib.ExitStack() as stack,
     ):
-        watch = Watch(log_every, eval_every, checkpoint_seconds, writer, report)
-        return train(plan, folder, watch)
+        writer = None
+        if tensorboard and plan.ranks.main:
+            writer = _writer(out)
+            stack.callback(writer.close)
+        return train(plan, folder, Watch(log_every, eval_every, checkpoint_seconds, writer, report))
 
 
 def _writer(out: Path) -> Any:
@@ -73,6 +80,19 @@ def _writer(out: Path) -> Any:
     except ImportError as error:
         raise UsageError("--tensorboard needs the package tensorboard: pip install 'kdfast[tensorboard]'") from error
     return SummaryWriter(str(out / "tensorboard"))
+
+
+def refuse_existing(out: Path) -> None:
+    """Make sure that a model's file is not there yet and can be written, before the work it is to hold.
+
+    Raises:
+        OutputError: If it is there, or its folder cannot be written.
+    """
+    from kdfast.files import check_writable
+
+    if out.exists():
+        raise OutputError(f"{out} exists; choose another --out, or delete it")
+    check_writable(out.parent)
 
 
 def summary(result: dict[str, Any], out: Path) -> str:

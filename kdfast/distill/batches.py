@@ -46,6 +46,7 @@ class Batches:
         targets: The teacher's side, or None.
         batch_size: Samples a batch; the last of an epoch may be smaller.
         seed: Seed of order and views.
+        device: Where the images go.
         ranks: This process among those of the run; each has its share of every batch.
     """
 
@@ -60,11 +61,13 @@ class Batches:
         targets: Targets | None,
         batch_size: int,
         seed: int,
+        device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
         self._ids = np.sort(ids)
         self._loader, self._targets = loader, targets
         self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
+        self._device = torch.device(device)
         self._ranks = ranks or Ranks()
         whole = n_views == spec.count
         self._table = None if whole else view_table(spec, view_seed, self._ids, n_views)
@@ -94,8 +97,9 @@ class Batches:
         for images in self._loader.batches(ids, len(shares[0])):
             stop = start + len(images)
             view_ids = torch.from_numpy(views[start:stop])
-            teacher = None if self._targets is None else self._targets.batch(start, images, view_ids)
-            yield Batch(torch.from_numpy(ids[start:stop]), images, view_ids, teacher)
+            placed = images.to(self._device)
+            teacher = None if self._targets is None else self._targets.batch(start, placed, view_ids)
+            yield Batch(torch.from_numpy(ids[start:stop]), placed, view_ids, teacher)
             start = stop
 
     def _view_ids(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:

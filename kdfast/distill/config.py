@@ -23,14 +23,14 @@ class RunConfig:
         epochs: Passes over the subset.
         batch_size: Samples a step; the last, smaller batch of an epoch is kept.
         lr: Highest learning rate.
-        momentum: SGD momentum, without Nesterov.
+        momentum: SGD momentum in [0, 1), without Nesterov.
         weight_decay: L2 on every parameter.
         schedule: A key of `LR_SCHEDULES`.
         warmup_epochs: Epochs of linear warm-up.
         alpha: Weight of the teacher's term in [0, 1]; 0 is plain training.
         temperature: Temperature of the teacher's term, > 0.
         views: Augmentation views a sample may be seen in; 0 means all of them.
-        view_seed: Seed of the choice of those views.
+        view_seed: Seed of the choice of those views; None, before it is resolved: the cache's, or 0.
         precision: `fp32`, or `bf16` / `fp16` for automatic mixed precision.
         seed: Seed of the initial weights, of the order and of the views.
     """
@@ -46,7 +46,7 @@ class RunConfig:
     alpha: float = 0.0
     temperature: float = 4.0
     views: int = 0
-    view_seed: int = 0
+    view_seed: int | None = None
     precision: str = "fp32"
     seed: int = 0
 
@@ -55,7 +55,7 @@ class RunConfig:
         _at_least("--batch-size", self.batch_size, 2)
         _at_least("--views", self.views, 0)
         _at_least("--seed", self.seed, 0)
-        _at_least("--view-seed", self.view_seed, 0)
+        _at_least("--view-seed", self.view_seed or 0, 0)
         for flag, value in (
             ("--lr", self.lr),
             ("--momentum", self.momentum),
@@ -64,6 +64,10 @@ class RunConfig:
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{flag} is {value}; needed: a finite number, not negative")
+        if self.momentum >= 1:
+            raise UsageError(f"--momentum is {self.momentum}; needed: a number in [0, 1)")
+        if self.warmup_epochs > self.epochs:
+            raise UsageError(f"--warmup-epochs is {self.warmup_epochs} of {self.epochs} epochs; lower it")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(f"--temperature is {self.temperature}; needed: a finite number above 0")
         if not 0 <= self.alpha <= 1:

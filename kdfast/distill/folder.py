@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_write, check_writable, read_json, sha256_file, write_json
+from kdfast.files import FolderLock, atomic_write, check_writable, read_json, remove_stale, sha256_file, write_json
 
-KEPT_CHECKPOINTS = 2
+# What decides whether two runs are the same is compared on resuming; this part of config.json is for the reader.
+FACTS = "started_with"
+
+# Files that tell the folders of other stages.
+FOREIGN_MARKS = ("manifest.json", ".building", "train.beton", "data.json")
 
 
 class RunFolder:
@@ -25,7 +29,9 @@ class RunFolder:
 
     Args:
         path: Where; made when missing.
-        config: The settings. A folder that holds a run of other settings is refused.
+        config: What decides the weights. A folder that holds a run of another config is refused, unless that run has
+            saved nothing yet.
+        facts: More for config.json, which may change between a start and a resume: paths, device, versions.
         resume: `auto` goes on with what the folder holds, `never` wants a folder without a run.
         writes: False for the processes of a run that only read the folder; their writes do nothing.
 
@@ -35,7 +41,13 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], config: Mapping[str, Any], *, resume: str = "auto", writes: bool = True
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        resume: str = "auto",
+        writes: bool = True,
     ) -> None:
         if resume not in ("auto", "never"):
             raise UsageError(f"--resume is {resume!r}; needed: auto or never")
@@ -45,6 +57,7 @@ class RunFolder:
             check_writable(self.path)
         self._lock = FolderLock(self.path)
         self._config = json.loads(json.dumps(config))
+        self._facts = dict(facts or {})
         self.resume = resume
 
     def __enter__(self) -> RunFolder:
@@ -62,16 +75,34 @@ class RunFolder:
         self._lock.__exit__(None, None, None)
 
     def _claim(self) -> None:
-        file = self.path / "config.json"
-        if not file.exists():
-            (self.path / "checkpoints").mkdir(exist_ok=True)
-            write_json(file, self._config)
-            return
-        if self.resume == "never":
+        remove_stale(self.path)
+        file, checkpoints = self.path / "config.json", self.path / "checkpoints"
+        if file.exists() and self.resume == "never":
             raise OutputError(
                 f"{self.path} already holds a run; choose another --out, or --resume auto to go on with it"
             )
+        if file.exists() and self._has_progress():
+            self._require_same(file)
+            remove_stale(checkpoints)
+            return
+        for foreign in FOREIGN_MARKS:
+            if (self.path / foreign).exists():
+                raise OutputError(f"{self.path} holds {foreign}, so it is no run's folder; choose another --out")
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        try:
+            checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make {checkpoints}: {error.strerror}; choose another --out") from error
+        write_json(file, {**self._config, FACTS: self._facts})
+
+    def _has_progress(self) -> bool:
+        return (self.path / "checkpoints" / "latest.json").exists() or (self.path / "result.json").exists()
+
+    def _require_same(self, file: Path) -> None:
         held = read_json(file)
+        if not isinstance(held, dict):
+            raise DataError(f"{file} is not a run's config; choose another --out")
+        held.pop(FACTS, None)
         changed = sorted(k for k in {*held, *self._config} if held.get(k) != self._config.get(k))
         if changed:
             first = changed[0]
@@ -81,16 +112,18 @@ class RunFolder:
             )
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
-        """Write the state after `step` steps under its own name, then point latest.json to it and drop old ones."""
+        """Write the state after `step` steps under its own name, point latest.json to it, keep the one before it."""
         if not self.writes:
             return
         folder = self.path / "checkpoints"
-        file = folder / f"step-{step:09d}.pt"
+        pointer, file = folder / "latest.json", folder / f"step-{step:09d}.pt"
+        kept = {file.name} | ({str(read_json(pointer)["file"])} if pointer.exists() else set())
         with atomic_write(file) as temporary:
             torch.save(dict(state), temporary)
-        write_json(folder / "latest.json", {"file": file.name, "step": step, "sha256": sha256_file(file)})
-        for old in sorted(folder.glob("step-*.pt"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+        write_json(pointer, {"file": file.name, "step": step, "sha256": sha256_file(file)})
+        for other in folder.glob("step-*.pt"):
+            if other.name not in kept:
+                other.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The latest state, or None when there is none.
@@ -102,6 +135,8 @@ class RunFolder:
         if not pointer.exists():
             return None
         latest = read_json(pointer)
+        if not (isinstance(latest, dict) and {"file", "sha256"} <= latest.keys()):
+            raise CheckpointError(f"{pointer} is damaged; delete {self.path} and run again")
         file = pointer.parent / str(latest["file"])
         if not file.exists() or sha256_file(file) != latest["sha256"]:
             raise CheckpointError(f"{file} is missing or damaged; delete {self.path} and run again")
@@ -137,7 +172,7 @@ class MetricsFile:
         self.path = path
         self.last_step = self._repair()
         try:
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise OutputError(f"cannot append to {path}: {error.strerror}") from error
 
@@ -160,8 +195,7 @@ class MetricsFile:
         if row["step"] <= self.last_step:
             return
         try:
-            self._file.write(json.dumps(dict(row)) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(dict(row)).encode() + b"\n")
         except OSError as error:
             raise OutputError(f"cannot append to {self.path}: {error.strerror}; free space and run again") from error
         self.last_step = row["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+import kdfast
 from kdfast.data.loaders import Loader, make_loader
 from kdfast.data.sources import Source, normalization_of, open_source
 from kdfast.data.subset import Subset, read_subset
@@ -22,6 +25,7 @@ from kdfast.distill.ranks import Ranks
 from kdfast.distill.schedule import parse_alpha
 from kdfast.distill.targets import CachedTargets, OnlineTargets, Targets
 from kdfast.errors import CheckpointError, UsageError
+from kdfast.files import sha256_file
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.teacher.cache import TeacherCache
@@ -62,6 +66,7 @@ class Plan:
         device: Where to train.
         ranks: This process among those of the run.
         identity: Fingerprints of the inputs, and the settings: what makes two runs the same run.
+        facts: What else is worth writing down: paths, device, versions.
         costs: Seconds of the stages before this one, where known.
     """
 
@@ -74,6 +79,7 @@ class Plan:
     device: torch.device
     ranks: Ranks
     identity: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
@@ -81,12 +87,11 @@ class Plan:
         per_epoch = self.batches().per_epoch
         return {
             **self.identity,
+            **self.facts,
             "samples": len(self.ids),
             "of": len(self.source.train),
             "steps": per_epoch * self.config.epochs,
             "images": len(self.ids) * self.config.epochs,
-            "loader": self.loader.name,
-            "device": str(self.device),
         }
 
     def batches(self) -> Batches:
@@ -96,10 +101,11 @@ class Plan:
             self.loader,
             self.source.views,
             n_views=self.config.views,
-            view_seed=self.config.view_seed,
+            view_seed=self.config.view_seed or 0,
             targets=self.targets,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            device=self.device,
             ranks=self.ranks,
         )
 
@@ -109,7 +115,8 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
 
     Args:
         inputs: The files.
-        settings: Fields of `RunConfig` other than alpha. `views` 0 means all the cache holds, or all there are.
+        settings: Fields of `RunConfig` other than alpha. `views` 0 means all the cache holds, or all there are;
+            `view_seed` None the cache's, or 0.
         alpha: A number in [0, 1], or `auto`.
         device: Where to train.
 
@@ -125,44 +132,79 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
     device = ranks.device(device)
     started = time.perf_counter()
     source = open_source(inputs.data, size=inputs.size)
-    build_net(config.student, len(source.classes))
+    net = build_net(config.student, len(source.classes))
     subset = _subset(inputs.subset, source, config.batch_size)
     ranks.check(len(subset.ids), config.batch_size)
+    _check_last_batch(net, len(subset.ids), config.batch_size, ranks, source)
     weight = parse_alpha(alpha, len(subset.ids) / len(source.train))
-    if weight > 0 and inputs.cache is None and inputs.teacher is None:
-        raise UsageError(f"--alpha {alpha} needs --cache or --teacher; plain training is --alpha 0")
     costs = {"open data": time.perf_counter() - started}
     if subset.provenance and "seconds" in subset.provenance:
         costs["prune"] = float(subset.provenance["seconds"])
-    cache, teacher = (None, None) if weight == 0 else _teacher_side(inputs, source, subset.ids, costs)
-    views = _count_views(config.views, source.views.count, cache)
-    config = RunConfig(**{**settings, "alpha": weight, "views": views})
-    targets: Targets | None = None
-    if cache is not None:
-        targets = CachedTargets(cache, views, config.view_seed, device)
-    elif teacher is not None:
-        targets = OnlineTargets(teacher, source.views, device)
+    side = _Side() if weight == 0 else _teacher_side(inputs, source, subset.ids, costs)
+    views = _count_views(config.views, source.views.count, side.cache)
+    config = dataclasses.replace(config, alpha=weight, views=views, view_seed=_view_seed(config, side.cache))
     loader = make_loader(source.train, inputs.loader, device)
     costs["compile loader"] = getattr(loader, "compile_seconds", 0.0)
+    normalization = normalization_of(source.train)
+    targets = side.targets(source, subset.ids, config, device)
     return Plan(
         config=config,
         source=source,
         ids=subset.ids,
         loader=loader,
         targets=targets,
-        normalization=normalization_of(source.train),
+        normalization=normalization,
         device=device,
         ranks=ranks,
         identity={
             **config.to_dict(),
             "data": source.fingerprint,
             "subset": hashlib.sha256(np.sort(subset.ids).tobytes()).hexdigest(),
-            "teacher": None if targets is None else (cache.teacher_digest if cache else teacher and teacher.digest),
+            "augmentation": source.views.to_dict(),
+            "normalization": dataclasses.asdict(normalization),
             "targets": None if targets is None else targets.name,
+            "teacher": side.identity(),
             "processes": ranks.world,
+        },
+        facts={
+            **dataclasses.asdict(inputs),
+            "loader": loader.name,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "kdfast": kdfast.__version__,
+            "torch": torch.__version__,
         },
         costs=costs,
     )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The teacher's side of a run: a cache, or a model to run, or neither."""
+
+    cache: TeacherCache | None = None
+    model: Model | None = None
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the logits depend on."""
+        if self.cache is not None:
+            return {"cache": sha256_file(self.cache.path / "manifest.json"), "digest": self.cache.teacher_digest}
+        if self.model is not None:
+            statistics = dataclasses.asdict(self.model.normalization)
+            return {"net": self.model.name, "digest": self.model.digest, **statistics}
+        return None
+
+    def targets(
+        self, source: Source, ids: NDArray[np.int64], config: RunConfig, device: torch.device
+    ) -> Targets | None:
+        seed = config.view_seed or 0
+        if self.cache is not None:
+            # Refuses a view seed that the cache does not have.
+            self.cache.slots_for(ids[:1], np.zeros(1, np.int64), config.views, seed)
+            return CachedTargets(self.cache, config.views, seed, device)
+        if self.model is not None:
+            return OnlineTargets(self.model, source.views, device)
+        return None
 
 
 def _subset(path: str | None, source: Source, batch_size: int) -> Subset:
@@ -174,9 +216,23 @@ def _subset(path: str | None, source: Source, batch_size: int) -> Subset:
     return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
 
 
-def _teacher_side(
-    inputs: Inputs, source: Source, ids: NDArray[np.int64], costs: dict[str, float]
-) -> tuple[TeacherCache | None, Model | None]:
+def _check_last_batch(net: nn.Module, samples: int, batch_size: int, ranks: Ranks, source: Source) -> None:
+    """Batch norm over one value per channel has no variance: see whether this network can take a last batch of one."""
+    last = samples % batch_size or batch_size
+    if last // ranks.world > 1:
+        return
+    try:
+        net.train()(torch.zeros(1, 3, *source.views.size))
+    except ValueError as error:
+        raise UsageError(
+            f"the last batch of an epoch leaves one of {samples} samples to a process, and the network cannot train on "
+            f"one ({error}); choose another --batch-size than {batch_size}"
+        ) from error
+
+
+def _teacher_side(inputs: Inputs, source: Source, ids: NDArray[np.int64], costs: dict[str, float]) -> _Side:
+    if inputs.cache is None and inputs.teacher is None:
+        raise UsageError("an --alpha above 0 needs --cache or --teacher; plain training is --alpha 0")
     teacher = None if inputs.teacher is None else load_model(inputs.teacher)
     if teacher is not None and teacher.classes != len(source.classes):
         raise CheckpointError(
@@ -184,13 +240,19 @@ def _teacher_side(
             "give a teacher of this data"
         )
     if inputs.cache is None:
-        return None, teacher
+        return _Side(model=teacher)
     started = time.perf_counter()
     cache = TeacherCache.open(inputs.cache, source=source, teacher=teacher)
     cache.require(ids)
     costs["open cache"] = time.perf_counter() - started
     costs["cache"] = float(cache.manifest["seconds"])
-    return cache, teacher
+    return _Side(cache=cache)
+
+
+def _view_seed(config: RunConfig, cache: TeacherCache | None) -> int:
+    if config.view_seed is not None:
+        return config.view_seed
+    return 0 if cache is None else cache.view_seed
 
 
 def _count_views(asked: int, available: int, cache: TeacherCache | None) -> int:

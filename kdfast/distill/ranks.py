@@ -30,9 +30,22 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process where they are not set."""
-        environ = os.environ
-        return cls(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0)))
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process where WORLD_SIZE is not set.
+
+        Raises:
+            UsageError: If they are not three whole numbers.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        try:
+            rank, world, local = (int(os.environ[name]) for name in names)
+        except (KeyError, ValueError) as error:
+            told = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise UsageError(
+                f"{told}: torchrun sets all three to whole numbers; start with it or unset them"
+            ) from error
+        return cls(rank, world, local)
 
     @property
     def main(self) -> bool:

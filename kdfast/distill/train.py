@@ -118,6 +118,7 @@ class _Run:
                     clock = time.perf_counter()
             finally:
                 batches.close()
+        trainer.check_finite()
         self.save()
 
     def save(self) -> None:

@@ -124,17 +124,21 @@ class Trainer:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Wait for the device, and stop when a loss was not finite.
+        """Wait for the device, and stop when a loss was not finite, or what it left of the weights is not.
 
         Raises:
             DivergedError: Naming the first such step.
         """
-        bad = int(self._bad_step)
-        if bad >= 0:
-            raise DivergedError(
-                f"the loss is not finite at step {bad} (epoch {bad // self.batches.per_epoch}); the last good "
-                "checkpoint is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
-            )
+        bad, what = int(self._bad_step), "loss is"
+        if bad < 0:
+            values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
+            if bool(torch.stack([torch.isfinite(v).all() for v in values]).all()):
+                return
+            bad, what = self.step - 1, "weights are"
+        raise DivergedError(
+            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); the last good "
+            "checkpoint is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
+        )
 
     def take_metrics(self) -> dict[str, Any]:
         """A row for metrics.jsonl: means since the last call, which are reset."""

@@ -185,6 +185,8 @@ def test_a_teacher_that_says_nan(kdfast, tiny: Path, teacher: Path, tmp_path: Pa
         (("--epochs", "0"), "--epochs"),
         (("--batch-size", "500"), "--batch-size.*120"),
         (("--lr", "-1"), "--lr"),
+        (("--momentum", "1"), "--momentum"),
+        (("--warmup-epochs", "2"), "--warmup-epochs"),
         (("--student", "resnet9"), "resnet"),
         (("--schedule", "linear"), "--schedule"),
         (("--loader", "magic"), "magic"),
@@ -206,7 +208,13 @@ def test_fractions_that_keep_nothing_or_leave_a_class_empty(kdfast, tiny: Path, 
 
 def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    for text, pattern in (("studnet: x", "studnet"), ("- 1", "mapping"), ("a: [", "cannot be read")):
+    for text, pattern in (
+        ("studnet: x", "studnet"),
+        ("- 1", "mapping"),
+        ("a: [", "cannot be read"),
+        ("epochs: true", "epochs is True"),
+        ("dry-run: 3", "dry-run is 3"),
+    ):
         config.write_text(text)
         expect(kdfast("distill", "--config", config), 2, pattern)
 
@@ -275,3 +283,93 @@ def test_refusals_come_within_five_seconds(tiny: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert time.perf_counter() - started < 5
     assert outcome.returncode == 3
+
+
+def stopped_run(kdfast, command: tuple[object, ...], out: Path) -> None:
+    """A run that has saved a checkpoint and no result."""
+    assert kdfast(*command, "--out", out).code == 0
+    (out / "result.json").unlink()
+
+
+def test_a_run_does_not_go_on_with_another_teacher(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pt"
+    content = torch.load(teacher, weights_only=True)
+    content["mean"] = [0.1, 0.2, 0.3]
+    torch.save(content, other)
+    command = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 20, "--alpha", 1)
+    stopped_run(kdfast, (*command, "--teacher", teacher), tmp_path / "run")
+    expect(kdfast(*command, "--teacher", other, "--out", tmp_path / "run"), 2, "other settings .teacher")
+    assert kdfast(*command, "--teacher", teacher, "--out", tmp_path / "run").code == 0
+
+
+def test_a_run_does_not_go_on_with_another_cache(
+    kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    made = kdfast(
+        "cache", "--data", tiny, "--teacher", teacher, "--views", 3, "--dtype", "float32", "--out", tmp_path / "c"
+    )
+    assert made.code == 0, made.err
+    command = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 20, "--alpha", 1)
+    stopped_run(kdfast, (*command, "--cache", cache), tmp_path / "run")
+    expect(kdfast(*command, "--cache", tmp_path / "c", "--out", tmp_path / "run"), 2, "other settings .teacher")
+
+
+def test_the_view_seed_is_the_caches_and_another_is_refused_before_the_folder(
+    kdfast, tiny: Path, teacher: Path, tmp_path: Path
+) -> None:
+    cached = ("--view-seed", 4, "--out", tmp_path / "c")
+    assert kdfast("cache", "--data", tiny, "--teacher", teacher, "--views", 3, *cached).code == 0
+    run = tmp_path / "run"
+    outcome = distill(kdfast, tiny, run, "--cache", tmp_path / "c", "--view-seed", 5, alpha="1")
+    expect(outcome, 3, "view seed|view_seed|seed")
+    assert not run.exists()
+    assert distill(kdfast, tiny, run, "--cache", tmp_path / "c", alpha="1").code == 0
+    assert '"view_seed": 4' in (run / "config.json").read_text()
+
+
+def test_weights_that_are_not_finite_are_never_saved(kdfast, tiny: Path, tmp_path: Path) -> None:
+    flags = ("--lr", "1e38", "--weight-decay", "100", "--batch-size", 120, "--checkpoint-seconds", 0)
+    outcome = kdfast("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--epochs", 1, *flags, "--out",
+                     tmp_path / "run")  # fmt: skip
+    expect(outcome, 5, "weights are not finite at step 0")
+    assert not list((tmp_path / "run").rglob("*.pt"))
+
+
+def test_a_model_with_other_classes_is_not_scored(kdfast, teacher: Path) -> None:
+    expect(kdfast("eval", "--data", "digits", "--model", teacher), 3, "class")
+
+
+def test_a_last_batch_of_one_that_batch_norm_cannot_take(kdfast, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (33, 4, 4, 3), dtype=np.uint8), np.arange(33) % 2
+    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    command = ("distill", "--data", tmp_path / "d.npz", "--student", "resnet8", "--alpha", 0, "--epochs", 1)
+    expect(kdfast(*command, "--batch-size", 32, "--out", tmp_path / "run"), 2, "last batch.*--batch-size")
+    assert not (tmp_path / "run").exists()
+    assert kdfast(*command, "--batch-size", 11, "--out", tmp_path / "run").code == 0
+
+
+def test_models_are_not_overwritten(kdfast, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.pt").write_text("mine")
+    common = ("--data", tiny, "--net", "resnet8", "--out", tmp_path / "t.pt")
+    expect(kdfast("teacher", "train", *common), 4, "exists")
+    expect(kdfast("teacher", "import", tmp_path / "t.pt", "--mean", "0,0,0", "--std", "1,1,1", *common), 4, "exists")
+    assert (tmp_path / "t.pt").read_text() == "mine"
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("kdfast.prune.rules.choose", fail)
+    outcome = kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
+    expect(outcome, 1, "unforeseen ZeroDivisionError: oh .KDFAST_DEBUG=1")
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "2"}])
+def test_a_broken_launcher(kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    expect(distill(kdfast, tiny, tmp_path / "run"), 2, "WORLD_SIZE")

@@ -12,15 +12,32 @@ CONFIG = {"student": "resnet8", "lr": 0.1, "ids": "abc"}
 
 
 def test_a_folder_is_claimed_with_its_config(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "run", CONFIG) as folder:
-        assert json.loads((folder.path / "config.json").read_text()) == CONFIG
-    with RunFolder(tmp_path / "run", CONFIG):
+    with RunFolder(tmp_path / "run", CONFIG, facts={"device": "cpu"}) as folder:
+        expected = {**CONFIG, "started_with": {"device": "cpu"}}
+        assert json.loads((folder.path / "config.json").read_text()) == expected
+        folder.save_checkpoint({"step": 1}, 1)
+    with RunFolder(tmp_path / "run", CONFIG, facts={"device": "cuda"}):
+        pass
+
+
+def test_a_run_that_saved_nothing_may_be_started_with_other_settings(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    with RunFolder(tmp_path, {**CONFIG, "lr": 0.2}):
+        assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
+        assert not (tmp_path / "metrics.jsonl").exists(), "rows of other settings"
+
+
+@pytest.mark.parametrize("mark", ["manifest.json", "train.beton"])
+def test_the_folder_of_another_stage_is_refused(tmp_path: Path, mark: str) -> None:
+    (tmp_path / mark).write_text("{}")
+    with pytest.raises(OutputError, match=mark), RunFolder(tmp_path, CONFIG):
         pass
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, CONFIG):
-        pass
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.save_checkpoint({"step": 1}, 1)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UsageError, match=r"lr was 0\.1, is 0\.2"), RunFolder(tmp_path, {**CONFIG, "lr": 0.2}):
         pass
@@ -66,6 +83,28 @@ def test_checkpoints_round_trip_and_old_ones_go(tmp_path: Path) -> None:
         assert state["step"] == 30
         assert torch.equal(state["w"], torch.arange(30))
         assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_rotation_never_drops_the_checkpoint_that_the_pointer_names(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.save_checkpoint({"step": 50}, 50)
+        # Killed twice between a checkpoint and its pointer.
+        for orphan in (100, 110):
+            (tmp_path / "checkpoints" / f"step-{orphan:09d}.pt").write_bytes(b"")
+        folder.save_checkpoint({"step": 60}, 60)
+        state = folder.load_checkpoint()
+    assert state is not None
+    assert state["step"] == 60
+    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("*.pt")) == ["step-000000050.pt", "step-000000060.pt"]
+
+
+def test_temporary_files_of_killed_writers_go_when_the_run_goes_on(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        folder.save_checkpoint({"step": 1}, 1)
+    remains = tmp_path / "checkpoints" / ".kdtmp-0123456789ab-step-000000002.pt"
+    remains.write_bytes(b"half")
+    with RunFolder(tmp_path, CONFIG):
+        assert not remains.exists()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
