@@ -41,6 +41,10 @@ cuda-check: setup
 	  $(BIN)/cmake --build build/cuda-check; \
 	else echo "cuda-check: no nvcc here, nothing compiled"; fi
 
+# On a machine with a GPU: builds, runs the tests that need it and the benches, writes the results to $OUT.
+gpu: setup
+	OUT=$${OUT:-gpu-results} PYTHON=$(BIN)/python bash bench/gpu.sh
+
 setup: $(VENV)/.installed
 
 $(VENV)/.venv:

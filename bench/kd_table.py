@@ -20,6 +20,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import write_results
+
+from kdfast.report import plot_runs
+
 KDFAST = [sys.executable, "-m", "kdfast"]
 
 
@@ -142,18 +146,17 @@ def table(name: str, preset: Preset, results: dict[str, list[dict[str, float]]])
     """The markdown table: mean and spread over the seeds."""
     lines = [
         f"| {name}, {preset.student}, {preset.fraction:.0%} kept | alpha | views | steps | test top-1 (n = "
-        f"{len(preset.seeds)}) | each seed | images/s |",
-        "|---|---|---|---|---|---|---|",
+        f"{len(preset.seeds)}) | each seed |",
+        "|---|---|---|---|---|---|",
     ]
     for row, runs in results.items():
         scores = [run["test_top1"] for run in runs]
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         each = ", ".join(f"{score:.2f}" for score in scores)
-        speed = statistics.median(run["images_per_second"] for run in runs)
         first = runs[0]
         lines.append(
             f"| {row} | {first['alpha']:g} | {first['views']} | {first['steps']} | "
-            f"{statistics.mean(scores):.2f}{spread} | {each} | {speed:.0f} |"
+            f"{statistics.mean(scores):.2f}{spread} | {each} |"
         )
     return "\n".join(lines)
 
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--teacher", help="a checkpoint to import; without it a teacher is trained")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--record", action="store_true", help="also write bench/results/kd_PRESET.json")
     options = parser.parse_args()
     preset, out = PRESETS[options.preset], options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +178,10 @@ def main() -> None:
     results = {row: [json.loads((f[row] / "result.json").read_text()) for f in folders] for row in folders[0]}
     text = table(options.preset, preset, results)
     (out / "table.md").write_text(text + "\n")
-    from kdfast.report import plot_runs
+    if options.record:
+        rows = [{"row": row, "seed": seed, **run} for row, runs in results.items()
+                for seed, run in zip(preset.seeds, runs, strict=True)]  # fmt: skip
+        write_results(f"kd_{options.preset}", rows)
 
     plot_runs({row: [f[row] for f in folders] for row in folders[0]}, out / "curves.png")
     print(f"\n{text}\n\n{time.perf_counter() - started:.0f} s in all; table.md, curves.png and every run in {out}")
