@@ -58,8 +58,9 @@ def rank_batches(
     """One rank's share of each global batch of an epoch.
 
     The order is cut into global batches first, and each of those into `world` contiguous shares whose sizes differ by
-    at most one: put together, the shares are the same batches for any number of ranks. A last, smaller batch may leave
-    ranks with an empty share; they get it, so that all ranks make the same number of steps.
+    at most one: put together, the shares are the same batches for any number of ranks. Of a smaller batch no rank gets
+    more than of a larger one: its share of the first batch is its largest. A last, smaller batch may leave ranks with
+    an empty share; they get it, so that all ranks make the same number of steps.
 
     Args:
         order: `(n,)` the epoch's order, the same on each rank.
@@ -84,4 +85,11 @@ def rank_batches(
     if not 0 <= start <= steps:
         raise UsageError(f"start at step {start}: the epoch has {steps} steps")
     batches = (order[k * batch_size : (k + 1) * batch_size] for k in range(start, steps))
-    return (batch[len(batch) * rank // world : len(batch) * (rank + 1) // world] for batch in batches)
+    return (_share(batch, rank, world) for batch in batches)
+
+
+def _share(batch: IntArray, rank: int, world: int) -> IntArray:
+    """A rank's share of a batch; the first `len(batch) % world` ranks have one more than the others."""
+    size, rest = divmod(len(batch), world)
+    start = size * rank + min(rank, rest)
+    return batch[start : start + size + (rank < rest)]

@@ -57,6 +57,19 @@ def test_shares_join_to_the_global_batches_at_any_start(n, batch, world, drop_la
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_no_rank_has_more_of_a_smaller_batch():
+    for world in range(1, 17):
+        sizes = np.zeros((65, world), np.int64)
+        for count in range(1, 65):
+            order = np.arange(max(count, world) + count)
+            shares = [list(rank_batches(order, max(count, world), rank=rank, world=world)) for rank in range(world)]
+            joined = [part for parts in zip(*shares, strict=True) for part in parts]
+            assert np.array_equal(np.concatenate(joined), order)
+            sizes[count] = [len(share[1]) for share in shares]
+            assert np.ptp(sizes[count]) <= 1
+        assert (np.diff(sizes, axis=0) >= 0).all()  # so also for any batch and any smaller last one
+
+
 def test_one_rank_gets_the_global_batches():
     batches = [b.tolist() for b in rank_batches(np.arange(7), 3)]
     assert batches == [[0, 1, 2], [3, 4, 5], [6]]
