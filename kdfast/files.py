@@ -158,6 +158,24 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return place
 
 
+def visible_entries(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of what a folder holds, sorted, without hidden files: locks, and what desktops and file systems leave.
+
+    Returns:
+        The names; none where nothing is at `folder`.
+
+    Raises:
+        OutputError: The folder cannot be listed, or is a file.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") or entry.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise OutputError(_cannot_write(Path(folder), exc.strerror or str(exc))) from exc
+
+
 class FolderLock:
     """Exclusive use of an existing folder while the `with` block runs; a killed process gives it up at once.
 

@@ -260,6 +260,28 @@ def test_remains_of_a_killed_writer_are_removed_by_the_next_one_and_living_ones_
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "b-a.bin"]
 
 
+def test_remains_of_killed_writers_are_removed_whatever_their_target_and_living_ones_are_not(tmp_path):
+    killed, living = _python(HALF, tmp_path / "step-1.pt"), _python(HALF, tmp_path / "step-2.pt")
+    try:
+        remains, work = (child.stdout.readline().strip() for child in (killed, living))
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        for name in (".hidden", "a-step-1.pt"):
+            (tmp_path / name).write_text("mine")
+        (tmp_path / ".kdtmp-0123456789ab-folder").mkdir()
+        before = set(os.listdir(tmp_path))
+        with files.atomic_path(tmp_path / "b") as own:
+            files.remove_stale(tmp_path)
+            assert own.exists()
+        assert set(os.listdir(tmp_path)) == before - {os.path.basename(remains)} | {"b"}
+        assert os.path.exists(work)
+    finally:
+        living.send_signal(signal.SIGKILL)
+        living.communicate()
+    files.remove_stale(tmp_path)
+    assert not os.path.exists(work)
+
+
 def test_concurrent_writers_never_show_a_mixed_or_missing_file(tmp_path):
     target = tmp_path / "a.bin"
     target.write_bytes(bytes(100_000))
