@@ -13,7 +13,7 @@ import pickle
 import tarfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ def is_cifar(path: Path, layout: Layout) -> bool:
         return (
             path.name == layout.folder
             or (path / layout.folder).is_dir()
-            or any((path / name).is_file() for name in layout.files)
+            # Of CIFAR-100's names one alone, such as "meta", says nothing.
+            or sum((path / name).is_file() for name in layout.files) > 1
         )
     return path.name.endswith((".tar.gz", ".tgz", ".tar")) and _top_folder(path) == layout.folder
 
@@ -163,10 +164,11 @@ def _uncompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
 def _top_folder(path: Path) -> str | None:
     try:
         with _uncompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            first = archive.next()
+            tops = (PurePosixPath(member.name).parts[:1] for member in archive)
+            # The entry of the folder that was packed, "./", has no parts.
+            return next((top[0] for top in tops if top), None)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a readable tar archive ({error}); download it again") from error
-    return first.name.removeprefix("./").split("/")[0] if first else None
 
 
 def _unpickle(raw: bytes, name: str) -> dict[str, Any]:

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from kdfast.data.beton import BetonSplit, load_ffcv
+from kdfast.data.folders import TEST_NAMES
 from kdfast.data.split import DataDigest, Pixels, Source, Split, generic_views, id_blocks, inferred_classes
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_path, check_writable, read_json, write_json
+from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
 
 PARTS = ("train", "test")
 _RECORD = "data.json"
-_FORMAT = "kdfast betons 1"
+_MARK = b"kdfast betons"
+_MARK_WITHIN = 200  # it is in the record's first line
+_FORMAT = f"{_MARK.decode()} 1"
 _RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
 _MIN_PAGE = 8 << 20
 # JPEG of this quality or better keeps an image's mean colour to a few grey levels; a missing image is far off.
@@ -37,10 +40,7 @@ def is_betons(path: Path) -> bool:
         return False
     if any((path / f"{part}.beton").is_file() for part in PARTS):
         return True
-    try:
-        return _read_record(path) is not None
-    except DataError:  # a data.json of some other program
-        return False
+    return _has_record(path)
 
 
 def open_betons(path: Path) -> Source:
@@ -92,11 +92,12 @@ def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | 
     Raises:
         BackendUnavailable: FFCV is not installed.
         DataError: A sample cannot be read, or reads back differently.
-        OutputError: `out` cannot be written, is in use, or holds other data.
+        OutputError: `out` cannot be written, is in use, is part of the source, or holds anything else; it is untouched.
         UsageError: `jpeg_quality` is out of range.
     """
     if jpeg_quality is not None and not _LEAST_QUALITY <= jpeg_quality <= 100:
         raise UsageError(f"the JPEG quality is {jpeg_quality}; needed: {_LEAST_QUALITY} to 100")
+    _check_place(Path(out), source)
     folder = check_writable(out)
     with FolderLock(folder):
         if not _finished(folder, source, jpeg_quality):
@@ -153,14 +154,28 @@ def write_beton(
         writer.metadata_sm.unlink()
 
 
+def _check_place(folder: Path, source: Source) -> None:
+    """Refuse a folder that is part of the source, or holds anything before there is a conversion in it."""
+    place = folder.resolve()
+    if source.kind == "folder":
+        trees = [Path(source.path, name).resolve() for name in ("train", *TEST_NAMES)]
+        if any(place.is_relative_to(tree) for tree in trees):
+            raise OutputError(f"{folder} lies among the images of {source.path}; give a folder outside of them")
+    if source.kind == "beton" and place == Path(source.path).resolve():
+        raise OutputError(f"{folder} is the source itself; give another folder")
+    held = visible_entries(folder)
+    if held and not _has_record(folder):
+        found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in held) or held[0]
+        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write; give another folder")
+
+
 def _finished(folder: Path, source: Source, quality: int | None) -> bool:
     """Whether `folder` holds this conversion already; other data there is an error."""
-    if not is_betons(folder):
-        return False
-    record = _read_record(folder)
-    if record is None:
-        raise OutputError(f"{folder} holds betons that kdfast did not write; give another folder")
-    if not record["files"]:
+    try:
+        record = _read_record(folder)
+    except DataError as error:
+        raise OutputError(f"{error}, to another folder") from error
+    if record is None or not record["files"]:
         return False
     same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
     if not same:
@@ -211,6 +226,17 @@ def _write_verified(split: Split, path: Path, classes: int, quality: int | None)
     if not good or (quality is None and origin != result):
         raise DataError(f"{path.name} does not read back as it was written; check the disk and convert again")
     return origin, result
+
+
+def _has_record(folder: Path) -> bool:
+    """Whether there is a record of a conversion, sound or damaged; other programs have a data.json too."""
+    try:
+        with open(folder / _RECORD, "rb") as file:
+            return _MARK in file.read(_MARK_WITHIN)
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(f"cannot read {folder / _RECORD}: {error.strerror or error}") from error
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

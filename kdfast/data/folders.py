@@ -7,9 +7,10 @@ is not applied, as in the usual training pipelines, so that teachers trained wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_TEST_NAMES = ("test", "val")
+TEST_NAMES = ("test", "val")
 _CHECKED_AT_OPENING = 1000
 _DEEP_MODES = ("I", "F")
 _BATCH_FOR_THREADS = 8
@@ -50,7 +51,7 @@ def open_folder(path: Path, size: int | None) -> Source:
     Raises:
         DataError: A split or class is missing or empty, or the images differ in size and `size` is None.
     """
-    test_root = next((path / name for name in _TEST_NAMES if (path / name).is_dir()), None)
+    test_root = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
     if test_root is None:
         raise DataError(f"{path} has train/ but neither test/ nor val/; put the test images there, by class")
     classes = _class_names(path / "train")
@@ -120,11 +121,11 @@ class FolderSplit:
         return out
 
     def _decode(self, file: str) -> Pixels:
-        try:
-            with _open_image(file) as image:
-                rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-            raise _unreadable(file, error) from error
+        with _opened(file) as image:
+            image.load()
+            # It is dropped in any case; PIL would warn of that where a palette has one.
+            image.info.pop("transparency", None)
+            rgb = image.convert("RGB")
         if self._size:
             rgb = _fit(rgb, self._size)
         pixels = np.asarray(rgb)
@@ -138,11 +139,8 @@ class FolderSplit:
         shape: tuple[int, int, int] | None = None
         for place in np.linspace(0, len(self._files) - 1, count).astype(np.int64):
             file = self._files[place]
-            try:
-                with _open_image(file) as image:
-                    found = (image.height, image.width, 3)
-            except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-                raise _unreadable(file, error) from error
+            with _opened(file) as image:
+                found = (image.height, image.width, 3)
             if shape is not None and found != shape:
                 raise _mixed_sizes(file, found, shape)
             shape = found
@@ -151,14 +149,19 @@ class FolderSplit:
         return shape
 
 
-def _open_image(file: str) -> Image:
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Image]:
+    """The image in a file, for the body to read; what is wrong with it is a DataError that names the file."""
     from PIL import Image
 
-    image = Image.open(file)
-    if image.mode.startswith(_DEEP_MODES):
-        image.close()
-        raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel")
-    return image
+    too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(_DEEP_MODES):
+                raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel")
+            yield image
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, *too_large) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}); replace or remove it") from error
 
 
 def _fit(image: Image, size: int) -> Image:
@@ -209,10 +212,6 @@ def _entries(root: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise DataError(f"cannot list {root}: {error.strerror or error}") from error
-
-
-def _unreadable(file: str, error: Exception) -> DataError:
-    return DataError(f"{file} cannot be read as an image ({error}); replace or remove it")
 
 
 def _mixed_sizes(file: str, found: Sequence[int], wanted: Sequence[int]) -> DataError:

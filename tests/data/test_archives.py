@@ -74,6 +74,26 @@ def test_outer_folder_and_tar_are_the_same_data(tmp_path, cifar, kind):
     assert len(prints) == 1
 
 
+def test_tar_of_the_current_folder(tmp_path, cifar):
+    folder = cifar(tmp_path / "outer", "cifar10")
+    archive = tmp_path / "dot.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder.parent, "./", recursive=False)
+        tar.add(folder, f"./{folder.name}")
+    with tarfile.open(archive) as tar:
+        assert tar.next().name == "."
+    assert open_source(archive).fingerprint == open_source(folder).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_renamed_folder(tmp_path, cifar, kind):
+    folder = cifar(tmp_path, kind).rename(tmp_path / "renamed")
+    assert open_source(folder).kind == kind
+    (folder / "batches.meta" if kind == "cifar10" else folder / "meta").unlink()
+    with pytest.raises(DataError, match="meta; unpack"):
+        open_source(folder)
+
+
 def test_flipped_byte_in_a_tar(tmp_path, cifar):
     folder = cifar(tmp_path, "cifar10")
     archive = tmp_path / "cifar.tar.gz"

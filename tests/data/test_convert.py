@@ -126,6 +126,71 @@ def test_other_data_is_not_overwritten(source, split, tmp_path):
         convert(source, tmp_path / "a")
 
 
+def contents(root):
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["data.json"],
+        ["notes.txt"],
+        ["manifest.json", "logits-00000.npy"],
+        [".building/plan.json"],
+        ["config.json", "checkpoints/latest.json"],
+        ["train/ant/0.png"],
+        ["data.json", "train.beton"],
+    ],
+)
+def test_a_folder_of_something_else_is_refused_untouched(source, tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"mine": 1}')
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"give (an empty or new|another) folder") as caught:
+        convert(source, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_hidden_files_of_other_programs_do_not_matter(source, tmp_path):
+    (tmp_path / ".directory").write_text("")
+    assert same(convert(source, tmp_path).train, source.train)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert same(convert(source, tmp_path).train, source.train)
+
+
+@pytest.mark.parametrize("out", [".", "train", "train/ant", "train/wasp", "test/wasp/deep"])
+def test_a_folder_within_the_images_is_refused_untouched(image_folder, tmp_path, out):
+    root = image_folder(tmp_path / "images")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"give .* folder"):
+        convert(open_source(root), root / out)
+    assert contents(tmp_path) == before
+    (tmp_path / "link").symlink_to(root)
+    with pytest.raises(OutputError, match=r"give .* folder"):
+        convert(open_source(root), tmp_path / "link" / out)
+    assert same(convert(open_source(root), root / "betons").train, open_source(root).train)
+
+
+def test_betons_are_not_converted_onto_themselves(source, tmp_path):
+    betons = convert(source, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="is the source itself"):
+        convert(betons, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['{"format": "kdfast betons 9"}', '{"format": "kdfast betons 1", '])
+def test_damaged_record_without_betons(source, tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(DataError, match=r"data\.json"):
+        open_source(tmp_path)
+    with pytest.raises(OutputError, match=r"data\.json"):
+        convert(source, tmp_path)
+    assert files(tmp_path) == ["data.json"]
+
+
 def test_exception_while_reading_is_raised_and_leaves_nothing(source, tmp_path):
     def fail(ids):
         raise DataError("picture 7 is damaged")

@@ -74,6 +74,30 @@ def test_other_modes_become_rgb(tmp_path, image_folder, mode):
     assert np.array_equal(source.train.read([place])[0], np.asarray(image.convert("RGB")))
 
 
+def test_transparency_of_a_palette_is_ignored(tmp_path, image_folder):
+    root = image_folder(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).convert("P")
+    image.save(root / "train" / "ant" / "0.png", transparency=bytes(range(256)))
+    assert np.array_equal(open_source(root).train.read([0])[0], np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("limit", [150, 50])  # PIL warns from the limit on and refuses from twice the limit on
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_image_of_too_many_pixels_is_named(tmp_path, image_folder, monkeypatch, limit, when):
+    root = image_folder(tmp_path)
+    source = open_source(root)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=r"0\.png cannot be read as an image.*exceeds limit"):
+        _ = open_source(root) if when == "opening" else source.train.read([0])
+
+
+def test_stray_file_does_not_make_it_an_archive(tmp_path, image_folder):
+    root = image_folder(tmp_path)
+    for name in ("meta", "data.json"):
+        (root / name).write_text("{}")
+    assert open_source(root).kind == "folder"
+
+
 def test_sixteen_bits_are_refused(tmp_path, image_folder):
     root = image_folder(tmp_path)
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(root / "train" / "ant" / "0.png")
