@@ -21,7 +21,7 @@ from kdfast.teacher import manifest as card
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.forward import Forward, Precision, default_batch
 from kdfast.teacher.manifest import BUILDING
-from kdfast.teacher.plan import agree_on_plan, make_plan, require_same, train_accuracy
+from kdfast.teacher.plan import agree_on_plan, check_place, make_plan, require_same, train_accuracy
 from kdfast.teacher.shards import Job
 
 Dtype = Literal["float16", "float32"]
@@ -99,7 +99,7 @@ def build_cache(
         SubsetError: `ids` are no distinct indices of training samples.
         CacheMismatch: The folder holds another cache, finished or not, or the teacher does not fit the data.
         DataError: A logit is not finite, or too large for float16.
-        OutputError: The folder cannot be written, or another process is building in it.
+        OutputError: The folder cannot be written, holds something else, or another process is building in it.
         Interrupted: Ctrl-C; the same call goes on.
     """
     place = torch.device(device)
@@ -113,6 +113,7 @@ def build_cache(
     per_shard = max(1, min(shard_bytes // (count * row_bytes), _SHARD_ROWS // count))
     plan = make_plan(source, model, coverage, count, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch, "device": place.type, "per_shard": per_shard}
+    check_place(Path(out))
     folder = check_writable(out)
     if (folder / card.MANIFEST).exists():
         return _already_there(folder, plan)

@@ -12,8 +12,19 @@ import kdfast
 from kdfast.data.counter import IntArray
 from kdfast.data.split import Source
 from kdfast.errors import CacheMismatch, OutputError
+from kdfast.files import visible_entries
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.manifest import BUILDING, FORMAT, PLAN, VERSION, differences, digest_ids, read_sealed, write_sealed
+from kdfast.teacher.manifest import (
+    BUILDING,
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    VERSION,
+    differences,
+    digest_ids,
+    read_sealed,
+    write_sealed,
+)
 
 
 def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, view_seed: int) -> dict[str, Any]:
@@ -44,18 +55,26 @@ def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, vi
     }
 
 
+def check_place(folder: Path) -> None:
+    """Make sure that the folder is missing or empty, or holds a cache, finished or not; nothing in it is touched.
+
+    Raises:
+        OutputError: It holds something else.
+    """
+    taken = [name for name in visible_entries(folder) if name != BUILDING]
+    # The plan is there before the first file of a cache is, and gone after the manifest has come: look in this order.
+    if taken and not (folder / BUILDING / PLAN).exists() and not (folder / MANIFEST).exists():
+        raise OutputError(f"{folder} holds {taken[0]} of something else: give an empty or new folder for the cache")
+
+
 def agree_on_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or make sure that the unfinished build in the folder follows the same one.
 
     Raises:
         CacheMismatch: The folder holds an unfinished cache of another plan.
-        OutputError: It holds arrays of something else.
     """
     path = folder / BUILDING / PLAN
     if not path.exists():
-        taken = sorted(entry.name for entry in folder.glob("*.npy"))
-        if taken:
-            raise OutputError(f"{folder} holds {taken[0]} of something else: give an empty or new folder for the cache")
         write_sealed(path, plan)
     # Read back even when just written: two ranks may start with different options at the same moment.
     require_same(folder, read_sealed(path), plan, "an unfinished cache")

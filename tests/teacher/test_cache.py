@@ -282,6 +282,26 @@ class TestBuild:
             build_cache(source, teacher, tmp_path)
         assert np.load(tmp_path / "features.npy").tolist() == [1, 1, 1]
 
+    @pytest.mark.parametrize(
+        "name", ["config.json", "checkpoints/latest.json", "train.beton", "data.json", "notes.txt", "train/ant/0.png"]
+    )
+    def test_a_folder_of_something_else_is_refused_untouched(self, source, teacher, tmp_path, name):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OutputError, match=f"holds {name.split('/')[0]} of something else") as caught:
+            build_cache(source, teacher, tmp_path)
+        assert "\n" not in str(caught.value)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_hidden_files_and_notes_beside_a_cache_do_not_matter(self, source, teacher, tmp_path):
+        (tmp_path / ".directory").write_text("")
+        (tmp_path / ".building" / "rank-0").mkdir(parents=True)  # killed before it had a plan
+        assert build_cache(source, teacher, tmp_path, shard_bytes=SMALL).computed == 5
+        (tmp_path / "notes.txt").write_text("mine")
+        assert build_cache(source, teacher, tmp_path, shard_bytes=SMALL).complete
+
     def test_an_interrupted_build_resumes_after_its_shards(self, source, teacher, full, tmp_path):
         def stop(done, total, note):
             assert total == 60 * 9
