@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 import kdfast
 from kdfast.data.counter import IntArray
-from kdfast.errors import SubsetError
-from kdfast.files import atomic_write, read_json, write_json
+from kdfast.errors import DataError, OutputError, SubsetError, UsageError
+from kdfast.files import atomic_write, check_writable, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,52 @@ def read_subset(
     return Subset(ids, provenance, file)
 
 
+def check_subset_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a place where `write_subset` would refuse to write, before the work that leads to the subset.
+
+    Nothing is written, and the folder may still be missing.
+
+    Args:
+        path: The .npy file to be written.
+
+    Raises:
+        UsageError: `path` does not end in .npy.
+        OutputError: The .json beside it is not kdfast's.
+    """
+    file = Path(path)
+    if file.suffix != ".npy":
+        raise UsageError(f"{file}: a subset file is named .npy; give such a name")
+    beside = file.with_suffix(".json")
+    if not beside.exists():
+        return
+    try:
+        ours = _is_provenance(read_json(beside))
+    except DataError:
+        ours = False
+    if not ours:
+        raise OutputError(f"{beside} is no provenance that kdfast wrote and would be replaced; give another name")
+
+
 def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance: Mapping[str, Any]) -> None:
     """Write a subset file and its provenance beside it, each atomically.
 
     Args:
-        path: The .npy file to write; the provenance goes to the same name with .json.
+        path: The .npy file to write; the provenance goes to the same name with .json. The folder is made when missing.
         ids: `(k,)` int64 original training indices, in any order.
         provenance: JSON values; "data" must be the data's fingerprint. By custom also method, parameters, seed, scores
             (fingerprint of the scores) and seconds. A digest of the ids and the version of kdfast are added.
 
     Raises:
-        SubsetError: The ids are no subset, the fingerprint is missing, or `path` does not end in .npy.
-        OutputError: A file cannot be written.
+        SubsetError: The ids are no subset, or the fingerprint is missing.
+        UsageError: `path` does not end in .npy.
+        OutputError: A file cannot be written, or the .json there is not kdfast's.
     """
     file = Path(path)
-    if file.suffix != ".npy":
-        raise SubsetError(f"{file}: a subset file is named .npy; give such a name")
+    check_subset_path(file)
     if not isinstance(provenance.get("data"), str):
         raise SubsetError(f"provenance with {sorted(provenance)}: needs 'data', the fingerprint of the data")
     checked = _check_ids(ids, "the subset to write")
+    check_writable(file.parent)
     # The provenance first: should the second write not come about, its digest gives the old ids away.
     write_json(file.with_suffix(".json"), {**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__})
     with atomic_write(file) as stream:
@@ -170,9 +197,11 @@ def _load(file: Path) -> npt.NDArray[Any]:
 
 
 def _check_ids(ids: npt.NDArray[Any], what: str) -> IntArray:
-    """Refuse anything but distinct int64 indices from 0 on."""
+    """The indices in this machine's byte order; refuses anything but distinct int64 from 0 on."""
     if ids.dtype == np.bool_:
         raise SubsetError(f"{what} is a boolean mask {ids.shape}, not indices: save np.flatnonzero(mask) instead")
+    if ids.dtype.newbyteorder("=") == np.int64:
+        ids = ids.astype(np.int64, copy=False)  # big-endian files
     if ids.ndim != 1 or ids.dtype != np.int64:
         raise SubsetError(
             f"{what} is {ids.dtype} {ids.shape}: needs a one-dimensional int64 array; use ids.ravel().astype(np.int64)"
@@ -200,8 +229,8 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
     beside = file.with_suffix(".json")
     if not beside.exists():
         return None
-    provenance = read_json(beside, error=SubsetError)
-    if not (isinstance(provenance, dict) and isinstance(provenance.get("data"), str) and "ids" in provenance):
+    provenance: dict[str, Any] = read_json(beside, error=SubsetError)
+    if not _is_provenance(provenance):
         raise SubsetError(f"{beside} is no provenance that kdfast wrote: rename it, or prune anew")
     if provenance["ids"] != _digest(ids):
         raise SubsetError(
@@ -209,6 +238,10 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
             "prune anew"
         )
     return provenance
+
+
+def _is_provenance(content: object) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("data"), str) and "ids" in content
 
 
 def _digest(ids: IntArray) -> str:

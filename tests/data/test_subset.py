@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdfast
-from kdfast.data.subset import class_budgets, read_subset, subset_size, write_subset
-from kdfast.errors import OutputError, SubsetError
+from kdfast.data.subset import check_subset_path, class_budgets, read_subset, subset_size, write_subset
+from kdfast.errors import OutputError, SubsetError, UsageError
 
 PROVENANCE = {"data": "f" * 64, "method": "el2n", "parameters": {"fraction": 0.5}, "seed": 0, "seconds": 1.5}
 
@@ -38,6 +38,13 @@ def test_a_plain_numpy_file_is_a_subset_in_its_own_order(saved):
     assert (subset.provenance, subset.path) == (None, path)
 
 
+def test_a_big_endian_file_is_a_subset(tmp_path, saved):
+    write_subset(tmp_path / "idx.npy", np.array([7, 0, 9]), PROVENANCE)
+    subset = read_subset(saved(np.array([7, 0, 9], dtype=">i8")), n=10)
+    assert (subset.ids.tolist(), subset.ids.dtype, subset.ids.dtype.isnative) == ([7, 0, 9], np.int64, True)
+    assert subset.provenance is not None
+
+
 def test_a_written_subset_reads_back_with_its_provenance(tmp_path):
     path = tmp_path / "idx.npy"
     write_subset(path, np.array([7, 0, 9]), PROVENANCE)
@@ -57,7 +64,7 @@ def test_a_written_subset_reads_back_with_its_provenance(tmp_path):
         (np.arange(4.0), "float64.*int64"),
         (np.arange(4, dtype=np.int32), "int32.*int64"),
         (np.arange(4, dtype=np.uint64), "uint64.*int64"),
-        (np.arange(4, dtype=">i8"), ">i8.*int64"),
+        (np.arange(4, dtype=">i4"), ">i4.*int64"),
         (np.arange(4)[:, None], r"int64 \(4, 1\).*one-dimensional"),
         (np.array(3), "one-dimensional"),
         (np.array(["1"]), "one-dimensional int64"),
@@ -133,12 +140,33 @@ def test_nothing_is_written_that_would_not_be_read(tmp_path, ids, match):
 
 
 def test_writing_needs_a_name_a_fingerprint_and_a_folder(tmp_path):
-    with pytest.raises(SubsetError, match=r"named \.npy"):
+    with pytest.raises(UsageError, match=r"named \.npy"):
         write_subset(tmp_path / "idx", np.arange(3), PROVENANCE)
     with pytest.raises(SubsetError, match="fingerprint"):
         write_subset(tmp_path / "idx.npy", np.arange(3), {"method": "el2n"})
-    with pytest.raises(OutputError, match="No such file"):
-        write_subset(tmp_path / "missing" / "idx.npy", np.arange(3), PROVENANCE)
+    write_subset(tmp_path / "new" / "er" / "idx.npy", np.arange(3), PROVENANCE)
+    assert read_subset(tmp_path / "new" / "er" / "idx.npy", n=3).provenance is not None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_subset(tmp_path / "file" / "idx.npy", np.arange(3), PROVENANCE)
+
+
+@pytest.mark.parametrize("name", ["idx", "idx.json", "idx.npy.gz", ".npy"])
+def test_a_name_can_be_checked_beforehand(tmp_path, name):
+    with pytest.raises(UsageError, match=r"named \.npy"):
+        check_subset_path(tmp_path / "new" / name)
+    check_subset_path(tmp_path / "new" / "idx.npy")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ['{"mine": 1}', "[]", "{", '{"data": 3, "ids": ""}', ""])
+def test_a_foreign_json_beside_it_is_not_replaced(tmp_path, text):
+    (tmp_path / "idx.json").write_text(text)
+    for call in (check_subset_path, lambda path: write_subset(path, np.arange(3), PROVENANCE)):
+        with pytest.raises(OutputError, match=r"idx\.json .*another name"):
+            call(tmp_path / "idx.npy")
+    assert os.listdir(tmp_path) == ["idx.json"]
+    assert (tmp_path / "idx.json").read_text() == text
 
 
 def test_a_write_broken_off_between_the_two_files_is_noticed(tmp_path):
