@@ -23,6 +23,9 @@ from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.views import check_images, crop_views, shift_views
 
 _VERSION = 1
+# Wide enough for any normalisation of pixels in 0..1, too narrow for most that are meant for 0..255.
+_MEANS = (-1, 2)
+_LARGEST_STD = 2
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,11 @@ class Normalization:
     """What a network expects of its input: `(x / 255 - mean) / std` for each channel, of pixels in 0..255.
 
     Attributes:
-        mean: Of the red, green and blue channel, in units of 255.
-        std: Likewise; positive.
+        mean: Of the red, green and blue channel, in units of 255; in -1..2.
+        std: Likewise; positive, at most 2.
+
+    Raises:
+        UsageError: Not three of each, or out of range, as values for pixels in 0..255 are.
     """
 
     mean: tuple[float, float, float]
@@ -42,6 +48,12 @@ class Normalization:
             raise UsageError(f"normalisation {self.mean}, {self.std}: needs a mean and a std for each of 3 channels")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise UsageError(f"normalisation {self.mean}, {self.std}: the means must be finite, the stds positive")
+        low, high = _MEANS
+        if not (low <= min(self.mean) and max(self.mean) <= high and max(self.std) <= _LARGEST_STD):
+            raise UsageError(
+                f"normalisation {self.mean}, {self.std}: means must be in {low}..{high} and stds at most "
+                f"{_LARGEST_STD}, of pixels scaled to 0..1; these look like 0..255 values: divide them by 255"
+            )
 
     def affine(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The same as `pixel * scale + bias`.

@@ -76,6 +76,28 @@ def test_senseless_normalisations_are_refused(std):
         Normalization((0, 0, 0), std)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((127.0, 127.0, 127.0), (0.5, 0.5, 0.5)),
+        ((0.5, 0.5, 2.1), (0.5, 0.5, 0.5)),
+        ((-1.1, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ((0.5, 0.5, 0.5), (0.5, 58.4, 0.5)),
+        ((123.7, 116.3, 103.5), (1.0, 1.0, 1.0)),
+        ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    ],
+)
+def test_normalisations_of_0_to_255_are_refused(mean, std):
+    with pytest.raises(UsageError, match=r"0\.\.255.*divide .*by 255"):
+        Normalization(mean, std)
+
+
+@pytest.mark.parametrize("mean", [(0, 0, 0), (0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (1, 1, 1)])
+@pytest.mark.parametrize("std", [(1, 1, 1), (0.5, 0.5, 0.5), (0.229, 0.224, 0.225), (1 / 255, 1 / 255, 1 / 255)])
+def test_usual_normalisations_are_accepted(mean, std):
+    assert Normalization(mean, std).affine().isfinite().all()
+
+
 def test_draws_are_pinned():
     assert view_table(CIFAR, 0, IDS, 4).tolist() == [
         [80, 135, 125, 0],
