@@ -35,13 +35,14 @@ def prune(
     Any one-dimensional int64 array saved with np.save is a subset file too.
     """
     from kdfast.data.sources import open_source
-    from kdfast.data.subset import write_subset
+    from kdfast.data.subset import check_subset_path, write_subset
     from kdfast.prune.rules import choose
     from kdfast.prune.scores import ScoreInputs, score
 
     if equal and not balanced:
         raise UsageError("--equal and --unbalanced exclude each other; give one of them")
     balance = "equal" if equal else "balanced" if balanced else "unbalanced"
+    check_subset_path(out)
     source = open_source(data, size=size)
     labels = source.train.labels
     started = time.perf_counter()
