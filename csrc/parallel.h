@@ -1,5 +1,13 @@
-// Splits rows over threads. No OpenMP: torch bundles its own runtime, and a second copy costs speed and breaks fork.
+// Splits rows over threads: those of the OpenMP runtime that the process has loaded already, which is torch's, else
+// fresh ones.
+//
+// Nothing is linked: a second OpenMP runtime in one process costs speed and breaks fork. But the threads of the first
+// one spin for a while after each of torch's own loops, and threads beside them would have to share their cores.
 #pragma once
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +20,20 @@
 namespace kdfast {
 
 // Below this much work (in units of about one nanosecond on one core) a second thread costs more than it saves.
-constexpr int64_t kSerialCutoff = 100000;
+constexpr int64_t kSerialCutoff = 10000;
+
+// `run(function, data, threads, flags)` of an OpenMP runtime calls the function once in each thread of a team.
+using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+inline OpenMPParallel openmp_parallel() {
+#if defined(__linux__)
+  // Looked up at the first use: by then torch is imported.
+  static const auto found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
 
 template <class Body>
 void call_range(const Body& body, int64_t begin, int64_t end, int slot) {
@@ -23,11 +44,35 @@ void call_range(const Body& body, int64_t begin, int64_t end, int slot) {
   }
 }
 
+// Calls work(slot) in up to `threads` threads at once, the caller's included, with slots from 0 on.
+template <class Work>
+void run_team(int threads, const Work& work) {
+  if (const OpenMPParallel parallel = openmp_parallel()) {
+    struct Team {
+      const Work& work;
+      std::atomic<int> slots{0};
+    } team{work};
+    const auto member = [](void* data) {
+      Team& mine = *static_cast<Team*>(data);
+      mine.work(mine.slots.fetch_add(1));
+    };
+    return parallel(member, &team, static_cast<unsigned>(threads), 0);
+  }
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<size_t>(threads - 1));
+  try {
+    for (int slot = 1; slot < threads; ++slot) helpers.emplace_back(work, slot);
+  } catch (const std::system_error&) {
+    // The system has no thread to spare: those that started, and the caller, do the work.
+  }
+  work(0);
+  for (auto& helper : helpers) helper.join();
+}
+
 // Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included;
 // or body(begin, end, slot), where slot < max(threads, 1) is a number that no other thread has at that time (for
 // scratch). `cost` is the work of one row in the unit above. The caller has released the GIL; body must not throw, and
-// what it computes for a row must not depend on the range that the row comes in. Threads live no longer than the call,
-// so a process may fork at any time.
+// what it computes for a row must not depend on the range that the row comes in.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   const int64_t total = rows * std::max<int64_t>(cost, 1);
@@ -39,19 +84,11 @@ void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   // Four ranges a thread: a thread that the machine takes away for a while does not hold up the rest.
   const int64_t step = std::max<int64_t>(1, rows / (useful * 4));
   std::atomic<int64_t> next{0};
-  const auto work = [&](int slot) {
-    for (int64_t begin; (begin = next.fetch_add(step)) < rows;)
+  run_team(static_cast<int>(useful), [&](int slot) {
+    for (int64_t begin; (begin = next.fetch_add(step)) < rows;) {
       call_range(body, begin, std::min(begin + step, rows), slot);
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(static_cast<size_t>(useful - 1));
-  try {
-    for (int slot = 1; slot < useful; ++slot) helpers.emplace_back(work, slot);
-  } catch (const std::system_error&) {
-    // The system has no thread to spare: those that started, and the caller, do the work.
-  }
-  work(0);
-  for (auto& helper : helpers) helper.join();
+    }
+  });
 }
 
 }  // namespace kdfast

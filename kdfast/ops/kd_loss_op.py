@@ -221,4 +221,6 @@ class EagerKDLoss(torch.autograd.Function):
             scaled = FunctionalScale.apply(grad, grad_loss, loss, ctx.scale, ctx.backend)  # type: ignore[no-untyped-call]
             return scaled, None, None, None
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return scale_rows(ctx.backend, grad, grad_loss, ctx.scale, in_place), None, None, None
+        scaled = scale_rows(ctx.backend, grad, grad_loss, ctx.scale, in_place)
+        # A leaf takes over a gradient that nobody else holds; it would copy the very tensor that the graph has saved.
+        return scaled.detach(), None, None, None
