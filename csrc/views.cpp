@@ -33,25 +33,6 @@ struct Shared {
   }
 };
 
-template <int W>
-struct Pixels {
-  typedef uint8_t Narrow __attribute__((vector_size(W)));
-  typedef int32_t Wide __attribute__((vector_size(4 * W)));
-  Narrow narrow[kLanes / W];
-};
-
-template <int W>
-KDFAST_INLINE Floats<W> from_bytes(const uint8_t* p) {
-  Pixels<W> pixels;
-  std::memcpy(&pixels, p, sizeof pixels);
-  Floats<W> r;
-  KDFAST_EACH_PART(k) {
-    const auto wide = __builtin_convertvector(pixels.narrow[k], typename Pixels<W>::Wide);
-    r.part[k] = __builtin_convertvector(wide, typename Floats<W>::Part);
-  }
-  return r;
-}
-
 // pixels[0], pixels[-1], ... pixels[-(count - 1)] to `out`; both have 16 bytes of room behind their last pixel.
 KDFAST_INLINE void copy_reversed(const uint8_t* pixels, uint8_t* out, int64_t count) {
   int64_t x = 0;
@@ -80,12 +61,15 @@ KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, 
 }
 
 template <int W, class T>
-KDFAST_INLINE void normalise(const uint8_t* line, const Shared& shared, T* out, int64_t count) {
+KDFAST_INLINE void normalise(const uint8_t* line, const Shared& shared, float* values, T* out, int64_t count) {
   const float *scale = shared.scale.data(), *bias = shared.bias.data();
+  // A loop that compilers vectorise by themselves; they take the conversion of a vector of bytes apart lane by lane.
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(line[i]);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    encode(out + i, from_bytes<W>(line + i) * load<W>(scale + i) + load<W>(bias + i));
-  for (; i < count; ++i) encode_one(out + i, static_cast<float>(line[i]) * scale[i] + bias[i]);
+  for (; i + kLanes <= count; i += kLanes) {
+    encode(out + i, load<W>(values + i) * load<W>(scale + i) + load<W>(bias + i));
+  }
+  for (; i < count; ++i) encode_one(out + i, values[i] * scale[i] + bias[i]);
 }
 
 template <int W, class T>
@@ -93,6 +77,7 @@ KDFAST_INLINE void cut_images(const Shared& shared, int64_t begin, int64_t end) 
   const ShiftViews& args = shared.args;
   const int64_t row = args.width * kChannels;
   std::vector<uint8_t> buffers(static_cast<size_t>(2 * (row + 16)));
+  std::vector<float> values(static_cast<size_t>(row));
   uint8_t *source = buffers.data(), *line = source + row + 16;
   for (int64_t index = begin; index < end; ++index) {
     const int32_t* move = args.moves + index * 3;
@@ -106,7 +91,7 @@ KDFAST_INLINE void cut_images(const Shared& shared, int64_t begin, int64_t end) 
         std::memcpy(source, image + from * row, static_cast<size_t>(row));
         cut_row(source, line, args.width, move[1] - args.pad, move[2] != 0);
       }
-      normalise<W>(line, shared, out, row);
+      normalise<W>(line, shared, values.data(), out, row);
     }
   }
 }
