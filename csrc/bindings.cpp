@@ -91,6 +91,10 @@ void bind_views(py::module_& m) {
           py::gil_scoped_release release;
           shift_views(args);
         });
+  m.def("shuffled_at", [](int64_t position, int64_t size, uintptr_t keys, int64_t count, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    shuffled_at(position, size, at<const uint64_t>(keys), count, at<int64_t>(out), threads);
+  });
 }
 
 }  // namespace

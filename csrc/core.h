@@ -66,4 +66,8 @@ struct ShiftViews {
 // Throws std::invalid_argument on inconsistent sizes and on a move outside the padded image.
 void shift_views(const ShiftViews& args);
 
+// What stands at `position` of the permutation of [0, size) that each of `count` keys names. Throws
+// std::invalid_argument.
+void shuffled_at(int64_t position, int64_t size, const uint64_t* keys, int64_t count, int64_t* out, int threads);
+
 }  // namespace kdfast

@@ -20,6 +20,7 @@ from torch import Tensor
 from kdfast.data.counter import IntArray, Purpose, hash64, shuffled_at, shuffled_prefix
 from kdfast.data.crops import crop_boxes
 from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, shift_views
 
 _VERSION = 1
@@ -191,6 +192,10 @@ def draw_slots(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> Int
         raise UsageError(f"slots of {n_views} views in epoch {epoch}: needs at least 1 view, and epochs from 0")
     block, position = divmod(epoch, n_views)
     keys = hash64(Purpose.SLOT, seed, sample_ids, block)
+    if resolve("draws", "cpu") == "native":
+        from kdfast.ops import native
+
+        return native.shuffled_at(position, n_views, keys)
     return shuffled_at(np.array([position], np.int64), n_views, keys)
 
 

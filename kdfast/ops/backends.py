@@ -30,6 +30,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "cuda"): ("triton", "reference"),
     ("views", "cpu"): ("native", "reference"),
     ("views", "cuda"): ("reference",),
+    ("draws", "cpu"): ("native", "reference"),
 }
 
 DTYPES: dict[tuple[str, str], tuple[str, ...]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast import _native
 
-__all__ = ["isa", "kd_loss", "scale_rows", "shift_views"]
+__all__ = ["isa", "kd_loss", "scale_rows", "shift_views", "shuffled_at"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -144,3 +146,15 @@ def shift_views(
         isa_limit,
     )
     return out.permute(0, 3, 1, 2)
+
+
+def shuffled_at(position: int, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """``kdfast.data.counter.shuffled_at`` for one position and keys (n,): int64 (n,).
+
+    Raises:
+        ValueError: If the position or the size is out of range.
+    """
+    keys = np.ascontiguousarray(keys)
+    out = np.empty(len(keys), np.int64)
+    _native.shuffled_at(position, size, keys.ctypes.data, len(keys), out.ctypes.data, torch.get_num_threads())
+    return out

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops.backends import resolve
+from kdfast.ops.kd_loss_launch import plain_eager
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,12 +44,18 @@ def shift_views(
         ShapeError: Another shape or dtype is not as above, or a move leaves the padded image.
         BackendUnavailable: A named implementation cannot run here.
     """
+    if plain_eager(images) and not torch.compiler.is_compiling():
+        return _run(images, moves, affine, pad, dtype, backend)
     out: Tensor = _shift_views(images, moves, affine, pad, dtype, backend)
     return out
 
 
 @torch.library.custom_op("kdfast::shift_views", mutates_args=())
 def _shift_views(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return _run(images, moves, affine, pad, dtype, backend)
+
+
+def _run(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
     check_images(images)
     _check_affine(affine, dtype)
     if moves.shape != (len(images), 3) or moves.dtype != torch.int32 or moves.device.type != "cpu":

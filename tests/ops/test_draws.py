@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+import torch
+
+from kdfast.data.counter import hash64, shuffled_at
+from kdfast.ops import native
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9, 81, 162, 1000, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("count", [0, 1, 1000, 50_001])
+def test_native_is_equal_to_the_reference(size: int, count: int) -> None:
+    keys = hash64(7, np.arange(count)) if count else np.empty(0, np.uint64)
+    for position in {0, size // 3, size - 1}:
+        expected = shuffled_at(np.array([position]), size, keys)
+        assert (native.shuffled_at(position, size, keys) == expected).all()
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    keys = hash64(1, np.arange(50_000))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(native.shuffled_at(5, 162, keys))
+    finally:
+        torch.set_num_threads(before)
+    assert all((results[0] == other).all() for other in results[1:])
+
+
+@pytest.mark.parametrize(("position", "size"), [(0, 0), (-1, 5), (5, 5), (0, 2**32)])
+def test_out_of_range(position: int, size: int) -> None:
+    with pytest.raises(ValueError, match="shuffled_at"):
+        native.shuffled_at(position, size, np.zeros(3, np.uint64))
