@@ -13,11 +13,12 @@ XDIST ?= -n 2
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
 
+# One thread a worker: torch's threads would otherwise spin against those of the other worker.
 test: setup
-	$(BIN)/python -m pytest $(XDIST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest $(XDIST) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .
