@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import machine
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -137,21 +135,6 @@ def compare(ours: Epoch, theirs: Epoch, count: int, rounds: int) -> dict[str, ob
         "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
         "processor_time_ratio": round(statistics.median(one[1] / two[1] for one, two in pairs), 2),
         "rounds": rounds,
-    }
-
-
-def machine() -> dict[str, object]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
     }
 
 

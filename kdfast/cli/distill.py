@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options, training
-from kdfast.cli.progress import progress
 
 
 def distill(
@@ -90,16 +89,15 @@ def distill(
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return
-    with progress(f"distill {student}", shown=plan.ranks.main) as report:
-        result = training.run(
-            plan,
-            out,
-            resume=resume,
-            log_every=log_every,
-            eval_every=eval_every,
-            checkpoint_seconds=checkpoint_seconds,
-            tensorboard=tensorboard,
-            report=report,
-        )
+    result = training.run(
+        plan,
+        out,
+        label=f"distill {student}",
+        resume=resume,
+        log_every=log_every,
+        eval_every=eval_every,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+    )
     if plan.ranks.main:
         print(training.summary(result, out))

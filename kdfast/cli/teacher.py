@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options, training
-from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
 app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)
@@ -71,17 +70,16 @@ def train(
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return
-    with progress(f"train {net}", shown=plan.ranks.main) as report:
-        result = training.run(
-            plan,
-            folder,
-            resume=resume,
-            log_every=log_every,
-            eval_every=eval_every,
-            checkpoint_seconds=checkpoint_seconds,
-            tensorboard=tensorboard,
-            report=report,
-        )
+    result = training.run(
+        plan,
+        folder,
+        label=f"train {net}",
+        resume=resume,
+        log_every=log_every,
+        eval_every=eval_every,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+    )
     if plan.ranks.main:
         save_model(out, load_model(folder / "student.pt"))
         print(training.summary(result, out))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdfast.cli.progress import Report
+from kdfast.cli.progress import progress
 from kdfast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -51,18 +51,19 @@ def run(
     plan: Plan,
     out: Path,
     *,
+    label: str,
     resume: str,
     log_every: int,
     eval_every: int,
     checkpoint_seconds: float,
     tensorboard: bool,
-    report: Report,
 ) -> dict[str, Any]:
-    """Claim the folder and train."""
+    """Claim the folder and train, under a progress bar."""
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Watch, train
 
     with (
+        progress(label, shown=plan.ranks.main) as report,
         plan.ranks.group(plan.device),
         RunFolder(out, plan.identity, facts=plan.facts, resume=resume, writes=plan.ranks.main) as folder,
         contextlib.ExitStack() as stack,

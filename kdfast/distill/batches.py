@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.data.loaders import Loader
-from kdfast.data.order import epoch_order, rank_batches
+from kdfast.data.order import batch_count, epoch_order, rank_batches
 from kdfast.data.views import ViewSpec, draw_slots, view_table
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.targets import Targets
@@ -75,7 +75,7 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self._ids) // self._batch_size)
+        return batch_count(len(self._ids), self._batch_size)
 
     def size_of(self, step: int) -> int:
         """Samples in the batch of a step, over all processes."""
