@@ -16,6 +16,9 @@ Every message says what was given, what is needed, and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class KdfastError(Exception):
     """Base of all errors that kdfast raises on purpose."""
@@ -87,3 +90,9 @@ class Interrupted(KdfastError, RuntimeError):
     """Stopped by a signal after saving; the same command goes on from there."""
 
     exit_code = 75
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The part of a message that suggests the known name nearest to an unknown one; empty when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import nn
 
-from kdfast.errors import UsageError
+from kdfast.errors import UsageError, did_you_mean
 from kdfast.nets.resnet import CifarResNet, Shortcut
 from kdfast.nets.wrn import WideResNet
 
@@ -49,8 +49,7 @@ def build_net(name: str, classes: int) -> nn.Module:
     if colon:
         return _from_library(library, member, classes)
     if name not in NETS:
-        near = difflib.get_close_matches(name, NETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, NETS)
         raise UsageError(f"no network is named {name!r}: {hint}known: {', '.join(NETS)}, torchvision:NAME, timm:NAME")
     return NETS[name](classes)
 

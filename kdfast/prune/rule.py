@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.data.counter import IntArray, Purpose, hash64, unit
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import DataError, UsageError, did_you_mean
 
 FloatArray = npt.NDArray[np.float64]
 OptionValue = float | int | str | None
@@ -143,8 +142,7 @@ def complete(owner: str, options: Mapping[str, Option], given: Mapping[str, Opti
     """
     for key in given:
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(key, options)
             raise UsageError(f"{owner} has no option {key!r}: {hint}its options: {', '.join(options) or 'none'}")
     return {key: option.parse(key, given.get(key, option.default)) for key, option in options.items()}
 

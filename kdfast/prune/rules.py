@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from kdfast.data.counter import IntArray, Purpose, hash64, unit
 from kdfast.data.subset import class_budgets, subset_size
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import DataError, UsageError, did_you_mean
 from kdfast.prune import d2, dual, simple_rules, strata
 from kdfast.prune.rule import FloatArray, Option, OptionValue, Rule, RuleInputs
 
@@ -124,8 +123,7 @@ def rule_named(name: str) -> Rule:
         UsageError: There is none; the nearest is suggested.
     """
     if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, RULES)
         raise UsageError(f"no selection rule is named {name!r}: {hint}known: {', '.join(RULES)}")
     return RULES[name]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from kdfast.data.counter import IntArray
 from kdfast.data.split import Source
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import DataError, UsageError, did_you_mean
 from kdfast.prune.dynamics import Dynamics
 from kdfast.prune.rule import FloatArray, Option, OptionValue
 
@@ -113,8 +112,7 @@ def unknown(what: str, name: str, known: Mapping[str, object]) -> NoReturn:
     Raises:
         UsageError: Always.
     """
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, known)
     raise UsageError(f"{what} {name!r}: {hint}known: {', '.join(known) or 'none'}")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdfast.errors import UsageError
+from kdfast.errors import UsageError, did_you_mean
 from kdfast.prune.choosers import CHOOSERS
 from kdfast.prune.rules import RULES, rule_named
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores import MAKE_CACHE, MAKE_DYNAMICS, SCORES
+from kdfast.prune.selection import published_rule
 from kdfast.sweep.spec import MethodSpec, Options
 
 # What a rule that stands alone, such as beta:a=2,b=2, ranks the samples by.
@@ -64,7 +64,7 @@ def make_recipe(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozens
     if spec.name not in SCORES and spec.name not in files:
         raise UsageError(f"--methods: {_unknown(spec.name, [*files, *SCORES, *CHOOSERS, *RULES])}")
     kind = files[spec.name].method if spec.name in files else spec.name
-    published = SCORES[kind].rule if kind in SCORES else "hard"
+    published = published_rule(kind)
     rule = spec.rule or published
     options, rule_options = spec.options, spec.rule_options
     known = frozenset() if spec.name in files else frozenset(SCORES[spec.name].options)
@@ -137,6 +137,5 @@ def _inputs(
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, known)
     return f"no method is named {name!r}: {hint}known: {', '.join(dict.fromkeys(known))}"

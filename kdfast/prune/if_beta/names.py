@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from kdfast.errors import UsageError
+from kdfast.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -24,6 +23,5 @@ def entry(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, table)
     raise UsageError(f"no {what} of IF-Beta is named {name!r}: {hint}known: {', '.join(table)}")
