@@ -11,6 +11,13 @@ import torch
 
 from kdfast.ops import backends
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_collection_finish():
+    """Importing FFCV sets torch to one thread, and test modules import it; what a test trains depends on the count."""
+    torch.set_num_threads(THREADS)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -51,9 +51,12 @@ def influence(inputs: ScoreInputs) -> Scored:
         return Scored(_self_influence(inputs, features, logits))
     halves = held_out(inputs.labels, inputs.number("holdout"), inputs.seed)
     total, count = np.zeros(len(inputs.labels)), np.zeros(len(inputs.labels))
+    weights = None
     for half in halves:
         trained = np.setdiff1d(np.arange(len(inputs.labels)), half)
-        total[trained] += _removal(inputs, features, logits, trained, half)
+        # The second head differs little from the first, and both optima are unique: start there.
+        weights = _head(inputs, features[trained], inputs.labels[trained], weights)
+        total[trained] += _removal(inputs, features, logits, weights, trained, half)
         count[trained] += 1
     effect = total / count
     return Scored(np.abs(effect) if inputs.options["kind"] == "absolute" else effect)
@@ -87,18 +90,22 @@ def held_out(labels: IntArray, share: float, seed: int) -> tuple[IntArray, IntAr
 
 
 def _removal(
-    inputs: ScoreInputs, features: Floats32, logits: Floats32, trained: IntArray, held: IntArray
+    inputs: ScoreInputs,
+    features: Floats32,
+    logits: Floats32,
+    weights: torch.Tensor | None,
+    trained: IntArray,
+    held: IntArray,
 ) -> FloatArray:
     """Effect of removing each of the samples `trained` on the mean loss of the samples `held`."""
     from kdfast.ops.head import head_influence
 
     labels = inputs.labels
-    weights = _head(inputs, features[trained], labels[trained])
     effect = head_influence(
-        _tensor(features[trained], inputs),
+        _rows(features[trained], inputs),
         _logits(inputs, features[trained], logits[trained], weights),
         _tensor(labels[trained], inputs),
-        _tensor(features[held], inputs),
+        _rows(features[held], inputs),
         _logits(inputs, features[held], logits[held], weights),
         _tensor(labels[held], inputs),
         l2=inputs.number("l2"),
@@ -112,7 +119,7 @@ def _self_influence(inputs: ScoreInputs, features: Floats32, logits: Floats32) -
 
     weights = _head(inputs, features, inputs.labels)
     effect = head_self_influence(
-        _tensor(features, inputs),
+        _rows(features, inputs),
         _logits(inputs, features, logits, weights),
         _tensor(inputs.labels, inputs),
         l2=inputs.number("l2"),
@@ -120,21 +127,30 @@ def _self_influence(inputs: ScoreInputs, features: Floats32, logits: Floats32) -
     return _array(effect)
 
 
-def _head(inputs: ScoreInputs, features: Floats32, labels: IntArray) -> torch.Tensor | None:
+def _head(
+    inputs: ScoreInputs, features: Floats32, labels: IntArray, start: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """The head's weights (C, D + 1) at their optimum, or None for the teacher's own."""
     from kdfast.ops.head import head_newton
 
     if inputs.options["polish"] == "no":
         return None
     # A few solves: conjugate gradients never hold the Hessian, which at 100 classes takes minutes to build.
-    return head_newton(_tensor(features, inputs), _tensor(labels, inputs), l2=inputs.number("l2"), method="cg")
+    return head_newton(
+        _rows(features, inputs), _tensor(labels, inputs), l2=inputs.number("l2"), init=start, method="cg"
+    )
 
 
 def _logits(inputs: ScoreInputs, features: Floats32, logits: Floats32, weights: torch.Tensor | None) -> torch.Tensor:
     if weights is None:
         return _tensor(logits, inputs)
-    rows = _tensor(features, inputs).to(weights.dtype)
+    rows = _rows(features, inputs)
     return rows @ weights[:, :-1].T + weights[:, -1]
+
+
+def _rows(features: Floats32, inputs: ScoreInputs) -> torch.Tensor:
+    """Features in float64, which the solves compute in: converted once, not once a product."""
+    return _tensor(features, inputs).double()
 
 
 def _tensor(array: Floats32 | IntArray, inputs: ScoreInputs) -> torch.Tensor:
