@@ -1,6 +1,7 @@
 // Rows of kd_loss against a teacher that has all classes, or against none.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "core.h"
@@ -14,7 +15,9 @@ struct Job {
   const KdLoss& args;
   const RowKernels& kernels;
   Power power;
-  double common;  // the factor that all rows have in the reduction
+  double common;      // the factor that all rows have in the reduction
+  double soft_slope;  // of the divergence in its exponents: kl_factor / T
+  float inverse_t;    // 1 / T, or 1 without a teacher
   double* losses;
 };
 
@@ -96,41 +99,103 @@ inline float origin_of(const float* z, const float* t, int64_t n, float max_z, f
   return at == n || t[at] == -kInf ? max_t : t[at];
 }
 
-// One row: its loss, and its gradient when it is wanted.
-inline void dense_row(const Job& job, const Scratch& s, int64_t i) {
-  const KdLoss& a = job.args;
-  const int64_t n = a.logits.cols, label = label_of(a, i);
-  const float inv_t = a.use_kl ? static_cast<float>(1.0 / a.temperature) : 1.0f;
-  float max_z = 0, max_t = 0;
-  const float* z = floats_of(job, a.logits, i, s.e, &max_z);
-  const double z_label = label < 0 ? 0.0 : static_cast<double>(z[label] - max_z);
-  const bool keep = a.grad != nullptr;
-  Sums sums;
-  double ratio = 0;  // of the student's and the teacher's normaliser, as a logarithm that counts as the sums do
-  if (a.use_kl) {
-    const float* t = floats_of(job, a.teacher, teacher_row(a, i), s.u, &max_t);
-    const float from_t = a.reverse ? origin_of(z, t, n, max_z, max_t) : max_t;
-    sums = job.kernels.pair[a.reverse][job.power](z, t, n, max_z, max_t, from_t, inv_t, keep, s);
-    ratio = std::log(sums.student / sums.teacher) +
-            (static_cast<double>(from_t) - static_cast<double>(max_t)) / a.temperature;
-  } else {
-    sums = job.kernels.student[job.power](z, n, max_z, inv_t, keep, s);
+// Rows that are computed together: each step is taken for all of them before the next, since the steps of one row wait
+// for each other.
+class DenseRows {
+ public:
+  static constexpr int64_t kMost = 8;             // their logarithms fill a vector
+  static constexpr int64_t kMostFloats = 1 << 12;  // of scratch, that stay in the nearest cache
+
+  // How many rows of `width` floats of scratch are computed together.
+  static int64_t count(int64_t width) { return std::clamp<int64_t>(kMostFloats / (3 * width), 1, kMost); }
+
+  // `floats`: scratch for count(width) rows, 3 * width each.
+  DenseRows(const Job& job, float* floats, int64_t width)
+      : job_(job), a_(job.args), floats_(floats), width_(width), room_(count(width)) {}
+
+  // Takes a row in; computes the rows taken in when there is no room for more.
+  void add(int64_t i) {
+    load(rows_[size_], i, floats_ + size_ * 3 * width_);
+    if (++size_ == room_) finish();
   }
-  const double kl = !a.use_kl ? 0.0 : a.reverse ? sums.cross / sums.student - ratio : sums.cross / sums.teacher + ratio;
-  const double ce = label < 0 ? 0.0 : std::log(sums.one) - z_label;
-  const double factor = weight_of(a, i) * job.common;
-  put_loss(job, i, factor, ce, kl);
-  if (!a.grad) return;
-  const double hard = a.use_ce ? factor * a.hold * a.ce_factor : 0.0;
-  const double soft = a.use_kl ? factor * a.hold * a.kl_factor / a.temperature : 0.0;
-  Slopes slopes;
-  slopes.one = static_cast<float>(hard / sums.one);
-  slopes.student = static_cast<float>(soft / sums.student);
-  slopes.teacher = a.use_kl ? static_cast<float>(soft / sums.teacher) : 0.0f;
-  slopes.shift = static_cast<float>(sums.cross / sums.student);
-  const bool bend = a.use_kl && a.reverse;
-  job.kernels.gradient[bend][job.power][a.logits.dtype](s, a.use_kl, n, slopes, gradient_row(a, i));
-  if (label >= 0) put_label(job, s, slopes, i, label, static_cast<float>(hard));
-}
+
+  void finish() {
+    double logs[2 * kMost];
+    std::fill(logs, logs + 2 * kMost, 1.0);
+    for (int64_t r = 0; r < size_; ++r) {
+      sum(rows_[r]);
+      logs[r] = rows_[r].sums.one;
+      if (a_.use_kl) logs[kMost + r] = rows_[r].sums.student / rows_[r].sums.teacher;
+    }
+    job_.kernels.logarithms(logs);
+    for (int64_t r = 0; r < size_; ++r) put(rows_[r], logs[r], logs[kMost + r]);
+    size_ = 0;
+  }
+
+ private:
+  struct Row {
+    int64_t at, label;
+    Scratch s;
+    const float *z, *t;
+    float max_z, max_t, from_t;
+    double z_label;  // of the label, relative to max z
+    Sums sums;
+  };
+
+  void load(Row& r, int64_t i, float* floats) const {
+    r.at = i;
+    r.label = label_of(a_, i);
+    r.s = {floats, floats + width_, floats + 2 * width_};
+    r.z = floats_of(job_, a_.logits, i, r.s.e, &r.max_z);
+    r.z_label = r.label < 0 ? 0.0 : static_cast<double>(r.z[r.label] - r.max_z);
+    if (!a_.use_kl) return;
+    r.t = floats_of(job_, a_.teacher, teacher_row(a_, i), r.s.u, &r.max_t);
+    r.from_t = a_.reverse ? origin_of(r.z, r.t, a_.logits.cols, r.max_z, r.max_t) : r.max_t;
+  }
+
+  void sum(Row& r) const {
+    const int64_t n = a_.logits.cols;
+    const bool keep = a_.grad != nullptr;
+    r.sums = a_.use_kl ? job_.kernels.pair[a_.reverse][job_.power](r.z, r.t, n, r.max_z, r.max_t, r.from_t,
+                                                                   job_.inverse_t, keep, r.s)
+                       : job_.kernels.student[job_.power](r.z, n, r.max_z, job_.inverse_t, keep, r.s);
+  }
+
+  // The row's loss, and its gradient when it is wanted, from the logarithms of sums.one and of sums.student /
+  // sums.teacher.
+  void put(const Row& r, double log_one, double log_ratio) const {
+    const double ce = r.label < 0 ? 0.0 : log_one - r.z_label;
+    double kl = 0;
+    if (a_.use_kl && a_.reverse) {
+      const double shift = (static_cast<double>(r.from_t) - static_cast<double>(r.max_t)) / a_.temperature;
+      kl = r.sums.cross / r.sums.student - (log_ratio + shift);
+    } else if (a_.use_kl) {
+      kl = r.sums.cross / r.sums.teacher + log_ratio;
+    }
+    const double factor = weight_of(a_, r.at) * job_.common;
+    put_loss(job_, r.at, factor, ce, kl);
+    if (a_.grad) put_gradient_row(r, factor * a_.hold);
+  }
+
+  void put_gradient_row(const Row& r, double factor) const {
+    const double hard = a_.use_ce ? factor * a_.ce_factor : 0.0;
+    const double soft = a_.use_kl ? factor * job_.soft_slope : 0.0;
+    const bool bend = a_.use_kl && a_.reverse;
+    Slopes slopes;
+    slopes.one = static_cast<float>(hard / r.sums.one);
+    slopes.student = static_cast<float>(soft / r.sums.student);
+    if (a_.use_kl) slopes.teacher = static_cast<float>(soft / r.sums.teacher);
+    if (bend) slopes.shift = static_cast<float>(r.sums.cross / r.sums.student);
+    const auto write = job_.kernels.gradient[bend][job_.power][a_.logits.dtype];
+    write(r.s, a_.use_kl, a_.logits.cols, slopes, gradient_row(a_, r.at));
+    if (r.label >= 0) put_label(job_, r.s, slopes, r.at, r.label, static_cast<float>(hard));
+  }
+
+  const Job& job_;
+  const KdLoss& a_;
+  float* floats_;
+  int64_t width_, room_, size_ = 0;
+  Row rows_[kMost];
+};
 
 }  // namespace kdfast

@@ -2,6 +2,7 @@
 // operands.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -70,16 +71,11 @@ Power power_of(const KdLoss& a) {
   return a.temperature == 2 ? kPowerTwo : a.temperature == 4 ? kPowerFour : kPowerAny;
 }
 
-void run_row(const Job& job, const Scratch& scratch, const TopK& topk, int64_t i) {
+// A row without loss and gradient.
+void put_nothing(const Job& job, int64_t i) {
   const KdLoss& a = job.args;
-  if (!counted(a, i)) {
-    put_loss(job, i, 0, 0, 0);
-    if (a.grad) std::memset(gradient_row(a, i), 0, static_cast<size_t>(a.logits.cols * size_of(a.logits.dtype)));
-  } else if (a.classes && a.use_kl) {
-    topk_row(job, scratch, topk, i);
-  } else {
-    dense_row(job, scratch, i);
-  }
+  put_loss(job, i, 0, 0, 0);
+  if (a.grad) std::memset(gradient_row(a, i), 0, static_cast<size_t>(a.logits.cols * size_of(a.logits.dtype)));
 }
 
 // Starts to fetch the head of a teacher's row, which lies anywhere: the hardware sees no pattern in picked rows.
@@ -100,20 +96,35 @@ int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes + kL
 void kd_loss(const KdLoss& a) {
   check_shapes(a);
   check_indices(a);
-  const int64_t width = scratch_size(a.logits.cols);
+  const int64_t width = scratch_size(a.logits.cols), floats_each = DenseRows::count(width) * 3 * width;
   const int64_t k = a.classes && a.use_kl ? a.teacher.cols : 0;
   const int threads = std::max(a.threads, 1);
   std::vector<double> losses(static_cast<size_t>(a.logits.rows));
-  std::vector<float> floats(static_cast<size_t>(threads * 3 * width));
+  // Not cleared: each thread's part stays in its own caches from one call to the next.
+  const std::unique_ptr<float[]> floats(new float[static_cast<size_t>(threads * floats_each)]);
   std::vector<double> terms(static_cast<size_t>(threads * 3 * k));
-  const Job job{a, row_kernels(a.isa_limit), power_of(a), common_factor(a), losses.data()};
+  const Job job{a,
+                row_kernels(a.isa_limit),
+                power_of(a),
+                common_factor(a),
+                a.kl_factor / a.temperature,
+                a.use_kl ? static_cast<float>(1.0 / a.temperature) : 1.0f,
+                losses.data()};
   parallel_rows(a.logits.rows, a.logits.cols + 100, threads, [&](int64_t begin, int64_t end, int slot) {
-    float* f = floats.data() + slot * 3 * width;
+    float* f = floats.get() + slot * floats_each;
     double* d = terms.data() + slot * 3 * k;
+    DenseRows dense(job, f, width);
     for (int64_t i = begin; i < end; ++i) {
       prefetch_teacher(a, i + kAhead);
-      run_row(job, {f, f + width, f + 2 * width}, {d, d + k, d + 2 * k}, i);
+      if (!counted(a, i)) {
+        put_nothing(job, i);
+      } else if (k > 0) {
+        topk_row(job, {f, f + width, f + 2 * width}, {d, d + k, d + 2 * k}, i);
+      } else {
+        dense.add(i);
+      }
     }
+    dense.finish();
   });
   if (a.reduction == kNone) {
     for (int64_t i = 0; i < a.logits.rows; ++i) a.loss[i] = static_cast<float>(losses[static_cast<size_t>(i)]);

@@ -6,6 +6,7 @@
 
 #include "dtype.h"
 #include "simd.h"
+#include "simd64.h"
 
 namespace kdfast {
 namespace {
@@ -103,7 +104,6 @@ KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float in
 template <int kPower, bool kReverse, int W>
 KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float from_t,
                              float inv_t, bool keep, Scratch s) {
-  const Floats<W> zero = splat<W>(0);
   Sum<W> one, student, teacher, cross;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -121,7 +121,7 @@ KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float ma
       // A class of probability zero adds nothing, even where the other side's logarithm is infinite.
       const Floats<W> weight = kReverse ? e : u;
       const Floats<W> gap = kReverse ? b - (teacher_logits - splat<W>(from_t)) * splat<W>(inv_t) : a - b;
-      cross.add_product(weight, select(weight == zero, zero, gap));
+      cross.add_product(weight, where_nonzero(weight, gap));
       if (keep) {
         store(s.e + i, e);
         store(s.u + i, kReverse ? gap : u);
@@ -139,8 +139,8 @@ KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float ma
 template <bool kReverse, int W>
 KDFAST_INLINE Floats<W> gradient_of(Floats<W> e, Floats<W> u, Floats<W> e1, Slopes s) {
   if constexpr (!kReverse) return fma(e1, splat<W>(s.one), fma(e, splat<W>(s.student), u * splat<W>(-s.teacher)));
-  const Floats<W> zero = splat<W>(0), soft = e * splat<W>(s.student) * (u - splat<W>(s.shift));
-  return fma(e1, splat<W>(s.one), select(e == zero, zero, soft));
+  const Floats<W> soft = e * splat<W>(s.student) * (u - splat<W>(s.shift));
+  return fma(e1, splat<W>(s.one), where_nonzero(e, soft));
 }
 
 template <int kPower, bool kReverse, int W>
@@ -208,7 +208,8 @@ KDFAST_INLINE void scale_body(const T* grad, T* out, int64_t n, float factor) {
   template <class T> attribute void scale_##suffix(const void* grad, void* out, int64_t n, float factor) {                   \
     scale_body<W>(static_cast<const T*>(grad), static_cast<T*>(out), n, factor);                                                \
   }                                                                                                                          \
-  attribute double sum_##suffix(const float* p, int64_t n) { return sum_row_body<W>(p, n); }
+  attribute double sum_##suffix(const float* p, int64_t n) { return sum_row_body<W>(p, n); }                                  \
+  attribute void logarithms_##suffix(double* x) { store(x, log_positive(load<W>(static_cast<const double*>(x)))); }
 KDFAST_FOR_EACH_ISA(KDFAST_ROW_KERNELS)
 
 #define KDFAST_BY_TYPE(f) {f<float>, f<BFloat16>, f<Float16>}
@@ -225,7 +226,8 @@ KDFAST_FOR_EACH_ISA(KDFAST_ROW_KERNELS)
       {KDFAST_BY_POWER_OF(pair_##suffix, false), KDFAST_BY_POWER_OF(pair_##suffix, true)},      \
       {KDFAST_GRADIENTS_OF(gradient_##suffix, false), KDFAST_GRADIENTS_OF(gradient_##suffix, true)}, \
       KDFAST_BY_TYPE(scale_##suffix),                                                \
-      sum_##suffix};
+      sum_##suffix,                                                                  \
+      logarithms_##suffix};
 KDFAST_FOR_EACH_ISA(KDFAST_TABLE)
 // clang-format on
 

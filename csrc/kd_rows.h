@@ -43,6 +43,8 @@ struct RowKernels {
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);
   // Sum of p[0, n), padded with zeros to a full vector.
   double (*sum)(const float* p, int64_t n);
+  // Replaces sixteen positive numbers by their logarithms.
+  void (*logarithms)(double* x);
 };
 
 // The table for the widest instruction set of this machine that is not above the limit.

@@ -160,11 +160,26 @@ KDFAST_INLINE void stream_end() {
 #endif
 }
 
-// The larger of each pair; b where a is NaN.
+// The larger of each pair; b where a is NaN. Assembly, because compilers make a comparison and a selection of it.
 template <int W>
 KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
-  KDFAST_EACH_PART(k) a.part[k] = a.part[k] > b.part[k] ? a.part[k] : b.part[k];
+  KDFAST_EACH_PART(k) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if constexpr (W >= 8) {
+      __asm__("vmaxps %2, %1, %0" : "=v"(a.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
+      continue;
+    }
+#endif
+    a.part[k] = a.part[k] > b.part[k] ? a.part[k] : b.part[k];
+  }
   return a;
+}
+
+// b where a is not zero, else zero, also where b is infinite or NaN.
+template <int W>
+KDFAST_INLINE Floats<W> where_nonzero(Floats<W> a, Floats<W> b) {
+  KDFAST_EACH_PART(k) b.part[k] = a.part[k] != 0.0f ? b.part[k] : 0.0f;
+  return b;
 }
 
 // a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because
@@ -208,13 +223,30 @@ KDFAST_INLINE float max_of(Floats<W> v) {
   return e > f ? e : f;
 }
 
+// The same in double. Assembly at the widest set: the compiler would convert halves and put them together.
+template <int W>
+KDFAST_INLINE Doubles8 widen(Floats8 v) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (W == 16) {
+    Doubles8 wide;
+    __asm__("vcvtps2pd %1, %0" : "=v"(wide) : "v"(v));
+    return wide;
+  }
+#endif
+  return __builtin_convertvector(v, Doubles8);
+}
+
 // Halves folded onto each other in double: the order of the additions is the same at every width.
 template <int W>
+KDFAST_INLINE Doubles4 quarter_sums(Floats<W> v) {
+  const Doubles8 a = widen<W>(half_of<Floats8>(v, 0)) + widen<W>(half_of<Floats8>(v, 1));
+  return half_of<Doubles4>(a, 0) + half_of<Doubles4>(a, 1);
+}
+
+template <int W>
 KDFAST_INLINE double sum_of(Floats<W> v) {
-  const Doubles8 a = __builtin_convertvector(half_of<Floats8>(v, 0), Doubles8) +
-                     __builtin_convertvector(half_of<Floats8>(v, 1), Doubles8);
-  const Doubles4 b = half_of<Doubles4>(a, 0) + half_of<Doubles4>(a, 1);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+  const Doubles4 a = quarter_sums(v);
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 // A sum that keeps float lanes for one block at a time and adds blocks in double: the error does not grow with the row.

@@ -28,6 +28,7 @@ struct Doubles {
 KDFAST_BINARY64(+)
 KDFAST_BINARY64(-)
 KDFAST_BINARY64(*)
+KDFAST_BINARY64(/)
 #undef KDFAST_BINARY64
 
 template <int W>
@@ -99,6 +100,33 @@ KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
     p.part[k] = p.part[k] * power;
   }
   return p;
+}
+
+// log(x) for normal x > 0, within two units in the last place; NaN stays NaN.
+template <int W>
+KDFAST_INLINE Doubles<W> log_positive(Doubles<W> x) {
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;  // bits of the square root of 1/2
+  Doubles<W> mantissa, exponent;                      // x = mantissa 2^exponent, mantissa in [sqrt 1/2, sqrt 2)
+  KDFAST_EACH_PART64(k) {
+    typename Doubles<W>::Bits bits, above;
+    std::memcpy(&bits, &x.part[k], sizeof bits);
+    // The exponent, shifted so that it is positive, in the low bits of 2^52: as a number, 2^52 more.
+    above = bits - kRootHalf + (uint64_t{1024} << 52);
+    bits -= (above & (uint64_t{0xfff} << 52)) - (uint64_t{1024} << 52);
+    above = (above >> 52) | (uint64_t{0x433} << 52);
+    std::memcpy(&mantissa.part[k], &bits, sizeof bits);
+    std::memcpy(&exponent.part[k], &above, sizeof above);
+  }
+  exponent = exponent - splat64<W>(4503599627370496.0 + 1024);
+  // log m = 2 artanh s, as a series.
+  const Doubles<W> one = splat64<W>(1.0), s = (mantissa - one) / (mantissa + one), square = s * s;
+  Doubles<W> p = splat64<W>(1.0 / 23);
+  for (int odd = 21; odd >= 3; odd -= 2) p = p * square + splat64<W>(1.0 / odd);
+  const Doubles<W> twice = s + s;
+  const Doubles<W> low = twice * (square * p) + exponent * splat64<W>(1.90821492927058770002e-10);
+  Doubles<W> result = exponent * splat64<W>(6.93147180369123816490e-1) + (twice + low);
+  KDFAST_EACH_PART64(k) result.part[k] = x.part[k] == x.part[k] ? result.part[k] : x.part[k];
+  return result;
 }
 
 }  // namespace kdfast

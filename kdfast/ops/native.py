@@ -21,8 +21,9 @@ extension = _native
 
 
 _native.learn_torch(
-    [Tensor, torch.nn.Parameter],
-    [torch.int64, *_DTYPES],
+    Tensor,
+    torch.nn.Parameter,
+    torch.float32,
     [
         torch.is_grad_enabled,
         torch._C._are_functorch_transforms_active,
