@@ -51,7 +51,8 @@ py::object call(py::handle function) { return checked(PyObject_CallNoArgs(functi
 // A new tensor on the device of x, in float32 or in the dtype of x.
 py::object empty(py::handle x, const py::tuple& shape, bool float32) {
   PyObject* arguments[] = {x.ptr(), shape.ptr(), torch.float32.ptr()};
-  return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, float32 ? names().empty_keywords : nullptr));
+  return checked(
+      PyObject_VectorcallMethod(names().new_empty, arguments, 2, float32 ? names().empty_keywords : nullptr));
 }
 
 void* data_of(py::handle x) {
@@ -100,8 +101,8 @@ bool read(py::handle x, int dims, Operand* out) {
 bool read_indices(py::handle x, int64_t n, const int64_t** data, int64_t* stride) {
   if (x.is_none()) return true;
   Operand indices;
-  if (!read(x, 1, &indices) || indices.type.code != dlpack::kInt || indices.type.bits != 64 ||
-      indices.sizes[0] != n) return false;
+  if (!read(x, 1, &indices) || indices.type.code != dlpack::kInt || indices.type.bits != 64 || indices.sizes[0] != n)
+    return false;
   *data = static_cast<const int64_t*>(indices.data);
   *stride = indices.strides[0];
   return true;
@@ -134,8 +135,9 @@ bool read_options(py::handle alpha, py::handle temperature, py::handle t_squared
 
 // Whether no transform, mode or trace wants to see what is called, and nothing but the native kernel was asked for.
 bool undisturbed(py::handle backend) {
-  return torch.view && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") && !is_true(call(torch.transforms_active)) &&
-         PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 && call(torch.tracing_state).is_none();
+  return torch.view && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") &&
+         !is_true(call(torch.transforms_active)) && PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 &&
+         call(torch.tracing_state).is_none();
 }
 
 // The loss and its gradient (None when nothing is to be differentiated), both fresh tensors; or None when the call is
@@ -180,7 +182,7 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
 void bind_kd_call(py::module_& m) {
   m.def("learn_torch", [](const py::object& tensor, const py::object& parameter, const py::object& float32,
                           const py::list& functions) {
-    py::handle* const known[] = {&torch.grad_enabled,  &torch.transforms_active, &torch.dispatch_modes,
+    py::handle* const known[] = {&torch.grad_enabled, &torch.transforms_active, &torch.dispatch_modes,
                                  &torch.tracing_state, &torch.large_tensor};
     torch.tensor = tensor.inc_ref();
     torch.parameter = parameter.inc_ref();

@@ -103,7 +103,7 @@ inline float origin_of(const float* z, const float* t, int64_t n, float max_z, f
 // for each other.
 class DenseRows {
  public:
-  static constexpr int64_t kMost = 8;             // their logarithms fill a vector
+  static constexpr int64_t kMost = 8;              // their logarithms fill a vector
   static constexpr int64_t kMostFloats = 1 << 12;  // of scratch, that stay in the nearest cache
 
   // How many rows of `width` floats of scratch are computed together.

@@ -93,7 +93,7 @@ class _Run:
 
     def steps(self, stop: StopRequest) -> None:
         """All remaining steps. The clock runs while training and stands while logging and saving."""
-        trainer, ranks = self.trainer, self.trainer.plan.ranks
+        trainer = self.trainer
         self.folder.write_status("running", **self.position())
         while trainer.step < trainer.total_steps:
             batches = trainer.batches.epoch(trainer.epoch, trainer.step % trainer.batches.per_epoch)
@@ -103,7 +103,7 @@ class _Run:
                     trainer.train_step(batch)
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
                     logs = epoch_ended or trainer.step % self.watch.log_every == 0
-                    stops = ranks.any(bool(stop.signal_name), trainer.plan.device)
+                    stops = self.stops(stop)
                     saves = stops or time.monotonic() - self.saved_at > self.watch.checkpoint_seconds
                     if not (logs or saves):
                         continue
@@ -116,15 +116,25 @@ class _Run:
                     if saves:
                         self.save()
                     if stops:
-                        raise Interrupted(
-                            f"stopped by {stop.signal_name or 'another process'} after step {trainer.step} of "
-                            f"{trainer.total_steps}; the same command goes on from there"
-                        )
+                        raise self.interrupted(stop)
                     clock = time.perf_counter()
             finally:
                 batches.close()
         trainer.check_finite()
         self.save()
+        # While the last step was logged and saved; what comes after this command must not start.
+        if self.stops(stop):
+            raise self.interrupted(stop)
+
+    def stops(self, stop: StopRequest) -> bool:
+        """Whether any process of the run was asked to stop."""
+        return self.trainer.plan.ranks.any(bool(stop.signal_name), self.trainer.plan.device)
+
+    def interrupted(self, stop: StopRequest) -> Interrupted:
+        return Interrupted(
+            f"stopped by {stop.signal_name or 'another process'} after step {self.trainer.step} of "
+            f"{self.trainer.total_steps}; the same command goes on from there"
+        )
 
     def save(self) -> None:
         self.folder.save_checkpoint(self.trainer.state(), self.trainer.step)

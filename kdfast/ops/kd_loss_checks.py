@@ -129,6 +129,8 @@ def _check_options(options: Options, direction: str) -> None:
         raise ShapeError(f"temperature is {options.temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
     if not isinstance(options.ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index is {options.ignore_index!r}: a whole number is needed")
+    if isinstance(options.ignore_index, int) and not -(2**63) <= options.ignore_index < 2**63:
+        raise ShapeError(f"ignore_index is {options.ignore_index}: no int64 label can be that")
     if options.reduction not in ("mean", "sum", "none"):
         raise ShapeError(f"reduction is {options.reduction!r}: 'mean', 'sum' or 'none' is needed")
     if direction not in ("forward", "reverse"):

@@ -1,8 +1,10 @@
 """kill -9 at random moments, the same command again: the same bytes; nothing half-written is accepted."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -160,3 +162,28 @@ def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> 
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     finish(command)
     assert json.loads(status.read_text())["state"] == "finished"
+
+
+def test_a_signal_while_the_last_step_is_logged_stops_the_command(kdfast, tiny, tmp_path, monkeypatch) -> None:
+    from kdfast.distill import train
+
+    def command(out: Path) -> list[object]:
+        return ["distill", "--data", tiny, "--student", "resnet8", "--epochs", 2, "--batch-size", 20, "--alpha", 0,
+                "--out", out]  # fmt: skip
+
+    log = train._Run.log
+
+    def signalled(run, epoch_ended: bool) -> None:
+        log(run, epoch_ended)
+        if run.trainer.step == run.trainer.total_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert kdfast(*command(tmp_path / "whole")).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "log", signalled)
+        ran = kdfast(*command(tmp_path / "cut"))
+    assert ran.code == 75
+    assert "stopped by SIGINT after step 12 of 12" in ran.err
+    assert not (tmp_path / "cut" / "result.json").exists()
+    assert kdfast(*command(tmp_path / "cut")).code == 0
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")

@@ -76,6 +76,7 @@ BAD = {
     "temperature tiny": ({"temperature": 1e-40}, ShapeError, "temperature is 1e-40: a positive number is needed"),
     "temperature meta": ({"temperature": torch.ones((), device="meta")}, TypeError, "temperature is a tensor.*on meta"),
     "temperature None": ({"temperature": None}, TypeError, "temperature is None"),
+    "ignore_index too large": ({"ignore_index": 2**63}, ShapeError, "no int64 label"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index is None: a whole number"),
     "temperature 0": ({"temperature": 0.0}, ShapeError, "temperature is 0.0"),
     "temperature inf": ({"temperature": math.inf}, ShapeError, "temperature is inf"),
