@@ -1,6 +1,7 @@
 """Per-sample gradient norms of whole networks: kdfast against opacus and torch.func.
 
     python bench/bench_grad_norms.py [--rounds 7] [--threads N] [--nets resnet18 depthwise] [--part network layers]
+                                     [--device cuda]
 
 Every contender gets the same network, batch and loss, and returns the norm of each sample's gradient over all
 parameters; each one is checked against float64 autograd before it is timed. Contenders take turns; a ratio is the
@@ -8,7 +9,8 @@ median over rounds, with quartiles. The peers are opacus (`ghost`: its fast grad
 without clipping; `per-sample`: its gradients) and `torch.func` (vmap over grad, in chunks that fit). `network` times
 forward, backward and norms; `layers` times what comes after them: from each convolution's input and output gradient to
 its norms, opacus by its own registered function. Peak memory is the rise of the resident set during one call, in a
-process of its own. opacus refuses batch norm, so the networks have group norm.
+process of its own; on a GPU, of the allocated memory. Networks and batches are the same on both, TF32 is off, and the
+bars are for a CPU. opacus refuses batch norm, so the networks have group norm.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import interleave, machine, table, write_results
 
 Call = Callable[[], Tensor]
-# Least ratios to opacus, of the part that is the norms' own.
+# Least ratios to opacus on a CPU, of the part that is the norms' own.
 BARS = {("resnet18", "layers"): 2.0, ("resnet18-imagenet", "layers"): 2.0, ("depthwise", "layers"): 5.0}
 
 
@@ -104,24 +106,24 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """Network, images and labels, the same every time."""
+def build(name: str, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Network, images and labels, the same every time and on every device."""
     torch.manual_seed(0)
     maker, side, n = NETS[name]
     model = maker().train()  # opacus captures in training mode only; nothing here behaves differently in it
-    return model, torch.randn(n, 3, side, side), torch.randint(0, 10, (n,))
+    return model.to(device), torch.randn(n, 3, side, side).to(device), torch.randint(0, 10, (n,)).to(device)
 
 
-def contenders(name: str) -> dict[str, Call]:
+def contenders(name: str, device: str) -> dict[str, Call]:
     """Name to a call that returns the norms; the first is ours."""
-    model, x, y = build(name)
+    model, x, y = build(name, device)
     found: dict[str, Call] = {"kdfast": lambda: kdfast.grad_norms(model, x, y)}
-    found |= opacus_contenders(name)
-    found["vmap"] = vmapped(*build(name))
+    found |= opacus_contenders(name, device)
+    found["vmap"] = vmapped(*build(name, device))
     return found
 
 
-def opacus_contenders(name: str) -> dict[str, Call]:
+def opacus_contenders(name: str, device: str) -> dict[str, Call]:
     """Opacus' two ways, when it is installed."""
     try:
         with warnings.catch_warnings():
@@ -129,9 +131,9 @@ def opacus_contenders(name: str) -> dict[str, Call]:
             from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     except ImportError:
         return {}
-    model, x, y = build(name)
+    model, x, y = build(name, device)
     ghost = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=1.0)
-    other, _, _ = build(name)
+    other, _, _ = build(name, device)
     full = GradSampleModule(other, loss_reduction="sum")
 
     def norms() -> Tensor:
@@ -150,7 +152,7 @@ def opacus_contenders(name: str) -> dict[str, Call]:
 
 
 def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
-    """torch.func: gradients of single samples under vmap, a quarter of a gigabyte of them at a time."""
+    """torch.func: gradients of single samples under vmap, a quarter of a gigabyte (GPU: four) of them at a time."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(q: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
@@ -159,14 +161,15 @@ def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
     def norm(q: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return torch.stack([g.square().sum() for g in grad(loss)(q, image, label).values()]).sum().sqrt()
 
+    memory = 2**32 if x.is_cuda else 2**28
     size = sum(p.numel() * p.element_size() for p in params.values())
-    many = vmap(norm, (None, 0, 0), chunk_size=max(1, 2**28 // size))
+    many = vmap(norm, (None, 0, 0), chunk_size=max(1, memory // size))
     return lambda: many(params, x, y)
 
 
 def truth(name: str) -> Tensor:
-    """Norms by autograd in float64, one sample after another, of the first two samples."""
-    model, x, y = build(name)
+    """Norms by autograd in float64, one sample after another, of the first two samples; always on the CPU."""
+    model, x, y = build(name, "cpu")
     model.double()
     out = []
     for i in range(2):
@@ -175,20 +178,21 @@ def truth(name: str) -> Tensor:
     return torch.stack(out).sqrt()
 
 
-def check(calls: dict[str, Call], expected: Tensor) -> dict[str, float]:
+def check(calls: dict[str, Call], expected: Tensor, device: str) -> dict[str, float]:
     """Relative errors of the first samples; raises when one is no rounding error, in float32 and over many layers."""
     errors = {
-        name: ((call()[: len(expected)] - expected).abs() / expected).max().item() for name, call in calls.items()
+        name: ((call()[: len(expected)].cpu() - expected).abs() / expected).max().item() for name, call in calls.items()
     }
+    limit = 1e-5 if device == "cpu" else 1e-4  # cuDNN may take algorithms that round more, such as Winograd's
     for name, error in errors.items():
-        if not error < (1e-5 if name == "kdfast" else 1e-3):
+        if not error < (limit if name == "kdfast" else 1e-3):
             raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
     return errors
 
 
-def captured(name: str, keep: Callable[[nn.Conv2d], bool]) -> list[tuple[nn.Conv2d, Tensor, Tensor]]:
+def captured(name: str, keep: Callable[[nn.Conv2d], bool], device: str) -> list[tuple[nn.Conv2d, Tensor, Tensor]]:
     """Convolutions with their input and output gradient."""
-    model, x, y = build(name)
+    model, x, y = build(name, device)
     seen: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
 
@@ -204,12 +208,12 @@ def captured(name: str, keep: Callable[[nn.Conv2d], bool]) -> list[tuple[nn.Conv
     return [(layer, a, b.contiguous()) for (layer, a, _), b in zip(seen, grads, strict=True)]
 
 
-def layer_contenders(name: str) -> tuple[dict[str, Call], Tensor]:
+def layer_contenders(name: str, device: str) -> tuple[dict[str, Call], Tensor]:
     """From captured tensors to the convolutions' norms: ours and opacus' function; and the truth, in float64."""
-    calls = captured(name, (lambda layer: layer.groups > 1) if name == "depthwise" else (lambda layer: True))
+    calls = captured(name, (lambda layer: layer.groups > 1) if name == "depthwise" else (lambda layer: True), device)
     parts = [LAYERS[nn.Conv2d](*call)["weight"] for call in calls]
     exact = [LAYERS[nn.Conv2d](layer, a[:2].double(), b[:2].double())["weight"]() for layer, a, b in calls]
-    expected = torch.stack([ghost_norms.squares(part, "direct") for part in exact]).sum(0).sqrt()
+    expected = torch.stack([ghost_norms.squares(part, "direct") for part in exact]).sum(0).sqrt().cpu()
     found: dict[str, Call] = {"kdfast": lambda: torch.stack([Ways().squares(part()) for part in parts]).sum(0).sqrt()}
     try:
         with warnings.catch_warnings():
@@ -230,7 +234,7 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 torch.set_num_threads({threads})
 import bench_grad_norms as b
-call = b.contenders({name!r})[{what!r}]
+call = b.contenders({name!r}, "cpu")[{what!r}]
 call()
 open("/proc/self/clear_refs", "w").write("5")
 read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -240,8 +244,13 @@ print((read("VmHWM") - before) / 2**20)
 """
 
 
-def peak(name: str, what: str) -> str:
-    """Rise of the resident set in MB during a second call."""
+def peak(name: str, what: str, call: Call, device: str) -> str:
+    """Rise of the memory in use in MB, during a call that is not the first."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
     if not sys.platform.startswith("linux"):
         return ""
     code = PEAK.format(folder=str(Path(__file__).parent), name=name, what=what, threads=torch.get_num_threads())
@@ -249,16 +258,16 @@ def peak(name: str, what: str) -> str:
     return f"{float(run.stdout.split()[-1]):.0f}"
 
 
-def measure(name: str, part: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, part: str, rounds: int, device: str) -> list[dict[str, Any]]:
     """One row of the table for each contender."""
     whole = part == "network"
-    calls, expected = (contenders(name), truth(name)) if whole else layer_contenders(name)
-    errors = check(calls, expected)
-    timings = interleave(calls, rounds)
+    calls, expected = (contenders(name, device), truth(name)) if whole else layer_contenders(name, device)
+    errors = check(calls, expected, device)
+    timings = interleave(calls, rounds, device=device)
     rows = []
     for what, timing in timings.items():
         ratio = timings["kdfast"].ratio_to(timing)
-        bar = BARS.get((name, part)) if what == "opacus" else None
+        bar = BARS.get((name, part)) if what == "opacus" and device == "cpu" else None
         rows.append(
             {
                 "net": name,
@@ -270,15 +279,16 @@ def measure(name: str, part: str, rounds: int) -> list[dict[str, Any]]:
                 "kdfast is faster": "" if what == "kdfast" else f"{ratio[0]:.2f}x ({ratio[1]:.2f}-{ratio[2]:.2f})",
                 "bar": "" if bar is None else f">= {bar:g}x {'met' if ratio[0] >= bar else 'MISSED'}",
                 "error": f"{errors[what]:.0e}",
-                "peak MB": peak(name, what) if whole else "",
+                "peak MB": peak(name, what, calls[what], device) if whole else "",
             }
         )
     return rows
 
 
 def main() -> None:
-    """Print the table and write bench/results/grad_norms.json."""
+    """Print the table and write bench/results/grad_norms*.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--nets", nargs="*", default=["resnet18", "depthwise", "resnet18-imagenet"], choices=list(NETS))
@@ -287,14 +297,18 @@ def main() -> None:
     warnings.simplefilter("ignore")  # opacus warns of full backward hooks
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = []
+    if options.device == "cuda":  # convolutions have TF32 on otherwise, and in some containers products too
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    topic = "grad_norms" if options.device == "cpu" else "grad_norms_cuda"
+    rows: list[dict[str, Any]] = []
     for name in options.nets:
         for part in options.part:
-            found = measure(name, part, options.rounds)
+            found = measure(name, part, options.rounds, options.device)
             print(table(found), flush=True)
             rows += found
-    print(f"\n{table(rows)}\n{machine()}")
-    print(write_results("grad_norms", rows, rounds=options.rounds, opacus=opacus_version()))
+            # After each part: a run that is ended early leaves what it has.
+            path = write_results(topic, rows, rounds=options.rounds, opacus=opacus_version())
+    print(f"\n{table(rows)}\n{machine()}\n{path}")
 
 
 def opacus_version() -> str | None:

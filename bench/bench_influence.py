@@ -1,6 +1,6 @@
 """The softmax head's gradient norms, Hessian products and influence: against opacus, torch.func, and bare products.
 
-    python bench/bench_influence.py speed [--rounds 11] [--threads N]
+    python bench/bench_influence.py speed [--rounds 11] [--threads N] [--device cuda]
     python bench/bench_influence.py planted --data cifar-10-batches-py --cache cache [--share 0.05] [--seed 0]
 
 `speed`: every contender is first checked against float64. `norms`: from features and weights to the norm of each
@@ -8,7 +8,8 @@ sample's gradient; opacus materialises the gradients (`per-sample`) or does not 
 `hvp`: K products with the Hessian; torch.func's `jvp(grad)` and `grad(grad . v)`, under vmap for K > 1; `+ logits`
 computes the logits too, which the others do each time and kdfast takes as given; `bare` is the two matrix products
 that are unavoidable, over all samples at once. Contenders take turns; a ratio is the median over rounds, with
-quartiles. Peak memory is the rise of the resident set during one call, in a process of its own.
+quartiles. Peak memory is the rise of the resident set during one call, in a process of its own; on a GPU, of the
+allocated memory. Inputs are the same on both, TF32 is off, and the bars are for a CPU.
 
 `planted`: flips a share of the training labels, scores all samples on the teacher's cached features, and reports how
 well the scores find the flipped ones (AUC), once with the teacher's own head and once with a head that Newton's method
@@ -49,12 +50,14 @@ PRODUCT_BARS = {(512, 100, 1, "jvp(grad)"): 5.0, (512, 100, 64, "jvp(grad)"): 1.
 OVERHEAD = 1.3
 
 
-def head(n: int, d: int, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, weights (C, D + 1), labels and logits, the same every time."""
+def head(n: int, d: int, c: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, weights (C, D + 1), labels and logits, the same every time and on every device."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=generator)
     w = torch.randn(c, d + 1, generator=generator) * 2 / d**0.5
-    return x, w, torch.randint(0, c, (n,), generator=generator), kdfast.head_logits(x, w)
+    y = torch.randint(0, c, (n,), generator=generator)
+    x, w, y = (tensor.to(device) for tensor in (x, w, y))
+    return x, w, y, kdfast.head_logits(x, w)
 
 
 def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -67,7 +70,7 @@ def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
         return {}
 
     def layer() -> nn.Linear:
-        linear = nn.Linear(w.shape[1] - 1, w.shape[0])
+        linear = nn.Linear(w.shape[1] - 1, w.shape[0], device=w.device)
         with torch.no_grad():
             linear.weight.copy_(w[:, :-1])
             linear.bias.copy_(w[:, -1])
@@ -93,9 +96,9 @@ def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
     return {"opacus per-sample": per_sample, "opacus ghost": norms}
 
 
-def norm_contenders(n: int, d: int, c: int) -> tuple[dict[str, Call], Tensor]:
+def norm_contenders(n: int, d: int, c: int, *, device: str) -> tuple[dict[str, Call], Tensor]:
     """Name to call, and the norms by autograd in float64."""
-    x, w, y, _ = head(n, d, c)
+    x, w, y, _ = head(n, d, c, device)
 
     def loss(w: Tensor, row: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy((row @ w[:, :-1].mT + w[:, -1])[None], label[None])
@@ -108,13 +111,14 @@ def norm_contenders(n: int, d: int, c: int) -> tuple[dict[str, Call], Tensor]:
     return found, each(w.double(), x[few].double(), y[few]).flatten(1).norm(dim=1)
 
 
-def product_contenders(n: int, d: int, c: int, k: int) -> tuple[dict[str, Call], Tensor]:
+def product_contenders(n: int, d: int, c: int, k: int, *, device: str) -> tuple[dict[str, Call], Tensor]:
     """Name to call, and the products by torch.func in float64. Without a bias, which all but kdfast would pad."""
-    x, w, y, _ = head(n, d, c)
+    x, w, y, _ = head(n, d, c, device)
     w = w[:, :-1].contiguous()
     z = x @ w.mT
-    v = torch.randn(k, c, d, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(k, c, d, generator=torch.Generator().manual_seed(1)).to(device)
     flat = v.flatten(0, 1)
+    chunk = 16 if device == "cpu" else None  # a GPU is fastest with all of them at once, which fit there
 
     def forward(w: Tensor, x: Tensor, one: Tensor) -> Tensor:
         return jvp(grad(lambda w: F.cross_entropy(x @ w.mT, y)), (w,), (one,))[1]
@@ -123,7 +127,7 @@ def product_contenders(n: int, d: int, c: int, k: int) -> tuple[dict[str, Call],
         return grad(lambda w: (grad(lambda w: F.cross_entropy(x @ w.mT, y))(w) * one).sum())(w)
 
     def many(f: Callable[[Tensor], Tensor]) -> Call:
-        return (lambda: f(v[0])[None]) if k == 1 else (lambda: vmap(f, chunk_size=16)(v))
+        return (lambda: f(v[0])[None]) if k == 1 else (lambda: vmap(f, chunk_size=chunk)(v))
 
     found: dict[str, Call] = {
         "kdfast": lambda: kdfast.head_hvp(x, z, v, bias=False),
@@ -135,16 +139,16 @@ def product_contenders(n: int, d: int, c: int, k: int) -> tuple[dict[str, Call],
     return found, forward(w.double(), x.double(), v[0].double())
 
 
-def measure(name: str, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, sizes: tuple[int, ...], rounds: int, device: str) -> list[dict[str, Any]]:
     """One row of the table for each contender."""
     norms = name == "norms"
-    calls, truth = norm_contenders(*sizes) if norms else product_contenders(*sizes)
+    calls, truth = (norm_contenders if norms else product_contenders)(*sizes, device=device)
     for who, call in calls.items():
         found = call()[: len(truth)] if norms else call()[0]
         error = float((found.double() - truth).norm() / truth.norm())
         if who != "bare" and not error < 1e-4:
             raise AssertionError(f"{who} is wrong: relative error {error:.1e}")
-    timings = interleave(calls, rounds)
+    timings = interleave(calls, rounds, device=device)
     rows = []
     for who, timing in timings.items():
         ratio = timings["kdfast"].ratio_to(timing)
@@ -153,10 +157,10 @@ def measure(name: str, sizes: tuple[int, ...], rounds: int) -> list[dict[str, An
                 "what": name,
                 **dict(zip(("N", "D", "C", "K"), (*sizes, "")[:4], strict=True)),
                 "who": who,
-                "ms": f"{timing.median * 1e3:.2f}",
+                "ms": f"{timing.median * 1e3:.{2 if device == 'cpu' else 3}f}",
                 "kdfast is faster": "" if who == "kdfast" else f"{ratio[0]:.2f}x ({ratio[1]:.2f}-{ratio[2]:.2f})",
-                "bar": verdict(name, sizes, who, ratio[0]),
-                "peak MB": f"{peak(name, sizes, who):.0f}",
+                "bar": verdict(name, sizes, who, ratio[0]) if device == "cpu" else "",
+                "peak MB": f"{peak(name, sizes, who, calls[who], device):.0f}",
             }
         )
     return rows
@@ -177,8 +181,8 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {folder!r})
 import bench_influence as b
 make = b.norm_contenders if {name!r} == "norms" else b.product_contenders
-make(8, *{sizes!r}[1:])[0][{who!r}]()
-call = make(*{sizes!r})[0][{who!r}]
+make(8, *{sizes!r}[1:], device="cpu")[0][{who!r}]()
+call = make(*{sizes!r}, device="cpu")[0][{who!r}]
 read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 open("/proc/self/clear_refs", "w").write("5")
 before = read("VmRSS")
@@ -187,8 +191,13 @@ print(read("VmHWM") - before)
 """
 
 
-def peak(name: str, sizes: tuple[int, ...], who: str) -> float:
-    """Megabytes by which the resident set rises during one call; NaN where the system does not say."""
+def peak(name: str, sizes: tuple[int, ...], who: str, call: Call, device: str) -> float:
+    """Megabytes by which the memory in use rises during one call; NaN where the system does not say."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not sys.platform.startswith("linux"):
         return float("nan")
     code = PEAK.format(folder=str(Path(__file__).parent), name=name, sizes=sizes, who=who)
@@ -196,17 +205,21 @@ def peak(name: str, sizes: tuple[int, ...], who: str) -> float:
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Print the table and write bench/results/influence.json."""
-    rows = []
+    """Print the table and write bench/results/influence*.json."""
+    topic = "influence" if options.device == "cpu" else "influence_cuda"
+    rows: list[dict[str, Any]] = []
     for name, grid in (("norms", NORMS), ("hvp", PRODUCTS)):
         for sizes in grid:
-            rows += measure(name, sizes, options.rounds)
-            print(table(rows[-5 if name == "hvp" else -4 :]), flush=True)
-    print(f"\n{table(rows)}\n{machine()}\n{write_results('influence', rows, rounds=options.rounds)}")
+            first = len(rows)
+            rows += measure(name, sizes, options.rounds, options.device)
+            print(table(rows[first:]), flush=True)
+            # After each size: a run that is ended early leaves what it has.
+            path = write_results(topic, rows, rounds=options.rounds)
+    print(f"\n{table(rows)}\n{machine()}\n{path}")
 
 
 def planted(options: argparse.Namespace) -> None:
-    """Print AUC and seconds and write bench/results/influence_planted.json."""
+    """Print AUC and seconds and write bench/results/influence_planted*.json."""
     from kdfast.data.relabel import flip_labels
     from kdfast.data.sources import open_source
     from kdfast.teacher.cache import TeacherCache
@@ -215,20 +228,33 @@ def planted(options: argparse.Namespace) -> None:
     cache = TeacherCache.open(options.cache)
     true = source.train.labels
     noisy = flip_labels(true, options.share, options.seed, len(source.classes))
-    x, z = (torch.from_numpy(np.array(a)) for a in (cache.features(), cache.identity_logits()))
-    y, flipped = torch.from_numpy(noisy), noisy != true
+    arrays = (cache.features(), cache.identity_logits(), noisy)
+    x, z, y = (torch.from_numpy(np.array(a)).to(options.device) for a in arrays)
+    flipped = noisy != true
     rows = []
     for head_name in ("teacher's", "refitted"):
         fit = 0.0
         if head_name == "refitted":
-            start = time.perf_counter()
-            w = kdfast.head_newton(x, y, l2=options.l2)
-            fit, z = time.perf_counter() - start, kdfast.head_logits(x, w).float()
+            w, fit = timed(lambda: kdfast.head_newton(x, y, l2=options.l2), options.device)
+            z = kdfast.head_logits(x, w).float()
         rows += score_rows(head_name, x, z, y, flipped, options.l2, fit)
     rows += against_opacus(x, y, options)
     print(f"{table(rows)}\n{machine()}")
     settings = {"share": options.share, "seed": options.seed, "l2": options.l2, "fingerprint": source.fingerprint}
-    print(write_results("influence_planted", rows, **settings))
+    topic = "influence_planted" if options.device == "cpu" else "influence_planted_cuda"
+    print(write_results(topic, rows, **settings))
+
+
+def timed(call: Call, device: str) -> tuple[Tensor, float]:
+    """What a call returns, and its seconds; on a GPU those of the second one, as the first loads libraries."""
+    if device == "cuda":
+        call()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
 def score_rows(name: str, x: Tensor, z: Tensor, y: Tensor, flipped: Any, l2: float, fit: float) -> list[dict[str, Any]]:
@@ -239,20 +265,19 @@ def score_rows(name: str, x: Tensor, z: Tensor, y: Tensor, flipped: Any, l2: flo
         "gradient norm": lambda: kdfast.head_grad_norms(z, y, x),
         "self-influence": lambda: kdfast.head_self_influence(x, z, y, l2=l2),
     }
+    cpu = x.device.type == "cpu"
     rows = []
     for score, call in scores.items():
-        start = time.perf_counter()
-        values = call()
-        seconds = time.perf_counter() - start
+        values, seconds = timed(call, x.device.type)
         rows.append(
             {
                 "head": name,
                 "score": score,
                 "samples": len(y),
-                "AUC": f"{roc_auc_score(flipped, values.numpy()):.4f}",
-                "bar": ">= 0.95",
-                "seconds": f"{seconds:.3f}",
-                "limit": "< 10",
+                "AUC": f"{roc_auc_score(flipped, values.cpu().numpy()):.4f}",
+                "bar": ">= 0.95" if cpu else "",
+                "seconds": f"{seconds:.{3 if cpu else 5}f}",
+                "limit": "< 10" if cpu else "",
                 "fit seconds": f"{fit:.2f}",
                 "kdfast is faster": "",
             }
@@ -272,7 +297,7 @@ def against_opacus(x: Tensor, y: Tensor, options: argparse.Namespace) -> list[di
     for name, call in calls.items():
         if not torch.allclose(call(), truth, rtol=1e-3, atol=1e-5 * float(truth.max())):
             raise AssertionError(f"{name} disagrees with kdfast")
-    timings = interleave(calls, options.rounds)
+    timings = interleave(calls, options.rounds, device=options.device)
     rows = []
     for name, timing in timings.items():
         ratio = timings["kdfast"].ratio_to(timing)
@@ -282,7 +307,7 @@ def against_opacus(x: Tensor, y: Tensor, options: argparse.Namespace) -> list[di
                 "head": "refitted",
                 "score": f"gradient norm by {name}",
                 "samples": len(y),
-                "seconds": f"{timing.median:.3f}",
+                "seconds": f"{timing.median:.{3 if options.device == 'cpu' else 5}f}",
                 "kdfast is faster": faster,
             }
         )
@@ -293,6 +318,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["speed", "planted"], nargs="?", default="speed")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--data", help="planted: a labelled source, such as cifar-10-batches-py")
@@ -303,6 +329,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False  # some containers turn it on
     if options.part == "planted" and not (options.data and options.cache):
         parser.error("planted needs --data and --cache")
     (planted if options.part == "planted" else speed)(options)

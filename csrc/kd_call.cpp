@@ -28,12 +28,15 @@ struct Torch {
 
 constexpr int64_t kLarge = 1 << 20;  // bytes from which on memory is worth using again: see kdfast.ops.memory
 
+// Python objects that calls need again and again.
 struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
   PyObject* empty_keywords = PyTuple_Pack(1, dtype);
+  PyObject* native = PyUnicode_InternFromString("native");
+  PyObject* one = PyFloat_FromDouble(1);
 };
 
 const Names& names() {
@@ -140,8 +143,9 @@ bool undisturbed(py::handle backend) {
          call(torch.tracing_state).is_none();
 }
 
-// The loss and its gradient (None when nothing is to be differentiated), both fresh tensors; or None when the call is
-// not a plain one: a mean or a sum over CPU tensors in float32 or bfloat16, with a full teacher and without weights.
+// The loss and its gradient (None when nothing is to be differentiated), both fresh tensors, the name of this backend
+// and the power of two that the gradient is held by, which is one; or None when the call is not a plain one: a mean or
+// a sum over CPU tensors in float32 or bfloat16, with a full teacher and without weights.
 py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle teacher, py::handle rows,
                               py::handle alpha, py::handle temperature, py::handle t_squared, py::handle ignore_index,
                               py::handle reduction, py::handle backend, py::handle direction, int threads) {
@@ -174,7 +178,7 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
     py::gil_scoped_release release;
     kd_loss(a);
   }
-  return py::make_tuple(loss, grad);
+  return checked(PyTuple_Pack(4, loss.ptr(), grad.ptr(), names().native, names().one));
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kAhead = 3;  // rows
+constexpr int64_t kAhead = 3;  // rows; more when more are computed together
 
 [[noreturn]] void out_of_range(const std::string& what, int64_t value, const std::string& owner, int64_t size) {
   throw std::out_of_range(what + " is " + std::to_string(value) + ", but " + owner + " " + std::to_string(size) +
@@ -98,6 +98,7 @@ void kd_loss(const KdLoss& a) {
   check_indices(a);
   const int64_t width = scratch_size(a.logits.cols), floats_each = DenseRows::count(width) * 3 * width;
   const int64_t k = a.classes && a.use_kl ? a.teacher.cols : 0;
+  const int64_t ahead = std::max(kAhead, DenseRows::count(width));
   const int threads = std::max(a.threads, 1);
   std::vector<double> losses(static_cast<size_t>(a.logits.rows));
   // Not cleared: each thread's part stays in its own caches from one call to the next.
@@ -115,7 +116,7 @@ void kd_loss(const KdLoss& a) {
     double* d = terms.data() + slot * 3 * k;
     DenseRows dense(job, f, width);
     for (int64_t i = begin; i < end; ++i) {
-      prefetch_teacher(a, i + kAhead);
+      prefetch_teacher(a, i + ahead);
       if (!counted(a, i)) {
         put_nothing(job, i);
       } else if (k > 0) {

@@ -88,7 +88,7 @@ def kd_loss(
             torch.get_num_threads(),
         )  # fmt: skip
         if plain is not None:
-            loss: Tensor = plain[0] if plain[1] is None else tie_to_logits(logits, plain, "native", 1.0)
+            loss: Tensor = plain[0] if plain[1] is None else tie_to_logits(logits, plain)
             return loss
     alpha, temperature = number("alpha", alpha), number("temperature", temperature)
     options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
@@ -238,9 +238,9 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
     logits = operands.logits
     if not torch.compiler.is_compiling() and plain_eager(logits):
         if torch.is_grad_enabled() and logits.requires_grad:
-            result = launch(backend, operands._replace(logits=logits.detach()), options, need_grad=True)
+            loss, grad = launch(backend, operands._replace(logits=logits.detach()), options, need_grad=True)
             hold = hold_of(logits.dtype, options, operands.weights is not None)
-            return tie_to_logits(logits, result, backend, hold)
+            return tie_to_logits(logits, (loss, grad, backend, hold))
         return launch(backend, operands, options, need_grad=False)[0]
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # A wrapped tensor does not say whether an outer transform differentiates it.
@@ -249,8 +249,8 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
     else:
         need_grad = torch.is_grad_enabled() and logits.requires_grad
         result = kd_loss_op(*operands, *options, backend, need_grad)
-    loss: Tensor = result[0]
-    return loss
+    tied: Tensor = result[0]
+    return tied
 
 
 def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:

@@ -26,6 +26,8 @@ from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, launch, scale_
 __all__ = ["FunctionalKDLoss", "kd_loss_op", "scale_op", "tie_to_logits"]
 
 Result = tuple[Tensor, Tensor]
+Kept = tuple[Tensor, Tensor, str, float]
+"""Loss, gradient, the backend that scales it, and the power of two that it is held by."""
 
 
 @torch.library.custom_op("kdfast::kd_loss", mutates_args=())
@@ -206,27 +208,28 @@ class EagerKDLoss(torch.autograd.Function):
     """Ties a loss that is computed already to plain logits in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, result: Result, backend: str, hold: float) -> Tensor:
-        """Keep the gradient."""
-        loss, grad = result
-        ctx.backend = backend
-        ctx.scale = 1 / hold
-        ctx.save_for_backward(grad, loss)
+    def forward(ctx: Any, logits: Tensor, kept: Kept) -> Tensor:
+        """Keep the gradient: as an attribute, since saving a tensor and asking for it costs a tenth of a small call."""
+        loss: Tensor = kept[0]
+        ctx.save_for_backward(loss)
+        ctx.kept = kept[1:]  # not the loss, which holds this node: nothing would free either
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         """Scale the kept gradient: in its own memory when this is the only backward pass through the graph."""
-        grad, loss = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            scaled = FunctionalScale.apply(grad, grad_loss, loss, ctx.scale, ctx.backend)  # type: ignore[no-untyped-call]
-            return scaled, None, None, None
-        in_place = not _keeps_graph()
-        scaled = scale_rows(ctx.backend, grad, grad_loss, ctx.scale, in_place)
-        # A leaf takes over a gradient that nobody else holds; it would copy the very tensor that the graph has saved.
-        return scaled.detach(), None, None, None
+        if ctx.kept is None or _is_grad_enabled():  # the latter is create_graph=True
+            (loss,) = ctx.saved_tensors  # raises in a second pass through a graph that was not retained
+            grad, backend, hold = ctx.kept
+            return FunctionalScale.apply(grad, grad_loss, loss, 1 / hold, backend), None  # type: ignore[no-untyped-call]
+        grad, backend, hold = ctx.kept
+        last = not _keeps_graph()
+        if last:
+            ctx.kept = None
+        return scale_rows(backend, grad, grad_loss, 1 / hold, last), None
 
 
+_is_grad_enabled = torch.is_grad_enabled
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 # Without the wrapper that looks for transforms of torch.func: callers have made sure that there are none.
-tie_to_logits: Callable[[Tensor, Result, str, float], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply
+tie_to_logits: Callable[[Tensor, Kept], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply

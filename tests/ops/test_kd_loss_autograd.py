@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -103,7 +106,33 @@ def test_no_gradient_is_computed_without_need(args, monkeypatch):
     with torch.inference_mode():
         kdfast.kd_loss(z, *args[1:])
     kdfast.kd_loss(z.detach(), *args[1:])
-    assert [grad for _, grad in results] == [None] * 3
+    assert [found[1] for found in results] == [None] * 3
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypatch, differentiated):
+    from kdfast.ops import native
+
+    seen = []
+    plain = native.plain_kd_loss
+
+    def spy(*a):
+        found = plain(*a)
+        seen.append(weakref.ref(found[1]))
+        return found
+
+    monkeypatch.setattr(native, "plain_kd_loss", spy)
+    z = args[0].requires_grad_()
+    gc.disable()
+    try:
+        loss = kdfast.kd_loss(z, *args[1:])
+        if differentiated:
+            torch.autograd.grad(loss, z)
+            assert seen[0]() is None, "the loss holds a gradient that was handed out"
+        del loss
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_gradcheck_of_the_reference(args):
