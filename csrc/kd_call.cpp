@@ -143,9 +143,10 @@ bool undisturbed(py::handle backend) {
          call(torch.tracing_state).is_none();
 }
 
-// The loss and its gradient (None when nothing is to be differentiated), both fresh tensors, the name of this backend
-// and the power of two that the gradient is held by, which is one; or None when the call is not a plain one: a mean or
-// a sum over CPU tensors in float32 or bfloat16, with a full teacher and without weights.
+// The loss, and what the backward pass needs: its gradient, the name of this backend and the power of two that the
+// gradient is held by, which is one; or None in its place when nothing is to be differentiated. Both tensors are fresh.
+// None when the call is not a plain one: a mean or a sum over CPU tensors in float32 or bfloat16, with a full teacher
+// and without weights.
 py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle teacher, py::handle rows,
                               py::handle alpha, py::handle temperature, py::handle t_squared, py::handle ignore_index,
                               py::handle reduction, py::handle backend, py::handle direction, int threads) {
@@ -167,18 +168,19 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
   a.isa_limit = kWidestIsa;
   const py::object loss = empty(logits, py::tuple(), z.code() != kFloat32);
   a.loss = static_cast<float*>(data_of(loss));
-  py::object grad = py::none();
+  py::object kept = py::none();
   if (requires_grad(logits) && is_true(call(torch.grad_enabled))) {
     const bool large = z.sizes[0] * z.sizes[1] * size_of(z.code()) >= kLarge;
     const py::tuple shape = py::make_tuple(z.sizes[0], z.sizes[1]);
-    grad = large ? torch.large_tensor(logits, shape) : empty(logits, shape, false);
+    const py::object grad = large ? py::object(torch.large_tensor(logits, shape)) : empty(logits, shape, false);
     a.grad = data_of(grad);
+    kept = checked(PyTuple_Pack(3, grad.ptr(), names().native, names().one));
   }
   {
     py::gil_scoped_release release;
     kd_loss(a);
   }
-  return checked(PyTuple_Pack(4, loss.ptr(), grad.ptr(), names().native, names().one));
+  return checked(PyTuple_Pack(2, loss.ptr(), kept.ptr()));
 }
 
 }  // namespace

@@ -240,7 +240,7 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
         if torch.is_grad_enabled() and logits.requires_grad:
             loss, grad = launch(backend, operands._replace(logits=logits.detach()), options, need_grad=True)
             hold = hold_of(logits.dtype, options, operands.weights is not None)
-            return tie_to_logits(logits, (loss, grad, backend, hold))
+            return tie_to_logits(logits, (loss, (grad, backend, hold)))
         return launch(backend, operands, options, need_grad=False)[0]
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # A wrapped tensor does not say whether an outer transform differentiates it.

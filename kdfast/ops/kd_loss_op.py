@@ -26,8 +26,8 @@ from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, launch, scale_
 __all__ = ["FunctionalKDLoss", "kd_loss_op", "scale_op", "tie_to_logits"]
 
 Result = tuple[Tensor, Tensor]
-Kept = tuple[Tensor, Tensor, str, float]
-"""Loss, gradient, the backend that scales it, and the power of two that it is held by."""
+Kept = tuple[Tensor, str, float]
+"""Gradient, the backend that scales it, and the power of two that it is held by."""
 
 
 @torch.library.custom_op("kdfast::kd_loss", mutates_args=())
@@ -208,28 +208,28 @@ class EagerKDLoss(torch.autograd.Function):
     """Ties a loss that is computed already to plain logits in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, kept: Kept) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, result: tuple[Tensor, Kept]) -> Tensor:
         """Keep the gradient: as an attribute, since saving a tensor and asking for it costs a tenth of a small call."""
-        loss: Tensor = kept[0]
+        loss, ctx.kept = result
         ctx.save_for_backward(loss)
-        ctx.kept = kept[1:]  # not the loss, which holds this node: nothing would free either
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         """Scale the kept gradient: in its own memory when this is the only backward pass through the graph."""
-        if ctx.kept is None or _is_grad_enabled():  # the latter is create_graph=True
+        kept = ctx.kept
+        if kept is None or _is_grad_enabled():  # the latter is create_graph=True
             (loss,) = ctx.saved_tensors  # raises in a second pass through a graph that was not retained
-            grad, backend, hold = ctx.kept
+            grad, backend, hold = kept
             return FunctionalScale.apply(grad, grad_loss, loss, 1 / hold, backend), None  # type: ignore[no-untyped-call]
-        grad, backend, hold = ctx.kept
         last = not _keeps_graph()
         if last:
             ctx.kept = None
+        grad, backend, hold = kept
         return scale_rows(backend, grad, grad_loss, 1 / hold, last), None
 
 
 _is_grad_enabled = torch.is_grad_enabled
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 # Without the wrapper that looks for transforms of torch.func: callers have made sure that there are none.
-tie_to_logits: Callable[[Tensor, Kept], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply
+tie_to_logits: Callable[[Tensor, tuple[Tensor, Kept]], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply

@@ -35,8 +35,8 @@ _native.learn_torch(
 
 plain_kd_loss = _native.kd_loss_of_tensors
 """``kdfast.kd_loss`` of the plainest calls, its arguments up to ``direction`` by position and without ``weights``, then
-the number of threads: what ``tie_to_logits`` takes, with None for a gradient when nothing is differentiated; or None,
-with nothing done, for any other call."""
+the number of threads: the result that ``tie_to_logits`` takes, with None for what is kept when nothing is
+differentiated; or None, with nothing done, for any other call."""
 
 
 def isa() -> str:
