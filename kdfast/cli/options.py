@@ -57,7 +57,7 @@ Size = Annotated[
     int | None,
     typer.Option("--size", help="Image folders of larger or mixed images: store them as SIZE x SIZE squares.", min=1),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")]
 Out = Annotated[Path, typer.Option("--out", help="Where to write.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from kdfast.cli import options
 from kdfast.cli.progress import progress
 from kdfast.cli.score import Cache, Dynamics
 from kdfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdfast.prune.selection import Selection
 
 
 def prune(
@@ -71,7 +74,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.sources import open_source
-    from kdfast.data.subset import check_subset_path, write_subset
+    from kdfast.data.subset import check_subset_path
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.prune.choosers import CHOOSERS
@@ -103,16 +106,27 @@ def prune(
             for folder in {path.parent for path in paths}:
                 check_writable(folder)
         with progress(method) as report:
-            selections = request.choose_by(method, source, states, report)
+            selections = []
+            for path, selection in zip(paths, request.choose_by(method, source, states, report), strict=True):
+                selections.append(selection)
+                if not dry_run:
+                    _write(path, selection)
     else:
         request.check(scores, method)
         selections = request.choose_from(scores, method, source := open_source(data, size=size))
-    for path, selection in zip(paths, selections, strict=True):
         if not dry_run:
-            write_subset(path, selection.ids, selection.provenance)
-            path.with_suffix(".search.json").unlink(missing_ok=True)
+            for path, selection in zip(paths, selections, strict=True):
+                _write(path, selection)
+    for selection in selections:
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         print(
             f"{'would keep' if dry_run else 'kept'} {len(selection.ids)} of {len(source.train)} training samples "
             f"({selection}); {counts.min()} to {counts.max()} a class"
         )
+
+
+def _write(path: Path, selection: Selection) -> None:
+    from kdfast.data.subset import write_subset
+
+    write_subset(path, selection.ids, selection.provenance)
+    path.with_suffix(".search.json").unlink(missing_ok=True)

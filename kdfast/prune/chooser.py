@@ -49,11 +49,13 @@ class Chooser:
         choose: Returns int64 (m,) indices into the training split, ascending, and JSON values for idx.json.
         summary: One line for help.
         options: Its options by name.
+        check: Raises a SubsetError for a fraction that it cannot choose.
     """
 
     choose: Callable[[ChooserInputs], tuple[IntArray, dict[str, Any]]]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    check: Callable[[float], None] = lambda fraction: None
 
     def complete(self, name: str, given: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
         """All options with their values; as `kdfast.prune.rule.complete`."""

@@ -166,7 +166,11 @@ def takes_dynamics(inputs: ScoreInputs, method: str) -> bool:
     return inputs.dynamics is not None
 
 
-USE = Option(None, "what to compute from; by default the dynamics where given", choices=("dynamics", "cache"))
+USE = Option(
+    None,
+    "what to compute from; by default the dynamics where given (moderate: the cache)",
+    choices=("dynamics", "cache"),
+)
 
 
 def require_fit(inputs: ScoreInputs) -> None:

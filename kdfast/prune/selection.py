@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kdfast.data.counter import IntArray
 from kdfast.data.split import Source
+from kdfast.data.subset import class_budgets, subset_size
 from kdfast.errors import UsageError
 from kdfast.prune.choosers import CHOOSERS, ChooserInputs
 from kdfast.prune.rule import OptionValue
@@ -138,7 +139,8 @@ class Request:
         else:
             scored = compute(method or "random", inputs, digests, source.fingerprint)
         rule = self.rule or published_rule(scored.method)
-        return [self._select(source, scored, rule, fraction, inputs.features) for fraction in self.fractions]
+        used = {"cache": digests["cache"]} if "features" in rule_named(rule).needs and "cache" in digests else {}
+        return [self._select(source, scored, rule, fraction, inputs.features, used) for fraction in self.fractions]
 
     def choose_by(
         self,
@@ -146,8 +148,8 @@ class Request:
         source: Source,
         states: Sequence[Path | None] | None = None,
         progress: Callable[[int, int, str], None] | None = None,
-    ) -> list[Selection]:
-        """Let a method of `CHOOSERS` choose.
+    ) -> Iterator[Selection]:
+        """Let a method of `CHOOSERS` choose, fraction by fraction; all are checked before the first.
 
         Args:
             method: Its name.
@@ -158,6 +160,7 @@ class Request:
         Raises:
             UsageError: There is no cache, an option is unknown, or a rule or an option of a score is given.
             CacheMismatch: The cache is of other data or does not cover all of it.
+            SubsetError: A fraction cannot be chosen.
         """
         chooser = CHOOSERS[method]
         if self.rule is not None or self.score_options:
@@ -167,7 +170,11 @@ class Request:
         options = chooser.complete(method, self.options)
         cache = TeacherCache.open(self.cache, source=source)
         cache.require(np.arange(len(source.train), dtype=np.int64))
-        selections = []
+        for fraction in self.fractions:
+            chooser.check(fraction)
+            samples = subset_size(len(source.train), fraction)
+            if self.balance == "balanced":
+                class_budgets(source.train.labels, samples)
         for fraction, state in zip(self.fractions, states or [None] * len(self.fractions), strict=True):
             started = time.perf_counter()
             inputs = ChooserInputs(
@@ -176,11 +183,16 @@ class Request:
             ids, about = chooser.choose(inputs)
             head = {"fraction": fraction, "balance": self.balance, "options": options}
             provenance = {"method": method, "parameters": head, "scores": None, method: about}
-            selections.append(self._selection(source, fraction, ids, provenance, time.perf_counter() - started))
-        return selections
+            yield self._selection(source, fraction, ids, provenance, time.perf_counter() - started)
 
     def _select(
-        self, source: Source, scored: ScoreFile, rule: str, fraction: float, features: npt.NDArray[np.float32] | None
+        self,
+        source: Source,
+        scored: ScoreFile,
+        rule: str,
+        fraction: float,
+        features: npt.NDArray[np.float32] | None,
+        used: Mapping[str, str],
     ) -> Selection:
         started = time.perf_counter()
         ids = choose(
@@ -201,7 +213,7 @@ class Request:
             "method": scored.method,
             "parameters": {**head, "score": scored.parameters},
             "scores": scored.digest,
-            "sources": scored.sources,
+            "sources": {**scored.sources, **used},
             "score_seconds": scored.seconds,
         }
         seconds = scored.seconds + time.perf_counter() - started

@@ -23,6 +23,7 @@ from kdfast.distill.side import TeacherSide
 from kdfast.distill.train import Advance, Watch, train
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import check_writable
+from kdfast.prune.choosers import CHOOSERS
 from kdfast.prune.dynamics import Dynamics
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.sweep.grid import Cell, SweepConfig
@@ -59,6 +60,10 @@ class Session:
         }
         given = frozenset(name for name in ("cache", "dynamics") if getattr(config, name) is not None)
         self._recipes = _recipes(config, files, given)
+        for recipe in self._recipes:
+            if not recipe.rule:
+                for fraction in config.fractions:
+                    CHOOSERS[recipe.score].check(fraction)
         cache = None if config.cache is None else TeacherCache.open(config.cache, source=source)
         if cache is not None and (True in config.kd or any("cache" in r.inputs for r in self._recipes)):
             cache.require(np.arange(len(labels), dtype=np.int64))

@@ -145,3 +145,39 @@ def test_pages_of_other_files_are_refused(kdfast, tiny: Path, tmp_path: Path) ->
     assert outcome.code == 3
     assert "is no provenance of" in outcome.err
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("bad", "said"), [(1, "nothing to choose"), (0.01, "class")])
+def test_a_bad_fraction_among_several_is_found_before_any_search(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, bad: float, said: str
+) -> None:
+    outcome = kdfast(*command(tiny, cache, tmp_path / "idx-{fraction}.npy"), "--fraction", bad)
+    assert outcome.code == 3
+    assert said in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_fraction_is_kept_when_the_next_is_interrupted(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdfast.prune.if_beta import learner
+
+    ascend, calls = learner.ascend, []
+
+    def killed(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return ascend(*arguments)
+
+    monkeypatch.setattr(learner, "ascend", killed)
+    outcome = kdfast(*command(tiny, cache, tmp_path / "idx-{fraction}.npy"), "--fraction", 0.5)
+    assert outcome.code == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx-0.25.json", "idx-0.25.npy", "idx-0.5.search.json"]
+
+
+def test_a_sweep_refuses_a_fraction_that_cannot_be_learned(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    outcome = kdfast("sweep", "--data", tiny, "--cache", cache, "--student", "resnet8", "--batch-size", 20,
+                     "--methods", "if-beta", "--fractions", "0.5,1", "--out", tmp_path / "s", "--dry-run")  # fmt: skip
+    assert outcome.code == 3
+    assert "nothing to choose" in outcome.err

@@ -1,5 +1,6 @@
 """`kdfast prune` and `kdfast report scores` from the command line: files, provenance, refusals that leave nothing."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -165,3 +166,13 @@ def test_a_page_about_scores(kdfast, tiny: Path, scores: Path, cache: Path, tmp_
     outcome = kdfast(*command, "--out", tmp_path / "page.pdf")
     assert outcome.code == 2
     assert ".html" in outcome.err
+
+
+def test_a_rule_that_reads_features_names_their_cache(kdfast, tiny, cache, tmp_path) -> None:
+    scores, idx = tmp_path / "s.npz", tmp_path / "idx.npy"
+    assert kdfast("score", "--data", tiny, "--method", "random", "--out", scores).code == 0
+    ran = kdfast("prune", "--data", tiny, "--scores", scores, "--cache", cache, "--rule", "d2", "--fraction", 0.5,
+                 "--out", idx)  # fmt: skip
+    assert ran.code == 0, ran.err
+    digest = hashlib.sha256((cache / "manifest.json").read_bytes()).hexdigest()
+    assert json.loads(idx.with_suffix(".json").read_text())["sources"]["cache"] == digest

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kdfast.data.counter import IntArray
+from kdfast.errors import DivergedError
 from kdfast.prune.if_beta.gradient import Evaluate, Outcome, Trial
 from kdfast.prune.if_beta.inner import Budget, Lesson, train
 from kdfast.prune.if_beta.plackett import log_probability_gradient
@@ -86,9 +87,14 @@ class Arena:
         return evaluate
 
     def compare(self, design: Design, one: tuple[float, float], other: tuple[float, float], step: int) -> Gain:
-        """One policy against another, with 16 noises that both share."""
+        """One policy against another, with 16 noises that both share.
+
+        Raises:
+            DivergedError: A reward is not finite.
+        """
         trials = [Trial(*parameters, draw) for parameters in (one, other) for draw in range(_COMPARED)]
         found = np.array([(o.reward, o.accuracy) for o in self.evaluator(design, step)(trials)])
+        _check_finite(found)
         (reward, accuracy), (baseline, baseline_accuracy) = found.reshape(2, _COMPARED, 2).mean(1)
         differences = found[:_COMPARED, 0] - found[_COMPARED:, 0]
         # 2.131: the 97.5% quantile of Student's t with 15 degrees of freedom.
@@ -97,10 +103,24 @@ class Arena:
         return Gain(*(float(number) for number in numbers))
 
     def best(self, draws: list[IntArray], step: int) -> int:
-        """Which draw has the highest reward; held-out samples in it are left out, and all are cut to one length."""
+        """Which draw has the highest reward; held-out samples in it are left out, and all are cut to one length.
+
+        Raises:
+            DivergedError: A reward is not finite.
+        """
         rows = [draw[~np.isin(draw, self._held)] for draw in draws]
         shortest = min(len(row) for row in rows)
-        return int(self.rewards(np.stack([row[:shortest] for row in rows]), step)[0].argmax())
+        found = self.rewards(np.stack([row[:shortest] for row in rows]), step)
+        _check_finite(found)
+        return int(found[0].argmax())
+
+
+def _check_finite(rewards: FloatArray) -> None:
+    if not np.isfinite(rewards).all():
+        raise DivergedError(
+            "a reward of the final draws is not finite; the search itself is kept. Lower the proxy's learning rate or "
+            "mend the reward"
+        )
 
 
 @dataclass(frozen=True)

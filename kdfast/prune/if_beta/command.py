@@ -119,4 +119,4 @@ def _view_mean(cache: TeacherCache) -> Tensor:
     return torch.cat(blocks)
 
 
-IF_BETA = Chooser(choose, "draws by a Beta density over influence ranks, learned on proxies", OPTIONS)
+IF_BETA = Chooser(choose, "draws by a Beta density over influence ranks, learned on proxies", OPTIONS, check_fraction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kdfast.data.counter import IntArray
 from kdfast.data.subset import subset_size
+from kdfast.errors import UsageError
 from kdfast.prune.if_beta.arena import Arena, Gain
 from kdfast.prune.if_beta.gradient import ESTIMATORS, Estimator
 from kdfast.prune.if_beta.holdout import hold_out
@@ -31,6 +33,7 @@ from kdfast.prune.if_beta.state import SideFile
 
 Progress = Callable[[int, int, str], None]
 
+BALANCES = dict.fromkeys(("balanced", "equal", "unbalanced"))
 # The noise of the final draw; steps of the search count from 0.
 _FINAL = 1 << 20
 
@@ -107,6 +110,14 @@ class IFBeta:
     held_share: float = 0.05
     candidates: int = 1
 
+    def __post_init__(self) -> None:
+        entry(BALANCES, self.balance, "balance")
+        if not 0 < self.held_share <= 0.5 or self.candidates < 1:
+            raise UsageError(
+                f"held_share is {self.held_share}, candidates {self.candidates}: a share in (0, 0.5] and at least one "
+                "candidate are needed"
+            )
+
     def fit(
         self,
         logits: Tensor | NDArray[np.float32],
@@ -143,11 +154,14 @@ class IFBeta:
             SubsetError: The fraction is out of range, or leaves a class empty.
             ShapeError: Shapes or dtypes do not fit.
             DataError: Something is not finite, or a class is too small to be held out.
-            UsageError: A part is unknown.
+            UsageError: A part is unknown; or there is a `state` and a part that replaces one cannot be told from
+                others: it has no `identity`, and is neither a dataclass nor a plain function.
             DivergedError: A reward is not finite; the state file holds the last good step.
             OutputError: The state file cannot be written, or is another search's.
         """
         check_fraction(fraction)
+        if state is not None:
+            self._check_identities()
         task = self._task(logits, features, labels, score_logits, scores, seed, device)
         strata = np.zeros_like(labels) if self.balance == "unbalanced" else labels
         mode: Literal["equal", "proportional"] = "equal" if self.balance == "equal" else "proportional"
@@ -192,6 +206,14 @@ class IFBeta:
             "schedule": asdict(self.schedule),
             **plain,
         }
+
+    def _check_identities(self) -> None:
+        for kind in ("score", "proxy", "reward", "estimator"):
+            if not _has_identity(part := getattr(self, kind)):
+                raise UsageError(
+                    f"the {kind} {part!r} cannot be told from another one, so a saved search could be taken over "
+                    "wrongly: give it an attribute `identity` that says all its settings, or fit without state"
+                )
 
     def _task(
         self,
@@ -251,6 +273,14 @@ def _name(part: object) -> str:
     """A part as written, or what tells it from others: a dataclass by its fields, a function by its name."""
     if isinstance(part, str):
         return part
-    return (
-        repr(part) if is_dataclass(part) else f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
-    )
+    if is_dataclass(part):
+        return repr(part)
+    name = f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
+    return f"{name}:{part.identity}" if hasattr(part, "identity") else name
+
+
+def _has_identity(part: object) -> bool:
+    """Whether `_name` tells it from every other part: not of a closure, a lambda, or an object with settings inside."""
+    if isinstance(part, str) or is_dataclass(part) or hasattr(part, "identity"):
+        return True
+    return inspect.isfunction(part) and part.__closure__ is None and part.__name__ != "<lambda>"

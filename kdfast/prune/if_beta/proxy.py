@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdfast.errors import UsageError
+
 
 class Proxy(Protocol):
     """A family of K equally shaped networks from features to logits."""
@@ -40,8 +42,16 @@ class Projection:
     width: int | None = None
 
     def inputs(self, features: Tensor, seed: int) -> Tensor:
-        """Project and scale to unit variance in total; a constant 1 is appended, for the bias."""
-        return _with_one(_project(features, self.width or max(2, features.shape[1] // 4), seed))
+        """Project and scale to unit variance in total; a constant 1 is appended, for the bias.
+
+        Raises:
+            UsageError: The width is not below D: such a proxy reproduces the teacher whatever it is trained on.
+        """
+        most = features.shape[1]
+        width = max(2, most // 4) if self.width is None else self.width
+        if not 1 <= width < max(most, 3):
+            raise UsageError(f"a projection of {most} features to width {width}: give a width from 1 to {most - 1}")
+        return _with_one(_project(features, width, seed))
 
     def start(self, width: int, classes: int, seed: int) -> list[Tensor]:
         """Zero weights: the loss is convex, and nothing depends on a draw."""

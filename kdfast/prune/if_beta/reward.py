@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss import kd_loss_terms
 from kdfast.prune.if_beta.inner import Lesson
 from kdfast.prune.if_beta.proxy import Proxy
@@ -71,12 +72,23 @@ def judge(
 
     Returns:
         float64 (len(rewards), K).
+
+    Raises:
+        ShapeError: A reward does not give one number a row.
     """
     values = []
     with torch.no_grad():
         # One proxy at a time: a few thousand held-out rows of a thousand classes, K times, would not fit.
         for k in range(len(parameters[0])):
             logits = proxy.logits([p[k : k + 1] for p in parameters], lesson.x[None])[0]
-            rows = [reward(logits, lesson.labels, lesson.teacher, temperature) for reward in rewards]
+            rows = [_rows(reward, logits, lesson, temperature) for reward in rewards]
             values.append(torch.stack([row.double().mean() for row in rows]))
     return torch.stack(values, 1).cpu().numpy()
+
+
+def _rows(reward: Reward, logits: Tensor, lesson: Lesson, temperature: float) -> Tensor:
+    rows = reward(logits, lesson.labels, lesson.teacher, temperature)
+    if not isinstance(rows, Tensor) or rows.shape != lesson.labels.shape:
+        given = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ShapeError(f"the reward gives {given}: a tensor ({len(lesson.labels)},), one number a row, is needed")
+    return rows

@@ -37,7 +37,7 @@ class Schedule:
     start: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or not 0 < self.average <= 1:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 < self.average <= 1:
             raise UsageError(
                 f"a search of {self.steps} steps with lr {self.lr}, averaged over {self.average} of them: needs a "
                 "positive number of steps, a positive lr and a share in (0, 1]"

@@ -33,7 +33,7 @@ class SideFile:
         content = read_json(self.path, error=OutputError)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise OutputError(f"{self.path} is no interrupted search and would be replaced; give another output name")
-        if content["identity"] != self.identity:
+        if content.get("identity") != self.identity:
             raise OutputError(
                 f"{self.path} is an interrupted search with other data or settings: go on with its own command, give "
                 "another output name, or remove that file to begin anew"

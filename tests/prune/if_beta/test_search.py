@@ -129,9 +129,62 @@ def test_rewards_that_are_not_finite_stop_the_search_and_lose_nothing(cloud, tmp
         calls.append(1)
         return torch.full((len(labels),), torch.nan) if len(calls) > 20 else torch.zeros(len(labels)) + logits.mean()
 
+    breaks.identity = "breaks"
     with pytest.raises(DivergedError, match=r"step 2 at a = .* not finite"):
         fit(cloud, dataclasses.replace(QUICK, reward=breaks), state=state)
     assert json.loads(state.read_text())["state"]["step"] == 2
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_rewards_of_the_final_draws_that_are_not_finite_are_refused(cloud, candidates):
+    calls = []
+    learner = dataclasses.replace(QUICK, schedule=Schedule(steps=1), candidates=candidates)
+    fit(cloud, dataclasses.replace(learner, reward=lambda z, y, t, temperature: calls.append(1) or z.sum(1)))
+    # The comparison judges 32 proxies, the candidates come last.
+    fine = len(calls) - (candidates if candidates > 1 else 32)
+    calls.clear()
+
+    def breaks(logits, labels, teacher, temperature):
+        calls.append(1)
+        return logits.sum(1) * (torch.nan if len(calls) > fine else 1.0)
+
+    with pytest.raises(DivergedError, match="final draws is not finite"):
+        fit(cloud, dataclasses.replace(learner, reward=breaks))
+
+
+def test_a_part_that_cannot_be_told_from_another_keeps_no_state(cloud, tmp_path):
+    def scaled(scale):
+        def reward(logits, labels, teacher, temperature):
+            return scale * REWARDS["kd"](logits, labels, teacher, temperature)
+
+        return reward
+
+    state = tmp_path / "s.json"
+    for part in (scaled(1.0), lambda z, y, t, temperature: z.sum(1)):
+        with pytest.raises(UsageError, match=r"the reward .* cannot be told from another"):
+            fit(cloud, dataclasses.replace(QUICK, reward=part), state=state)
+        assert not state.exists()
+    one, other = scaled(1.0), scaled(-1.0)
+    one.identity, other.identity = "1", "-1"
+    fit(cloud, dataclasses.replace(QUICK, reward=one), state=state)
+    with pytest.raises(OutputError, match="other data or settings"):
+        fit(cloud, dataclasses.replace(QUICK, reward=other), state=state)
+
+
+def test_settings_and_parts_of_the_wrong_form_are_refused(cloud):
+    with pytest.raises(UsageError, match="did you mean 'unbalanced'"):
+        dataclasses.replace(QUICK, balance="unblanced")
+    for change in ({"held_share": 0.0}, {"held_share": float("nan")}, {"candidates": 0}):
+        with pytest.raises(UsageError, match="held_share is"):
+            dataclasses.replace(QUICK, **change)
+    with pytest.raises(UsageError, match="lr nan"):
+        Schedule(lr=float("nan"))
+    for width in (0, -3, cloud.features.shape[1], 100):
+        with pytest.raises(UsageError, match=f"to width {width}: give a width from 1 to 11"):
+            fit(cloud, dataclasses.replace(QUICK, proxy=Projection(width)))
+    for reward, said in ((lambda z, y, t, s: z, r"shape \(\d+, 3\)"), (lambda z, y, t, s: 1.0, "float")):
+        with pytest.raises(ShapeError, match=f"the reward gives {said}.*one number a row"):
+            fit(cloud, dataclasses.replace(QUICK, reward=reward))
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, float("nan")])
