@@ -116,8 +116,8 @@ class Dynamics:
         if epoch not in self.feature_epochs:
             held = ", ".join(str(one + 1) for one in self.feature_epochs) or "no"
             raise UsageError(
-                f"{self.path} holds features after {held} epochs of training, not after {epoch + 1}; take one of those, "
-                "or record with --features-every"
+                f"{self.path} holds features after {held} epochs of training, not after {epoch + 1}; take one of "
+                "those, or record with --features-every"
             )
         return self._array(run, layout.features_file(epoch), (self.n, -1), np.float32)
 
