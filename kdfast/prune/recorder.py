@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -230,7 +231,9 @@ class DynamicsRecorder:
             return
         mask = np.packbits(self._mask)
         if (self.folder / layout.MASK).exists():
-            if not np.array_equal(np.load(self.folder / layout.MASK), mask):
+            with _readable(self.folder / layout.MASK) as file:
+                same = np.array_equal(np.load(file), mask)
+            if not same:
                 raise UsageError(f"{self.folder} was begun with another mask; choose another folder")
         else:
             with atomic_write(self.folder / layout.MASK) as file:
@@ -276,7 +279,7 @@ class DynamicsRecorder:
         for name in (*layout.MEASURES, "correct"):
             rows = []
             for part in parts:
-                with np.load(part) as held:
+                with _readable(part) as file, np.load(file) as held:
                     rows.append(held[name])
             with atomic_write(self.folder / f"{name}.npy") as file:
                 np.save(file, np.stack(rows))
@@ -296,3 +299,13 @@ class DynamicsRecorder:
             plan = layout.read_sealed_json(self.path / layout.PLAN)
             runs = [layout.read_sealed_json(seal)["files"] for seal in seals]
             write_sealed(self.path / layout.MANIFEST, {**plan, "runs": runs})
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    """A file of a run under way, whose damage is said in words."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged ({error}): remove {path.parent} to record that run anew") from error

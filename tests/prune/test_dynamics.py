@@ -247,6 +247,20 @@ def test_too_many_epochs(tmp_path):
             recorder.end_epoch()
 
 
+@pytest.mark.parametrize("name", ["mask.npy", "epoch-000"])
+def test_a_damaged_part_of_a_run_under_way_is_named(tmp_path, name):
+    def one_epoch(epoch):
+        with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=2, run=0, runs=1) as recorder:
+            give(recorder, 0, epoch)
+            recorder.end_epoch()
+
+    one_epoch(0)
+    (part,) = (tmp_path / "dyn").rglob(f"{name}*")
+    part.write_bytes(part.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"is damaged.*remove .*run-00"):
+        one_epoch(1)
+
+
 def test_features_that_were_not_kept(tmp_path):
     dynamics = Dynamics.open(record(tmp_path / "dyn", feature_epochs=(1,)))
     with pytest.raises(UsageError, match="after 2 epochs of training, not after 3"):
