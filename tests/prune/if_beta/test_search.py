@@ -63,18 +63,21 @@ def test_the_search_reaches_the_best_of_a_grid(noisy_top):
     design = Design.of(found.u[pool], pool, noisy_top.labels[pool], round(0.2 * len(pool)))
     x = learner.proxy.inputs(noisy_top.features, 0)
     lesson = Lesson(x, torch.from_numpy(noisy_top.labels), noisy_top.logits)
-    evaluate = Arena(learner.proxy, REWARDS["kd"], learner.budget, lesson, held, 0).evaluator(design, 999)
+    arena = Arena(learner.proxy, REWARDS["kd"], learner.budget, lesson, held, 0)
     axis, repeats = np.geomspace(0.2, 12, 15), 8
 
-    def rewards(policies):
-        outcomes = evaluate([Trial(a, b, k) for a, b in policies for k in range(repeats)])
-        return np.array([o.reward for o in outcomes]).reshape(len(policies), repeats)
+    def rewards(policies, step, draws):
+        evaluate = arena.evaluator(design, step)
+        outcomes = evaluate([Trial(a, b, k) for a, b in policies for k in range(draws)])
+        return np.array([o.reward for o in outcomes]).reshape(len(policies), draws)
 
-    grid = np.concatenate([rewards([(a, b) for b in axis]) for a in axis])
-    best = grid[grid.mean(1).argmax()]
-    difference = rewards([found.learned])[0] - best
-    assert found.trials <= 0.25 * len(grid) * repeats
-    assert difference.mean() > -2 * difference.std(ddof=1) / repeats**0.5 - 0.01 * abs(best.mean())
+    policies = [(a, b) for a in axis for b in axis]
+    best = policies[np.concatenate([rewards([p], 999, repeats) for p in policies]).mean(1).argmax()]
+    # On fresh draws: the best of a grid owes part of its reward to the draws that it was picked by.
+    mine, other = rewards([found.learned, best], 1234, 64)
+    difference = mine - other
+    assert found.trials <= 0.25 * len(policies) * repeats
+    assert difference.mean() > -2 * difference.std(ddof=1) / len(difference) ** 0.5
 
 
 def test_it_repeats_itself_bit_for_bit(cloud):
