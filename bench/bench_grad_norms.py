@@ -35,7 +35,7 @@ from kdfast.ops.ghost_ways import Ways
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import interleave, machine, table, write_results
+from harness import cuda_peak, interleave, machine, table, write_results
 
 Call = Callable[[], Tensor]
 # Least ratios to opacus on a CPU, of the part that is the norms' own.
@@ -247,10 +247,7 @@ print((read("VmHWM") - before) / 2**20)
 def peak(name: str, what: str, call: Call, device: str) -> str:
     """Rise of the memory in use in MB, during a call that is not the first."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
+        return f"{cuda_peak(call) / 2**20:.0f}"
     if not sys.platform.startswith("linux"):
         return ""
     code = PEAK.format(folder=str(Path(__file__).parent), name=name, what=what, threads=torch.get_num_threads())

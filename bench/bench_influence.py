@@ -37,7 +37,7 @@ import kdfast
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import interleave, machine, table, write_results
+from harness import cuda_peak, interleave, machine, table, write_results
 
 Call = Callable[[], Tensor]
 BATCH = 1024
@@ -194,10 +194,7 @@ print(read("VmHWM") - before)
 def peak(name: str, sizes: tuple[int, ...], who: str, call: Call, device: str) -> float:
     """Megabytes by which the memory in use rises during one call; NaN where the system does not say."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return cuda_peak(call) / 2**20
     if not sys.platform.startswith("linux"):
         return float("nan")
     code = PEAK.format(folder=str(Path(__file__).parent), name=name, sizes=sizes, who=who)

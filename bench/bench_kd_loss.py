@@ -28,7 +28,7 @@ import kdfast
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import copy_bandwidth, interleave, machine, table, write_results
+from harness import copy_bandwidth, cuda_peak, interleave, machine, table, write_results
 
 ALPHA, TEMPERATURE = 0.5, 4.0
 CPU_GRID = {10: 128, 100: 128, 1000: 1024, 32000: 256, 131072: 64, 262144: 32}
@@ -140,10 +140,7 @@ def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[st
     """Peak above the inputs during forward and backward, in gradients; None where it drowns in the process's own."""
     gradient = args[0].numel() * args[0].itemsize
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(loss, args)
-        return (torch.cuda.max_memory_allocated() - before) / gradient
+        return cuda_peak(lambda: step(loss, args)) / gradient
     if name not in ("kdfast", "eager") or gradient < 2**24 or not sys.platform.startswith("linux"):
         return None
     code = PEAK.format(folder=str(Path(__file__).parent), name=name, **sizes)

@@ -74,6 +74,14 @@ def interleave(
     return {name: Timing(values) for name, values in seconds.items()}
 
 
+def cuda_peak(call: Callable[[], Any]) -> int:
+    """Bytes by which the memory allocated on the GPU rises at most during a call."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def machine() -> dict[str, Any]:
     """What a result depends on: processor, threads, load, versions, commit."""
     cpu = platform.processor() or platform.machine()

@@ -19,6 +19,22 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "distillation_seconds", lambda *_: 1000.0)
 
 
+def interrupt_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Ctrl-C in the search step of that number, counted over all searches from 1; the list grows with each step."""
+    from kdfast.prune.if_beta import learner
+
+    ascend, calls = learner.ascend, []
+
+    def killed(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return ascend(*arguments)
+
+    monkeypatch.setattr(learner, "ascend", killed)
+    return calls
+
+
 def command(tiny: Path, cache: Path, out: Path, fraction: float = 0.25) -> tuple[object, ...]:
     head = ("prune", "--data", tiny, "--cache", cache, "--method", "if-beta", "--fraction", fraction)
     return (*head, "--seed", 3, "--out", out, *QUICK)
@@ -55,19 +71,9 @@ def test_a_subset_its_provenance_and_its_page(kdfast, tiny: Path, cache: Path, t
 def test_an_interrupted_search_goes_on(
     kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdfast.prune.if_beta import learner
-
     whole, parts = tmp_path / "whole.npy", tmp_path / "parts.npy"
     assert kdfast(*command(tiny, cache, whole)).code == 0
-    ascend, calls = learner.ascend, []
-
-    def killed(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return ascend(*arguments)
-
-    monkeypatch.setattr(learner, "ascend", killed)
+    calls = interrupt_step(monkeypatch, 3)
     outcome = kdfast(*command(tiny, cache, parts))
     assert outcome.code == 75
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.search.json"]
@@ -160,17 +166,7 @@ def test_a_bad_fraction_among_several_is_found_before_any_search(
 def test_a_finished_fraction_is_kept_when_the_next_is_interrupted(
     kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdfast.prune.if_beta import learner
-
-    ascend, calls = learner.ascend, []
-
-    def killed(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return ascend(*arguments)
-
-    monkeypatch.setattr(learner, "ascend", killed)
+    interrupt_step(monkeypatch, 5)
     outcome = kdfast(*command(tiny, cache, tmp_path / "idx-{fraction}.npy"), "--fraction", 0.5)
     assert outcome.code == 75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["idx-0.25.json", "idx-0.25.npy", "idx-0.5.search.json"]

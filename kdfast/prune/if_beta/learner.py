@@ -30,10 +30,10 @@ from kdfast.prune.if_beta.reward import REWARDS, Reward
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, SampleScore, Signals
 from kdfast.prune.if_beta.search import Schedule, SearchState, ascend, ended, result_of
 from kdfast.prune.if_beta.state import SideFile
+from kdfast.prune.rules import BALANCE
 
 Progress = Callable[[int, int, str], None]
 
-BALANCES = dict.fromkeys(("balanced", "equal", "unbalanced"))
 # The noise of the final draw; steps of the search count from 0.
 _FINAL = 1 << 20
 
@@ -111,7 +111,7 @@ class IFBeta:
     candidates: int = 1
 
     def __post_init__(self) -> None:
-        entry(BALANCES, self.balance, "balance")
+        entry(dict.fromkeys(BALANCE), self.balance, "balance")
         if not 0 < self.held_share <= 0.5 or self.candidates < 1:
             raise UsageError(
                 f"held_share is {self.held_share}, candidates {self.candidates}: a share in (0, 0.5] and at least one "
