@@ -28,13 +28,17 @@ struct HeadResiduals {
   void* norms;      // (rows,), or null
 };
 
-// Replaces each row of `products` (rows, vectors, classes), contiguous, by S times it, with
-// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T).
+// Replaces the products of each sample with some vectors by S times them, with
+// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T). On a CPU those of a sample that has a logit which is
+// not finite become NaN.
 struct HeadCurvature {
   HeadLogits head;
-  void* products;
+  void* products;  // on a CPU (vectors, classes, rows), rows `stride` apart; on a GPU (rows, vectors, classes)
   int64_t vectors;
+  int64_t stride;  // ignored on a GPU
 };
+
+void check_head(const HeadLogits& head);
 
 // Throw std::invalid_argument on inconsistent sizes. Labels must lie in [0, classes).
 void head_residuals(const HeadResiduals& args);

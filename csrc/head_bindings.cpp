@@ -46,15 +46,16 @@ void bind_head(py::module_& m) {
           if (stream >= 0) throw std::invalid_argument("this build has no CUDA kernels");
           head_residuals(args);
         });
-  m.def("head_curvature", [](const py::tuple& head, uintptr_t products, int64_t vectors, int64_t stream) {
-    const HeadCurvature args{head_logits(head), at<void>(products), vectors};
-    py::gil_scoped_release release;
+  m.def("head_curvature",
+        [](const py::tuple& head, uintptr_t products, int64_t vectors, int64_t stride, int64_t stream) {
+          const HeadCurvature args{head_logits(head), at<void>(products), vectors, stride};
+          py::gil_scoped_release release;
 #ifdef KDFAST_WITH_CUDA
-    if (stream >= 0) return head_curvature_cuda(args, at<void>(static_cast<uintptr_t>(stream)));
+          if (stream >= 0) return head_curvature_cuda(args, at<void>(static_cast<uintptr_t>(stream)));
 #endif
-    if (stream >= 0) throw std::invalid_argument("this build has no CUDA kernels");
-    head_curvature(args);
-  });
+          if (stream >= 0) throw std::invalid_argument("this build has no CUDA kernels");
+          head_curvature(args);
+        });
 }
 
 }  // namespace kdfast

@@ -64,35 +64,21 @@ KDFAST_INLINE Lanes<T, W> load_some(const T* p, int64_t count, const T* limit) {
   return load<W>(part);
 }
 
-// Writes the first `count` of sixteen elements, at most all; behind them, inside `limit`, come those of `behind`.
+// exp((z - max z) / T) into `e`, padded with zeros to full vectors. `limit` is the end of the memory behind z
+// that may be read.
 template <class T, int W>
-KDFAST_INLINE void store_some(T* p, const Lanes<T, W>& v, const Lanes<T, W>& behind, int64_t count, const T* limit) {
-  if (count >= kLanes) return store(p, v);
-  if (p + kLanes <= limit) return store(p, first<T, W>(count, v, behind));
-  T part[kLanes];
-  store(part, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
-}
-
-// exp((z - max z) / T) into `e`, padded with zeros to full vectors; returns the place of the largest. `limit` is the
-// end of the memory behind z that may be read.
-template <class T, int W>
-KDFAST_INLINE int64_t exponentials(const T* z, int64_t n, T inv_t, T* e, const T* limit) {
+KDFAST_INLINE void exponentials(const T* z, int64_t n, T inv_t, T* e, const T* limit) {
   const Lanes<T, W> lowest = all<T, W>(-std::numeric_limits<T>::infinity());
   Lanes<T, W> m = lowest;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Lanes<T, W> v = load_some<T, W>(z + i, n - i, limit);
     m = max(i + kLanes <= n ? v : first<T, W>(n - i, v, lowest), m);
   }
-  const T top = max_of(m);
-  const Lanes<T, W> shift = all<T, W>(top), scale = all<T, W>(inv_t);
+  const Lanes<T, W> shift = all<T, W>(max_of(m)), scale = all<T, W>(inv_t);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Lanes<T, W> v = exp_nonpositive((load_some<T, W>(z + i, n - i, limit) - shift) * scale);
     store(e + i, i + kLanes <= n ? v : first<T, W>(n - i, v, all<T, W>(0)));
   }
-  int64_t place = 0;
-  while (place + 1 < n && z[place] != top) ++place;
-  return place;
 }
 
 template <class T, int W>

@@ -182,6 +182,13 @@ KDFAST_INLINE Floats<W> where_nonzero(Floats<W> a, Floats<W> b) {
   return b;
 }
 
+// x where a < b, else y.
+template <int W>
+KDFAST_INLINE Floats<W> where_less(Floats<W> a, Floats<W> b, Floats<W> x, Floats<W> y) {
+  KDFAST_EACH_PART(k) x.part[k] = a.part[k] < b.part[k] ? x.part[k] : y.part[k];
+  return x;
+}
+
 // a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because
 // compilers are told not to contract (-ffp-contract=off): their choice would differ between sets. Assembly, because an
 // intrinsic may only stand in a function of its own set, and these bodies are shared.

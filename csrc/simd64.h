@@ -57,6 +57,13 @@ KDFAST_INLINE Doubles<W> max(Doubles<W> a, Doubles<W> b) {
   return a;
 }
 
+// x where a < b, else y.
+template <int W>
+KDFAST_INLINE Doubles<W> where_less(Doubles<W> a, Doubles<W> b, Doubles<W> x, Doubles<W> y) {
+  KDFAST_EACH_PART64(k) x.part[k] = a.part[k] < b.part[k] ? x.part[k] : y.part[k];
+  return x;
+}
+
 template <int W>
 KDFAST_INLINE double max_of(Doubles<W> v) {
   double a[kLanes], m = -std::numeric_limits<double>::infinity();

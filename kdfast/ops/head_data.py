@@ -22,7 +22,7 @@ __all__ = ["Features", "HeadData", "Progress", "Tile", "linear"]
 Features: TypeAlias = "Array | Iterable[Block]"
 Progress: TypeAlias = Callable[[int, int, str], None]
 
-TILE_BYTES = {"cpu": 8 * 2**20}
+TILE_BYTES = {"cpu": 16 * 2**20}
 LARGE_TILE_BYTES = 256 * 2**20
 LEAST_ROWS = 256
 
@@ -185,7 +185,7 @@ class HeadData:
         progress: Progress | None = None,
         note: str = "",
         *,
-        lazy: bool = False,
+        unchecked: tuple[str, ...] = (),
     ) -> Iterator[Tile]:
         """The rows in order.
 
@@ -194,8 +194,8 @@ class HeadData:
             dtype: Floating type of what is yielded; None: ``self.dtype``.
             progress: Called with (rows done, rows in all or 0, note) after each tile.
             note: Passed on to ``progress``.
-            lazy: Whether the caller will look at whether its result is finite, and call ``explain`` if not: then
-                features that can be read again are not looked at here.
+            unchecked: "features" and "logits" that make the caller's result not finite when they are not; it looks at
+                that, and calls ``explain``. They are not looked at here, unless they can be read only once.
         """
         dtype = dtype or self.dtype
         rows = self.rows_of_a_tile(width, dtype)
@@ -206,14 +206,14 @@ class HeadData:
             for begin in range(0, len(parts[0]), rows):
                 tile = self._tile(start + begin, [x if x is None else x[begin : begin + rows] for x in parts], dtype)
                 if not self._seen.checked:
-                    self._check(tile, lazy and not self.once)
+                    self._check(tile, () if self.once else unchecked)
                 yield tile
                 if progress is not None:
                     progress(tile.start + len(tile.x), self.total, note)
             start += len(parts[0])
         if start == 0:
             raise DataError(f"{self.prefix}features hold no rows: give at least one sample")
-        self.total, self._seen.checked = start, self._seen.checked or not lazy
+        self.total, self._seen.checked = start, self._seen.checked or not unchecked
 
     def explain(self, what: str, dtype: torch.dtype) -> NoReturn:
         """Raises a DataError for a result that is not finite: names the sample, or says that the result overflows."""
@@ -223,9 +223,9 @@ class HeadData:
                 pass
         raise DataError(f"{what} overflow {dtype}: scale the features down, or give float64")
 
-    def _check(self, tile: Tile, lazy: bool) -> None:
-        for name, value in (("features", None if lazy else tile.x), ("logits", tile.z), ("teacher", tile.t)):
-            if value is not None:
+    def _check(self, tile: Tile, unchecked: tuple[str, ...]) -> None:
+        for name, value in (("features", tile.x), ("logits", tile.z), ("teacher", tile.t)):
+            if value is not None and name not in unchecked:
                 check_finite(f"{self.prefix}{name}", value, tile.start)
         if tile.y is not None:
             low, high = check_labels(f"{self.prefix}labels", tile.y, self.classes, tile.start)

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops.head_checks import Array
 from kdfast.ops.head_data import Features, HeadData, Progress
-from kdfast.ops.head_rows import Target, curvature_
+from kdfast.ops.head_rows import Target, curvature_, curvature_shows_logits, products_for
 
 __all__ = ["check_vectors", "head_hvp", "hessian_products"]
 
@@ -76,12 +76,14 @@ def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progr
     flat = v.reshape(k * c, d)
     # One buffer for all tiles: fresh memory would be mapped and cleared for each.
     most = data.rows_of_a_tile(k * c, v.dtype)
-    products = v.new_empty(most, k * c)
+    products = products_for(most, v)
     # A bias as a feature costs a copy of the features; as more passes over narrow products, less.
     padded = v.new_ones(most, d) if data.bias and 2 * k * c > d else None
     rows = 0
-    for tile in data.tiles(k * c, v.dtype, progress, "Hessian products", lazy=True):
-        a, x = products[: len(tile.x)], tile.x
+    unchecked = ("features", "logits") if curvature_shows_logits(v) else ("features",)
+    for tile in data.tiles(k * c, v.dtype, progress, "Hessian products", unchecked=unchecked):
+        each, x = products[: len(tile.x)], tile.x
+        a = each.flatten(1)
         if padded is not None:
             x = padded[: len(tile.x)]
             x[:, :-1] = tile.x
@@ -89,7 +91,7 @@ def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progr
             torch.mm(x, flat.mT, out=a)
         else:
             torch.addmm(flat[:, -1], x, flat[:, :-1].mT, out=a)
-        curvature_(a.view(-1, k, c), tile.z, target)
+        curvature_(each, tile.z, target)
         out[:, : x.shape[1]].addmm_(a.mT, x)
         if x.shape[1] < d:
             out[:, -1] += a.sum(0)

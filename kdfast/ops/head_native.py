@@ -58,10 +58,18 @@ def norms(
 
 
 def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = _WIDEST_ISA) -> None:
-    """``kdfast.ops.head_rows.curvature_`` on ``a`` (n, K, C), contiguous."""
+    """``kdfast.ops.head_rows.curvature_``.
+
+    Raises:
+        ValueError: If ``a`` lies otherwise in memory.
+    """
+    _, k, _ = a.shape
+    if not (a.is_contiguous() if a.is_cuda else _samples_last(a)):
+        raise ValueError(f"products of shape {tuple(a.shape)} have strides {a.stride()}: take them from products_for")
+    stride = a.stride(2)
     z = _rows(z)
     with _on(z):
-        extension.head_curvature(_head(z, alpha, temperature, isa_limit), a.data_ptr(), a.shape[1], _stream(z))
+        extension.head_curvature(_head(z, alpha, temperature, isa_limit), a.data_ptr(), k, stride, _stream(z))
 
 
 def _residuals(
@@ -106,6 +114,12 @@ def _head(z: Tensor, alpha: float, temperature: float, isa_limit: int) -> tuple[
 def _rows(x: Tensor) -> Tensor:
     """Itself where its columns are contiguous."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _samples_last(a: Tensor) -> bool:
+    n, k, c = a.shape
+    sample, vector, one = a.stride()
+    return (sample == 1 or n == 1) and (vector == c * one or k == 1) and one >= n
 
 
 def _on(z: Tensor) -> contextlib.AbstractContextManager[object]:

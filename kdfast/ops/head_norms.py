@@ -68,7 +68,7 @@ def head_grad_norms(
         raise ShapeError(f"weights have shape {tuple(weights.shape)}: {(data.classes, data.dim)} is needed")
     penalty = 0.0 if weights is None else l2 * float(weights.detach().double().norm())
     found = []
-    for tile in data.tiles(progress=progress, note="gradient norms", lazy=True):
+    for tile in data.tiles(progress=progress, note="gradient norms", unchecked=("features",)):
         norm = norms(tile.z, tile.y, tile.t, tile.x, bias, target)
         if l2 > 0:
             dot = (residuals(tile.z, tile.y, tile.t, target) * tile.z).sum(1)

@@ -21,7 +21,16 @@ from torch import Tensor
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops import backends
 
-__all__ = ["Target", "curvature_", "curvatures", "norms", "probabilities", "residuals"]
+__all__ = [
+    "Target",
+    "curvature_",
+    "curvature_shows_logits",
+    "curvatures",
+    "norms",
+    "probabilities",
+    "products_for",
+    "residuals",
+]
 
 
 class Target(NamedTuple):
@@ -102,14 +111,36 @@ def norms(z: Tensor, y: Tensor | None, t: Tensor | None, x: Tensor, bias: bool, 
     return norms
 
 
+def products_for(rows: int, v: Tensor) -> Tensor:
+    """Room for the products of ``rows`` samples with vectors ``v`` (K, C, D): (rows, K, C), as ``curvature_`` wants it.
+
+    On a CPU samples come last in memory, so that sixteen of them fill a vector whatever the number of classes; on a GPU
+    each has a block of threads, and they come first. The first rows of the result are as good as the whole.
+    """
+    k, c, _ = v.shape
+    if v.device.type != "cpu":
+        return v.new_empty(rows, k, c)
+    # An odd number of cache lines from class to class: else they would all be kept in the same few places of a cache.
+    stride = (-(-rows // 16) | 1) * 16
+    return v.new_empty(k, c, stride)[:, :, :rows].permute(2, 0, 1)
+
+
 def curvature_(a: Tensor, z: Tensor, target: Target) -> Tensor:
-    """Replaces ``a`` (n, K, C), contiguous, by S a, row by row."""
+    """Replaces ``a`` (n, K, C), rows of ``products_for``, by S a, sample by sample."""
     if not _compiled(z):
         return reference_curvature_(a, probabilities(z, target))
     from kdfast.ops import head_native
 
     head_native.curvature_(a, z, *target)
     return a
+
+
+def curvature_shows_logits(v: Tensor) -> bool:
+    """Whether ``curvature_`` makes NaN of a sample's products when one of its logits is not finite.
+
+    The native kernel does. Elsewhere -inf may be taken for a class that is left out.
+    """
+    return v.device.type == "cpu" and _compiled(v)
 
 
 def probabilities(z: Tensor, target: Target) -> list[tuple[float, Tensor]]:

@@ -69,6 +69,11 @@ def relative(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
+def products_of(a):
+    """``a`` (n, K, C) as the curvature's kernel wants it."""
+    return head_rows.products_for(len(a), a[0, :, :, None]).copy_(a)
+
+
 @pytest.mark.parametrize(("alpha", "temperature"), LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES)
@@ -216,7 +221,7 @@ def test_instruction_sets_and_threads_agree_to_the_bit(dtype, classes):
     for level in (0, 1, 2):
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            products = a.clone()
+            products = products_of(a)
             head_native.curvature_(products, z, 0.3, 4.0, level)
             results.append(
                 (
@@ -240,6 +245,13 @@ def test_native_rows_are_the_reference_rows(dtype):
             tolerance = 40 * torch.finfo(dtype).eps
             assert relative(head_native.residuals(z, head.y, t, *target), truth) < tolerance
             a = torch.randn(23, 3, classes, dtype=dtype)
-            truth = head_rows.reference_curvature_(a.double(), head_rows.probabilities(head.z, target))
-            head_native.curvature_(a, z, *target)
-            assert relative(a, truth) < tolerance
+            truth = head_rows.reference_curvature_(a.double().clone(), head_rows.probabilities(head.z, target))
+            products = products_of(a)
+            head_native.curvature_(products, z, *target)
+            assert relative(products, truth) < tolerance
+
+
+def test_products_that_lie_otherwise_are_refused():
+    head = Head(23, 3, 4)
+    with pytest.raises(ValueError, match="products_for"):
+        head_native.curvature_(torch.randn(23, 2, 4, dtype=torch.float64), head.z, 0.0, 4.0)
