@@ -60,7 +60,7 @@ KDFAST_INLINE Floats<W> decode(const BFloat16* p) {
 
 template <int W>
 KDFAST_INLINE Floats<W> decode(const Float16* p) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   if constexpr (W >= 8) {
     Floats<W> r;
     KDFAST_EACH_PART(k) {

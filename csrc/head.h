@@ -29,8 +29,8 @@ struct HeadResiduals {
 };
 
 // Replaces the products of each sample with some vectors by S times them, with
-// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T). On a CPU those of a sample that has a logit which is
-// not finite become NaN.
+// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T). On a CPU those of a sample that has a logit which
+// is not finite become NaN.
 struct HeadCurvature {
   HeadLogits head;
   void* products;  // on a CPU (vectors, classes, rows), rows `stride` apart; on a GPU (rows, vectors, classes)

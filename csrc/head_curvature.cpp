@@ -40,18 +40,28 @@ struct LaneSums {
   }
 };
 
+// Elements of two vectors of four, numbered on from the first to the second.
+template <int i, int j, int k, int l, class Four>
+KDFAST_INLINE Four shuffled(const Four& a, const Four& b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(4 * sizeof(Index))));
+  return __builtin_shuffle(a, b, Indices{i, j, k, l});
+#endif
+}
+
 // Four numbers of each of four samples, from z on, to four samples of each of four classes, from `out` on.
 template <class T>
 KDFAST_INLINE void transpose_four(const T* const z[4], int64_t from, T* out) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
   Four rows[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&rows[i], z[i] + from, sizeof rows[i]);
-  const Four a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
-  const Four b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
-  const Four c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
-  const Four d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
-  const Four columns[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
-                           __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  const Four a = shuffled<0, 4, 1, 5>(rows[0], rows[1]), b = shuffled<0, 4, 1, 5>(rows[2], rows[3]);
+  const Four c = shuffled<2, 6, 3, 7>(rows[0], rows[1]), d = shuffled<2, 6, 3, 7>(rows[2], rows[3]);
+  const Four columns[4] = {shuffled<0, 1, 4, 5>(a, b), shuffled<2, 3, 6, 7>(a, b), shuffled<0, 1, 4, 5>(c, d),
+                           shuffled<2, 3, 6, 7>(c, d)};
   for (int j = 0; j < 4; ++j) std::memcpy(out + j * kLanes, &columns[j], sizeof columns[j]);
 }
 

@@ -7,11 +7,17 @@
 
 #define KDFAST_INLINE inline __attribute__((always_inline))
 
+// Kernels for several instruction sets. Not by Clang, which holds the assembly of an inlined function against the set
+// that the function itself was compiled for.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KDFAST_X86
+#endif
+
 // KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, width, attribute) once per instruction set, width being the floats
 // that one of its registers holds. A kernel is an always-inlined body plus one thin function per set, picked at run
 // time with KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can
 // name a level.
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
 #define KDFAST_FOR_EACH_ISA(NAME)                        \
   NAME(base, 4, )                                        \
   NAME(v3, 8, __attribute__((target("arch=x86-64-v3")))) \
@@ -31,7 +37,7 @@ constexpr int kWidestIsa = 2;
 // 0: baseline, 1: x86-64-v3, 2: x86-64-v4; no higher than `limit`.
 inline int isa_level(int limit = kWidestIsa) {
   int level = 0;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) level = 1;
   if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
@@ -142,7 +148,7 @@ KDFAST_INLINE void store(float* p, Floats<W> v) {
 // written. p is aligned to a register. Ends with stream_end.
 template <int W>
 KDFAST_INLINE void stream(float* p, Floats<W> v) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   if constexpr (W >= 8) {
     KDFAST_EACH_PART(k) {
       using Part = typename Floats<W>::Part;
@@ -155,7 +161,7 @@ KDFAST_INLINE void stream(float* p, Floats<W> v) {
 }
 
 KDFAST_INLINE void stream_end() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   __asm__ volatile("sfence" ::: "memory");
 #endif
 }
@@ -164,7 +170,7 @@ KDFAST_INLINE void stream_end() {
 template <int W>
 KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   KDFAST_EACH_PART(k) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
     if constexpr (W >= 8) {
       __asm__("vmaxps %2, %1, %0" : "=v"(a.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
       continue;
@@ -195,7 +201,7 @@ KDFAST_INLINE Floats<W> where_less(Floats<W> a, Floats<W> b, Floats<W> x, Floats
 template <int W>
 KDFAST_INLINE Floats<W> fma(Floats<W> a, Floats<W> b, Floats<W> c) {
   KDFAST_EACH_PART(k) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
     if constexpr (W >= 8) {
       __asm__("vfmadd231ps %2, %1, %0" : "+v"(c.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
       continue;
@@ -233,7 +239,7 @@ KDFAST_INLINE float max_of(Floats<W> v) {
 // The same in double. Assembly at the widest set: the compiler would convert halves and put them together.
 template <int W>
 KDFAST_INLINE Doubles8 widen(Floats8 v) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   if constexpr (W == 16) {
     Doubles8 wide;
     __asm__("vcvtps2pd %1, %0" : "=v"(wide) : "v"(v));

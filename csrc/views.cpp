@@ -18,7 +18,13 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 // Five pixels end to end fill 15 of 16 bytes.
 constexpr int64_t kGroup = 5;
-constexpr Bytes kReversed = {12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, 15};
+KDFAST_INLINE Bytes reversed(Bytes group) {
+#if defined(__clang__)
+  return __builtin_shufflevector(group, group, 12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, 15);
+#else
+  return __builtin_shuffle(group, Bytes{12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, 15});
+#endif
+}
 
 // What the rows of a batch share: scale and bias repeated along a row, so that a row is one long vector.
 struct Shared {
@@ -39,7 +45,7 @@ KDFAST_INLINE void copy_reversed(const uint8_t* pixels, uint8_t* out, int64_t co
   for (; x + kGroup <= count; x += kGroup) {
     Bytes group;
     std::memcpy(&group, pixels - (x + kGroup - 1) * kChannels, sizeof group);
-    group = __builtin_shuffle(group, kReversed);
+    group = reversed(group);
     std::memcpy(out + x * kChannels, &group, sizeof group);
   }
   for (; x < count; ++x) std::memcpy(out + x * kChannels, pixels - x * kChannels, kChannels);
@@ -109,7 +115,7 @@ KDFAST_FOR_EACH_ISA(KDFAST_CUT_IMAGES)
 template <class T>
 Kernel kernel_for(int level) {
   const Kernel base = cut_images_base<T>;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef KDFAST_X86
   return level >= 2 ? cut_images_v4<T> : level == 1 ? cut_images_v3<T> : base;
 #else
   return static_cast<void>(level), base;
