@@ -18,11 +18,12 @@ namespace py = pybind11;
 namespace kdfast {
 namespace {
 
-// Types of torch that are compared by identity, and functions of it; set once by `learn_torch`, and kept for good.
+// What is needed of torch at each call; set once by `learn_torch`, and kept for good.
 struct Torch {
-  py::handle tensor, parameter, float32;
-  py::handle grad_enabled, transforms_active, dispatch_modes, tracing_state;
-  py::handle large_tensor;  // kdfast.ops.memory.tensor_like
+  py::handle tensor, parameter;  // types, compared by identity
+  py::handle scalar;             // a tensor: float32, on the CPU
+  py::handle empty_like, grad_enabled, transforms_active, dispatch_modes, tracing_state;
+  py::handle tensor_like;  // of kdfast.ops.memory
   decltype(dlpack::ExchangeApi::view_of_object) view = nullptr;
 } torch;
 
@@ -30,11 +31,8 @@ constexpr int64_t kLarge = 1 << 20;  // bytes from which on memory is worth usin
 
 // Python objects that calls need again and again.
 struct Names {
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
-  PyObject* empty_keywords = PyTuple_Pack(1, dtype);
   PyObject* native = PyUnicode_InternFromString("native");
   PyObject* one = PyFloat_FromDouble(1);
 };
@@ -51,11 +49,8 @@ py::object checked(PyObject* fresh) {
 
 py::object call(py::handle function) { return checked(PyObject_CallNoArgs(function.ptr())); }
 
-// A new tensor on the device of x, in float32 or in the dtype of x.
-py::object empty(py::handle x, const py::tuple& shape, bool float32) {
-  PyObject* arguments[] = {x.ptr(), shape.ptr(), torch.float32.ptr()};
-  return checked(
-      PyObject_VectorcallMethod(names().new_empty, arguments, 2, float32 ? names().empty_keywords : nullptr));
+py::object call(py::handle function, py::handle argument) {
+  return checked(PyObject_CallOneArg(function.ptr(), argument.ptr()));
 }
 
 void* data_of(py::handle x) {
@@ -79,6 +74,8 @@ struct Operand {
     return type.bits == 32 ? kFloat32 : type.bits == 16 ? kFloat16 : -1;
   }
   Matrix matrix() const { return {data, sizes[0], sizes[1], strides[0], strides[1], code()}; }
+  bool contiguous() const { return strides[1] == 1 && strides[0] == sizes[1]; }
+  int64_t bytes() const { return sizes[0] * sizes[1] * size_of(code()); }
 };
 
 // False if it is not a plain CPU tensor with that many dimensions.
@@ -136,6 +133,12 @@ bool read_options(py::handle alpha, py::handle temperature, py::handle t_squared
          (a->reverse || equal(direction, "forward"));
 }
 
+// A contiguous tensor like the logits, for their gradient.
+py::object gradient_of(py::handle logits, const Operand& z) {
+  if (z.contiguous() && z.bytes() < kLarge) return call(torch.empty_like, logits);
+  return torch.tensor_like(logits, py::make_tuple(z.sizes[0], z.sizes[1]));
+}
+
 // Whether no transform, mode or trace wants to see what is called, and nothing but the native kernel was asked for.
 bool undisturbed(py::handle backend) {
   return torch.view && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") &&
@@ -166,13 +169,11 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
   a.hold = 1;
   a.threads = threads;
   a.isa_limit = kWidestIsa;
-  const py::object loss = empty(logits, py::tuple(), z.code() != kFloat32);
+  const py::object loss = call(torch.empty_like, torch.scalar);
   a.loss = static_cast<float*>(data_of(loss));
   py::object kept = py::none();
   if (requires_grad(logits) && is_true(call(torch.grad_enabled))) {
-    const bool large = z.sizes[0] * z.sizes[1] * size_of(z.code()) >= kLarge;
-    const py::tuple shape = py::make_tuple(z.sizes[0], z.sizes[1]);
-    const py::object grad = large ? py::object(torch.large_tensor(logits, shape)) : empty(logits, shape, false);
+    const py::object grad = gradient_of(logits, z);
     a.grad = data_of(grad);
     kept = checked(PyTuple_Pack(3, grad.ptr(), names().native, names().one));
   }
@@ -186,21 +187,21 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
 }  // namespace
 
 void bind_kd_call(py::module_& m) {
-  m.def("learn_torch", [](const py::object& tensor, const py::object& parameter, const py::object& float32,
-                          const py::list& functions) {
-    py::handle* const known[] = {&torch.grad_enabled, &torch.transforms_active, &torch.dispatch_modes,
-                                 &torch.tracing_state, &torch.large_tensor};
-    torch.tensor = tensor.inc_ref();
-    torch.parameter = parameter.inc_ref();
-    torch.float32 = float32.inc_ref();
-    size_t i = 0;
-    for (const py::handle function : functions) *known[i++] = function.inc_ref();
-    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;  // torch before 2.10: no call is a plain one
-    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const auto* api = static_cast<const dlpack::ExchangeApi*>(capsule.get_pointer());
-    while (api && api->major != dlpack::kMajor) api = api->older;
-    if (api) torch.view = api->view_of_object;
-  });
+  m.def("learn_torch",
+        [](const py::object& tensor, const py::object& parameter, const py::object& scalar, const py::list& functions) {
+          py::handle* const known[] = {&torch.empty_like,     &torch.grad_enabled,  &torch.transforms_active,
+                                       &torch.dispatch_modes, &torch.tracing_state, &torch.tensor_like};
+          torch.tensor = tensor.inc_ref();
+          torch.parameter = parameter.inc_ref();
+          torch.scalar = scalar.inc_ref();
+          size_t i = 0;
+          for (const py::handle function : functions) *known[i++] = function.inc_ref();
+          if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;  // torch before 2.10: no call is a plain one
+          const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+          const auto* api = static_cast<const dlpack::ExchangeApi*>(capsule.get_pointer());
+          while (api && api->major != dlpack::kMajor) api = api->older;
+          if (api) torch.view = api->view_of_object;
+        });
   m.def("kd_loss_of_tensors", &kd_loss_of_tensors);
 }
 

@@ -23,8 +23,9 @@ extension = _native
 _native.learn_torch(
     Tensor,
     torch.nn.Parameter,
-    torch.float32,
+    torch.zeros((), dtype=torch.float32, device="cpu"),
     [
+        torch.empty_like,
         torch.is_grad_enabled,
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
