@@ -37,34 +37,63 @@ void check_shapes(const KdLoss& a) {
   if (!a.rows && a.teacher.rows < a.logits.rows) throw std::invalid_argument("teacher has fewer rows than logits");
 }
 
-// Labels, teacher rows and class ids are indices: an unchecked one would read outside the tensors.
-void check_indices(const KdLoss& a) {
+// What is wrong with an index of a row that check_rows has found to be out of range.
+[[noreturn]] void name_index(const KdLoss& a, int64_t i) {
+  const int64_t label = a.labels ? a.labels[i * a.labels_stride] : 0, row = a.use_kl ? teacher_row(a, i) : 0;
+  if (label < 0 || label >= a.logits.cols)
+    out_of_range("labels[" + std::to_string(i) + "]", label, "the number of classes in logits is", a.logits.cols);
+  if (a.use_kl && (row < 0 || row >= a.teacher.rows))
+    out_of_range("rows[" + std::to_string(i) + "]", row, "the number of teacher rows is", a.teacher.rows);
+  int64_t j = 0;
+  while (a.classes[row * a.teacher.cols + j] >= 0 && a.classes[row * a.teacher.cols + j] < a.logits.cols) ++j;
+  out_of_range("teacher.classes[" + std::to_string(row) + ", " + std::to_string(j) + "]",
+               a.classes[row * a.teacher.cols + j], "the number of classes in logits is", a.logits.cols);
+}
+
+bool has_bad_class(const KdLoss& a, int64_t row) {
+  const int32_t* ids = a.classes + row * a.teacher.cols;
+  return std::any_of(ids, ids + a.teacher.cols, [&](int32_t id) { return id < 0 || id >= a.logits.cols; });
+}
+
+// Sum of the weights of the counted rows. Refuses labels, teacher rows and class ids that are out of range: they are
+// indices, and an unchecked one would read outside the tensors.
+double check_rows(const KdLoss& a) {
+  const int64_t *labels = a.labels, *rows = a.use_kl ? a.rows : nullptr;
+  // As unsigned numbers, negative indices are too large as well.
+  const uint64_t classes = static_cast<uint64_t>(a.logits.cols),
+                 teacher_rows = rows ? static_cast<uint64_t>(a.teacher.rows) : 1;
+  double total = 0;
   for (int64_t i = 0; i < a.logits.rows; ++i) {
-    if (!counted(a, i)) continue;
-    const int64_t label = a.labels ? a.labels[i * a.labels_stride] : 0;
-    if (label < 0 || label >= a.logits.cols)
-      out_of_range("labels[" + std::to_string(i) + "]", label, "the number of classes in logits is", a.logits.cols);
-    if (!a.use_kl) continue;
-    const int64_t row = teacher_row(a, i);
-    if (row < 0 || row >= a.teacher.rows)
-      out_of_range("rows[" + std::to_string(i) + "]", row, "the number of teacher rows is", a.teacher.rows);
-    for (int64_t j = 0; a.classes && j < a.teacher.cols; ++j) {
-      const int64_t id = a.classes[row * a.teacher.cols + j];
-      if (id < 0 || id >= a.logits.cols)
-        out_of_range("teacher.classes[" + std::to_string(row) + ", " + std::to_string(j) + "]", id,
-                     "the number of classes in logits is", a.logits.cols);
-    }
+    const int64_t label = labels ? labels[i * a.labels_stride] : 0;
+    if (labels && label == a.ignore_index) continue;
+    const int64_t row = rows ? rows[i * a.rows_stride] : 0;
+    if (static_cast<uint64_t>(label) >= classes || static_cast<uint64_t>(row) >= teacher_rows) name_index(a, i);
+    if (a.use_kl && a.classes && has_bad_class(a, teacher_row(a, i))) name_index(a, i);
+    total += weight_of(a, i);
   }
+  return total;
 }
 
 // Factor that all rows share: one over the sum of the counted weights for a mean (0 when nothing counts).
-double common_factor(const KdLoss& a) {
+double common_factor(const KdLoss& a, double weights) {
   if (a.reduction != kMean) return 1.0;
-  double total = 0;
-  for (int64_t i = 0; i < a.logits.rows; ++i)
-    if (counted(a, i)) total += weight_of(a, i);
-  return total == 0 ? 0.0 : 1.0 / total;
+  return weights == 0 ? 0.0 : 1.0 / weights;
 }
+
+// In four chains, whose additions do not wait for each other.
+double sum_of(const double* values, int64_t n) {
+  double a = 0, b = 0, c = 0, d = 0;
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) a += values[i], b += values[i + 1], c += values[i + 2], d += values[i + 3];
+  for (; i < n; ++i) a += values[i];
+  return (a + b) + (c + d);
+}
+
+constexpr int64_t kLine = 8;  // doubles in a cache line
+
+int64_t whole_lines(int64_t doubles) { return (doubles + kLine - 1) / kLine * kLine; }
+
+double* next_line(double* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(double); }
 
 Power power_of(const KdLoss& a) {
   if (!a.use_ce || !a.use_kl || a.temperature == 1) return kPowerOne;
@@ -95,25 +124,27 @@ int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes + kL
 
 void kd_loss(const KdLoss& a) {
   check_shapes(a);
-  check_indices(a);
+  const double weights = check_rows(a);
   const int64_t width = scratch_size(a.logits.cols), floats_each = DenseRows::count(width) * 3 * width;
   const int64_t k = a.classes && a.use_kl ? a.teacher.cols : 0;
   const int64_t ahead = std::max(kAhead, DenseRows::count(width));
   const int threads = std::max(a.threads, 1);
-  std::vector<double> losses(static_cast<size_t>(a.logits.rows));
-  // Not cleared: each thread's part stays in its own caches from one call to the next.
-  const std::unique_ptr<float[]> floats(new float[static_cast<size_t>(threads * floats_each)]);
-  std::vector<double> terms(static_cast<size_t>(threads * 3 * k));
+  // Losses of the rows; then for each thread floats of dense rows, and the terms of top-k ones. Not cleared: a thread's
+  // part stays in its own caches from one call to the next.
+  const int64_t rows = whole_lines(a.logits.rows), each = whole_lines(floats_each / 2 + 3 * k);
+  const std::unique_ptr<double[]> memory(new double[static_cast<size_t>(rows + threads * each + kLine)]);
+  double* losses = next_line(memory.get());
   const Job job{a,
                 row_kernels(a.isa_limit),
                 power_of(a),
-                common_factor(a),
+                common_factor(a, weights),
                 a.kl_factor / a.temperature,
                 a.use_kl ? static_cast<float>(1.0 / a.temperature) : 1.0f,
-                losses.data()};
+                losses};
   parallel_rows(a.logits.rows, a.logits.cols + 100, threads, [&](int64_t begin, int64_t end, int slot) {
-    float* f = floats.get() + slot * floats_each;
-    double* d = terms.data() + slot * 3 * k;
+    double* mine = losses + rows + slot * each;
+    float* f = reinterpret_cast<float*>(mine);
+    double* d = mine + floats_each / 2;
     DenseRows dense(job, f, width);
     for (int64_t i = begin; i < end; ++i) {
       prefetch_teacher(a, i + ahead);
@@ -128,12 +159,10 @@ void kd_loss(const KdLoss& a) {
     dense.finish();
   });
   if (a.reduction == kNone) {
-    for (int64_t i = 0; i < a.logits.rows; ++i) a.loss[i] = static_cast<float>(losses[static_cast<size_t>(i)]);
+    for (int64_t i = 0; i < a.logits.rows; ++i) a.loss[i] = static_cast<float>(losses[i]);
     return;
   }
-  double total = 0;
-  for (const double row : losses) total += row;
-  *a.loss = static_cast<float>(total);
+  *a.loss = static_cast<float>(sum_of(losses, a.logits.rows));
 }
 
 void scale_rows(const void* grad, void* out, int dtype, int64_t rows, int64_t cols, const float* factor,

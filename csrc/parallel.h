@@ -100,14 +100,16 @@ void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   // A thread has a part of its own, the same at each call, whose memory its caches may still hold; and four ranges in
   // it, so that the others can take some over when the machine takes the thread away for a while.
   const int64_t step = std::max<int64_t>(1, rows / (useful * 4));
-  std::vector<Part> parts(static_cast<size_t>(useful));
+  Part few[8];
+  std::vector<Part> many(static_cast<size_t>(useful > 8 ? useful : 0));
+  Part* const parts = useful > 8 ? many.data() : few;
   for (int64_t i = 0; i < useful; ++i) {
-    parts[static_cast<size_t>(i)].next = rows * i / useful;
-    parts[static_cast<size_t>(i)].end = rows * (i + 1) / useful;
+    parts[i].next = rows * i / useful;
+    parts[i].end = rows * (i + 1) / useful;
   }
   run_team(static_cast<int>(useful), [&](int slot) {
     for (int64_t i = 0; i < useful; ++i) {
-      Part& part = parts[static_cast<size_t>((slot + i) % useful)];
+      Part& part = parts[(slot + i) % useful];
       for (int64_t begin; (begin = part.next.fetch_add(step)) < part.end;)
         call_range(body, begin, std::min(begin + step, part.end), slot);
     }

@@ -275,11 +275,11 @@ struct Sum {
   }
 };
 
-// exp(x) for x <= 0, about one unit in the last place; exactly 0 from -88 down, -inf included; NaN stays NaN.
+// exp(x) for x <= 0, within one unit in the last place; exactly 0 from -88 down, -inf included; NaN stays NaN.
 template <int W>
 KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
-  const Floats<W> floor = splat<W>(-88.0f),
-                  magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  // 1.5 * 2^23, which rounds a sum to an integer n, and 127: so the low bits of the sum are the exponent of 2^n.
+  const Floats<W> floor = splat<W>(-88.0f), magic = splat<W>(12582912.0f + 127.0f), one = splat<W>(1.0f);
   const Floats<W> c = max(floor, x);
   const Floats<W> shifted = fma(c, splat<W>(1.44269504f), magic);
   const Floats<W> n = shifted - magic;
@@ -289,9 +289,9 @@ KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
   p = fma(p, r, splat<W>(4.1668396443e-2f));
   p = fma(p, r, splat<W>(1.6666519642e-1f));
   p = fma(p, r, splat<W>(4.9999994040e-1f));
-  p = fma(p, r * r, r) + splat<W>(1.0f);
+  p = fma(fma(p, r, one), r, one);
   // At -88, n is -127 and this power of two is zero.
-  return p * floats_from((bits_of(shifted) + words<W>(127u - 0x4b400000u)) << 23);
+  return p * floats_from(bits_of(shifted) << 23);
 }
 
 }  // namespace kdfast

@@ -85,7 +85,7 @@ KDFAST_INLINE double sum_of(Doubles<W> v) {
 // exp(x) for x <= 0, within two units in the last place; exactly 0 from -709 down, -inf included; NaN stays NaN.
 template <int W>
 KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
-  const Doubles<W> magic = splat64<W>(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer
+  const Doubles<W> magic = splat64<W>(6755399441055744.0 + 1023.0);  // see exp_nonpositive of floats
   const Doubles<W> c = max(splat64<W>(-709.2), x);
   const Doubles<W> shifted = c * splat64<W>(1.4426950408889634) + magic;
   const Doubles<W> n = shifted - magic;
@@ -101,7 +101,7 @@ KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
   KDFAST_EACH_PART64(k) {
     typename Doubles<W>::Bits bits;
     std::memcpy(&bits, &shifted.part[k], sizeof bits);
-    bits = (bits + (uint64_t{1023} - uint64_t{0x4338000000000000})) << 52;
+    bits <<= 52;
     typename Doubles<W>::Part power;
     std::memcpy(&power, &bits, sizeof power);
     p.part[k] = p.part[k] * power;
