@@ -38,11 +38,26 @@ struct HeadCurvature {
   int64_t stride;  // ignored on a GPU
 };
 
+// Adds B^T X to `out`, with B = S A and A = X V^T, in floats: the Hessian of the sum of all losses times some vectors.
+struct HeadProducts {
+  HeadLogits head;
+  const float* features;  // (rows, width), or with a bias one more that is 1 and is not stored
+  int64_t width, features_stride;
+  bool bias;
+  const float* v;  // (vectors, classes, width + bias) contiguous
+  int64_t vectors;
+  float* out;  // as v
+};
+
 void check_head(const HeadLogits& head);
+
+// Whether head_products can run here, for that many products (vectors times classes) of a sample.
+bool head_products_fit(int64_t numbers, int64_t width);
 
 // Throw std::invalid_argument on inconsistent sizes. Labels must lie in [0, classes).
 void head_residuals(const HeadResiduals& args);
 void head_curvature(const HeadCurvature& args);
+void head_products(const HeadProducts& args);
 
 // The same on the current device, in a CUDA stream, without waiting. Throw std::runtime_error when a launch fails.
 void head_residuals_cuda(const HeadResiduals& args, void* stream);

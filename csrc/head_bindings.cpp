@@ -56,6 +56,15 @@ void bind_head(py::module_& m) {
           if (stream >= 0) throw std::invalid_argument("this build has no CUDA kernels");
           head_curvature(args);
         });
+  m.def("head_products_fit", &head_products_fit);
+  m.def("head_products", [](const py::tuple& head, uintptr_t features, int64_t width, int64_t features_stride,
+                            bool bias, uintptr_t v, int64_t vectors, uintptr_t out) {
+    const HeadProducts args{
+        head_logits(head), at<const float>(features), width, features_stride, bias, at<const float>(v), vectors,
+        at<float>(out)};
+    py::gil_scoped_release release;
+    head_products(args);
+  });
 }
 
 }  // namespace kdfast

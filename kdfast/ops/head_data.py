@@ -24,6 +24,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 
 TILE_BYTES = {"cpu": 16 * 2**20}
 LARGE_TILE_BYTES = 256 * 2**20
+PIECEWISE_TILE_BYTES = 64 * 2**20
 LEAST_ROWS = 256
 
 
@@ -186,6 +187,7 @@ class HeadData:
         note: str = "",
         *,
         unchecked: tuple[str, ...] = (),
+        piecewise: bool = False,
     ) -> Iterator[Tile]:
         """The rows in order.
 
@@ -196,9 +198,10 @@ class HeadData:
             note: Passed on to ``progress``.
             unchecked: "features" and "logits" that make the caller's result not finite when they are not; it looks at
                 that, and calls ``explain``. They are not looked at here, unless they can be read only once.
+            piecewise: Whether the caller takes a tile in pieces that a cache holds, so that it may be larger.
         """
         dtype = dtype or self.dtype
-        rows = self.rows_of_a_tile(width, dtype)
+        rows = self.rows_of_a_tile(width, dtype, piecewise=piecewise)
         start = 0
         for block in self.blocks:
             parts = split_block(block, self.prefix)
@@ -232,12 +235,13 @@ class HeadData:
             seen = self._seen.labels or (low, high)
             self._seen.labels = min(low, seen[0]), max(high, seen[1])
 
-    def rows_of_a_tile(self, width: int, dtype: torch.dtype) -> int:
+    def rows_of_a_tile(self, width: int, dtype: torch.dtype, *, piecewise: bool = False) -> int:
         """Most rows that ``tiles`` yields at a time; arguments as there."""
         if self.tile_rows is not None:
             return self.tile_rows
         row = (self.features + 2 * self.classes + width) * dtype.itemsize
-        return max(LEAST_ROWS, TILE_BYTES.get(self.device.type, LARGE_TILE_BYTES) // row // 64 * 64)
+        size = PIECEWISE_TILE_BYTES if piecewise else TILE_BYTES.get(self.device.type, LARGE_TILE_BYTES)
+        return max(LEAST_ROWS, size // row // 64 * 64)
 
     def _tile(self, start: int, parts: list[Array | None], dtype: torch.dtype) -> Tile:
         x, z, y, t = (None if part is None else as_tensor(part).detach().to(self.device) for part in parts)

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops.head_checks import Array
-from kdfast.ops.head_data import Features, HeadData, Progress
-from kdfast.ops.head_rows import Target, curvature_, curvature_shows_logits, products_for
+from kdfast.ops.head_data import Features, HeadData, Progress, Tile
+from kdfast.ops.head_rows import (
+    Target,
+    add_products,
+    curvature_,
+    curvature_shows_logits,
+    products_are_fused,
+    products_for,
+)
 
 __all__ = ["check_vectors", "head_hvp", "hessian_products"]
 
@@ -30,8 +37,9 @@ def head_hvp(
     """The Hessian of F = (1/N) sum of losses + (l2 / 2) ||W||^2 at the head's weights, times K vectors.
 
     With A = X V^T and B = S A for each sample's curvature S, H V = B^T X / N + l2 V: two matrix products, with one
-    pass over A between them, for tiles of samples; nothing of size N K C is stored. For a linear head the Hessian is
-    its Gauss-Newton matrix. Labels and teacher logits do not enter it.
+    pass over A between them, for tiles of samples; nothing of size N K C is stored. A few vectors in float32 on a CPU
+    with AVX-512 go through all three steps while their samples' features are in the cache. For a linear head the
+    Hessian is its Gauss-Newton matrix. Labels and teacher logits do not enter it.
 
     Args:
         features: (N, D') without the bias, tensor or (memory-mapped) array; or an iterable of blocks
@@ -59,9 +67,13 @@ def head_hvp(
     target = Target(alpha, temperature).check()
     if not 0 <= l2 < math.inf:
         raise ShapeError(f"l2 is {l2}: give a finite number of at least 0")
-    vectors = check_vectors("v", v, data)
+    vectors = as_vectors("v", v, data)
     dtype = torch.float64 if torch.float64 in (data.dtype, v.dtype) else torch.float32
-    out = hessian_products(data, vectors.to(dtype), l2, target, progress)
+    try:
+        out = hessian_products(data, vectors.to(dtype), l2, target, progress)
+    except DataError:
+        check_vectors("v", v, data)  # if they are what is not finite
+        raise
     return out.reshape(v.shape).to(v.dtype)
 
 
@@ -71,32 +83,19 @@ def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progr
     Raises:
         DataError: If a number of the data is not finite, or the products overflow.
     """
-    k, c, d = v.shape
-    out = torch.zeros(k * c, d, dtype=v.dtype, device=v.device)
-    flat = v.reshape(k * c, d)
-    # One buffer for all tiles: fresh memory would be mapped and cleared for each.
-    most = data.rows_of_a_tile(k * c, v.dtype)
-    products = products_for(most, v)
-    # A bias as a feature costs a copy of the features; as more passes over narrow products, less.
-    padded = v.new_ones(most, d) if data.bias and 2 * k * c > d else None
-    rows = 0
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    fused = products_are_fused(v, data.bias)
+    library = None if fused else _Library(data, v)
     unchecked = ("features", "logits") if curvature_shows_logits(v) else ("features",)
-    for tile in data.tiles(k * c, v.dtype, progress, "Hessian products", unchecked=unchecked):
-        each, x = products[: len(tile.x)], tile.x
-        a = each.flatten(1)
-        if padded is not None:
-            x = padded[: len(tile.x)]
-            x[:, :-1] = tile.x
-        if x.shape[1] == d:
-            torch.mm(x, flat.mT, out=a)
+    width = 0 if fused else v[..., 0].numel()
+    rows = 0
+    for tile in data.tiles(width, v.dtype, progress, "Hessian products", unchecked=unchecked, piecewise=fused):
+        if library is None:
+            add_products(out, tile.x, tile.z, v, data.bias, target)
         else:
-            torch.addmm(flat[:, -1], x, flat[:, :-1].mT, out=a)
-        curvature_(each, tile.z, target)
-        out[:, : x.shape[1]].addmm_(a.mT, x)
-        if x.shape[1] < d:
-            out[:, -1] += a.sum(0)
-        rows += len(x)
-    out = out.view(k, c, d).div_(rows)
+            library.add(out, tile, v, target)
+        rows += len(tile.x)
+    out.div_(rows)
     if l2 > 0:
         out.add_(v, alpha=l2)
     if not bool(out.sum().isfinite()) and not bool(out.isfinite().all()):
@@ -104,12 +103,41 @@ def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progr
     return out
 
 
-def check_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
+class _Library:
+    """Both products by the library, the curvature in between; with room for the largest tile's."""
+
+    def __init__(self, data: HeadData, v: Tensor) -> None:
+        k, c, d = v.shape
+        # One buffer for all tiles: fresh memory would be mapped and cleared for each.
+        most = data.rows_of_a_tile(k * c, v.dtype)
+        self.products = products_for(most, v)
+        # A bias as a feature costs a copy of the features; as more passes over narrow products, less.
+        self.padded = v.new_ones(most, d) if data.bias and 2 * k * c > d else None
+
+    def add(self, out: Tensor, tile: Tile, v: Tensor, target: Target) -> None:
+        """Adds B^T X of a tile."""
+        n, x, d = len(tile.x), tile.x, v.shape[2]
+        flat, into = v.reshape(-1, d), out.view(-1, d)
+        each = self.products[:n]
+        a = each.flatten(1)
+        if self.padded is not None:
+            x = self.padded[:n]
+            x[:, :-1] = tile.x
+        if x.shape[1] == d:
+            torch.mm(x, flat.mT, out=a)
+        else:
+            torch.addmm(flat[:, -1], x, flat[:, :-1].mT, out=a)
+        curvature_(each, tile.z, target)
+        into[:, : x.shape[1]].addmm_(a.mT, x)
+        if x.shape[1] < d:
+            into[:, -1] += a.sum(0)
+
+
+def as_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
     """``v`` as (K, C, D).
 
     Raises:
         ShapeError: If shape, device or dtype do not fit the data.
-        DataError: If a number is not finite.
     """
     shape = (data.classes, data.dim)
     if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != shape or v.numel() == 0:
@@ -121,7 +149,17 @@ def check_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
         raise ShapeError(f"{name} is on {v.device}, the features are on {data.device}: move them to one device")
     if not v.dtype.is_floating_point:
         raise ShapeError(f"{name} is {v.dtype}: give floating-point numbers")
-    v = v.detach()
+    return v.detach().reshape(-1, *shape)
+
+
+def check_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
+    """``v`` as (K, C, D), of finite numbers.
+
+    Raises:
+        ShapeError: As ``as_vectors``.
+        DataError: If a number is not finite.
+    """
+    v = as_vectors(name, v, data)
     if not bool(v.sum().isfinite()) and not bool(v.isfinite().all()):
         raise DataError(f"{name} is not finite: look for what made it")
-    return v.reshape(-1, *shape)
+    return v

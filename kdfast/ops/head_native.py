@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.ops.native import extension
 
-__all__ = ["curvature_", "has_cuda", "norms", "residuals"]
+__all__ = ["add_products", "curvature_", "has_cuda", "norms", "products_fit", "residuals"]
 
 _WIDEST_ISA = 2
 
@@ -70,6 +70,31 @@ def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit
     z = _rows(z)
     with _on(z):
         extension.head_curvature(_head(z, alpha, temperature, isa_limit), a.data_ptr(), k, stride, _stream(z))
+
+
+def products_fit(v: Tensor, bias: bool) -> bool:
+    """Whether ``add_products`` can run here for vectors ``v`` (K, C, D)."""
+    k, c, d = v.shape
+    return v.dtype == torch.float32 and not v.is_cuda and extension.head_products_fit(k * c, d - int(bias))
+
+
+def add_products(out: Tensor, x: Tensor, z: Tensor, v: Tensor, bias: bool, alpha: float, temperature: float) -> None:
+    """``kdfast.ops.head_rows.add_products``.
+
+    Raises:
+        ValueError: If ``products_fit`` is false.
+    """
+    z, x, v = _rows(z), _rows(x), v.contiguous()
+    extension.head_products(
+        _head(z, alpha, temperature, _WIDEST_ISA),
+        x.data_ptr(),
+        x.shape[1],
+        x.stride(0),
+        bias,
+        v.data_ptr(),
+        v.shape[0],
+        out.data_ptr(),
+    )
 
 
 def _residuals(

@@ -23,11 +23,13 @@ from kdfast.ops import backends
 
 __all__ = [
     "Target",
+    "add_products",
     "curvature_",
     "curvature_shows_logits",
     "curvatures",
     "norms",
     "probabilities",
+    "products_are_fused",
     "products_for",
     "residuals",
 ]
@@ -133,6 +135,31 @@ def curvature_(a: Tensor, z: Tensor, target: Target) -> Tensor:
 
     head_native.curvature_(a, z, *target)
     return a
+
+
+def products_are_fused(v: Tensor, bias: bool) -> bool:
+    """Whether ``add_products`` takes ``v`` (K, C, D): floats, and not too many, on a CPU with AVX-512."""
+    if v.device.type != "cpu" or not _compiled(v):
+        return False
+    from kdfast.ops import head_native
+
+    return head_native.products_fit(v, bias)
+
+
+def add_products(out: Tensor, x: Tensor, z: Tensor, v: Tensor, bias: bool, target: Target) -> None:
+    """Adds B^T X to ``out`` (K, C, D), B = S A, A = X V^T, for ``v`` (K, C, D) of which ``products_are_fused``.
+
+    Args:
+        out: float32, contiguous.
+        x: (n, D') float32, without the bias.
+        z: (n, C) float32. Products are NaN when one is not finite.
+        v: float32.
+        bias: Whether D counts a feature that is 1 and that ``x`` does not have.
+        target: The loss.
+    """
+    from kdfast.ops import head_native
+
+    head_native.add_products(out, x, z, v, bias, *target)
 
 
 def curvature_shows_logits(v: Tensor) -> bool:
