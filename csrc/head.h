@@ -38,7 +38,8 @@ struct HeadCurvature {
   int64_t stride;  // ignored on a GPU
 };
 
-// Adds B^T X to `out`, with B = S A and A = X V^T, in floats: the Hessian of the sum of all losses times some vectors.
+// Adds `scale` B^T X to `out`, with B = S A and A = X V^T, in floats: the Hessian of the sum of all losses times some
+// vectors.
 struct HeadProducts {
   HeadLogits head;
   const float* features;  // (rows, width), or with a bias one more that is 1 and is not stored
@@ -46,6 +47,7 @@ struct HeadProducts {
   bool bias;
   const float* v;  // (vectors, classes, width + bias) contiguous
   int64_t vectors;
+  float scale;
   float* out;  // as v
 };
 

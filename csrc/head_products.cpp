@@ -146,7 +146,7 @@ KDFAST_INLINE void add_all_dots(const float* a, int64_t a_stride, const float* b
 // they would leave most of a register empty, are `single`: they are taken from the given vectors as they lie.
 struct Plan {
   const HeadProducts& args;
-  int64_t numbers, padded, width, padded_width, stride, single, blocked;
+  int64_t numbers, padded, width, padded_width, stride, single, blocked, block_columns;
   Zeros by_feature, bias;
 
   explicit Plan(const HeadProducts& a)
@@ -160,7 +160,10 @@ struct Plan {
         blocked(whole_vectors(numbers - single)),
         by_feature(blocked * width),
         bias(padded) {
-    for (int64_t from = 0; from < blocked; from += kMostColumns * kLanes) {
+    // Blocks of the same size: a narrow one for the rest would use fewer registers.
+    const int64_t registers = blocked / kLanes, blocks = (registers + kMostColumns - 1) / kMostColumns;
+    block_columns = blocks ? (registers + blocks - 1) / blocks * kLanes : kLanes;
+    for (int64_t from = 0; from < blocked; from += block_columns) {
       const int64_t columns = columns_from(from);
       float* block = by_feature.data() + from * width;
       for (int64_t j = from; j < std::min(from + columns, numbers); ++j)
@@ -170,7 +173,7 @@ struct Plan {
   }
 
   // Products of the block that begins with product `from`.
-  int64_t columns_from(int64_t from) const { return std::min<int64_t>(kMostColumns * kLanes, blocked - from); }
+  int64_t columns_from(int64_t from) const { return std::min<int64_t>(block_columns, blocked - from); }
 };
 
 // One thread's samples: adds B^T X of them to `out` (numbers, padded width), and sums of B to `out_bias`.
@@ -220,7 +223,7 @@ class Samples {
   KDFAST_INLINE void forward(const float* x, int64_t stride, int64_t n) {
     const int64_t padded = plan_.padded;
     for (int64_t i = 0; i < n; ++i) std::copy_n(plan_.bias.data(), padded, products_.data() + i * padded);
-    for (int64_t from = 0; from < plan_.blocked; from += kMostColumns * kLanes) {
+    for (int64_t from = 0; from < plan_.blocked; from += plan_.block_columns) {
       const int64_t columns = plan_.columns_from(from);
       add_product(x, stride, plan_.by_feature.data() + from * plan_.width, columns, plan_.width,
                   products_.data() + from, padded, n, columns / kLanes);
@@ -294,8 +297,8 @@ void head_products(const HeadProducts& args) {
     const float* mine = sums.data() + part * each;
     for (int64_t j = 0; j < plan.numbers; ++j) {
       float* out = args.out + j * stride;
-      for (int64_t k = 0; k < args.width; ++k) out[k] += mine[j * plan.padded_width + k];
-      if (args.bias) out[args.width] += mine[size + j];
+      for (int64_t k = 0; k < args.width; ++k) out[k] += args.scale * mine[j * plan.padded_width + k];
+      if (args.bias) out[args.width] += args.scale * mine[size + j];
     }
   }
 #endif

@@ -88,17 +88,19 @@ def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progr
     library = None if fused else _Library(data, v)
     unchecked = ("features", "logits") if curvature_shows_logits(v) else ("features",)
     width = 0 if fused else v[..., 0].numel()
+    scale = 1 / data.total if data.total else 1.0  # of blocks the number of rows may not be known yet
     rows = 0
     for tile in data.tiles(width, v.dtype, progress, "Hessian products", unchecked=unchecked, piecewise=fused):
         if library is None:
-            add_products(out, tile.x, tile.z, v, data.bias, target)
+            add_products(out, scale, tile.x, tile.z, v, data.bias, target)
         else:
-            library.add(out, tile, v, target)
+            library.add(out, scale, tile, v, target)
         rows += len(tile.x)
-    out.div_(rows)
+    if scale == 1:
+        out.div_(rows)
     if l2 > 0:
         out.add_(v, alpha=l2)
-    if not bool(out.sum().isfinite()) and not bool(out.isfinite().all()):
+    if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
         data.explain("the Hessian's products", out.dtype)
     return out
 
@@ -114,8 +116,8 @@ class _Library:
         # A bias as a feature costs a copy of the features; as more passes over narrow products, less.
         self.padded = v.new_ones(most, d) if data.bias and 2 * k * c > d else None
 
-    def add(self, out: Tensor, tile: Tile, v: Tensor, target: Target) -> None:
-        """Adds B^T X of a tile."""
+    def add(self, out: Tensor, scale: float, tile: Tile, v: Tensor, target: Target) -> None:
+        """Adds ``scale`` B^T X of a tile."""
         n, x, d = len(tile.x), tile.x, v.shape[2]
         flat, into = v.reshape(-1, d), out.view(-1, d)
         each = self.products[:n]
@@ -128,9 +130,9 @@ class _Library:
         else:
             torch.addmm(flat[:, -1], x, flat[:, :-1].mT, out=a)
         curvature_(each, tile.z, target)
-        into[:, : x.shape[1]].addmm_(a.mT, x)
+        into[:, : x.shape[1]].addmm_(a.mT, x, alpha=scale)
         if x.shape[1] < d:
-            into[:, -1] += a.sum(0)
+            into[:, -1].add_(a.sum(0), alpha=scale)
 
 
 def as_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:

@@ -78,7 +78,9 @@ def products_fit(v: Tensor, bias: bool) -> bool:
     return v.dtype == torch.float32 and not v.is_cuda and extension.head_products_fit(k * c, d - int(bias))
 
 
-def add_products(out: Tensor, x: Tensor, z: Tensor, v: Tensor, bias: bool, alpha: float, temperature: float) -> None:
+def add_products(
+    out: Tensor, scale: float, x: Tensor, z: Tensor, v: Tensor, bias: bool, alpha: float, temperature: float
+) -> None:
     """``kdfast.ops.head_rows.add_products``.
 
     Raises:
@@ -93,6 +95,7 @@ def add_products(out: Tensor, x: Tensor, z: Tensor, v: Tensor, bias: bool, alpha
         bias,
         v.data_ptr(),
         v.shape[0],
+        scale,
         out.data_ptr(),
     )
 

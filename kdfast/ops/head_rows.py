@@ -146,20 +146,23 @@ def products_are_fused(v: Tensor, bias: bool) -> bool:
     return head_native.products_fit(v, bias)
 
 
-def add_products(out: Tensor, x: Tensor, z: Tensor, v: Tensor, bias: bool, target: Target) -> None:
-    """Adds B^T X to ``out`` (K, C, D), B = S A, A = X V^T, for ``v`` (K, C, D) of which ``products_are_fused``.
+def add_products(
+    out: Tensor, scale: float, x: Tensor, z: Tensor, v: Tensor, bias: bool, target: Target
+) -> None:
+    """Adds ``scale`` B^T X to ``out`` (K, C, D), with B = S A and A = X V^T, where ``products_are_fused``.
 
     Args:
         out: float32, contiguous.
+        scale: A factor.
         x: (n, D') float32, without the bias.
         z: (n, C) float32. Products are NaN when one is not finite.
-        v: float32.
+        v: (K, C, D) float32.
         bias: Whether D counts a feature that is 1 and that ``x`` does not have.
         target: The loss.
     """
     from kdfast.ops import head_native
 
-    head_native.add_products(out, x, z, v, bias, *target)
+    head_native.add_products(out, scale, x, z, v, bias, *target)
 
 
 def curvature_shows_logits(v: Tensor) -> bool:
