@@ -12,9 +12,6 @@ from kdfast.cli import options
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
-# Bytes of a stored logit.
-WIDTHS = {"float16": 2, "float32": 4}
-
 app = typer.Typer(help="Cache a teacher's logits and features; verify a cache.", invoke_without_command=True)
 
 
@@ -32,6 +29,18 @@ def build(
     ] = 0,
     view_seed: Annotated[int, typer.Option("--view-seed", help="Seed of the choice of views.", min=0)] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="float16, or float32 at twice the size.")] = "float16",
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            help="Keep the K most probable classes of each view, and what the others weigh at --temperature: for very "
+            "many classes.",
+            min=1,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="With --top-k: the temperature of the runs that it is for.")
+    ] = 4.0,
     precision: Annotated[
         str,
         typer.Option(
@@ -57,24 +66,31 @@ def build(
         return
     if data is None or teacher is None or out is None:
         raise UsageError("kdfast cache needs --data, --teacher and --out; see kdfast cache --help")
+    import numpy as np
+
     from kdfast.data.sources import open_source
     from kdfast.data.subset import read_subset
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.build import build_cache
     from kdfast.teacher.cache import TeacherCache
+    from kdfast.teacher.rows import Rows, TopK
 
-    _one_of("--dtype", dtype, WIDTHS)
+    _one_of("--dtype", dtype, ("float16", "float32"))
     _one_of("--precision", precision, ("float32", "bfloat16"))
     model = load_model(teacher)
     source = open_source(data, size=size)
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
     n_views = views or source.views.count
+    kept_classes = None if top_k is None else TopK(top_k, temperature)
+    if kept_classes is not None:
+        kept_classes.check(model.classes)
     if dry_run:
+        row_bytes = Rows(model.classes, np.dtype(dtype), kept_classes).row_bytes
         print(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
-            f"and write {kept * n_views * model.classes * WIDTHS[dtype] / 1e6:.0f} MB of logits to {out}"
+            f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}"
         )
         return
     with progress("cache") as report:
@@ -86,6 +102,7 @@ def build(
             n_views=n_views,
             view_seed=view_seed,
             dtype=cast(Any, dtype),
+            top_k=kept_classes,
             precision=cast(Any, precision),
             batch_size=batch_size,
             device=resolve_device(device),
@@ -93,7 +110,7 @@ def build(
         )
     manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest
     print(
-        f"cached {kept} samples x {n_views} views x {model.classes} classes in {manifest['seconds']:.0f} s; "
+        f"cached {kept} samples x {n_views} views x {top_k or model.classes} classes in {manifest['seconds']:.0f} s; "
         f"teacher's top-1: {manifest['train_top1']:.2f} on these samples, {manifest['test_top1']:.2f} on the test split"
     )
 

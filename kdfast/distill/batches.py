@@ -15,6 +15,7 @@ from kdfast.data.order import batch_count, epoch_order, rank_batches
 from kdfast.data.views import ViewSpec, draw_slots, view_table
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.targets import Targets
+from kdfast.teacher.rows import TeacherRows
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Batch:
         ids: int64 (B,), indices into the training split.
         images: uint8 (B, H, W, 3) on the device; valid until the next batch is asked for.
         view_ids: int64 (B,) on the CPU, where views are decoded.
-        teacher: Teacher logits (B, C) on the device, or None.
+        teacher: The teacher's B rows on the device, or None.
     """
 
     ids: Tensor
     images: Tensor
     view_ids: Tensor
-    teacher: Tensor | None
+    teacher: TeacherRows | None
 
 
 class Batches:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kdfast.data.sources import Source
 from kdfast.distill.config import RunConfig
 from kdfast.distill.targets import CachedTargets, OnlineTargets, Targets
-from kdfast.errors import UsageError
+from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache
@@ -41,16 +41,26 @@ class TeacherSide:
         """Where the logits of the samples come from; None without a teacher.
 
         Raises:
-            CacheMismatch: If the cache lacks the views of the run.
+            CacheMismatch: If the cache lacks the views of the run, or is for another temperature.
         """
         seed = config.view_seed or 0
         if self.cache is not None:
             # Refuses a view seed that the cache does not have.
             self.cache.slots_for(ids[:1], np.zeros(1, np.int64), config.views, seed)
+            self._check_temperature(config)
             return CachedTargets(self.cache, config.views, seed, device)
         if self.model is not None:
             return OnlineTargets(self.model, source.views, device)
         return None
+
+    def _check_temperature(self, config: RunConfig) -> None:
+        kept = None if self.cache is None else self.cache.top_k
+        if self.cache is not None and kept is not None and kept.temperature != config.temperature:
+            raise CacheMismatch(
+                f"{self.cache.path} holds the {kept.k} most probable classes, the others summed up for temperature "
+                f"{kept.temperature:g}; the run has {config.temperature:g}: give --temperature {kept.temperature:g}, "
+                "or build a cache for the run's"
+            )
 
     def resolve_views(self, config: RunConfig, available: int) -> RunConfig:
         """Settle how many views the run draws from, and the seed of their choice.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.rows import TeacherRows, window
 
 # Rows looked up at once: large enough to read the cache in file order, small enough to stay out of the way in memory.
 WINDOW_BYTES = 32 << 20
@@ -25,8 +27,8 @@ class Targets(Protocol):
     def begin_epoch(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Announce the samples of an epoch and the view slot of each, in the order in which they will come."""
 
-    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
-        """Teacher logits (B, C) of the batch that begins at position `start` of the announced samples."""
+    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> TeacherRows:
+        """The teacher's B rows for the batch that begins at position `start` of the announced samples."""
 
 
 class CachedTargets:
@@ -45,25 +47,29 @@ class CachedTargets:
         self._cache = cache
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
-        self._rows = max(1, WINDOW_BYTES // (cache.classes * 2))
+        self._rows = max(1, WINDOW_BYTES // cache.row_bytes)
         self._ids = self._slots = np.empty(0, np.int64)
-        self._window = torch.empty(0)
-        self._begin = 0
+        self._window: TeacherRows = torch.empty(0)
+        self._begin = self._end = 0
 
     def begin_epoch(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """See `Targets`."""
         self._ids, self._slots = ids, slots
-        self._window, self._begin = torch.empty(0), 0
+        self._window, self._begin, self._end = torch.empty(0), 0, 0
 
-    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
+    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> TeacherRows:
         """See `Targets`."""
         stop = start + len(images)
-        if start < self._begin or stop > self._begin + len(self._window):
-            end = max(stop, start + self._rows)
-            ids, slots = self._ids[start:end], self._slots[start:end]
-            rows = self._cache.lookup(ids, self._cache.slots_for(ids, slots, self._n_views, self._view_seed))
-            self._window, self._begin = rows.to(self._device), start
-        return self._window[start - self._begin : stop - self._begin]
+        if start < self._begin or stop > self._end:
+            self._begin, self._end = start, min(len(self._ids), max(stop, start + self._rows))
+            self._window = self._look_up(self._ids[start : self._end], self._slots[start : self._end])
+        return window(self._window, start - self._begin, stop - self._begin)
+
+    def _look_up(self, ids: NDArray[np.int64], slots: NDArray[np.int64]) -> TeacherRows:
+        columns = self._cache.slots_for(ids, slots, self._n_views, self._view_seed)
+        if self._cache.top_k is None:
+            return self._cache.lookup(ids, columns).to(self._device)
+        return TopKTeacher(*(part.to(self._device) for part in self._cache.lookup_top_k(ids, columns)))
 
 
 class OnlineTargets:

@@ -146,9 +146,7 @@ def products_are_fused(v: Tensor, bias: bool) -> bool:
     return head_native.products_fit(v, bias)
 
 
-def add_products(
-    out: Tensor, scale: float, x: Tensor, z: Tensor, v: Tensor, bias: bool, target: Target
-) -> None:
+def add_products(out: Tensor, scale: float, x: Tensor, z: Tensor, v: Tensor, bias: bool, target: Target) -> None:
     """Adds ``scale`` B^T X to ``out`` (K, C, D), with B = S A and A = X V^T, where ``products_are_fused``.
 
     Args:

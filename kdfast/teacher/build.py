@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.forward import Forward, Precision, default_batch
 from kdfast.teacher.manifest import BUILDING
 from kdfast.teacher.plan import agree_on_plan, check_place, make_plan, require_same, train_accuracy
+from kdfast.teacher.rows import Rows, TopK
 from kdfast.teacher.shards import Job
 
 Dtype = Literal["float16", "float32"]
@@ -60,6 +62,7 @@ def build_cache(
     n_views: int | None = None,
     view_seed: int = 0,
     dtype: Dtype = "float16",
+    top_k: TopK | None = None,
     precision: Precision = "float32",
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
@@ -82,6 +85,8 @@ def build_cache(
         n_views: Views per sample, chosen by `view_table`; all there are when not given.
         view_seed: Seed of that choice.
         dtype: Of the stored logits. float16 errs by at most 1 in 2,048.
+        top_k: Keep only the most probable classes of each view, for very many classes. The identity view's logits are
+            kept whole beside them, as scores need them.
         precision: "bfloat16" computes views other than the identity in bfloat16, several times as fast on CPUs with
             matrix units and on GPUs, with an error far above float16's rounding. The identity view is always float32.
         device: Where to compute.
@@ -105,14 +110,18 @@ def build_cache(
     place = torch.device(device)
     count = source.views.count if n_views is None else n_views
     _check_options(source, model, count, dtype, precision, rank, world)
+    if top_k is not None:
+        top_k.check(model.classes)
     coverage = np.arange(len(source.train), dtype=np.int64)
     if ids is not None:
         coverage = np.sort(epoch_ids(ids, len(source.train), 1))
     batch = batch_size or default_batch(place)
-    row_bytes = model.classes * np.dtype(dtype).itemsize
-    per_shard = max(1, min(shard_bytes // (count * row_bytes), _SHARD_ROWS // count))
+    rows = Rows(model.classes, np.dtype(dtype), top_k)
+    per_shard = max(1, min(shard_bytes // (count * rows.row_bytes), _SHARD_ROWS // count))
     plan = make_plan(source, model, coverage, count, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch, "device": place.type, "per_shard": per_shard}
+    if top_k is not None:
+        plan |= {"top_k": dataclasses.asdict(top_k)}
     check_place(Path(out))
     folder = check_writable(out)
     if (folder / card.MANIFEST).exists():
@@ -125,8 +134,7 @@ def build_cache(
         spec=source.views,
         view_seed=view_seed,
         n_views=count,
-        classes=model.classes,
-        dtype=np.dtype(dtype),
+        rows=rows,
         precision=precision,
         coverage=coverage,
         per_shard=per_shard,

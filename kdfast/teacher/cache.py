@@ -1,8 +1,9 @@
 """A teacher's cache: its logits on every view of every sample, read at the speed of the training that uses them.
 
 `build_cache` writes it, `TeacherCache` reads it. The folder holds `logits-<shard>.npy` [view, sample, class] (raw
-logits, never softmax), `identity_logits.npy` [sample, class] and `features.npy` [sample, D] in float32, `coverage.npy`
-where not every training sample is covered, `manifest.json` and `timing.json`.
+logits, never softmax; or records of the k most probable classes [view, sample]), `identity_logits.npy` [sample, class]
+and `features.npy` [sample, D] in float32, `coverage.npy` where not every training sample is covered, `manifest.json`
+and `timing.json`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from kdfast.data.split import Source
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher import manifest as card
 from kdfast.teacher.build import CacheBuild, build_cache
 from kdfast.teacher.checks import require_match, require_sound
 from kdfast.teacher.plan import train_accuracy
+from kdfast.teacher.rows import Rows
 from kdfast.teacher.verify import Verification, recompute
 
 __all__ = ["CacheBuild", "TeacherCache", "Verification", "build_cache"]
@@ -44,6 +47,7 @@ class TeacherCache:
         classes: Width of the logits.
         coverage: Original indices of the covered samples, ascending, int64 (n,).
         dtype: Of the logits, torch.float16 or torch.float32.
+        top_k: The classes kept of each view; None for all.
         teacher_digest: Digest of the teacher's weights.
     """
 
@@ -55,6 +59,8 @@ class TeacherCache:
         self.spec = ViewSpec.from_dict(manifest["views"]["spec"])
         self.classes: int = manifest["data"]["classes"]
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self._rows = Rows.of_manifest(manifest)
+        self.top_k = self._rows.top_k
         self.teacher_digest: str = manifest["teacher"]["digest"]
         self.coverage = self._read_coverage()
         self._whole: bool = manifest["coverage"]["whole"]
@@ -109,6 +115,11 @@ class TeacherCache:
 
     def __len__(self) -> int:
         return len(self.coverage)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of what is stored of one view of one sample."""
+        return self._rows.row_bytes
 
     def require(self, sample_ids: IntArray) -> None:
         """Make sure that samples are covered.
@@ -166,9 +177,33 @@ class TeacherCache:
             Logits (n, classes) in the cache's dtype, on the CPU; `out` if given.
 
         Raises:
-            CacheMismatch: Samples that are not covered.
+            CacheMismatch: Samples that are not covered, or a cache that does not hold all classes.
             ShapeError: Slots or `out` do not fit.
         """
+        if self.top_k is not None:
+            raise CacheMismatch(
+                f"{self.path} holds the {self.top_k.k} most probable of {self.classes} classes of each view, and all "
+                "are needed: build a cache without --top-k"
+            )
+        result = self._result(len(sample_ids), out)
+        self._read(sample_ids, slots, result.numpy())
+        return result
+
+    def lookup_top_k(self, sample_ids: IntArray, slots: IntArray) -> TopKTeacher:
+        """As `lookup`, from a cache of the most probable classes.
+
+        Raises:
+            CacheMismatch: Samples that are not covered, or a cache that holds all classes.
+            ShapeError: Slots do not fit.
+        """
+        if self.top_k is None:
+            raise CacheMismatch(f"{self.path} holds all classes: use lookup")
+        rows = np.empty(len(sample_ids), self._rows.element)
+        self._read(sample_ids, slots, rows)
+        return self._rows.unpack(rows)
+
+    def _read(self, sample_ids: IntArray, slots: IntArray, target: npt.NDArray[Any]) -> None:
+        """Fill `target` with the stored rows."""
         ids, columns = np.asarray(sample_ids, dtype=np.int64), np.asarray(slots, dtype=np.int64)
         if columns.shape != ids.shape or ids.ndim != 1:
             raise ShapeError(f"{ids.shape} sample ids and {columns.shape} slots: give one slot for each sample")
@@ -176,20 +211,17 @@ class TeacherCache:
             raise ShapeError(
                 f"slots from {columns.min()} to {columns.max()}: the cache has the slots 0 to {self.n_views - 1}"
             )
-        result = self._result(len(ids), out)
         shards, local = np.divmod(self._positions(ids), self._per_shard)
         sizes = np.minimum(self._per_shard, len(self.coverage) - shards * self._per_shard)
         rows = columns * sizes + local
         # A shard never has more rows than this, so the key sorts by shard, then by row.
         order = np.argsort(shards * (self.n_views * self._per_shard) + rows)
         starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
-        target = result.numpy()
         for begin, end in zip(starts, np.append(starts, len(order))[1:], strict=True):
             piece = order[begin:end]
             logits, madvise = self._map(int(shards[piece[0]]))
             target[piece] = logits[rows[piece]]
             madvise(mmap.MADV_DONTNEED)
-        return result
 
     def features(self) -> npt.NDArray[np.float32]:
         """The classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped."""
@@ -226,7 +258,8 @@ class TeacherCache:
         slots = draw.integers(0, self.n_views, size=len(ids))
         views = view_table(self.spec, self.view_seed, ids, self.n_views)[np.arange(len(ids)), slots]
         fresh = recompute(source, model, ids, views, torch.device(device))
-        report = Verification.compare(self.lookup(ids, slots), fresh, self.manifest["precision"])
+        stored = self.lookup(ids, slots) if self.top_k is None else self.lookup_top_k(ids, slots)
+        report = Verification.compare(stored, fresh, self.manifest["precision"], self.top_k)
         if not report.passed:
             worst = int(ids[report.worst_row])
             raise CacheMismatch(
@@ -262,15 +295,16 @@ class TeacherCache:
         return out
 
     def _map(self, shard: int) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
-        """A shard's rows (n_views * n, classes), and the function that advises the kernel on their pages."""
+        """A shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""
         if shard not in self._maps:
             array = self._array(card.shard_file(shard), "r")
             size = min(self._per_shard, len(self.coverage) - shard * self._per_shard)
-            if array.shape != (self.n_views, size, self.classes):
+            if array.shape != (self.n_views, size, *self._rows.shape) or array.dtype != self._rows.element:
                 raise CacheMismatch(
-                    f"{self.path / card.shard_file(shard)} has shape {array.shape}: build the cache again"
+                    f"{self.path / card.shard_file(shard)} has shape {array.shape} and type {array.dtype}: build the "
+                    "cache again"
                 )
-            self._maps[shard] = (array.reshape(-1, self.classes), cast(mmap.mmap, array.base).madvise)
+            self._maps[shard] = (array.reshape(-1, *self._rows.shape), cast(mmap.mmap, array.base).madvise)
         return self._maps[shard]
 
     def _read_coverage(self) -> IntArray:

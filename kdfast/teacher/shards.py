@@ -23,6 +23,7 @@ from kdfast.errors import DataError
 from kdfast.files import atomic_write, read_json, sha256_file, write_json
 from kdfast.teacher.forward import Forward, Precision
 from kdfast.teacher.manifest import BUILDING, shard_file
+from kdfast.teacher.rows import Rows
 
 _BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 1 << 14
@@ -43,8 +44,7 @@ class Job:
         spec: The views there are.
         view_seed: Seed of the views' choice.
         n_views: Views per sample.
-        classes: Width of the logits.
-        dtype: Of the stored logits.
+        rows: Form of the stored logits.
         precision: Of the arithmetic on views other than the identity.
         coverage: Sample ids of the whole cache, ascending.
         per_shard: Samples in each shard but the last.
@@ -57,8 +57,7 @@ class Job:
     spec: ViewSpec
     view_seed: int
     n_views: int
-    classes: int
-    dtype: np.dtype[Any]
+    rows: Rows
     precision: Precision
     coverage: IntArray
     per_shard: int
@@ -120,9 +119,9 @@ class Job:
     def _record_path(self, shard: int) -> Path:
         return self.folder / BUILDING / f"shard-{shard:05d}.json"
 
-    def _compute(self, ids: IntArray, advance: Advance) -> tuple[Floats, Floats, Floats]:
-        """Logits (V, n, C) in the stored dtype; identity logits (n, C) and features (n, D) in float32."""
-        logits = np.empty((self.n_views, len(ids), self.classes), self.dtype)
+    def _compute(self, ids: IntArray, advance: Advance) -> tuple[npt.NDArray[Any], Floats, Floats]:
+        """Logits (V, n, ...) in the stored form; identity logits (n, C) and features (n, D) in float32."""
+        logits = np.empty((self.n_views, len(ids), *self.rows.shape), self.rows.element)
         identities, features = [], []
         for begin, block in self._blocks(ids):
             images = torch.from_numpy(self.split.read(block)).to(self.forward.device)
@@ -132,10 +131,10 @@ class Job:
             column = int(np.flatnonzero(table[0] == self.spec.identity)[0])
             others = np.delete(np.arange(self.n_views), column)
             end = begin + len(block)
-            logits[column, begin:end] = self._checked(identity.numpy(), block)
+            logits[column, begin:end] = self._packed(identity.numpy(), block)
             if len(others):
                 rows = self.forward.views(images, table[:, others], block, self.precision).numpy()
-                logits[others, begin:end] = self._checked(rows, block).swapaxes(0, 1)
+                logits[others, begin:end] = self._packed(rows, block).swapaxes(0, 1)
             identities.append(identity.numpy())
             features.append(feature.numpy())
             advance(len(block) * self.n_views)
@@ -147,12 +146,12 @@ class Job:
         for begin in range(0, len(ids), step):
             yield begin, ids[begin : begin + step]
 
-    def _checked(self, rows: npt.NDArray[np.float32], ids: IntArray) -> npt.NDArray[np.float32]:
-        """The rows (n, ..., C), if every value is finite and fits the stored dtype."""
+    def _packed(self, rows: npt.NDArray[np.float32], ids: IntArray) -> npt.NDArray[Any]:
+        """Logits (n, ..., C) in the stored form, if every value is finite and fits the stored dtype."""
         largest = np.abs(rows).reshape(len(ids), -1).max(1)
-        limit = float(np.finfo(self.dtype).max)
+        limit = float(np.finfo(self.rows.dtype).max)
         if bool((largest <= limit).all()):  # False for NaN too
-            return rows
+            return self.rows.pack(rows)
         worst = int(np.flatnonzero(~(largest <= limit))[0])
         if not np.isfinite(largest[worst]):
             raise DataError(
@@ -161,5 +160,5 @@ class Job:
             )
         raise DataError(
             f"the teacher's logits on training sample {ids[worst]} reach {largest[worst]:.4g}, above {limit:.4g}, the "
-            f"largest {self.dtype}: build the cache with dtype float32"
+            f"largest {self.rows.dtype}: build the cache with dtype float32"
         )

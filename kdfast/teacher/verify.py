@@ -10,7 +10,9 @@ from torch import Tensor
 from kdfast.data.counter import IntArray
 from kdfast.data.split import Source
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.forward import Forward, Precision, default_batch
+from kdfast.teacher.rows import TeacherRows, TopK
 
 # Largest error allowed, as a share of a row's largest logit (at least 1). float32: other batches and machines sum in
 # another order. float16 storage adds half a unit in the last of its 11 bits. bfloat16 has 8 bits at every layer.
@@ -42,13 +44,34 @@ class Verification:
         return self.largest_difference <= self.allowed
 
     @staticmethod
-    def compare(stored: Tensor, fresh: Tensor, precision: Precision) -> Verification:
-        """Compare stored logits (n, C), in the stored dtype, with fresh ones (n, C) in float32."""
-        difference = (stored.float() - fresh).abs().amax(1)
-        allowed = (_ARITHMETIC[precision] + _STORAGE[stored.dtype]) * fresh.abs().amax(1).clamp(min=1.0)
+    def compare(stored: TeacherRows, fresh: Tensor, precision: Precision, top_k: TopK | None = None) -> Verification:
+        """Compare stored logits (n, C), or the `top_k` most probable of them, with fresh ones (n, C) in float32."""
+        if isinstance(stored, TopKTeacher):
+            assert top_k is not None
+            difference, likeliest = _top_k_difference(stored, fresh, top_k.temperature)
+            dtype = stored.values.dtype
+        else:
+            difference, likeliest, dtype = (
+                (stored.float() - fresh).abs().amax(1),
+                stored.float().argmax(1),
+                stored.dtype,
+            )
+        allowed = (_ARITHMETIC[precision] + _STORAGE[dtype]) * fresh.abs().amax(1).clamp(min=1.0)
         worst = int((difference / allowed).argmax())
-        agreement = 100 * float((stored.float().argmax(1) == fresh.argmax(1)).float().mean())
+        agreement = 100 * float((likeliest == fresh.argmax(1)).float().mean())
         return Verification(len(fresh), float(difference[worst]), float(allowed[worst]), worst, agreement)
+
+
+def _top_k_difference(stored: TopKTeacher, fresh: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """By how much a logit must differ at least for each row to be what it is, and the row's most probable class."""
+    values, classes = stored.values.float(), stored.classes.long()
+    others = fresh.scatter(1, classes, -torch.inf)
+    kept = (values - fresh.gather(1, classes)).abs().amax(1)
+    # A class that was left out should be no more probable than one that was kept.
+    missed = (others.amax(1) - values.amin(1)).clamp(min=0)
+    # No logarithm of a sum of exponentials moves by more than its terms' exponents.
+    rest = temperature * (stored.tail - (others / temperature).logsumexp(1)).abs()
+    return torch.stack([kept, missed, rest]).amax(0), classes.gather(1, values.argmax(1, keepdim=True))[:, 0]
 
 
 def recompute(source: Source, model: Model, ids: IntArray, views: IntArray, device: torch.device) -> Tensor:

@@ -153,3 +153,28 @@ def test_tensorboard_when_asked_for(kdfast, tiny: Path, tmp_path: Path) -> None:
     else:
         assert outcome.code == 0, outcome.err
         assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_a_cache_of_the_most_probable_classes(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    command = ("cache", "--data", tiny, "--teacher", teacher, "--views", 3, "--temperature", 2)
+    assert "0 MB" in kdfast(*command, "--top-k", 2, "--out", top, "--dry-run").out
+    made = kdfast(*command, "--top-k", 2, "--out", top)
+    assert made.code == 0, made.err
+    assert "x 2 classes" in made.out
+    assert kdfast("cache", "verify", "--cache", top, "--data", tiny, "--teacher", teacher).code == 0
+    common = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 2, "--batch-size", 30, "--alpha", 1)
+    for name, folder in (("whole", cache), ("kept", top)):
+        done = kdfast(*common, "--temperature", 2, "--cache", folder, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    whole, kept = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "kept")
+    )
+    # Fewer outcomes tell less: the divergence is a lower bound of the whole one.
+    assert 0 < kept[0] < whole[0]
+    refused = kdfast(*common, "--cache", top, "--out", tmp_path / "other")
+    assert refused.code == 3
+    assert "give --temperature 2" in refused.err
+    assert not (tmp_path / "other").exists()
+    assert kdfast(*command, "--top-k", 99, "--out", tmp_path / "none").code == 2
