@@ -74,7 +74,7 @@ def test_options_that_make_no_sense(source, teacher, tmp_path, top_k):
 
 def test_a_build_of_another_form_does_not_go_on(source, teacher, built):
     for top_k in (None, TopK(3, 3.0), TopK(2, 4.0)):
-        with pytest.raises(CacheMismatch, match="top_k|per_shard"):
+        with pytest.raises(CacheMismatch, match=r"top_k|per_shard"):
             build_cache(source, teacher, built, top_k=top_k, shard_bytes=SMALL)
     assert build_cache(source, teacher, built, top_k=TopK(2, 3.0), shard_bytes=SMALL).computed == 0
 
