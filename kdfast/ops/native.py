@@ -20,10 +20,16 @@ extension = _native
 """The compiled module itself, for the files beside this one that unpack tensors for it."""
 
 
+def _scalar() -> Tensor:
+    """A tensor that fresh ones are made like; a true one, though a mode of fake tensors may be active at this import."""
+    with torch._C._DisableTorchDispatch():
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
 _native.learn_torch(
     Tensor,
     torch.nn.Parameter,
-    torch.zeros((), dtype=torch.float32, device="cpu"),
+    _scalar(),
     [
         torch.empty_like,
         torch.is_grad_enabled,

@@ -1,5 +1,8 @@
 """The short way of plain eager calls: the same results as the general way, and it leaves alone what is not plain."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,3 +126,23 @@ def test_the_default_device_does_not_matter(operands):
     with torch.device("meta"):
         loss, (grad, _, _) = plain(z, *operands[1:])
     assert loss.device.type == grad.device.type == "cpu"
+
+
+FIRST_USE = """
+import torch, kdfast
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+with {mode}:
+    import kdfast.ops.native
+z = torch.ones(4, 5, requires_grad=True)
+loss = kdfast.kd_loss(z, torch.zeros(4, dtype=torch.int64), torch.eye(5)[:4])
+grad = torch.autograd.grad(loss, z)[0]
+print(type(loss).__name__, loss.device, bool(loss > 0), type(grad).__name__, bool(grad.abs().sum() > 0))
+"""
+
+
+@pytest.mark.parametrize("mode", ["FakeTensorMode()", "torch.device('meta')", "torch.inference_mode()"])
+def test_the_first_use_may_be_an_unusual_one(mode):
+    code = FIRST_USE.format(mode=mode)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == ["Tensor", "cpu", "True", "Tensor", "True"], done.stderr
