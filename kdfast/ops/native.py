@@ -21,7 +21,7 @@ extension = _native
 
 
 def _scalar() -> Tensor:
-    """A tensor that fresh ones are made like; a true one, though a mode of fake tensors may be active at this import."""
+    """What fresh scalars are made like; a true tensor, though a mode of fake ones may be active at this import."""
     with torch._C._DisableTorchDispatch():
         return torch.zeros((), dtype=torch.float32, device="cpu")
 
