@@ -47,7 +47,7 @@ struct HeadProducts {
   bool bias;
   const float* v;  // (vectors, classes, width + bias) contiguous
   int64_t vectors;
-  float scale;
+  double scale;
   float* out;  // as v
 };
 

@@ -58,7 +58,7 @@ void bind_head(py::module_& m) {
         });
   m.def("head_products_fit", &head_products_fit);
   m.def("head_products", [](const py::tuple& head, uintptr_t features, int64_t width, int64_t features_stride,
-                            bool bias, uintptr_t v, int64_t vectors, float scale, uintptr_t out) {
+                            bool bias, uintptr_t v, int64_t vectors, double scale, uintptr_t out) {
     const HeadProducts args{
         head_logits(head), at<const float>(features), width, features_stride, bias, at<const float>(v), vectors, scale,
         at<float>(out)};

@@ -16,6 +16,7 @@ namespace kdfast {
 namespace {
 
 constexpr int64_t kGroup = 96;            // samples: their features, and those products, stay in the second-level cache
+constexpr int64_t kGroupsInFloats = 64;   // whose sums are added up before they go into doubles
 constexpr int64_t kMostFloats = 1 << 17;  // of the vectors, likewise
 constexpr int kMostColumns = 4;           // registers of a row that a block of products has
 constexpr int64_t kMostSingle = 4;        // products that are summed up one by one rather than fill a register in part
@@ -176,19 +177,24 @@ struct Plan {
   int64_t columns_from(int64_t from) const { return std::min<int64_t>(block_columns, blocked - from); }
 };
 
-// One thread's samples: adds B^T X of them to `out` (numbers, padded width), and sums of B to `out_bias`.
+// One part of the samples: adds B^T X of them to `totals`, which lie as the given vectors. Floats add up some groups,
+// and doubles add up those sums: the error does not grow with the number of samples.
 class Samples {
  public:
-  Samples(const Plan& plan, float* out, float* out_bias)
+  Samples(const Plan& plan, double* totals)
       : plan_(plan),
-        out_(out),
-        out_bias_(out_bias),
+        totals_(totals),
+        sums_(plan.numbers * plan.padded_width),
+        bias_sums_(plan.numbers),
         products_(kGroup * plan.padded),
         by_class_(kGroup * plan.padded),
         copy_(plan.padded_width > plan.width ? kGroup * plan.padded_width : 0) {}
 
   KDFAST_INLINE void add(int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += kGroup) add_group(row, std::min(kGroup, end - row));
+    for (int64_t row = begin, groups = 1; row < end; row += kGroup, ++groups) {
+      add_group(row, std::min(kGroup, end - row));
+      if (groups % kGroupsInFloats == 0 || row + kGroup >= end) flush();
+    }
   }
 
  private:
@@ -197,8 +203,9 @@ class Samples {
     fetch_logits(row, n);
     int64_t stride = a.features_stride;
     const float* x = a.features + row * stride;
-    if (row + n == a.head.rows && plan_.padded_width > plan_.width) {
-      // The last vector of the last row would reach over the end of the features.
+    const float* end = a.features + (a.head.rows - 1) * stride + plan_.width;
+    if (x + (n - 1) * stride + plan_.padded_width > end) {
+      // The last vector of some row would reach over the end of the features.
       for (int64_t i = 0; i < n; ++i) std::copy_n(x + i * stride, plan_.width, copy_.data() + i * plan_.padded_width);
       x = copy_.data();
       stride = plan_.padded_width;
@@ -242,22 +249,37 @@ class Samples {
   KDFAST_INLINE void backward(const float* x, int64_t stride, int64_t n) {
     for (int64_t from = 0; from < plan_.padded_width; from += kMostColumns * kLanes) {
       const int64_t columns = std::min<int64_t>(kMostColumns * kLanes, plan_.padded_width - from);
-      add_product(by_class_.data(), kGroup, x + from, stride, n, out_ + from, plan_.padded_width, plan_.numbers,
+      add_product(by_class_.data(), kGroup, x + from, stride, n, sums_.data() + from, plan_.padded_width, plan_.numbers,
                   columns / kLanes);
     }
-    for (int64_t j = 0; plan_.args.bias && j < plan_.numbers; ++j)
-      for (int64_t i = 0; i < n; ++i) out_bias_[j] += by_class_.data()[j * kGroup + i];
+    for (int64_t j = 0; plan_.args.bias && j < plan_.numbers; ++j) {
+      float sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += by_class_.data()[j * kGroup + i];
+      bias_sums_.data()[j] += sum;
+    }
+  }
+
+  // Moves the sums over to the totals.
+  KDFAST_INLINE void flush() {
+    for (int64_t j = 0; j < plan_.numbers; ++j) {
+      float* sums = sums_.data() + j * plan_.padded_width;
+      double* totals = totals_ + j * plan_.stride;
+      for (int64_t k = 0; k < plan_.width; ++k) totals[k] += static_cast<double>(sums[k]);
+      std::fill(sums, sums + plan_.padded_width, 0.0f);
+      if (!plan_.args.bias) continue;
+      totals[plan_.width] += static_cast<double>(bias_sums_.data()[j]);
+      bias_sums_.data()[j] = 0;
+    }
   }
 
   const Plan& plan_;
-  float *out_, *out_bias_;
-  Zeros products_, by_class_, copy_;
+  double* totals_;
+  Zeros sums_, bias_sums_, products_, by_class_, copy_;
 };
 
 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void add_samples(const Plan& plan, int64_t begin,
-                                                                                   int64_t end, float* out,
-                                                                                   float* out_bias) {
-  Samples(plan, out, out_bias).add(begin, end);
+                                                                                   int64_t end, double* totals) {
+  Samples(plan, totals).add(begin, end);
 }
 
 #endif
@@ -266,7 +288,7 @@ __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void add_sampl
 
 bool head_products_fit(int64_t numbers, int64_t width) {
 #ifdef KDFAST_X86
-  return isa_level() >= 2 && whole_vectors(numbers) * whole_vectors(width) <= kMostFloats;
+  return width > 0 && isa_level() >= 2 && whole_vectors(numbers) * whole_vectors(width) <= kMostFloats;
 #else
   return static_cast<void>(numbers), static_cast<void>(width), false;
 #endif
@@ -280,26 +302,20 @@ void head_products(const HeadProducts& args) {
     throw std::invalid_argument("this processor or these sizes need products by a library");
 #ifdef KDFAST_X86
   const Plan plan(args);
-  // Parts of the samples, each with a sum of its own: the result does not depend on which thread takes which.
+  // Parts of the samples, each with totals of its own: the result does not depend on which thread takes which.
   const int64_t threads = std::max(args.head.threads, 1), rows = args.head.rows;
   const int64_t parts = std::clamp<int64_t>(rows / (4 * kGroup), 1, threads);
-  const int64_t size = plan.numbers * plan.padded_width, each = size + plan.padded;
-  Zeros sums(parts * each);
+  const int64_t size = plan.numbers * plan.stride;
+  std::vector<double> totals(static_cast<size_t>(parts * size));
   const int64_t cost = rows / parts * (plan.numbers * plan.width / 40 + 10);
   parallel_rows(parts, cost, args.head.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      float* mine = sums.data() + part * each;
-      add_samples(plan, rows * part / parts, rows * (part + 1) / parts, mine, mine + size);
-    }
+    for (int64_t part = begin; part < end; ++part)
+      add_samples(plan, rows * part / parts, rows * (part + 1) / parts, totals.data() + part * size);
   });
-  const int64_t stride = args.width + args.bias;
-  for (int64_t part = 0; part < parts; ++part) {
-    const float* mine = sums.data() + part * each;
-    for (int64_t j = 0; j < plan.numbers; ++j) {
-      float* out = args.out + j * stride;
-      for (int64_t k = 0; k < args.width; ++k) out[k] += args.scale * mine[j * plan.padded_width + k];
-      if (args.bias) out[args.width] += args.scale * mine[size + j];
-    }
+  for (int64_t i = 0; i < size; ++i) {
+    double total = 0;
+    for (int64_t part = 0; part < parts; ++part) total += totals[static_cast<size_t>(part * size + i)];
+    args.out[i] += static_cast<float>(args.scale * total);
   }
 #endif
 }

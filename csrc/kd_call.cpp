@@ -33,6 +33,7 @@ constexpr int64_t kLarge = 1 << 20;  // bytes from which on memory is worth usin
 struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* native = PyUnicode_InternFromString("native");
   PyObject* one = PyFloat_FromDouble(1);
 };
@@ -60,6 +61,9 @@ void* data_of(py::handle x) {
 bool is_true(py::handle x) { return x.is(py::handle(Py_True)); }
 
 bool requires_grad(py::handle x) { return is_true(checked(PyObject_GetAttr(x.ptr(), names().requires_grad))); }
+
+// Whether its elements are those in memory with the other sign.
+bool is_negated(py::handle x) { return is_true(checked(PyObject_CallMethodNoArgs(x.ptr(), names().is_neg))); }
 
 // A CPU tensor of one or two dimensions, taken apart.
 struct Operand {
@@ -158,6 +162,7 @@ py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle t
   if (!undisturbed(backend)) return py::none();
   if (!read_options(alpha, temperature, t_squared, ignore_index, reduction, direction, &a)) return py::none();
   if (!read(logits, 2, &z) || !read(teacher, 2, &t) || requires_grad(teacher)) return py::none();
+  if (is_negated(logits) || is_negated(teacher)) return py::none();
   const bool fits = z.sizes[1] == t.sizes[1] && z.sizes[1] > 0 && (!rows.is_none() || t.sizes[0] == z.sizes[0]) &&
                     !(labels.is_none() && a.use_ce);
   // float16 gradients are held (see hold_of); other types run on the reference.

@@ -39,8 +39,9 @@ def build(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="With --top-k: the temperature of the runs that it is for.")
-    ] = 4.0,
+        float | None,
+        typer.Option("--temperature", help="With --top-k: the temperature of the runs that it is for; by default 4."),
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(
@@ -83,7 +84,9 @@ def build(
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
     n_views = views or source.views.count
-    kept_classes = None if top_k is None else TopK(top_k, temperature)
+    if top_k is None and temperature is not None:
+        raise UsageError("--temperature is for --top-k: a cache of all classes serves every temperature")
+    kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     if kept_classes is not None:
         kept_classes.check(model.classes)
     if dry_run:

@@ -86,7 +86,7 @@ def add_products(
     Raises:
         ValueError: If ``products_fit`` is false.
     """
-    z, x, v = _rows(z), _rows(x), v.contiguous()
+    z, x, v = _rows(z), _rows(x), v.resolve_neg().contiguous()
     extension.head_products(
         _head(z, alpha, temperature, _WIDEST_ISA),
         x.data_ptr(),
@@ -140,7 +140,8 @@ def _head(z: Tensor, alpha: float, temperature: float, isa_limit: int) -> tuple[
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Itself where its columns are contiguous."""
+    """Itself where its columns are contiguous and its signs are in memory."""
+    x = x.resolve_neg()
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

@@ -95,10 +95,11 @@ def kd_loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar, or (N,) for "none") in float32 and its gradient times ``hold``; arguments as ``native.kd_loss``."""
+    logits, teacher = logits.resolve_neg(), teacher.resolve_neg()
     n, c = logits.shape
     row_losses = logits.new_empty(n, dtype=torch.float32)
     grad = logits.new_empty(logits.shape if need_grad else (0,))
-    weights = None if weights is None else weights.contiguous()
+    weights = None if weights is None else weights.resolve_neg().contiguous()
     if n == 0:
         return (row_losses if reduction == "none" else row_losses.sum()), grad
     with device_of(logits):

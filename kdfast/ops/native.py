@@ -88,6 +88,7 @@ def kd_loss(
         IndexError: If a label, a row or a class id lies outside its range.
         ValueError: If sizes do not fit.
     """
+    logits, teacher = logits.resolve_neg(), teacher.resolve_neg()
     loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=torch.float32)
     grad = memory.tensor_like(logits, tuple(logits.shape) if need_grad else (0,))
     if teacher.dtype == torch.float64:
@@ -95,9 +96,9 @@ def kd_loss(
     if classes is not None:
         classes = classes.contiguous()
     if tail is not None:
-        tail = tail.to(torch.float32).contiguous()
+        tail = tail.to(torch.float32).resolve_neg().contiguous()
     if weights is not None:
-        weights = weights.to(torch.float32).contiguous()
+        weights = weights.to(torch.float32).resolve_neg().contiguous()
     _native.kd_loss(
         _matrix(logits),
         _matrix(teacher),

@@ -120,8 +120,7 @@ def build_cache(
     per_shard = max(1, min(shard_bytes // (count * rows.row_bytes), _SHARD_ROWS // count))
     plan = make_plan(source, model, coverage, count, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch, "device": place.type, "per_shard": per_shard}
-    if top_k is not None:
-        plan |= {"top_k": dataclasses.asdict(top_k)}
+    plan |= {"top_k": None if top_k is None else dataclasses.asdict(top_k)}
     check_place(Path(out))
     folder = check_writable(out)
     if (folder / card.MANIFEST).exists():

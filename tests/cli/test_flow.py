@@ -178,3 +178,7 @@ def test_a_cache_of_the_most_probable_classes(kdfast, tiny: Path, teacher: Path,
     assert "give --temperature 2" in refused.err
     assert not (tmp_path / "other").exists()
     assert kdfast(*command, "--top-k", 99, "--out", tmp_path / "none").code == 2
+    assert "--top-k" in kdfast(*command, "--out", tmp_path / "none").err
+    without = kdfast("cache", "--data", tiny, "--teacher", teacher, "--views", 3, "--out", top)
+    assert without.code == 3
+    assert "top_k" in without.err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,6 +100,52 @@ def test_whose_number_is_not_finite(fused, value, monkeypatch):
         (operands[bad][0, 3] if bad == 2 else operands[bad][30])[1] = value
         with pytest.raises(DataError, match=f"{name} not finite"):
             kdfast.head_hvp(*operands)
+
+
+AT_THE_END = """
+import ctypes, mmap, sys, torch, kdfast
+
+def at_the_end(x):
+    pages = -(-x.numel() * 4 // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    behind = ctypes.c_void_p(start + pages * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    out = torch.frombuffer(memory, dtype=torch.float32, count=x.numel(), offset=pages * mmap.PAGESIZE - 4 * x.numel())
+    return out.view(x.shape).copy_(x)
+
+sizes = [(97, 1, 2, 97), (100, 1, 3, 100), (97, 5, 3, 97), (97, 3, 2, 97), (300, 17, 10, 1), (96, 15, 4, 96)]
+for n, d, c, stored in sizes:
+    for bias in (False, True):
+        x, z, v = (at_the_end(torch.randn(*shape)) for shape in ((stored, d), (n, c), (c, d + bias)))
+        x = x.expand(n, d)
+        truth = kdfast.head_hvp(x.double(), z.double(), v.double(), bias=bias)
+        assert (kdfast.head_hvp(x, z, v, bias=bias) - truth).norm() < 1e-5 * truth.norm()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects a page")
+def test_nothing_behind_the_operands_is_read():
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_error_does_not_grow_with_the_samples():
+    x, z, v = torch.rand(400_000, 4), torch.randn(400_000, 2), torch.rand(2, 5) + 1
+    truth = kdfast.head_hvp(x.double(), z.double(), v.double())
+    assert float((kdfast.head_hvp(x, z, v) - truth).abs().max() / truth.abs().max()) < 3e-6
+
+
+def test_a_head_of_a_bias_alone():
+    z, v = torch.randn(200, 3), torch.randn(3, 1)
+    truth = kdfast.head_hvp(torch.zeros(200, 0).double(), z.double(), v.double())
+    assert relative(kdfast.head_hvp(torch.zeros(200, 0), z, v), truth) < 2e-6
+
+
+def test_tensors_whose_sign_is_not_in_memory():
+    x, z, v = rows(130, 20, 5, 1, True)
+    found = kdfast.head_hvp(*(torch._neg_view(part) for part in (x, z, v)))
+    assert torch.equal(found, kdfast.head_hvp(-x, -z, -v))
 
 
 def test_too_many_products_go_to_the_library():

@@ -128,6 +128,12 @@ def test_the_default_device_does_not_matter(operands):
     assert loss.device.type == grad.device.type == "cpu"
 
 
+def test_tensors_whose_sign_is_not_in_memory(operands):
+    z, labels, teacher, rows = operands
+    found = kdfast.kd_loss(torch._neg_view(z), labels, torch._neg_view(teacher), rows)
+    assert torch.equal(found, kdfast.kd_loss(-z, labels, -teacher, rows))
+
+
 FIRST_USE = """
 import torch, kdfast
 from torch._subclasses.fake_tensor import FakeTensorMode

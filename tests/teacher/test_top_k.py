@@ -79,6 +79,14 @@ def test_a_build_of_another_form_does_not_go_on(source, teacher, built):
     assert build_cache(source, teacher, built, top_k=TopK(2, 3.0), shard_bytes=SMALL).computed == 0
 
 
+def test_a_whole_cache_is_not_taken_for_it_nor_it_for_a_whole_one(source, teacher, full, built):
+    size = json.loads((built / "manifest.json").read_text())["per_shard"] * 9 * 4 * 2
+    with pytest.raises(CacheMismatch, match="top_k"):
+        build_cache(source, teacher, built, shard_bytes=size)
+    with pytest.raises(CacheMismatch, match="top_k"):
+        build_cache(source, teacher, full.path, dtype="float32", top_k=TopK(2, 3.0))
+
+
 def test_verify_accepts_it_and_notices_changes(source, teacher, built, tmp_path):
     assert TeacherCache.open(built).verify(source, teacher, samples=60).passed
     for field, change in (("values", 0.5), ("tail", 0.2), ("classes", 1)):
