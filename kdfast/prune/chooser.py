@@ -21,7 +21,7 @@ class ChooserInputs:
         source: The data.
         cache: The teacher's cache of all of it.
         fraction: Share of the training split to keep.
-        balance: `balanced`, `unbalanced` or `equal`, as in `kdfast.prune.rules.choose`.
+        balance: `balanced`, `unbalanced` or `equal`, as in `kdfast.prune.rules.decide`.
         seed: Seed of everything it draws.
         options: All its options with their values.
         device: Where to compute.

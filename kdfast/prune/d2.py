@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kdfast.data.counter import IntArray
-from kdfast.prune.rule import FloatArray, Option, RuleInputs, drop_hardest, need_features
+from kdfast.prune.rule import FloatArray, Option, OptionValue, RuleInputs, drop_hardest, need_features
 
 OPTIONS = {
     "k": Option(5, "neighbours of a sample in the graph, before it is made undirected", low=1, high=1000, whole=True),
@@ -25,6 +25,11 @@ def default_cut(fraction: float) -> float:
     return float(np.interp(fraction, (0.1, 0.5), (0.4, 0.0)))
 
 
+def settle(inputs: RuleInputs) -> dict[str, OptionValue]:
+    """The default cut at this fraction."""
+    return {"cut": default_cut(inputs.fraction)}
+
+
 def d2(inputs: RuleInputs) -> IntArray:
     """Drop the hardest `cut` share of the group, then select on the graph of the rest.
 
@@ -41,7 +46,7 @@ def d2(inputs: RuleInputs) -> IntArray:
 
     if not inputs.count:
         return np.zeros(0, np.int64)
-    left = drop_hardest(inputs, inputs.number("cut", default_cut(inputs.fraction)))
+    left = drop_hardest(inputs, inputs.number("cut"))
     neighbours, distances = nearest(need_features(inputs)[left], int(inputs.number("k")), device=inputs.device)
     starts, ends, lengths = undirected(neighbours, distances)
     if inputs.options["fidelity"] == "paper":

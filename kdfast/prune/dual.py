@@ -23,12 +23,11 @@ OPTIONS = {
 _CLIP = 2.0**-12
 
 
-def anchor(inputs: RuleInputs) -> dict[str, OptionValue]:
-    """The mean probability of the highest scores of all samples: every class is drawn with the same density."""
-    if inputs.options.get("mu") is not None:
-        return {}
+def settle(inputs: RuleInputs) -> dict[str, OptionValue]:
+    """The speed for this number of classes, and the mean probability of the highest scores of all samples."""
     top = by_rank(inputs.scores, inputs.ties)[: int(inputs.number("anchors"))]
-    return {"mu": float(_probabilities(inputs)[top].mean())}
+    c = 5.5 if inputs.classes <= 10 else 4.0 if inputs.classes <= 100 else 11.0
+    return {"c": c, "mu": float(_probabilities(inputs)[top].mean())}
 
 
 def beta_parameters(mu: float, fraction: float, c: float, total: float = 15.0) -> tuple[float, float]:
@@ -53,8 +52,7 @@ def dual(inputs: RuleInputs) -> IntArray:
     if len(inputs.scores) and inputs.scores.min() < 0:
         raise DataError(f"rule dual draws by the score, and {inputs.scores.min():g} is negative: score with dual")
     p = np.clip(_probabilities(inputs), _CLIP, 1 - _CLIP)
-    c = inputs.number("c", 5.5 if inputs.classes <= 10 else 4.0 if inputs.classes <= 100 else 11.0)
-    exponent = c + 2 if inputs.options["fidelity"] == "code" else c
+    exponent = inputs.number("c") + (2 if inputs.options["fidelity"] == "code" else 0)
     a, b = beta_parameters(inputs.number("mu"), inputs.fraction, exponent, inputs.number("total"))
     with np.errstate(divide="ignore"):
         return weighted_draw(inputs, np.log(inputs.scores) + (a - 1) * np.log(p) + (b - 1) * np.log1p(-p))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +46,10 @@ class RuleInputs:
     classes: int = 1
     device: str = "cpu"
 
-    def number(self, option: str, default: float = math.nan) -> float:
-        """An option's value as a float; `default` where it was left open."""
+    def number(self, option: str) -> float:
+        """An option's value as a float; nan where it is still open."""
         value = self.options.get(option)
-        return default if value is None else float(value)
+        return math.nan if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,27 @@ class Rule:
         summary: What it keeps, for help.
         options: Its options by name.
         needs: What it cannot do without: "features", or names of extras.
-        prepare: Given all samples as one group, returns options that every group shall share; None for none.
+        settle: Given all samples as one group, returns the values of the options that were left open; every group
+            is chosen with them. None where no option can be left open.
     """
 
     select: Callable[[RuleInputs], IntArray]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
-    prepare: Callable[[RuleInputs], dict[str, OptionValue]] | None = None
+    settle: Callable[[RuleInputs], dict[str, OptionValue]] | None = None
 
     def __call__(self, inputs: RuleInputs) -> IntArray:
         """Positions of the samples to keep."""
         return self.select(inputs)
+
+    def settled(self, inputs: RuleInputs) -> RuleInputs:
+        """All samples as one group, with a value for every option that was left open."""
+        if self.settle is None or None not in inputs.options.values():
+            return inputs
+        found = self.settle(inputs)
+        options = {name: found[name] if value is None else value for name, value in inputs.options.items()}
+        return replace(inputs, options=options)
 
     def complete(self, name: str, given: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
         """All options with their values.
@@ -144,7 +153,8 @@ def complete(owner: str, options: Mapping[str, Option], given: Mapping[str, Opti
         if key not in options:
             hint = did_you_mean(key, options)
             raise UsageError(f"{owner} has no option {key!r}: {hint}its options: {', '.join(options) or 'none'}")
-    return {key: option.parse(key, given.get(key, option.default)) for key, option in options.items()}
+    values = {key: option.default if given.get(key) is None else given[key] for key, option in options.items()}
+    return {key: option.parse(key, values[key]) for key, option in options.items()}
 
 
 def by_rank(keys: FloatArray, ties: FloatArray) -> IntArray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from kdfast.errors import DataError, UsageError, did_you_mean
 from kdfast.prune import d2, dual, simple_rules, strata
 from kdfast.prune.rule import FloatArray, Option, OptionValue, Rule, RuleInputs
 
-__all__ = ["BALANCE", "RULES", "Option", "Rule", "RuleInputs", "choose", "rule_named"]
+__all__ = ["BALANCE", "RULES", "Choice", "Option", "Rule", "RuleInputs", "choose", "decide", "rule_named"]
 
 BALANCE = ("balanced", "unbalanced", "equal")
 
@@ -24,7 +25,10 @@ RULES: dict[str, Rule] = {
     "moderate": Rule(simple_rules.moderate, "keep the middle of the ranking"),
     "random": Rule(simple_rules.random, "keep samples at random, whatever their scores"),
     "strata": Rule(
-        strata.strata, "CCS: drop the hardest, then the same number of each stratum of the score", strata.OPTIONS
+        strata.strata,
+        "CCS: drop the hardest, then the same number of each stratum of the score",
+        strata.OPTIONS,
+        settle=strata.settle,
     ),
     "beta": Rule(
         simple_rules.beta,
@@ -35,14 +39,18 @@ RULES: dict[str, Rule] = {
         },
     ),
     "d2": Rule(
-        d2.d2, "D2: score and variety, by messages on a graph of neighbours", d2.OPTIONS, frozenset({"features"})
+        d2.d2,
+        "D2: score and variety, by messages on a graph of neighbours",
+        d2.OPTIONS,
+        frozenset({"features"}),
+        d2.settle,
     ),
     "dual": Rule(
         dual.dual,
         "DUAL: draw by the score and a Beta density over the mean p_y",
         dual.OPTIONS,
         frozenset({dual.MEAN_P}),
-        dual.anchor,
+        dual.settle,
     ),
 }
 
@@ -53,7 +61,25 @@ _SOURCES = {
 }
 
 
-def choose(
+@dataclass(frozen=True)
+class Choice:
+    """What a rule chose, and how.
+
+    Attributes:
+        ids: int64 (m,), indices into the training split, ascending.
+        options: Every option of the rule with the value it had.
+    """
+
+    ids: IntArray
+    options: Mapping[str, OptionValue]
+
+
+def choose(scores: npt.ArrayLike, labels: IntArray, fraction: float, **how: Any) -> IntArray:
+    """Choose a fraction of the training samples: the `ids` of `decide`, which see for arguments and errors."""
+    return decide(scores, labels, fraction, **how).ids
+
+
+def decide(
     scores: npt.ArrayLike,
     labels: IntArray,
     fraction: float,
@@ -65,13 +91,13 @@ def choose(
     extras: Mapping[str, FloatArray] | None = None,
     options: Mapping[str, OptionValue] | None = None,
     device: str = "cpu",
-) -> IntArray:
-    """Choose a fraction of the training samples.
+) -> Choice:
+    """Choose a fraction of the training samples, and say with which options.
 
     Args:
         scores: float64 (N,), finite; higher = harder.
         labels: int64 (N,), classes in [0, C).
-        fraction: Share to keep; exactly round(fraction * N) samples are.
+        fraction: Share to keep.
         rule: A key of `RULES`.
         balance: `balanced` gives each class a budget in proportion to its size (largest remainder), `equal` the same
             budget to each class, `unbalanced` ranks all samples together.
@@ -82,7 +108,7 @@ def choose(
         device: Where the heavy work of a rule runs.
 
     Returns:
-        int64 (m,), indices into the training split, ascending.
+        The samples, exactly round(fraction * N), and the options.
 
     Raises:
         DataError: If scores, features or extras differ from the labels in length or are not finite.
@@ -108,12 +134,11 @@ def choose(
         device=device,
     )
     _check(rule, chosen, everything)
-    if chosen.prepare is not None:
-        everything = replace(everything, options={**everything.options, **chosen.prepare(everything)})
+    everything = chosen.settled(everything)
     if balance == "unbalanced":
-        return np.sort(chosen(everything))
+        return Choice(np.sort(chosen(everything)), everything.options)
     budgets = class_budgets(labels, everything.count, "equal" if balance == "equal" else "proportional")
-    return _from_each_class(chosen, everything, labels, budgets)
+    return Choice(_from_each_class(chosen, everything, labels, budgets), everything.options)
 
 
 def rule_named(name: str) -> Rule:

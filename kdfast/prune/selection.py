@@ -17,7 +17,7 @@ from kdfast.data.subset import class_budgets, subset_size
 from kdfast.errors import UsageError
 from kdfast.prune.choosers import CHOOSERS, ChooserInputs
 from kdfast.prune.rule import OptionValue
-from kdfast.prune.rules import choose, rule_named
+from kdfast.prune.rules import decide, rule_named
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.score_run import compute, open_inputs
 from kdfast.prune.score_types import MAKE_CACHE, unknown
@@ -78,7 +78,7 @@ class Request:
 
     Attributes:
         fractions: Shares of the training split to keep, one selection each.
-        balance: As in `kdfast.prune.rules.choose`.
+        balance: As in `kdfast.prune.rules.decide`.
         seed: Seed of scores, tie-breaks and draws.
         device: Where heavy work runs.
         cache: Folder of a teacher's cache, or None.
@@ -195,7 +195,7 @@ class Request:
         used: Mapping[str, str],
     ) -> Selection:
         started = time.perf_counter()
-        ids = choose(
+        choice = decide(
             scored.scores,
             source.train.labels,
             fraction,
@@ -207,7 +207,7 @@ class Request:
             options=self.options,
             device=self.device,
         )
-        options = rule_named(rule).complete(rule, self.options)
+        options = dict(choice.options)
         head = {"fraction": fraction, "rule": rule, "balance": self.balance, "options": options}
         provenance = {
             "method": scored.method,
@@ -217,7 +217,7 @@ class Request:
             "score_seconds": scored.seconds,
         }
         seconds = scored.seconds + time.perf_counter() - started
-        return self._selection(source, fraction, ids, provenance, seconds)
+        return self._selection(source, fraction, choice.ids, provenance, seconds)
 
     def _selection(
         self, source: Source, fraction: float, ids: IntArray, provenance: dict[str, Any], seconds: float

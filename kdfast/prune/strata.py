@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kdfast.data.counter import IntArray
-from kdfast.prune.rule import Option, RuleInputs, drop_hardest, uniform
+from kdfast.prune.rule import Option, OptionValue, RuleInputs, drop_hardest, uniform
 
 OPTIONS = {
     "strata": Option(50, "strata of equal width", low=1, high=1_000_000, whole=True),
@@ -23,6 +23,11 @@ def default_cut(fraction: float) -> float:
     return float(np.interp(fraction, _FRACTIONS, _CUTS))
 
 
+def settle(inputs: RuleInputs) -> dict[str, OptionValue]:
+    """The default cut at this fraction."""
+    return {"cut": default_cut(inputs.fraction)}
+
+
 def strata(inputs: RuleInputs) -> IntArray:
     """Keep the same number of every stratum of the score, at random within it.
 
@@ -33,7 +38,7 @@ def strata(inputs: RuleInputs) -> IntArray:
         Zheng et al. 2023, Coverage-centric coreset selection for high pruning rates, Algorithm 1. The public code
         balances classes by the size of the last class; here each class is a group with its own budget.
     """
-    left = drop_hardest(inputs, inputs.number("cut", default_cut(inputs.fraction)))
+    left = drop_hardest(inputs, inputs.number("cut"))
     scores = inputs.scores[left]
     number = int(inputs.number("strata"))
     stratum = np.zeros(len(left), np.int64)

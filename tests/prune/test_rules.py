@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kdfast.data.subset import class_budgets
 from kdfast.errors import DataError, SubsetError, UsageError
 from kdfast.prune.rule import RuleInputs
-from kdfast.prune.rules import BALANCE, RULES, choose
+from kdfast.prune.rules import BALANCE, RULES, choose, decide
 from kdfast.prune.scores import ScoreInputs, score
 
 BALANCED = np.tile(np.arange(5), 40).astype(np.int64)
@@ -95,6 +95,29 @@ def test_rules_go_by_order_and_scale_of_scores_alone(labels, rule: str) -> None:
     plain = inputs_of(labels)
     scaled = {**plain, "scores": plain["scores"] * 64}  # exact in binary
     assert (pick(labels, 0.2, rule=rule, **plain) == pick(labels, 0.2, rule=rule, **scaled)).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_the_options_that_are_told_choose_the_same_again(labels, rule: str) -> None:
+    inputs = inputs_of(labels)
+    scores = inputs.pop("scores")
+    choice = decide(scores, labels, 0.2, rule=rule, **inputs)
+    assert set(choice.options) == set(RULES[rule].options)
+    assert None not in choice.options.values()
+    again = decide(scores, labels, 0.2, rule=rule, options=choice.options, **inputs)
+    assert (again.ids == choice.ids).all()
+    assert again.options == choice.options
+
+
+def test_options_left_open_are_told_with_the_values_they_had(labels) -> None:
+    inputs = inputs_of(labels)
+    scores = inputs.pop("scores")
+    told = {rule: decide(scores, labels, 0.1, rule=rule, **inputs).options for rule in ("strata", "d2", "dual")}
+    assert told["strata"]["cut"] == pytest.approx(0.3)
+    assert told["d2"]["cut"] == pytest.approx(0.4)
+    assert told["dual"]["c"] == 5.5
+    assert told["dual"]["mu"] == pytest.approx(inputs["extras"]["mean_p"][np.argsort(-scores)[:10]].mean())
+    assert decide(scores, labels, 0.1, rule="dual", options={"mu": 0.25}, **inputs).options["mu"] == 0.25
 
 
 def brute(scores: np.ndarray, count: int, rule: str) -> set[int]:
@@ -239,7 +262,7 @@ def test_options_as_text_are_options_as_numbers() -> None:
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_the_rule_itself_takes_a_group_and_gives_positions(rule: str) -> None:
-    """The interface of one rule, as `choose` and other callers use it."""
+    """The interface of one rule, as `decide` and other callers use it."""
     n = 50
     given = inputs_of(np.zeros(n, np.int64))
     inputs = RuleInputs(
@@ -254,8 +277,7 @@ def test_the_rule_itself_takes_a_group_and_gives_positions(rule: str) -> None:
         options=RULES[rule].complete(rule, {}),
     )
     chosen = RULES[rule]
-    if chosen.prepare is not None:
-        inputs = replace(inputs, options={**inputs.options, **chosen.prepare(inputs)})
+    inputs = chosen.settled(inputs)
     positions = chosen(inputs)
     assert positions.dtype == np.int64
     assert len(np.unique(positions)) == 20
