@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops import backends
+from kdfast.ops.kd_loss_checks import check_temperature
 
 __all__ = [
     "Target",
@@ -49,8 +50,7 @@ class Target(NamedTuple):
         """
         if not 0 <= self.alpha <= 1:
             raise ShapeError(f"alpha is {self.alpha}: it must lie in [0, 1]")
-        if not 0 < self.temperature < float("inf"):
-            raise ShapeError(f"temperature is {self.temperature}: it must be positive and finite")
+        check_temperature(self.temperature)
         return self
 
     def check_alive(self, result: Tensor) -> None:

@@ -13,6 +13,7 @@ https://arxiv.org/abs/1503.02531.
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
 from kdfast.ops import backends
-from kdfast.ops.kd_loss_checks import TopKTeacher, check_call, check_values, number
+from kdfast.ops.kd_loss_checks import (
+    TopKTeacher,
+    check_call,
+    check_teacher_logits,
+    check_temperature,
+    check_values,
+    number,
+)
 from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, kernels, launch, plain_eager
 from kdfast.ops.kd_loss_op import FunctionalKDLoss, kd_loss_op, tie_to_logits
 from kdfast.ops.kd_loss_reference import reference_loss, reference_terms
@@ -208,8 +216,14 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
         temperature: The T that the loss will use; the mass of the rest depends on it.
 
     Raises:
-        ShapeError: If k lies outside [1, C].
+        ShapeError: If the teacher is no (M, C), k lies outside [1, C], or the temperature outside its range.
+        TypeError: If the teacher is no tensor of a floating dtype, or k is no whole number.
     """
+    check_teacher_logits("teacher", teacher)
+    temperature = number("temperature", temperature)
+    check_temperature(temperature)
+    if not isinstance(k, Integral):
+        raise TypeError(f"k is {k!r}: a whole number is needed")
     if not 1 <= k <= teacher.shape[1]:
         raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)

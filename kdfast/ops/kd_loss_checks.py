@@ -10,9 +10,9 @@ from torch import Tensor
 from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss_launch import Operands, Options
 
-__all__ = ["TopKTeacher", "check_call", "check_values", "number"]
+__all__ = ["TopKTeacher", "check_call", "check_teacher_logits", "check_temperature", "check_values", "number"]
 
-_LEAST_T = 1e-15  # so that neither 1 / T nor T^2 leaves float32
+_LEAST_T = 1e-15
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,6 +97,28 @@ def check_call(
     return Operands(logits, labels, values, rows, classes, tail, weights)
 
 
+def check_temperature(temperature: float) -> None:
+    """Check that neither 1 / T nor T^2 leaves float32.
+
+    Raises:
+        ShapeError: If one does.
+    """
+    if not _LEAST_T <= temperature <= 1 / _LEAST_T:
+        raise ShapeError(f"temperature is {temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
+
+
+def check_teacher_logits(name: str, x: Tensor) -> None:
+    """Check that these are logits (M, C), in a floating dtype.
+
+    Raises:
+        ShapeError: If the shape is another.
+        TypeError: If it is no tensor, or the dtype is another.
+    """
+    _check_tensor(name, x, 2)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} is {x.dtype}: raw logits in float32, bfloat16, float16 or float64 are needed")
+
+
 def check_values(operands: Operands, options: Options, thorough: bool) -> None:
     """Check that labels, rows and class ids lie in their ranges; reads them, so on a GPU it waits.
 
@@ -125,8 +147,7 @@ def check_values(operands: Operands, options: Options, thorough: bool) -> None:
 def _check_options(options: Options, direction: str) -> None:
     if not 0 <= options.alpha <= 1:
         raise ShapeError(f"alpha is {options.alpha}: it must lie in [0, 1], the share of the divergence in the loss")
-    if not _LEAST_T <= options.temperature <= 1 / _LEAST_T:
-        raise ShapeError(f"temperature is {options.temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
+    check_temperature(options.temperature)
     if not isinstance(options.ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index is {options.ignore_index!r}: a whole number is needed")
     if isinstance(options.ignore_index, int) and not -(2**63) <= options.ignore_index < 2**63:
@@ -162,9 +183,7 @@ def _check_index(name: str, x: Tensor, n: int, device: torch.device) -> None:
 
 
 def _check_teacher(name: str, x: Tensor, n: int, rows: Tensor | None, device: torch.device) -> None:
-    _check_tensor(name, x, 2)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} is {x.dtype}: raw logits in float32, bfloat16, float16 or float64 are needed")
+    check_teacher_logits(name, x)
     if x.requires_grad:
         raise TypeError(f"{name} requires a gradient, which kd_loss does not compute: pass {name}.detach()")
     _check_device(name, x, device)

@@ -140,6 +140,19 @@ def test_a_scalar_tensor_is_a_number(kd_loss_backend):
     torch.testing.assert_close(loss, kdfast.kd_loss(**arguments, alpha=0.25, temperature=2.0, backend=kd_loss_backend))
 
 
-def test_topk_teacher_needs_a_k_that_fits():
-    with pytest.raises(ShapeError, match=r"\[1, 6\]"):
-        topk_teacher(torch.randn(2, 6), 7, 4.0)
+@pytest.mark.parametrize(
+    ("teacher", "k", "temperature", "kind", "message"),
+    [
+        (torch.randn(2, 6), 7, 4.0, ShapeError, r"\[1, 6\]"),
+        (torch.randn(2, 6), 0, 4.0, ShapeError, r"\[1, 6\]"),
+        (torch.randn(2, 6), 2.0, 4.0, TypeError, "k is 2.0"),
+        (torch.randn(2, 6), 2, 0.0, ShapeError, "temperature is 0.0"),
+        (torch.randn(2, 6), 2, "warm", TypeError, "temperature is 'warm'"),
+        (torch.randn(6), 2, 4.0, ShapeError, r"teacher has shape \(6,\)"),
+        (torch.ones(2, 6).int(), 2, 4.0, TypeError, "teacher is torch.int32"),
+        ([[1.0]], 1, 4.0, TypeError, "teacher is list"),
+    ],
+)
+def test_topk_teacher_refuses(teacher, k, temperature, kind, message):
+    with pytest.raises(kind, match=message):
+        topk_teacher(teacher, k, temperature)
