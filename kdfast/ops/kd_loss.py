@@ -13,7 +13,6 @@ https://arxiv.org/abs/1503.02531.
 from __future__ import annotations
 
 import functools
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -222,7 +221,7 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     check_teacher_logits("teacher", teacher)
     temperature = number("temperature", temperature)
     check_temperature(temperature)
-    if not isinstance(k, Integral):
+    if not hasattr(k, "__index__"):
         raise TypeError(f"k is {k!r}: a whole number is needed")
     if not 1 <= k <= teacher.shape[1]:
         raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
