@@ -62,7 +62,7 @@ def conjugate_gradients(
         The solution, with residuals computed from it, not those that the recurrence carries along.
 
     Raises:
-        ShapeError: If ``tol`` is not positive, or ``b`` is empty.
+        ShapeError: If ``tol`` or ``max_iterations`` is not positive, or ``b`` is empty.
         SolveError: If the tolerance is not reached, H has a direction of negative or zero curvature, or a number is
             not finite.
 
@@ -74,6 +74,8 @@ def conjugate_gradients(
         raise ShapeError(f"b has shape {tuple(b.shape)}: give (K, ...) with at least one vector")
     if not bool(b.isfinite().all()):
         raise SolveError("b is not finite: look for what made it")
+    if max_iterations is not None and max_iterations < 1:
+        raise ShapeError(f"max_iterations is {max_iterations}: give at least 1, or None")
     limit = max_iterations or min(10_000, 10 * b[0].numel() + 10)
     x = torch.zeros_like(b) if start is None else start.clone()
     used = 0

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.errors import UsageError
+from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.ghost_batch import batch_size, foreign_rows
 from kdfast.ops.ghost_capture import Call, backward, captured, stray
+from kdfast.ops.ghost_fallback import FALLBACKS, Squares
+from kdfast.ops.ghost_graph import walk
 from kdfast.ops.ghost_layers import kind_of, own_parameters, refuse_batch_statistics
 from kdfast.ops.ghost_loss import Loss, Objective, check_inputs, run
 from kdfast.ops.ghost_parts import Part
 from kdfast.ops.ghost_rules import METHODS
 from kdfast.ops.ghost_shared import squares_of_sum
-from kdfast.ops.ghost_vmap import vmap_squares
 from kdfast.ops.ghost_ways import Ways
 
 __all__ = ["grad_norms"]
@@ -34,7 +36,7 @@ __all__ = ["grad_norms"]
 def grad_norms(
     model: nn.Module,
     inputs: Any,
-    labels: Tensor | None,
+    labels: Any,
     *,
     loss: Loss = "cross_entropy",
     per_layer: bool = False,
@@ -62,8 +64,9 @@ def grad_norms(
         teacher: `(N, C)` the teacher's logits, for "kd".
         alpha: Weight of the teacher, as in ``kdfast.kd_loss``.
         temperature: As in ``kdfast.kd_loss``.
-        fallback: What to do with parameters of other layers: "error", or "vmap" to run the model sample by sample for
-            them, which takes longer and more memory.
+        fallback: What to do with parameters of other layers: "error"; "vmap" to run the model on all samples side by
+            side for them, which takes longer and more memory; "loop" to run it on one sample after the other, for
+            models that vmap cannot run.
         method: "auto" takes the cheapest way for each layer; "direct", "gram" or "pixel" force one
             (``kdfast.ops.ghost_rules``).
         backend: "auto", or an implementation's name in the row "ghost" of ``kdfast.ops.backends``.
@@ -84,8 +87,8 @@ def grad_norms(
         >>> kdfast.grad_norms(net, torch.randn(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])).shape
         torch.Size([5])
     """
-    if fallback not in ("error", "vmap"):
-        raise UsageError(f"fallback={fallback!r}: choose 'error' or 'vmap'")
+    if fallback not in ("error", *FALLBACKS):
+        raise UsageError(f"fallback={fallback!r}: choose one of error, {', '.join(FALLBACKS)}")
     if method not in METHODS:
         raise UsageError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose graphs hooks do not reach
@@ -93,52 +96,86 @@ def grad_norms(
     refuse_batch_statistics(model)
     objective = Objective(loss, labels, teacher, alpha, temperature)
     with torch.inference_mode(False), torch.enable_grad():
-        found, dtype = _squares(model, inputs, objective, fallback == "vmap", Ways(method, backend))
+        found, lengths, dtype = _squares(model, inputs, objective, FALLBACKS.get(fallback), Ways(method, backend))
     layers: dict[str, Tensor] = {}
     for name, value in found.items():
         layer = name.rpartition(".")[0]
         layers[layer] = layers[layer] + value if layer in layers else value
     if per_layer:
-        return {name: value.sqrt().to(dtype) for name, value in layers.items()}
-    return sum(layers.values(), torch.zeros_like(next(iter(layers.values())))).sqrt().to(dtype)
+        return {name: _norm(value, lengths, dtype) for name, value in layers.items()}
+    return _norm(sum(layers.values(), torch.zeros_like(next(iter(layers.values())))), lengths, dtype)
+
+
+def _norm(squares: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Norms from squares of gradients that were scaled by the inverse lengths.
+
+    Raises:
+        DataError: One is not finite.
+    """
+    norms = squares.sqrt() if lengths is None else squares.double().sqrt() * lengths
+    norms = norms.to(dtype)
+    if not bool(norms.isfinite().all()):
+        bad = int((~norms.isfinite()).nonzero()[0])
+        raise DataError(
+            f"the gradient of sample {bad} is not finite, or its square overflows: look for huge activations, or "
+            "convert the model and its inputs to float64"
+        )
+    return norms
 
 
 def _squares(
-    model: nn.Module, inputs: Any, objective: Objective, vmap: bool, ways: Ways
-) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Squared norms `(N,)` by the name of each trainable parameter, and the precision they are good for."""
+    model: nn.Module, inputs: Any, objective: Objective, fallback: Squares | None, ways: Ways
+) -> tuple[dict[str, Tensor], Tensor | None, torch.dtype]:
+    """Squared norms `(N,)` by the name of each trainable parameter, for slopes at the logits of length 1.
+
+    Returns:
+        The squares; the slopes' lengths `(N,)`, None where they were left as they are; and the precision they are good
+        for.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UsageError("the model has no trainable parameter: set requires_grad on what is to be scored")
     layers = {name: layer for name, layer in model.named_modules() if own_parameters(layer)}
     unknown = {name: layer for name, layer in layers.items() if kind_of(layer) is None}
-    if unknown and not vmap:
+    if unknown and not fallback:
         raise UsageError(_no_formula(unknown))
-    with captured({name: layer for name, layer in layers.items() if name not in unknown}) as calls:
-        losses = objective.checked(run(model, inputs))
-    n, total = len(losses), losses.sum()
+    known = {name: layer for name, layer in layers.items() if name not in unknown}
+    with captured(known, batch_size(inputs)) as all_calls:
+        outputs = run(model, inputs)
+        n = len(objective.checked(outputs))
+    objective, lengths = objective.linear(outputs)
+    total = objective(outputs).sum()
+    order = walk(total)
+    nodes = set(order)
+    calls = [call for call in all_calls if call.edge.node in nodes]
     others = {id(p) for layer in unknown.values() for p in own_parameters(layer).values()}
-    outside = [name for name in stray(total, calls, parameters) if id(parameters[name]) not in others]
-    if outside and not vmap:
+    outside = [name for name in stray(order, calls, parameters) if id(parameters[name]) not in others]
+    if outside and not fallback:
         raise UsageError(
             f"parameter {outside[0]!r} is used outside of the forward pass of its layer: its gradient has no formula; "
-            "fallback='vmap' runs the model sample by sample for it"
+            "fallback='vmap' runs the model sample by sample for it, or fallback='loop'"
         )
     others |= {id(parameters[name]) for name in outside}
-    if vmap:
-        others |= {id(p) for call in calls if call.size != n for p in call.layer.parameters(recurse=False)}
+    names = foreign_rows(model, inputs, objective, known, calls, n)
+    foreign = [call for call in calls if call.name in names]
+    if foreign and not fallback:
+        raise ShapeError(
+            f"layer {foreign[0].name!r} returned {foreign[0].rows} rows for a batch of {n} samples, and they are not "
+            "the samples: the first dimension must be theirs, also inside the model; fallback='vmap' does without"
+        )
+    others |= {id(p) for call in foreign for p in own_parameters(call.layer).values()}
     kept = [call for call in calls if any(id(p) not in others for p in own_parameters(call.layer).values())]
     sums = _Sums({id(p): p for p in parameters.values() if id(p) not in others}, kept, ways)
-    backward(total, kept, n, sums.receive)
+    backward(total, order, kept, sums.receive)
     sums.finish()
     double = any(p.dtype == torch.float64 for p in parameters.values())
     dtype = torch.float64 if double else torch.float32
-    found = {name: sums.squares.get(id(p), losses.new_zeros(n, dtype=dtype)) for name, p in parameters.items()}
-    del total, losses
+    found = {name: sums.squares.get(id(p), p.new_zeros(n, dtype=dtype)) for name, p in parameters.items()}
+    del total, outputs, order, nodes, all_calls, calls, foreign, kept
     slow = {name: p for name, p in parameters.items() if id(p) in others}
-    if slow:
-        found.update(vmap_squares(model, inputs, objective, slow, n))
-    return found, dtype
+    if slow and fallback:
+        found.update(fallback(model, inputs, objective, slow, n))
+    return found, lengths, dtype
 
 
 class _Sums:
@@ -188,5 +225,5 @@ def _no_formula(unknown: dict[str, nn.Module]) -> str:
     named = ", ".join(f"{name!r} ({type(layer).__name__})" for name, layer in unknown.items())
     return (
         f"no formula for the parameters of {named}: freeze them with requires_grad_(False), or pass fallback='vmap' to "
-        "run the model sample by sample for them"
+        "run the model sample by sample for them, or fallback='loop'"
     )

@@ -7,7 +7,7 @@ parameters' ``grad`` is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.errors import ShapeError, UsageError
-from kdfast.ops.ghost_graph import lowest, walk
+from kdfast.errors import UsageError
+from kdfast.ops.ghost_graph import Node, lowest, parameter_uses
 
 __all__ = ["Call", "backward", "captured", "stray"]
 
@@ -25,18 +25,36 @@ Receive = Callable[["Call", Tensor], None]
 
 @dataclass
 class Call:
-    """One call of a layer in the forward pass."""
+    """One call of a layer in the forward pass.
+
+    Attributes:
+        name: Of the layer.
+        layer: The layer.
+        x: Its input, until it is taken.
+        version: Of the input's contents, at the call.
+        shapes: Of the input and the output.
+        repeated: Whether the call made one row for all samples, which was then repeated for each.
+        edge: Where the output's gradient is found.
+        receive: Takes the output's gradient.
+    """
 
     name: str
     layer: nn.Module
     x: Tensor | None
     version: int
-    size: int
+    shapes: tuple[torch.Size, torch.Size]
+    repeated: bool = False
     edge: Any = field(default=None, repr=False)
     receive: Receive | None = None
 
+    @property
+    def rows(self) -> int:
+        """Length of the output's first dimension."""
+        out = self.shapes[1]
+        return out[0] if out else 0
+
     def take(self) -> Tensor:
-        """The layer's input; it is not kept any longer."""
+        """The layer's input, a row a sample; it is not kept any longer."""
         x, self.x = self.x, None
         assert x is not None
         if x._version != self.version:
@@ -44,12 +62,19 @@ class Call:
                 f"layer {self.name!r}: its input was changed in place after the call, so its gradient is lost; "
                 "replace the in-place operation in the model's forward"
             )
-        return x
+        return x.expand(self.rows, *x.shape[1:]) if self.repeated else x
 
 
 @contextmanager
-def captured(layers: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
+def captured(layers: Mapping[str, nn.Module], n: int) -> Iterator[list[Call]]:
     """Record the calls of some layers while the context lasts.
+
+    A row that a layer makes for all samples, such as embedded positions (1, T, D), is repeated for each of them: what
+    a sample adds to its gradient can then be told apart.
+
+    Args:
+        layers: The layers by name.
+        n: Samples in the batch.
 
     Raises (from the model's forward pass):
         UsageError: A layer is called without a tensor, or where gradients are off.
@@ -58,7 +83,7 @@ def captured(layers: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
     handles = []
     try:
         for name, layer in layers.items():
-            hook = _recorder(name, calls)
+            hook = _recorder(name, calls, n)
             handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield calls
     finally:
@@ -66,7 +91,7 @@ def captured(layers: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def _recorder(name: str, calls: list[Call]) -> Callable[..., Tensor]:
+def _recorder(name: str, calls: list[Call], n: int) -> Callable[..., Tensor]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor:
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
@@ -76,10 +101,13 @@ def _recorder(name: str, calls: list[Call]) -> Callable[..., Tensor]:
                 f"layer {name!r} ran without gradients (torch.no_grad, or reentrant checkpointing) though it is "
                 "trainable: freeze it with requires_grad_(False), or let gradients through"
             )
+        repeated = n > 1 and out.dim() > 1 and x.dim() > 0 and len(out) == len(x) == 1
+        if repeated:
+            out = out.expand(n, *out.shape[1:]).clone()
         if out._is_view():
             # Changed in place later, a view would get a new history that this hook does not stand in.
             out = torch.ops.aten._unsafe_view(out, out.shape)
-        call = Call(name, layer, x.detach(), x._version, len(out) if out.dim() else 0)
+        call = Call(name, layer, x.detach(), x._version, (x.shape, out.shape), repeated)
         call.edge = torch.autograd.graph.get_gradient_edge(out)
         out.register_hook(lambda grad: call.receive(call, grad) if call.receive else None)
         calls.append(call)
@@ -89,15 +117,15 @@ def _recorder(name: str, calls: list[Call]) -> Callable[..., Tensor]:
     return hook
 
 
-def stray(loss: Tensor, calls: list[Call], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+def stray(order: Sequence[Node], calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of the parameters that the loss depends on in other ways than through recorded calls.
 
     Args:
-        loss: Scalar.
-        calls: All of the forward pass.
+        order: The loss's graph, from ``walk``.
+        calls: All that are in the graph.
         parameters: The ones to look at, by name.
     """
-    _, uses = walk(loss)
+    uses = parameter_uses(order)
     known: dict[int, int] = {}
     for call in calls:
         for p in call.layer.parameters(recurse=False):
@@ -105,27 +133,17 @@ def stray(loss: Tensor, calls: list[Call], parameters: Mapping[str, nn.Parameter
     return [name for name, p in parameters.items() if uses[id(p)] > known.get(id(p), 0)]
 
 
-def backward(loss: Tensor, calls: list[Call], n: int, receive: Receive) -> None:
-    """Run the backward pass; ``receive(call, output gradient)`` for each call that the loss depends on.
+def backward(loss: Tensor, order: Sequence[Node], calls: Sequence[Call], receive: Receive) -> None:
+    """Run the backward pass; ``receive(call, output gradient)`` for each call.
 
     Args:
         loss: Scalar, the sum over the samples.
-        calls: Of the forward pass.
-        n: Samples in the batch.
+        order: Its graph, from ``walk``.
+        calls: Those of interest, all in the graph.
         receive: Called without gradients, in the order of the backward pass.
-
-    Raises:
-        ShapeError: A layer's output does not hold one entry a sample.
     """
-    order, _ = walk(loss)
-    reached = {call.edge.node for call in calls} & set(order)
-    for call in calls:
-        if call.edge.node in reached and call.size != n:
-            raise ShapeError(
-                f"layer {call.name!r} returned {call.size} rows for a batch of {n} samples: the first dimension must "
-                "be the sample's, also inside the model; fallback='vmap' does without"
-            )
-    edges = [call.edge for call in calls if call.edge.node in lowest(order, reached)]
+    last = lowest(order, {call.edge.node for call in calls})
+    edges = [call.edge for call in calls if call.edge.node in last]
     for call in calls:
         call.receive = receive
     if edges:

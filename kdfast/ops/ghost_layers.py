@@ -2,7 +2,7 @@
 
 ``LAYERS`` maps a layer's class to a function of (layer, input, output gradient) that returns, for each of its
 parameters by name, a function that computes the part: frozen parameters cost nothing. A class derived from one of them
-counts as it while it keeps its ``forward``.
+counts as it while it keeps its ``forward``, and so does a module.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ _COMPUTES = ("forward", "_conv_forward")
 def kind_of(module: nn.Module) -> Layer | None:
     """The entry of ``LAYERS`` for a module, or None when there is none or the module is not used as its class says."""
     for cls in type(module).__mro__:
-        if cls in LAYERS:
+        layer = LAYERS.get(cls) or FOREIGN_LAYERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if layer is not None:
             same = all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _COMPUTES)
+            same = same and not any(name in vars(module) for name in _COMPUTES)
             plain = set(dict(module.named_parameters(recurse=False))) <= {"weight", "bias"}
-            return LAYERS[cls] if same and plain else None
+            return layer if same and plain else None
     return None
 
 
@@ -62,6 +64,13 @@ def _linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> Parts:
     return {"weight": lambda: Rows(a, b), "bias": lambda: Small(b.sum(1))}
 
 
+def _transposed_linear(layer: nn.Module, x: Tensor, grad: Tensor) -> Parts:
+    """A linear layer that holds its weight as (inputs, outputs)."""
+    n = x.shape[0]
+    a, b = x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
+    return {"weight": lambda: Rows(b, a), "bias": lambda: Small(b.sum(1))}
+
+
 def _embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> Parts:
     if layer.scale_grad_by_freq:
         raise UsageError("it has scale_grad_by_freq=True, which mixes the samples of a batch: set it to False")
@@ -71,6 +80,8 @@ def _embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> Parts:
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor) -> Parts:
+    if x.dim() < len(layer.kernel_size) + 2:
+        raise UsageError(f"it was given {tuple(x.shape)}, one image without a batch: give (N, channels, ...)")
     sides = _pads(layer)
     if layer.padding_mode != "zeros":
         x = F.pad(x, [s for pair in reversed(sides) for s in pair], layer.padding_mode)
@@ -145,3 +156,5 @@ LAYERS: Mapping[type[nn.Module], Layer] = {
     nn.GroupNorm: _group_norm,
     nn.RMSNorm: _rms_norm,
 }
+# Layers of other libraries, by name: nothing is imported for them.
+FOREIGN_LAYERS: Mapping[str, Layer] = {"transformers.pytorch_utils.Conv1D": _transposed_linear}

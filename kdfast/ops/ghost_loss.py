@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.head_rows import Target, residuals
 
 __all__ = ["Loss", "Objective", "check_inputs", "joined", "logits_of", "run", "split", "tensors_in"]
 
@@ -22,7 +23,7 @@ class Objective:
     """A loss with its labels: what comes out of a model to the losses `(N,)`."""
 
     loss: Loss
-    labels: Tensor | None
+    labels: Any
     teacher: Tensor | None = None
     alpha: float = 0.5
     temperature: float = 4.0
@@ -47,6 +48,34 @@ class Objective:
         """The same loss for other samples."""
         return replace(self, labels=labels, teacher=teacher)
 
+    def rows(self, rows: Any) -> Objective:
+        """The same loss for some of the samples, by an index."""
+        labels, teacher = (x[rows] if isinstance(x, Tensor) else x for x in (self.labels, self.teacher))
+        return self.of(labels, teacher)
+
+    def require_rows(self, who: str) -> None:
+        """Refuse labels that cannot be split into samples.
+
+        Raises:
+            UsageError: They are no tensor.
+        """
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise UsageError(f"{who} splits the labels into samples: give a tensor, not {type(self.labels).__name__}")
+
+    def linear(self, outputs: Any) -> tuple[Objective, Tensor | None]:
+        """A loss whose gradient at the logits is this one's, made of length 1; and the lengths `(N,)` in float64.
+
+        They come in closed form: where a sample is learnt well, subtracting 1 from its probability loses everything to
+        rounding, and so do squares of what is left. A loss of the caller's own stays as it is, without lengths.
+        """
+        if callable(self.loss):
+            return self, None
+        target = Target(self.alpha if self.loss == "kd" else 0.0, self.temperature)
+        teacher = None if self.teacher is None else self.teacher.detach().double()
+        slope = residuals(logits_of(outputs).detach().double(), self.labels, teacher, target)
+        lengths = torch.linalg.vector_norm(slope, dim=1)
+        return Objective(_along, slope / torch.where(lengths > 0, lengths, 1)[:, None]), lengths
+
     def checked(self, outputs: Any) -> Tensor:
         """The losses.
 
@@ -63,7 +92,7 @@ class Objective:
             raise ShapeError(f"loss returned {given}: a tensor (N,) is needed, one loss a sample; use reduction='none'")
         if len(losses) == 0:
             raise DataError("the batch is empty: at least one sample is needed")
-        if self.labels is not None and len(self.labels) != len(losses):
+        if isinstance(self.labels, Tensor) and self.labels.dim() and len(self.labels) != len(losses):
             raise ShapeError(f"labels are {len(self.labels)} for {len(losses)} losses: one label a sample is needed")
         if not bool(losses.isfinite().all()):
             bad = int((~losses.isfinite()).nonzero()[0])
@@ -81,13 +110,21 @@ class Objective:
             raise ShapeError(
                 f"logits have shape {tuple(logits.shape)}: {self.loss} needs (N, C); for others pass a function as loss"
             )
+        if logits.shape[1] < 2:
+            raise ShapeError("logits have one class: a softmax over fewer than two classes has no gradient")
         if self.loss == "kd":
             _check_teacher(self.teacher, logits)
         if self.labels is None:
             if self.loss == "kd" and self.alpha == 1:
                 return
             raise UsageError("labels are None: they may be left out only for loss='kd' with alpha=1, or your own loss")
+        if not isinstance(self.labels, Tensor):
+            raise UsageError(f"labels are a {type(self.labels).__name__}: give a tensor (N,) of int64")
         check_labels(self.labels, logits)
+
+
+def _along(outputs: Any, directions: Tensor) -> Tensor:
+    return (logits_of(outputs).double() * directions).sum(1)
 
 
 def _check_teacher(teacher: Tensor | None, logits: Tensor) -> None:

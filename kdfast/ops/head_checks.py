@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 
-__all__ = ["Array", "Block", "as_tensor", "check_finite", "check_labels", "check_shapes", "split_block"]
+__all__ = ["Array", "Block", "as_tensor", "check_finite", "check_labels", "check_shapes", "check_tensor", "split_block"]
 
 Array: TypeAlias = Tensor | npt.NDArray[np.floating] | npt.NDArray[np.integer]
 Block: TypeAlias = "tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, Array | None]"
@@ -80,6 +80,16 @@ def _check_kind(name: str, kind: torch.dtype, integers: bool) -> None:
         raise ShapeError(f"{name} are {kind}: give int64 class numbers")
     if not integers and not kind.is_floating_point:
         raise ShapeError(f"{name} are {kind}: give floating-point numbers")
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        ShapeError: If so.
+    """
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is a {type(x).__name__}: give a tensor")
 
 
 def check_finite(name: str, value: Tensor, start: int) -> None:

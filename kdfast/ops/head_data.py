@@ -205,6 +205,8 @@ class HeadData:
         start = 0
         for block in self.blocks:
             parts = split_block(block, self.prefix)
+            if self.total and start + len(parts[0]) > self.total:
+                self._refuse_count(f"over {self.total}")
             check_shapes(parts, self.features, self.classes, self.device, self._weights is None, self.prefix)
             for begin in range(0, len(parts[0]), rows):
                 tile = self._tile(start + begin, [x if x is None else x[begin : begin + rows] for x in parts], dtype)
@@ -216,7 +218,15 @@ class HeadData:
             start += len(parts[0])
         if start == 0:
             raise DataError(f"{self.prefix}features hold no rows: give at least one sample")
+        if self.total not in (0, start):
+            self._refuse_count(str(start))
         self.total, self._seen.checked = start, self._seen.checked or not unchecked
+
+    def _refuse_count(self, rows: str) -> NoReturn:
+        raise DataError(
+            f"{self.prefix}features hold {rows} rows, and held {self.total} before: blocks must be the same ones "
+            "each time they are read"
+        )
 
     def explain(self, what: str, dtype: torch.dtype) -> NoReturn:
         """Raises a DataError for a result that is not finite: names the sample, or says that the result overflows."""

@@ -1,41 +1,85 @@
-"""The softmax head's Hessian as a matrix, and the leverage of single samples, for heads that are small enough."""
+"""The softmax head's Hessian and its derivative as matrices, and the leverage of single samples, for small heads."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kdfast.ops.head_data import HeadData, Progress, Tile
-from kdfast.ops.head_rows import Target, probabilities
+from kdfast.ops.head_data import HeadData, Progress, Tile, linear
+from kdfast.ops.head_rows import Target, probabilities, third_parts
 
-__all__ = ["hessian", "leverages", "with_bias"]
+__all__ = ["hessian", "leverages", "third_derivative", "with_bias"]
+
+
+Entries = Callable[[int], Tensor]
 
 
 def hessian(data: HeadData, l2: float, target: Target, progress: Progress | None = None) -> Tensor:
-    """The Hessian (C D, C D) in float64, rows and columns ordered as weights (C, D) flattened.
+    """The Hessian (C D, C D) in float64, rows and columns ordered as weights (C, D) flattened."""
 
-    Blocks of two classes are sums of s_i h_i h_i^T, s_i being an entry of the sample's curvature; only those on and
-    above the diagonal are computed. A diagonal entry's p (1 - p) is taken from the other classes' probabilities.
+    def curvature(tile: Tile) -> Entries:
+        parts = probabilities(tile.z, target)
+
+        def entries(k: int) -> Tensor:
+            s = torch.zeros_like(tile.z[:, k:])
+            for weight, p in parts:
+                part = -weight * p[:, k : k + 1] * p[:, k:]
+                # p (1 - p) from the other classes' probabilities: 1 - p would lose what is left of them to rounding.
+                part[:, 0] = weight * p[:, k] * (p[:, :k].sum(1) + p[:, k + 1 :].sum(1))
+                s += part
+            return s
+
+        return entries
+
+    h = _mean_of_blocks(data, curvature, progress, "Hessian")
+    h.diagonal().add_(l2)
+    return h
+
+
+def third_derivative(data: HeadData, u: Tensor, target: Target, progress: Progress | None = None) -> Tensor:
+    """The derivative of the Hessian along ``u`` (C, D): a matrix as the Hessian is, (C D, C D) in float64.
+
+    For logits that change by b it has, in place of a sample's curvature diag(p) - p p^T, diag(q) - p q^T - q p^T with
+    q = p (b - p . b): the third derivative of log sum exp.
+    """
+
+    def change(tile: Tile) -> Entries:
+        b = linear(tile.x, u, data.bias)
+        parts = third_parts(tile.z, b, target)
+
+        def entries(k: int) -> Tensor:
+            s = torch.zeros_like(tile.z[:, k:])
+            for p, q in parts:
+                s -= p[:, k : k + 1] * q[:, k:] + q[:, k : k + 1] * p[:, k:]
+                s[:, 0] += q[:, k]
+            return s
+
+        return entries
+
+    return _mean_of_blocks(data, change, progress, "third derivative")
+
+
+def _mean_of_blocks(
+    data: HeadData, matrices: Callable[[Tile], Entries], progress: Progress | None, note: str
+) -> Tensor:
+    """The mean of s_i (x) h_i h_i^T for symmetric s_i (C, C), as a matrix (C D, C D) in float64.
+
+    Blocks of two classes are sums of s_i h_i h_i^T, s_i being an entry; only those on and above the diagonal are
+    computed. ``matrices(tile)(k)`` gives (n, C - k): entries k and above of row k, of all samples.
     """
     c, d = data.classes, data.dim
     h = torch.zeros(c * d, c * d, dtype=torch.float64, device=data.device)
     rows = 0
-    for tile in data.tiles(c * d, torch.float64, progress, "Hessian"):
-        x = with_bias(tile, data)
-        parts = probabilities(tile.z, target)
+    for tile in data.tiles(c * d, torch.float64, progress, note):
+        x, entries = with_bias(tile, data), matrices(tile)
         for k in range(c):
-            # (n, c - k): entries k of the curvature's rows k and above, of all samples.
-            s = torch.zeros_like(tile.z[:, k:])
-            for weight, p in parts:
-                entries = -weight * p[:, k : k + 1] * p[:, k:]
-                others = p[:, :k].sum(1) + p[:, k + 1 :].sum(1)
-                entries[:, 0] = weight * p[:, k] * others
-                s += entries
+            s = entries(k)
             h[k * d : (k + 1) * d, k * d :].addmm_(x.mT, (s[:, :, None] * x[:, None]).flatten(1))
         rows += len(x)
     h.triu_().div_(rows)
     h += h.triu(1).mT
-    h.diagonal().add_(l2)
     return h
 
 
@@ -47,7 +91,7 @@ def leverages(x: Tensor, inverse: Tensor, classes: int) -> Tensor:
     for k in range(classes):
         product = (x @ blocks[k, :, k:].reshape(d, -1)).view(n, classes - k, d)
         m[:, k, k:] = torch.bmm(product, x[:, :, None])[:, :, 0]
-        m[:, k:, k] = m[:, k, k:]
+        m[:, k + 1 :, k] = m[:, k, k + 1 :]
     return m
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
-from kdfast.ops.head_checks import Array
+from kdfast.ops.head_checks import Array, check_tensor
 from kdfast.ops.head_data import Features, HeadData, Progress, Tile
 from kdfast.ops.head_rows import (
     Target,
@@ -74,7 +74,10 @@ def head_hvp(
     except DataError:
         check_vectors("v", v, data)  # if they are what is not finite
         raise
-    return out.reshape(v.shape).to(v.dtype)
+    result = out.reshape(v.shape).to(v.dtype)
+    if result.dtype != dtype and not bool(result.isfinite().all()):
+        data.explain("the Hessian's products", result.dtype)
+    return result
 
 
 def hessian_products(data: HeadData, v: Tensor, l2: float, target: Target, progress: Progress | None = None) -> Tensor:
@@ -139,8 +142,9 @@ def as_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
     """``v`` as (K, C, D).
 
     Raises:
-        ShapeError: If shape, device or dtype do not fit the data.
+        ShapeError: If it is no tensor, or its shape, device or dtype do not fit the data.
     """
+    check_tensor(name, v)
     shape = (data.classes, data.dim)
     if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != shape or v.numel() == 0:
         counted = f"D = {data.dim} counts the bias" if data.bias else "there is no bias"

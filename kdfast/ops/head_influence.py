@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
-from kdfast.ops.head_checks import Array
+from kdfast.ops.head_checks import Array, check_tensor
 from kdfast.ops.head_data import Features, HeadData, Progress, linear
 from kdfast.ops.head_dense import with_bias
 from kdfast.ops.head_removal import Removal
@@ -60,9 +60,9 @@ def head_influence(
         val_labels: (M,) int64, or None with blocks.
         l2: Weight of the penalty (l2 / 2) ||W||^2, > 0.
         bias: Whether the head has a bias; the penalty includes it.
-        corrected: Whether the sample's own curvature (leverage) and that of the validation loss are counted:
-            g_val^T d + d^T H_val d / 2 for the Newton step d. Nearer to true retraining; needs H^-1 as a matrix, so
-            C D up to 10,000 unless ``method`` is "cholesky".
+        corrected: Whether the effect is taken to second order in 1/N: with the sample's own curvature (leverage), the
+            validation loss's, and the change of the training loss's along the step. Nearer to true retraining; needs
+            H^-1 as a matrix, so C D up to 10,000 unless ``method`` is "cholesky".
         teacher: (N, C) teacher logits of the training samples, for ``alpha`` > 0.
         alpha: Weight of the divergence from the teacher in the training loss. At a head equal to the teacher the
             divergence's gradient is zero, so with alpha = 1 every influence is too: score with hard labels there, or
@@ -94,14 +94,14 @@ def head_influence(
         )
     removal = Removal(data, l2, Target(alpha, temperature), corrected, tol, method, max_iterations, progress)
     u = removal.solver.solve(mean_gradient(val, Target())[None]).x[0]
-    curvature = removal.val_curvature(val) if corrected else None
+    curvature = removal.second_order(val, u) if corrected else None
     found = removal.empty()
     for tile in data.tiles(data.classes * data.dim, torch.float64, progress, "influence"):
         pulls = removal.pulls(tile)
         here = found[tile.start : tile.start + len(tile.x)]
         torch.sum(linear(tile.x, u, bias) * pulls, 1, out=here)
         if curvature is not None:
-            here += removal.sway(tile, pulls, curvature)
+            here += removal.bend(tile, pulls, curvature)
     return removal.result(found)
 
 
@@ -205,6 +205,7 @@ def head_leave_one_out(
         IndexError: If a row lies outside [0, N).
     """
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
+    check_tensor("rows", rows)
     if rows.dim() != 1 or rows.dtype != torch.int64 or len(rows) == 0:
         raise ShapeError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}: give (n,) int64 sample numbers")
     removal = Removal(data, l2, Target(alpha, temperature), corrected, tol, method, max_iterations, progress)

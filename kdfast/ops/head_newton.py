@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
-from kdfast.ops.head_checks import Array
+from kdfast.ops.head_checks import Array, check_tensor
 from kdfast.ops.head_data import Features, HeadData, Progress, linear
 from kdfast.ops.head_dense import with_bias
 from kdfast.ops.head_rows import Target, residuals
@@ -107,6 +107,7 @@ def head_logits(features: Tensor, weights: Tensor) -> Tensor:
 
 def _start(data: HeadData, init: Tensor | None, classes: int | None) -> Tensor:
     if init is not None:
+        check_tensor("init", init)
         if init.dim() != 2 or init.shape[1] != data.dim or (classes is not None and init.shape[0] != classes):
             raise ShapeError(f"init has shape {tuple(init.shape)}: ({classes or 'C'}, {data.dim}) is needed")
         if init.device != data.device:

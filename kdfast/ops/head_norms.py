@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.errors import ShapeError
-from kdfast.ops.head_checks import Array
+from kdfast.errors import DataError, ShapeError
+from kdfast.ops.head_checks import Array, check_tensor
 from kdfast.ops.head_data import Features, HeadData, Progress
 from kdfast.ops.head_rows import Target, norms, residuals
 
@@ -64,8 +64,12 @@ def head_grad_norms(
         raise ShapeError(f"l2 is {l2}: give a finite number of at least 0")
     if l2 > 0 and weights is None:
         raise ShapeError("weights are missing: with l2 > 0 give the head's (C, D) weights, the bias as last column")
-    if weights is not None and tuple(weights.shape) != (data.classes, data.dim):
-        raise ShapeError(f"weights have shape {tuple(weights.shape)}: {(data.classes, data.dim)} is needed")
+    if weights is not None:
+        check_tensor("weights", weights)
+        if tuple(weights.shape) != (data.classes, data.dim):
+            raise ShapeError(f"weights have shape {tuple(weights.shape)}: {(data.classes, data.dim)} is needed")
+        if not bool(weights.isfinite().all()):
+            raise DataError("weights are not finite: look for what made them")
     penalty = 0.0 if weights is None else l2 * float(weights.detach().double().norm())
     found = []
     for tile in data.tiles(progress=progress, note="gradient norms", unchecked=("features",)):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops.head_data import HeadData, Progress, Tile
-from kdfast.ops.head_dense import hessian, leverages, with_bias
+from kdfast.ops.head_dense import hessian, leverages, third_derivative, with_bias
 from kdfast.ops.head_rows import Target, curvatures, probabilities, residuals
 from kdfast.ops.head_solve import CHOLESKY_LIMIT, HeadSolver
 
@@ -84,29 +84,38 @@ class Removal:
         parts = [(self.solver.solve(few.view(shape)).x.flatten(1) * few).sum(1) for few in torch.split(g, COLUMNS)]
         return torch.cat(parts)
 
-    def sway(self, tile: Tile, pulls: Tensor, curvature: Tensor) -> Tensor:
-        """1/2 d^T (H_val) d for the change d = H^-1 J^T pulls / N, times N; (n,).
+    def bend(self, tile: Tile, pulls: Tensor, curvature: Tensor) -> Tensor:
+        """1/2 d^T A d for the change d = H^-1 J^T pulls / N, times N; (n,).
 
         Args:
             tile: The samples.
             pulls: (n, C), their corrected pulls.
-            curvature: H^-1 H_val H^-1 (C D, C D), of ``val_curvature``.
+            curvature: H^-1 A H^-1 (C D, C D), of ``second_order``.
         """
         m = leverages(with_bias(tile, self.data), curvature, self.data.classes)
         return (pulls[:, None] @ m @ pulls[:, :, None])[:, 0, 0] / (2 * self.data.total)
 
-    def val_curvature(self, val: HeadData) -> Tensor:
-        """H^-1 H_val H^-1, H_val being the Hessian of the mean cross-entropy of ``val``; (C D, C D)."""
-        return self.solver.inverse @ hessian(val, 0.0, Target()) @ self.solver.inverse
+    def second_order(self, val: HeadData, u: Tensor) -> Tensor:
+        """H^-1 (H_val - F''' u) H^-1 for u = H^-1 g_val (C, D); a matrix (C D, C D).
+
+        H_val is the Hessian of the mean cross-entropy of ``val``, F''' u the change of the training loss's along
+        ``u``. With the leverage they make the effect of a removal right to second order in 1/N: the validation loss
+        bends by H_val along the step, and the step itself by -1/2 H^-1 F''' d d.
+        """
+        bend = hessian(val, 0.0, Target()) - third_derivative(self.data, u, self.target)
+        return self.solver.inverse @ bend @ self.solver.inverse
 
     def result(self, total: Tensor) -> Tensor:
         """``total`` / N in the data's dtype.
 
         Raises:
-            DataError: If it is zero throughout because the head is its own teacher.
+            DataError: If it is zero throughout because the head is its own teacher, or overflows.
         """
         self.target.check_alive(total)
-        return (total / self.data.total).to(self.data.dtype)
+        result = (total / self.data.total).to(self.data.dtype)
+        if not bool(result.isfinite().all()):
+            self.data.explain("the effects of removals", result.dtype)
+        return result
 
     def _leverages(self, tile: Tile) -> Tensor:
         return leverages(with_bias(tile, self.data), self.solver.inverse, self.data.classes)

@@ -181,6 +181,19 @@ def probabilities(z: Tensor, target: Target) -> list[tuple[float, Tensor]]:
     return parts
 
 
+def third_parts(z: Tensor, b: Tensor, target: Target) -> list[tuple[Tensor, Tensor]]:
+    """The parts of the curvature's derivative as the logits change by ``b`` (n, C).
+
+    Returns:
+        Pairs of (n, C): p and q = p (b - p . b) for the sum of diag(q) - p q^T - q p^T, q with the part's weight.
+    """
+    slopes = ([1.0] if target.alpha < 1 else []) + ([1 / target.temperature] if target.alpha > 0 else [])
+    return [
+        (p, slope * weight * p * (b - (p * b).sum(1, keepdim=True)))
+        for slope, (weight, p) in zip(slopes, probabilities(z, target), strict=True)
+    ]
+
+
 def curvatures(parts: list[tuple[float, Tensor]]) -> Tensor:
     """S of each row, (n, C, C)."""
     total: Tensor | None = None

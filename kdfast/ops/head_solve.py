@@ -14,7 +14,7 @@ from kdfast.ops.head_checks import Array
 from kdfast.ops.head_data import Features, HeadData, Progress
 from kdfast.ops.head_dense import hessian, with_bias
 from kdfast.ops.head_hvp import check_vectors, hessian_products
-from kdfast.ops.head_rows import Target, curvatures, probabilities
+from kdfast.ops.head_rows import Target, probabilities
 
 __all__ = ["CHOLESKY_LIMIT", "HeadSolver", "head_solve"]
 
@@ -36,7 +36,7 @@ def head_solve(
     tile_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Solves H x = b for the Hessian of ``head_hvp`` and K right-hand sides, in float64.
+    """Solves H x = b for the Hessian of ``head_hvp`` and K right-hand sides.
 
     ``HeadSolver`` does the same, keeps what it prepared for further calls, and reports the residuals it achieved.
 
@@ -57,7 +57,7 @@ def head_solve(
         progress: Called with (done, in all or 0, note).
 
     Returns:
-        As ``b``.
+        float64 in the shape of ``b``: rounded to a narrower type, the solution would miss the tolerance.
 
     Raises:
         ShapeError: If shapes, devices, dtypes or options do not fit.
@@ -67,7 +67,7 @@ def head_solve(
     data = HeadData(features, logits, bias=bias, tile_rows=tile_rows)
     target = Target(alpha, temperature).check()
     solver = HeadSolver(data, l2, target, tol=tol, method=method, max_iterations=max_iterations, progress=progress)
-    return solver.solve(check_vectors("b", b, data)).x.reshape(b.shape).to(b.dtype)
+    return solver.solve(check_vectors("b", b, data)).x.reshape(b.shape)
 
 
 class HeadSolver:
@@ -146,8 +146,9 @@ class HeadSolver:
         s = torch.zeros(data.classes, data.classes, dtype=torch.float64, device=data.device)
         g = torch.zeros(data.dim, data.dim, dtype=torch.float64, device=data.device)
         rows = 0
-        for tile in data.tiles(data.classes**2, torch.float64, self.progress, "preconditioner"):
-            s += curvatures(probabilities(tile.z, self.target)).sum(0)
+        for tile in data.tiles(data.classes, torch.float64, self.progress, "preconditioner"):
+            for weight, p in probabilities(tile.z, self.target):
+                s.add_(torch.diag(p.sum(0)) - p.mT @ p, alpha=weight)
             x = with_bias(tile, data)
             g.addmm_(x.mT, x)
             rows += len(x)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ Params = dict[str, Tensor]
 def network_hvp(
     model: nn.Module,
     inputs: Any,
-    labels: Tensor | None,
+    labels: Any,
     v: Tensor,
     *,
     kind: str = "hessian",
@@ -106,7 +107,7 @@ class NetworkCurvature:
         self,
         model: nn.Module,
         inputs: Any,
-        labels: Tensor | None,
+        labels: Any,
         *,
         kind: str = "gauss_newton",
         l2: float = 0.0,
@@ -148,6 +149,8 @@ class NetworkCurvature:
         p = next(iter(self._named.values()))
         if v.dim() != 2 or v.shape[1] != self.size:
             raise ShapeError(f"v has shape {tuple(v.shape)}: (K, {self.size}) is needed, all trainable parameters")
+        if not v.is_floating_point():
+            raise ShapeError(f"v is {v.dtype}: give floating-point numbers")
         if v.device != p.device:
             raise UsageError(f"v is on {v.device}, the model on {p.device}: move one of them")
         product = self._hessian if self.kind == "hessian" else self._gauss_newton
@@ -208,8 +211,7 @@ class NetworkCurvature:
 
     def _over_batches(self, compute: Callable[[Any, Objective], Tensor]) -> Tensor:
         total: Tensor | None = None
-        # Other kernels of scaled_dot_product_attention have no forward derivative.
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.no_grad(), _plain_attention():
             for batch, objective in self._batches():
                 part = compute(batch, objective)
                 total = part if total is None else total + part
@@ -218,13 +220,14 @@ class NetworkCurvature:
 
     def _batches(self) -> Iterator[tuple[Any, Objective]]:
         step = self._batch_size or self._n
+        if step >= self._n:
+            yield self._inputs, self._objective
+            return
         names, tensors = split(self._inputs, self._n)
-        labels, teacher = self._objective.labels, self._objective.teacher
+        self._objective.require_rows("batch_size")
         for start in range(0, self._n, step):
             rows = slice(start, start + step)
-            batch = joined(self._inputs, names, [x[rows] for x in tensors])
-            few = (None if x is None else x[rows] for x in (labels, teacher))
-            yield batch, self._objective.of(*few)
+            yield joined(self._inputs, names, [x[rows] for x in tensors]), self._objective.rows(rows)
 
     def _outputs(self, params: Params, batch: Any) -> Any:
         fixed = {name: p.detach() for name, p in self._model.named_parameters() if name not in params}
@@ -236,6 +239,18 @@ class NetworkCurvature:
     def _unflat(self, row: Tensor) -> Params:
         pieces = torch.split(row, [p.numel() for p in self._named.values()])
         return {name: x.view(p.shape) for (name, p), x in zip(self._named.items(), pieces, strict=True)}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by kernels that have a forward derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _flat(params: Params) -> Tensor:

@@ -57,7 +57,7 @@ def test_bad_inputs_and_labels(x, y, error, message):
     ("options", "error", "message"),
     [
         ({"loss": "hinge"}, UsageError, "loss='hinge'"),
-        ({"fallback": "loop"}, UsageError, "fallback='loop': choose 'error' or 'vmap'"),
+        ({"fallback": "skip"}, UsageError, "fallback='skip': choose one of error, vmap, loop"),
         ({"method": "fast"}, UsageError, "method='fast': choose one of auto"),
         ({"loss": "kd"}, UsageError, "needs teacher"),
         ({"loss": "kd", "teacher": torch.zeros(N, 2)}, ShapeError, r"teacher has shape \(4, 2\)"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kdfast
-from kdfast.errors import ShapeError, UsageError
+from kdfast.errors import UsageError
 
 N, CLASSES = 6, 4
 
@@ -34,18 +34,6 @@ class Attention(nn.Module):
     def forward(self, x):
         x = self.first(x)
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-
-class Places(nn.Module):
-    """One row of positions, shared by all samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.places = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        return self.head((x + self.places(torch.arange(5).unsqueeze(0))).tanh().mean(1))
 
 
 class Functional(nn.Module):
@@ -87,37 +75,29 @@ def test_refused_by_name_unless_asked_for(name):
     with pytest.raises(UsageError, match=message) as caught:
         kdfast.grad_norms(model, x, y)
     assert "fallback='vmap'" in str(caught.value)
-    found = kdfast.grad_norms(model, x, y, fallback="vmap")
-    torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
-
-
-def test_a_row_shared_by_all_samples():
-    model = Places().double()
-    x, y = torch.randn(N, 5, 4, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
-    with pytest.raises(ShapeError, match="layer 'places' returned 1 rows for a batch of 6"):
-        kdfast.grad_norms(model, x, y)
-    found = kdfast.grad_norms(model, x, y, fallback="vmap")
-    torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+    for fallback in ("vmap", "loop"):
+        found = kdfast.grad_norms(model, x, y, fallback=fallback)
+        torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
 
 
 def test_only_parameters_without_a_formula_go_through_vmap(monkeypatch):
     from kdfast.ops import ghost
 
     asked = []
-    real = ghost.vmap_squares
+    real = ghost.FALLBACKS["vmap"]
 
     def watched(model, inputs, objective, parameters, n):
         asked.extend(parameters)
         return real(model, inputs, objective, parameters, n)
 
-    monkeypatch.setattr(ghost, "vmap_squares", watched)
+    monkeypatch.setitem(ghost.FALLBACKS, "vmap", watched)
     model = nn.Sequential(nn.Linear(4, 8), Scale(8), nn.Linear(8, CLASSES))
     kdfast.grad_norms(model, torch.randn(N, 4), torch.randint(0, CLASSES, (N,)), fallback="vmap")
     assert asked == ["1.scale"]
 
 
-@pytest.mark.parametrize("chunk", [1, 2**25])
-def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk):
+@pytest.mark.parametrize(("chunk", "fallback"), [(1, "vmap"), (2**25, "vmap"), (1, "loop")])
+def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk, fallback):
     from kdfast.ops import ghost_norms
 
     monkeypatch.setattr(ghost_norms, "CHUNK_BYTES", chunk)
@@ -132,7 +112,7 @@ def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk):
 
     model, a, b = Two().double(), *torch.randn(2, N, 4, dtype=torch.float64)
     y, teacher = torch.randint(0, 4, (N,)), torch.randn(N, 4, dtype=torch.float64)
-    options = {"loss": "kd", "teacher": teacher, "fallback": "vmap", "backend": "reference"}
+    options = {"loss": "kd", "teacher": teacher, "fallback": fallback, "backend": "reference"}
     one = kdfast.grad_norms(model, (a, b), y, **options)
     two = kdfast.grad_norms(model, {"a": a, "b": b, "shift": 0.0}, y, **options)
     exact = []
@@ -145,7 +125,37 @@ def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk):
     torch.testing.assert_close(two, one)
 
 
-def test_dropout_that_is_on_is_refused():
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+def test_dropout_that_is_on_is_refused(fallback):
     model = nn.Sequential(Scale(4), nn.Dropout(0.5)).train()
-    with pytest.raises(UsageError, match="vmap"):
-        kdfast.grad_norms(model, torch.randn(N, 4), torch.randint(0, CLASSES, (N,)), fallback="vmap")
+    with pytest.raises(UsageError, match=fallback):
+        kdfast.grad_norms(model, torch.randn(N, 4), torch.randint(0, CLASSES, (N,)), fallback=fallback)
+
+
+def test_the_loop_goes_where_vmap_cannot():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = Scale(4)
+
+        def forward(self, x):
+            x = self.scale(x)
+            return x if bool((x > -100).all()) else -x  # a decision by the data
+
+    model, x, y = Branching().double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
+    with pytest.raises(UsageError, match="fallback='loop' does without"):
+        kdfast.grad_norms(model, x, y, fallback="vmap")
+    torch.testing.assert_close(
+        kdfast.grad_norms(model, x, y, fallback="loop"), expected(model, x, y), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+def test_labels_that_cannot_be_split(fallback):
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels["y"], reduction="none")
+
+    model, x, labels = Scale(4), torch.randn(N, 4), {"y": torch.randint(0, CLASSES, (N,))}
+    with pytest.raises(UsageError, match=f"fallback='{fallback}' splits the labels into samples: .* not dict"):
+        kdfast.grad_norms(model, x, labels, loss=loss, fallback=fallback)
+    kdfast.grad_norms(nn.Linear(4, 4), x, labels, loss=loss)

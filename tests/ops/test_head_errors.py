@@ -153,6 +153,8 @@ def test_options_out_of_range(good, options, message):
 
 
 def test_options_of_solves(good):
+    with pytest.raises(ShapeError, match="max_iterations is 0"):
+        kdfast.head_solve(good["x"], good["z"], torch.ones(C, D + 1), l2=0.1, method="cg", max_iterations=0)
     b = torch.ones(C, D + 1)
     for options, message in (({"tol": 0.0}, "tol is 0"), ({"method": "lu"}, "method is 'lu'")):
         with pytest.raises(ShapeError, match=message):
@@ -208,6 +210,44 @@ def test_overflow_is_not_infinity(good):
         kdfast.head_grad_norms(good["z"], good["y"], good["x"] * 1e30)
     with pytest.raises(DataError, match=r"products overflow torch\.float32"):
         kdfast.head_hvp(good["x"] * 1e30, good["z"], torch.randn(C, D + 1))
+
+
+def test_overflow_of_what_is_returned_is_not_infinity(good):
+    x, z, y = good["x"], good["z"], good["y"]
+    with pytest.raises(DataError, match=r"products overflow torch\.float16"):
+        kdfast.head_hvp((x * 100).half(), z.half(), torch.full((C, D + 1), 1e4).half() * torch.randn(C, D + 1).half())
+    with pytest.raises(DataError, match=r"effects of removals overflow torch\.float32"):
+        kdfast.head_self_influence(x * 1e20, z * 1e6, y, l2=1e-3)
+    with pytest.raises(DataError, match="weights are not finite"):
+        kdfast.head_grad_norms(z, y, x, l2=0.1, weights=torch.full((C, D + 1), float("nan")))
+
+
+def test_what_is_no_tensor(good):
+    x, z, y = good["x"], good["z"], good["y"]
+    with pytest.raises(ShapeError, match="v is a ndarray: give a tensor"):
+        kdfast.head_hvp(x, z, np.ones((C, D + 1)))
+    with pytest.raises(ShapeError, match="b is a list: give a tensor"):
+        kdfast.head_solve(x, z, [1.0], l2=0.1)
+    with pytest.raises(ShapeError, match="rows is a list: give a tensor"):
+        kdfast.head_leave_one_out(x, z, y, [1, 2], l2=0.1)
+    with pytest.raises(ShapeError, match="init is a ndarray: give a tensor"):
+        kdfast.head_newton(x, y, l2=0.1, init=np.ones((C, D + 1)))
+    with pytest.raises(ShapeError, match="weights is a ndarray: give a tensor"):
+        kdfast.head_grad_norms(z, y, x, l2=0.1, weights=np.ones((C, D + 1)))
+
+
+@pytest.mark.parametrize(("rows", "message"), [(12, "hold 12 rows, and held 20 before"), (25, "hold over 20 rows")])
+def test_blocks_that_change_from_one_reading_to_the_next(rows, message):
+    class Changing:
+        readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            n = N if self.readings < 3 else rows
+            yield torch.randn(n, D), torch.randn(n, C), torch.arange(n) % C
+
+    with pytest.raises(DataError, match=message):
+        kdfast.head_self_influence(Changing(), None, None, l2=0.1)
 
 
 def test_newton(good):

@@ -37,6 +37,12 @@ CASES = {
         45,
         40_000 * 320 * 8 / 2**20,
     ),
+    "solve for many classes": (
+        (1000, 16, 600, 1),
+        "kdfast.head_solve(x, z, v, l2=1e-2, tol=1e-3, method='cg')",
+        60,
+        256 * 600 * 600 * 8 / 2**20,
+    ),
     "self": ((90_000, 32, 10, 1), "kdfast.head_self_influence(x, z, y, l2=1e-2)", 100, 90_000 * 330 * 8 / 2**20),
 }
 

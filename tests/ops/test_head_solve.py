@@ -66,8 +66,19 @@ def test_blocks_and_single_precision(head):
     whole = kdfast.head_solve(x, z, b, l2=1e-3)
     torch.testing.assert_close(kdfast.head_solve(blocks, None, b, l2=1e-3), whole, rtol=1e-8, atol=1e-10)
     single = kdfast.head_solve(x.float(), z.float(), b.float(), l2=1e-3, method="cg")
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(single, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+def test_the_solution_that_is_returned_keeps_the_tolerance(head, dtype, method):
+    """Rounded to the right-hand side's type it would not."""
+    x, z, b = head
+    b = b.to(dtype)
+    found = kdfast.head_solve(x, z, b, l2=1e-4, tol=1e-9, method=method)
+    assert found.dtype == torch.float64
+    product = kdfast.head_hvp(x, z, found, l2=1e-4)
+    assert float((product - b).flatten(1).norm(dim=1).div(b.double().flatten(1).norm(dim=1)).max()) <= 1.1e-9
 
 
 def test_the_preconditioner_pays(head):

@@ -1,0 +1,237 @@
+"""Rows that are not samples, told apart also where there are as many; rows that all share; Hugging Face models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kdfast
+from kdfast.errors import DataError, ShapeError, UsageError
+
+CLASSES, LENGTH, WIDTH = 3, 6, 4
+
+
+def expected(model, x, y):
+    """Each sample's gradient by autograd, the model run on it alone."""
+    out = []
+    for i in range(len(y)):
+        one = {k: v[i : i + 1] for k, v in x.items()} if isinstance(x, dict) else x[i : i + 1]
+        outputs = model(**one).logits if isinstance(x, dict) else model(one)
+        grads = torch.autograd.grad(F.cross_entropy(outputs, y[i : i + 1]), list(model.parameters()), allow_unused=True)
+        out.append(sum(g.double().square().sum() for g in grads if g is not None).sqrt())
+    return torch.stack(out)
+
+
+class Positions(nn.Module):
+    """Embedded positions are added to every sample, with or without a leading 1."""
+
+    def __init__(self, leading):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.leading = leading
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1])
+        return self.head((self.tokens(ids) + self.places(places[None] if self.leading else places)).tanh().mean(1))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.mix(x.transpose(0, 1)).tanh().mean(0))
+
+
+class Table(nn.Module):
+    """A table that is made for all samples, then looked up as if its rows were one list."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.head = nn.Linear(2, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("places", torch.randn(1, LENGTH, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        rows = self.make(self.places).reshape(-1, WIDTH)[:LENGTH]
+        return self.head((x + rows).tanh().mean(1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, LENGTH, 17])
+def test_a_row_that_all_samples_share(n):
+    model = Positions(leading=True).double()
+    ids, y = torch.randint(0, 10, (n, LENGTH)), torch.randint(0, CLASSES, (n,))
+    torch.testing.assert_close(kdfast.grad_norms(model, ids, y), expected(model, ids, y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [2, 4, LENGTH])
+@pytest.mark.parametrize("kind", ["positions", "time first"])
+def test_other_rows_are_refused_even_when_there_are_as_many(n, kind):
+    if kind == "positions":
+        model, layer, x = Positions(leading=False).double(), "places", torch.randint(0, 10, (n, LENGTH))
+    else:
+        model, layer, x = TimeFirst().double(), "mix", torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
+    y = torch.randint(0, CLASSES, (n,))
+    with pytest.raises(
+        ShapeError, match=f"layer '{layer}' returned {LENGTH} rows for a batch of {n} .* not the samples"
+    ):
+        kdfast.grad_norms(model, x, y)
+    for fallback in ("vmap", "loop"):
+        found = kdfast.grad_norms(model, x, y, fallback=fallback)
+        torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_shared_row_that_is_not_used_row_by_row_is_refused(n):
+    model, x = Table().double(), torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
+    y = torch.randint(0, CLASSES, (n,))
+    with pytest.raises(ShapeError, match=r"layer 'make' returned .* not the samples"):
+        kdfast.grad_norms(model, x, y)
+    found = kdfast.grad_norms(model, x, y, fallback="loop")
+    torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+
+
+def test_telling_rows_apart_leaves_no_trace():
+    """It runs the model once more: dropout draws on as if it had not."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES)).train()
+    x, y = torch.randn(WIDTH, WIDTH), torch.randint(0, CLASSES, (WIDTH,))  # as many samples as features
+    torch.manual_seed(0)
+    kdfast.grad_norms(model, x, y)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    model(x)
+    assert torch.rand(1) == after
+    assert all(not layer._forward_hooks for layer in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_fails_on_a_few_samples():
+    class Picky(nn.Linear):
+        def __call__(self, x):
+            if len(x) < 4:
+                raise ValueError("too few")
+            return super().__call__(x)
+
+    with pytest.raises(ShapeError, match=r"run on 2 of them, which failed \(too few\): give a batch of another size"):
+        kdfast.grad_norms(Picky(4, 3), torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_use_beside_the_layer_is_seen_through_autocasts_copy(autocast, calls):
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            for _ in range(calls):
+                x = self.layer(x).tanh()
+            return F.linear(x, self.layer.weight)
+
+    x, y = torch.randn(5, WIDTH), torch.randint(0, WIDTH, (5,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(UsageError, match="outside of"):
+        kdfast.grad_norms(Beside(), x, y)
+
+
+@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+def test_a_call_that_the_loss_does_not_need_hides_no_use(fallback):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x):
+            return {"aside": self.layer(x), "logits": F.linear(x.tanh(), self.layer.weight)}
+
+    model, x, y = Aside().double(), torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (5,))
+    with pytest.raises(UsageError, match=r"'layer\.weight' is used outside"):
+        kdfast.grad_norms(model, x, y)
+    found = kdfast.grad_norms(model, x, y, fallback=fallback)
+    losses = F.cross_entropy(model(x)["logits"], y, reduction="none")
+    grads = [torch.autograd.grad(loss, model.layer.weight, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(found, torch.stack([g.norm() for g in grads]), rtol=1e-12, atol=0)
+
+
+def test_a_layer_with_a_forward_of_its_own():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)).double()
+    first = model[0]
+    first.forward = lambda x: F.linear(x, 2 * first.weight, first.bias)
+    x, y = torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, CLASSES, (5,))
+    with pytest.raises(UsageError, match=r"no formula for the parameters of '0' \(Linear\)"):
+        kdfast.grad_norms(model, x, y)
+    found = kdfast.grad_norms(model, x, y, fallback="loop")
+    torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [20.0, 40.0, 60.0, 90.0])
+def test_samples_that_are_learnt_very_well(dtype, margin):
+    """The gradient is about exp(-margin): neither lost in p - 1 nor in its square."""
+    layer = nn.Linear(2, 2, bias=False).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[margin, 0.0], [0.0, 0.0]]))
+    x = torch.tensor([[1.0, 0.0]], dtype=dtype)
+    found = kdfast.grad_norms(layer, x, torch.tensor([0]))
+    torch.testing.assert_close(
+        found.double(), torch.tensor([2**0.5], dtype=torch.float64) * torch.e**-margin, rtol=1e-5, atol=0
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    x, y = torch.full((2, WIDTH), 1e30), torch.tensor([0, 1])
+    with pytest.raises(DataError, match="the gradient of sample 0 is not finite, or its square overflows"):
+        kdfast.grad_norms(nn.Linear(WIDTH, CLASSES), x, y)
+    with pytest.raises(DataError, match="the gradient of sample 1 is not finite"):
+        kdfast.grad_norms(
+            nn.Linear(WIDTH, CLASSES),
+            torch.randn(2, WIDTH),
+            y,
+            loss=lambda out, y: torch.stack([out[0].sum(), (out[1].sum() * 0).sqrt()]),
+        )
+
+
+@pytest.mark.parametrize("labels", [[0, 1], None])
+def test_labels_that_are_no_tensor(labels):
+    with pytest.raises(UsageError, match="labels are"):
+        kdfast.grad_norms(nn.Linear(WIDTH, CLASSES), torch.randn(2, WIDTH), labels)
+    with pytest.raises(ShapeError, match="one class"):
+        kdfast.grad_norms(nn.Linear(WIDTH, 1), torch.randn(2, WIDTH), torch.zeros(2, dtype=torch.int64))
+
+
+SMALL = {"num_labels": CLASSES, "pad_token_id": 0}
+
+
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    if name == "bert":
+        config = transformers.BertConfig(
+            vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=12, **SMALL,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config)
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=30, n_embd=8, n_layer=2, n_head=2, n_positions=12, bos_token_id=0, eos_token_id=0, **SMALL
+        )
+        return transformers.GPT2ForSequenceClassification(config)
+    config = transformers.DistilBertConfig(
+        vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=12, **SMALL
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("n", [1, 3, LENGTH])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "distilbert"])
+def test_hugging_face_models(name, n):
+    model = hugging_face(name).eval()
+    batch = {"input_ids": torch.randint(1, 30, (n, LENGTH)), "attention_mask": torch.ones(n, LENGTH, dtype=torch.int64)}
+    y = torch.randint(0, CLASSES, (n,))
+    truth = expected(model, batch, y)
+    torch.testing.assert_close(kdfast.grad_norms(model, batch, y).double(), truth, rtol=1e-5, atol=0)
+    if n == 3:
+        found = kdfast.grad_norms(model, batch, y, fallback="loop")
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
