@@ -148,34 +148,54 @@ def _squares(
     order = walk(total)
     nodes = set(order)
     calls = [call for call in all_calls if call.edge.node in nodes]
-    others = {id(p) for layer in unknown.values() for p in own_parameters(layer).values()}
-    outside = [name for name in stray(order, calls, parameters) if id(parameters[name]) not in others]
-    if outside and not fallback:
-        raise UsageError(
-            f"parameter {outside[0]!r} is used outside of the forward pass of its layer: its gradient has no formula; "
-            "fallback='vmap' runs the model sample by sample for it, or fallback='loop'"
-        )
-    others |= {id(parameters[name]) for name in outside}
-    names = foreign_rows(model, inputs, objective, known, calls, n)
-    foreign = [call for call in calls if call.name in names]
-    if foreign and not fallback:
-        raise ShapeError(
-            f"layer {foreign[0].name!r} returned {foreign[0].rows} rows for a batch of {n} samples, and they are not "
-            "the samples: the first dimension must be theirs, also inside the model; fallback='vmap' does without"
-        )
-    others |= {id(p) for call in foreign for p in own_parameters(call.layer).values()}
-    kept = [call for call in calls if any(id(p) not in others for p in own_parameters(call.layer).values())]
-    sums = _Sums({id(p): p for p in parameters.values() if id(p) not in others}, kept, ways)
+    foreign = foreign_rows(model, inputs, objective, known, calls, n)
+    slow = {id(p) for layer in unknown.values() for p in own_parameters(layer).values()}
+    slow |= _not_covered(
+        [name for name in stray(order, calls, parameters) if id(parameters[name]) not in slow],
+        [call for call in calls if call.name in foreign],
+        parameters,
+        None if fallback else n,
+    )
+    kept = [call for call in calls if any(id(p) not in slow for p in own_parameters(call.layer).values())]
+    sums = _Sums({id(p): p for p in parameters.values() if id(p) not in slow}, kept, ways)
     backward(total, order, kept, sums.receive)
     sums.finish()
     double = any(p.dtype == torch.float64 for p in parameters.values())
     dtype = torch.float64 if double else torch.float32
     found = {name: sums.squares.get(id(p), p.new_zeros(n, dtype=dtype)) for name, p in parameters.items()}
-    del total, outputs, order, nodes, all_calls, calls, foreign, kept
-    slow = {name: p for name, p in parameters.items() if id(p) in others}
+    del total, outputs, order, nodes, all_calls, calls, kept
     if slow and fallback:
-        found.update(fallback(model, inputs, objective, slow, n))
+        chosen = {name: p for name, p in parameters.items() if id(p) in slow}
+        found.update(fallback(model, inputs, objective, chosen, n))
     return found, lengths, dtype
+
+
+def _not_covered(
+    strays: list[str], foreign: list[Call], parameters: dict[str, nn.Parameter], refuse: int | None
+) -> set[int]:
+    """Parameters, by their id, that no formula holds for though their layers have one.
+
+    Args:
+        strays: Names of those that are used outside of their layers.
+        foreign: Calls whose rows are not the samples.
+        parameters: All, by name.
+        refuse: Samples in the batch when there is no fallback for them.
+
+    Raises:
+        UsageError, ShapeError: There is one, and no fallback.
+    """
+    if strays and refuse is not None:
+        raise UsageError(
+            f"parameter {strays[0]!r} is used outside of the forward pass of its layer: its gradient has no formula; "
+            "fallback='vmap' runs the model sample by sample for it, or fallback='loop'"
+        )
+    if foreign and refuse is not None:
+        raise ShapeError(
+            f"layer {foreign[0].name!r} returned {foreign[0].rows} rows for a batch of {refuse} samples, and they are "
+            "not the samples: the first dimension must be theirs, also inside the model; fallback='vmap' does without"
+        )
+    found = {id(parameters[name]) for name in strays}
+    return found | {id(p) for call in foreign for p in own_parameters(call.layer).values()}
 
 
 class _Sums:

@@ -32,7 +32,8 @@ def foreign_rows(
     """Names of layers whose outputs do not hold one entry a sample: those of positions, say, or time-first ones.
 
     Where another length in the model equals `n`, or a row was repeated for every sample, a few samples are run once
-    more: rows that are samples become fewer with them, and the loss of one sample has no gradient in another's row.
+    more: rows that are samples become fewer with them. The loss of one sample has no gradient in another's row; that is
+    looked at where rows were repeated, since those always become fewer.
 
     Args:
         model: As it is.
@@ -50,7 +51,7 @@ def foreign_rows(
         few = 2 if n > 2 else 3
         again, losses = _run_few(model, inputs, objective, layers, n, few)
         found |= {call.name for call in again if call.rows != few}
-        found |= {call.name for call in _mixing([call for call in again if call.rows == few], losses)}
+        found |= {call.name for call in _mixing([call for call in again if call.repeated], losses)}
     return found
 
 
@@ -83,6 +84,8 @@ def _run_few(
 
 def _mixing(calls: Sequence[Call], losses: Tensor) -> list[Call]:
     """Calls in whose other rows the first or the last sample's loss has a gradient."""
+    if not calls:
+        return []
     found = []
     for loss, others in ((losses[0], slice(1, None)), (losses[-1], slice(0, -1))):
         grads = torch.autograd.grad(loss, [call.edge for call in calls], retain_graph=True, allow_unused=True)
