@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any, NoReturn
 
 import typer
 
@@ -16,8 +17,8 @@ app = typer.Typer(
     name="kdfast",
     help="Distill a trained teacher into a smaller student, on less data.",
     epilog="Exit codes: 0 all planned work ran; 2 usage; 3 bad or mismatching data, cache, subset or checkpoint; "
-    "4 the output cannot be written; 5 training diverged; 75 interrupted, the same command goes on; "
-    "1 anything unforeseen (KDFAST_DEBUG=1 shows tracebacks).",
+    "4 the output cannot be written; 5 training diverged; 6 a solver did not reach its "
+    "tolerance; 75 interrupted, the same command goes on; 1 anything unforeseen (KDFAST_DEBUG=1 shows tracebacks).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,18 +45,21 @@ def main() -> None:
     """Run the command line; errors become one line on stderr and the exit code of `kdfast.errors`."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == _PARSER_INTERRUPT:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except KdfastError as error:
         if os.environ.get("KDFAST_DEBUG"):
             raise
         print(f"kdfast: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != _PARSER_INTERRUPT:
-            raise
+    except (KeyboardInterrupt, typer.Abort):
         print("kdfast: interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
+        if hasattr(error, "format_message"):
+            _wrong_usage(error)
         if os.environ.get("KDFAST_DEBUG"):
             raise
         kind = type(error).__name__
@@ -63,6 +67,18 @@ def main() -> None:
             f"kdfast: unforeseen {kind}: {' '.join(str(error).split())} (KDFAST_DEBUG=1 shows where)", file=sys.stderr
         )
         sys.exit(1)
+
+
+def _wrong_usage(error: Any) -> NoReturn:
+    """One line about what the option parser refused; it has brought its exceptions' classes from several packages."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        where = context.command_path if context is not None else "kdfast"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"kdfast: {message}; see {where} --help", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -70,15 +70,17 @@ def build(
     import numpy as np
 
     from kdfast.data.sources import open_source
-    from kdfast.data.subset import read_subset
+    from kdfast.data.subset import check_subset_file, read_subset
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
-    from kdfast.teacher.build import build_cache
+    from kdfast.teacher.build import build_cache, check_build
     from kdfast.teacher.cache import TeacherCache
     from kdfast.teacher.rows import Rows, TopK
 
     _one_of("--dtype", dtype, ("float16", "float32"))
     _one_of("--precision", precision, ("float32", "bfloat16"))
+    if subset is not None:
+        check_subset_file(subset)
     model = load_model(teacher)
     source = open_source(data, size=size)
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
@@ -87,8 +89,8 @@ def build(
     if top_k is None and temperature is not None:
         raise UsageError("--temperature is for --top-k: a cache of all classes serves every temperature")
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
-    if kept_classes is not None:
-        kept_classes.check(model.classes)
+    place = resolve_device(device)
+    check_build(source, model, out, n_views, dtype, precision, kept_classes)
     if dry_run:
         row_bytes = Rows(model.classes, np.dtype(dtype), kept_classes).row_bytes
         print(
@@ -108,7 +110,7 @@ def build(
             top_k=kept_classes,
             precision=cast(Any, precision),
             batch_size=batch_size,
-            device=resolve_device(device),
+            device=place,
             progress=report,
         )
     manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest

@@ -45,10 +45,12 @@ def convert(
     dry_run: options.DryRun = False,
 ) -> None:
     """Write a source as FFCV files, read them back, verify them, and only then give them their names."""
+    from kdfast.data.convert import check_place
     from kdfast.data.convert import convert as convert_source
     from kdfast.data.sources import open_source
 
     source = open_source(src, size=size)
+    check_place(out, source)
     if dry_run:
         pixels = source.train.shape[0] * source.train.shape[1] * 3
         total = (len(source.train) + len(source.test)) * pixels

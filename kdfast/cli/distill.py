@@ -64,6 +64,7 @@ def distill(
     holds config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
     """
     from kdfast.device import resolve_device
+    from kdfast.distill.folder import check_run_folder
     from kdfast.distill.plan import Inputs, prepare
 
     plan = prepare(
@@ -87,6 +88,7 @@ def distill(
         device=resolve_device(device),
     )
     if dry_run:
+        check_run_folder(out, plan.identity, resume)
         print(json.dumps(plan.describe(), indent=2))
         return
     result = training.run(

@@ -36,10 +36,12 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         parameter = known.get(str(key).replace("_", "-"))
         if parameter is None or parameter.name in (None, "config", "help"):
             raise UsageError(f"--config {path}: no option {key}; known: {', '.join(sorted(known))}")
-        if isinstance(value, bool) != bool(getattr(parameter, "is_flag", False)):
+        if value is None or isinstance(value, bool) != bool(getattr(parameter, "is_flag", False)):
             raise UsageError(f"--config {path}: {key} is {value!r}, which that option does not take; see --help")
-        several = getattr(parameter, "multiple", False) and not isinstance(value, list)
-        defaults[str(parameter.name)] = [value] if several else value
+        several = getattr(parameter, "multiple", False)
+        if isinstance(value, dict) or (isinstance(value, list) and not several):
+            raise UsageError(f"--config {path}: {key} is {value!r}, and that option takes a single value")
+        defaults[str(parameter.name)] = [value] if several and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

@@ -95,6 +95,9 @@ def import_(
     ],
     std: Annotated[str, typer.Option("--std", help="Channel standard deviations, as a,b,c.")],
     out: ModelOut,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Where in the file's dict the weights are, a.b for nested ones.")
+    ] = None,
     size: options.Size = None,
     device: options.Device = "auto",
     config: options.Config = None,
@@ -110,7 +113,12 @@ def import_(
     normalization = Normalization(_triple("--mean", mean), _triple("--std", std))
     source = open_source(data, size=size)
     model, report = import_checkpoint(
-        checkpoint, net=net, classes=len(source.classes), class_names=source.classes, normalization=normalization
+        checkpoint,
+        net=net,
+        classes=len(source.classes),
+        class_names=source.classes,
+        normalization=normalization,
+        key=key,
     )
     print(report.summary())
     scores = evaluate(model, source.test, device=resolve_device(device), views=source.views)

@@ -1,8 +1,8 @@
 """A folder of `train.beton` and `test.beton` as a source, and the conversion of any source to one.
 
 Beside the two files lies `data.json`: class names, views, the fingerprint, and size and modification time of the files
-it speaks of. Its fingerprint counts only while those are unchanged; otherwise it is computed anew. While a conversion
-runs, `data.json` says so, and such a folder is no source.
+it speaks of. While those are unchanged its fingerprint counts; otherwise it is computed anew, and must be the same.
+While a conversion runs, `data.json` says so, and such a folder is no source.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def open_betons(path: Path) -> Source:
         train=train,
         test=test,
         views=ViewSpec.from_dict(record["views"]),
-        recorded=record["fingerprint"] if record["files"] == _file_marks(path) else None,
+        recorded=record["fingerprint"],
+        trusted=record["files"] == _file_marks(path),
     )
 
 
@@ -97,7 +98,7 @@ def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | 
     """
     if jpeg_quality is not None and not _LEAST_QUALITY <= jpeg_quality <= 100:
         raise UsageError(f"the JPEG quality is {jpeg_quality}; needed: {_LEAST_QUALITY} to 100")
-    _check_place(Path(out), source)
+    check_place(Path(out), source)
     folder = check_writable(out)
     with FolderLock(folder):
         if not _finished(folder, source, jpeg_quality):
@@ -154,7 +155,7 @@ def write_beton(
         writer.metadata_sm.unlink()
 
 
-def _check_place(folder: Path, source: Source) -> None:
+def check_place(folder: Path, source: Source) -> None:
     """Refuse a folder that is part of the source, or holds anything before there is a conversion in it."""
     place = folder.resolve()
     if source.kind == "folder":

@@ -98,7 +98,9 @@ class Source:
         train: The split that is scored, pruned and trained on.
         test: The split that is only evaluated on; same image shape.
         views: The augmentation that belongs to the data.
-        recorded: Fingerprint known beforehand from a record whose files are unchanged; None to compute it.
+        recorded: Fingerprint from the time when the data was written; None where there is no such record.
+        trusted: Whether the files are those of that time, so that it need not be computed again; it is otherwise, and
+            must be the same.
 
     Raises:
         DataError: Labels outside the classes, or splits of different image shapes.
@@ -111,6 +113,7 @@ class Source:
     test: Split
     views: ViewSpec
     recorded: str | None = None
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         if self.train.shape != self.test.shape:
@@ -127,8 +130,20 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the decoded training split (see `fingerprint_of`); computed on first use."""
-        return self.recorded or fingerprint_of(self.train, len(self.classes))
+        """Digest of the decoded training split (see `fingerprint_of`); computed on first use.
+
+        Raises:
+            DataError: It is not the recorded one.
+        """
+        if self.recorded is not None and self.trusted:
+            return self.recorded
+        found = fingerprint_of(self.train, len(self.classes))
+        if self.recorded not in (None, found):
+            raise DataError(
+                f"{self.path} does not hold the training samples that were written there (fingerprint {found[:12]}, "
+                f"recorded {str(self.recorded)[:12]}): it is damaged or was changed; convert the data again"
+            )
+        return found
 
 
 class DataDigest:

@@ -68,6 +68,15 @@ def read_subset(
     return Subset(ids, provenance, file)
 
 
+def check_subset_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what `read_subset` would refuse whatever data it is for: quickly, before that data is opened.
+
+    Raises:
+        SubsetError: The file is missing, damaged, no plain int64 vector, empty, or has repeated or negative indices.
+    """
+    _check_ids(_load(Path(path)), str(path))
+
+
 def check_subset_path(path: str | os.PathLike[str]) -> None:
     """Refuse a place where `write_subset` would refuse to write, before the work that leads to the subset.
 
@@ -78,13 +87,15 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
 
     Raises:
         UsageError: `path` does not end in .npy.
-        OutputError: The .json beside it is not kdfast's.
+        OutputError: The file there is of other making, or the .json beside it is not kdfast's.
     """
     file = Path(path)
     if file.suffix != ".npy":
         raise UsageError(f"{file}: a subset file is named .npy; give such a name")
     beside = file.with_suffix(".json")
     if not beside.exists():
+        if file.exists():
+            raise OutputError(f"{file} is there already and kdfast did not write it; give another name, or delete it")
         return
     try:
         ours = _is_provenance(read_json(beside))
@@ -106,7 +117,7 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
     Raises:
         SubsetError: The ids are no subset, or the fingerprint is missing.
         UsageError: `path` does not end in .npy.
-        OutputError: A file cannot be written, or the .json there is not kdfast's.
+        OutputError: A file cannot be written, or what is there is of other making.
     """
     file = Path(path)
     check_subset_path(file)
@@ -174,9 +185,10 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
         )
     empty = np.flatnonzero((budgets == 0) & (sizes > 0))
     if len(empty):
+        advice = "keep more" if mode == "equal" else "keep more, or use equal budgets"
         raise SubsetError(
             f"keeping {total} of {len(labels)} samples leaves {len(empty)} classes empty, the first is {empty[0]} with "
-            f"{sizes[empty[0]]} samples: keep more, or use equal budgets"
+            f"{sizes[empty[0]]} samples: {advice}"
         )
     return budgets
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.schedule import LR_SCHEDULES
-from kdfast.errors import UsageError
+from kdfast.errors import ShapeError, UsageError
+from kdfast.ops.kd_loss_checks import check_temperature
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class RunConfig:
             raise UsageError(f"--momentum is {self.momentum}; needed: a number in [0, 1)")
         if self.warmup_epochs > self.epochs:
             raise UsageError(f"--warmup-epochs is {self.warmup_epochs} of {self.epochs} epochs; lower it")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UsageError(f"--temperature is {self.temperature}; needed: a finite number above 0")
+        try:
+            check_temperature(self.temperature)
+        except ShapeError as error:
+            raise UsageError(f"--{error}") from error
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha is {self.alpha}; needed: a number in [0, 1], or auto")
         _one_of("--schedule", self.schedule, tuple(LR_SCHEDULES))

@@ -17,6 +17,9 @@ from kdfast.files import FolderLock, atomic_write, check_writable, read_json, re
 # What decides whether two runs are the same is compared on resuming; this part of config.json is for the reader.
 FACTS = "started_with"
 
+# The files that a run writes beside its checkpoints; where one of them is, config.json must say that they are a run's.
+OWN = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
+
 # Files that tell the folders of other stages.
 FOREIGN_MARKS = ("manifest.json", ".building", "train.beton", "data.json")
 
@@ -37,7 +40,8 @@ class RunFolder:
 
     Raises:
         UsageError: If the folder holds a run of other settings.
-        OutputError: If it cannot be written, is in use by another process, or holds a run and `resume` is `never`.
+        OutputError: If it cannot be written, is in use by another process, holds files of a run's names that are no
+            run's, or holds a run and `resume` is `never`.
     """
 
     def __init__(
@@ -75,19 +79,12 @@ class RunFolder:
         self._lock.__exit__(None, None, None)
 
     def _claim(self) -> None:
-        remove_stale(self.path)
+        goes_on = check_run_folder(self.path, self._config, self.resume)
         file, checkpoints = self.path / "config.json", self.path / "checkpoints"
-        if file.exists() and self.resume == "never":
-            raise OutputError(
-                f"{self.path} already holds a run; choose another --out, or --resume auto to go on with it"
-            )
-        if file.exists() and self._has_progress():
-            self._require_same(file)
+        remove_stale(self.path)
+        if goes_on:
             remove_stale(checkpoints)
             return
-        for foreign in FOREIGN_MARKS:
-            if (self.path / foreign).exists():
-                raise OutputError(f"{self.path} holds {foreign}, so it is no run's folder; choose another --out")
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
         try:
             checkpoints.mkdir(exist_ok=True)
@@ -95,41 +92,26 @@ class RunFolder:
             raise OutputError(f"cannot make {checkpoints}: {error.strerror}; choose another --out") from error
         write_json(file, {**self._config, FACTS: self._facts})
 
-    def _has_progress(self) -> bool:
-        return (self.path / "checkpoints" / "latest.json").exists() or (self.path / "result.json").exists()
-
-    def _require_same(self, file: Path) -> None:
-        held = read_json(file)
-        if not isinstance(held, dict):
-            raise DataError(f"{file} is not a run's config; choose another --out")
-        held.pop(FACTS, None)
-        changed = sorted(k for k in {*held, *self._config} if held.get(k) != self._config.get(k))
-        if changed:
-            first = changed[0]
-            raise UsageError(
-                f"{self.path} holds a run with other settings ({', '.join(changed)}: {first} was {held.get(first)!r}, "
-                f"is {self._config.get(first)!r}); choose another --out"
-            )
-
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
         """Write the state after `step` steps under its own name, point latest.json to it, keep the one before it."""
         if not self.writes:
             return
         folder = self.path / "checkpoints"
         pointer, file = folder / "latest.json", folder / f"step-{step:09d}.pt"
-        kept = {file.name} | ({str(read_json(pointer)["file"])} if pointer.exists() else set())
+        before = {k: v for k, v in read_json(pointer).items() if k != "before"} if pointer.exists() else None
         with atomic_write(file) as temporary:
             torch.save(dict(state), temporary)
-        write_json(pointer, {"file": file.name, "step": step, "sha256": sha256_file(file)})
+        write_json(pointer, {"file": file.name, "step": step, "sha256": sha256_file(file), "before": before})
+        kept = {file.name} | ({before["file"]} if before else set())
         for other in folder.glob("step-*.pt"):
             if other.name not in kept:
                 other.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The latest state, or None when there is none.
+        """The latest state that is whole, or None when none was saved.
 
         Raises:
-            CheckpointError: If the file is damaged or missing.
+            CheckpointError: If the last two files are damaged or missing.
         """
         pointer = self.path / "checkpoints" / "latest.json"
         if not pointer.exists():
@@ -137,11 +119,15 @@ class RunFolder:
         latest = read_json(pointer)
         if not (isinstance(latest, dict) and {"file", "sha256"} <= latest.keys()):
             raise CheckpointError(f"{pointer} is damaged; delete {self.path} and run again")
-        file = pointer.parent / str(latest["file"])
-        if not file.exists() or sha256_file(file) != latest["sha256"]:
-            raise CheckpointError(f"{file} is missing or damaged; delete {self.path} and run again")
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return state
+        for entry in (latest, latest.get("before")):
+            file = pointer.parent / str(entry["file"]) if entry else None
+            if file is not None and file.exists() and sha256_file(file) == entry["sha256"]:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                return state
+        raise CheckpointError(
+            f"{pointer.parent / str(latest['file'])} is missing or damaged, and so is the one before it, if there was "
+            f"one; delete {self.path} and run again"
+        )
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json."""
@@ -149,14 +135,70 @@ class RunFolder:
             write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
 
     def read_result(self) -> dict[str, Any] | None:
-        """The outcome of a finished run, or None."""
+        """The outcome of a finished run, or None; without its student a run is not finished.
+
+        Raises:
+            DataError: If the file is no run's outcome.
+        """
         file = self.path / "result.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists() or not (self.path / "student.pt").exists():
+            return None
+        result = read_json(file)
+        if not isinstance(result, dict) or not {"test_top1", "steps", "weights"} <= result.keys():
+            raise DataError(f"{file} is no run's outcome: it was changed; delete {self.path} and run again")
+        return result
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json; from then on the run counts as finished."""
         if self.writes:
             write_json(self.path / "result.json", dict(result))
+
+
+def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool:
+    """Whether a folder holds progress of the very run that is to be started in it; only looked at, it may be missing.
+
+    Args:
+        path: The folder.
+        config: As for `RunFolder`.
+        resume: As there.
+
+    Raises:
+        UsageError: It holds a run of other settings.
+        OutputError: It is a file or holds other things than a run, or a run where `resume` is `never`.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; choose another --out")
+    file = path / "config.json"
+    if not _holds_run(path, file):
+        for foreign in FOREIGN_MARKS:
+            if (path / foreign).exists():
+                raise OutputError(f"{path} holds {foreign}, so it is no run's folder; choose another --out")
+        return False
+    if resume == "never":
+        raise OutputError(f"{path} already holds a run; choose another --out, or --resume auto to go on with it")
+    if not (path / "checkpoints" / "latest.json").exists() and not (path / "result.json").exists():
+        return False
+    held, wanted = read_json(file), json.loads(json.dumps(config))
+    held.pop(FACTS)
+    changed = sorted(k for k in {*held, *wanted} if held.get(k) != wanted.get(k))
+    if changed:
+        first = changed[0]
+        raise UsageError(
+            f"{path} holds a run with other settings ({', '.join(changed)}: {first} was {held.get(first)!r}, is "
+            f"{wanted.get(first)!r}); choose another --out"
+        )
+    return True
+
+
+def _holds_run(path: Path, file: Path) -> bool:
+    present = [name for name in OWN if (path / name).exists()]
+    if not present and not any((path / "checkpoints").glob("*")):
+        return False
+    config = read_json(file) if file.exists() else None
+    if not isinstance(config, dict) or FACTS not in config:
+        name = present[0] if present else "checkpoints"
+        raise OutputError(f"{path} holds {name}, which no run has written there; choose another --out")
+    return True
 
 
 class MetricsFile:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import kdfast
 from kdfast.data.loaders import Loader, make_loader
 from kdfast.data.sources import Source, normalization_of, open_source
-from kdfast.data.subset import Subset, read_subset
+from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import RunConfig
@@ -129,6 +129,8 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
     config = RunConfig(**settings)
     ranks = Ranks.from_environment()
     device = ranks.device(device)
+    if inputs.subset is not None:
+        check_subset_file(inputs.subset)
     started = time.perf_counter()
     source = open_source(inputs.data, size=inputs.size)
     subset = _subset(inputs.subset, source, config.batch_size)

@@ -136,8 +136,8 @@ class Trainer:
                 return
             bad, what = self.step - 1, "weights are"
         raise DivergedError(
-            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); the last good "
-            "checkpoint is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
+            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); a checkpoint from before "
+            "it, if there is one, is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
         )
 
     def take_metrics(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
 
     Raises:
         CheckpointError: The file is missing, damaged, carries code, is not kdfast's or of another version, or holds
-            another architecture or number of classes.
+            another architecture or number of classes, or weights that are not finite.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -125,10 +125,11 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
         )
     try:
         model = _model_from(content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from error
     if model.digest != content.get("digest"):
         raise CheckpointError(f"{path} is damaged: its weights do not match their digest; copy or train it again")
+    _refuse_not_finite(path, model.net.state_dict())
     _check_wanted(Path(path), model, net, classes)
     return model
 
@@ -137,6 +138,8 @@ def _model_from(content: Mapping[str, Any]) -> Model:
     classes = int(content["classes"])
     net = build_net(content["net"], classes)
     net.load_state_dict(content["state_dict"])
+    if len(content["class_names"]) != classes:
+        raise ValueError(f"{len(content['class_names'])} class names for {classes} classes")
     mean, std = ([float(value) for value in content[key]] for key in ("mean", "std"))
     return Model(
         net=net.eval(),
@@ -146,6 +149,14 @@ def _model_from(content: Mapping[str, Any]) -> Model:
         normalization=Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2])),
         metadata=dict(content["metadata"]),
     )
+
+
+def _refuse_not_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if damaged:
+        raise CheckpointError(
+            f"{path} holds NaN or infinite weights in {', '.join(damaged[:4])}: its training diverged; use another"
+        )
 
 
 def _check_wanted(path: Path, model: Model, net: str | None, classes: int | None) -> None:
@@ -196,11 +207,7 @@ def import_checkpoint(
     tensors, report = match_tensors(read_tensors(path, key), module, str(path), net, classes)
     if not report.complete:
         raise CheckpointError(report.summary().replace("\n  ", "; "))
-    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if damaged:
-        raise CheckpointError(
-            f"{path} holds NaN or infinite weights in {', '.join(damaged[:4])}: its training diverged; use another"
-        )
+    _refuse_not_finite(path, tensors)
     # Batch counters may be absent from the file; match_tensors has seen to all the rest.
     module.load_state_dict(tensors, strict=False)
     metadata = {"imported_from": Path(path).name}

@@ -40,7 +40,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         refusal = re.search(r"(?i)unsupported (?:(?:global|class)\S* )+\S+", str(error))
         if refusal is None:
-            raise CheckpointError(_damaged(file, error)) from error
+            raise CheckpointError(_damaged(file, "not what torch.save writes")) from error
         raise CheckpointError(
             f"{file} was refused and nothing in it was run: its pickle holds more than tensors and plain values "
             f"({refusal[0]}). Ask for a file with the state dict alone, or for a .safetensors file"
@@ -69,7 +69,9 @@ def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[s
             content = content[part]
     state = _find_state(content)
     if state is None:
-        raise CheckpointError(f"no weights found in {path}: it holds {_describe(content)}; name their place with key=")
+        raise CheckpointError(
+            f"no weights found in {path}: it holds {_describe(content)}; name their place with --key (key= in Python)"
+        )
     return state
 
 
@@ -117,7 +119,7 @@ def _describe(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def _damaged(file: Path, error: BaseException) -> str:
+def _damaged(file: Path, error: BaseException | str) -> str:
     reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
     return (
         f"{file} cannot be read as a checkpoint: it is truncated, damaged or of another kind ({reason}); fetch it again"

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 
 from kdfast.data.split import Source, epoch_ids
-from kdfast.errors import CacheMismatch, Interrupted, OutputError, UsageError
+from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_write, check_writable, sha256_file
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher import manifest as card
+from kdfast.teacher.checks import require_sound
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.forward import Forward, Precision, default_batch
 from kdfast.teacher.manifest import BUILDING
@@ -102,16 +103,15 @@ def build_cache(
     Raises:
         UsageError: An option does not make sense.
         SubsetError: `ids` are no distinct indices of training samples.
-        CacheMismatch: The folder holds another cache, finished or not, or the teacher does not fit the data.
+        CacheMismatch: The folder holds another cache, finished or not, or a damaged one, or the teacher does not fit
+            the data.
         DataError: A logit is not finite, or too large for float16.
         OutputError: The folder cannot be written, holds something else, or another process is building in it.
         Interrupted: Ctrl-C; the same call goes on.
     """
     place = torch.device(device)
     count = source.views.count if n_views is None else n_views
-    _check_options(source, model, count, dtype, precision, rank, world)
-    if top_k is not None:
-        top_k.check(model.classes)
+    check_build(source, model, out, count, dtype, precision, top_k, rank, world)
     coverage = np.arange(len(source.train), dtype=np.int64)
     if ids is not None:
         coverage = np.sort(epoch_ids(ids, len(source.train), 1))
@@ -121,7 +121,6 @@ def build_cache(
     plan = make_plan(source, model, coverage, count, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch, "device": place.type, "per_shard": per_shard}
     plan |= {"top_k": None if top_k is None else dataclasses.asdict(top_k)}
-    check_place(Path(out))
     folder = check_writable(out)
     if (folder / card.MANIFEST).exists():
         return _already_there(folder, plan)
@@ -144,15 +143,34 @@ def build_cache(
         with FolderLock(lock_folder):
             computed, kept = _write_shards(job, range(rank, job.count, world), progress)
             return _finish(job, plan, source, model, computed, kept, alone=world == 1)
+    except DataError:
+        if world == 1 and not any(job.record(shard) for shard in range(job.count)):
+            shutil.rmtree(folder / BUILDING)  # nothing to go on from: other options may be tried in this folder
+        raise
     except KeyboardInterrupt as stop:
         raise Interrupted(
             f"stopped; the same command resumes the cache in {folder} after its finished shards"
         ) from stop
 
 
-def _check_options(
-    source: Source, model: Model, n_views: int, dtype: str, precision: str, rank: int, world: int
+def check_build(
+    source: Source,
+    model: Model,
+    out: str | os.PathLike[str],
+    n_views: int,
+    dtype: str,
+    precision: str,
+    top_k: TopK | None,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
+    """Refuse what `build_cache` would refuse at once; arguments as there. Nothing is written.
+
+    Raises:
+        UsageError, CacheMismatch, OutputError: As there.
+    """
+    if top_k is not None:
+        top_k.check(model.classes)
     if dtype not in get_args(Dtype):
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(get_args(Dtype))}")
     if precision not in get_args(Precision):
@@ -166,12 +184,14 @@ def _check_options(
             f"the teacher ({model.name}) knows {model.classes} classes, the data {source.path} has "
             f"{len(source.classes)}: give a teacher trained on this data"
         )
+    check_place(Path(out))
 
 
 def _already_there(folder: Path, plan: dict[str, Any]) -> CacheBuild:
-    """Accept a finished cache of the same plan."""
+    """Accept a finished cache of the same plan whose files are whole."""
     found = card.read_manifest(folder)
     require_same(folder, found, plan, "a finished cache")
+    require_sound(folder, found["files"])
     shutil.rmtree(folder / BUILDING, ignore_errors=True)  # left by a kill between the manifest and the cleaning up
     return CacheBuild(folder, True, 0, 0, float(card.read_sealed(folder / card.TIMING)["seconds"]))
 

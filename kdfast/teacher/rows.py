@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.errors import UsageError
+from kdfast.errors import ShapeError, UsageError
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
+from kdfast.ops.kd_loss_checks import check_temperature
 
 __all__ = ["Rows", "TeacherRows", "TopK", "window"]
 
@@ -35,12 +36,14 @@ class TopK:
         """Refuse what makes no sense.
 
         Raises:
-            UsageError: k is not below the number of classes, or the temperature is not positive and finite.
+            UsageError: k is not below the number of classes, or the temperature is out of range.
         """
         if not 1 <= self.k < classes:
             raise UsageError(f"top-k is {self.k}: give 1 to {classes - 1}, or leave it out to keep all {classes}")
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}: it must be positive and finite")
+        try:
+            check_temperature(self.temperature)
+        except ShapeError as error:
+            raise UsageError(f"--{error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every bad input ends in one clear line, the documented exit code, and nothing lost or overwritten."""
 
+import json
 import os
 import pickle
 import re
@@ -180,7 +181,8 @@ def test_a_teacher_that_says_nan(kdfast, tiny: Path, teacher: Path, tmp_path: Pa
         (("--alpha", "-0.1"), r"--alpha.*\[0, 1\]"),
         (("--alpha", "much"), "--alpha"),
         (("--alpha", "0.5"), "--cache or --teacher"),
-        (("--temperature", "0"), "--temperature.*above 0"),
+        (("--temperature", "1e-30"), "--temperature is 1e-30: a positive number is needed"),
+        (("--temperature", "0"), "--temperature is 0.0: a positive number is needed"),
         (("--temperature", "nan"), "--temperature"),
         (("--epochs", "0"), "--epochs"),
         (("--batch-size", "500"), "--batch-size.*120"),
@@ -206,6 +208,83 @@ def test_fractions_that_keep_nothing_or_leave_a_class_empty(kdfast, tiny: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distill", "--bogus"), "No such option: --bogus.*see kdfast distill --help"),
+        (("prune", "--fraction", "abc"), "'--fraction'.*see kdfast prune --help"),
+        (("prune", "--seed", "-1"), "'--seed'.*see kdfast prune --help"),
+        (("distil",), "No such command 'distil'.*see kdfast --help"),
+        (("teacher", "import"), "checkpoint.*see kdfast teacher import --help"),
+    ],
+)
+def test_wrong_usage_is_one_line(kdfast, arguments, message: str) -> None:
+    expect(kdfast(*arguments), 2, message)
+
+
+def test_a_hand_made_subset_is_not_replaced(kdfast, tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", np.arange(7))
+    command = ("prune", "--data", tiny, "--fraction", 0.5, "--out")
+    expect(kdfast(*command, tmp_path / "mine.npy"), 4, "mine.npy is there already and kdfast did not write it")
+    assert np.load(tmp_path / "mine.npy").tolist() == list(range(7))
+    for seed in (0, 1):  # its own it does replace
+        assert kdfast(*command, tmp_path / "own.npy", "--seed", seed).code == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "student.pt", "result.json", "checkpoints/x"])
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_folder_of_somebody_else(kdfast, tiny: Path, tmp_path: Path, name: str, dry: bool) -> None:
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}')
+    outcome = distill(kdfast, tiny, tmp_path / "mine", *(["--dry-run"] if dry else []))
+    expect(outcome, 4, f"holds {name.split('/')[0]}, which no run has written there")
+    assert file.read_text() == '{"mine": 1}'
+    assert [f for f in (tmp_path / "mine").rglob("*") if f.is_file() and f.name != ".kdfast.lock"] == [file]
+
+
+def test_the_result_of_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert distill(kdfast, tiny, run).code == 0
+    before = (run / "result.json").read_bytes()
+    (run / "config.json").rename(run / "config.bak")
+    expect(distill(kdfast, tiny, run, student="resnet14"), 4, "which no run has written there")
+    assert (run / "result.json").read_bytes() == before
+    (run / "config.bak").rename(run / "config.json")
+    (run / "student.pt").rename(tmp_path / "student.pt")
+    assert distill(kdfast, tiny, run).code == 0
+    digests = [torch.load(f, weights_only=True)["digest"] for f in (run / "student.pt", tmp_path / "student.pt")]
+    assert digests[0] == digests[1], "the student is written again, from the last checkpoint"
+    (run / "result.json").write_text('{"accuracy": 5}')
+    expect(distill(kdfast, tiny, run), 3, "is no run's outcome")
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--views", "1000"), 2, "1000 views per sample: this data has"),
+        (("--device", "cuda:99"), 2, "cuda"),
+        (("--out", "{run}"), 4, "of something else"),
+    ],
+)
+def test_a_rehearsed_cache_is_refused_too(kdfast, tiny, teacher, tmp_path, more, code, message) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    more = [str(word).replace("{run}", str(tmp_path / "run")) for word in more]
+    outcome = kdfast("cache", "--data", tiny, "--teacher", teacher, "--out", tmp_path / "c", *more, "--dry-run")
+    expect(outcome, code, message)
+
+
+def test_a_finished_cache_that_is_damaged(kdfast, tiny, teacher, cache, tmp_path: Path) -> None:
+    copied = shutil.copytree(cache, tmp_path / "c")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    options = ("--views", manifest["views"]["n_views"], "--view-seed", manifest["views"]["view_seed"])
+    command = ("cache", "--data", tiny, "--teacher", teacher, "--out", copied, *options)
+    assert kdfast(*command).code == 0
+    (copied / "logits-00000.npy").write_bytes(b"")
+    expect(kdfast(*command), 3, "logits-00000.npy")
+
+
 def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     for text, pattern in (
@@ -214,6 +293,8 @@ def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
         ("a: [", "cannot be read"),
         ("epochs: true", "epochs is True"),
         ("dry-run: 3", "dry-run is 3"),
+        ("epochs: null", "epochs is None"),
+        ("student: [resnet8]", "student is .'resnet8'., and that option takes a single value"),
     ):
         config.write_text(text)
         expect(kdfast("distill", "--config", config), 2, pattern)
@@ -363,7 +444,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("kdfast.prune.selection.choose", fail)
+    monkeypatch.setattr("kdfast.prune.selection.decide", fail)
     outcome = kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
     expect(outcome, 1, "unforeseen ZeroDivisionError: oh .KDFAST_DEBUG=1")
 

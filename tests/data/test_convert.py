@@ -81,9 +81,23 @@ def test_recorded_fingerprint_is_used_only_while_the_files_are_unchanged(source,
     (tmp_path / "data.json").write_text(json.dumps({**record, "fingerprint": "f" * 64}))
     assert open_source(tmp_path).fingerprint == "f" * 64
     (tmp_path / "train.beton").touch()
+    with pytest.raises(DataError, match="does not hold the training samples that were written there"):
+        _ = open_source(tmp_path).fingerprint
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    (tmp_path / "train.beton").touch()
     assert open_source(tmp_path).fingerprint == source.fingerprint
-    module.write_beton(split(60, seed=5), tmp_path / "train.beton")
-    assert open_source(tmp_path).fingerprint == fingerprint_of(split(60, seed=5), 3)
+
+
+def test_pixels_that_changed_since_the_conversion_are_noticed(source, tmp_path):
+    convert(source, tmp_path)
+    reader = open_source(tmp_path).train
+    first = reader.read([0]).tobytes()
+    file = tmp_path / "train.beton"
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(first) + 5] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(DataError, match="it is damaged or was changed; convert the data again"):
+        _ = open_source(tmp_path).fingerprint
 
 
 def test_changed_file_is_converted_again(source, split, tmp_path):

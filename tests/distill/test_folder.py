@@ -118,6 +118,23 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
             folder.load_checkpoint()
 
 
+def test_behind_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        for step in (5, 9, 12):
+            folder.save_checkpoint({"step": step}, step)
+        (tmp_path / "checkpoints" / "step-000000012.pt").write_bytes(b"half")
+        state = folder.load_checkpoint()
+        assert state is not None
+        assert state["step"] == 9
+        folder.save_checkpoint({"step": 10}, 10)
+        state = folder.load_checkpoint()
+        assert state is not None
+        assert state["step"] == 10
+        (tmp_path / "checkpoints" / "step-000000010.pt").unlink()
+        with pytest.raises(CheckpointError, match="so is the one before it"):
+            folder.load_checkpoint()
+
+
 def test_metrics_never_repeat_a_step_and_cut_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)

@@ -1,4 +1,5 @@
 import argparse
+import copy
 import pathlib
 import pickle
 
@@ -89,9 +90,18 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, model, zipped)
 def test_a_bare_malicious_pickle_is_refused(tmp_path):
     bait, path = tmp_path / "owned", tmp_path / "evil.pt"
     path.write_bytes(pickle.dumps(WritesFile(bait)))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         fetch(path)
     assert not bait.exists()
+    assert "weights_only" not in str(caught.value), "no advice to run it after all"
+
+
+def test_a_model_of_weights_that_are_not_finite_is_refused(tmp_path, model):
+    broken = copy.deepcopy(model)
+    broken.net.fc.bias.data[1] = float("nan")
+    save_model(tmp_path / "m.pt", broken)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in fc\.bias"):
+        load_model(tmp_path / "m.pt")
 
 
 def test_a_pickled_module_is_refused(tmp_path, model):
@@ -136,6 +146,8 @@ def test_another_architecture_or_class_count_is_refused(tmp_path, model):
         ({"net": "resnet20"}, "is damaged"),
         ({"net": "nonsense"}, "is damaged"),
         ({"std": [0.0, 1.0, 1.0]}, "is damaged"),
+        ({"mean": [0.5, 0.5]}, "is damaged"),
+        ({"class_names": ["one"]}, "1 class names for 10 classes"),
         ({"digest": "0" * 64}, "do not match their digest"),
     ],
 )

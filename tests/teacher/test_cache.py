@@ -370,7 +370,7 @@ class TestBuild:
         dark.train.images[41] = 0
         with pytest.raises(DataError, match=r"training sample 41 reach .* dtype float32"):
             build_cache(dark, one, tmp_path / "d", n_views=1)
-        assert build_cache(dark, one, tmp_path / "e", n_views=1, dtype="float32").complete
+        assert build_cache(dark, one, tmp_path / "d", n_views=1, dtype="float32").complete, "as the message advises"
 
     @pytest.mark.parametrize(
         ("options", "words"),
