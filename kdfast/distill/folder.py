@@ -119,9 +119,10 @@ class RunFolder:
         latest = read_json(pointer)
         if not (isinstance(latest, dict) and {"file", "sha256"} <= latest.keys()):
             raise CheckpointError(f"{pointer} is damaged; delete {self.path} and run again")
-        for entry in (latest, latest.get("before")):
-            file = pointer.parent / str(entry["file"]) if entry else None
-            if file is not None and file.exists() and sha256_file(file) == entry["sha256"]:
+        entries: list[dict[str, Any]] = [entry for entry in (latest, latest.get("before")) if entry]
+        for entry in entries:
+            file = pointer.parent / str(entry["file"])
+            if file.exists() and sha256_file(file) == entry["sha256"]:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return state
         raise CheckpointError(
