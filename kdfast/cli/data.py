@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.progress import waiting
+from kdfast.cli.progress import progress
 
 app = typer.Typer(help="Look at a source of data; convert it to FFCV files.", no_args_is_help=True)
 
@@ -56,8 +56,8 @@ def convert(
         total = (len(source.train) + len(source.test)) * pixels
         print(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
         return
-    with waiting("convert"):
-        convert_source(source, out, jpeg_quality=jpeg)
+    with progress("convert") as report:
+        convert_source(source, out, jpeg_quality=jpeg, progress=report)
     print(f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}")
 
 

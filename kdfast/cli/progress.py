@@ -33,21 +33,5 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Report]:
         yield report
 
 
-@contextlib.contextmanager
-def waiting(label: str) -> Iterator[None]:
-    """Show a spinner for work that cannot say how far it is; silent where stderr is not a terminal.
-
-    Args:
-        label: What is going on.
-    """
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(label):
-        yield
-
-
 def _silent(done: int, total: int, note: str = "") -> None:
     """Draw nothing."""

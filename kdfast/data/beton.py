@@ -1,14 +1,16 @@
 """FFCV's .beton files: reading and loading them. The only file that imports ffcv, and only when it is needed.
 
 FFCV 1.0.2 trusts its caller: a wrong index reads foreign memory, an exception in its thread leaves the main thread
-waiting for ever, a half-written file opens. Everything is therefore checked here before FFCV sees it, and its pipelines
-only decode; augmentation is by views, whose draws, unlike FFCV's, can be repeated.
+waiting for ever, a half-written file opens. Everything is therefore checked before FFCV sees it, the files by
+`kdfast.data.beton_format`, and its pipelines only decode; augmentation is by views, whose draws, unlike FFCV's, can be
+repeated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import queue
 import threading
@@ -23,17 +25,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdfast.data.beton_format import read_structure
 from kdfast.data.counter import IntArray
 from kdfast.data.split import Pixels, epoch_ids, index_array
 from kdfast.errors import BackendUnavailable, DataError, UsageError
 
-_VERSION = 2
-_INT_FIELD, _IMAGE_FIELD = 1, 2
-_RAW = 1
 _BATCHES_AHEAD = 3
 _READ_BATCH = 1024
 _DECODING = threading.Lock()
-_NEEDED = "needed: a file that `kdfast data convert` wrote; convert the data again"
+_INSTALL = (
+    "install libopencv-dev, libturbojpeg0-dev and pkg-config, then `pip install 'kdfast[ffcv]'`, or use another data "
+    "format"
+)
 
 
 @functools.cache
@@ -51,12 +54,15 @@ def load_ffcv() -> ModuleType:
             import ffcv.loader.epoch_iterator
             import ffcv.writer
     except (ImportError, OSError) as error:
-        raise BackendUnavailable(
-            f"betons need FFCV, which does not load here ({error}); install libopencv-dev, libturbojpeg0-dev and "
-            "pkg-config, then `pip install 'kdfast[ffcv]'`, or use another data format"
-        ) from error
+        raise BackendUnavailable(f"betons need FFCV, which does not load here ({error}); {_INSTALL}") from error
     module: ModuleType = ffcv
     return module
+
+
+def _require_installed() -> None:
+    """Say at once that FFCV is missing; importing it, which takes seconds, is left until something is decoded."""
+    if importlib.util.find_spec("ffcv") is None:
+        raise BackendUnavailable(f"betons need FFCV, which is not installed; {_INSTALL}")
 
 
 @contextlib.contextmanager
@@ -90,10 +96,8 @@ class BetonSplit:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        reader = _open_checked(self.path)
-        images = reader.metadata["f0"]
-        self._labels: IntArray = reader.metadata["f1"].astype(np.int64)
-        self._shape = (int(images["height"][0]), int(images["width"][0]), 3)
+        _require_installed()
+        self._labels, self._shape = read_structure(self.path)
         self._loader: BetonLoader | None = None
 
     @property
@@ -247,50 +251,3 @@ def _stop(epoch: Any) -> None:
     while epoch.is_alive():
         with contextlib.suppress(queue.Empty):
             epoch.output_queue.get(timeout=0.01)
-
-
-def _open_checked(path: Path) -> Any:
-    """FFCV's reader of a file whose every pointer has been checked to lie inside it."""
-    types = load_ffcv().types
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            raw = file.read(types.HeaderType.itemsize)
-            header = np.frombuffer(raw, types.HeaderType)[0] if len(raw) == types.HeaderType.itemsize else None
-            fields = np.fromfile(file, types.FieldDescType, 2)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if header is None or header["version"] != _VERSION:
-        raise DataError(f"{path} is not a beton of version {_VERSION}; {_NEEDED}")
-    if header["num_fields"] != 2 or [int(kind) for kind in fields["type_id"]] != [_IMAGE_FIELD, _INT_FIELD]:
-        raise DataError(f"{path} does not have an RGB image field and an integer field, in this order; {_NEEDED}")
-    names = [bytes(name).rstrip(b"\0") for name in fields["name"]]
-    if names != [b"image", b"label"]:
-        raise DataError(f"{path} has fields {names}, not image and label; {_NEEDED}")
-    count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    if not count or size - table != count * types.ALLOC_TABLE_TYPE.itemsize:
-        raise DataError(f"{path} is empty, truncated or was never finished; {_NEEDED}")
-    reader = load_ffcv().reader.Reader(str(path))
-    _check_pointers(path, reader, size)
-    return reader
-
-
-def _check_pointers(path: Path, reader: Any, size: int) -> None:
-    images, table = reader.metadata["f0"], np.sort(reader.alloc_table, order="ptr")
-    height, width = int(images["height"][0]), int(images["width"][0])
-    if (images["height"] != height).any() or (images["width"] != width).any():
-        raise DataError(f"{path} has images of different sizes; convert the data with --size")
-    place = np.searchsorted(table["ptr"], images["data_ptr"])
-    found = table[np.minimum(place, len(table) - 1)]
-    raw = images["mode"] == _RAW
-    sound = (
-        bool(height and width)
-        and bool((found["ptr"] == images["data_ptr"]).all())
-        and int(table["ptr"][-1]) <= size
-        and int(table["size"].max()) <= size
-        and int((table["ptr"] + table["size"]).max()) <= size
-        and bool((found["size"][raw] == height * width * 3).all())
-        and bool((images["mode"] <= _RAW).all())
-    )
-    if not sound:
-        raise DataError(f"{path} has samples without whole pixel data: it is damaged or was never finished; {_NEEDED}")

@@ -74,7 +74,13 @@ def open_betons(path: Path) -> Source:
     )
 
 
-def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | None = None) -> Source:
+def convert(
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    jpeg_quality: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Source:
     """Write a source as betons and read every sample back.
 
     The files get their names only when they are verified: pixels and labels equal in the raw mode; with JPEG equal
@@ -86,6 +92,7 @@ def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | 
         source: What to convert.
         out: The folder to write; made when missing.
         jpeg_quality: None keeps the pixels as they are; 50 to 100 compresses (for large images).
+        progress: Called with (images done, in all, what with); each image is written and read back.
 
     Returns:
         The converted source, opened.
@@ -102,7 +109,7 @@ def convert(source: Source, out: str | os.PathLike[str], *, jpeg_quality: int | 
     folder = check_writable(out)
     with FolderLock(folder):
         if not _finished(folder, source, jpeg_quality):
-            _convert(source, folder, jpeg_quality)
+            _convert(source, folder, jpeg_quality, progress)
         return open_betons(folder)
 
 
@@ -184,7 +191,9 @@ def _finished(folder: Path, source: Source, quality: int | None) -> bool:
     return bool(record["files"] == _file_marks(folder))
 
 
-def _convert(source: Source, folder: Path, quality: int | None) -> None:
+def _convert(
+    source: Source, folder: Path, quality: int | None, progress: Callable[[int, int, str], None] | None
+) -> None:
     record: dict[str, Any] = {
         "format": _FORMAT,
         "classes": list(source.classes),
@@ -196,16 +205,26 @@ def _convert(source: Source, folder: Path, quality: int | None) -> None:
     }
     write_json(folder / _RECORD, record)
     classes = len(source.classes)
+    done, total = 0, 2 * (len(source.train) + len(source.test))
+
+    def advance(images: int, note: str) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total, note)
+
     with contextlib.ExitStack() as stack:
         # Both temporary files are renamed when the stack unwinds without an exception, after both are verified.
         test = stack.enter_context(atomic_path(folder / "test.beton"))
         train = stack.enter_context(atomic_path(folder / "train.beton"))
-        _write_verified(source.test, test, classes, quality)
-        record["origin"], record["fingerprint"] = _write_verified(source.train, train, classes, quality)
+        _write_verified(source.test, test, classes, quality, advance)
+        record["origin"], record["fingerprint"] = _write_verified(source.train, train, classes, quality, advance)
     write_json(folder / _RECORD, {**record, "files": _file_marks(folder)})
 
 
-def _write_verified(split: Split, path: Path, classes: int, quality: int | None) -> tuple[str, str]:
+def _write_verified(
+    split: Split, path: Path, classes: int, quality: int | None, advance: Callable[[int, str], None]
+) -> tuple[str, str]:
     """Write one file and read it back; fingerprints of what was given and of what the file decodes to."""
     given = DataDigest(len(split), classes, split.shape)
     means: list[np.ndarray[Any, np.dtype[np.float64]]] = []
@@ -213,6 +232,7 @@ def _write_verified(split: Split, path: Path, classes: int, quality: int | None)
     def note(pixels: Pixels) -> None:
         given.update(pixels)
         means.append(pixels.mean((1, 2)))
+        advance(len(pixels), "writing")
 
     write_beton(split, path, jpeg_quality=quality, on_block=note)
     written = BetonSplit(path)
@@ -222,6 +242,7 @@ def _write_verified(split: Split, path: Path, classes: int, quality: int | None)
         pixels = written.read(ids)
         decoded.update(pixels)
         worst = max(worst, float(np.abs(pixels.mean((1, 2)) - wanted).max()))
+        advance(len(pixels), "reading back")
     origin, result = given.finish(split.labels), decoded.finish(written.labels)
     good = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
     if not good or (quality is None and origin != result):

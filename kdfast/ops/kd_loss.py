@@ -230,9 +230,12 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_of(device: str, dtype: torch.dtype, backend: str) -> str:
     return backends.resolve("kd_loss", device, str(dtype).removeprefix("torch."), backend)
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: a second, at every start.
+_backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data import beton
+from kdfast.data import beton, beton_format
 from kdfast.data.beton import BetonLoader, BetonSplit, worker_count
 from kdfast.data.convert import write_beton
 from kdfast.data.split import ArraySplit
@@ -310,13 +310,31 @@ def test_missing_file(tmp_path):
         BetonSplit(tmp_path / "absent.beton")
 
 
+def test_the_format_is_ffcvs(opened):
+    ffcv = beton.load_ffcv()
+    assert ffcv.types.HeaderType == beton_format.HEADER
+    assert ffcv.types.FieldDescType == beton_format.FIELD
+    assert beton_format.TABLE == ffcv.types.ALLOC_TABLE_TYPE
+    reader = ffcv.reader.Reader(str(opened.path))
+    assert reader.metadata_type == beton_format.SAMPLE
+    assert (opened.labels == reader.metadata["f1"]).all()
+
+
+def test_a_file_is_opened_without_importing_ffcv(opened):
+    code = f"""
+import sys
+from kdfast.data.beton import BetonSplit
+assert len(BetonSplit({str(opened.path)!r})) == {COUNT}
+assert "ffcv" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def damaged(opened, tmp_path, field, value, row=5):
     """A copy whose metadata row `row` has another value."""
-    types = beton.load_ffcv().types
     raw = bytearray(opened.path.read_bytes())
-    start = types.HeaderType.itemsize + 2 * types.FieldDescType.itemsize
-    metadata = types.get_metadata_type(list(beton.load_ffcv().reader.Reader(str(opened.path)).handlers.values()))
-    rows = np.frombuffer(raw, metadata, COUNT, start)
+    start = beton_format.HEADER.itemsize + 2 * beton_format.FIELD.itemsize
+    rows = np.frombuffer(raw, beton_format.SAMPLE, COUNT, start)
     rows["f0"][field][row] = value
     path = tmp_path / "damaged.beton"
     path.write_bytes(raw)

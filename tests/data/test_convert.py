@@ -68,6 +68,15 @@ def test_images_larger_than_a_page(split, tmp_path):
     assert same(result.train, big)
 
 
+def test_every_image_is_counted_twice(source, tmp_path):
+    seen = []
+    convert(source, tmp_path, progress=lambda *step: seen.append(step))
+    images = len(source.train) + len(source.test)
+    assert seen[-1][:2] == (2 * images, 2 * images)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert {note for _, _, note in seen} == {"writing", "reading back"}
+
+
 def test_finished_conversion_is_left_alone(source, tmp_path):
     convert(source, tmp_path)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
