@@ -196,8 +196,9 @@ def dense_kernel(
         z_label = tl.load(z_ptr + r * z_row + label * z_col, mask=live, other=0.0).to(tl.float32)
         loss += ce_factor * (LN2 * tl.log2(sum_1) - (z_label - max_z))
     if USE_KL:
-        # log2 of the student's over the teacher's normaliser, counted as the gaps are.
-        ratio = tl.log2(sum_z) - tl.log2(sum_t) + (finite(base) - finite(max_t)) * scale
+        # log2 of the student's over the teacher's normaliser, counted as the gaps are. Of their quotient: at a high
+        # temperature it is near one, and two logarithms would leave their own rounding.
+        ratio = tl.log2(sum_z / sum_t) + (finite(base) - finite(max_t)) * scale
         kl = -cross / sum_z - ratio if REVERSE else cross / sum_t + ratio
         loss += kl_factor * (LN2 * kl)
     tl.store(loss_ptr + r, tl.where(live, loss * factor, 0.0), mask=r < n)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from kdfast.errors import ShapeError
 from kdfast.ops import backends
@@ -89,7 +90,7 @@ def kd_loss(
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if weights is None and not torch.compiler.is_compiling() and _native_runs():
+    if weights is None and not torch.compiler.is_compiling() and forward_ad._current_level < 0 and _native_runs():
         plain = kernels("native").plain_kd_loss(
             logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, backend, direction,
             torch.get_num_threads(),
@@ -101,7 +102,7 @@ def kd_loss(
     options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
     operands = check_call(logits, labels, teacher, rows, weights, options, direction)
     name = _backend_of(logits.device.type, logits.dtype, backend)
-    if validate or (name == "reference" and _readable(logits)):
+    if validate or (name == "reference" and _readable(operands)):
         check_values(operands, options, validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
         return _weighted(operands, options, name)
@@ -142,14 +143,15 @@ def kd_loss_terms(
     operands = check_call(logits, labels, teacher, rows, None, options, direction)
     operands = operands._replace(logits=logits.detach())
     name = _backend_of(logits.device.type, logits.dtype, backend)
-    if name == "native" and plain_eager(operands.logits):
+    if name == "native" and plain_eager(operands):
         from kdfast.ops import native
 
-        terms = (torch.empty(logits.shape[0]), torch.empty(logits.shape[0]))
+        each = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+        terms = (each[0], each[1])
         native.kd_loss(*operands, *options, 1.0, False, terms=terms)
         return terms
     if name == "reference":
-        if _readable(logits):
+        if _readable(operands):
             check_values(operands, options, False)
         ce, kl, _ = reference_terms(
             *operands[:6], temperature=temperature, ignore_index=ignore_index, reverse=options.reverse
@@ -243,16 +245,18 @@ def _native_runs() -> bool:
     return backends.runs("kd_loss", "cpu", "native")
 
 
-def _readable(logits: Tensor) -> bool:
+def _readable(operands: Operands) -> bool:
     """Whether values can be looked at without waiting for a device and without disturbing a trace or a transform."""
-    return logits.device.type == "cpu" and not torch.compiler.is_compiling() and plain_eager(logits)
+    return operands.logits.device.type == "cpu" and not torch.compiler.is_compiling() and plain_eager(operands)
 
 
 def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
     if backend == "reference":
         return reference_loss(*operands, **options._asdict())
     logits = operands.logits
-    if not torch.compiler.is_compiling() and plain_eager(logits):
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("kd_loss has no forward-mode derivative: for one, pass backend='reference'")
+    if not torch.compiler.is_compiling() and plain_eager(operands):
         if torch.is_grad_enabled() and logits.requires_grad:
             loss, grad = launch(backend, operands._replace(logits=logits.detach()), options, need_grad=True)
             hold = hold_of(logits.dtype, options, operands.weights is not None)
@@ -271,8 +275,8 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
 
 def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:
     """The loss when the weights are to get a gradient too: rows from the kernel, the rest in PyTorch."""
-    weights = operands.weights
-    assert weights is not None
+    assert operands.weights is not None
+    weights = operands.weights.to(torch.promote_types(operands.weights.dtype, torch.float32))
     loss = _dispatch(operands._replace(weights=None), options._replace(reduction="none"), backend) * weights
     if options.reduction == "none":
         return loss

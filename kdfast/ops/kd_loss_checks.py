@@ -161,6 +161,8 @@ def _check_options(options: Options, direction: str) -> None:
 def _check_tensor(name: str, x: object, dim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}: a tensor is needed")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor: a rectangular one is needed; pad it, and mark rows to ignore")
     if x.layout != torch.strided:
         raise TypeError(f"{name} is a {x.layout} tensor: a dense one is needed; convert it with .to_dense()")
     if x.dim() != dim:
@@ -187,6 +189,8 @@ def _check_teacher(name: str, x: Tensor, n: int, rows: Tensor | None, device: to
     if x.requires_grad:
         raise TypeError(f"{name} requires a gradient, which kd_loss does not compute: pass {name}.detach()")
     _check_device(name, x, device)
+    if rows is not None and n > 0 and x.shape[0] == 0:
+        raise IndexError(f"{name} has no rows, so no row lies in [0, 0), the teacher's rows: give it some")
     if rows is None and x.shape[0] != n:
         raise ShapeError(
             f"{name} has {x.shape[0]} rows and logits have {n}: give rows, the teacher's row of each sample"
@@ -211,6 +215,8 @@ def _check_topk(teacher: object, n: int, c: int, rows: Tensor | None, device: to
         raise TypeError(f"teacher.classes is {classes.dtype}: int32 is needed; convert it with .int()")
     if tail.dtype not in _FLOATS:
         raise TypeError(f"teacher.tail is {tail.dtype}: a floating dtype is needed")
+    if tail.requires_grad:
+        raise TypeError("teacher.tail requires a gradient, which kd_loss does not compute: pass teacher.tail.detach()")
     _check_device("teacher.classes", classes, device)
     _check_device("teacher.tail", tail, device)
     return TopKTeacher(values, classes, tail)

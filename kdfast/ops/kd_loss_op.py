@@ -130,7 +130,9 @@ def _vmap(call: Callable[..., Result], info: Any, in_dims: tuple[int | None, ...
     if any(in_dims[i] is not None for i in (2, 4, 5)):
         first = torch.arange(size, device=logits.device).unsqueeze(1)
         stacked = [_batched(args[i], in_dims[i], size) for i in (2, 4, 5)]
-        rows = rows + first * stacked[0].shape[1]  # type: ignore[union-attr]
+        m = stacked[0].shape[1]  # type: ignore[union-attr]
+        # A row that its own teacher does not have must not be found in the next one.
+        rows = torch.where((rows < 0) | (rows >= m), -1, rows + first * m)
         sources = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in stacked]
     teacher, classes, tail = sources
     flat = [None if x is None else x.reshape(-1) for x in (labels, rows, weights)]
@@ -226,12 +228,15 @@ class EagerKDLoss(torch.autograd.Function):
         if last:
             ctx.kept = None
         grad, backend, hold = kept
+        if _is_batch(grad_loss):  # is_grads_batched=True: several factors at once
+            return (grad * (grad_loss / hold).expand(grad.shape[:1]).unsqueeze(1)).to(grad.dtype), None
         if last and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == hold:
             return grad, None  # as scale_rows would, without the calls on the way to it
         return scale_rows(backend, grad, grad_loss, 1 / hold, last), None
 
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 # Without the wrapper that looks for transforms of torch.func: callers have made sure that there are none.
 tie_to_logits: Callable[[Tensor, tuple[Tensor, Kept]], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply

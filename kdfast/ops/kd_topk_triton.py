@@ -212,7 +212,7 @@ def topk_kernel(
             g = pull * tl.exp2((z - finite(max_o)) * scale)
             for a in range(0, k):
                 at = tl.load(ids_base + a)
-                if (at >= start) & (at < start + BLOCK):
+                if (at >= start) & (at < tl.minimum(start + BLOCK, c)):
                     lp = logs_of(tl.load(z_base + at.to(tl.int64) * z_col).to(tl.float32), max_z, log_p, exact)
                     lq = logs_of(tl.load(v_base + a * v_col).to(tl.float32), top_q, log_q, exact)
                     g = tl.where(col == at, soft * pull_of(lp, lq, kl, REVERSE).to(tl.float32), g)

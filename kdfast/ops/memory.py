@@ -54,4 +54,6 @@ def _take(size: int) -> UntypedStorage | None:
         return None
     # Counted are this object, which the variable alone refers to, and nothing of a tensor.
     free = sys.getrefcount(storage) == 2 and _users is not None and _users(storage._cdata) == 1
+    # Another process may hold memory that a queue of torch.multiprocessing has moved to where it is shared.
+    free = free and not storage.is_shared()
     return storage if free and size <= storage.nbytes() <= 2 * size else None

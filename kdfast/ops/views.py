@@ -44,7 +44,7 @@ def shift_views(
         ShapeError: Another shape or dtype is not as above, or a move leaves the padded image.
         BackendUnavailable: A named implementation cannot run here.
     """
-    if plain_eager(images) and not torch.compiler.is_compiling():
+    if plain_eager((images,)) and not torch.compiler.is_compiling():
         return _run(images, moves, affine, pad, dtype, backend)
     out: Tensor = _shift_views(images, moves, affine, pad, dtype, backend)
     return out

@@ -334,3 +334,54 @@ def test_the_op_without_a_kept_gradient_says_so(args):
     loss, _ = kd_loss_op(z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "native", False)
     with pytest.raises(ValueError, match="need_grad=False"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_several_gradients_at_once(args, dtype, reduction):
+    z, *rest = args
+    z = z.detach().to(dtype).requires_grad_()
+    n = len(z)
+    factors = torch.eye(n) if reduction == "none" else torch.arange(1.0, 4)
+    for retain in (True, False):
+        loss = kdfast.kd_loss(z, *rest, reduction=reduction)
+        (found,) = torch.autograd.grad(loss, z, factors, is_grads_batched=True, retain_graph=retain)
+        expected = []
+        for factor in factors:
+            loss = kdfast.kd_loss(z, *rest, reduction=reduction)
+            expected.append(torch.autograd.grad(loss, z, factor)[0])
+        torch.testing.assert_close(found, torch.stack(expected))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: kdfast.kd_loss(x, *rest, reduction="none"), z.detach(), vectorize=True
+    )
+    assert jacobian.shape == (n, *z.shape)
+    assert (jacobian.flatten(2).norm(dim=2).fill_diagonal_(0) == 0).all(), "a row's loss has no slope in another row"
+
+
+def test_forward_mode_raises_instead_of_losing_the_tangent(args):
+    from torch.autograd import forward_ad
+
+    z, *rest = args
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(z.detach(), torch.ones_like(z))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            kdfast.kd_loss(dual, *rest)
+        tangent = forward_ad.unpack_dual(kdfast.kd_loss(dual, *rest, backend="reference")).tangent
+        assert tangent.abs() < 1e-5, "logits may all be moved by the same"
+        assert kdfast.kd_loss(z.detach(), *rest).isfinite(), "nothing moves"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "t_squared", "spread"), [(1.0, True, 2e4), (1.0, False, 2e4), (0.1, False, 400)]
+)
+def test_reverse_float16_gradients_stay_finite_where_pytorchs_do(temperature, t_squared, spread):
+    z, t = torch.tensor([[-spread / 2, spread / 2]]), torch.tensor([[spread / 2, -spread / 2]])
+    options = {"alpha": 1.0, "temperature": temperature, "t_squared": t_squared, "direction": "reverse"}
+    for student in (z, z * 0):
+        grads = []
+        for backend in ("auto", "reference"):
+            x = student.half().requires_grad_()
+            kdfast.kd_loss(x, None, t.half(), backend=backend, **options).backward()
+            grads.append(x.grad)
+        assert grads[0].isfinite().all()
+        torch.testing.assert_close(grads[0], grads[1], rtol=2**-9, atol=1e-6)

@@ -64,11 +64,21 @@ BAD = {
     "rows short": ({"rows": torch.tensor([0])}, ShapeError, r"rows has shape \(1,\)"),
     "rows list": ({"rows": [0, 1, 2, 3]}, TypeError, "rows is list"),
     "weights meta": ({"weights": torch.ones(4, device="meta")}, TypeError, "weights is on meta"),
-    "teacher empty": ({"teacher": torch.randn(0, 6)}, IndexError, r"rows\[0\] is 8"),
+    "teacher empty": ({"teacher": torch.randn(0, 6)}, IndexError, r"rows\[0\] is 8|teacher has no rows"),
+    "logits nested": (
+        {"logits": torch.nested.as_nested_tensor([torch.randn(6), torch.randn(2)], layout=torch.jagged)},
+        TypeError,
+        "logits is a nested tensor: .* pad it",
+    ),
     "top-k grad": (
         {"teacher": sparse(values=torch.randn(9, 2, requires_grad=True))},
         TypeError,
         r"teacher\.values requires a gradient.*teacher\.values\.detach\(\)",
+    ),
+    "top-k tail grad": (
+        {"teacher": sparse(tail=torch.randn(9, requires_grad=True))},
+        TypeError,
+        r"teacher\.tail requires a gradient.*teacher\.tail\.detach\(\)",
     ),
     "top-k rows": ({"teacher": sparse(), "rows": torch.tensor([0, 1, 2, 9])}, IndexError, r"rows\[3\] is 9"),
     "alpha negative": ({"alpha": -0.1}, ShapeError, "alpha is -0.1"),
@@ -156,3 +166,48 @@ def test_a_scalar_tensor_is_a_number(kd_loss_backend):
 def test_topk_teacher_refuses(teacher, k, temperature, kind, message):
     with pytest.raises(kind, match=message):
         topk_teacher(teacher, k, temperature)
+
+
+def test_rows_of_a_batch_are_not_found_in_the_next_batchs_teacher():
+    logits, teacher = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    labels, rows = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 5], [0, 1, 2]])
+    with pytest.raises(IndexError, match="rows"):
+        torch.func.vmap(kdfast.kd_loss)(logits, labels, teacher, rows)
+
+
+@pytest.mark.parametrize("name", ["logits", "labels", "teacher", "rows", "weights"])
+def test_operands_that_hold_no_memory_themselves_are_dispatched(name):
+    """Reading a wrapper's address gave a crash, or the values of something else."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    arguments = {**good(), "weights": torch.rand(4)}
+    expected = kdfast.kd_loss(**arguments)
+    arguments[name] = TwoTensor(arguments[name], arguments[name].clone())
+    found = kdfast.kd_loss(**arguments)
+    assert isinstance(found, TwoTensor)
+    torch.testing.assert_close(found.a, expected)
+    torch.testing.assert_close(found.b, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(kd_loss_backend, dtype):
+    arguments = good()
+    expected = kdfast.kd_loss_terms(**arguments, backend=kd_loss_backend)
+    torch.set_default_dtype(dtype)
+    try:
+        found = kdfast.kd_loss_terms(**arguments, backend=kd_loss_backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mass_of_narrow_weights_is_not_rounded(kd_loss_backend, dtype):
+    n = 70_000
+    logits, teacher, labels = torch.randn(n, 3), torch.randn(n, 3), torch.randint(0, 3, (n,))
+    weights = torch.ones(n, dtype=dtype, requires_grad=True)
+    loss = kdfast.kd_loss(logits, labels, teacher, weights=weights, backend=kd_loss_backend)
+    torch.testing.assert_close(loss.detach(), kdfast.kd_loss(logits, labels, teacher), rtol=1e-5, atol=0)
+    assert torch.autograd.grad(loss, weights)[0].isfinite().all()

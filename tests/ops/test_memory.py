@@ -52,6 +52,15 @@ def test_memory_that_somebody_holds_is_left_alone(holder):
     del held
 
 
+def test_memory_that_another_process_holds_is_left_alone():
+    """torch.multiprocessing moves what goes through a queue to shared memory, and the receiver goes on reading it."""
+    tensor = fresh()
+    tensor.share_memory_()
+    address = tensor.data_ptr()
+    del tensor
+    assert fresh().data_ptr() != address
+
+
 def test_only_middling_sizes_are_kept():
     for elements in (memory.LEAST_BYTES // 4 - 1, memory.MOST_BYTES // 4 + 1):
         memory.tensor_like(torch.zeros(()), (elements,))

@@ -5,15 +5,17 @@ test_kd_loss_triton.py, with TRITON_INTERPRET=1, and test_kd_loss_cuda.py. Argum
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
+import mmap
 import sys
 
 import torch
 
 import kdfast
-from kdfast.ops.kd_loss import topk_teacher
+from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.kd_loss_triton import scale_rows
 
 torch.manual_seed(0)
@@ -183,6 +185,32 @@ def out_of_range():
             record("out of range", True, name)
 
 
+def before_a_wall(rows, columns):
+    """float32 (rows, columns) at the end of a page of memory; the next page must not be read."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    base = libc.mmap(None, 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert libc.mprotect(ctypes.c_void_p(base + page), page, 0) == 0
+    size = 4 * rows * columns
+    memory = (ctypes.c_char * size).from_address(base + page - size)
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
+
+
+def outside_of_the_logits():
+    """A class id behind the last class, but in its tile: the gradient must not be looked for there."""
+    if torch.get_default_device().type != "cpu":
+        return
+    z, t = before_a_wall(1, 1000), torch.randn(1, 2)
+    z.normal_().requires_grad_()
+    for last, bad in ((999, False), (1015, True)):
+        wild = TopKTeacher(t, torch.tensor([[3, last]], dtype=torch.int32), torch.zeros(1))
+        loss = kdfast.kd_loss(z, torch.tensor([0]), wild, backend="triton")
+        (grad,) = torch.autograd.grad(loss, z)
+        record("out of range", loss.isnan() == bad and bool(grad.isnan().all()) == bad, ("wall", last))
+
+
 def scaling():
     for dtype in ROUNDING:
         grad = torch.randn(5, 33).to(dtype)
@@ -205,7 +233,20 @@ def weights():
     check("weights", z.half(), y, t, r, weights=torch.rand(6))
 
 
-ALL = (dense, options, strides, masked, large, topk, far, ignored, out_of_range, scaling, weights)
+ALL = (
+    dense,
+    options,
+    strides,
+    masked,
+    large,
+    topk,
+    far,
+    ignored,
+    out_of_range,
+    outside_of_the_logits,
+    scaling,
+    weights,
+)
 
 if __name__ == "__main__":
     device, *names = sys.argv[1:]
