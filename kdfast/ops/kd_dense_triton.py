@@ -228,7 +228,8 @@ def dense_kernel(
 def tile_shape(n: int, c: int) -> dict[str, int]:
     """Tile of ``dense_kernel`` for N rows of C classes, and warps for it; N only separates small from large batches.
 
-    Eight elements a thread where possible: ptxas then keeps everything in registers, with more it spills (sm_90).
+    Eight elements a thread where possible, though that be fewer rows than would fit: with more, ptxas spills (sm_90).
+    Above 8,192 classes a tile has sixteen, and up to 28 bytes a thread spill.
     """
     block = max(16, triton.next_power_of_2(c))
     if block > 16384:

@@ -56,7 +56,8 @@ def kd_loss(
 
     Reads float32, bfloat16 or float16, sums in float32 and wider, returns float32; the gradient has the dtype of
     ``logits``. Autocast changes nothing. ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated
-    once. float64 logits run on the reference implementation.
+    once. float64 logits run on the reference implementation. The gradient is computed with the loss; a factor that
+    comes in the backward pass rounds a half-precision one once more, unless it is a power of two.
 
     A class with logit -inf is masked: it has probability zero. Where the student masks a class that the teacher gives
     mass, the forward divergence is infinite, as it is in the mathematics; NaN logits give a NaN loss.

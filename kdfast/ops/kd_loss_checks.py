@@ -148,6 +148,8 @@ def _check_options(options: Options, direction: str) -> None:
     if not 0 <= options.alpha <= 1:
         raise ShapeError(f"alpha is {options.alpha}: it must lie in [0, 1], the share of the divergence in the loss")
     check_temperature(options.temperature)
+    if not isinstance(options.t_squared, bool):
+        raise TypeError(f"t_squared is {options.t_squared!r}: True or False is needed")
     if not isinstance(options.ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index is {options.ignore_index!r}: a whole number is needed")
     if isinstance(options.ignore_index, int) and not -(2**63) <= options.ignore_index < 2**63:

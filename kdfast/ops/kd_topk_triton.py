@@ -100,7 +100,7 @@ def divergence(
     wild = tl.max(tl.where(inside & ((ids < 0) | (ids >= c)), 1, 0), 0) > 0
     ids = tl.minimum(tl.maximum(ids, 0), c - 1)
     zk = tl.load(z_base + ids * z_col, mask=inside, other=float("-inf")).to(tl.float32)
-    vk = tl.load(v_base + j * v_col, mask=inside, other=float("-inf")).to(tl.float32)
+    vk = tl.load(v_base + j.to(tl.int64) * v_col, mask=inside, other=float("-inf")).to(tl.float32)
     top_q = finite(tl.maximum(tl.max(vk, 0).to(tl.float64), tail))
     log_q = tl.log2(tl.sum(tl.exp2((vk.to(tl.float64) - top_q) * exact), 0) + tl.exp2((tail - top_q) * exact))
     rest_q = logs_of(tail, top_q, log_q, exact)
@@ -214,7 +214,7 @@ def topk_kernel(
                 at = tl.load(ids_base + a)
                 if (at >= start) & (at < tl.minimum(start + BLOCK, c)):
                     lp = logs_of(tl.load(z_base + at.to(tl.int64) * z_col).to(tl.float32), max_z, log_p, exact)
-                    lq = logs_of(tl.load(v_base + a * v_col).to(tl.float32), top_q, log_q, exact)
+                    lq = logs_of(tl.load(v_base + (r * 0 + a) * v_col).to(tl.float32), top_q, log_q, exact)
                     g = tl.where(col == at, soft * pull_of(lp, lq, kl, REVERSE).to(tl.float32), g)
             if USE_CE:
                 d = z - finite(max_z)

@@ -56,4 +56,4 @@ def _take(size: int) -> UntypedStorage | None:
     free = sys.getrefcount(storage) == 2 and _users is not None and _users(storage._cdata) == 1
     # Another process may hold memory that a queue of torch.multiprocessing has moved to where it is shared.
     free = free and not storage.is_shared()
-    return storage if free and size <= storage.nbytes() <= 2 * size else None
+    return storage if free and size == storage.nbytes() else None

@@ -91,6 +91,7 @@ BAD = {
     "temperature 0": ({"temperature": 0.0}, ShapeError, "temperature is 0.0"),
     "temperature inf": ({"temperature": math.inf}, ShapeError, "temperature is inf"),
     "temperature nan": ({"temperature": math.nan}, ShapeError, "temperature is nan"),
+    "t_squared": ({"t_squared": "no"}, TypeError, "t_squared is 'no': True or False"),
     "reduction": ({"reduction": "average"}, ShapeError, "'average'.*'mean'"),
     "direction": ({"direction": "back"}, ShapeError, "'back'.*'forward'"),
     "top-k shapes": ({"teacher": sparse(tail=torch.randn(8))}, ShapeError, r"\(M, k\), \(M, k\) and \(M,\)"),

@@ -185,13 +185,40 @@ def out_of_range():
             record("out of range", True, name)
 
 
-def before_a_wall(rows, columns):
-    """float32 (rows, columns) at the end of a page of memory; the next page must not be read."""
-    page = mmap.PAGESIZE
+def mapped(size):
+    """The C library, and the address of fresh memory of a size, none of it in use before it is written."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    base = libc.mmap(None, 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    no_reserve = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return libc, libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+
+def columns_far_apart():
+    """A teacher's columns 2^30 elements apart: offsets do not fit 31 bits."""
+    if torch.get_default_device().type != "cpu":
+        return
+    step = 2**30
+    _, base = mapped(2 * (2 * step + 1))
+    memory = (ctypes.c_char * (2 * (2 * step + 1))).from_address(base)
+    values = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 3), (1, step))
+    values.copy_(torch.randn(1, 3))
+    z, y = torch.randn(1, 20), torch.tensor([4])
+    classes, tail = torch.tensor([[3, 9, 4]], dtype=torch.int32), torch.zeros(1)
+    results = []
+    for held in (values, values.contiguous()):
+        x = z.clone().requires_grad_()
+        loss = kdfast.kd_loss(x, y, TopKTeacher(held, classes, tail), backend="triton")
+        results.append((loss, torch.autograd.grad(loss, x)[0]))
+    same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    record("strides", same, "columns far apart")
+
+
+def before_a_wall(rows, columns):
+    """float32 (rows, columns) at the end of a page of memory; the next page must not be read."""
+    page = mmap.PAGESIZE
+    libc, base = mapped(2 * page)
     assert libc.mprotect(ctypes.c_void_p(base + page), page, 0) == 0
     size = 4 * rows * columns
     memory = (ctypes.c_char * size).from_address(base + page - size)
@@ -244,6 +271,7 @@ ALL = (
     ignored,
     out_of_range,
     outside_of_the_logits,
+    columns_far_apart,
     scaling,
     weights,
 )
