@@ -56,7 +56,8 @@ def grad_norms(
 
     Args:
         model: Any network without statistics over the batch.
-        inputs: A tensor, a tuple of arguments, or a dict of keyword arguments.
+        inputs: A tensor, a tuple of arguments, or a dict of keyword arguments. Where samples are run apart (the
+            fallbacks, and to tell rows that are samples from others), every tensor as long as the batch is split.
         labels: `(N,)` int64; whatever a loss of your own takes.
         loss: "cross_entropy" or "kd" of the logits `(N, C)` (what the model returns, or its ``.logits``), or a function
             (outputs, labels) -> `(N,)` losses.

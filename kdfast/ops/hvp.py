@@ -61,7 +61,7 @@ def network_hvp(
         teacher: `(N, C)` logits, for "kd".
         alpha: As in ``kdfast.kd_loss``.
         temperature: As in ``kdfast.kd_loss``.
-        batch_size: Samples computed at a time; None: all.
+        batch_size: Samples computed at a time; None: all. Every input as long as the whole batch is split.
 
     Returns:
         As ``v``.
