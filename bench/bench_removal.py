@@ -5,7 +5,7 @@
 A head is fitted by Newton's method to some samples, of which a share has wrong labels; then each of the removed ones
 is left out in turn and the head fitted again, to a gradient of 1e-8. The effect is the change of the mean validation
 loss, on other samples with their own labels. Printed are Spearman's correlation of predicted and true effects, and the
-root mean square of the corrected prediction's error over that of the plain one's, each as mean and range over seeds.
+root mean square of the corrected prediction's error over that of the plain one's, each as the mean over seeds and every seed's value.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def summary(l2: float, share: float, found: list[dict[str, float]]) -> dict[str,
     row: dict[str, Any] = {"l2": l2, "wrong labels": share}
     for name, title in (("plain", "Spearman plain"), ("corrected", "corrected"), ("error", "error / plain's")):
         values = [one[name] for one in found]
-        row[title] = f"{np.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+        row[title] = f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
     return row
 
 
