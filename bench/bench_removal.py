@@ -5,7 +5,8 @@
 A head is fitted by Newton's method to some samples, of which a share has wrong labels; then each of the removed ones
 is left out in turn and the head fitted again, to a gradient of 1e-8. The effect is the change of the mean validation
 loss, on other samples with their own labels. Printed are Spearman's correlation of predicted and true effects, and the
-root mean square of the corrected prediction's error over that of the plain one's, each as the mean over seeds and every seed's value.
+root mean square of the corrected prediction's error over that of the plain one's, each as the mean over seeds and every
+seed's value.
 """
 
 from __future__ import annotations
