@@ -48,10 +48,14 @@ def foreign_rows(
     """
     found = {call.name for call in calls if call.rows != n}
     if n > 1 and (n in _other_lengths(model, inputs, calls) or any(call.repeated for call in calls)):
-        few = 2 if n > 2 else 3
-        again, losses = _run_few(model, inputs, objective, layers, n, few)
-        found |= {call.name for call in again if call.rows != few}
-        found |= {call.name for call in _mixing([call for call in again if call.repeated], losses)}
+        try:
+            found |= _foreign_among_few(model, inputs, objective, layers, n, few=2 if n > 2 else 3)
+        except Exception as error:
+            raise ShapeError(
+                f"another dimension is as long as the batch, {n}, or a layer has one row for all samples, and to tell "
+                f"which rows are samples the model was run on a few of them, which failed ({error}): give a batch of "
+                "another size, or use a fallback"
+            ) from error
     return found
 
 
@@ -63,29 +67,24 @@ def _other_lengths(model: nn.Module, inputs: Any, calls: Sequence[Call]) -> set[
     return {length for shape in shapes for length in shape}
 
 
-def _run_few(
+def _foreign_among_few(
     model: nn.Module, inputs: Any, objective: Objective, layers: Mapping[str, nn.Module], n: int, few: int
-) -> tuple[list[Call], Tensor]:
+) -> set[str]:
     keys, batched = split(inputs, n)
     rows = torch.arange(few) % n
     picked = [x[rows.to(x.device)] for x in batched]
     devices = list({x.device for x in batched if x.is_cuda})
-    try:
-        with torch.random.fork_rng(devices), captured(layers, few) as calls:
-            losses = objective.rows(rows)(run(model, joined(inputs, keys, picked)))
-    except Exception as error:
-        raise ShapeError(
-            f"another dimension is as long as the batch, {n}, or a layer has one row for all samples, and to tell "
-            f"which rows are samples the model was run on {few} of them, which failed ({error}): give a batch of "
-            "another size, or use a fallback"
-        ) from error
-    return calls, losses
+    with torch.random.fork_rng(devices), captured(layers, few) as calls:
+        outputs = run(model, joined(inputs, keys, picked))
+    found = {call.name for call in calls if call.rows != few}
+    repeated = [call for call in calls if call.repeated]
+    if repeated:
+        found |= {call.name for call in _mixing(repeated, objective.rows(rows)(outputs))}
+    return found
 
 
 def _mixing(calls: Sequence[Call], losses: Tensor) -> list[Call]:
     """Calls in whose other rows the first or the last sample's loss has a gradient."""
-    if not calls:
-        return []
     found = []
     for loss, others in ((losses[0], slice(1, None)), (losses[-1], slice(0, -1))):
         grads = torch.autograd.grad(loss, [call.edge for call in calls], retain_graph=True, allow_unused=True)

@@ -115,8 +115,17 @@ def test_a_model_that_fails_on_a_few_samples():
                 raise ValueError("too few")
             return super().__call__(x)
 
-    with pytest.raises(ShapeError, match=r"run on 2 of them, which failed \(too few\): give a batch of another size"):
+    with pytest.raises(
+        ShapeError, match=r"run on a few of them, which failed \(too few\): give a batch of another size"
+    ):
         kdfast.grad_norms(Picky(4, 3), torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+
+
+def test_a_loss_that_knows_the_batch_is_asked_for_the_batch_alone():
+    weights, x, y = torch.rand(WIDTH), torch.randn(WIDTH, WIDTH), torch.randint(0, CLASSES, (WIDTH,))
+    model = nn.Linear(WIDTH, CLASSES)  # as many samples as features
+    found = kdfast.grad_norms(model, x, y, loss=lambda out, y: weights * F.cross_entropy(out, y, reduction="none"))
+    torch.testing.assert_close(found, weights * kdfast.grad_norms(model, x, y))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
