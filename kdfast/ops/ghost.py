@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import DataError, ShapeError, UsageError
-from kdfast.ops.ghost_batch import batch_size, foreign_rows
-from kdfast.ops.ghost_capture import Call, backward, captured, stray
-from kdfast.ops.ghost_fallback import FALLBACKS, Squares
-from kdfast.ops.ghost_graph import walk
+from kdfast.ops.ghost_batch import Batch, foreign_rows, shared_rows
+from kdfast.ops.ghost_capture import Call, backward, captured, in_graph, stray
+from kdfast.ops.ghost_fallback import FALLBACKS, RandomState, Squares
 from kdfast.ops.ghost_layers import kind_of, own_parameters, refuse_batch_statistics
 from kdfast.ops.ghost_loss import Loss, Objective, check_inputs, run
 from kdfast.ops.ghost_parts import Part
@@ -141,15 +140,22 @@ def _squares(
     if unknown and not fallback:
         raise UsageError(_no_formula(unknown))
     known = {name: layer for name, layer in layers.items() if name not in unknown}
-    with captured(known, batch_size(inputs)) as all_calls:
+    random = RandomState(next(iter(parameters.values())).device)
+    with captured(known) as calls:
         outputs = run(model, inputs)
         n = len(objective.checked(outputs))
     objective, lengths = objective.linear(outputs)
     total = objective(outputs).sum()
-    order = walk(total)
-    nodes = set(order)
-    calls = [call for call in all_calls if call.edge.node in nodes]
-    foreign = foreign_rows(model, inputs, objective, known, calls, n)
+    calls, order = in_graph(calls, total)
+    batch = Batch(model, inputs, objective, known, n)
+    repeat = shared_rows(batch, calls)
+    if repeat:
+        random.restore()
+        with captured(known, repeat, n) as calls:
+            outputs = run(model, inputs)
+        total = objective(outputs).sum()
+        calls, order = in_graph(calls, total)
+    foreign = foreign_rows(batch, calls, repeat)
     slow = {id(p) for layer in unknown.values() for p in own_parameters(layer).values()}
     slow |= _not_covered(
         [name for name in stray(order, calls, parameters) if id(parameters[name]) not in slow],
@@ -164,7 +170,7 @@ def _squares(
     double = any(p.dtype == torch.float64 for p in parameters.values())
     dtype = torch.float64 if double else torch.float32
     found = {name: sums.squares.get(id(p), p.new_zeros(n, dtype=dtype)) for name, p in parameters.items()}
-    del total, outputs, order, nodes, all_calls, calls, kept
+    del total, outputs, order, calls, kept
     if slow and fallback:
         chosen = {name: p for name, p in parameters.items() if id(p) in slow}
         found.update(fallback(model, inputs, objective, chosen, n))

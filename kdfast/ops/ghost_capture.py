@@ -7,7 +7,7 @@ parameters' ``grad`` is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
-from kdfast.ops.ghost_graph import Node, lowest, parameter_uses
+from kdfast.ops.ghost_graph import Node, lowest, parameter_uses, walk
 
-__all__ = ["Call", "backward", "captured", "stray"]
+__all__ = ["Call", "backward", "captured", "in_graph", "is_shared_row", "stray"]
 
 Receive = Callable[["Call", Tensor], None]
 
@@ -66,15 +66,14 @@ class Call:
 
 
 @contextmanager
-def captured(layers: Mapping[str, nn.Module], n: int) -> Iterator[list[Call]]:
+def captured(layers: Mapping[str, nn.Module], repeat: Collection[str] = (), n: int = 1) -> Iterator[list[Call]]:
     """Record the calls of some layers while the context lasts.
-
-    A row that a layer makes for all samples, such as embedded positions (1, T, D), is repeated for each of them: what
-    a sample adds to its gradient can then be told apart.
 
     Args:
         layers: The layers by name.
-        n: Samples in the batch.
+        repeat: Names of layers that make one row for all samples, such as embedded positions (1, T, D). It is repeated
+            for each sample, so that what a sample adds to its gradient can be told apart.
+        n: Samples in the batch, for those.
 
     Raises (from the model's forward pass):
         UsageError: A layer is called without a tensor, or where gradients are off.
@@ -83,7 +82,7 @@ def captured(layers: Mapping[str, nn.Module], n: int) -> Iterator[list[Call]]:
     handles = []
     try:
         for name, layer in layers.items():
-            hook = _recorder(name, calls, n)
+            hook = _recorder(name, calls, n if name in repeat else 1)
             handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield calls
     finally:
@@ -91,7 +90,7 @@ def captured(layers: Mapping[str, nn.Module], n: int) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def _recorder(name: str, calls: list[Call], n: int) -> Callable[..., Tensor]:
+def _recorder(name: str, calls: list[Call], times: int) -> Callable[..., Tensor]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor:
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
@@ -101,9 +100,9 @@ def _recorder(name: str, calls: list[Call], n: int) -> Callable[..., Tensor]:
                 f"layer {name!r} ran without gradients (torch.no_grad, or reentrant checkpointing) though it is "
                 "trainable: freeze it with requires_grad_(False), or let gradients through"
             )
-        repeated = n > 1 and out.dim() > 1 and x.dim() > 0 and len(out) == len(x) == 1
+        repeated = times > 1 and is_shared_row(x.shape, out.shape)
         if repeated:
-            out = out.expand(n, *out.shape[1:]).clone()
+            out = out.expand(times, *out.shape[1:]).clone()
         if out._is_view():
             # Changed in place later, a view would get a new history that this hook does not stand in.
             out = torch.ops.aten._unsafe_view(out, out.shape)
@@ -115,6 +114,18 @@ def _recorder(name: str, calls: list[Call], n: int) -> Callable[..., Tensor]:
         return kept
 
     return hook
+
+
+def is_shared_row(x: torch.Size, out: torch.Size) -> bool:
+    """Whether a call's shapes are those of one row: of a sample, or for all of them."""
+    return len(x) > 0 and len(out) > 1 and x[0] == out[0] == 1
+
+
+def in_graph(calls: Sequence[Call], loss: Tensor) -> tuple[list[Call], list[Node]]:
+    """The calls that the loss depends on, and its graph, from ``walk``."""
+    order = walk(loss)
+    nodes = set(order)
+    return [call for call in calls if call.edge.node in nodes], order
 
 
 def stray(order: Sequence[Node], calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> list[str]:

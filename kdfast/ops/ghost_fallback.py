@@ -14,7 +14,7 @@ from kdfast.errors import UsageError
 from kdfast.ops.ghost_loss import Objective, joined, run, split
 from kdfast.ops.ghost_norms import chunks
 
-__all__ = ["FALLBACKS", "loop_squares", "vmap_squares"]
+__all__ = ["FALLBACKS", "RandomState", "loop_squares", "vmap_squares"]
 
 Squares = Callable[[nn.Module, Any, Objective, Mapping[str, nn.Parameter], int], dict[str, Tensor]]
 
@@ -83,11 +83,16 @@ def loop_squares(
     names, batched = split(inputs, n)
     objective.require_rows("fallback='loop'")
     found = _room(parameters, n)
-    before = _random_state(chosen[0].device)
+    random = RandomState(chosen[0].device)
     for i in range(n):
         one = slice(i, i + 1)
-        loss = objective.rows(one)(run(model, joined(inputs, names, [x[one] for x in batched]))).sum()
-        if not torch.equal(before, _random_state(chosen[0].device)):
+        try:
+            loss = objective.rows(one)(run(model, joined(inputs, names, [x[one] for x in batched]))).sum()
+        except RuntimeError as error:
+            raise UsageError(
+                f"fallback='loop': the model cannot run on one sample ({error}); inputs as long as the batch are split"
+            ) from error
+        if random.changed():
             raise UsageError("fallback='loop': the model draws random numbers (dropout?): call model.eval() first")
         grads = torch.autograd.grad(loss, chosen, allow_unused=True)
         for name, value in zip(parameters, grads, strict=True):
@@ -103,5 +108,23 @@ def _room(parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
     return {name: p.new_empty(n, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+class RandomState:
+    """The state of a device's random numbers at the time when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._state = self._now()
+
+    def changed(self) -> bool:
+        """Whether numbers were drawn since."""
+        return not torch.equal(self._state, self._now())
+
+    def restore(self) -> None:
+        """Go back to it."""
+        if self._cuda is None:
+            torch.set_rng_state(self._state)
+        else:
+            torch.cuda.set_rng_state(self._state, self._cuda)
+
+    def _now(self) -> Tensor:
+        return torch.get_rng_state() if self._cuda is None else torch.cuda.get_rng_state(self._cuda)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.head_rows import Target, residuals
 
-__all__ = ["Loss", "Objective", "check_inputs", "joined", "logits_of", "run", "split", "tensors_in"]
+__all__ = ["Loss", "Objective", "check_inputs", "joined", "logits_of", "run", "some_samples", "split", "tensors_in"]
 
 Loss = str | Callable[[Any, Any], Tensor]
 
@@ -213,6 +213,14 @@ def split(inputs: Any, n: int) -> tuple[list[Any], list[Tensor]]:
     items = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
     found = [(key, x) for key, x in items if isinstance(x, Tensor) and x.dim() and len(x) == n]
     return [key for key, _ in found], [x for _, x in found]
+
+
+def some_samples(inputs: Any, n: int, picked: list[int], first_only: bool = False) -> Any:
+    """The inputs of some of `n` samples; ``first_only`` takes no tensor but the first for a batch."""
+    keys, tensors = split(inputs, n)
+    if first_only:
+        keys, tensors = keys[:1], tensors[:1]
+    return joined(inputs, keys, [x[torch.tensor(picked, device=x.device)] for x in tensors])
 
 
 def joined(inputs: Any, names: list[Any], tensors: list[Tensor]) -> Any:

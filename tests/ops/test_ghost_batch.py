@@ -13,13 +13,14 @@ from kdfast.errors import DataError, ShapeError, UsageError
 CLASSES, LENGTH, WIDTH = 3, 6, 4
 
 
-def expected(model, x, y):
+def expected(model, x, y, module=None):
     """Each sample's gradient by autograd, the model run on it alone."""
+    parameters = list((module or model).parameters())
     out = []
     for i in range(len(y)):
         one = {k: v[i : i + 1] for k, v in x.items()} if isinstance(x, dict) else x[i : i + 1]
         outputs = model(**one).logits if isinstance(x, dict) else model(one)
-        grads = torch.autograd.grad(F.cross_entropy(outputs, y[i : i + 1]), list(model.parameters()), allow_unused=True)
+        grads = torch.autograd.grad(F.cross_entropy(outputs, y[i : i + 1]), parameters, allow_unused=True)
         out.append(sum(g.double().square().sum() for g in grads if g is not None).sqrt())
     return torch.stack(out)
 
@@ -92,6 +93,81 @@ def test_a_shared_row_that_is_not_used_row_by_row_is_refused(n):
         kdfast.grad_norms(model, x, y)
     found = kdfast.grad_norms(model, x, y, fallback="loop")
     torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+
+
+SHARED = {
+    "added": lambda p, n: p,
+    "squeezed": lambda p, n: p.squeeze(0),
+    "indexed": lambda p, n: p[0],
+    "viewed": lambda p, n: p.view(LENGTH, WIDTH),
+    "summed": lambda p, n: p.sum(0),
+    "averaged": lambda p, n: p.mean(0),
+    "repeated": lambda p, n: p.repeat(n, 1, 1),
+    "joined": lambda p, n: torch.cat([p] * n),
+    "a product": lambda p, n: p[0] @ (p[0].T @ p[0]),
+    "einsum": lambda p, n: torch.einsum("otd->td", p),
+}
+
+
+class Shared(nn.Module):
+    """Positions (1, T, D) that come into the model in some way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.way = SHARED[way]
+
+    def forward(self, ids):
+        places = self.way(self.places(torch.arange(LENGTH)[None]), len(ids))
+        return self.head((self.tokens(ids) + places).tanh().mean(1))
+
+
+@pytest.mark.parametrize("fallback", ["error", "vmap", "loop"])
+@pytest.mark.parametrize("way", SHARED)
+def test_a_shared_row_is_scored_or_refused_but_never_changes_the_model(way, fallback):
+    model = Shared(way).double()
+    ids, y = torch.randint(0, 10, (5, LENGTH)), torch.randint(0, CLASSES, (5,))
+    if fallback == "error" and way not in ("added", "squeezed"):
+        with pytest.raises(ShapeError, match="layer 'places' returned 1 rows for a batch of 5"):
+            kdfast.grad_norms(model, ids, y)
+        return
+    found = kdfast.grad_norms(model, ids, y, fallback=fallback)
+    torch.testing.assert_close(found, expected(model, ids, y), rtol=1e-12, atol=0)
+
+
+def test_a_shared_row_under_dropout_is_scored_by_one_draw():
+    class Dropping(Positions):
+        def forward(self, ids):
+            hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None])
+            return self.head(F.dropout(hidden, 0.5, self.training).mean(1))
+
+    model = Dropping(leading=True).double().train()
+    ids, y = torch.randint(0, 10, (5, LENGTH)), torch.randint(0, CLASSES, (5,))
+    torch.manual_seed(0)
+    found = kdfast.grad_norms(model, ids, y)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    losses = F.cross_entropy(model(ids), y, reduction="none")
+    assert torch.rand(1) == after
+    grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    exact = torch.stack([sum(g.square().sum() for g in each).sqrt() for each in grads])
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+
+
+def test_an_input_that_is_no_batch_may_be_as_long_as_one():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x, mask):
+            return self.head((mask @ self.mix(x)).tanh().mean(1))
+
+    model, mask = Masked().double(), torch.rand(LENGTH, LENGTH, dtype=torch.float64).tril()
+    x, y = torch.randn(LENGTH, LENGTH, WIDTH, dtype=torch.float64), torch.randint(0, CLASSES, (LENGTH,))
+    found = kdfast.grad_norms(model, (x, mask), y)
+    torch.testing.assert_close(found, expected(lambda one: model(one, mask), x, y, model), rtol=1e-12, atol=0)
 
 
 def test_telling_rows_apart_leaves_no_trace():
