@@ -57,7 +57,7 @@ def vmap_squares(
         except RuntimeError as error:
             raise UsageError(
                 f"fallback='vmap' for {', '.join(chosen)}: the model cannot run under torch.func.vmap ({error}); "
-                "fallback='loop' does without, one sample after the other"
+                "fallback='loop' does without, one sample after the other; dropout needs model.eval() in both"
             ) from error
         for name, value in grads.items():
             found[name][chunk] = value.flatten(1).to(found[name].dtype).square().sum(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class TopKTeacher(NamedTuple):
 
 
 def number(name: str, value: object) -> float:
-    """A Python number, also from a scalar tensor on the CPU.
+    """A Python number, also from one of NumPy or a scalar tensor on the CPU.
 
     Raises:
         TypeError: If it is neither, or would get a gradient.
@@ -47,6 +48,8 @@ def number(name: str, value: object) -> float:
                 "give a number, or a scalar CPU tensor without a gradient"
             )
         return float(value.item())
+    if isinstance(value, (np.floating, np.integer)):
+        return float(value)
     raise TypeError(f"{name} is {value!r}: give a number")
 
 

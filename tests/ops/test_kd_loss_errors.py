@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,6 +144,16 @@ def test_ranges_do_not_matter_for_ignored_rows(kd_loss_backend):
     arguments = good()
     arguments["labels"][1], arguments["rows"][1] = -100, 10**9
     assert kdfast.kd_loss(**arguments, backend=kd_loss_backend, validate=True).isfinite()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpys_scalars_are_numbers(kd_loss_backend, kind):
+    arguments = good()
+    loss = kdfast.kd_loss(**arguments, temperature=kind(2), backend=kd_loss_backend)
+    torch.testing.assert_close(loss, kdfast.kd_loss(**arguments, temperature=2.0, backend=kd_loss_backend))
+    assert torch.equal(
+        topk_teacher(arguments["teacher"], 2, kind(2)).tail, topk_teacher(arguments["teacher"], 2, 2.0).tail
+    )
 
 
 def test_a_scalar_tensor_is_a_number(kd_loss_backend):
