@@ -80,6 +80,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     shard_loss(net, batch, slice(rank * size, (rank + 1) * size)).backward()
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], f"{folder}/gradients.pt")
+    dist.barrier()  # neither closes its connections while the other still uses them
     dist.destroy_process_group()
 
 
