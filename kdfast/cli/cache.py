@@ -90,8 +90,8 @@ def build(
         raise UsageError("--temperature is for --top-k: a cache of all classes serves every temperature")
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     place = resolve_device(device)
-    check_build(source, model, out, n_views, dtype, precision, kept_classes)
     if dry_run:
+        check_build(source, model, out, n_views, dtype, precision, kept_classes)
         row_bytes = Rows(model.classes, np.dtype(dtype), kept_classes).row_bytes
         print(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "

@@ -50,8 +50,8 @@ def convert(
     from kdfast.data.sources import open_source
 
     source = open_source(src, size=size)
-    check_place(out, source)
     if dry_run:
+        check_place(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
         total = (len(source.train) + len(source.test)) * pixels
         print(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")

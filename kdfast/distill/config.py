@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.schedule import LR_SCHEDULES
-from kdfast.errors import ShapeError, UsageError
+from kdfast.errors import UsageError
 from kdfast.ops.kd_loss_checks import check_temperature
 
 
@@ -69,10 +69,7 @@ class RunConfig:
             raise UsageError(f"--momentum is {self.momentum}; needed: a number in [0, 1)")
         if self.warmup_epochs > self.epochs:
             raise UsageError(f"--warmup-epochs is {self.warmup_epochs} of {self.epochs} epochs; lower it")
-        try:
-            check_temperature(self.temperature)
-        except ShapeError as error:
-            raise UsageError(f"--{error}") from error
+        check_temperature(self.temperature, name="--temperature", error=UsageError)
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha is {self.alpha}; needed: a number in [0, 1], or auto")
         _one_of("--schedule", self.schedule, tuple(LR_SCHEDULES))

@@ -58,16 +58,20 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> Parts:
+def _sequences(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients of a linear layer as (N, T, features), whatever dimensions lie between."""
     n = x.shape[0]
-    a, b = x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
+    return x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
+
+
+def _linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> Parts:
+    a, b = _sequences(x, grad)
     return {"weight": lambda: Rows(a, b), "bias": lambda: Small(b.sum(1))}
 
 
 def _transposed_linear(layer: nn.Module, x: Tensor, grad: Tensor) -> Parts:
     """A linear layer that holds its weight as (inputs, outputs)."""
-    n = x.shape[0]
-    a, b = x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
+    a, b = _sequences(x, grad)
     return {"weight": lambda: Rows(b, a), "bias": lambda: Small(b.sum(1))}
 
 

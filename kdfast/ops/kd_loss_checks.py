@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.errors import ShapeError
+from kdfast.errors import KdfastError, ShapeError
 from kdfast.ops.kd_loss_launch import Operands, Options
 
 __all__ = ["TopKTeacher", "check_call", "check_teacher_logits", "check_temperature", "check_values", "number"]
@@ -100,14 +100,19 @@ def check_call(
     return Operands(logits, labels, values, rows, classes, tail, weights)
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, *, name: str = "temperature", error: type[KdfastError] = ShapeError) -> None:
     """Check that neither 1 / T nor T^2 leaves float32.
 
+    Args:
+        temperature: T.
+        name: What it is called in the message.
+        error: The kind of error to raise, for callers whose number is an option of a command.
+
     Raises:
-        ShapeError: If one does.
+        KdfastError: Of kind `error`: one does.
     """
     if not _LEAST_T <= temperature <= 1 / _LEAST_T:
-        raise ShapeError(f"temperature is {temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
+        raise error(f"{name} is {temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
 
 
 def check_teacher_logits(name: str, x: Tensor) -> None:

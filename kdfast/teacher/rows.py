@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.errors import ShapeError, UsageError
+from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.kd_loss_checks import check_temperature
 
@@ -40,10 +40,7 @@ class TopK:
         """
         if not 1 <= self.k < classes:
             raise UsageError(f"top-k is {self.k}: give 1 to {classes - 1}, or leave it out to keep all {classes}")
-        try:
-            check_temperature(self.temperature)
-        except ShapeError as error:
-            raise UsageError(f"--{error}") from error
+        check_temperature(self.temperature, name="--temperature", error=UsageError)
 
 
 @dataclass(frozen=True)
