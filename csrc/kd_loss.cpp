@@ -39,10 +39,10 @@ void check_shapes(const KdLoss& a) {
 
 // What is wrong with an index of a row that check_rows has found to be out of range.
 [[noreturn]] void name_index(const KdLoss& a, int64_t i) {
-  const int64_t label = a.labels ? a.labels[i * a.labels_stride] : 0, row = a.use_kl ? teacher_row(a, i) : 0;
+  const int64_t label = a.labels ? a.labels[i * a.labels_stride] : 0, row = teacher_row(a, i);
   if (label < 0 || label >= a.logits.cols)
     out_of_range("labels[" + std::to_string(i) + "]", label, "the number of classes in logits is", a.logits.cols);
-  if (a.use_kl && (row < 0 || row >= a.teacher.rows))
+  if (row < 0 || row >= a.teacher.rows)
     out_of_range("rows[" + std::to_string(i) + "]", row, "the number of teacher rows is", a.teacher.rows);
   int64_t j = 0;
   while (a.classes[row * a.teacher.cols + j] >= 0 && a.classes[row * a.teacher.cols + j] < a.logits.cols) ++j;
@@ -58,7 +58,7 @@ bool has_bad_class(const KdLoss& a, int64_t row) {
 // Sum of the weights of the counted rows. Refuses labels, teacher rows and class ids that are out of range: they are
 // indices, and an unchecked one would read outside the tensors.
 double check_rows(const KdLoss& a) {
-  const int64_t *labels = a.labels, *rows = a.use_kl ? a.rows : nullptr;
+  const int64_t *labels = a.labels, *rows = a.rows;
   // As unsigned numbers, negative indices are too large as well.
   const uint64_t classes = static_cast<uint64_t>(a.logits.cols),
                  teacher_rows = rows ? static_cast<uint64_t>(a.teacher.rows) : 1;

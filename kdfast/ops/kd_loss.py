@@ -65,11 +65,12 @@ def kd_loss(
     Args:
         logits: (N, C) student logits, any strides.
         labels: (N,) int64 classes; None is allowed when ``alpha`` is 1.
-        teacher: (M, C) raw teacher logits, any floating dtype the student may have, on the device of ``logits``; or a
-            ``TopKTeacher``, which holds k classes a row.
+        teacher: (M, C) raw teacher logits, any floating dtype the student may have (float64 ones are converted whole at
+            each call), on the device of ``logits``; or a ``TopKTeacher``, which holds k classes a row.
         rows: (N,) int64, the teacher's row for each sample, in any order and with repetitions; None: row i for sample
             i, which needs M = N.
-        alpha: Weight of the divergence, in [0, 1]; the cross-entropy has 1 - alpha. At 0 the teacher is not read.
+        alpha: Weight of the divergence, in [0, 1]; the cross-entropy has 1 - alpha. At 0 the teacher is not read, but
+            rows are checked.
         temperature: T > 0, for the divergence only.
         t_squared: Whether the divergence is multiplied by T^2, which keeps its gradient's size independent of T.
         ignore_index: Rows with this label have loss and gradient zero, and do not count in the mean.

@@ -143,7 +143,7 @@ def check_values(operands: Operands, options: Options, thorough: bool) -> None:
         _check_range("labels", operands.labels, counted, c, f"or ignore_index ({options.ignore_index})")
     if operands.rows is not None:
         _check_range("rows", operands.rows, counted, operands.teacher.shape[0], "the teacher's rows")
-    if operands.classes is not None:
+    if operands.classes is not None and (options.alpha > 0 or thorough):
         ids = operands.classes
         _check_range("teacher.classes", ids, torch.ones_like(ids, dtype=torch.bool), c, "the classes of logits")
         if thorough:

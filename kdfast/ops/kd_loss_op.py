@@ -6,7 +6,8 @@ multiplies it by the incoming factor, or hands it on as it is when that factor i
 - ``tie_to_logits`` for plain tensors in eager mode: it goes around the dispatcher, whose cost exceeds the kernel's at
   small sizes, and may scale the gradient in place;
 - ``FunctionalKDLoss`` under the transforms of ``torch.func``, which custom ops with a gradient do not support;
-- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes.
+- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes. What is compiled scales by
+  PyTorch's own multiplication: the compiler fuses it with its neighbours and lets it write over the stored gradient.
 
 The loss can be differentiated once. The scaling in the backward pass is therefore a function of the loss as well, so
 that a second derivative meets it and raises; otherwise it would be zero without a word.
@@ -99,7 +100,14 @@ def _backward(scale: Callable[..., Tensor], ctx: Any, grad_loss: Tensor) -> tupl
     if not ctx.need_grad:
         raise UsageError("kdfast::kd_loss ran with need_grad=False and kept no gradient: call kdfast.kd_loss instead")
     grad, loss = ctx.saved_tensors
+    if torch.compiler.is_compiling():  # nothing can be differentiated twice there
+        return (_times(grad, grad_loss * ctx.scale), *([None] * 14))
     return (scale(grad, grad_loss, loss, ctx.scale, ctx.backend), *([None] * 14))
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """What ``scale_rows`` computes, in PyTorch."""
+    return (grad * factor.expand(grad.shape[:1]).unsqueeze(1)).to(grad.dtype)
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
@@ -229,7 +237,7 @@ class EagerKDLoss(torch.autograd.Function):
             ctx.kept = None
         grad, backend, hold = kept
         if _is_batch(grad_loss):  # is_grads_batched=True: several factors at once
-            return (grad * (grad_loss / hold).expand(grad.shape[:1]).unsqueeze(1)).to(grad.dtype), None
+            return _times(grad, grad_loss / hold), None
         if last and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == hold:
             return grad, None  # as scale_rows would, without the calls on the way to it
         return scale_rows(backend, grad, grad_loss, 1 / hold, last), None
