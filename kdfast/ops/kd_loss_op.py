@@ -6,8 +6,8 @@ multiplies it by the incoming factor, or hands it on as it is when that factor i
 - ``tie_to_logits`` for plain tensors in eager mode: it goes around the dispatcher, whose cost exceeds the kernel's at
   small sizes, and may scale the gradient in place;
 - ``FunctionalKDLoss`` under the transforms of ``torch.func``, which custom ops with a gradient do not support;
-- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes. What is compiled scales by
-  PyTorch's own multiplication: the compiler fuses it with its neighbours and lets it write over the stored gradient.
+- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes. What is compiled scales
+  by PyTorch's own multiplication: the compiler fuses it with its neighbours and lets it write over the stored gradient.
 
 The loss can be differentiated once. The scaling in the backward pass is therefore a function of the loss as well, so
 that a second derivative meets it and raises; otherwise it would be zero without a word.
