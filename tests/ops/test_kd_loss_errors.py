@@ -43,9 +43,7 @@ BAD = {
     "rows float": ({"rows": torch.zeros(4)}, TypeError, "rows is torch.float32"),
     "rows int32": ({"rows": torch.zeros(4, dtype=torch.int32)}, TypeError, "int64 is needed"),
     "row high": ({"rows": torch.tensor([0, 1, 2, 9])}, IndexError, r"rows\[3\] is 9"),
-    "row high, teacher not read": (
-        {"rows": torch.tensor([0, 1, 2, 9]), "alpha": 0.0}, IndexError, r"rows\[3\] is 9"
-    ),
+    "row high, teacher not read": ({"rows": torch.tensor([0, 1, 2, 9]), "alpha": 0.0}, IndexError, r"rows\[3\] is 9"),
     "row negative": ({"rows": torch.tensor([0, -1, 2, 3])}, IndexError, r"rows\[1\] is -1"),
     "rows missing": ({"rows": None}, ShapeError, "teacher has 9 rows and logits have 4: give rows"),
     "teacher classes": ({"teacher": torch.randn(9, 5)}, ShapeError, "5 classes and logits have 6"),
