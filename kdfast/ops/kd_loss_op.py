@@ -228,6 +228,8 @@ class EagerKDLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         """Scale the kept gradient: in its own memory when this is the only backward pass through the graph."""
         kept = ctx.kept
+        if kept is not None and torch.compiler.is_compiling():  # by compiled autograd
+            return _times(kept[0], grad_loss / kept[2]), None
         if kept is None or _is_grad_enabled():  # the latter is create_graph=True
             (loss,) = ctx.saved_tensors  # raises in a second pass through a graph that was not retained
             grad, backend, hold = kept

@@ -287,6 +287,17 @@ def test_what_is_compiled_scales_the_stored_gradient_in_place(dtype, reduction):
     assert 1 <= max(itertools.accumulate(sizes)) / z.nbytes < 1.02, "more than one gradient at a time"
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_autograd_takes_an_eager_loss_without_a_break(args, factor):
+    torch._dynamo.reset()
+    expected = reference_grad(args, factor)
+    z = args[0].requires_grad_()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        (kdfast.kd_loss(z, *args[1:]) * factor).backward()
+    torch.testing.assert_close(z.grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_compile_of_the_other_paths(args):
     torch._dynamo.reset()
     sparse = topk_teacher(args[2], 3, 4.0)
