@@ -93,6 +93,8 @@ def main(processes: int = 2) -> Result:
     Returns:
         The largest gradient and the largest difference.
     """
+    if processes < 1 or len(make_batch().x) % processes:
+        raise typer.BadParameter(f"{processes} processes do not share {len(make_batch().x)} rows evenly")
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, args=(processes, folder), nprocs=processes)
         shared = torch.load(Path(folder) / "gradients.pt")

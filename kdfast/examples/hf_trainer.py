@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 class Result(NamedTuple):
-    """The loss per token over the corpus, before and after training."""
+    """The loss per token, a mean over batches of the corpus, before and after training."""
 
     before: float
     after: float

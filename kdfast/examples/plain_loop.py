@@ -53,9 +53,11 @@ def main(
     Returns:
         Losses and accuracy.
     """
+    if amp not in AMP or not 0 < keep <= 1:
+        raise typer.BadParameter(f"--amp must be one of {', '.join(AMP)}, and --keep lie in (0, 1]")
     data = digits()
     teacher_logits = cached_logits(data).to(device)
-    kept = torch.arange(0, len(data.x), round(1 / keep))  # `kdfast prune` writes such indices to idx.npy
+    kept = (torch.arange(max(1, round(keep * len(data.x)))) / keep).long()  # `kdfast prune` writes such to idx.npy
     loader = DataLoader(Subset(data.indexed, kept.tolist()), batch_size=32, shuffle=True)
 
     student = mlp(32).to(device)

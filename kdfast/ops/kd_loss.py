@@ -28,10 +28,11 @@ from kdfast.ops.kd_loss_checks import (
     check_temperature,
     check_values,
     number,
+    whole,
 )
 from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, kernels, launch, plain_eager
 from kdfast.ops.kd_loss_op import FunctionalKDLoss, kd_loss_op, tie_to_logits
-from kdfast.ops.kd_loss_reference import reference_loss, reference_terms
+from kdfast.ops.kd_loss_reference import inverse_of, reference_loss, reference_terms
 
 __all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
 
@@ -79,7 +80,9 @@ def kd_loss(
         backend: "auto", or an implementation named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
         validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device.
-            On a CPU they are always checked. Without the check a GPU kernel clamps them and returns NaN for such rows.
+            On a CPU they are always checked, class ids in the rows that are picked. Without the check they are clamped,
+            and such rows get NaN: on a GPU, and from the reference implementation when it is compiled or under a
+            transform. Has no place in compiled code or under ``torch.func.vmap``.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
@@ -101,6 +104,7 @@ def kd_loss(
             loss: Tensor = plain[0] if plain[1] is None else tie_to_logits(logits, plain)
             return loss
     alpha, temperature = number("alpha", alpha), number("temperature", temperature)
+    ignore_index = whole("ignore_index", ignore_index)
     options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
     operands = check_call(logits, labels, teacher, rows, weights, options, direction)
     name = _backend_of(logits.device.type, logits.dtype, backend)
@@ -140,12 +144,14 @@ def kd_loss_terms(
     Raises:
         ShapeError, TypeError, IndexError, BackendUnavailable: As ``kd_loss``.
     """
-    temperature = number("temperature", temperature)
+    temperature, ignore_index = number("temperature", temperature), whole("ignore_index", ignore_index)
+    if labels is None:
+        raise ShapeError("labels are None: kd_loss_terms gives each row's cross-entropy with them")
     options = Options(0.5, temperature, True, ignore_index, "none", direction == "reverse")
     operands = check_call(logits, labels, teacher, rows, None, options, direction)
     operands = operands._replace(logits=logits.detach())
     name = _backend_of(logits.device.type, logits.dtype, backend)
-    if name == "native" and plain_eager(operands):
+    if name == "native" and not torch.compiler.is_compiling() and plain_eager(operands):
         from kdfast.ops import native
 
         each = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
@@ -269,7 +275,8 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
         need_grad = torch.is_grad_enabled()
         result = FunctionalKDLoss.apply(*operands, *options, backend, need_grad)  # type: ignore[no-untyped-call]
     else:
-        need_grad = torch.is_grad_enabled() and logits.requires_grad
+        # Nor does one inside of torch.func.vmap that is compiled.
+        need_grad = torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active())
         result = kd_loss_op(*operands, *options, backend, need_grad)
     tied: Tensor = result[0]
     return tied
@@ -278,12 +285,12 @@ def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
 def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:
     """The loss when the weights are to get a gradient too: rows from the kernel, the rest in PyTorch."""
     assert operands.weights is not None
-    weights = operands.weights.to(torch.promote_types(operands.weights.dtype, torch.float32))
+    weights, labels = operands.weights.to(torch.promote_types(operands.weights.dtype, torch.float32)), operands.labels
+    if labels is not None:
+        weights = torch.where(labels != options.ignore_index, weights, 0)
     loss = _dispatch(operands._replace(weights=None), options._replace(reduction="none"), backend) * weights
     if options.reduction == "none":
         return loss
     if options.reduction == "sum":
         return loss.sum()
-    labels = operands.labels
-    mass = weights.sum() if labels is None else (weights * (labels != options.ignore_index)).sum()
-    return loss.sum() / torch.where(mass == 0, 1, mass)
+    return loss.sum() * inverse_of(weights.sum())

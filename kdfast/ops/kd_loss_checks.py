@@ -11,9 +11,9 @@ from torch import Tensor
 from kdfast.errors import KdfastError, ShapeError
 from kdfast.ops.kd_loss_launch import Operands, Options
 
-__all__ = ["TopKTeacher", "check_call", "check_teacher_logits", "check_temperature", "check_values", "number"]
+__all__ = ["TopKTeacher", "check_call", "check_teacher_logits", "check_temperature", "check_values", "number", "whole"]
 
-_LEAST_T = 1e-15
+_LEAST_T, _MOST_T = 1e-15, 1e15
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,6 +41,8 @@ def number(name: str, value: object) -> float:
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} is a tensor of {value.dtype}: give a number")
         if value.numel() != 1 or value.device.type != "cpu" or value.requires_grad:
             grad = " that requires a gradient" if value.requires_grad else ""
             raise TypeError(
@@ -51,6 +53,19 @@ def number(name: str, value: object) -> float:
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
     raise TypeError(f"{name} is {value!r}: give a number")
+
+
+def whole(name: str, value: object) -> int:
+    """A whole Python number, also from one of NumPy.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, np.integer):
+        return int(value)
+    raise TypeError(f"{name} is {value!r}: a whole number is needed")
 
 
 def check_call(
@@ -74,7 +89,7 @@ def check_call(
     device = logits.device
     if logits.dtype not in _FLOATS:
         raise TypeError(f"logits are {logits.dtype}: float32, bfloat16, float16 or float64 is needed")
-    if n > 0 and c == 0:
+    if c == 0 and n > 0:
         raise ShapeError(f"logits have shape {(n, c)}: at least one class is needed")
     if labels is not None:
         _check_index("labels", labels, n, device)
@@ -111,8 +126,8 @@ def check_temperature(temperature: float, *, name: str = "temperature", error: t
     Raises:
         KdfastError: Of kind `error`: one does.
     """
-    if not _LEAST_T <= temperature <= 1 / _LEAST_T:
-        raise error(f"{name} is {temperature}: a positive number is needed, from {_LEAST_T} to 1e15")
+    if not _LEAST_T <= temperature <= _MOST_T:
+        raise error(f"{name} is {temperature}: a positive number is needed, from {_LEAST_T} to {_MOST_T}")
 
 
 def check_teacher_logits(name: str, x: Tensor) -> None:
@@ -145,7 +160,12 @@ def check_values(operands: Operands, options: Options, thorough: bool) -> None:
         _check_range("rows", operands.rows, counted, operands.teacher.shape[0], "the teacher's rows")
     if operands.classes is not None and (options.alpha > 0 or thorough):
         ids = operands.classes
-        _check_range("teacher.classes", ids, torch.ones_like(ids, dtype=torch.bool), c, "the classes of logits")
+        picked = counted if operands.rows is None else counted.new_zeros(ids.shape[0])
+        if thorough:
+            picked = torch.ones_like(picked)
+        elif operands.rows is not None:
+            picked[operands.rows[counted]] = True
+        _check_range("teacher.classes", ids, picked.unsqueeze(1), c, "the classes of logits")
         if thorough:
             ordered = ids.sort(1).values
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
@@ -158,8 +178,6 @@ def _check_options(options: Options, direction: str) -> None:
     check_temperature(options.temperature)
     if not isinstance(options.t_squared, bool):
         raise TypeError(f"t_squared is {options.t_squared!r}: True or False is needed")
-    if not isinstance(options.ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index is {options.ignore_index!r}: a whole number is needed")
     if isinstance(options.ignore_index, int) and not -(2**63) <= options.ignore_index < 2**63:
         raise ShapeError(f"ignore_index is {options.ignore_index}: no int64 label can be that")
     if options.reduction not in ("mean", "sum", "none"):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss_launch import Operands, Options, hold_of, launch, scale_rows
+from kdfast.ops.kd_loss_reference import inverse_of
 
 __all__ = ["FunctionalKDLoss", "kd_loss_op", "scale_op", "tie_to_logits"]
 
@@ -149,8 +150,7 @@ def _vmap(call: Callable[..., Result], info: Any, in_dims: tuple[int | None, ...
     loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
     if options.reduction == "mean":
         mass = loss.new_ones(size, n) if weights is None else weights.to(loss.dtype)
-        mass = (mass if labels is None else mass * (labels != options.ignore_index)).sum(1)
-        inverse = torch.where(mass == 0, 0, 1 / mass)
+        inverse = inverse_of((mass if labels is None else torch.where(labels != options.ignore_index, mass, 0)).sum(1))
         loss = loss.sum(1) * inverse
         if need_grad:
             held = [hold_of(grad.dtype, x, weights is not None) for x in (options, options._replace(reduction="none"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["reference_loss", "reference_terms"]
+__all__ = ["inverse_of", "reference_loss", "reference_terms"]
 
 
 def reference_terms(
@@ -25,7 +25,7 @@ def reference_terms(
     """Cross-entropy and divergence of each row, and which rows count: three tensors (N,).
 
     Computes in float64 for float64 logits, else in float32. Rows that do not count are zero. A term that is not used is
-    zero and not computed.
+    zero and not computed. A label, a row or a class id outside its range is clamped, and makes its row's term NaN.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     zeros = z.new_zeros(z.shape[0])
@@ -34,23 +34,39 @@ def reference_terms(
         z = torch.where(counted.unsqueeze(1), z, 0)  # an ignored row may hold anything, NaN included
     ce, kl = zeros, zeros
     if use_ce and labels is not None:
-        label = torch.where(counted, labels, 0)
-        ce = -torch.log_softmax(z, 1).gather(1, label.unsqueeze(1)).squeeze(1)
+        label, unknown = _within(torch.where(counted, labels, 0), z.shape[1])
+        ce = _spoilt(-torch.log_softmax(z, 1).gather(1, label.unsqueeze(1)).squeeze(1), unknown)
     if use_kl:
         if rows is not None:
-            index = torch.where(counted, rows, 0)
+            index, bad = _within(torch.where(counted, rows, 0), teacher.shape[0])
             teacher = teacher[index]
             classes = None if classes is None else classes[index]
             tail = None if tail is None else tail[index]
+        else:
+            bad = torch.zeros_like(counted)
         t = teacher.to(z.dtype) / temperature
         log_p = torch.log_softmax(z / temperature, 1)
         if classes is None:
             log_q = torch.log_softmax(t, 1)
         else:
             assert tail is not None
-            log_p, log_q = _outcomes(log_p, t, classes.long(), tail.to(z.dtype))
+            ids, wild = _within(classes.long(), z.shape[1])
+            bad = bad | wild.any(1)
+            log_p, log_q = _outcomes(log_p, t, ids, tail.to(z.dtype))
         kl = _divergence(log_p, log_q) if reverse else _divergence(log_q, log_p)
+        kl = _spoilt(kl, bad)
     return torch.where(counted, ce, zeros), torch.where(counted, kl, zeros), counted
+
+
+def _within(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The indices clamped to [0, size), and which of them were not in it."""
+    inside = index.clamp(0, max(size - 1, 0))
+    return inside, inside != index
+
+
+def _spoilt(x: Tensor, bad: Tensor) -> Tensor:
+    """NaN where something is bad: by a factor, so that the gradient is NaN as well."""
+    return x * torch.where(bad, torch.nan, 1.0).to(x.dtype)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -103,11 +119,15 @@ def reference_loss(
     )
     factor = alpha * temperature**2 if t_squared else alpha
     loss = (1 - alpha) * ce + factor * kl
-    weight = counted.to(loss.dtype) if weights is None else counted * weights.to(loss.dtype)
+    weight = counted.to(loss.dtype) if weights is None else torch.where(counted, weights.to(loss.dtype), 0)
     if reduction == "none":
         return loss * weight
     total = (loss * weight).sum()
     if reduction == "sum":
         return total
-    mass = weight.sum()
-    return total / torch.where(mass == 0, 1, mass)
+    return total * inverse_of(weight.sum())
+
+
+def inverse_of(mass: Tensor) -> Tensor:
+    """What a mean multiplies by: 1 / mass, and 0 where nothing counts; differentiable."""
+    return torch.where(mass == 0, 0, 1 / torch.where(mass == 0, 1, mass))

@@ -120,6 +120,26 @@ def test_alpha_one_needs_no_labels_and_alpha_zero_reads_no_teacher(kd_loss_backe
     torch.testing.assert_close(plain, F.cross_entropy(z, y))
 
 
+@pytest.mark.parametrize("way", ["kernel", "weights with a gradient", "vmap"])
+def test_weights_of_ignored_rows_and_weights_that_cancel(kd_loss_backend, way):
+    z, y, t, r = case(4, 9)
+    y[:] = torch.tensor([1, -100, 2, 3])
+
+    def loss(weights, **options):
+        if way == "vmap":
+            call = lambda x: kdfast.kd_loss(x, y, t, r, weights=weights, backend=kd_loss_backend, **options)  # noqa: E731
+            return torch.func.vmap(call)(z[None])[0]
+        weights = weights.clone().requires_grad_(way == "weights with a gradient")
+        return kdfast.kd_loss(z, y, t, r, weights=weights, backend=kd_loss_backend, **options).detach()
+
+    known = torch.tensor([0.5, 1.0, 2.0, 1.0])
+    for unknown in (float("nan"), float("inf")):
+        hidden = torch.where(y == -100, unknown, known)
+        for reduction in ("mean", "none"):
+            torch.testing.assert_close(loss(hidden, reduction=reduction), loss(known, reduction=reduction))
+    assert loss(torch.tensor([1.0, 5.0, -2.0, 1.0])) == 0
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("k", [1, 4, 33])
 def test_topk_teacher(kd_loss_backend, direction, k):

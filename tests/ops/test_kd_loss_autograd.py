@@ -308,6 +308,34 @@ def test_compile_of_the_other_paths(args):
             torch.testing.assert_close(compiled(args[0], args[1], teacher, args[3], **options), expected)
 
 
+def test_compile_of_vmap_and_of_the_terms(args):
+    torch._dynamo.reset()
+    several = torch.stack([args[0], -args[0]]).requires_grad_()
+
+    def total(x):
+        return torch.func.vmap(lambda v: kdfast.kd_loss(v, *args[1:]))(x).sum()
+
+    (grad,) = torch.autograd.grad(torch.compile(total, fullgraph=True, backend="aot_eager")(several), several)
+    torch.testing.assert_close(grad, torch.autograd.grad(total(several), several)[0])
+    terms = torch.compile(kdfast.kd_loss_terms, fullgraph=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(terms, kdfast.kd_loss_terms(*args))
+
+
+@pytest.mark.parametrize("what", ["labels", "rows", "classes"])
+def test_an_index_that_cannot_be_looked_at_makes_its_row_nan(args, what):
+    logits, labels, teacher, rows = args[0].double(), args[1].clone(), topk_teacher(args[2], 3, 4.0), args[3].clone()
+    labels[4], rows[4], rows[5] = 1, 7, 6
+    {"labels": labels, "rows": rows, "classes": teacher.classes}[what][{"classes": (7, 1)}.get(what, 4)] = -1
+    bad = torch.zeros(6, dtype=torch.bool)
+    bad[4] = True
+    if what == "classes":
+        bad = (rows == 7) & (labels != -100)
+    grad = torch.func.grad(lambda v: kdfast.kd_loss(v, labels, teacher, rows, reduction="sum"))(logits)
+    assert torch.equal(grad.isnan().any(1), bad)
+    with pytest.raises(IndexError, match=what):
+        kdfast.kd_loss(logits, labels, teacher, rows)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_vmap_and_per_sample_gradients(args, reduction):
     z = torch.stack([args[0], -args[0], args[0].flip(0)])

@@ -36,7 +36,7 @@ BAD = {
     "labels int32": ({"labels": torch.zeros(4, dtype=torch.int32)}, TypeError, r"labels is torch.int32.*\.long\(\)"),
     "labels short": ({"labels": torch.zeros(3, dtype=torch.int64)}, ShapeError, r"labels have|labels has shape \(3,\)"),
     "labels 2-D": ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, ShapeError, "labels has shape"),
-    "labels None": ({"labels": None}, ShapeError, "alpha=1"),
+    "labels None": ({"labels": None}, ShapeError, "labels are None"),
     "labels meta": ({"labels": torch.zeros(4, dtype=torch.int64, device="meta")}, TypeError, "labels is on meta"),
     "label high": ({"labels": torch.tensor([0, 6, 1, 1])}, IndexError, r"labels\[1\] is 6"),
     "label negative": ({"labels": torch.tensor([0, 1, -7, 1])}, IndexError, r"labels\[2\] is -7"),
@@ -87,6 +87,10 @@ BAD = {
     "temperature negative": ({"temperature": -1.0}, ShapeError, "temperature is -1.0"),
     "temperature tiny": ({"temperature": 1e-40}, ShapeError, "temperature is 1e-40: a positive number is needed"),
     "temperature meta": ({"temperature": torch.ones((), device="meta")}, TypeError, "temperature is a tensor.*on meta"),
+    "temperature complex": ({"temperature": torch.tensor(1j)}, TypeError, "temperature is a tensor of torch.complex64"),
+    "temperature huge": ({"temperature": 2e15}, ShapeError, "temperature is 2000000000000000.0: a positive"),
+    "alpha bool": ({"alpha": torch.tensor(True)}, TypeError, "alpha is a tensor of torch.bool"),
+    "ignore_index bool": ({"ignore_index": True}, TypeError, "ignore_index is True: a whole number"),
     "temperature None": ({"temperature": None}, TypeError, "temperature is None"),
     "ignore_index too large": ({"ignore_index": 2**63}, ShapeError, "no int64 label"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index is None: a whole number"),
@@ -114,6 +118,16 @@ BAD = {
         "repeat a class",
     ),
 }
+
+
+def test_what_looks_unusual_but_is_fine(kd_loss_backend):
+    common = {**good(), "backend": kd_loss_backend}
+    expected = kdfast.kd_loss(**common)
+    torch.testing.assert_close(kdfast.kd_loss(**common, ignore_index=np.int64(-100)), expected)
+    assert kdfast.kd_loss(**common, temperature=1e15, weights=torch.ones(4)).isfinite()
+    teacher = sparse()
+    teacher.classes[5] = 77  # a row that no sample picks
+    assert kdfast.kd_loss(**{**common, "teacher": teacher}).isfinite()
 
 
 @pytest.mark.parametrize("name", list(BAD))
