@@ -68,7 +68,7 @@ def shard_loss(net: nn.Module, batch: Batch, shard: slice) -> Tensor:
     total: Tensor = kdfast.kd_loss(
         net(batch.x[shard]), labels, batch.teacher, batch.rows[shard], ignore_index=IGNORE, reduction="sum"
     )
-    return total * dist.get_world_size() / counted
+    return total * dist.get_world_size() / counted.clamp_min(1)  # a batch in which nothing counts has loss 0
 
 
 def work(rank: int, processes: int, folder: str) -> None:

@@ -13,6 +13,7 @@ https://arxiv.org/abs/1503.02531.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ class KDLoss(nn.Module):
     """``kd_loss`` as a module; the arguments that stay the same are given once.
 
     Args:
-        alpha: As in ``kd_loss``; may be changed between calls (``loss.alpha = ...``).
+        alpha: As in ``kd_loss``; may be changed between calls (``loss.alpha = ...``), but ``torch.compile`` compiles
+            again for each new value, and refuses after some: keep a loss that has a schedule out of what is compiled.
         temperature: As in ``kd_loss``.
         **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction`` and ``validate``, as in
             ``kd_loss``.
@@ -231,8 +233,10 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     check_teacher_logits("teacher", teacher)
     temperature = number("temperature", temperature)
     check_temperature(temperature)
-    if not hasattr(k, "__index__"):
-        raise TypeError(f"k is {k!r}: a whole number is needed")
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k is {k!r}: a whole number is needed") from None
     if not 1 <= k <= teacher.shape[1]:
         raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)

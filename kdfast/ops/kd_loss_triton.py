@@ -128,7 +128,7 @@ def kd_loss(
             block = min(4096, max(16, triton.next_power_of_2(c)))
             shape = {"BLOCK": block, "K_BLOCK": triton.next_power_of_2(k), "num_warps": max(4, block // 512)}
             sizes = (n, c, teacher.shape[0], k)
-            operands = (logits, teacher, classes.contiguous(), tail.contiguous(), *pointers)
+            operands = (logits, teacher, classes.contiguous(), tail.resolve_neg().contiguous(), *pointers)
             topk_kernel[(n,)](*operands, *out, *sizes, *numbers, **flags, **shape)
     return (row_losses if reduction == "none" else row_losses.sum()), grad
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import typer
 
 from kdfast.examples import ddp
 
@@ -12,6 +13,20 @@ def test_processes_share_a_batch_as_one_would_take_it(processes):
     result = ddp.main(processes)
     assert result.largest > 0.05
     assert result.difference < 1e-6 * result.largest
+
+
+@pytest.mark.parametrize("processes", [0, 5])
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(processes):
+    with pytest.raises(typer.BadParameter, match="evenly"):
+        ddp.main(processes)
+
+
+def test_a_batch_in_which_nothing_counts_has_loss_zero(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda x: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    batch = ddp.make_batch()
+    batch.labels[:] = ddp.IGNORE
+    assert ddp.shard_loss(ddp.make_net(), batch, slice(None)).item() == 0
 
 
 def test_the_shards_count_unevenly_so_that_a_mean_of_means_would_differ():

@@ -123,6 +123,9 @@ def topk():
             check("topk", z, y, sparse, r, temperature=t, direction=direction, slack=2e-5)
             check("topk", z, None, sparse, r, temperature=t, direction=direction, alpha=1.0, slack=2e-5, least=t**2)
         check("topk", 60 * z, y, topk_teacher(teacher, 4, t), r, temperature=t, slack=2e-5)
+    z, y, t, r = case(5, 37)
+    teacher = topk_teacher(t, 5, 4.0)
+    check("topk", z, y, teacher._replace(tail=torch._neg_view(-teacher.tail)), r)
 
 
 def far():
