@@ -21,10 +21,14 @@ struct Job {
   double* losses;
 };
 
+inline const char* row_of(const Matrix& m, int64_t row) {
+  return static_cast<const char*>(m.data) + row * m.row_stride * size_of(m.dtype);
+}
+
 // Row of a matrix as contiguous floats: in place where it already is that (but for a partial vector), else copied to
 // `buffer`.
 inline const float* floats_of(const Job& job, const Matrix& m, int64_t row, float* buffer, float* largest) {
-  const char* base = static_cast<const char*>(m.data) + row * m.row_stride * size_of(m.dtype);
+  const char* base = row_of(m, row);
   const bool direct = m.dtype == kFloat32 && m.col_stride == 1;
   *largest = job.kernels.load[m.dtype](base, m.col_stride, m.cols, buffer, !direct);
   return direct ? reinterpret_cast<const float*>(base) : buffer;
@@ -79,6 +83,40 @@ inline void put_label(const Job& job, const Scratch& s, const Slopes& slopes, in
   put_gradient(a, i, label, hard_term(job, s, label) * slopes.one + soft - onehot);
 }
 
+// Says what to fetch while a row is computed: the next rows of student and teacher, if their classes lie side by side
+// and the teacher has all of them, and the row's own gradient, if it goes through the caches.
+class Fetches {
+  static constexpr int64_t kMostFetched = 131072;  // classes whose next row finds room in the caches beside this one
+
+ public:
+  // `nothing`: an address at hand, in place of what is not fetched.
+  Fetches(const KdLoss& a, const void* nothing) : a_(a), z_{nothing}, t_{nothing}, grad_{nothing} {
+    const int64_t size = size_of(a.logits.dtype), t_size = size_of(a.teacher.dtype);
+    if (a.grad && !is_streamed(a.logits.dtype, a.logits.cols)) grad_ = {a.grad, a.logits.cols * size, size};
+    if (a.logits.cols > kMostFetched) return;
+    if (a.logits.col_stride == 1) z_ = {a.logits.data, a.logits.row_stride * size, size};
+    if (a.use_kl && !a.classes && a.teacher.col_stride == 1)
+      t_ = {a.teacher.data, a.teacher.row_stride * t_size, t_size};
+  }
+
+  // During row i. Moves `next` to the first row that counts from there on.
+  Ahead during(int64_t i, int64_t* next) const {
+    while (*next < a_.logits.rows && !counted(a_, *next)) ++*next;
+    const int64_t row = *next < a_.logits.rows ? *next : i;
+    return {z_.row(row), t_.row(teacher_row(a_, row)), grad_.row(i), z_.size, t_.size, grad_.size};
+  }
+
+ private:
+  struct Rows {
+    const void* data;
+    int64_t stride = 0, size = 0;  // in bytes, of a row and of a class
+    const char* row(int64_t i) const { return static_cast<const char*>(data) + i * stride; }
+  };
+
+  const KdLoss& a_;
+  Rows z_, t_, grad_;
+};
+
 // First place of a value in a row; n where it is not.
 inline int64_t place_of(const float* p, int64_t n, float value) {
   constexpr int64_t kStep = 64;
@@ -111,7 +149,7 @@ class DenseRows {
 
   // `floats`: scratch for count(width) rows, 3 * width each.
   DenseRows(const Job& job, float* floats, int64_t width)
-      : job_(job), a_(job.args), floats_(floats), width_(width), room_(count(width)) {}
+      : job_(job), a_(job.args), floats_(floats), width_(width), room_(count(width)), fetches_(job.args, floats) {}
 
   // Takes a row in; computes the rows taken in when there is no room for more.
   void add(int64_t i) {
@@ -122,8 +160,10 @@ class DenseRows {
   void finish() {
     double logs[2 * kMost];
     std::fill(logs, logs + 2 * kMost, 1.0);
+    int64_t next = size_ ? rows_[size_ - 1].at : 0;
     for (int64_t r = 0; r < size_; ++r) {
-      sum(rows_[r]);
+      ++next;
+      sum(rows_[r], fetches_.during(rows_[r].at, &next));
       logs[r] = rows_[r].sums.one;
       if (a_.use_kl) logs[kMost + r] = rows_[r].sums.student / rows_[r].sums.teacher;
     }
@@ -153,12 +193,12 @@ class DenseRows {
     r.from_t = a_.reverse ? origin_of(r.z, r.t, a_.logits.cols, r.max_z, r.max_t) : r.max_t;
   }
 
-  void sum(Row& r) const {
+  void sum(Row& r, const Ahead& ahead) const {
     const int64_t n = a_.logits.cols;
     const bool keep = a_.grad != nullptr;
     r.sums = a_.use_kl ? job_.kernels.pair[a_.reverse][job_.power](r.z, r.t, n, r.max_z, r.max_t, r.from_t,
-                                                                   job_.inverse_t, keep, r.s)
-                       : job_.kernels.student[job_.power](r.z, n, r.max_z, job_.inverse_t, keep, r.s);
+                                                                   job_.inverse_t, keep, r.s, ahead)
+                       : job_.kernels.student[job_.power](r.z, n, r.max_z, job_.inverse_t, keep, r.s, ahead);
   }
 
   // The row's loss, and its gradient when it is wanted, from the logarithms of sums.one and of sums.student /
@@ -195,6 +235,7 @@ class DenseRows {
   const KdLoss& a_;
   float* floats_;
   int64_t width_, room_, size_ = 0;
+  Fetches fetches_;
   Row rows_[kMost];
 };
 

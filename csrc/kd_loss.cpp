@@ -16,8 +16,6 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kAhead = 3;  // rows; more when more are computed together
-
 [[noreturn]] void out_of_range(const std::string& what, int64_t value, const std::string& owner, int64_t size) {
   throw std::out_of_range(what + " is " + std::to_string(value) + ", but " + owner + " " + std::to_string(size) +
                           ": values must lie in [0, " + std::to_string(size) + ")");
@@ -68,7 +66,10 @@ double check_rows(const KdLoss& a) {
     if (labels && label == a.ignore_index) continue;
     const int64_t row = rows ? rows[i * a.rows_stride] : 0;
     if (static_cast<uint64_t>(label) >= classes || static_cast<uint64_t>(row) >= teacher_rows) name_index(a, i);
-    if (a.use_kl && a.classes && has_bad_class(a, teacher_row(a, i))) name_index(a, i);
+    if (a.use_kl && a.classes) {
+      fetch_topk(a, i + kFetched);
+      if (has_bad_class(a, teacher_row(a, i))) name_index(a, i);
+    }
     total += weight_of(a, i);
   }
   return total;
@@ -107,16 +108,6 @@ void put_nothing(const Job& job, int64_t i) {
   if (a.grad) std::memset(gradient_row(a, i), 0, static_cast<size_t>(a.logits.cols * size_of(a.logits.dtype)));
 }
 
-// Starts to fetch the head of a teacher's row, which lies anywhere: the hardware sees no pattern in picked rows.
-void prefetch_teacher(const KdLoss& a, int64_t i) {
-  if (!a.use_kl || !a.rows || i >= a.logits.rows || !counted(a, i)) return;
-  constexpr int64_t kLine = 64, kHead = 512;
-  const int64_t bytes = a.teacher.cols * size_of(a.teacher.dtype);
-  const char* row =
-      static_cast<const char*>(a.teacher.data) + teacher_row(a, i) * a.teacher.row_stride * size_of(a.teacher.dtype);
-  for (int64_t at = 0; at < std::min(bytes, kHead); at += kLine) __builtin_prefetch(row + at);
-}
-
 // Floats of scratch for a row: full vectors, and one that loading a row may write behind it.
 int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes + kLanes; }
 
@@ -127,7 +118,6 @@ void kd_loss(const KdLoss& a) {
   const double weights = check_rows(a);
   const int64_t width = scratch_size(a.logits.cols), floats_each = DenseRows::count(width) * 3 * width;
   const int64_t k = a.classes && a.use_kl ? a.teacher.cols : 0;
-  const int64_t ahead = std::max(kAhead, DenseRows::count(width));
   const int threads = std::max(a.threads, 1);
   // Losses of the rows; then for each thread floats of dense rows, and the terms of top-k ones. Not cleared: a thread's
   // part stays in its own caches from one call to the next.
@@ -147,10 +137,10 @@ void kd_loss(const KdLoss& a) {
     double* d = mine + floats_each / 2;
     DenseRows dense(job, f, width);
     for (int64_t i = begin; i < end; ++i) {
-      prefetch_teacher(a, i + ahead);
       if (!counted(a, i)) {
         put_nothing(job, i);
       } else if (k > 0) {
+        fetch_topk(a, i + kFetched);
         topk_row(job, {f, f + width, f + 2 * width}, {d, d + k, d + 2 * k}, i);
       } else {
         dense.add(i);

@@ -18,10 +18,10 @@
 // time with KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can
 // name a level.
 #ifdef KDFAST_X86
-#define KDFAST_FOR_EACH_ISA(NAME)                        \
-  NAME(base, 4, )                                        \
-  NAME(v3, 8, __attribute__((target("arch=x86-64-v3")))) \
-  NAME(v4, 16, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#define KDFAST_FOR_EACH_ISA(NAME)                               \
+  NAME(base, 4, )                                               \
+  NAME(v3, 8, __attribute__((target("arch=x86-64-v3,prfchw")))) \
+  NAME(v4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
 #define KDFAST_PICK_ISA(level, kernel) ((level) >= 2 ? kernel##_v4 : (level) == 1 ? kernel##_v3 : kernel##_base)
 #else
 #define KDFAST_FOR_EACH_ISA(NAME) NAME(base, 4, )
