@@ -9,6 +9,7 @@
 
 #include "core.h"
 #include "kd_dense.h"
+#include "kd_long.h"
 #include "kd_topk.h"
 #include "parallel.h"
 #include "simd.h"
@@ -135,18 +136,24 @@ void kd_loss(const KdLoss& a) {
     double* mine = losses + rows + slot * each;
     float* f = reinterpret_cast<float*>(mine);
     double* d = mine + floats_each / 2;
-    DenseRows dense(job, f, width);
-    for (int64_t i = begin; i < end; ++i) {
-      if (!counted(a, i)) {
-        put_nothing(job, i);
-      } else if (k > 0) {
+    const auto each_row = [&](const auto& compute) {
+      for (int64_t i = begin; i < end; ++i) counted(a, i) ? compute(i) : put_nothing(job, i);
+    };
+    if (k > 0) {
+      const Scratch scratch{f, f + width, f + 2 * width};
+      const TopK terms{d, d + k, d + 2 * k};
+      each_row([&](int64_t i) {
         fetch_topk(a, i + kFetched);
-        topk_row(job, {f, f + width, f + 2 * width}, {d, d + k, d + 2 * k}, i);
-      } else {
-        dense.add(i);
-      }
+        topk_row(job, scratch, terms, i);
+      });
+    } else if (a.logits.cols >= LongRows::kLeast) {
+      LongRows rows_of_blocks(job, f, width);
+      each_row([&](int64_t i) { rows_of_blocks.add(i); });
+    } else {
+      DenseRows whole_rows(job, f, width);
+      each_row([&](int64_t i) { whole_rows.add(i); });
+      whole_rows.finish();
     }
-    dense.finish();
   });
   if (a.reduction == kNone) {
     for (int64_t i = 0; i < a.logits.rows; ++i) a.loss[i] = static_cast<float>(losses[i]);

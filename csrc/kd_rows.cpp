@@ -164,10 +164,10 @@ KDFAST_INLINE Floats<W> gradient_at(Scratch s, bool has_teacher, int64_t i, Slop
 
 // Writes the gradient of a row from the kept terms; without a teacher's terms u counts as zero.
 template <int kPower, bool kReverse, int W, class T>
-KDFAST_INLINE void write_gradient(Scratch s, bool has_teacher, int64_t n, Slopes slopes, T* out) {
+KDFAST_INLINE void write_gradient(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, T* out) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, float>) {
-    if (is_streamed(kFloat32, n) && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    if (around && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
       for (; i + kLanes <= n; i += kLanes) stream(out + i, gradient_at<kPower, kReverse, W>(s, has_teacher, i, slopes));
       stream_end();
     }
@@ -214,9 +214,9 @@ KDFAST_INLINE void scale_body(const T* grad, T* out, int64_t n, float factor) {
                                                         const Ahead& ahead) {                   \
     return pair_sums<P, R, W>(z, t, n, max_z, max_t, from_t, inv_t, keep, s, ahead);                                                           \
   }                                                                                                                          \
-  template <bool R, int P, class T> attribute void gradient_##suffix(Scratch s, bool has_teacher, int64_t n, Slopes slopes,  \
+  template <bool R, int P, class T> attribute void gradient_##suffix(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around,  \
                                                                      void* out) {                                            \
-    write_gradient<P, R, W>(s, has_teacher, n, slopes, static_cast<T*>(out));                                                   \
+    write_gradient<P, R, W>(s, has_teacher, n, slopes, around, static_cast<T*>(out));                                                   \
   }                                                                                                                          \
   template <class T> attribute void scale_##suffix(const void* grad, void* out, int64_t n, float factor) {                   \
     scale_body<W>(static_cast<const T*>(grad), static_cast<T*>(out), n, factor);                                                \

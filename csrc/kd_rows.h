@@ -51,8 +51,8 @@ struct RowKernels {
   // `from_t`: where the teacher's exponents in `cross` and b - a count from, for the reverse divergence.
   Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float from_t, float inv_t,
                      bool keep, Scratch s, const Ahead& ahead);
-  // Writes one row of the gradient from the kept terms.
-  void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, void* out);
+  // Writes n classes of the gradient from the kept terms; floats go around the caches with `stream`.
+  void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool stream, void* out);
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);
   // Sum of p[0, n), padded with zeros to a full vector.
   double (*sum)(const float* p, int64_t n);

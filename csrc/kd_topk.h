@@ -29,13 +29,6 @@ struct TopK {
   double *log_q, *log_p, *e1;
 };
 
-inline double element(const Matrix& m, int64_t row, int64_t col) {
-  const int64_t at = row * m.row_stride + col * m.col_stride;
-  if (m.dtype == kFloat32) return static_cast<double>(static_cast<const float*>(m.data)[at]);
-  if (m.dtype == kBFloat16) return static_cast<double>(decode_one(static_cast<const BFloat16*>(m.data) + at));
-  return static_cast<double>(decode_one(static_cast<const Float16*>(m.data) + at));
-}
-
 // The student's classes that the teacher left out: their terms exp(b - offset), and log-probabilities of the whole and
 // its outcome.
 struct Rest {
@@ -114,7 +107,8 @@ inline void topk_gradient(const Job& job, const Scratch& s, const TopK& t, const
   slopes.student = rest.sum == 0 ? 0.0f : static_cast<float>(r.soft * per_term / rest.sum);
   // Terms that were rescaled lie so far below the largest logit that exp(z - max z) vanishes (T >= 1, or e1 is kept).
   slopes.one = rest.offset == 0 || job.power == kPowerAny ? static_cast<float>(r.hard / r.sum_one) : 0.0f;
-  job.kernels.gradient[0][job.power][a.logits.dtype](s, false, n, slopes, gradient_row(a, i));
+  job.kernels.gradient[0][job.power][a.logits.dtype](s, false, n, slopes, is_streamed(a.logits.dtype, n),
+                                                     gradient_row(a, i));
   double g_label = 0;
   if (r.label >= 0)
     g_label = static_cast<double>(hard_term(job, s, r.label) * slopes.one + s.e[r.label] * slopes.student);
@@ -133,7 +127,7 @@ inline void topk_row(const Job& job, const Scratch& s, const TopK& t, int64_t i)
   const int64_t n = a.logits.cols, k = a.teacher.cols, label = label_of(a, i), row = teacher_row(a, i);
   const int32_t* ids = a.classes + row * k;
   float max_z = 0;
-  const float* z = floats_of(job, a.logits, i, s.e, &max_z);
+  const float* z = floats_of(job, a.logits, i, {0, n}, s.e, &max_z);
   int64_t next = i + 1;
   const Sums sums = job.kernels.student[job.power](z, n, max_z, static_cast<float>(1.0 / a.temperature), true, s,
                                                    Fetches(a, s.e).during(i, &next));
