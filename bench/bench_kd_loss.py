@@ -14,9 +14,10 @@ rows from all over a large teacher against passing through it in order.
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,9 @@ def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[st
 GATHER_BAR = 1.02  # at most
 
 
-class Windows:
+def batches(order: Tensor, n: int) -> Iterator[Tensor]:
     """N rows after N rows of an order of the teacher's, and from the start again."""
-
-    def __init__(self, order: Tensor, n: int) -> None:
-        self.order, self.n, self.at = order, n, 0
-
-    def next(self) -> Tensor:
-        """The rows that follow."""
-        rows = self.order[self.at : self.at + self.n]
-        self.at += self.n
-        if self.at + self.n > len(self.order):
-            self.at = 0
-        return rows
+    return itertools.cycle(order[: len(order) // n * n].split(n))
 
 
 def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds: int, device: str) -> dict[str, Any]:
@@ -178,12 +169,12 @@ def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds
     z, labels, bank, _ = inputs(n, c, dtype, teacher, device)
     generator = torch.Generator().manual_seed(1)
     order, whole = (torch.randperm(m, generator=generator).to(device) for m in (n, len(bank)))
-    through, all_over = Windows(torch.arange(len(bank), device=device), n), Windows(whole, n)
+    through, all_over = batches(torch.arange(len(bank), device=device), n), batches(whole, n)
     ways = {
         "order": lambda: step(ours, (z, labels, bank[:n], None)),
         "index": lambda: step(ours, (z, labels, bank[:n], order)),
-        "through": lambda: step(ours, (z, labels, bank, through.next())),
-        "all over": lambda: step(ours, (z, labels, bank, all_over.next())),
+        "through": lambda: step(ours, (z, labels, bank, next(through))),
+        "all over": lambda: step(ours, (z, labels, bank, next(all_over))),
     }
     timings = interleave(ways, rounds, device=device)
     near, far = timings["order"].ratio_to(timings["index"]), timings["through"].ratio_to(timings["all over"])

@@ -4,8 +4,9 @@
 #     OUT=results bash bench/gpu.sh
 #
 # Needs kdfast's dependencies, scikit-build-core, pybind11, cmake, ninja, pytest, pytest-benchmark and hypothesis
-# installed; PYTHON names the interpreter. $OUT gets gpu.log, summary.json (each part's exit code and seconds) and one .json a bench; a part that
-# fails or takes too long stops no other, and leaves what it had measured. The exit code is 1 when any part failed.
+# installed; PYTHON names the interpreter. $OUT gets gpu.log, summary.json (each part's exit code and seconds) and one
+# .json a bench; a part that fails or takes too long stops no other, and leaves what it had measured. The exit code is
+# 1 when any part failed.
 set -uo pipefail
 : "${OUT:?set OUT to a folder for the results}"
 mkdir -p "$OUT"
