@@ -5,7 +5,8 @@ VENV ?= .venv
 # One version for everybody who develops kdfast; the package itself takes any torch >= 2.8.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
 .PHONY: demo test test-slow lint format bench cuda-check gpu setup clean
@@ -24,12 +25,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(CSOURCES)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+	$(BIN)/clang-format -i $(CSOURCES)
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from kdfast.data.split import ArraySplit, Source
+from kdfast.data.source import ArraySplit, Source
 from kdfast.data.views import Normalization, ViewSpec
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model

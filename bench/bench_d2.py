@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from kdfast.prune.d2 import forward, undirected
-from kdfast.prune.greedy import select
-from kdfast.prune.neighbours import nearest
+from kdfast.prune.rules.d2 import forward, undirected
+from kdfast.prune.rules.d2_graph import nearest
+from kdfast.prune.rules.d2_greedy import select
 
 LARGE = 1_281_167
 K = 5

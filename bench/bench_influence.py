@@ -217,8 +217,8 @@ def speed(options: argparse.Namespace) -> None:
 
 def planted(options: argparse.Namespace) -> None:
     """Print AUC and seconds and write bench/results/influence_planted*.json."""
-    from kdfast.data.relabel import flip_labels
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
+    from kdfast.data.readers.relabel import flip_labels
     from kdfast.teacher.cache import TeacherCache
 
     source = open_source(options.data)

@@ -132,11 +132,11 @@ PEAK = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 import bench_kd_loss as b
-from kdfast.ops import memory
+from kdfast.ops.kd_loss import gradient_buffer
 args = b.inputs({n}, {c}, torch.{dtype}, torch.{teacher}, "cpu")
 loss = b.contenders("cpu")[{name!r}]
 b.step(loss, args)
-memory.release()
+gradient_buffer.release()
 open("/proc/self/clear_refs", "w").write("5")
 read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 before = read("VmRSS")

@@ -28,10 +28,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdfast.data.beton import BetonLoader, load_ffcv, worker_count
-from kdfast.data.convert import convert
+from kdfast.data.ffcv.read import BetonLoader, load_ffcv, worker_count
+from kdfast.data.ffcv.write import convert
+from kdfast.data.readers.registry import Source, normalization_of, open_source
 from kdfast.data.resident import ResidentLoader
-from kdfast.data.sources import Source, normalization_of, open_source
 from kdfast.data.views import Normalization, apply_views, draw_slots
 
 BATCH = 256

@@ -21,8 +21,8 @@ import psutil
 from bench_cache import Synthetic
 from harness import write_results
 
-from kdfast.data.convert import convert
-from kdfast.data.sources import normalization_of, open_source
+from kdfast.data.ffcv.write import convert
+from kdfast.data.readers.registry import normalization_of, open_source
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from harness import table, write_results
 
-from kdfast.data.sources import open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import KdfastError
 from kdfast.files import read_json
-from kdfast.prune.dynamics import Dynamics
-from kdfast.prune.scores import ScoreInputs, score
+from kdfast.prune.scores.registry import ScoreInputs, score
 from kdfast.teacher.cache import TeacherCache
 
 BAR = 0.85

@@ -24,8 +24,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import kdfast
-from kdfast.data.relabel import flip_labels
-from kdfast.data.sources import open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.readers.relabel import flip_labels
 from kdfast.teacher.cache import TeacherCache
 
 sys.path.insert(0, str(Path(__file__).parent))

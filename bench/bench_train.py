@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from harness import interleave, table, write_results
 
-from kdfast.data.sources import open_source
+from kdfast.data.readers.registry import open_source
 from kdfast.data.subset import write_subset
 from kdfast.distill.plan import Inputs, Plan, prepare
 from kdfast.distill.trainer import Trainer

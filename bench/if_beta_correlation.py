@@ -19,14 +19,14 @@ import torch
 from harness import write_results
 from scipy.stats import spearmanr
 
-from kdfast.data.sources import open_source
-from kdfast.data.split import Source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import Source
 from kdfast.data.subset import write_subset
 from kdfast.device import resolve_device
 from kdfast.distill.folder import RunFolder
 from kdfast.distill.plan import Inputs, prepare
 from kdfast.distill.train import train
-from kdfast.prune.if_beta.arena import Arena
+from kdfast.prune.if_beta.evaluator import Arena
 from kdfast.prune.if_beta.gradient import Trial
 from kdfast.prune.if_beta.holdout import hold_out
 from kdfast.prune.if_beta.inner import Budget, Lesson

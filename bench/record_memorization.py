@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from kdfast.data.loaders import make_loader
-from kdfast.data.sources import normalization_of, open_source
+from kdfast.data.readers.registry import normalization_of, open_source
 from kdfast.distill.config import RunConfig
 from kdfast.distill.plan import Opened
-from kdfast.distill.side import TeacherSide
-from kdfast.dynamics_run import Recording, record
+from kdfast.distill.record_dynamics import Recording, record
+from kdfast.distill.teacher_targets import TeacherSide
 from kdfast.nets import NETS
 
 

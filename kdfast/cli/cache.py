@@ -69,7 +69,7 @@ def build(
         raise UsageError("kdfast cache needs --data, --teacher and --out; see kdfast cache --help")
     import numpy as np
 
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_file, read_subset
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
@@ -132,7 +132,7 @@ def verify(
     config: options.Config = None,
 ) -> None:
     """Check every file of a cache against its manifest, and compute random entries again."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.cache import TeacherCache

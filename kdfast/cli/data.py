@@ -18,7 +18,7 @@ Src = Annotated[str, typer.Argument(help="A source, as for --data.")]
 @app.command("info")
 def info(src: Src, size: options.Size = None) -> None:
     """Print what a source holds: kind, splits, classes, views, statistics, fingerprint."""
-    from kdfast.data.sources import normalization_of, open_source
+    from kdfast.data.readers.registry import normalization_of, open_source
 
     source = open_source(src, size=size)
     normalization = normalization_of(source.train)
@@ -45,9 +45,9 @@ def convert(
     dry_run: options.DryRun = False,
 ) -> None:
     """Write a source as FFCV files, read them back, verify them, and only then give them their names."""
-    from kdfast.data.convert import check_place
-    from kdfast.data.convert import convert as convert_source
-    from kdfast.data.sources import open_source
+    from kdfast.data.ffcv.write import check_place
+    from kdfast.data.ffcv.write import convert as convert_source
+    from kdfast.data.readers.registry import open_source
 
     source = open_source(src, size=size)
     if dry_run:
@@ -70,8 +70,8 @@ def flip(
     seed: options.Seed = 0,
 ) -> None:
     """Make a source with wrong training labels: a seeded share of them becomes another class. The test split stays."""
-    from kdfast.data.relabel import write_flipped
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
+    from kdfast.data.readers.relabel import write_flipped
 
     changed = write_flipped(open_source(src, size=size), src, out, share=share, seed=seed)
     print(f"{len(changed)} training labels of {src} changed; give {out} as --data")

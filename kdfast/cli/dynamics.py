@@ -55,12 +55,12 @@ def dynamics(
     Those dynamics are what forgetting, el2n, grand, dual, aum and ccs are computed from; with --keep, memorization.
     """
     from kdfast.data.loaders import make_loader
-    from kdfast.data.sources import normalization_of, open_source
+    from kdfast.data.readers.registry import normalization_of, open_source
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.plan import Opened
-    from kdfast.distill.side import TeacherSide
-    from kdfast.dynamics_run import Recording, record
+    from kdfast.distill.record_dynamics import Recording, record
+    from kdfast.distill.teacher_targets import TeacherSide
 
     settings = RunConfig(
         student=net,

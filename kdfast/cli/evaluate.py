@@ -20,7 +20,7 @@ def evaluate(
     config: options.Config = None,
 ) -> None:
     """Print a model's top-1 and top-5 accuracy and its loss on the test split, in percent and nats."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.evaluate import evaluate as evaluate_model

@@ -13,7 +13,7 @@ from kdfast.cli.score import Cache, Dynamics
 from kdfast.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdfast.prune.selection import Selection
+    from kdfast.prune.select import Selection
 
 
 def prune(
@@ -73,13 +73,13 @@ def prune(
     """
     import numpy as np
 
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_path
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
-    from kdfast.prune.choosers import CHOOSERS
-    from kdfast.prune.score_run import parse_options
-    from kdfast.prune.selection import Request, out_paths
+    from kdfast.prune.scores.compute import parse_options
+    from kdfast.prune.select import Request, out_paths
+    from kdfast.prune.selectors import CHOOSERS
 
     if equal and not balanced:
         raise UsageError("--equal and --unbalanced exclude each other; give one of them")

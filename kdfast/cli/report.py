@@ -36,7 +36,7 @@ def scores(
     config: options.Config = None,
 ) -> None:
     """Show scores: histograms by class, extreme samples, class balance, overlap with other scores, provenance."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.report.page import check_page_path
     from kdfast.report.score_page import open_page
 

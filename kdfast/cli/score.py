@@ -39,11 +39,11 @@ def score(
     config: options.Config = None,
 ) -> None:
     """Score every training sample, from a teacher's cache or from recorded dynamics; higher is harder."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.prune.score_file import check_score_path, write_scores
-    from kdfast.prune.score_run import compute, open_inputs, parse_options
-    from kdfast.prune.scores import method_named
+    from kdfast.prune.scores.compute import compute, open_inputs, parse_options
+    from kdfast.prune.scores.registry import method_named
 
     check_score_path(out)
     given = method_named(method).complete(parse_options(option or []))

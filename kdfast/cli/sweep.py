@@ -132,7 +132,7 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 def _plan(session: Session, out: Path) -> str:
-    from kdfast.sweep.ledger import Ledger
+    from kdfast.sweep.results_log import Ledger
 
     done, lines, left = Ledger(out).done(), [], 0
     for cell in session.cells():

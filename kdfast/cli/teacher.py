@@ -103,7 +103,7 @@ def import_(
     config: options.Config = None,
 ) -> None:
     """Import a checkpoint: prefixes and layer names are matched, code in it is never run, the test split is scored."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.data.views import Normalization
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import import_checkpoint, save_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.counter import WordArray, below, hash64, unit
+from kdfast.data.stateless_random import WordArray, below, hash64, unit
 
 _TRIES = 10
 _RATIO_BITS = 16

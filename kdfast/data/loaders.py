@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.data.beton import BetonLoader, BetonSplit
+from kdfast.data.ffcv.read import BetonLoader, BetonSplit
 from kdfast.data.resident import ResidentLoader
-from kdfast.data.split import Split
+from kdfast.data.source import Split
 from kdfast.errors import UsageError
 
 _SHARE = 4

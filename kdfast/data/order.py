@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kdfast.data.counter import IntArray, Purpose, hash64
+from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import SubsetError, UsageError
 
 

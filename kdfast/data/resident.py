@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import ArraySplit, Split, epoch_ids, id_blocks
+from kdfast.data.source import ArraySplit, Split, epoch_ids, id_blocks
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import UsageError
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import kdfast
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, OutputError, SubsetError, UsageError
 from kdfast.files import atomic_write, check_writable, read_json, write_json
 

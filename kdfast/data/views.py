@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray, Purpose, hash64, shuffled_at, shuffled_prefix
 from kdfast.data.crops import crop_boxes
+from kdfast.data.stateless_random import IntArray, Purpose, hash64, shuffled_at, shuffled_prefix
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, shift_views

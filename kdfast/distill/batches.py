@@ -13,7 +13,7 @@ from torch import Tensor
 from kdfast.data.loaders import Loader
 from kdfast.data.order import batch_count, epoch_order, rank_batches
 from kdfast.data.views import ViewSpec, draw_slots, view_table
-from kdfast.distill.ranks import Ranks
+from kdfast.distill.distributed import Ranks
 from kdfast.distill.targets import Targets
 from kdfast.teacher.rows import TeacherRows
 

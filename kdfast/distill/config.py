@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.distill.schedule import LR_SCHEDULES
 from kdfast.errors import UsageError
-from kdfast.ops.kd_loss_checks import check_temperature
+from kdfast.ops.kd_loss.validation import check_temperature
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 import kdfast
 from kdfast.data.loaders import Loader, make_loader
-from kdfast.data.sources import Source, normalization_of, open_source
+from kdfast.data.readers.registry import Source, normalization_of, open_source
 from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import RunConfig
-from kdfast.distill.ranks import Ranks
+from kdfast.distill.distributed import Ranks
 from kdfast.distill.schedule import parse_alpha
-from kdfast.distill.side import TeacherSide
 from kdfast.distill.targets import Targets
+from kdfast.distill.teacher_targets import TeacherSide
 from kdfast.errors import CheckpointError, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import load_model
@@ -35,7 +35,7 @@ class Inputs:
     """The files of a run.
 
     Attributes:
-        data: A source of data, see `kdfast.data.sources`.
+        data: A source of data, see `kdfast.data.readers.registry`.
         subset: idx.npy, or None for the whole training split.
         cache: A teacher's cache, or None.
         teacher: A teacher to run on the fly; with a cache, the one the cache must have been made by; or None.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.folder import MetricsFile, RunFolder
+from kdfast.distill.interrupt import StopRequest
 from kdfast.distill.plan import Plan
-from kdfast.distill.signals import StopRequest
 from kdfast.distill.trainer import Trainer
 from kdfast.errors import Interrupted
 from kdfast.nets.checkpoint import save_model

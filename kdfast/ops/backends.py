@@ -31,20 +31,20 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("views", "cpu"): ("native", "reference"),
     ("views", "cuda"): ("reference",),
     ("draws", "cpu"): ("native", "reference"),
-    ("ghost", "cpu"): ("native", "reference"),
-    ("ghost", "cuda"): ("cuda", "reference"),
-    ("head", "cpu"): ("native", "reference"),
-    ("head", "cuda"): ("cuda", "reference"),
+    ("grad_norms", "cpu"): ("native", "reference"),
+    ("grad_norms", "cuda"): ("cuda", "reference"),
+    ("softmax_head", "cpu"): ("native", "reference"),
+    ("softmax_head", "cuda"): ("cuda", "reference"),
 }
 
 DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "native"): ("float32", "bfloat16", "float16"),
     ("kd_loss", "triton"): ("float32", "bfloat16", "float16"),
     ("views", "native"): ("float32", "bfloat16", "float16"),
-    ("ghost", "native"): ("float32",),
-    ("ghost", "cuda"): ("float32",),
-    ("head", "native"): ("float32", "float64"),
-    ("head", "cuda"): ("float32", "float64"),
+    ("grad_norms", "native"): ("float32",),
+    ("grad_norms", "cuda"): ("float32",),
+    ("softmax_head", "native"): ("float32", "float64"),
+    ("softmax_head", "cuda"): ("float32", "float64"),
 }
 
 

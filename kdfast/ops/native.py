@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast import _native
-from kdfast.ops import memory
+from kdfast.ops.kd_loss import gradient_buffer
 
 __all__ = ["extension", "isa", "kd_loss", "plain_kd_loss", "scale_rows", "shift_views", "shuffled_at"]
 
@@ -36,7 +36,7 @@ _native.learn_torch(
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
         torch._C._get_tracing_state,
-        memory.tensor_like,
+        gradient_buffer.tensor_like,
     ],
 )
 
@@ -90,7 +90,7 @@ def kd_loss(
     """
     logits, teacher = logits.resolve_neg(), teacher.resolve_neg()
     loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=torch.float32)
-    grad = memory.tensor_like(logits, tuple(logits.shape) if need_grad else (0,))
+    grad = gradient_buffer.tensor_like(logits, tuple(logits.shape) if need_grad else (0,))
     if teacher.dtype == torch.float64:
         teacher = teacher.float()
     if classes is not None:
@@ -182,7 +182,7 @@ def shift_views(
 
 
 def shuffled_at(position: int, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """``kdfast.data.counter.shuffled_at`` for one position and keys (n,): int64 (n,).
+    """``kdfast.data.stateless_random.shuffled_at`` for one position and keys (n,): int64 (n,).
 
     Raises:
         ValueError: If the position or the size is out of range.

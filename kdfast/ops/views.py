@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 from kdfast.ops.backends import resolve
-from kdfast.ops.kd_loss_launch import plain_eager
+from kdfast.ops.kd_loss.dispatch import plain_eager
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

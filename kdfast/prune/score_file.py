@@ -15,8 +15,8 @@ import numpy as np
 import kdfast
 from kdfast.errors import DataError, UsageError
 from kdfast.files import atomic_write, check_writable
-from kdfast.prune.rule import FloatArray
-from kdfast.prune.score_types import require_sound
+from kdfast.prune.rules.base import FloatArray
+from kdfast.prune.scores.base import require_sound
 
 _FORMAT = "kdfast scores 1"
 _SCORES, _ABOUT, _EXTRA = "scores", "about", "extra."
@@ -30,7 +30,7 @@ class ScoreFile:
 
     Attributes:
         scores: float64 (N,), in the order of the training split; higher = harder.
-        method: A key of `kdfast.prune.scores.SCORES`, or any name.
+        method: A key of `kdfast.prune.scores.registry.SCORES`, or any name.
         data: Fingerprint of the data.
         extras: Further numbers a sample, float64 (N,) each.
         parameters: The method's options and the seed.

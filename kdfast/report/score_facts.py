@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Split
-from kdfast.prune.rule import FloatArray
-from kdfast.prune.simple_rules import mid_ranks
+from kdfast.data.source import Split
+from kdfast.data.stateless_random import IntArray
+from kdfast.prune.rules.base import FloatArray
+from kdfast.prune.rules.rank import mid_ranks
 from kdfast.report.pictures import data_uri
 from kdfast.teacher.cache import TeacherCache
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdfast.data.split import Source
+from kdfast.data.source import Source
 from kdfast.data.subset import Subset, read_subset
 from kdfast.files import atomic_write, check_writable
 from kdfast.prune.score_file import ScoreFile, read_scores

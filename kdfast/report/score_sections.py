@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.report import charts
 from kdfast.report.markup import Safe, render, table, tag
 from kdfast.report.score_facts import (

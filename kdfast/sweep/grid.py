@@ -22,7 +22,7 @@ class SweepConfig:
     """The settings of a sweep.
 
     Attributes:
-        data: A source of data, see `kdfast.data.sources`.
+        data: A source of data, see `kdfast.data.readers.registry`.
         methods: How the subsets are chosen.
         fractions: Shares of the training split to keep, in (0, 1].
         kd: With the teacher, without, or both.

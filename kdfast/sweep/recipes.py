@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdfast.errors import UsageError, did_you_mean
-from kdfast.prune.choosers import CHOOSERS
-from kdfast.prune.rules import RULES, rule_named
+from kdfast.prune.rules.registry import RULES, rule_named
 from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores import MAKE_CACHE, MAKE_DYNAMICS, SCORES
-from kdfast.prune.selection import published_rule
+from kdfast.prune.scores.registry import MAKE_CACHE, MAKE_DYNAMICS, SCORES
+from kdfast.prune.select import published_rule
+from kdfast.prune.selectors import CHOOSERS
 from kdfast.sweep.spec import MethodSpec, Options
 
 # What a rule that stands alone, such as beta:a=2,b=2, ranks the samples by.

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.errors import DataError
 from kdfast.files import atomic_path, atomic_write
-from kdfast.sweep.ledger import Ledger
+from kdfast.sweep.results_log import Ledger
 from kdfast.sweep.summary import BASELINE, Difference, Section, sections
 
 TABLE, PLOT = "table.md", "plot.png"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdfast.files import check_writable
-from kdfast.sweep.ledger import Ledger
+from kdfast.sweep.results_log import Ledger
 from kdfast.sweep.session import Session
 from kdfast.sweep.work import Advance, OnRow, work
 from kdfast.sweep.workers import supervise

@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 
 import kdfast
-from kdfast.data.counter import IntArray
 from kdfast.data.loaders import make_loader
-from kdfast.data.sources import normalization_of, open_source
+from kdfast.data.readers.registry import normalization_of, open_source
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
+from kdfast.distill.distributed import Ranks
 from kdfast.distill.folder import RunFolder
 from kdfast.distill.plan import Opened, Plan, assemble, check_student
-from kdfast.distill.ranks import Ranks
 from kdfast.distill.schedule import parse_alpha
-from kdfast.distill.side import TeacherSide
+from kdfast.distill.teacher_targets import TeacherSide
 from kdfast.distill.train import Advance, Watch, train
+from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import check_writable
-from kdfast.prune.choosers import CHOOSERS
-from kdfast.prune.dynamics import Dynamics
 from kdfast.prune.score_file import ScoreFile, read_scores
+from kdfast.prune.selectors import CHOOSERS
 from kdfast.sweep.grid import Cell, SweepConfig
 from kdfast.sweep.recipes import Recipe, make_recipe
 from kdfast.sweep.subsets import Subsets

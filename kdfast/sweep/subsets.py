@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Source
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
+from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
-from kdfast.prune.choosers import CHOOSERS, ChooserInputs
-from kdfast.prune.dynamics import Dynamics
-from kdfast.prune.rules import choose
+from kdfast.prune.rules.registry import choose
 from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores import Scored, ScoreInputs, score
+from kdfast.prune.scores.registry import Scored, ScoreInputs, score
+from kdfast.prune.selectors import CHOOSERS, ChooserInputs
 from kdfast.sweep.recipes import Recipe
 from kdfast.sweep.spec import Options
 from kdfast.teacher.cache import TeacherCache
@@ -79,7 +79,7 @@ class Subsets:
             progress: Told of such work: (done, in all, note).
 
         Raises:
-            UsageError, DataError, SubsetError: As `kdfast.prune.scores.score` and `kdfast.prune.rules.decide`.
+            UsageError, DataError, SubsetError: As `kdfast.prune.scores.registry.score` and `kdfast.prune.rules.registry.decide`.
         """
         key = (recipe, fraction, seed)
         if self._last is None or self._last[0] != key:

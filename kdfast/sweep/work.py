@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.errors import DivergedError, Interrupted
 from kdfast.sweep.grid import Cell
-from kdfast.sweep.ledger import Ledger
+from kdfast.sweep.results_log import Ledger
 from kdfast.sweep.session import Session
 
 # Seconds between two looks at what others have finished.

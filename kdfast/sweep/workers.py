@@ -16,7 +16,7 @@ import torch
 
 from kdfast.errors import Interrupted, KdfastError
 from kdfast.sweep.grid import Cell, SweepConfig
-from kdfast.sweep.ledger import Ledger
+from kdfast.sweep.results_log import Ledger
 from kdfast.sweep.session import Session
 from kdfast.sweep.work import POLL, Advance, OnRow, tell, work
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdfast.data.split import Source, epoch_ids
+from kdfast.data.source import Source, epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_write, check_writable, sha256_file
 from kdfast.nets.checkpoint import Model

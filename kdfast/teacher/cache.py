@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Source
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
 from kdfast.nets.checkpoint import Model

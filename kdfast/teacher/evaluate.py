@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kdfast.data.split import Split
+from kdfast.data.source import Split
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.errors import CheckpointError
 from kdfast.nets.checkpoint import Model

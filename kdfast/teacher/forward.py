@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import logits_and_features

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch
 from kdfast.files import atomic_write
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 import kdfast
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Source
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
 from kdfast.files import visible_entries
 from kdfast.nets.checkpoint import Model

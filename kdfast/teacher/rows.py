@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
-from kdfast.ops.kd_loss_checks import check_temperature
+from kdfast.ops.kd_loss.validation import check_temperature
 
 __all__ = ["Rows", "TeacherRows", "TopK", "window"]
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Split
+from kdfast.data.source import Split
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import DataError
 from kdfast.files import atomic_write, read_json, sha256_file, write_json

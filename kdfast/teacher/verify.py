@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
-from kdfast.data.split import Source
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
 from kdfast.nets.checkpoint import Model
 from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.forward import Forward, Precision, default_batch

@@ -72,7 +72,7 @@ def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That teacher's cache of three views of every sample."""
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.build import build_cache
 

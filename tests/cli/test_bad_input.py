@@ -444,7 +444,7 @@ def test_what_nobody_foresaw_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("kdfast.prune.selection.decide", fail)
+    monkeypatch.setattr("kdfast.prune.select.decide", fail)
     outcome = kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
     expect(outcome, 1, "unforeseen ZeroDivisionError: oh .KDFAST_DEBUG=1")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdfast.data.sources import open_source
+from kdfast.data.readers.registry import open_source
 from kdfast.prune.if_beta import cost
 from kdfast.teacher.build import build_cache
 

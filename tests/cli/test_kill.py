@@ -133,7 +133,7 @@ def test_converting_survives_kill_9(tmp_path: Path) -> None:
     data = tmp_path / "d.npz"
     images, labels = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
     np.savez(data, train_images=images, train_labels=labels, test_images=images[:50], test_labels=labels[:50])
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
 
     fingerprint = open_source(data).fingerprint
 

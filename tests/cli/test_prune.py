@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.sources import open_source
+from kdfast.data.readers.registry import open_source
 from kdfast.nets import logits_and_features
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.rules import RULES, choose
+from kdfast.prune.rules.registry import RULES, choose
 from kdfast.prune.score_file import ScoreFile, write_scores
 
 

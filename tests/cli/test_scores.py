@@ -123,14 +123,14 @@ def test_a_finished_recording_is_not_trained_again(kdfast, tiny, dynamics) -> No
 
 
 def test_recording_in_mixed_precision(kdfast, tiny, tmp_path) -> None:
-    from kdfast.prune.dynamics import Dynamics
+    from kdfast.dynamics.reader import Dynamics
 
     assert kdfast(*dynamics_command(tiny, tmp_path / "d", "--precision", "bf16")).code == 0
     assert Dynamics.open(tmp_path / "d").correct(0)[-1].mean() > 0.9
 
 
 def test_recording_every_other_epoch(kdfast, tiny, tmp_path) -> None:
-    from kdfast.prune.dynamics import Dynamics
+    from kdfast.dynamics.reader import Dynamics
 
     for name, more in (("all", []), ("half", ["--record-every", 2])):
         assert kdfast(*dynamics_command(tiny, tmp_path / name, *more, epochs=4)).code == 0
@@ -151,7 +151,7 @@ def test_processes_can_share_the_runs(kdfast, tiny, dynamics, tmp_path) -> None:
 
 
 def test_runs_differ_and_depend_on_the_seed(dynamics, kdfast, tiny, tmp_path) -> None:
-    from kdfast.prune.dynamics import Dynamics
+    from kdfast.dynamics.reader import Dynamics
 
     both = Dynamics.open(dynamics)
     assert not np.array_equal(both.margin(0), both.margin(1))

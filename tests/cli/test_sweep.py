@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DivergedError
-from kdfast.prune.choosers import CHOOSERS, Chooser
-from kdfast.prune.rule import Option
+from kdfast.prune.rules.base import Option
+from kdfast.prune.selectors import CHOOSERS, Chooser
 from kdfast.sweep import session as sessions
 
 GRID = ("--student", "resnet8", "--steps", 6, "--batch-size", 10, "--lr", 0.05)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.split import ArraySplit
+from kdfast.data.source import ArraySplit
 
 
 def make_split(count=60, side=8, classes=3, seed=0):
@@ -81,8 +81,8 @@ def write_npz(path, **changes):
 
 
 def write_relabelled(root):
-    from kdfast.data.relabel import write_flipped
-    from kdfast.data.sources import open_source
+    from kdfast.data.readers.registry import open_source
+    from kdfast.data.readers.relabel import write_flipped
 
     data = write_npz(root / "base.npz")
     write_flipped(open_source(data), str(data), root / "relabelled", share=0.25, seed=0)
@@ -90,8 +90,8 @@ def write_relabelled(root):
 
 
 def write_betons(root):
-    from kdfast.data.convert import convert
-    from kdfast.data.split import Source, generic_views
+    from kdfast.data.ffcv.write import convert
+    from kdfast.data.source import Source, generic_views
 
     train, test = make_split(30), make_split(9, seed=1)
     convert(Source("memory", "npz", ("a", "b", "c"), train, test, generic_views(train.shape, flip=False)), root)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdfast.data.counter import Purpose, hash64
 from kdfast.data.crops import crop_boxes
+from kdfast.data.stateless_random import Purpose, hash64
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

@@ -10,8 +10,8 @@ from kdfast.errors import UsageError
 @pytest.fixture
 def beton_split(split, tmp_path):
     pytest.importorskip("ffcv")
-    from kdfast.data.beton import BetonSplit
-    from kdfast.data.convert import write_beton
+    from kdfast.data.ffcv.read import BetonSplit
+    from kdfast.data.ffcv.write import write_beton
 
     write_beton(split(60), tmp_path / "train.beton")
     return BetonSplit(tmp_path / "train.beton")

@@ -24,7 +24,7 @@ def test_a_split_that_is_read_in_blocks(split, monkeypatch):
         def __len__(self):
             return len(self.labels)
 
-    monkeypatch.setattr("kdfast.data.split._BLOCK_BYTES", 7 * 8 * 8 * 3)
+    monkeypatch.setattr("kdfast.data.source._BLOCK_BYTES", 7 * 8 * 8 * 3)
     data = split(60)
     (batch,) = ResidentLoader(Lazy(data)).batches(np.arange(60), 60)
     assert np.array_equal(batch.numpy(), data.images)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.counter import hash64, shuffled_at
+from kdfast.data.stateless_random import hash64, shuffled_at
 from kdfast.ops import native
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from kdfast.errors import DataError, UsageError
 from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
-from kdfast.prune.score_run import parse_options
+from kdfast.prune.scores.compute import parse_options
 
 PRINT = "a" * 64
 

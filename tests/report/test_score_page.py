@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdfast.data.sources import open_source
-from kdfast.data.split import Source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import Source
 from kdfast.data.subset import Subset, write_subset
 from kdfast.errors import DataError, OutputError, SubsetError, UsageError
-from kdfast.prune.rules import choose
+from kdfast.prune.rules.registry import choose
 from kdfast.prune.score_file import ScoreFile, write_scores
 from kdfast.report.charts import Bins
 from kdfast.report.markup import Safe, render, tag

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from kdfast.errors import UsageError
-from kdfast.prune import choosers
-from kdfast.prune.choosers import Chooser
-from kdfast.prune.rule import Option
-from kdfast.prune.rules import RULES
+from kdfast.prune import selectors
+from kdfast.prune.rules.base import Option
+from kdfast.prune.rules.registry import RULES
 from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores import SCORES
+from kdfast.prune.scores.registry import SCORES
+from kdfast.prune.selectors import Chooser
 from kdfast.sweep.recipes import Recipe, make_recipe
 from kdfast.sweep.spec import parse_methods
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_made_says_what_to_do(text: str, given: frozenset[str], s
 
 def test_a_method_that_chooses_the_subset_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser = Chooser(lambda inputs: (np.arange(2), {}), "keeps two", {"steps": Option(3, "of its search", whole=True)})
-    monkeypatch.setitem(choosers.CHOOSERS, "twins", chooser)
+    monkeypatch.setitem(selectors.CHOOSERS, "twins", chooser)
     made = recipe("twins:steps=4")
     assert (made.score, made.rule, made.label, made.inputs) == ("twins", "", "twins:steps=4", {"cache"})
     for text, given, said in (

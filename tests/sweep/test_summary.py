@@ -7,8 +7,8 @@ from PIL import Image
 from scipy import stats
 
 from kdfast.errors import DataError
-from kdfast.sweep.ledger import Ledger
 from kdfast.sweep.report import report_sweep, table
+from kdfast.sweep.results_log import Ledger
 from kdfast.sweep.summary import half_interval, sections
 
 

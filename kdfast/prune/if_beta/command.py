@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import SubsetError
-from kdfast.prune.chooser import Chooser, ChooserInputs
 from kdfast.prune.if_beta import cost
 from kdfast.prune.if_beta.gradient import ESTIMATORS
 from kdfast.prune.if_beta.inner import Budget
@@ -21,7 +20,8 @@ from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, mean_logits
 from kdfast.prune.if_beta.search import Schedule
 from kdfast.prune.if_beta.summary import summarize
-from kdfast.prune.rule import Option
+from kdfast.prune.rules.base import Option
+from kdfast.prune.selector import Chooser, ChooserInputs
 from kdfast.teacher.cache import TeacherCache
 
 # More views say little more about a rank, and each is a pass over the cache.

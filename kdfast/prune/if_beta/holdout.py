@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdfast.data.counter import IntArray, Purpose, hash64
+from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray, Purpose, hash64
+from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.prune.if_beta.proxy import Proxy

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, ShapeError, SubsetError
 
 

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
-from kdfast.prune.if_beta.arena import Arena, Gain
+from kdfast.prune.if_beta.checkpoint import SideFile
+from kdfast.prune.if_beta.evaluator import Arena, Gain
 from kdfast.prune.if_beta.gradient import ESTIMATORS, Estimator
 from kdfast.prune.if_beta.holdout import hold_out
 from kdfast.prune.if_beta.inner import Budget, Lesson
@@ -29,8 +30,7 @@ from kdfast.prune.if_beta.proxy import PROXIES, Proxy
 from kdfast.prune.if_beta.reward import REWARDS, Reward
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, SampleScore, Signals
 from kdfast.prune.if_beta.search import Schedule, SearchState, ascend, ended, result_of
-from kdfast.prune.if_beta.state import SideFile
-from kdfast.prune.rules import BALANCE
+from kdfast.prune.rules.registry import BALANCE
 
 Progress = Callable[[int, int, str], None]
 

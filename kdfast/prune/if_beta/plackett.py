@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.prune.if_beta.policy import Design, FloatArray
 
 

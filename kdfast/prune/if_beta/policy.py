@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.counter import IntArray, Purpose, hash64, unit
+from kdfast.data.stateless_random import IntArray, Purpose, hash64, unit
 from kdfast.data.subset import class_budgets
 
 FloatArray = NDArray[np.float64]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.counter import IntArray, Purpose, hash64
+from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 from kdfast.prune.if_beta.policy import FloatArray
 
@@ -75,7 +75,7 @@ def self_influence(signals: Signals) -> FloatArray:
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, section 5.4.
     """
-    from kdfast.ops.head import head_self_influence
+    from kdfast.ops.softmax_head import head_self_influence
 
     values = head_self_influence(signals.features, signals.logits, signals.labels, l2=_L2)
     return values.double().cpu().numpy()
@@ -86,7 +86,7 @@ def removal(signals: Signals) -> FloatArray:
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, equation 2.
     """
-    from kdfast.ops.head import head_influence
+    from kdfast.ops.softmax_head import head_influence
 
     held = torch.from_numpy(signals.held)
     z, h, y = signals.logits, signals.features, signals.labels
@@ -111,7 +111,7 @@ def crossfit(signals: Signals) -> FloatArray:
 
     The features are the teacher's own, which has seen all samples, so this mends the fit of the head alone.
     """
-    from kdfast.ops.head import head_logits, head_newton
+    from kdfast.ops.softmax_head import head_logits, head_newton
 
     labels = signals.labels
     fold = hash64(Purpose.HOLDOUT, signals.seed, _FOLDS, np.arange(len(labels), dtype=np.int64)) % np.uint64(_FOLDS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.data.counter import IntArray
+from kdfast.data.stateless_random import IntArray
 from kdfast.prune.if_beta.learner import IFBetaResult
 from kdfast.prune.if_beta.policy import FloatArray
 

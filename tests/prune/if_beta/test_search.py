@@ -51,7 +51,7 @@ def test_uniform_is_kept_where_nothing_is_better(two_halves):
 
 @pytest.mark.slow
 def test_the_search_reaches_the_best_of_a_grid(noisy_top):
-    from kdfast.prune.if_beta.arena import Arena
+    from kdfast.prune.if_beta.evaluator import Arena
     from kdfast.prune.if_beta.gradient import Trial
     from kdfast.prune.if_beta.holdout import hold_out
     from kdfast.prune.if_beta.inner import Lesson

@@ -1,0 +1,1 @@
+"""FFCV .beton files: write, read and validate them."""

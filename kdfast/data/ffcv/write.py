@@ -1,0 +1,282 @@
+"""A folder of `train.beton` and `test.beton` as a source, and the conversion of any source to one.
+
+Beside the two files lies `data.json`: class names, views, the fingerprint, and size and modification time of the files
+it speaks of. While those are unchanged its fingerprint counts; otherwise it is computed anew, and must be the same.
+While a conversion runs, `data.json` says so, and such a folder is no source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.data.ffcv.read import BetonSplit, load_ffcv
+from kdfast.data.readers.folder import TEST_NAMES
+from kdfast.data.source import DataDigest, Pixels, Source, Split, generic_views, id_blocks, inferred_classes
+from kdfast.data.views import ViewSpec
+from kdfast.errors import DataError, OutputError, UsageError
+from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
+
+PARTS = ("train", "test")
+_RECORD = "data.json"
+_MARK = b"kdfast betons"
+_MARK_WITHIN = 200  # it is in the record's first line
+_FORMAT = f"{_MARK.decode()} 1"
+_RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
+_MIN_PAGE = 8 << 20
+# JPEG of this quality or better keeps an image's mean colour to a few grey levels; a missing image is far off.
+_LEAST_QUALITY = 50
+_MEAN_TOLERANCE = 16.0
+
+
+def is_betons(path: Path) -> bool:
+    """Whether `path` is a folder with one of the two betons, or with the record of a conversion."""
+    if not path.is_dir():
+        return False
+    if any((path / f"{part}.beton").is_file() for part in PARTS):
+        return True
+    return _has_record(path)
+
+
+def open_betons(path: Path) -> Source:
+    """Open a folder of `train.beton` and `test.beton`.
+
+    A folder without `data.json`, written by other tools, calls its classes `0`, `1`, ... and does not flip.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        DataError: A file is missing or damaged, or the conversion was interrupted.
+    """
+    record = _read_record(path)
+    if record is not None and not record["files"]:
+        raise DataError(f"the conversion to {path} was interrupted; run the same `kdfast data convert` again")
+    missing = [f"{part}.beton" for part in PARTS if not (path / f"{part}.beton").is_file()]
+    if missing:
+        raise DataError(f"{path} lacks {' and '.join(missing)}; run `kdfast data convert` again")
+    train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
+    if record is None:
+        classes = inferred_classes(train.labels, str(path))
+        return Source(str(path), "beton", classes, train, test, generic_views(train.shape, flip=False))
+    return Source(
+        path=str(path),
+        kind="beton",
+        classes=tuple(record["classes"]),
+        train=train,
+        test=test,
+        views=ViewSpec.from_dict(record["views"]),
+        recorded=record["fingerprint"],
+        trusted=record["files"] == _file_marks(path),
+    )
+
+
+def convert(
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    jpeg_quality: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Source:
+    """Write a source as betons and read every sample back.
+
+    The files get their names only when they are verified: pixels and labels equal in the raw mode; with JPEG equal
+    labels and, for each image, a mean colour within 16 grey levels. Killed at any time, the same call completes the
+    work; finished, it does nothing. A JPEG beton is another data set than its origin (its fingerprint is that of its
+    decoded pixels), a raw one the same.
+
+    Args:
+        source: What to convert.
+        out: The folder to write; made when missing.
+        jpeg_quality: None keeps the pixels as they are; 50 to 100 compresses (for large images).
+        progress: Called with (images done, in all, what with); each image is written and read back.
+
+    Returns:
+        The converted source, opened.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        DataError: A sample cannot be read, or reads back differently.
+        OutputError: `out` cannot be written, is in use, is part of the source, or holds anything else; it is untouched.
+        UsageError: `jpeg_quality` is out of range.
+    """
+    if jpeg_quality is not None and not _LEAST_QUALITY <= jpeg_quality <= 100:
+        raise UsageError(f"the JPEG quality is {jpeg_quality}; needed: {_LEAST_QUALITY} to 100")
+    check_place(Path(out), source)
+    folder = check_writable(out)
+    with FolderLock(folder):
+        if not _finished(folder, source, jpeg_quality):
+            _convert(source, folder, jpeg_quality, progress)
+        return open_betons(folder)
+
+
+def write_beton(
+    split: Split,
+    path: str | os.PathLike[str],
+    *,
+    jpeg_quality: int | None = None,
+    on_block: Callable[[Pixels], None] | None = None,
+) -> None:
+    """Write a split as a beton in FFCV's format, in this process.
+
+    FFCV's own writer hands the samples to worker processes and waits for ever when one dies. Here an exception while
+    reading or writing is simply raised. The file is not complete until this returns: give a temporary path and rename.
+
+    Args:
+        split: What to write.
+        path: The file; an existing one is overwritten.
+        jpeg_quality: None stores the pixels, 1 to 100 a JPEG of each image.
+        on_block: Called with each block of source pixels, uint8 `(n, H, W, 3)`, in index order.
+
+    Raises:
+        BackendUnavailable: FFCV is not installed.
+        OSError: The file cannot be written.
+    """
+    ffcv = load_ffcv()
+    height, width, _ = split.shape
+    mode = {"write_mode": "raw"} if jpeg_quality is None else {"write_mode": "jpg", "jpeg_quality": jpeg_quality}
+    fields = {"image": ffcv.fields.RGBImageField(**mode), "label": ffcv.fields.IntField()}
+    # A JPEG of noise can be larger than its pixels.
+    page = max(_MIN_PAGE, 1 << (height * width * 6 - 1).bit_length())
+    writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
+    writer.num_samples = len(split)
+    writer.prepare()
+    metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type)
+    try:
+        allocator = ffcv.memory_allocator.MemoryAllocator(writer.fname, writer.data_region_start, page)
+        with allocator:
+            for ids in id_blocks(split):
+                pixels = split.read(ids)
+                if on_block:
+                    on_block(pixels)
+                for index, image, label in zip(ids.tolist(), pixels, split.labels[ids].tolist(), strict=True):
+                    ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
+        writer.finalize(allocator.allocations)
+    finally:
+        # The shared memory cannot be closed while the array looks at it.
+        del metadata
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+
+
+def check_place(folder: Path, source: Source) -> None:
+    """Refuse a folder that is part of the source, or holds anything before there is a conversion in it."""
+    place = folder.resolve()
+    if source.kind == "folder":
+        trees = [Path(source.path, name).resolve() for name in ("train", *TEST_NAMES)]
+        if any(place.is_relative_to(tree) for tree in trees):
+            raise OutputError(f"{folder} lies among the images of {source.path}; give a folder outside of them")
+    if source.kind == "beton" and place == Path(source.path).resolve():
+        raise OutputError(f"{folder} is the source itself; give another folder")
+    held = visible_entries(folder)
+    if held and not _has_record(folder):
+        found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in held) or held[0]
+        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write; give another folder")
+
+
+def _finished(folder: Path, source: Source, quality: int | None) -> bool:
+    """Whether `folder` holds this conversion already; other data there is an error."""
+    try:
+        record = _read_record(folder)
+    except DataError as error:
+        raise OutputError(f"{error}, to another folder") from error
+    if record is None or not record["files"]:
+        return False
+    same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
+    if not same:
+        raise OutputError(f"{folder} holds another data set, or this one in another encoding; give another folder")
+    return bool(record["files"] == _file_marks(folder))
+
+
+def _convert(
+    source: Source, folder: Path, quality: int | None, progress: Callable[[int, int, str], None] | None
+) -> None:
+    record: dict[str, Any] = {
+        "format": _FORMAT,
+        "classes": list(source.classes),
+        "views": source.views.to_dict(),
+        "jpeg_quality": quality,
+        "origin": None,
+        "fingerprint": None,
+        "files": {},
+    }
+    write_json(folder / _RECORD, record)
+    classes = len(source.classes)
+    done, total = 0, 2 * (len(source.train) + len(source.test))
+
+    def advance(images: int, note: str) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total, note)
+
+    with contextlib.ExitStack() as stack:
+        # Both temporary files are renamed when the stack unwinds without an exception, after both are verified.
+        test = stack.enter_context(atomic_path(folder / "test.beton"))
+        train = stack.enter_context(atomic_path(folder / "train.beton"))
+        _write_verified(source.test, test, classes, quality, advance)
+        record["origin"], record["fingerprint"] = _write_verified(source.train, train, classes, quality, advance)
+    write_json(folder / _RECORD, {**record, "files": _file_marks(folder)})
+
+
+def _write_verified(
+    split: Split, path: Path, classes: int, quality: int | None, advance: Callable[[int, str], None]
+) -> tuple[str, str]:
+    """Write one file and read it back; fingerprints of what was given and of what the file decodes to."""
+    given = DataDigest(len(split), classes, split.shape)
+    means: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+
+    def note(pixels: Pixels) -> None:
+        given.update(pixels)
+        means.append(pixels.mean((1, 2)))
+        advance(len(pixels), "writing")
+
+    write_beton(split, path, jpeg_quality=quality, on_block=note)
+    written = BetonSplit(path)
+    decoded = DataDigest(len(written), classes, written.shape)
+    worst = 0.0
+    for ids, wanted in zip(id_blocks(written), means, strict=True):
+        pixels = written.read(ids)
+        decoded.update(pixels)
+        worst = max(worst, float(np.abs(pixels.mean((1, 2)) - wanted).max()))
+        advance(len(pixels), "reading back")
+    origin, result = given.finish(split.labels), decoded.finish(written.labels)
+    good = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
+    if not good or (quality is None and origin != result):
+        raise DataError(f"{path.name} does not read back as it was written; check the disk and convert again")
+    return origin, result
+
+
+def _has_record(folder: Path) -> bool:
+    """Whether there is a record of a conversion, sound or damaged; other programs have a data.json too."""
+    try:
+        with open(folder / _RECORD, "rb") as file:
+            return _MARK in file.read(_MARK_WITHIN)
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(f"cannot read {folder / _RECORD}: {error.strerror or error}") from error
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / _RECORD
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or set(record) != _RECORD_KEYS:
+        raise DataError(f"{path} is not a record of this version of `kdfast data convert`; convert the data again")
+    return record
+
+
+def _file_marks(folder: Path) -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of the betons that are there."""
+    marks = {}
+    for part in PARTS:
+        path = folder / f"{part}.beton"
+        if path.is_file():
+            status = path.stat()
+            marks[path.name] = [status.st_size, status.st_mtime_ns]
+    return marks

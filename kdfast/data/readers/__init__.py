@@ -1,0 +1,1 @@
+"""Readers: turn files of each supported kind into a `DataSource`."""

@@ -1,0 +1,1 @@
+"""Selection rules: choose samples of a group by their scores."""

@@ -1,0 +1,132 @@
+"""Exact nearest neighbours without an N x N matrix: a block of rows at a time, on any device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.prune.rules.base import FloatArray
+
+# Candidates beyond k: the next distances prove that rounding has hidden no neighbour.
+_SPARE = 8
+# Bytes of one block of float32 distances, and of one of float64 differences.
+_BLOCK_BYTES = 1 << 27
+# Columns of a block whose minimum is taken first.
+_PIECE = 32
+
+
+def nearest(
+    features: npt.NDArray[np.float32], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
+) -> tuple[IntArray, FloatArray]:
+    """The k nearest other samples of each sample, by Euclidean distance.
+
+    A matrix product in float32 finds k + 8 candidates, whose distances are then computed in float64. Where the bound of
+    the product's rounding error does not exclude every other sample, the whole row is computed in float64. So the
+    result is that of float64 throughout, on every device. Time grows as N^2 D, memory as N D plus one block.
+
+    Args:
+        features: float32 (N, D), finite.
+        k: Neighbours a sample; fewer where there are fewer than k other samples.
+        device: Where to compute.
+        block_bytes: Size of one block of distances.
+
+    Returns:
+        Neighbours int64 (N, min(k, N - 1)), nearest first and the lower index at equal distance, and their distances,
+        float64 of the same shape.
+    """
+    n, depth = features.shape
+    k = min(k, n - 1)
+    if k < 1:
+        return np.zeros((n, 0), np.int64), np.zeros((n, 0))
+    # Distances do not change when the mean goes, but rounding errors, which grow with the norms, do.
+    points = torch.from_numpy(features - features.mean(0, dtype=np.float64).astype(np.float32)).to(device)
+    norms = points.double().square().sum(1)
+    # One product gives |y|^2 - 2 x.y, and no further pass over the block is needed.
+    right = torch.cat((points, norms.float()[:, None]), dim=1).T.contiguous()
+    slack = 4 * (depth + 4) * torch.finfo(torch.float32).eps * float(norms.max())
+    neighbours, distances = np.empty((n, k), np.int64), np.empty((n, k))
+    step = min(n, max(1, block_bytes // (4 * n)))
+    block = torch.empty(step, n, device=device)
+    with _full_float32(points.device):
+        for start in range(0, n, step):
+            rows = torch.arange(start, min(start + step, n), device=device)
+            left = torch.cat((points[rows] * -2, points.new_ones(len(rows), 1)), dim=1)
+            rough = torch.mm(left, right, out=block[: len(rows)])
+            rough[torch.arange(len(rows), device=device), rows] = torch.inf
+            found, squares = _resolve(rough, points, norms, rows, k, slack)
+            neighbours[start : start + step], distances[start : start + step] = found.cpu(), squares.sqrt().cpu()
+    return neighbours, distances
+
+
+def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+    """Neighbours (B, k) of some rows and their squared distances, from `rough` (B, N), the squares less the row's norm.
+
+    `slack` bounds the rounding error of an entry.
+    """
+    n = len(points)
+    spread = min(k + _SPARE, n - 1)
+    lowest, candidates = _lowest(rough, spread)
+    squares, found = _smallest(_squares(points, rows, candidates), candidates, k)
+    if spread == n - 1:
+        return found, squares
+    floor = lowest.amax(1).double() + norms[rows] - slack
+    for row in (squares[:, -1] >= floor).nonzero()[:, 0].tolist():
+        others = torch.arange(n, device=rows.device)
+        others = others[others != rows[row]][None]
+        exact = _squares(points, rows[row : row + 1], others)
+        squares[row], found[row] = (x[0] for x in _smallest(exact, others, k))
+    return found, squares
+
+
+def _lowest(rough: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` lowest entries of each row (B, N) and their columns, in any order.
+
+    They lie in the `count` pieces of lowest minimum: one pass for the minima, and few entries to sort.
+    """
+    whole = rough.shape[1] // _PIECE * _PIECE
+    if whole // _PIECE < 2 * count:
+        values, columns = rough.topk(count, dim=1, largest=False, sorted=False)
+        return values, columns
+    minima = rough[:, :whole].view(len(rough), -1, _PIECE).amin(2)
+    pieces = minima.topk(count, dim=1, largest=False, sorted=False).indices
+    inside = (pieces[:, :, None] * _PIECE + torch.arange(_PIECE, device=rough.device)).flatten(1)
+    rest = torch.arange(whole, rough.shape[1], device=rough.device).expand(len(rough), -1)
+    candidates = torch.cat((inside, rest), dim=1)
+    values, places = rough.gather(1, candidates).topk(count, dim=1, largest=False, sorted=False)
+    return values, candidates.gather(1, places)
+
+
+def _squares(points: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
+    """Squared distances of rows (B,) to candidates (B, m) in float64, a few candidates at a time."""
+    step = max(1, _BLOCK_BYTES // (16 * points.shape[1] * len(rows)))
+    own = points[rows][:, None].double()
+    parts = range(0, candidates.shape[1], step)
+    return torch.cat([(points[candidates[:, p : p + step]].double() - own).square().sum(-1) for p in parts], dim=1)
+
+
+def _smallest(squares: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row (B, m), the lower candidate at equal value: values and candidates (B, k)."""
+    by_index = candidates.argsort(dim=1)
+    squares, candidates = squares.gather(1, by_index), candidates.gather(1, by_index)
+    order = squares.argsort(dim=1, stable=True)[:, :k]
+    return squares.gather(1, order), candidates.gather(1, order)
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products of CUDA in full float32 within the block: TF32 would void the bound."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,1 @@
+"""Pruning scores: one number per training sample; higher means harder."""

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kdfast.data.readers.registry import SOURCES, open_source
+from kdfast.errors import DataError, UsageError
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_is_recognised_and_sound(make_source, kind):
+    source = open_source(make_source(kind))
+    assert source.kind == kind
+    for split in (source.train, source.test):
+        assert split.labels.dtype == np.int64
+        assert split.labels.shape == (len(split),)
+        pixels = split.read([len(split) - 1, 0])
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (2, *split.shape)
+        assert np.array_equal(pixels[1], split.read([0])[0])
+        assert split.labels.max() < len(source.classes)
+    assert source.views.size == source.train.shape[:2]
+    assert len(source.fingerprint) == 64
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_size_that_it_has_is_accepted(make_source, kind):
+    path = make_source(kind)
+    size = open_source(path).train.shape[0]
+    assert open_source(path, size=size).train.shape == (size, size, 3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "folder"])
+def test_size_is_for_folders(make_source, kind):
+    with pytest.raises(UsageError, match="leave it out"):
+        open_source(make_source(kind), size=77)
+
+
+def test_size_below_one():
+    with pytest.raises(UsageError, match="1 or more"):
+        open_source("digits", size=0)
+
+
+def test_unknown_places(tmp_path):
+    with pytest.raises(DataError, match="nothing at"):
+        open_source(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"\(nothing\) is no data source"):
+        open_source(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"\(notes\.txt\) is no data source"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match="one file"):
+        open_source(tmp_path / "notes.txt")
+
+
+def test_foreign_data_json_is_not_a_conversion(tmp_path, image_folder):
+    root = image_folder(tmp_path)
+    (root / "data.json").write_text('{"author": "x"}')
+    assert open_source(root).kind == "folder"
+
+
+def test_importing_imports_no_ffcv_and_keeps_torch_threads():
+    code = (
+        "import sys, torch; n = torch.get_num_threads();"
+        "import kdfast.data.readers.registry, kdfast.data.loaders;"
+        "assert 'ffcv' not in sys.modules; assert torch.get_num_threads() == n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,111 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from kdfast.data import source as module
+from kdfast.data.source import (
+    ArraySplit,
+    DataDigest,
+    epoch_ids,
+    fingerprint_of,
+    generic_views,
+    index_array,
+    normalization_of,
+)
+from kdfast.errors import DataError, SubsetError
+
+
+def test_fingerprint_is_the_documented_digest(split):
+    data = split(10)
+    head = json.dumps({"classes": 3, "samples": 10, "shape": [8, 8, 3]}).encode()
+    expected = hashlib.sha256(head + data.images.tobytes() + data.labels.tobytes()).hexdigest()
+    assert fingerprint_of(data, 3) == expected
+
+
+def test_fingerprint_does_not_depend_on_blocks(split, monkeypatch):
+    data = split(50)
+    whole = fingerprint_of(data, 3)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 8 * 8 * 3)
+    assert fingerprint_of(data, 3) == whole
+
+
+@pytest.mark.parametrize("change", ["pixel", "label", "order", "classes", "count"])
+def test_fingerprint_sees(split, change):
+    data, classes = split(10), 3
+    images, labels = data.images.copy(), data.labels.copy()
+    if change == "pixel":
+        images[9, 7, 7, 2] ^= 1
+    if change == "label":
+        labels[0] = 2
+    if change == "order":
+        images, labels = images[::-1], labels[::-1]
+    if change == "classes":
+        classes = 4
+    if change == "count":
+        images, labels = images[:9], labels[:9]
+    assert fingerprint_of(ArraySplit(images, labels, "x"), classes) != fingerprint_of(data, 3)
+
+
+def test_fingerprint_sees_the_shape():
+    pixels = np.zeros((1, 4, 9, 3), np.uint8)
+    digests = set()
+    for shape in ((4, 9, 3), (6, 6, 3)):
+        digest = DataDigest(1, 1, shape)
+        digest.update(pixels.reshape(1, *shape))
+        digests.add(digest.finish(np.zeros(1, np.int64)))
+    assert len(digests) == 2
+
+
+def test_normalization(split, monkeypatch):
+    data = split(30)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 8 * 8 * 3)
+    norm = normalization_of(data)
+    scaled = data.images.astype(np.float64) / 255
+    np.testing.assert_allclose(norm.mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(norm.std, scaled.std((0, 1, 2)), rtol=1e-12)
+
+
+def test_normalization_of_a_constant_channel(split):
+    data = split(5)
+    data.images[..., 1] = 9
+    with pytest.raises(DataError, match="constant"):
+        normalization_of(data)
+
+
+@pytest.mark.parametrize(
+    "ids", [[0.0, 1.0], np.zeros(3, bool), [[0, 1]], 3, [-1], [10], [2**62], np.array([2**64 - 1], np.uint64), ["0"]]
+)
+def test_index_array_refuses(ids):
+    with pytest.raises(SubsetError):
+        index_array(ids, 10)
+
+
+def test_mask_gets_a_hint():
+    with pytest.raises(SubsetError, match=r"np\.flatnonzero"):
+        index_array(np.ones(10, bool), 10)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, np.int64])
+def test_index_array_copies(dtype):
+    given = np.array([3, 1, 2], dtype)
+    ids = index_array(given, 4)
+    given[:] = 0
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [3, 1, 2]
+    assert index_array(np.arange(10, dtype=dtype)[::3], 10).flags.c_contiguous
+
+
+@pytest.mark.parametrize(("ids", "batch"), [([], 4), ([1, 2, 1], 4), ([1], 0), (np.zeros(0, np.int64), 1)])
+def test_epoch_ids_refuses(ids, batch):
+    with pytest.raises(SubsetError):
+        epoch_ids(ids, 10, batch)
+
+
+def test_generic_views():
+    assert generic_views((8, 8, 3), flip=False).pad == 1
+    assert generic_views((2, 2, 3), flip=False).pad == 1
+    assert generic_views((40, 32, 3), flip=True).count == 162
+    crop = generic_views((100, 64, 3), flip=True)
+    assert (crop.kind, crop.size, crop.count) == ("crop", (100, 64), 128)

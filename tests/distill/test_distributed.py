@@ -1,0 +1,70 @@
+"""Two processes train the student that one trains: one global order, shares of each batch, averaged gradients."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdfast.data.readers.registry import open_source
+from kdfast.data.resident import ResidentLoader
+from kdfast.distill.batches import Batches
+from kdfast.distill.distributed import Ranks
+from kdfast.errors import UsageError
+
+IDS = np.arange(0, 150, dtype=np.int64)
+
+
+def of_rank(rank: int, world: int) -> Batches:
+    source = open_source("digits")
+    return Batches(
+        IDS, ResidentLoader(source.train), source.views, n_views=9, view_seed=0, targets=None, batch_size=32, seed=1,
+        ranks=Ranks(rank, world),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_put_together_are_the_batches_of_one_process(world: int) -> None:
+    alone = list(of_rank(0, 1).epoch(1, first=1))
+    shares = [list(of_rank(rank, world).epoch(1, first=1)) for rank in range(world)]
+    assert len(alone) == 4
+    for step, batch in enumerate(alone):
+        parts = [shares[rank][step] for rank in range(world)]
+        assert torch.equal(torch.cat([p.ids for p in parts]), batch.ids)
+        assert torch.equal(torch.cat([p.view_ids for p in parts]), batch.view_ids)
+        assert of_rank(0, world).size_of(step + 1) == len(batch.ids)
+
+
+def test_a_share_for_every_process_is_demanded() -> None:
+    Ranks(0, 2).check(34, 32)
+    with pytest.raises(UsageError, match="last batch of an epoch has 1 samples for 2 processes"):
+        Ranks(0, 2).check(33, 32)
+
+
+@pytest.mark.slow
+def test_two_processes_with_gloo(tmp_path: Path) -> None:
+    np.save(tmp_path / "idx.npy", IDS)
+    flags = ["distill", "--data", "digits", "--subset", str(tmp_path / "idx.npy"), "--student", "resnet8",
+             "--alpha", "0", "--epochs", "4", "--batch-size", "32", "--lr", "0.05", "--device", "cpu"]  # fmt: skip
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdfast"]
+    for name, start in (("one", [sys.executable, "-m", "kdfast"]), ("two", launcher), ("again", launcher)):
+        done = subprocess.run(
+            [*start, *flags, "--out", str(tmp_path / name)], capture_output=True, text=True, env=environ
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 1, "one process speaks"
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two", "again")}
+    assert results["two"]["weights"] == results["again"]["weights"], "bit-identical for the same number of processes"
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    }
+    assert [r["step"] for r in rows["one"]] == [r["step"] for r in rows["two"]]
+    # Batch norm sees half a batch in each process, so the two runs are alike, not equal.
+    assert rows["two"][-1]["loss"] == pytest.approx(rows["one"][-1]["loss"], rel=0.25)
+    assert rows["two"][-1]["loss"] < 0.9 * rows["two"][0]["loss"]

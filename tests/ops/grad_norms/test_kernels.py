@@ -1,0 +1,166 @@
+"""The ways to the norms of one layer, against gradients formed in float64."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdfast.ops import backends
+from kdfast.ops.grad_norms import reference
+from kdfast.ops.grad_norms.dispatch import METHODS, Sizes, costs, pick
+from kdfast.ops.grad_norms.factors import Convolution, Geometry, Rows
+from kdfast.ops.grad_norms.ways import Ways
+
+TOLERANCE = 1e-5  # of a norm; of its square twice that
+
+
+def truth(part):
+    """Squared norms by autograd, sample by sample, in float64."""
+    if isinstance(part, Rows):
+        return torch.bmm(part.b.double().transpose(1, 2), part.a.double()).square().sum((1, 2))
+    g = part.geometry
+    top, bottom, left, right = g.pads
+    a = F.pad(part.a.double(), (left, right, top, bottom))
+    shape = (part.b.shape[1], a.shape[1] // g.groups, *g.kernel)
+    out = []
+    for x, grad in zip(a, part.b.double(), strict=True):
+        w = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        y = F.conv2d(x.unsqueeze(0), w, stride=g.stride, dilation=g.dilation, groups=g.groups)
+        out.append(torch.autograd.grad(y, w, grad.unsqueeze(0))[0].square().sum())
+    return torch.stack(out)
+
+
+def convolution(channels, outputs, size, geometry, n=3, dtype=torch.float32, channels_last=False):
+    a = torch.randn(n, channels, *size, dtype=dtype)
+    (kh, kw), stride, dilation, (top, bottom, left, right), _ = geometry
+    high = (size[0] + top + bottom - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    wide = (size[1] + left + right - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    b = torch.randn(n, outputs, high, wide, dtype=dtype)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    return Convolution(a.contiguous(memory_format=memory), b.contiguous(memory_format=memory), geometry)
+
+
+def error(found, part):
+    expected = truth(part)
+    assert found.shape == expected.shape
+    return ((found.double() - expected).abs() / expected).max().item()
+
+
+GRID = [
+    Geometry((k, k), (s, s), (d, d), (p, p, p, p), g)
+    for k, s, p, d, g in itertools.product((1, 3, 5), (1, 2), (0, 1, 2), (1, 2), (1, 4))
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_convolution_of_the_grid(ghost_backend, method):
+    for i, geometry in enumerate(GRID):
+        part = convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1)
+        assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE, geometry
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wide_layers_and_odd_sizes(ghost_backend, method):
+    chosen = random.Random(0)
+    for _ in range(25):
+        pair = lambda values: (chosen.choice(values), chosen.choice(values))  # noqa: E731
+        geometry = Geometry(
+            pair((1, 2, 3, 4)),
+            pair((1, 2, 3)),
+            pair((1, 2)),
+            (*pair((0, 1, 3)), *pair((0, 1, 2))),
+            chosen.choice((1, 3)),
+        )
+        part = convolution(
+            geometry.groups * chosen.choice((1, 5, 17, 33, 60)), geometry.groups * chosen.choice((1, 7, 8, 20)),
+            (chosen.choice((8, 20)), chosen.choice((9, 16, 40))), geometry, channels_last=chosen.random() < 0.5,
+        )  # fmt: skip
+        assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE, geometry
+
+
+@pytest.mark.parametrize(("stride", "multiplier", "kernel"), list(itertools.product((1, 2), (1, 2), (1, 3, 5))))
+def test_depthwise(ghost_backend, stride, multiplier, kernel):
+    pad = kernel // 2
+    geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (pad,) * 4, 6)
+    part = convolution(6, 6 * multiplier, (9, 17), geometry)
+    assert error(Ways(backend=ghost_backend).squares(part), part) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("t", "d", "p"), [(1, 5, 3), (2, 100, 70), (37, 20, 9), (300, 8, 49), (600, 3, 2)])
+def test_sequences(ghost_backend, method, t, d, p):
+    part = Rows(torch.randn(4, t, d), torch.randn(4, t, p))
+    assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_is_exact_in_double_precision(method):
+    for geometry in GRID[::5]:
+        part = convolution(8, 12, (11, 13), geometry, dtype=torch.float64)
+        assert error(reference.squares(part, method), part) < 1e-12
+
+
+def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
+    parts = [convolution(8, 12, (11, 13), GRID[30], n=7), Rows(torch.randn(7, 20, 30), torch.randn(7, 20, 10))]
+    for part, method in itertools.product(parts, METHODS):
+        whole = reference.squares(part, method)
+        monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+        torch.testing.assert_close(reference.squares(part, method), whole, rtol=1e-5, atol=0)
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+def test_fused_instruction_sets_give_the_same_bits():
+    from kdfast.ops.grad_norms import native
+
+    if native.extension.isa() == "default":
+        pytest.skip("this processor has no fused multiply-add")
+    part = convolution(33, 20, (11, 13), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
+    deep = convolution(20, 20, (11, 13), Geometry((3, 3), (2, 2), (1, 1), (1,) * 4, 20))
+    calls = [(part, native.DIRECT), (part, native.GRAM), (deep, native.DEPTHWISE)]
+    for x, way in calls:
+        results = [native.ghost_conv(x.a, x.b, x.geometry, way, isa_limit=level) for level in (0, 1, 2)]
+        assert torch.equal(results[1], results[2])
+        torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+def test_threads_do_not_change_a_bit():
+    from kdfast.ops.grad_norms import native
+
+    part = convolution(33, 20, (11, 13), GRID[30]._replace(groups=1), n=9)
+    one = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append([native.ghost_conv(part.a, part.b, part.geometry, way) for way in (0, 1)])
+    finally:
+        torch.set_num_threads(one)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+def test_sizes_that_do_not_fit_are_refused():
+    from kdfast.ops.grad_norms import native
+
+    part = convolution(6, 6, (9, 9), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
+    with pytest.raises(ValueError, match="one channel a group"):
+        native.ghost_conv(part.a, part.b, part.geometry, native.DEPTHWISE)
+    with pytest.raises(ValueError, match="groups must divide"):
+        native.ghost_conv(part.a, part.b, part.geometry._replace(groups=4), native.DIRECT)
+    with pytest.raises(ValueError, match="positive"):
+        native.ghost_conv(part.a, part.b, part.geometry._replace(stride=(0, 1)), native.DIRECT)
+
+
+def test_the_rule_takes_the_cheapest_way():
+    assert pick(Sizes(16, 4608, 512, 9)) == "pixel"  # the last stage of a ResNet: few positions, many weights
+    assert pick(Sizes(1024, 576, 64, 9)) == "direct"  # its first stage
+    assert pick(Sizes(196, 768, 768, 256, 256)) == "gram"  # patches that do not overlap
+    assert pick(Sizes(128, 768, 768)) == "gram"  # a sequence
+    assert pick(Sizes(1024, 9, 1, 9)) == "direct"  # depthwise
+    for method in METHODS[1:]:
+        assert pick(Sizes(16, 4608, 512, 9), method) == method
+        assert costs(Sizes(16, 4608, 512, 9))[method] >= costs(Sizes(16, 4608, 512, 9))["pixel"]

@@ -1,0 +1,101 @@
+"""kd_loss on a CUDA device: against float64, without waiting for the device, inside a CUDA graph."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdfast
+from kdfast.ops.kd_loss.reference import reference_loss
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def case(n: int, c: int, dtype: torch.dtype):
+    generator = torch.Generator("cuda").manual_seed(n + c)
+    logits = (4 * torch.randn(n, c, device="cuda", generator=generator)).to(dtype).requires_grad_()
+    teacher = (4 * torch.randn(2 * n, c, device="cuda", generator=generator)).half()
+    labels = torch.randint(c, (n,), device="cuda", generator=generator)
+    rows = torch.randint(2 * n, (n,), device="cuda", generator=generator)
+    return logits, labels, teacher, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 1), (128, 10), (130, 100), (64, 1000), (16, 16384), (8, 32000), (3, 131072)])
+def test_loss_and_gradient_against_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits, labels, teacher, rows = case(*shape, dtype)
+    loss = kdfast.kd_loss(logits, labels, teacher, rows, backend="triton")
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = reference_loss(
+        exact, labels, teacher.double(), rows, None, None, None, alpha=0.5, temperature=4.0, t_squared=True,
+        ignore_index=-100, reduction="mean", reverse=False,
+    )  # fmt: skip
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=1e-6)
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    bound = unit * exact.grad.abs() + 2e-6 * exact.grad.abs().max()
+    assert ((logits.grad.double() - exact.grad).abs() <= bound).all()
+
+
+def test_options_masks_and_far_spread_logits_as_in_the_interpreter() -> None:
+    grid = Path(__file__).with_name("triton_grid.py")
+    groups = ["options", "masked", "large", "far", "weights"]  # the others compile for minutes
+    command = [sys.executable, "-W", "ignore", str(grid), "cuda", *groups]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert list(results) == groups
+    assert not {name: failures for name, (_, failures) in results.items() if failures}
+
+
+def test_forward_and_backward_never_wait_for_the_device() -> None:
+    logits, labels, teacher, rows = case(256, 1000, torch.bfloat16)
+    kdfast.kd_loss(logits, labels, teacher, rows).backward()  # compiles
+    logits.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kdfast.kd_loss(logits, labels, teacher, rows).backward()
+        (2 * kdfast.kd_loss(logits, labels, teacher, rows)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_replays_the_loss() -> None:
+    logits, labels, teacher, rows = case(128, 100, torch.float32)
+    expected = kdfast.kd_loss(logits, labels, teacher, rows)
+    expected.backward()
+    gradient = logits.grad.clone()
+    logits.grad = None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            logits.grad = None
+            kdfast.kd_loss(logits, labels, teacher, rows).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    logits.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = kdfast.kd_loss(logits, labels, teacher, rows)
+        loss.backward()
+    loss.zero_()
+    logits.grad.zero_()
+    graph.replay()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(logits.grad, gradient)
+
+
+def test_indices_out_of_range_are_told_by_validate_and_marked_without() -> None:
+    logits, labels, teacher, rows = case(32, 100, torch.float32)
+    rows[3] = 10_000
+    with pytest.raises(IndexError, match="rows"):
+        kdfast.kd_loss(logits, labels, teacher, rows, validate=True)
+    losses = kdfast.kd_loss(logits, labels, teacher, rows, reduction="none")
+    assert losses.isnan().nonzero().flatten().tolist() == [3]

@@ -1,0 +1,132 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter in a process of its own, and compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+GRID = Path(__file__).with_name("triton_grid.py")
+BASE = {
+    "USE_CE": True,
+    "REVERSE": False,
+    "POWER": 2,
+    "GRAD": True,
+    "HAS_LABELS": True,
+    "HAS_ROWS": True,
+    "HAS_WEIGHTS": True,
+    "HAS_MASS": True,
+}
+POINTERS = {
+    "ids_ptr": "*i32",
+    "label_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "tail_ptr": "*fp32",
+    "weights_ptr": "*fp32",
+    "mass_ptr": "*fp32",
+    "loss_ptr": "*fp32",
+    "factor_ptr": "*fp32",
+}
+FLOATS = {"temperature", "ce_factor", "kl_factor", "hold", "scale"}
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """Results of every group of cases: name to list of failures."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(GRID), "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["dense", "options", "strides", "masked", "large", "topk", "far", "ignored", "out of range", "scaling", "weights"],
+)
+def test_interpreted(grid, group):
+    count, failures = grid[group]
+    assert count > 0
+    assert not failures, failures[:10]
+
+
+def compiled(kernel, warps, types, **constants):
+    """PTX of a kernel for sm_90, as a launch with contiguous rows of 16 k elements would specialise it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants |= {name: 1 for name in ("z_col", "t_col", "v_col", "label_stride", "rows_stride")}
+    names = [p.name for p in kernel.params]
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = types.get(name) or POINTERS[name]
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i64" if name == "size" else "i32"
+    aligned = [name for name in names if name.endswith("_ptr") or name in ("c", "z_row", "t_row")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("student", ["*fp32", "*bf16", "*fp16"])
+@pytest.mark.parametrize("classes", [16, 128, 1024, 16384, 32000])
+def test_the_dense_kernel_compiles_to_vector_loads(student, classes):
+    from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
+
+    shape = tile_shape(100_000, classes)
+    warps = shape.pop("num_warps")
+    types = {"z_ptr": student, "grad_ptr": student, "t_ptr": "*fp16"}
+    for reverse in (False, True):
+        flags = {**BASE, "USE_KL": True, "REVERSE": reverse, "WIDE": False, "ALIGN": 16}
+        ptx = compiled(dense_kernel, warps, types, **flags, **shape)
+        assert "ex2.approx" in ptx
+        assert any("ld.global" in line and (".v2" in line or ".v4" in line) for line in ptx.splitlines())
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_other_kernels_compile():
+    from kdfast.ops.kd_loss.triton_launch import mass_kernel, scale_kernel
+    from kdfast.ops.kd_loss.triton_topk import topk_kernel
+
+    types = {"z_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "v_ptr": "*fp16"}
+    assert compiled(topk_kernel, 8, types, **BASE, BLOCK=4096, K_BLOCK=64)
+    for flags in ({"PER_ROW": True, "IN_PLACE": False}, {"PER_ROW": False, "IN_PLACE": True}):
+        assert compiled(scale_kernel, 8, types, **flags, BLOCK=4096)
+    assert compiled(mass_kernel, 4, types, HAS_LABELS=True, HAS_WEIGHTS=True, BLOCK=1024)
+
+
+def test_tiles_cover_a_row_or_stream_it():
+    from kdfast.ops.kd_loss.triton_dense import tile_shape
+
+    for n in (1, 128, 8192, 10**6):
+        for c in (1, 10, 100, 256, 1000, 16384, 16385, 262144):
+            shape = tile_shape(n, c)
+            assert shape["SINGLE"] == (c <= 16384)
+            assert not shape["SINGLE"] or shape["BLOCK"] >= c
+            assert shape["BLOCK"] & (shape["BLOCK"] - 1) == 0
+            assert 1 <= shape["num_warps"] <= 32
+            assert shape["ROWS"] >= 1
+
+
+def test_wide_offsets_and_alignment():
+    from kdfast.ops.kd_loss.triton_launch import _alignment, _wide
+
+    wide = torch.empty_strided((4, 2**16), (1, 2**15), device="meta")
+    assert _wide(torch.zeros(4, 8), wide)
+    assert not _wide(torch.zeros(4, 8))
+    assert _alignment(torch.zeros(4, 100), torch.zeros(4, 100)) == 4
+    assert _alignment(torch.zeros(4, 48)[:, :32], torch.zeros(4, 32)) == 16
+    assert _alignment(torch.zeros(4, 33)[:, :32]) == 1

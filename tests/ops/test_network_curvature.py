@@ -1,0 +1,168 @@
+"""Products with a network's Hessian and Gauss-Newton matrix, against the matrices themselves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, hessian, jacrev
+
+import kdfast
+from kdfast.errors import DataError, ShapeError, SolveError, UsageError
+from kdfast.ops.network_curvature import KINDS, NetworkCurvature
+
+N, CLASSES = 7, 3
+
+
+class Net(nn.Module):
+    """Convolution, normalisation, attention without a class of its own, and a frozen parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, bias=False)
+        self.norm = nn.GroupNorm(1, 2)
+        self.fixed = nn.Parameter(torch.rand(2), requires_grad=False)
+        self.mix = nn.Linear(2, 2)
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).tanh().flatten(2).transpose(1, 2) * self.fixed
+        x = F.scaled_dot_product_attention(x, self.mix(x), x)
+        return self.head(x.mean(1))
+
+
+@pytest.fixture
+def model():
+    return Net().double()
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(N, 1, 5, 5, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
+
+
+def matrices(model, x, y, l2, criterion=None):
+    """Hessian and Gauss-Newton matrix, entry by entry."""
+    criterion = criterion or (lambda z: F.cross_entropy(z, y))
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    theta = torch.cat([p.flatten() for p in named.values()])
+
+    def outputs(flat):
+        pieces = torch.split(flat, [p.numel() for p in named.values()])
+        params = {name: piece.view(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+        return functional_call(model, params, (x,))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        h = hessian(lambda flat: criterion(outputs(flat)))(theta)
+        j = jacrev(outputs)(theta).reshape(-1, len(theta))
+        z = outputs(theta)
+        inner = hessian(lambda flat: criterion(flat.view_as(z)))(z.flatten())
+    identity = l2 * torch.eye(len(theta), dtype=theta.dtype)
+    return {"hessian": h + identity, "gauss_newton": j.T @ inner @ j + identity}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_products_are_those_of_the_matrix(model, batch, kind, batch_size):
+    x, y = batch
+    matrix = matrices(model, x, y, 0.01)[kind]
+    v = torch.randn(4, len(matrix), dtype=torch.float64)
+    found = kdfast.network_hvp(model, x, y, v, kind=kind, l2=0.01, batch_size=batch_size)
+    torch.testing.assert_close(found, v @ matrix, rtol=1e-10, atol=1e-12)
+    one = kdfast.network_hvp(model, x, y, v[1], kind=kind, l2=0.01)
+    assert one.shape == v[1].shape
+    torch.testing.assert_close(one, found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_distillation_loss(model, batch, kind):
+    x, y = batch
+    teacher = torch.randn(N, CLASSES, dtype=torch.float64)
+
+    def criterion(z):
+        return kdfast.kd_loss(z, y, teacher, alpha=0.7, temperature=2.0, backend="reference")
+
+    matrix = matrices(model, x, y, 0.0, criterion)[kind]
+    v = torch.randn(2, len(matrix), dtype=torch.float64)
+    options = {"loss": "kd", "teacher": teacher, "alpha": 0.7, "temperature": 2.0, "batch_size": 4}
+    torch.testing.assert_close(
+        kdfast.network_hvp(model, x, y, v, kind=kind, **options), v @ matrix, rtol=1e-9, atol=1e-11
+    )
+
+
+def test_the_gradient(model, batch):
+    x, y = batch
+    curvature = NetworkCurvature(model, x, y, l2=0.3, batch_size=2)
+    F.cross_entropy(model(x), y).backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.cat([(p.grad + 0.3 * p.detach()).flatten() for p in trainable])
+    assert curvature.size == len(expected)
+    torch.testing.assert_close(curvature.gradient(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_solve_of_several_systems_at_once(model, batch):
+    x, y = batch
+    matrix = matrices(model, x, y, 0.05)["gauss_newton"]
+    curvature = NetworkCurvature(model, x, y, l2=0.05, batch_size=5)
+    b = torch.stack([curvature.gradient(), torch.randn(curvature.size, dtype=torch.float64)])
+    solution = curvature.solve(b, tol=1e-9)
+    assert solution.residuals.max() <= 1e-9
+    torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b.T).T, rtol=1e-6, atol=1e-8)
+
+
+def test_negative_curvature_raises(model, batch):
+    x, y = batch
+    values, vectors = torch.linalg.eigh(matrices(model, x, y, 0.0)["hessian"])
+    assert values[0] < -1e-3
+    with pytest.raises(SolveError, match=r"curvature .*add damping .*Gauss-Newton"):
+        NetworkCurvature(model, x, y, kind="hessian").solve(vectors[:, :1].T.contiguous())
+
+
+def test_the_model_is_left_as_found(model, batch):
+    before = [(p.requires_grad, p.grad, p.detach().clone()) for p in model.parameters()]
+    v = torch.randn(sum(p.numel() for p in model.parameters() if p.requires_grad), dtype=torch.float64)
+    with torch.no_grad():
+        kdfast.network_hvp(model, *batch, v)
+    for p, (flag, grad, value) in zip(model.parameters(), before, strict=True):
+        assert p.requires_grad == flag
+        assert p.grad is grad is None
+        assert torch.equal(p, value)
+
+
+def test_inputs_by_keyword_and_losses_of_ones_own(model, batch):
+    x, y = batch
+    v = torch.randn(2, NetworkCurvature(model, x, y).size, dtype=torch.float64)
+    for kind in KINDS:
+        expected = kdfast.network_hvp(model, x, y, v, kind=kind)
+        found = kdfast.network_hvp(
+            model, {"x": x}, y, v, kind=kind, loss=lambda z, t: F.cross_entropy(z, t, reduction="none"), batch_size=2
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kind": "fisher"}, UsageError, "kind='fisher'"),
+        ({"l2": -1.0}, UsageError, "l2=-1.0"),
+        ({"batch_size": 0}, UsageError, "batch_size=0"),
+        ({"v": torch.zeros(3)}, ShapeError, r"v has shape \(1, 3\): \(K, 37\) is needed"),
+        ({"v": torch.full((37,), float("nan"))}, DataError, "not finite"),
+        ({"v": torch.zeros(37, device="meta")}, UsageError, "v is on meta"),
+        ({"labels": torch.full((N,), 3)}, DataError, r"labels\[0\] is 3"),
+        ({"inputs": torch.full((N, 1, 5, 5), float("inf")).double()}, DataError, "inputs holds"),
+    ],
+)
+def test_bad_input(model, batch, change, error, message):
+    options = {"inputs": batch[0], "labels": batch[1], "v": torch.zeros(37), **change}
+    with pytest.raises(error, match=message):
+        kdfast.network_hvp(model, **options)
+
+
+def test_layers_that_cannot_be_differentiated_so(batch):
+    x = torch.randn(N, 5, dtype=torch.float64)
+    batch_norm = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
+    with pytest.raises(UsageError, match="layer '1'"):
+        kdfast.network_hvp(batch_norm, x, batch[1], torch.zeros(1))
+    dropout = nn.Sequential(nn.Linear(5, CLASSES), nn.Dropout()).double()
+    with pytest.raises(UsageError, match=r"dropout needs model.eval\(\)"):
+        kdfast.network_hvp(dropout, x, batch[1], torch.zeros(18))

@@ -1,0 +1,184 @@
+"""D2 against dense brute force: neighbours, graph, messages, and the greedy selection."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdfast.prune.rules.d2 import default_cut, forward, undirected
+from kdfast.prune.rules.d2_graph import nearest
+from kdfast.prune.rules.d2_greedy import select
+from kdfast.prune.rules.registry import choose
+
+RNG = np.random.default_rng(0)
+
+
+def dense_distances(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(x[:, None].astype(np.float64) - x[None].astype(np.float64)).sum(-1))
+
+
+def neighbours_by_hand(x: np.ndarray, k: int) -> np.ndarray:
+    distances = dense_distances(x)
+    np.fill_diagonal(distances, np.inf)
+    return np.argsort(distances, axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize(("n", "depth", "k"), [(300, 8, 5), (2000, 4, 3), (40, 3, 10), (5, 2, 9), (2, 2, 1)])
+def test_neighbours_against_brute_force(n: int, depth: int, k: int) -> None:
+    x = RNG.normal(size=(n, depth)).astype(np.float32) * 3 + 40
+    found, distances = nearest(x, k, block_bytes=4 * n * 37)
+    k = min(k, n - 1)
+    expected = neighbours_by_hand(x - x.mean(0, dtype=np.float64).astype(np.float32), k)
+    assert (found == expected).all()
+    np.testing.assert_allclose(distances, np.take_along_axis(dense_distances(x), expected, 1), rtol=1e-5)
+
+
+def test_neighbours_of_duplicates_and_of_far_clusters_are_exact() -> None:
+    """Rounding of the fast product hides these: thirty copies of each point, clusters far from the origin."""
+    centres = RNG.normal(size=(40, 16)) * 1000
+    x = (np.repeat(centres, 30, axis=0) + RNG.normal(size=(1200, 16)) * 1e-3).astype(np.float32)
+    x[::3] = x[0]
+    centred = x - x.mean(0, dtype=np.float64).astype(np.float32)
+    found, _ = nearest(x, 5)
+    assert (found == neighbours_by_hand(centred, 5)).all()
+
+
+def test_neighbours_do_not_depend_on_the_block() -> None:
+    x = RNG.normal(size=(500, 6)).astype(np.float32)
+    first, second = nearest(x, 4, block_bytes=1), nearest(x, 4)
+    assert (first[0] == second[0]).all()
+    assert (first[1] == second[1]).all()
+
+
+def test_no_dense_matrix_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    plain = torch.mm
+
+    def watch(*args, **kwargs):
+        nonlocal largest
+        result = plain(*args, **kwargs)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "mm", watch)
+    nearest(RNG.normal(size=(3000, 4)).astype(np.float32), 5, block_bytes=4 * 3000 * 100)
+    assert 0 < largest <= 3000 * 100
+
+
+def graph_by_hand(x: np.ndarray, k: int) -> np.ndarray:
+    """Dense adjacency: joined when either is among the other's k nearest."""
+    joined = np.zeros((len(x), len(x)), bool)
+    for i, others in enumerate(neighbours_by_hand(x, k)):
+        joined[i, others] = True
+    return joined | joined.T
+
+
+def test_the_graph_is_undirected_and_without_double_edges() -> None:
+    x = RNG.normal(size=(200, 5)).astype(np.float32)
+    starts, ends, lengths = undirected(*nearest(x, 4))
+    joined = np.zeros((200, 200), bool)
+    for i in range(200):
+        mine = ends[starts[i] : starts[i + 1]]
+        assert (np.diff(mine) > 0).all()
+        joined[i, mine] = True
+        np.testing.assert_allclose(lengths[starts[i] : starts[i + 1]], dense_distances(x)[i, mine], rtol=1e-6)
+    assert (joined == graph_by_hand(x, 4)).all()
+
+
+def d2_by_hand(scores, x, ties, count, *, k=5, gamma=1.0, gamma_r=0.1, cut=0.0, power=1) -> set[int]:
+    """Dense matrices and a scan for each sample that is kept."""
+    order = np.lexsort((ties, -scores))
+    left = order[min(round(cut * len(scores)), len(scores) - count) :]
+    s, x, ties = scores[left] - min(0, scores[left].min()), x[left], ties[left]
+    d = dense_distances(x) ** power
+    joined = graph_by_hand(x, min(k, len(x) - 1))
+    u = s + np.where(joined, np.exp(-gamma * d), 0) @ s
+    reverse = np.where(joined, np.exp(-gamma_r * d), 0)
+    alive, kept = np.ones(len(u), bool), []
+    for _ in range(count):
+        best = max(np.flatnonzero(alive), key=lambda i: (u[i], -ties[i]))
+        alive[best] = False
+        kept.append(int(left[best]))
+        u = u - reverse[best] * u[best]
+    return set(kept)
+
+
+@pytest.mark.parametrize("labels", [np.arange(240) % 4, np.repeat(np.arange(3), [200, 20, 20])], ids=["equal", "1:10"])
+@pytest.mark.parametrize("fidelity", ["paper", "code"])
+@pytest.mark.parametrize(("fraction", "shift"), [(0.1, 0.0), (0.5, 0.0), (0.3, -5.0), (0.95, 0.0)])
+def test_d2_against_brute_force(labels, fidelity: str, fraction: float, shift: float) -> None:
+    labels = labels.astype(np.int64)
+    scores, x = RNG.random(240) + shift, RNG.normal(size=(240, 3)).astype(np.float32)
+    options = {"fidelity": fidelity, "k": 4, "gamma": 0.7, "gamma_r": 0.2}
+    plain = {
+        "k": 4,
+        "gamma": 0.7,
+        "gamma_r": 0.2,
+        "cut": default_cut(fraction),
+        "power": 2 if fidelity == "paper" else 1,
+    }
+    kept = choose(scores, labels, fraction, rule="d2", features=x, options=options)
+    for label in range(labels.max() + 1):
+        members = np.flatnonzero(labels == label)
+        mine = set(kept[labels[kept] == label].tolist())
+        expected = d2_by_hand(scores[members], x[members], np.zeros(len(members)), len(mine), **plain)
+        assert mine == {int(members[i]) for i in expected}
+    everyone = choose(scores, labels, fraction, rule="d2", balance="unbalanced", features=x, options=options)
+    assert set(everyone.tolist()) == d2_by_hand(scores, x, np.zeros(240), len(everyone), **plain)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 6))
+def test_the_lazy_heap_against_a_scan(seed: int, n: int, k: int) -> None:
+    """Strong messages make u negative and let neighbours rise again; values of few kinds make ties."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 2)).astype(np.float32)
+    starts, ends, lengths = undirected(*nearest(x, k))
+    weights = rng.choice([0.25, 0.5, 1.0], len(lengths))
+    u = rng.choice([0.0, 1.0, 2.0, -1.0], n)
+    ranks = rng.permutation(n)
+    count = int(rng.integers(1, n + 1))
+    now, alive, expected = u.copy(), np.ones(n, bool), []
+    for _ in range(count):
+        best = max(np.flatnonzero(alive), key=lambda i: (now[i], -ranks[i]))
+        alive[best] = False
+        expected.append(int(best))
+        edges = slice(starts[best], starts[best + 1])
+        now[ends[edges]] -= weights[edges] * now[best]
+    assert select(u, starts, ends, weights, ranks, count).tolist() == expected
+
+
+def test_messages_forward() -> None:
+    x = RNG.normal(size=(60, 3)).astype(np.float32)
+    starts, ends, lengths = undirected(*nearest(x, 5))
+    s = RNG.random(60)
+    expected = s + np.where(graph_by_hand(x, 5), np.exp(-dense_distances(x)), 0) @ s
+    np.testing.assert_allclose(forward(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
+
+
+def test_kept_samples_are_more_varied_than_the_hardest() -> None:
+    """Two tight clusters of hard samples: by score alone one cluster takes all, by messages both are kept."""
+    x = np.concatenate((RNG.normal(size=(100, 4)), RNG.normal(size=(100, 4)) + 30)).astype(np.float32)
+    scores = np.concatenate((1.2 + RNG.random(100) * 0.1, 1.0 + RNG.random(100) * 0.1))
+    labels = np.zeros(200, np.int64)
+    hard = choose(scores, labels, 0.2, rule="hard")
+    varied = choose(scores, labels, 0.2, rule="d2", features=x, options={"cut": 0, "gamma_r": 0})
+    assert (hard >= 100).sum() == 0
+    assert (varied >= 100).sum() >= 10
+
+
+def test_the_cut_is_hard_first() -> None:
+    assert default_cut(0.1) == pytest.approx(0.4)
+    assert default_cut(0.7) == 0
+    x = RNG.normal(size=(100, 3)).astype(np.float32)
+    kept = choose(np.arange(100.0), np.zeros(100, np.int64), 0.1, rule="d2", features=x)
+    assert kept.max() < 60
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_neighbours_on_a_gpu_are_those_of_the_cpu() -> None:
+    x = RNG.normal(size=(3000, 32)).astype(np.float32)
+    here, there = nearest(x, 5), nearest(x, 5, device="cuda")
+    assert (here[0] == there[0]).all()

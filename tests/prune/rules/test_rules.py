@@ -1,0 +1,285 @@
+"""Every rule: exact sizes, budgets, seeds, refusals; the plain ones against brute force."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdfast.data.subset import class_budgets
+from kdfast.errors import DataError, SubsetError, UsageError
+from kdfast.prune.rules.base import RuleInputs
+from kdfast.prune.rules.registry import BALANCE, RULES, choose, decide
+from kdfast.prune.scores.registry import ScoreInputs, score
+
+BALANCED = np.tile(np.arange(5), 40).astype(np.int64)
+UNBALANCED = np.repeat(np.arange(4), [300, 150, 60, 30]).astype(np.int64)  # 10 : 1
+LABELS = {"balanced": BALANCED, "1:10": UNBALANCED}
+SHUFFLED = {name: np.random.default_rng(5).permutation(labels) for name, labels in LABELS.items()}
+
+
+def inputs_of(labels: np.ndarray, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "scores": rng.random(len(labels)) * 3,
+        "features": rng.normal(size=(len(labels), 6)).astype(np.float32),
+        "extras": {"mean_p": rng.random(len(labels))},
+    }
+
+
+def pick(labels: np.ndarray, fraction: float, **changes) -> np.ndarray:
+    arguments = {**inputs_of(labels), **changes}
+    return choose(arguments.pop("scores"), labels, fraction, **arguments)
+
+
+@pytest.fixture(params=sorted(SHUFFLED))
+def labels(request) -> np.ndarray:
+    return SHUFFLED[request.param]
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("balance", BALANCE)
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
+def test_sizes_are_exact(labels, rule: str, balance: str, fraction: float) -> None:
+    ids = pick(labels, fraction, rule=rule, balance=balance)
+    assert len(ids) == round(fraction * len(labels))
+    assert ids.dtype == np.int64
+    assert (np.diff(ids) > 0).all()
+    assert ids.min() >= 0
+    assert ids.max() < len(labels)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("balance", ["balanced", "equal"])
+def test_class_balance_is_right_on_unbalanced_sets(labels, rule: str, balance: str) -> None:
+    ids = pick(labels, 0.1, rule=rule, balance=balance)
+    sizes, total = np.bincount(labels), len(ids)
+    exact = total * sizes / len(labels) if balance == "balanced" else np.full(len(sizes), total / len(sizes))
+    assert (np.abs(np.bincount(labels[ids]) - exact) < 1).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("balance", BALANCE)
+def test_all_and_nearly_all_can_be_kept(labels, rule: str, balance: str) -> None:
+    if balance == "equal":
+        labels = BALANCED  # other classes cannot give all they have in equal parts
+    assert (pick(labels, 1.0, rule=rule, balance=balance) == np.arange(len(labels))).all()
+    assert len(pick(labels, 0.95, rule=rule, balance=balance)) == round(0.95 * len(labels))
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_one_subset_for_every_seed_is_not_what_rules_that_draw_give(labels, rule: str) -> None:
+    first, again, other = (pick(labels, 0.2, rule=rule, seed=seed) for seed in (1, 1, 2))
+    assert (first == again).all()
+    if rule in ("random", "strata", "beta", "dual"):
+        overlap = len(np.intersect1d(first, other)) / len(first)
+        assert overlap < 0.6, "another seed must draw another subset"
+    else:
+        assert (first == other).all(), "distinct scores leave nothing to the seed"
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_ties_are_broken_by_the_seed_not_by_the_index(rule: str) -> None:
+    n = 400
+    constant = {"scores": np.ones(n), "features": np.ones((n, 2), np.float32), "extras": {"mean_p": np.full(n, 0.5)}}
+    labels = np.zeros(n, np.int64)
+    first, other = (pick(labels, 0.25, rule=rule, seed=seed, **constant) for seed in (1, 2))
+    assert (first != other).any()
+    for ids in (first, other):
+        assert 0.3 < (ids < n // 2).mean() < 0.7, "ties must not fall to one end of the data set"
+
+
+@pytest.mark.parametrize("rule", ["hard", "easy", "moderate", "strata", "d2"])
+def test_rules_go_by_order_and_scale_of_scores_alone(labels, rule: str) -> None:
+    plain = inputs_of(labels)
+    scaled = {**plain, "scores": plain["scores"] * 64}  # exact in binary
+    assert (pick(labels, 0.2, rule=rule, **plain) == pick(labels, 0.2, rule=rule, **scaled)).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_the_options_that_are_told_choose_the_same_again(labels, rule: str) -> None:
+    inputs = inputs_of(labels)
+    scores = inputs.pop("scores")
+    choice = decide(scores, labels, 0.2, rule=rule, **inputs)
+    assert set(choice.options) == set(RULES[rule].options)
+    assert None not in choice.options.values()
+    again = decide(scores, labels, 0.2, rule=rule, options=choice.options, **inputs)
+    assert (again.ids == choice.ids).all()
+    assert again.options == choice.options
+
+
+def test_options_left_open_are_told_with_the_values_they_had(labels) -> None:
+    inputs = inputs_of(labels)
+    scores = inputs.pop("scores")
+    told = {rule: decide(scores, labels, 0.1, rule=rule, **inputs).options for rule in ("strata", "d2", "dual")}
+    assert told["strata"]["cut"] == pytest.approx(0.3)
+    assert told["d2"]["cut"] == pytest.approx(0.4)
+    assert told["dual"]["c"] == 5.5
+    assert told["dual"]["mu"] == pytest.approx(inputs["extras"]["mean_p"][np.argsort(-scores)[:10]].mean())
+    assert decide(scores, labels, 0.1, rule="dual", options={"mu": 0.25}, **inputs).options["mu"] == 0.25
+
+
+def brute(scores: np.ndarray, count: int, rule: str) -> set[int]:
+    """By repeated search instead of a sort."""
+    left = dict(enumerate(scores.tolist()))
+    if rule in ("hard", "easy"):
+        return set(_best(left, count, max if rule == "hard" else min))
+    drop = len(left) - count
+    for key in _best(left, drop // 2, min):
+        del left[key]
+    for key in _best(left, drop - drop // 2, max):
+        del left[key]
+    return set(left)
+
+
+def _best(table: dict[int, float], count: int, best) -> list[int]:
+    rest, found = dict(table), []
+    for _ in range(count):
+        key = best(rest, key=rest.__getitem__)
+        found.append(key)
+        del rest[key]
+    return found
+
+
+@pytest.mark.parametrize("rule", ["hard", "easy", "moderate"])
+@pytest.mark.parametrize("fraction", [0.1, 0.33, 0.5])
+def test_ranks_against_brute_force_in_every_class(labels, rule: str, fraction: float) -> None:
+    scores = inputs_of(labels)["scores"]
+    kept = pick(labels, fraction, rule=rule)
+    budgets = class_budgets(labels, len(kept))
+    for label, budget in enumerate(budgets):
+        members = np.flatnonzero(labels == label)
+        expected = {int(members[i]) for i in brute(scores[members], int(budget), rule)}
+        assert set(kept[labels[kept] == label].tolist()) == expected
+    everyone = pick(labels, fraction, rule=rule, balance="unbalanced")
+    assert set(everyone.tolist()) == brute(scores, len(everyone), rule)
+
+
+def test_saved_ids_are_the_kept_ones_and_the_middle_not_the_tails() -> None:
+    scores = np.arange(100.0)
+    ids = choose(scores, np.zeros(100, np.int64), 0.2, rule="moderate")
+    assert ids.tolist() == list(range(40, 60))
+
+
+def test_random_is_the_score_random_kept_by_hard_and_nested(labels) -> None:
+    by_score = score("random", ScoreInputs(labels, 3)).values
+    assert (choose(by_score, labels, 0.2, seed=3) == pick(labels, 0.2, rule="random", seed=3)).all()
+    small, large = (set(pick(labels, f, rule="random", seed=3).tolist()) for f in (0.1, 0.3))
+    assert small < large
+
+
+def test_random_differs_between_seeds_and_is_uniform() -> None:
+    n = 20_000
+    first, second = (score("random", ScoreInputs(np.zeros(n, np.int64), s)).values for s in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    counts = np.histogram(first, bins=20, range=(0, 1))[0]
+    assert ((counts - n / 20) ** 2 / (n / 20)).sum() < 50  # chi-square, 19 degrees of freedom: p ~ 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_scores_labels_and_fraction(data) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int64)
+    n = len(labels)
+    # Few distinct values, so that ties are common.
+    scores = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.25]), min_size=n, max_size=n)))
+    rule = data.draw(st.sampled_from(sorted(set(RULES) - {"d2"})))
+    balance = data.draw(st.sampled_from(BALANCE))
+    fraction = data.draw(st.floats(1 / n, 1))
+    extras = {"mean_p": np.linspace(0, 1, n)}
+    try:
+        ids = choose(scores, labels, fraction, rule=rule, balance=balance, extras=extras)
+    except SubsetError:
+        assert balance != "unbalanced" or round(fraction * n) == 0
+        return
+    assert len(np.unique(ids)) == round(fraction * n)
+    if balance == "unbalanced" and rule == "hard":
+        assert np.delete(scores, ids).max(initial=-1) <= scores[ids].min()
+    if balance == "unbalanced" and rule == "easy":
+        assert np.delete(scores, ids).min(initial=99) >= scores[ids].max()
+
+
+def test_a_group_is_chosen_from_alone(labels) -> None:
+    """What a class keeps depends on its own samples, not on the others'."""
+    plain = inputs_of(labels)
+    other = np.where(labels == 0, plain["scores"], plain["scores"][::-1])
+    for rule in sorted(set(RULES) - {"dual"}):
+        first, second = (pick(labels, 0.2, rule=rule, **{**plain, "scores": s}) for s in (plain["scores"], other))
+        assert (first[labels[first] == 0] == second[labels[second] == 0]).all(), rule
+
+
+def test_refusals(labels) -> None:
+    scores = inputs_of(labels)["scores"]
+    n = len(labels)
+    with pytest.raises(DataError, match=f"3 of {n} scores are not finite"):
+        pick(labels, 0.1, scores=np.where(np.arange(n) < 3, np.nan, scores))
+    with pytest.raises(DataError, match=f"{n - 1} scores for {n} samples"):
+        pick(labels, 0.1, scores=scores[1:])
+    with pytest.raises(DataError, match="mean_p are not finite"):
+        pick(labels, 0.1, rule="dual", extras={"mean_p": np.full(n, np.inf)})
+    with pytest.raises(DataError, match="features of 3 samples"):
+        pick(labels, 0.1, rule="d2", features=np.ones((3, 2), np.float32))
+    with pytest.raises(SubsetError, match="keeps none"):
+        pick(labels, 1e-6)
+    with pytest.raises(SubsetError, match="classes empty"):
+        pick(labels, 2 / n)
+    with pytest.raises(UsageError, match="balance 'fair'"):
+        pick(labels, 0.1, balance="fair")
+
+
+def test_a_class_with_fewer_samples_than_its_equal_share() -> None:
+    with pytest.raises(SubsetError, match="class 3 has 30 samples and equal budgets need"):
+        pick(UNBALANCED, 0.4, balance="equal")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "strat"}, "did you mean 'strata'"),
+        ({"rule": "strata", "options": {"srata": 3}}, "no option 'srata': did you mean 'strata'"),
+        ({"rule": "hard", "options": {"k": 3}}, "its options: none"),
+        ({"rule": "strata", "options": {"strata": 2.5}}, "whole number"),
+        ({"rule": "strata", "options": {"cut": "much"}}, "must be a number"),
+        ({"rule": "strata", "options": {"cut": 1.5}}, "from 0 to 1"),
+        ({"rule": "beta", "options": {"a": float("nan")}}, "from 0.001"),
+        ({"rule": "d2", "options": {"fidelity": "exact"}}, "one of paper, code"),
+        ({"rule": "d2", "features": None}, "needs the features of a teacher's cache"),
+        ({"rule": "dual", "extras": {}}, "needs the mean probability"),
+    ],
+)
+def test_wrong_names_options_and_lacking_inputs(changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pick(BALANCED, 0.1, **changes)
+
+
+def test_options_as_text_are_options_as_numbers() -> None:
+    text, number = ({"a": "3", "b": "1.5"}, {"a": 3, "b": 1.5})
+    first, second = (pick(BALANCED, 0.2, rule="beta", options=options) for options in (text, number))
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_the_rule_itself_takes_a_group_and_gives_positions(rule: str) -> None:
+    """The interface of one rule, as `decide` and other callers use it."""
+    n = 50
+    given = inputs_of(np.zeros(n, np.int64))
+    inputs = RuleInputs(
+        scores=given["scores"],
+        ties=np.random.default_rng(1).random(n),
+        count=20,
+        fraction=0.4,
+        seed=0,
+        ids=np.arange(1000, 1000 + n),
+        features=given["features"],
+        extras=given["extras"],
+        options=RULES[rule].complete(rule, {}),
+    )
+    chosen = RULES[rule]
+    inputs = chosen.settled(inputs)
+    positions = chosen(inputs)
+    assert positions.dtype == np.int64
+    assert len(np.unique(positions)) == 20
+    assert set(positions.tolist()) <= set(range(n))
+    assert len(chosen(replace(inputs, count=0))) == 0
