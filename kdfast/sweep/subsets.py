@@ -79,7 +79,7 @@ class Subsets:
             progress: Told of such work: (done, in all, note).
 
         Raises:
-            UsageError, DataError, SubsetError: As `kdfast.prune.scores.registry.score` and `kdfast.prune.rules.registry.decide`.
+            UsageError, DataError, SubsetError: As `score` and `decide`.
         """
         key = (recipe, fraction, seed)
         if self._last is None or self._last[0] != key:

@@ -66,7 +66,7 @@ def test_bad_inputs_and_labels(x, y, error, message):
         ({"loss": lambda out, y: out.sum(1)[:2]}, ShapeError, "labels are 4 for 2 losses"),
         ({"loss": lambda out, y: out.sum(1) * float("nan")}, DataError, "loss of sample 0 is nan"),
         ({"loss": lambda out, y: out.sum(1).detach()}, UsageError, "no trainable parameter takes part"),
-        ({"backend": "cuda"}, BackendUnavailable, "ghost on cpu cannot use it"),
+        ({"backend": "cuda"}, BackendUnavailable, "grad_norms on cpu cannot use it"),
     ],
 )
 def test_bad_options(options, error, message):
