@@ -121,9 +121,9 @@ def norms(grads, layer=None):
 
 
 @pytest.mark.parametrize("method", ["auto", "direct", "gram", "pixel"])
-def test_whole_networks_in_float32(case, ghost_backend, method):
+def test_whole_networks_in_float32(case, grad_norms_backend, method):
     model, (x, y, options) = case[0]().eval(), case[1](torch.float32)
-    found = kdfast.grad_norms(model, x, y, backend=ghost_backend, method=method, **options)
+    found = kdfast.grad_norms(model, x, y, backend=grad_norms_backend, method=method, **options)
     assert found.dtype == torch.float32
     exact = model.double()
     expected = norms(per_sample(exact, x.double() if x.is_floating_point() else x, y, options.get("loss")))

@@ -55,14 +55,14 @@ GRID = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_convolution_of_the_grid(ghost_backend, method):
+def test_every_convolution_of_the_grid(grad_norms_backend, method):
     for i, geometry in enumerate(GRID):
         part = convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1)
-        assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE, geometry
+        assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE, geometry
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_wide_layers_and_odd_sizes(ghost_backend, method):
+def test_wide_layers_and_odd_sizes(grad_norms_backend, method):
     chosen = random.Random(0)
     for _ in range(25):
         pair = lambda values: (chosen.choice(values), chosen.choice(values))  # noqa: E731
@@ -77,22 +77,22 @@ def test_wide_layers_and_odd_sizes(ghost_backend, method):
             geometry.groups * chosen.choice((1, 5, 17, 33, 60)), geometry.groups * chosen.choice((1, 7, 8, 20)),
             (chosen.choice((8, 20)), chosen.choice((9, 16, 40))), geometry, channels_last=chosen.random() < 0.5,
         )  # fmt: skip
-        assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE, geometry
+        assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE, geometry
 
 
 @pytest.mark.parametrize(("stride", "multiplier", "kernel"), list(itertools.product((1, 2), (1, 2), (1, 3, 5))))
-def test_depthwise(ghost_backend, stride, multiplier, kernel):
+def test_depthwise(grad_norms_backend, stride, multiplier, kernel):
     pad = kernel // 2
     geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (pad,) * 4, 6)
     part = convolution(6, 6 * multiplier, (9, 17), geometry)
-    assert error(Ways(backend=ghost_backend).squares(part), part) < TOLERANCE
+    assert error(Ways(backend=grad_norms_backend).squares(part), part) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("t", "d", "p"), [(1, 5, 3), (2, 100, 70), (37, 20, 9), (300, 8, 49), (600, 3, 2)])
-def test_sequences(ghost_backend, method, t, d, p):
+def test_sequences(grad_norms_backend, method, t, d, p):
     part = Rows(torch.randn(4, t, d), torch.randn(4, t, p))
-    assert error(Ways(method, ghost_backend).squares(part), part) < TOLERANCE
+    assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,10 +25,10 @@ def _quiet_autograd():
 
 
 @pytest.fixture
-def on(head_backend, monkeypatch):
+def on(softmax_head_backend, monkeypatch):
     """Runs the test on each backend."""
-    monkeypatch.setenv("KDFAST_BACKEND", f"head={head_backend}")
-    return head_backend
+    monkeypatch.setenv("KDFAST_BACKEND", f"head={softmax_head_backend}")
+    return softmax_head_backend
 
 
 class Head:
