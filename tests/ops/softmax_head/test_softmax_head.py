@@ -27,7 +27,7 @@ def _quiet_autograd():
 @pytest.fixture
 def on(softmax_head_backend, monkeypatch):
     """Runs the test on each backend."""
-    monkeypatch.setenv("KDFAST_BACKEND", f"head={softmax_head_backend}")
+    monkeypatch.setenv("KDFAST_BACKEND", f"softmax_head={softmax_head_backend}")
     return softmax_head_backend
 
 
