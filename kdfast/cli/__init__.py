@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cli import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
+from kdfast.cli.messages import find_command, translate
 from kdfast.errors import Interrupted, KdfastError
 
 app = typer.Typer(
@@ -52,7 +53,8 @@ def main() -> None:
     except KdfastError as error:
         if os.environ.get("KDFAST_DEBUG"):
             raise
-        print(f"kdfast: {' '.join(str(error).split())}", file=sys.stderr)
+        command = find_command(typer.main.get_command(app), sys.argv[1:])
+        print(f"kdfast: {translate(str(error), command)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("kdfast: interrupted; the same command goes on from what is saved", file=sys.stderr)
