@@ -17,7 +17,10 @@ Every message says what was given, what is needed, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class KdfastError(Exception):
@@ -93,6 +96,34 @@ class Interrupted(KdfastError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The part of a message that suggests the known name nearest to an unknown one; empty when none is near."""
+    """Return the part of a message that suggests the nearest known name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a name that is not known; it suggests the nearest known name and lists all of them.
+
+    Args:
+        what: The start of the message, such as "no score is named".
+        name: The unknown name.
+        known: The known names.
+    """
+    names = list(known)
+    return UsageError(f"{what} {name!r}: {did_you_mean(name, names)}known: {', '.join(names) or 'none'}")
+
+
+def look_up(registry: Mapping[str, T], name: str, kind: str) -> T:
+    """Return the entry of a registry.
+
+    Args:
+        registry: Entries by name.
+        name: The name of the entry.
+        kind: What the entries are, such as "score", for the message.
+
+    Raises:
+        UsageError: There is no such entry.
+    """
+    if name not in registry:
+        raise unknown_name(f"no {kind} is named", name, registry)
+    return registry[name]
