@@ -1,4 +1,4 @@
-"""The `kdfast` command: parse, call, print; no logic. One file a group of commands."""
+"""The `kdfast` command: parse, call, print; no logic. One file per command or group of commands."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cli import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
+from kdfast.cli.command import Command
 from kdfast.cli.messages import find_command, translate
+from kdfast.cli.method_help import PruneCommand, ScoreCommand
 from kdfast.errors import Interrupted, KdfastError
 
 app = typer.Typer(
     name="kdfast",
     help="Distill a trained teacher into a smaller student, on less data.",
     epilog="Exit codes: 0 all planned work ran; 2 usage; 3 bad or mismatching data, cache, subset or checkpoint; "
-    "4 the output cannot be written; 5 training diverged; 6 a solver did not reach its "
-    "tolerance; 75 interrupted, the same command goes on; 1 anything unforeseen (KDFAST_DEBUG=1 shows tracebacks).",
+    "4 the output cannot be written; 5 training diverged; 6 a solver did not reach its tolerance; "
+    "75 interrupted: run the same command again to resume; 1 unexpected error (KDFAST_DEBUG=1 shows the traceback).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,20 +32,20 @@ app.command("doctor")(system.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(cache.app, name="cache")
-app.command("dynamics")(dynamics.dynamics)
-app.command("score")(score.score)
-app.command("prune")(prune.prune)
-app.command("distill")(distill.distill)
-app.command("sweep")(sweep.sweep)
+app.command("dynamics", cls=Command)(dynamics.dynamics)
+app.command("score", cls=ScoreCommand)(score.score)
+app.command("prune", cls=PruneCommand)(prune.prune)
+app.command("distill", cls=Command)(distill.distill)
+app.command("sweep", cls=Command)(sweep.sweep)
 app.add_typer(report.app, name="report")
 app.command("eval")(evaluate.evaluate)
 
-# What the option parser makes of a KeyboardInterrupt.
+# The code that the option parser returns after a KeyboardInterrupt.
 _PARSER_INTERRUPT = 130
 
 
 def main() -> None:
-    """Run the command line; errors become one line on stderr and the exit code of `kdfast.errors`."""
+    """Run the command line; turn errors into one line on stderr and an exit code of `kdfast.errors`."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
@@ -57,7 +59,7 @@ def main() -> None:
         print(f"kdfast: {translate(str(error), command)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("kdfast: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print("kdfast: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):
@@ -66,13 +68,14 @@ def main() -> None:
             raise
         kind = type(error).__name__
         print(
-            f"kdfast: unforeseen {kind}: {' '.join(str(error).split())} (KDFAST_DEBUG=1 shows where)", file=sys.stderr
+            f"kdfast: unexpected {kind}: {' '.join(str(error).split())} (KDFAST_DEBUG=1 shows the traceback)",
+            file=sys.stderr,
         )
         sys.exit(1)
 
 
 def _wrong_usage(error: Any) -> NoReturn:
-    """One line about what the option parser refused; it has brought its exceptions' classes from several packages."""
+    """Print why the option parser refused a command line, and exit; its exception classes depend on typer's version."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -1,8 +1,7 @@
-"""`kdfast cache`: record what a teacher says about every view of every sample; verify such a record."""
+"""`kdfast cache`: store a teacher's logits on every view of every sample; verify a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,61 +11,78 @@ from kdfast.cli import options
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
-app = typer.Typer(help="Cache a teacher's logits and features; verify a cache.", invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True)
+
+# Values of --precision, and the words that a cache's manifest has for them.
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @app.callback()
 def build(
     context: typer.Context,
-    data: Annotated[str | None, typer.Option("--data", help="A source of data, as for `kdfast distill`.")] = None,
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="A kdfast model, T.pt.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The cache's folder; the same command resumes it.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="Teacher, T.pt.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the cache; the same command resumes it.")] = None,
     subset: Annotated[
-        str | None, typer.Option("--subset", help="idx.npy: cache these samples only; such a cache serves no others.")
+        str | None,
+        typer.Option(
+            "--subset", help="Subset file, idx.npy: cache only these samples; default: the whole training split."
+        ),
     ] = None,
     views: Annotated[
-        int, typer.Option("--views", help="Views a sample; 0: all there are, which serves any later run.", min=0)
+        int, typer.Option("--views", help="Views per sample; 0: all views, for any later run.", min=0)
     ] = 0,
-    view_seed: Annotated[int, typer.Option("--view-seed", help="Seed of the choice of views.", min=0)] = 0,
-    dtype: Annotated[str, typer.Option("--dtype", help="float16, or float32 at twice the size.")] = "float16",
+    view_seed: Annotated[int, typer.Option("--view-seed", help="Seed that chooses the views.", min=0)] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Type of the stored logits; float32 takes twice the space.", metavar="float16|float32"
+        ),
+    ] = "float16",
     top_k: Annotated[
         int | None,
         typer.Option(
             "--top-k",
-            help="Keep the K most probable classes of each view, and what the others weigh at --temperature: for very "
-            "many classes.",
+            help="Store only the K most probable classes of each view, and the probability of the others at "
+            "--temperature; for very many classes. Default: store all classes.",
             min=1,
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", help="With --top-k: the temperature of the runs that it is for; by default 4."),
+        typer.Option(
+            "--temperature", help="With --top-k: temperature of the runs that will use the cache; default: 4."
+        ),
     ] = None,
     precision: Annotated[
         str,
         typer.Option(
             "--precision",
-            help="float32; bfloat16 runs the teacher faster on CPUs with matrix units and on "
-            "GPUs, with an error far above float16's rounding.",
+            help="Arithmetic of the teacher. bf16 is faster on GPUs and CPUs with matrix units; its error far exceeds "
+            "that of float16 storage.",
+            metavar="fp32|bf16",
+            callback=options.parse_precision,
         ),
-    ] = "float32",
+    ] = "fp32",
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", help="Images a forward pass; by default one that suits the device.", min=1),
+        typer.Option("--batch-size", help="Images per forward pass; default: chosen for the device.", min=1),
     ] = None,
     size: options.Size = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Cache the raw logits of a teacher on the augmentation views of the training split, and its features.
+    """Cache a teacher's logits on the augmentation views of the training split, and its features.
 
-    The teacher reads each view in its own normalisation. One cache of the whole split serves every later pruning.
+    Each view is normalized as the teacher was trained. One cache of the whole split serves any later subset.
     """
     if context.invoked_subcommand is not None:
         return
     if data is None or teacher is None or out is None:
-        raise UsageError("kdfast cache needs --data, --teacher and --out; see kdfast cache --help")
+        raise UsageError("--data, --teacher and --out are needed; see kdfast cache --help")
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
@@ -75,24 +91,26 @@ def build(
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.build import build_cache, check_build
     from kdfast.teacher.cache import TeacherCache
-    from kdfast.teacher.rows import Rows, TopK
+    from kdfast.teacher.row_format import RowFormat, TopK
 
-    _one_of("--dtype", dtype, ("float16", "float32"))
-    _one_of("--precision", precision, ("float32", "bfloat16"))
+    options.one_of("--dtype", dtype, ("float16", "float32"))
+    options.one_of("--precision", precision, PRECISIONS)
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
     source = open_source(data, size=size)
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
-    n_views = views or source.views.count
+    n_views = views or source.view_spec.count
     if top_k is None and temperature is not None:
-        raise UsageError("--temperature is for --top-k: a cache of all classes serves every temperature")
+        raise UsageError(
+            "--temperature is given without --top-k: omit it, a cache of all classes serves any temperature"
+        )
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     place = resolve_device(device)
     if dry_run:
-        check_build(source, model, out, n_views, dtype, precision, kept_classes)
-        row_bytes = Rows(model.classes, np.dtype(dtype), kept_classes).row_bytes
+        check_build(source, model, out, n_views, dtype, PRECISIONS[precision], kept_classes)
+        row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
         print(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
             f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}"
@@ -108,7 +126,7 @@ def build(
             view_seed=view_seed,
             dtype=cast(Any, dtype),
             top_k=kept_classes,
-            precision=cast(Any, precision),
+            precision=cast(Any, PRECISIONS[precision]),
             batch_size=batch_size,
             device=place,
             progress=report,
@@ -122,16 +140,18 @@ def build(
 
 @app.command("verify")
 def verify(
-    cache: Annotated[Path, typer.Option("--cache", help="The cache's folder.")],
+    cache: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")],
     data: options.Data,
-    teacher: Annotated[Path, typer.Option("--teacher", help="The teacher it was made by.")],
-    samples: Annotated[int, typer.Option("--samples", help="How many random entries to compute again.", min=1)] = 256,
+    teacher: Annotated[Path, typer.Option("--teacher", help="Teacher that the cache was made with, T.pt.")],
+    samples: Annotated[
+        int, typer.Option("--samples", help="Random entries to compute again and compare.", min=1)
+    ] = 256,
     size: options.Size = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
-    """Check every file of a cache against its manifest, and compute random entries again."""
+    """Check every file of a cache against its manifest, and compare random entries with the teacher."""
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
@@ -145,8 +165,3 @@ def verify(
         f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "
         f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max"
     )
-
-
-def _one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{flag} is {value!r}; needed: {' or '.join(allowed)}")

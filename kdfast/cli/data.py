@@ -1,4 +1,4 @@
-"""`kdfast data`: look at a source of data, convert it for FFCV."""
+"""`kdfast data`: describe a source of data, convert it for FFCV, flip labels."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.progress import progress
 
-app = typer.Typer(help="Look at a source of data; convert it to FFCV files.", no_args_is_help=True)
+app = typer.Typer(help="Describe a source of data, convert it to FFCV files, or flip labels.", no_args_is_help=True)
 
-Src = Annotated[str, typer.Argument(help="A source, as for --data.")]
+Src = Annotated[str, typer.Argument(help="Source of data, as for --data of other commands.")]
 
 
 @app.command("info")
 def info(src: Src, size: options.Size = None) -> None:
-    """Print what a source holds: kind, splits, classes, views, statistics, fingerprint."""
-    from kdfast.data.readers.registry import normalization_of, open_source
+    """Print the kind, splits, classes, views, statistics and fingerprint of a source."""
+    from kdfast.data.readers.registry import open_source
+    from kdfast.data.source import normalization_of
 
     source = open_source(src, size=size)
     normalization = normalization_of(source.train)
@@ -28,7 +29,7 @@ def info(src: Src, size: options.Size = None) -> None:
     print(f"images       {height} x {width} x 3, uint8")
     print(f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}")
     print(f"per class    {min(counts)} to {max(counts)} training images")
-    print(f"views        {source.views.count} ({source.views.kind}{', flipped too' * source.views.flip})")
+    print(f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})")
     print(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
     print(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
     print(f"fingerprint  {source.fingerprint}")
@@ -37,14 +38,14 @@ def info(src: Src, size: options.Size = None) -> None:
 @app.command("convert")
 def convert(
     src: Src,
-    out: Annotated[Path, typer.Argument(help="Folder for train.beton and test.beton.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write train.beton and test.beton into.")],
     size: options.Size = None,
     jpeg: Annotated[
-        int | None, typer.Option("--jpeg", help="Store JPEGs of this quality instead of raw pixels.", min=50, max=100)
+        int | None, typer.Option("--jpeg", help="JPEG quality, 50 to 100; default: store raw pixels.", min=50, max=100)
     ] = None,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Write a source as FFCV files, read them back, verify them, and only then give them their names."""
+    """Write a source as FFCV files; they get their names only after they are read back and verified."""
     from kdfast.data.ffcv.write import check_place
     from kdfast.data.ffcv.write import convert as convert_source
     from kdfast.data.readers.registry import open_source
@@ -64,12 +65,12 @@ def convert(
 @app.command("flip")
 def flip(
     src: Src,
-    out: Annotated[Path, typer.Argument(help="Folder of the new source; it refers to the images where they are.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new source, which refers to the images of SRC.")],
     share: Annotated[float, typer.Option("--share", help="Share of the training labels to change, in (0, 1).")] = 0.1,
     size: options.Size = None,
     seed: options.Seed = 0,
 ) -> None:
-    """Make a source with wrong training labels: a seeded share of them becomes another class. The test split stays."""
+    """Make a source in which a seeded share of the training labels is wrong; the test split is unchanged."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import write_flipped
 

@@ -1,4 +1,4 @@
-"""`kdfast distill`: train a student on a subset with a teacher's help."""
+"""`kdfast distill`: train a student on a subset, with a teacher."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kdfast.cli import options, training
 
 def distill(
     data: options.Data,
-    student: Annotated[str, typer.Option("--student", help="Network, such as resnet8; torchvision:NAME or timm:NAME.")],
-    out: Annotated[Path, typer.Option("--out", help="The run's folder; the same command resumes it.")],
+    student: options.Student,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command resumes it.")],
     subset: Annotated[
-        str | None, typer.Option("--subset", help="idx.npy; without it the whole training split.")
+        str | None, typer.Option("--subset", help="Subset file, idx.npy; default: the whole training split.")
     ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="The teacher's cache: logits are looked up.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Teacher's cache, to look its logits up.")] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
             "--teacher",
-            help="Without --cache: run this teacher on the fly, on the same views. With it: the "
-            "teacher that the cache must be of.",
+            help="Teacher, T.pt. Without --cache, it runs on the same views during training; with --cache, the cache "
+            "must be of this teacher.",
         ),
     ] = None,
     epochs: training.Epochs = 240,
@@ -34,19 +34,12 @@ def distill(
     weight_decay: training.WeightDecay = 5e-4,
     schedule: training.Schedule = "step",
     warmup_epochs: training.Warmup = 0.0,
-    alpha: Annotated[
-        str,
-        typer.Option(
-            "--alpha",
-            help="Weight of the teacher's term in [0, 1]; 0: plain training, without cache and teacher; auto: 1 at a "
-            "tenth of the data and less, falling to 0.5 at seven tenths and more.",
-        ),
-    ] = "auto",
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term.")] = 4.0,
+    alpha: training.Alpha = "auto",
+    temperature: training.Temperature = 4.0,
     views: training.Views = 0,
     view_seed: training.ViewSeed = None,
     loader: options.Loader = "auto",
-    precision: training.Precision = "fp32",
+    precision: options.Precision = "fp32",
     resume: training.Resume = "auto",
     size: options.Size = None,
     seed: options.Seed = 0,
@@ -60,8 +53,8 @@ def distill(
 ) -> None:
     """Distill a teacher into a student on a subset of the data.
 
-    The loss is (1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student) at temperature T. The run's folder
-    holds config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
+    The loss is (1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student) at temperature T. The run folder
+    contains config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
     """
     from kdfast.device import resolve_device
     from kdfast.distill.folder import check_run_folder

@@ -1,4 +1,4 @@
-"""`kdfast dynamics`: train networks and record what they say of every sample on the way."""
+"""`kdfast dynamics`: train networks and record their outputs for every sample after each epoch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ from kdfast.cli.progress import progress
 
 def dynamics(
     data: options.Data,
-    net: Annotated[str, typer.Option("--net", help="Network, such as resnet8; torchvision:NAME or timm:NAME.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder of the dynamics; the same command resumes it.")],
+    net: options.Net,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the recording; the same command resumes it.")],
     epochs: training.Epochs = 30,
-    runs: Annotated[int, typer.Option("--runs", help="Training runs; run r has the seed plus r.", min=1)] = 1,
+    runs: Annotated[int, typer.Option("--runs", help="Training runs; run r uses seed + r.", min=1)] = 1,
     only: Annotated[
         int | None,
-        typer.Option("--only", help="Train this run alone, from 0: processes or machines can share the runs.", min=0),
+        typer.Option(
+            "--only",
+            help="Train only this run, counted from 0, so that processes or machines can share the runs.",
+            min=0,
+        ),
     ] = None,
     keep: Annotated[
         float,
         typer.Option(
-            "--keep", help="Share of the samples that a run trains on; 0.7 for memorization. All are recorded."
+            "--keep",
+            help="Share of the samples that each run trains on, in (0, 1]; 0.7 for memorization. All are recorded.",
         ),
     ] = 1.0,
     record_every: Annotated[
-        int, typer.Option("--record-every", help="Record every so many epochs; all counts of epochs are then of those.")
+        int, typer.Option("--record-every", help="Epochs between two recordings; scores then count recorded epochs.")
     ] = 1,
     features_every: Annotated[
         int,
-        typer.Option("--features-every", help="Keep features every so many recorded epochs; 0: after the last alone."),
+        typer.Option("--features-every", help="Recorded epochs between two copies of the features; 0: only the last."),
     ] = 0,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
@@ -41,7 +46,7 @@ def dynamics(
     schedule: training.Schedule = "step",
     warmup_epochs: training.Warmup = 0.0,
     views: training.Views = 0,
-    precision: training.Precision = "fp32",
+    precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
     size: options.Size = None,
     seed: options.Seed = 0,
@@ -50,12 +55,13 @@ def dynamics(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Train a network (several times) and record after every epoch what it says of every training sample as it is.
+    """Train one network per run and record its outputs for every unaugmented training sample after each epoch.
 
-    Those dynamics are what forgetting, el2n, grand, dual, aum and ccs are computed from; with --keep, memorization.
+    The recording is the input of forgetting, el2n, grand, dual, aum and ccs, and with --keep of memorization.
     """
     from kdfast.data.loaders import make_loader
-    from kdfast.data.readers.registry import normalization_of, open_source
+    from kdfast.data.readers.registry import open_source
+    from kdfast.data.source import normalization_of
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.plan import Opened

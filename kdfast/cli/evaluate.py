@@ -1,4 +1,4 @@
-"""`kdfast eval`: score a model on the test split."""
+"""`kdfast eval`: evaluate a model on the test split."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kdfast.cli import options
 
 def evaluate(
     data: options.Data,
-    model: Annotated[Path, typer.Option("--model", help="A kdfast model: T.pt or a run's student.pt.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: Annotated[Path, typer.Option("--model", help="Model, T.pt or the student.pt of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a line of text.")] = False,
     size: options.Size = None,
     device: options.Device = "auto",
     config: options.Config = None,
@@ -27,7 +27,7 @@ def evaluate(
 
     source = open_source(data, size=size)
     loaded = load_model(model, classes=len(source.classes))
-    scores = evaluate_model(loaded, source.test, device=resolve_device(device), views=source.views)
+    scores = evaluate_model(loaded, source.test, device=resolve_device(device), view_spec=source.view_spec)
     if as_json:
         print(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))
     else:

@@ -1,70 +1,92 @@
-"""Options that several commands share, and the YAML file that gives them defaults."""
+"""Options that several commands share, and the checks of their values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kdfast.errors import UsageError
+from kdfast.cli.config_file import load_defaults
+from kdfast.errors import UsageError, did_you_mean
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+_OTHER_WORDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the options' defaults from a YAML mapping; what stands on the command line overrides it.
+def one_of(flag: str, value: str, allowed: Iterable[str]) -> str:
+    """Return a value that is one of several words.
 
     Raises:
-        UsageError: If the file cannot be read, is not a mapping, or names an option the command does not have.
+        UsageError: It is none of them; the nearest is suggested.
     """
-    if path is None:
-        return None
-    import yaml
+    words = list(allowed)
+    if value not in words:
+        raise UsageError(f"{flag} is {value!r}: {did_you_mean(value, words)}pass one of {', '.join(words)}")
+    return value
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path} holds no mapping; write one `option: value` a line")
-    known = {
-        flag.lstrip("-"): parameter
-        for parameter in context.command.params
-        for flag in (*parameter.opts, *parameter.secondary_opts)
-    }
-    defaults: dict[str, Any] = {}
-    for key, value in values.items():
-        parameter = known.get(str(key).replace("_", "-"))
-        if parameter is None or parameter.name in (None, "config", "help"):
-            raise UsageError(f"--config {path}: no option {key}; known: {', '.join(sorted(known))}")
-        if value is None or isinstance(value, bool) != bool(getattr(parameter, "is_flag", False)):
-            raise UsageError(f"--config {path}: {key} is {value!r}, which that option does not take; see --help")
-        several = getattr(parameter, "multiple", False)
-        if isinstance(value, dict) or (isinstance(value, list) and not several):
-            raise UsageError(f"--config {path}: {key} is {value!r}, and that option takes a single value")
-        defaults[str(parameter.name)] = [value] if several and not isinstance(value, list) else value
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path
+
+def parse_precision(value: str) -> str:
+    """Return a precision as fp32, bf16 or fp16, given as such or by its torch name.
+
+    Raises:
+        UsageError: It is none of them.
+    """
+    return one_of("--precision", _OTHER_WORDS.get(value, value), PRECISIONS)
 
 
 Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="CIFAR-10/100 python archives, SVHN .mat, an image folder, an .npz, betons written by `kdfast data "
-        "convert`, or the word digits.",
+        help="Source of data: CIFAR-10/100 python archives, an SVHN .mat file, an image folder, an .npz file, FFCV "
+        "files written by `kdfast data convert`, or the word digits.",
         metavar="PATH",
+    ),
+]
+NETWORK = "Network, such as resnet8, torchvision:NAME or timm:NAME."
+Net = Annotated[str, typer.Option("--net", help=NETWORK, metavar="NAME")]
+Student = Annotated[str, typer.Option("--student", help=NETWORK, metavar="NAME")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="Arithmetic of the network: fp32, or bf16 or fp16 for automatic mixed precision.",
+        metavar="fp32|bf16|fp16",
+        callback=parse_precision,
     ),
 ]
 Size = Annotated[
     int | None,
-    typer.Option("--size", help="Image folders of larger or mixed images: store them as SIZE x SIZE squares.", min=1),
+    typer.Option(
+        "--size",
+        help="Side in pixels: store the images of a folder as SIZE x SIZE squares; needed where they are larger or of "
+        "mixed sizes.",
+        min=1,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")]
-Out = Annotated[Path, typer.Option("--out", help="Where to write.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (CUDA where there is a device), cpu, cuda or cuda:N.", metavar="DEVICE")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, print the plan and write nothing.")]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file with defaults; flags override it.", is_eager=True, callback=load_defaults),
+    typer.Option(
+        "--config",
+        help="YAML file with one `option: value` per line; options on the command line override it.",
+        is_eager=True,
+        callback=load_defaults,
+    ),
 ]
-Loader = Annotated[str, typer.Option("--loader", help="auto, ffcv or resident.")]
+Loader = Annotated[
+    str,
+    typer.Option(
+        "--loader",
+        help="Where images are read from: resident (decoded, in memory), ffcv (FFCV files), or auto: resident if they "
+        "fit in a quarter of the memory.",
+        metavar="auto|ffcv|resident",
+    ),
+]

@@ -1,4 +1,4 @@
-"""Progress bars on long work: on a terminal only, on stderr, so that stdout holds results alone."""
+"""Progress bars for long work: on stderr, so that stdout holds only results, and only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Report = Callable[[int, int, str], None]
 
 @contextlib.contextmanager
 def progress(label: str, *, shown: bool = True) -> Iterator[Report]:
-    """Yield a function of (done, total, note) that draws a bar; silent where stderr is not a terminal.
+    """Yield a function of (done, total, note) that draws a bar; it does nothing if stderr is not a terminal.
 
     Args:
-        label: What is going on.
-        shown: False draws nothing, for processes other than the main one of a run.
+        label: Title of the bar.
+        shown: Whether to draw the bar; False in all processes of a run but the main one.
     """
     if not (shown and sys.stderr.isatty()):
         yield _silent

@@ -1,4 +1,4 @@
-"""`kdfast prune`: choose the samples to keep."""
+"""`kdfast prune`: select the samples to keep."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.progress import progress
-from kdfast.cli.score import Cache, Dynamics
+from kdfast.cli.score import Cache, Dynamics, HelpOptions
 from kdfast.errors import UsageError
 
 if TYPE_CHECKING:
     from kdfast.prune.select import Selection
+
+# Values of --balance, and the words that the library writes to disk.
+BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
 
 
 def prune(
     data: options.Data,
     fraction: Annotated[
         list[float],
-        typer.Option("--fraction", help="Share of the training split to keep, in (0, 1]; may come several times."),
+        typer.Option("--fraction", help="Share of the training split to keep, above 0 and at most 1; repeatable."),
     ],
     out: Annotated[
         Path,
         typer.Option(
             "--out",
-            help="idx.npy: int64 indices; its provenance goes beside it, idx.json. For several fractions: "
-            "idx-{fraction}.npy.",
+            help="Subset file to write, idx.npy; its provenance goes into idx.json. For several fractions, put "
+            "{fraction} into the name, as in idx-{fraction}.npy.",
         ),
     ],
-    scores: Annotated[Path | None, typer.Option("--scores", help="A file written by `kdfast score`.")] = None,
+    scores: Annotated[Path | None, typer.Option("--scores", help="Score file written by `kdfast score`.")] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
-            help="Instead: score now, by a method of `kdfast score`; or if-beta, which needs no rule. "
-            "Without both: random.",
+            help="Instead of --scores: compute this score, or let this method select the subset directly; the lists "
+            "are below. Without --scores and --method: random.",
+            metavar="NAME",
         ),
     ] = None,
     cache: Cache = None,
@@ -45,31 +49,45 @@ def prune(
         str | None,
         typer.Option(
             "--rule",
-            help="How scores choose: hard, easy, moderate, random, strata, beta, d2 or dual. By default the rule that "
-            "was published with the method.",
+            help="Rule that selects samples by their scores; the list is below. Default: the rule published with the "
+            "score.",
+            metavar="NAME",
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", help="An option of the rule, or of if-beta, as name=value; may come several times."),
+        typer.Option(
+            "--option",
+            help="Option of the rule, or of a method that selects the subset directly; repeatable.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     score_option: Annotated[
-        list[str] | None, typer.Option("--score-option", help="Likewise, an option of the method.")
+        list[str] | None,
+        typer.Option("--score-option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
     ] = None,
-    balanced: Annotated[
-        bool,
-        typer.Option("--balanced/--unbalanced", help="Keep the classes' proportions, or rank all samples together."),
-    ] = True,
-    equal: Annotated[bool, typer.Option("--equal", help="Keep the same number of every class.")] = False,
+    help_options: HelpOptions = False,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            "--balance",
+            help="How the budget is divided among the classes. proportional: in proportion to their sizes; equal: the "
+            "same number of each; none: select from all samples together.",
+            metavar="proportional|equal|none",
+            show_default="proportional",
+        ),
+    ] = None,
+    balanced: Annotated[bool | None, typer.Option("--balanced/--unbalanced", hidden=True)] = None,
+    equal: Annotated[bool, typer.Option("--equal", hidden=True)] = False,
     size: options.Size = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Write subset files: the indices of the training samples to keep.
+    """Select the training samples to keep and write their indices, one subset file per fraction.
 
-    Any one-dimensional int64 array saved with np.save is a subset file too.
+    A subset file is a one-dimensional int64 array saved with np.save, so you can also make your own.
     """
     import numpy as np
 
@@ -79,16 +97,14 @@ def prune(
     from kdfast.files import check_writable
     from kdfast.prune.scores.compute import parse_options
     from kdfast.prune.select import Request, out_paths
-    from kdfast.prune.selectors import CHOOSERS
+    from kdfast.prune.selectors import SELECTORS
 
-    if equal and not balanced:
-        raise UsageError("--equal and --unbalanced exclude each other; give one of them")
     paths = out_paths(out, fraction)
     for path in paths:
         check_subset_path(path)
     request = Request(
         fractions=tuple(fraction),
-        balance="equal" if equal else "balanced" if balanced else "unbalanced",
+        balance=_balance(balance, balanced, equal),
         seed=seed,
         device=str(resolve_device(device)),
         cache=cache,
@@ -97,9 +113,11 @@ def prune(
         options=parse_options(option or []),
         score_options=parse_options(score_option or []),
     )
-    if method in CHOOSERS:
+    if method in SELECTORS:
         if scores is not None:
-            raise UsageError(f"--scores and --method {method} exclude each other: it needs no scores")
+            raise UsageError(
+                f"--scores and --method {method} exclude each other: {method} needs no scores, omit --scores"
+            )
         states = [None if dry_run else path.with_suffix(".search.json") for path in paths]
         source = open_source(data, size=size)
         if not dry_run:
@@ -130,3 +148,21 @@ def _write(path: Path, selection: Selection) -> None:
 
     write_subset(path, selection.ids, selection.provenance)
     path.with_suffix(".search.json").unlink(missing_ok=True)
+
+
+def _balance(balance: str | None, balanced: bool | None, equal: bool) -> str:
+    """Return the library's word for --balance, or for the older flags --balanced, --unbalanced and --equal.
+
+    Raises:
+        UsageError: They contradict each other, or the value is none of `BALANCES`.
+    """
+    if equal and balanced is False:
+        raise UsageError("--equal and --unbalanced exclude each other: pass --balance equal or --balance none")
+    older = "equal" if equal else {True: "proportional", False: "none", None: None}[balanced]
+    if balance is not None:
+        options.one_of("--balance", balance, BALANCES)
+        if older not in (None, balance):
+            raise UsageError(
+                f"--balance {balance} and the older flag for {older} exclude each other: pass --balance only"
+            )
+    return BALANCES[balance or older or "proportional"]

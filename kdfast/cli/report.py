@@ -1,4 +1,4 @@
-"""`kdfast report`: pages to look at."""
+"""`kdfast report`: self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -10,32 +10,40 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.score import Cache
 
-app = typer.Typer(help="Pages to look at.", no_args_is_help=True)
+app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 
 
 @app.command("scores")
 def scores(
-    file: Annotated[Path, typer.Argument(help="scores.npz, written by `kdfast score`.", metavar="SCORES")],
+    file: Annotated[Path, typer.Argument(help="Score file written by `kdfast score`.", metavar="SCORES")],
     data: options.Data,
-    out: Annotated[Path, typer.Option("--out", help="The page, .html: one file that loads nothing.")],
+    out: Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")],
     cache: Cache = None,
     subset: Annotated[
         list[Path] | None,
-        typer.Option("--subset", help="A subset file whose class balance to show; may come several times."),
+        typer.Option("--subset", help="Subset file whose class balance to show; repeatable."),
     ] = None,
     others: Annotated[
         list[Path] | None,
-        typer.Option("--scores", help="Other scores of this data to compare with; may come several times."),
+        typer.Option("--scores", help="Score file of the same data to compare with; repeatable."),
     ] = None,
-    classes: Annotated[int, typer.Option("--classes", help="Show samples of this many classes.", min=1)] = 5,
-    each: Annotated[int, typer.Option("--each", help="Samples at either end of a class.", min=1, max=1000)] = 10,
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes of which to show samples.", min=1)] = 5,
+    each: Annotated[
+        int, typer.Option("--each", help="Samples to show at either end of a class.", min=1, max=1000)
+    ] = 10,
     fraction: Annotated[
-        float, typer.Option("--fraction", help="Compare this share of the highest scores.", min=1e-6, max=1)
+        float,
+        typer.Option(
+            "--fraction",
+            help="Share of the highest scores whose overlap to compare, above 0 and at most 1.",
+            min=1e-6,
+            max=1,
+        ),
     ] = 0.1,
     size: options.Size = None,
     config: options.Config = None,
 ) -> None:
-    """Show scores: histograms by class, extreme samples, class balance, overlap with other scores, provenance."""
+    """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
     from kdfast.data.readers.registry import open_source
     from kdfast.report.page import check_page_path
     from kdfast.report.score_page import open_page
@@ -56,10 +64,15 @@ def scores(
 
 @app.command("if-beta")
 def if_beta(
-    file: Annotated[Path, typer.Argument(help="idx.json, beside a subset of --method if-beta.", metavar="IDX_JSON")],
-    out: Annotated[Path, typer.Option("--out", help="The page, .html: one file that loads nothing.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="idx.json, written beside a subset by `kdfast prune --method if-beta`.", metavar="IDX_JSON"
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")],
 ) -> None:
-    """Show a learned sampling policy: density over the ranks, path of (a, b), rewards, the subset, the cost."""
+    """Show a learned sampling policy: density over the ranks, path of (a, b), rewards, subset and cost."""
     from kdfast.report.if_beta_page import write_if_beta_page
 
     print(f"wrote {out}: {write_if_beta_page(file, out) / 1e3:.0f} kB")

@@ -1,4 +1,4 @@
-"""`kdfast score`: one number a training sample."""
+"""`kdfast score`: compute one number per training sample."""
 
 from __future__ import annotations
 
@@ -8,37 +8,34 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.method_help import HELP_OPTIONS
 
-Cache = Annotated[Path | None, typer.Option("--cache", help="A teacher's cache, for its logits and features.")]
-Dynamics = Annotated[Path | None, typer.Option("--dynamics", help="A folder written by `kdfast dynamics`.")]
-Option = Annotated[
-    list[str] | None, typer.Option("--option", help="An option of the method as name=value; may come several times.")
-]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Teacher's cache, for its logits and features.")]
+Dynamics = Annotated[Path | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")]
+HelpOptions = Annotated[bool, typer.Option("--help-options", help=HELP_OPTIONS)]
 
 
 def score(
     data: options.Data,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="random, forgetting, grand, el2n, memorization, moderate, d2, dual, ccs, aum or influence.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="scores.npz: scores, extras, method, parameters, fingerprints.")],
+    method: Annotated[str, typer.Option("--method", help="Score to compute; the list is below.", metavar="NAME")],
+    out: Annotated[Path, typer.Option("--out", help="Score file to write, .npz.")],
     cache: Cache = None,
     dynamics: Dynamics = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="A network, T.pt, for grand with network=full.")
+        Path | None, typer.Option("--teacher", help="Network, T.pt; needed by grand with network=full.")
     ] = None,
-    option: Option = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
+    help_options: HelpOptions = False,
     size: options.Size = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Score every training sample, from a teacher's cache or from recorded dynamics; higher is harder."""
+    """Score every training sample from a teacher's cache or recorded dynamics; a higher score means harder."""
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.prune.score_file import check_score_path, write_scores

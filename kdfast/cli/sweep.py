@@ -19,29 +19,42 @@ Number = TypeVar("Number", int, float)
 
 
 def sweep(
-    out: Annotated[Path, typer.Option("--out", help="The sweep's folder; the same command goes on with it.")],
-    data: Annotated[str | None, typer.Option("--data", help="As for the other commands.", metavar="PATH")] = None,
-    student: Annotated[
-        str | None, typer.Option("--student", help="Network, such as resnet8; torchvision:NAME or timm:NAME.")
+    out: Annotated[Path, typer.Option("--out", help="Folder of the sweep; the same command resumes it.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
     ] = None,
+    student: Annotated[str | None, typer.Option("--student", help=options.NETWORK, metavar="NAME")] = None,
     methods: Annotated[
         str,
         typer.Option(
             "--methods",
-            help="Separated by commas: SCORE (with the rule it was published with), SCORE/RULE, or a method that "
-            "chooses by itself; options as NAME:a=2,b=3. Such as random,el2n,influence:kind=self/beta:a=2,b=3.",
+            help="Comma-separated: SCORE (with the rule it was published with), SCORE/RULE, RULE, or a method that "
+            "selects the subset directly; options follow as NAME:a=2,b=3. Example: "
+            "random,el2n,influence:kind=self/beta:a=2,b=3. `kdfast prune --help` lists the names.",
+            metavar="LIST",
         ),
     ] = "random",
-    fractions: Annotated[str, typer.Option("--fractions", help="Shares to keep, separated by commas.")] = "0.1,0.3,0.5",
-    kd: Annotated[str, typer.Option("--kd", help="on: with the teacher; off: without; both.")] = "both",
-    seeds: Annotated[str, typer.Option("--seeds", help="Separated by commas; each draws subset and student.")] = "0",
+    fractions: Annotated[
+        str, typer.Option("--fractions", help="Comma-separated shares of the training split to keep.", metavar="LIST")
+    ] = "0.1,0.3,0.5",
+    kd: Annotated[
+        str, typer.Option("--kd", help="Train with the teacher (on), without it (off), or both.", metavar="on|off|both")
+    ] = "both",
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="Comma-separated seeds; each draws a subset and a student.", metavar="LIST")
+    ] = "0",
     steps: Annotated[
-        int, typer.Option("--steps", help="Steps of every run, whatever its fraction; rounded to whole epochs.", min=1)
+        int, typer.Option("--steps", help="Steps of every run, rounded to whole epochs of its subset.", min=1)
     ] = 1250,
-    cache: Annotated[str | None, typer.Option("--cache", help="The teacher's cache, of all samples.")] = None,
-    dynamics: Annotated[str | None, typer.Option("--dynamics", help="Recorded by `kdfast dynamics`.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Teacher's cache of all training samples.")] = None,
+    dynamics: Annotated[str | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")] = None,
     scores: Annotated[
-        list[str] | None, typer.Option("--scores", help="NAME=FILE: a method NAME with the scores of FILE; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--scores",
+            help="Make the scores of FILE available to --methods as NAME; repeatable.",
+            metavar="NAME=FILE",
+        ),
     ] = None,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
@@ -50,41 +63,51 @@ def sweep(
     schedule: training.Schedule = "cosine",
     warmup_epochs: training.Warmup = 0.0,
     alpha: Annotated[
-        str, typer.Option("--alpha", help="Weight of the teacher's term in the runs with it, in (0, 1], or auto.")
+        str,
+        typer.Option(
+            "--alpha",
+            help="Weight of the teacher's term in the runs with the teacher, above 0 and at most 1; auto: as for "
+            "`kdfast distill`.",
+            metavar="NUMBER|auto",
+        ),
     ] = "auto",
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term.")] = 4.0,
+    temperature: training.Temperature = 4.0,
     views: training.Views = 0,
     view_seed: training.ViewSeed = None,
-    precision: training.Precision = "fp32",
+    precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
     size: options.Size = None,
     device: options.Device = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train at the same time.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1)] = 1,
     keep_runs: Annotated[
-        bool, typer.Option("--keep-runs", help="Keep the folder of every run, with its student.")
+        bool,
+        typer.Option(
+            "--keep-runs",
+            help="Keep the folder of every run, with its student; default: delete it when the run is finished.",
+        ),
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Only make table and plot again; needs no option but --out.")
+        bool, typer.Option("--report-only", help="Only write the table and the plot again; needs no option but --out.")
     ] = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Train a student for every method, fraction and seed, with and without the teacher, and compare them in one table.
+    """Train a student for each method, fraction and seed, with and without the teacher, and compare them in one table.
 
-    Rows are appended to results.jsonl as they are finished; a row that is there is not run again, and several of these
-    commands at once share the work. table.md and plot.png are made from the rows.
+    Each finished run appends a row to results.jsonl and is not run again; several of these commands at once share the
+    work. table.md and plot.png are made from the rows.
     """
     from kdfast.sweep.report import report_sweep
 
     if not report_only:
-        from kdfast.sweep.grid import SweepConfig
+        from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
         from kdfast.sweep.spec import parse_methods
 
         if data is None or student is None:
-            raise UsageError("a sweep needs --data and --student; only --report-only goes without")
-        run = {
+            raise UsageError("a sweep needs --data and --student: pass both, or --report-only")
+        settings = {
             "student": student,
             "batch_size": batch_size,
             "lr": lr,
@@ -101,15 +124,15 @@ def sweep(
             SweepConfig(
                 data=data,
                 methods=parse_methods(methods),
-                fractions=_numbers("--fractions", fractions, float),
-                kd=_kd(kd),
-                seeds=_numbers("--seeds", seeds, int),
+                fractions=_parse_numbers("--fractions", fractions, float),
+                kd=KD_CHOICES[options.one_of("--kd", kd, KD_CHOICES)],
+                seeds=_parse_numbers("--seeds", seeds, int),
                 steps=steps,
-                run=run,
+                settings=settings,
                 alpha=alpha,
                 cache=cache,
                 dynamics=dynamics,
-                scores=dict(_name_and_file(text) for text in scores or ()),
+                scores=dict(_parse_score_file(text) for text in scores or ()),
                 loader=loader,
                 size=size,
                 device=device,
@@ -119,11 +142,11 @@ def sweep(
             print(_plan(session, out))
             return
         with progress("sweep") as report:
-            run_sweep(session, out, jobs=jobs, keep=keep_runs, on_row=_tell, advance=report)
+            run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, on_progress=report)
     print(f"\n{report_sweep(out)}\ntable.md and plot.png written to {out}")
 
 
-def _tell(row: dict[str, Any]) -> None:
+def _print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['method']} f={row['fraction']:g} {'KD' if row['kd'] else 'plain'} seed {row['seed']}: "
         f"top-1 {row['test_top1']:.2f} ({row['steps']} steps, {row['seconds']:.1f} s)",
@@ -132,34 +155,26 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 def _plan(session: Session, out: Path) -> str:
-    from kdfast.sweep.results_log import Ledger
+    from kdfast.sweep.results_log import ResultsLog
 
-    done, lines, left = Ledger(out).done(), [], 0
-    for cell in session.cells():
-        samples = session.samples(cell.fraction)
-        epochs = session.config.run_config(samples, seed=cell.seed).epochs
-        lines.append(f"{cell}: {'there' if cell.key in done else 'to run'}, {samples} samples, {epochs} epochs")
-        left += cell.key not in done
-    return "\n".join([*lines, f"would run {left} of {len(lines)} rows"])
-
-
-def _kd(text: str) -> tuple[bool, ...]:
-    from kdfast.sweep.grid import KD
-
-    if text not in KD:
-        raise UsageError(f"--kd is {text!r}; needed: one of {', '.join(KD)}")
-    return KD[text]
+    done, lines, pending = ResultsLog(out).done(), [], 0
+    for run in session.runs():
+        samples = session.samples(run.fraction)
+        epochs = session.config.run_config(samples, seed=run.seed).epochs
+        lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {samples} samples, {epochs} epochs")
+        pending += run.key not in done
+    return "\n".join([*lines, f"would run {pending} of {len(lines)} rows"])
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+def _parse_numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
         return tuple(kind(word) for word in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{flag} is {text!r}; needed: numbers separated by commas") from error
+        raise UsageError(f"{flag} is {text!r}: pass numbers separated by commas") from error
 
 
-def _name_and_file(text: str) -> tuple[str, str]:
+def _parse_score_file(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UsageError(f"--scores is {text!r}; needed: NAME=FILE")
+        raise UsageError(f"--scores is {text!r}: pass NAME=FILE")
     return name, path

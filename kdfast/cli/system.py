@@ -1,4 +1,4 @@
-"""`kdfast doctor`: what is installed here, and which backend each operator will use and why."""
+"""`kdfast doctor`: installed versions, and the backend of each operator with its reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", 
 
 
 def doctor() -> None:
-    """Print versions, devices, and every operator's backend with its reason."""
+    """Print versions, devices, and the backend of every operator with its reason."""
     import torch
 
     import kdfast
@@ -29,7 +29,7 @@ def doctor() -> None:
     for choice in choices():
         print(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")
     if sys.platform != "linux":
-        print("\nffcv and triton need Linux: the resident loader and the native kernels serve here")
+        print("\nffcv and triton need Linux; the resident loader and the native kernels work here")
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""`kdfast teacher`: train one, or bring one."""
+"""`kdfast teacher`: train a teacher, or import one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options, training
+from kdfast.cli.command import Command
 from kdfast.errors import UsageError
 
 app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)
 
-Net = Annotated[str, typer.Option("--net", help="Network, such as resnet56; torchvision:NAME or timm:NAME.")]
-ModelOut = Annotated[Path, typer.Option("--out", help="The model's file, T.pt.")]
 
-
-@app.command("train")
+@app.command("train", cls=Command)
 def train(
     data: options.Data,
-    net: Net,
-    out: Annotated[
-        Path, typer.Option("--out", help="The model's file, T.pt; the run's folder T.pt.run lies beside it.")
-    ],
+    net: options.Net,
+    out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt; the run folder is T.pt.run.")],
     epochs: training.Epochs = 240,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
@@ -33,7 +29,7 @@ def train(
     warmup_epochs: training.Warmup = 0.0,
     views: training.Views = 0,
     loader: options.Loader = "auto",
-    precision: training.Precision = "fp32",
+    precision: options.Precision = "fp32",
     resume: training.Resume = "auto",
     size: options.Size = None,
     seed: options.Seed = 0,
@@ -45,7 +41,7 @@ def train(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Train a network on the whole training split, without a teacher; the same command resumes it."""
+    """Train a network on the labels of the whole training split; the same command resumes it."""
     from kdfast.device import resolve_device
     from kdfast.distill.plan import Inputs, prepare
     from kdfast.nets.checkpoint import load_model, save_model
@@ -85,24 +81,27 @@ def train(
         print(training.summary(result, out))
 
 
-@app.command("import")
+@app.command("import", cls=Command)
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt, .pth, .th or .safetensors file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: a .pt, .pth, .th or .safetensors file.")],
     data: options.Data,
-    net: Net,
+    net: options.Net,
     mean: Annotated[
-        str, typer.Option("--mean", help="Channel means the teacher was trained with, as a,b,c in [0, 1].")
+        str, typer.Option("--mean", help="Channel means the teacher was trained with: a,b,c on a scale of 0 to 1.")
     ],
-    std: Annotated[str, typer.Option("--std", help="Channel standard deviations, as a,b,c.")],
-    out: ModelOut,
+    std: Annotated[str, typer.Option("--std", help="Channel standard deviations, a,b,c on the same scale.")],
+    out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt.")],
     key: Annotated[
-        str | None, typer.Option("--key", help="Where in the file's dict the weights are, a.b for nested ones.")
+        str | None,
+        typer.Option(
+            "--key", help="Key of the weights in the file, a.b for nested ones; default: found automatically."
+        ),
     ] = None,
     size: options.Size = None,
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
-    """Import a checkpoint: prefixes and layer names are matched, code in it is never run, the test split is scored."""
+    """Import a checkpoint: match its layer names, without running code from it, and evaluate it on the test split."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.views import Normalization
     from kdfast.device import resolve_device
@@ -121,7 +120,7 @@ def import_(
         key=key,
     )
     print(report.summary())
-    scores = evaluate(model, source.test, device=resolve_device(device), views=source.views)
+    scores = evaluate(model, source.test, device=resolve_device(device), view_spec=source.view_spec)
     model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
     save_model(out, model)
     print(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
@@ -131,5 +130,5 @@ def _triple(flag: str, text: str) -> tuple[float, float, float]:
     try:
         first, second, third = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{flag} is {text!r}; needed: three numbers as a,b,c") from error
+        raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c") from error
     return first, second, third

@@ -1,4 +1,4 @@
-"""What `kdfast distill` and `kdfast teacher train` share: options, the run itself, its summary."""
+"""Options of the commands that train a network, and the run that `kdfast distill` and `kdfast teacher train` share."""
 
 from __future__ import annotations
 
@@ -14,37 +14,54 @@ from kdfast.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from kdfast.distill.plan import Plan
 
-Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the samples.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples a step.")]
-Lr = Annotated[float, typer.Option("--lr", help="Highest learning rate of SGD.")]
-Momentum = Annotated[float, typer.Option("--momentum", help="Momentum, without Nesterov.")]
-WeightDecay = Annotated[float, typer.Option("--weight-decay", help="L2 on every parameter.")]
+Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training samples.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
+Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of SGD.")]
+Momentum = Annotated[float, typer.Option("--momentum", help="Momentum of SGD, in [0, 1), without Nesterov.")]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", help="L2 penalty on every parameter.")]
 Schedule = Annotated[
-    str, typer.Option("--schedule", help="step (a tenth after 62.5%, 75%, 87.5% of the run), cosine or constant.")
+    str,
+    typer.Option(
+        "--schedule",
+        help="Learning rate over the run: step (divided by ten after 62.5%, 75% and 87.5%), cosine or constant.",
+        metavar="step|cosine|constant",
+    ),
 ]
-Warmup = Annotated[float, typer.Option("--warmup-epochs", help="Epochs of linear warm-up.")]
+Warmup = Annotated[float, typer.Option("--warmup-epochs", help="Epochs of linear warm-up of the learning rate.")]
 Views = Annotated[
     int,
     typer.Option(
         "--views",
-        help="Distinct augmentation views a sample may be seen in; 0: all the cache holds, or all "
-        "there are; 1: the image as it is, an approximation that overfits fixed targets.",
+        help="Augmentation views per sample. 0: all views of the cache, or all that exist. 1: the unaugmented image, "
+        "which overfits its fixed targets.",
     ),
 ]
 ViewSeed = Annotated[
     int | None,
-    typer.Option("--view-seed", help="Seed of the choice of those views; by default the cache's, or 0.", min=0),
+    typer.Option("--view-seed", help="Seed that chooses those views; default: the cache's, else 0.", min=0),
 ]
-Precision = Annotated[str, typer.Option("--precision", help="fp32, or bf16 / fp16 for automatic mixed precision.")]
-Resume = Annotated[str, typer.Option("--resume", help="auto: go on with what --out holds; never: want none there.")]
+Alpha = Annotated[
+    str,
+    typer.Option(
+        "--alpha",
+        help="Weight of the teacher's term, in [0, 1]. 0: train on the labels alone, without cache or teacher. auto: 1 "
+        "up to a tenth of the data, falling linearly to 0.5 at seven tenths and above.",
+        metavar="NUMBER|auto",
+    ),
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term, above 0.")]
+Resume = Annotated[
+    str,
+    typer.Option("--resume", help="auto: resume the run in --out; never: fail if one exists.", metavar="auto|never"),
+]
 LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between two rows of metrics.jsonl.", min=1)]
 EvalEvery = Annotated[
-    int, typer.Option("--eval-every", help="Epochs between two looks at the test split, for curves; 0: none.", min=0)
+    int, typer.Option("--eval-every", help="Epochs between evaluations on the test split; 0: only at the end.", min=0)
 ]
 CheckpointSeconds = Annotated[
     float, typer.Option("--checkpoint-seconds", help="Seconds between two checkpoints.", min=0.0)
 ]
-TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events into the folder.")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to the run folder.")]
 
 
 def run(
@@ -58,7 +75,7 @@ def run(
     checkpoint_seconds: float,
     tensorboard: bool,
 ) -> dict[str, Any]:
-    """Claim the folder and train, under a progress bar."""
+    """Claim the run folder and train, with a progress bar. Return the content of result.json."""
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Watch, train
 
@@ -79,15 +96,15 @@ def _writer(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install 'kdfast[tensorboard]'") from error
+        raise UsageError("--tensorboard needs a missing package: pip install 'kdfast[tensorboard]'") from error
     return SummaryWriter(str(out / "tensorboard"))
 
 
 def refuse_existing(out: Path) -> None:
-    """Make sure that a model's file is not there yet and can be written, before the work it is to hold.
+    """Check, before the work, that a model file does not exist and can be written.
 
     Raises:
-        OutputError: If it is there, or its folder cannot be written.
+        OutputError: The file exists, or its folder cannot be written.
     """
     from kdfast.files import check_writable
 
@@ -97,15 +114,15 @@ def refuse_existing(out: Path) -> None:
 
 
 def summary(result: dict[str, Any], out: Path) -> str:
-    """Two lines about a finished run."""
-    side = (
+    """Summarize a finished run in two lines."""
+    teacher = (
         f"alpha {result['alpha']:g}"
         if result["targets"] is None
         else (f"alpha {result['alpha']:g}, targets from {result['targets']}, {result['views']} views")
     )
     return (
         f"top-1 {result['test_top1']:.2f}  top-5 {result['test_top5']:.2f}  on the test split "
-        f"({result['kept']} samples kept, {side})\n"
+        f"({result['kept']} samples kept, {teacher})\n"
         f"{result['steps']} steps, {result['images']} images in {result['seconds']:.1f} s "
         f"({result['images_per_second']:.0f} images/s, {result['loader']} loader); written to {out}"
     )

@@ -1,1 +1,1 @@
-"""Sweeps: methods x fractions x with and without the teacher x seeds, one row a run, one table."""
+"""Sweeps: methods x fractions x with and without the teacher x seeds, one row per run, one table."""

@@ -1,4 +1,4 @@
-"""What a sweep is asked for, and the grid of runs that follows from it."""
+"""The settings of a sweep, and one run of its grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from kdfast.errors import UsageError
 from kdfast.sweep.recipes import Recipe
 from kdfast.sweep.spec import MethodSpec
 
-KD = {"on": (True,), "off": (False,), "both": (True, False)}
+# Values of `kd`: whether to train with the teacher, without it, or both.
+KD_CHOICES = {"on": (True,), "off": (False,), "both": (True, False)}
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,20 @@ class SweepConfig:
     """The settings of a sweep.
 
     Attributes:
-        data: A source of data, see `kdfast.data.readers.registry`.
-        methods: How the subsets are chosen.
+        data: Source of data, see `kdfast.data.readers.registry`.
+        methods: How to select the subsets.
         fractions: Shares of the training split to keep, in (0, 1].
-        kd: With the teacher, without, or both.
-        seeds: Each draws random subsets and ties, initial weights, order and views.
+        kd: Values of `KD_CHOICES`: whether to train with the teacher, for each set of runs.
+        seeds: Seeds; each seeds the random subsets and tie-breaks, the initial weights, the order and the views.
         steps: Steps of each run, rounded to whole epochs of its subset, at least one.
-        run: Settings of each run other than epochs, alpha and seed: fields of `RunConfig`.
-        alpha: Weight of the teacher's term in the runs with it: a number in (0, 1], or `auto`.
-        cache: The teacher's cache, for runs with the teacher and for scores made from it.
-        dynamics: A recording of training dynamics, for scores made from it.
-        scores: Score files by the name they have among the methods.
+        settings: Settings of each run other than epochs, alpha and seed: fields of `RunConfig`.
+        alpha: Weight of the teacher's term in the runs with the teacher: a number in (0, 1], or `auto`.
+        cache: Folder of the teacher's cache, for runs with the teacher and for scores computed from it.
+        dynamics: Folder of recorded training dynamics, for scores computed from them.
+        scores: Score files, by the names that `methods` gives them.
         loader: `auto`, `ffcv` or `resident`.
-        size: Side of the stored images, for folders of larger ones.
-        device: Where to train, see `kdfast.device.resolve_device`.
+        size: Side in pixels of the stored images, for folders of larger images.
+        device: Training device, see `kdfast.device.resolve_device`.
     """
 
     data: str
@@ -44,7 +45,7 @@ class SweepConfig:
     kd: tuple[bool, ...]
     seeds: tuple[int, ...]
     steps: int
-    run: dict[str, Any]
+    settings: dict[str, Any]
     alpha: str = "auto"
     cache: str | None = None
     dynamics: str | None = None
@@ -54,46 +55,48 @@ class SweepConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, values in (("--fractions", self.fractions), ("--seeds", self.seeds)):
+        for name, values in (("fractions", self.fractions), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
-                raise UsageError(f"{name} is {','.join(map(str, values)) or 'empty'}; needed: distinct numbers")
+                raise UsageError(f"`{name}` is {','.join(map(str, values)) or 'empty'}: pass distinct numbers")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
-                raise UsageError(f"--fractions has {fraction}; needed: numbers above 0 and at most 1")
+                raise UsageError(f"`fractions` contains {fraction}: pass numbers above 0 and at most 1")
         if self.steps < 1:
-            raise UsageError(f"--steps is {self.steps}; needed: a whole number of at least 1")
+            raise UsageError(f"`steps` is {self.steps}: pass a whole number of at least 1")
         for seed in self.seeds:
             self.run_config(0, seed=seed)
         if True in self.kd:
             if self.cache is None:
-                raise UsageError("runs with the teacher need --cache (made by `kdfast cache`); or give --kd off")
+                raise UsageError("runs with the teacher need `cache`: make one with kdfast cache, or set `kd` to off")
             for fraction in self.fractions:
                 if parse_alpha(self.alpha, fraction) == 0:
-                    raise UsageError("--alpha 0 is training without the teacher; give --kd off, or a larger alpha")
+                    raise UsageError(
+                        "`alpha` is 0, which trains without the teacher: set `kd` to off, or raise `alpha`"
+                    )
 
     def run_config(self, samples: int, *, seed: int, alpha: float = 0.0) -> RunConfig:
-        """The settings of one run on so many samples, its views not yet resolved."""
-        size = int(self.run["batch_size"])
-        epochs = 1 if samples == 0 else max(1, round(self.steps / batch_count(samples, size)))
-        return RunConfig(**self.run, epochs=epochs, seed=seed, alpha=alpha)
+        """Return the settings of one run on that many samples; its views are not resolved yet."""
+        batch_size = int(self.settings["batch_size"])
+        epochs = 1 if samples == 0 else max(1, round(self.steps / batch_count(samples, batch_size)))
+        return RunConfig(**self.settings, epochs=epochs, seed=seed, alpha=alpha)
 
     def protocol(self, kd: bool) -> dict[str, Any]:
-        """What all runs with the teacher, or all without, have in common."""
+        """Return the settings that all runs with the teacher, or all runs without it, share."""
         teacher = {"alpha": self.alpha} if kd else {}
-        left_out = () if kd else ("temperature",)
-        return {"steps": self.steps, **{k: v for k, v in self.run.items() if k not in left_out}, **teacher}
+        omitted = () if kd else ("temperature",)
+        return {"steps": self.steps, **{k: v for k, v in self.settings.items() if k not in omitted}, **teacher}
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepRun:
     """One run of the grid.
 
     Attributes:
-        recipe: How its subset is chosen.
-        fraction: Share of the training split.
-        kd: With the teacher or without.
-        seed: The run's seed.
-        settings: Everything that decides the outcome, digests of the inputs included; JSON values.
+        recipe: How to select its subset.
+        fraction: Share of the training split to keep.
+        kd: Whether it trains with the teacher.
+        seed: Its seed.
+        settings: Everything that determines the result, including digests of the inputs; JSON values.
     """
 
     recipe: Recipe
@@ -104,10 +107,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Digest of the settings: what makes two rows the same row."""
+        """SHA-256 (hexadecimal) of the settings; rows with equal keys are the same row."""
         text = json.dumps(self.settings, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __str__(self) -> str:
-        """For people: method, fraction, teacher, seed."""
+        """Return method, fraction, teacher and seed, for people."""
         return f"{self.recipe} f={self.fraction:g} {'KD' if self.kd else 'plain'} seed {self.seed}"

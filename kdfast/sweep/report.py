@@ -9,8 +9,8 @@ from typing import Any
 
 from kdfast.errors import DataError
 from kdfast.files import atomic_path, atomic_write
-from kdfast.sweep.results_log import Ledger
-from kdfast.sweep.summary import BASELINE, Difference, Section, sections
+from kdfast.sweep.results_log import ResultsLog
+from kdfast.sweep.summary import BASELINE, Difference, Section, group_rows
 
 TABLE, PLOT = "table.md", "plot.png"
 
@@ -18,32 +18,32 @@ _SHOWN = ("student", "steps", "batch_size", "lr", "schedule", "precision", "alph
 
 
 def report_sweep(folder: Path) -> str:
-    """Make table.md and plot.png from the rows of a sweep.
+    """Write table.md and plot.png from the rows of a sweep.
 
     Args:
-        folder: The sweep's folder.
+        folder: Folder of the sweep.
 
     Returns:
         The table, in Markdown.
 
     Raises:
-        DataError: If there is no row.
-        OutputError: If the files cannot be written.
+        DataError: There is no row.
+        OutputError: The files cannot be written.
     """
-    found = sections(Ledger(folder).rows())
-    if not found:
-        raise DataError(f"{folder} holds no row of a sweep; give the --out of one that has finished a run")
-    text = "\n".join(table(section) for section in found)
+    sections = group_rows(ResultsLog(folder).rows())
+    if not sections:
+        raise DataError(f"{folder} has no row of a sweep: pass as `out` the folder of a sweep with a finished run")
+    text = "\n".join(table(section) for section in sections)
     with atomic_write(folder / TABLE) as file:
         file.write(text.encode())
-    plot(found, folder / PLOT)
+    plot(sections, folder / PLOT)
     return text
 
 
 def table(section: Section) -> str:
-    """One section in Markdown: a table with the teacher, one without, and who is first where.
+    """Return a section in Markdown: a table with the teacher, one without it, and the ranking per fraction.
 
-    A cell is the mean of the test top-1 in percent ± its standard deviation over seeds (how many), and the paired
+    A cell contains the mean test top-1 in percent ± its standard deviation over seeds (number of seeds), and the paired
     difference to random with its 95% t-interval.
     """
     facts = ", ".join(f"{name} {section.settings[name]}" for name in _SHOWN if name in section.settings)
@@ -56,37 +56,37 @@ def table(section: Section) -> str:
         heads = [f"{fraction:g} ({kept[fraction]} kept) | to random" for fraction in fractions]
         lines.append(f"| {'with the teacher (KD)' if kd else 'without the teacher'} | " + " | ".join(heads) + " |")
         lines.append("|---|" + "---|---|" * len(fractions))
-        lines += [_line(section, method, fractions, kd) for method in section.methods]
+        lines += [_table_row(section, method, fractions, kd) for method in section.methods]
         lines.append("")
-        lines += [*(_verdict(section, fraction, kd) for fraction in fractions), ""]
+        lines += [*(_ranking_line(section, fraction, kd) for fraction in fractions), ""]
     return "\n".join(lines)
 
 
-def plot(found: Sequence[Section], out: Path) -> None:
-    """Draw accuracy against the kept fraction: a colour a method, solid with the teacher and dashed without.
+def plot(sections: Sequence[Section], out: Path) -> None:
+    """Plot accuracy against the kept fraction: one colour per method, solid with the teacher and dashed without it.
 
     Args:
-        found: The sections, one panel each.
-        out: The .png to write.
+        sections: The sections, one panel each.
+        out: The .png file to write.
 
     Raises:
-        OutputError: If the file cannot be written.
+        OutputError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * len(found), 5), layout="constrained")
+    figure = Figure(figsize=(7 * len(sections), 5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(1, len(found), squeeze=False)[0]
-    for panel, section in zip(panels, found, strict=True):
-        _draw(panel, section)
+    panels: Any = figure.subplots(1, len(sections), squeeze=False)[0]
+    for panel, section in zip(panels, sections, strict=True):
+        _plot_section(panel, section)
         facts = f"{section.settings['student']}, {section.settings['steps']} steps"
         panel.set_title(f"{facts}; solid: with the teacher, dashed: without; bars: sd over seeds", fontsize=10)
     with atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
-def _line(section: Section, method: str, fractions: Sequence[float], kd: bool) -> str:
+def _table_row(section: Section, method: str, fractions: Sequence[float], kd: bool) -> str:
     cells = [method]
     for fraction in fractions:
         seeds = section.top1.get((method, fraction, kd))
@@ -97,11 +97,12 @@ def _line(section: Section, method: str, fractions: Sequence[float], kd: bool) -
         best = _ranking(section, fraction, kd)[0] == method
         spread = f" ± {statistics.stdev(seeds.values()):.2f}" if len(seeds) > 1 else ""
         cells.append(f"{f'**{mean}**' if best else mean}{spread} ({len(seeds)})")
-        cells.append(_signed(section.difference(method, fraction, kd)))
+        cells.append(_format_difference(section.difference(method, fraction, kd)))
     return "| " + " | ".join(cells) + " |"
 
 
-def _verdict(section: Section, fraction: float, kd: bool) -> str:
+def _ranking_line(section: Section, fraction: float, kd: bool) -> str:
+    """Return the place of random among the methods, and which methods differ clearly from it."""
     order = _ranking(section, fraction, kd)
     where = f"- {fraction:g}, {'KD' if kd else 'plain'}:"
     if len(order) == 1:
@@ -114,43 +115,44 @@ def _verdict(section: Section, fraction: float, kd: bool) -> str:
     if all(gap is None or gap.n < 2 for gap in gaps.values()):
         return f"{where} {', '.join(order)}, from first to last (one seed: no interval)."
     alone = [name for name, gap in gaps.items() if name != BASELINE and (gap is None or gap.n < 2)]
-    unjudged = f"; of too few seeds to say: {', '.join(alone)}" if alone else ""
+    unclear = f"; of too few seeds to say: {', '.join(alone)}" if alone else ""
     return (
         f"{where} {BASELINE} is number {order.index(BASELINE) + 1} of {len(order)}, {order[0]} is first; "
         f"clearly better than {BASELINE}: {', '.join(above) or 'none'}; "
-        f"clearly worse: {', '.join(below) or 'none'}{unjudged}."
+        f"clearly worse: {', '.join(below) or 'none'}{unclear}."
     )
 
 
 def _ranking(section: Section, fraction: float, kd: bool) -> list[str]:
+    """Return the methods by descending mean accuracy."""
     means = {m: statistics.fmean(s.values()) for (m, f, k), s in section.top1.items() if (f, k) == (fraction, kd)}
     return sorted(means, key=lambda name: -means[name])
 
 
-def _draw(panel: Any, section: Section) -> None:
+def _plot_section(panel: Any, section: Section) -> None:
     for number, method in enumerate(section.methods):
-        label = method
+        label, color = method, f"C{number % 10}"
         for kd, style in ((True, "-"), (False, "--")):
             points = {f: section.top1[method, f, kd] for f in section.fractions if (method, f, kd) in section.top1}
             if not points:
                 continue
             values = [list(seeds.values()) for seeds in points.values()]
             means = [statistics.fmean(v) for v in values]
-            look: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": style, "marker": "o", "markersize": 4}
-            panel.plot(list(points), means, label=label, linewidth=1.5, **look)
-            spread = [(f, m, statistics.stdev(v)) for f, m, v in zip(points, means, values, strict=True) if len(v) > 1]
-            for fraction, mean, half in spread:
-                panel.errorbar(fraction, mean, yerr=half, color=look["color"], linewidth=1, capsize=3)
-            label = "_"
+            marks: dict[str, Any] = {"linestyle": style, "marker": "o", "markersize": 4}
+            panel.plot(list(points), means, label=label, linewidth=1.5, color=color, **marks)
+            bars = [(f, m, statistics.stdev(v)) for f, m, v in zip(points, means, values, strict=True) if len(v) > 1]
+            for fraction, mean, deviation in bars:
+                panel.errorbar(fraction, mean, yerr=deviation, color=color, linewidth=1, capsize=3)
+            label = "_"  # The legend skips such labels: one entry per method.
     panel.set_xticks(section.fractions)
     panel.set(xlabel="share of the training split kept", ylabel="test top-1 (%)")
     panel.grid(alpha=0.3)
     panel.legend()
 
 
-def _signed(gap: Difference | None) -> str:
+def _format_difference(gap: Difference | None) -> str:
     if gap is None:
         return ""
     if gap.n < 2:
         return f"{gap.mean:+.2f}"
-    return f"{gap.mean:+.2f} [{gap.mean - gap.half:+.2f}, {gap.mean + gap.half:+.2f}]"
+    return f"{gap.mean:+.2f} [{gap.mean - gap.half_width:+.2f}, {gap.mean + gap.half_width:+.2f}]"

@@ -1,4 +1,4 @@
-"""results.jsonl: one JSON object a finished run, append-only, shared by any number of processes."""
+"""results.jsonl: one JSON object per finished run, append-only, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RESULTS = "results.jsonl"
 _CLAIMS = ".claims"
 
 
-class Ledger:
-    """The rows of a sweep, and who is working on which.
+class ResultsLog:
+    """The rows of a sweep, and the claims of processes on the rows they work on.
 
-    A row that a killed process left unfinished is cut off by the next writer; a row whose key is there already is not
-    written again. Claims are locks, one byte of a file a row, so they die with the process that holds them.
+    The next writer cuts off a row that a killed process left unfinished. A row whose key exists is not written again.
+    A claim is a lock on one byte of a file, so it ends with the process that holds it.
 
     Args:
-        folder: The sweep's folder; it must exist for claims and for `append`.
+        folder: Folder of the sweep; it must exist for `claim` and `append`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,28 +31,28 @@ class Ledger:
         self.path = folder / RESULTS
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows, in the order in which they were written; nothing is changed.
+        """Return all complete rows in the order they were written; change nothing.
 
         Raises:
-            DataError: If the file cannot be read, or a line other than a torn last one is no row.
+            DataError: The file cannot be read, or a line other than an incomplete last one is not a row.
         """
         try:
             return _parse(self.path, self.path.read_bytes())
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+            raise DataError(f"cannot read {self.path} ({error.strerror}): make it readable") from error
 
     def done(self) -> set[str]:
-        """Keys of the rows that are there."""
+        """Return the keys of all rows."""
         return {row["key"] for row in self.rows()}
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, unless its key is there; on the disk when this returns.
+        """Append a row, unless its key exists; it is on the disk when this returns.
 
         Raises:
-            OutputError: If the file cannot be written.
-            DataError: If it holds something else than rows.
+            OutputError: The file cannot be written.
+            DataError: The file contains anything but rows.
         """
         line = json.dumps(dict(row), allow_nan=False).encode() + b"\n"
         try:
@@ -60,13 +60,13 @@ class Ledger:
             with open(descriptor, "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 data = file.read()
-                if any(held["key"] == row["key"] for held in _parse(self.path, data)):
+                if any(other["key"] == row["key"] for other in _parse(self.path, data)):
                     return
-                whole = data.rfind(b"\n") + 1
-                file.truncate(whole)
-                file.seek(whole)
+                end = data.rfind(b"\n") + 1
+                file.truncate(end)
+                file.seek(end)
                 if file.write(line) != len(line):
-                    file.truncate(whole)
+                    file.truncate(end)
                     raise OutputError(f"cannot append to {self.path}: the disk is full; free space and run again")
                 os.fsync(file.fileno())
         except OSError as error:
@@ -74,20 +74,22 @@ class Ledger:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Try to take a row: True inside the block for the only process that has it.
+        """Try to claim a row; yield whether this process holds the claim, which ends with the block.
 
         Args:
-            key: The row's, hexadecimal.
+            key: Key of the row, hexadecimal.
 
         Raises:
-            OutputError: If the folder takes no lock.
+            OutputError: The lock file cannot be written.
         """
         byte = int(key[:15], 16)
         path = self.folder / _CLAIMS
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}; repair the folder or choose another") from error
+            raise OutputError(
+                f"cannot write {path} ({error.strerror}): make the folder writable or choose another"
+            ) from error
         try:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
@@ -107,7 +109,7 @@ def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
             row["key"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"line {number} of {path} is no row of a sweep; delete that line or move the file away"
+                f"line {number} of {path} is not a row of a sweep: delete that line or move the file away"
             ) from error
         rows.append(row)
     return rows

@@ -1,14 +1,14 @@
-"""Run a sweep: in this process, or in several."""
+"""Run a sweep, in this process or in several."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kdfast.files import check_writable
-from kdfast.sweep.results_log import Ledger
+from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import Advance, OnRow, work
-from kdfast.sweep.workers import supervise
+from kdfast.sweep.work import OnProgress, OnRow, work
+from kdfast.sweep.workers import run_workers
 
 
 def run_sweep(
@@ -16,32 +16,33 @@ def run_sweep(
     out: Path,
     *,
     jobs: int = 1,
-    keep: bool = False,
+    keep_runs: bool = False,
     on_row: OnRow | None = None,
-    advance: Advance | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Run every row of the sweep that is not there yet.
+    """Run every run of the sweep that has no row yet.
 
-    Several processes and several calls at once share the rows between them. All return when every row is there.
+    Several processes and several calls at once share the runs. Each call returns when every run has its row.
 
     Args:
-        session: The sweep, opened.
-        out: Its folder; made when missing.
-        jobs: Processes that train; with one it is this one.
-        keep: Leave the folder of every run.
-        on_row: Told every row of this sweep as it comes, whoever made it.
-        advance: Told (rows done, rows in all, what is going on).
+        session: The opened sweep.
+        out: Folder of the sweep; created if missing.
+        jobs: Number of processes that train; 1: this process.
+        keep_runs: Whether to keep the folder of every run.
+        on_row: Called with every new row of this sweep, whichever process wrote it.
+        on_progress: Called with (rows done, rows total, status).
 
     Raises:
-        DivergedError: If runs diverged; all other rows are there.
-        Interrupted: After SIGTERM or Ctrl-C; what is finished is kept.
-        OutputError: If the folder cannot be written.
-        DataError: If the folder's results are not a sweep's.
+        DivergedError: Runs diverged; all other runs have their rows.
+        Interrupted: SIGTERM or Ctrl-C; finished rows are kept.
+        OutputError: The folder cannot be written.
+        DataError: results.jsonl is not that of a sweep.
     """
-    cells, ledger = session.cells(), Ledger(out)
-    ledger.rows()
+    runs, log = session.runs(), ResultsLog(out)
+    # Refuse foreign results before writing anything.
+    log.rows()
     check_writable(out)
     if jobs == 1:
-        work(session, cells, ledger, keep=keep, on_row=on_row, advance=advance)
+        work(session, runs, log, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)
     else:
-        supervise(session.config, cells, ledger, jobs=jobs, keep=keep, on_row=on_row, advance=advance)
+        run_workers(session.config, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)

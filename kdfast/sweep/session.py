@@ -1,4 +1,4 @@
-"""One process of a sweep: the expensive inputs, opened once, and the runs made from them."""
+"""The inputs of a sweep, opened once per process, and the execution of its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 
 import kdfast
 from kdfast.data.loaders import make_loader
-from kdfast.data.readers.registry import normalization_of, open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import normalization_of
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
@@ -26,7 +27,7 @@ from kdfast.errors import SubsetError, UsageError
 from kdfast.files import check_writable
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.selectors import CHOOSERS
-from kdfast.sweep.grid import Cell, SweepConfig
+from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.recipes import Recipe, make_recipe
 from kdfast.sweep.subsets import Subsets
 from kdfast.teacher.cache import TeacherCache
@@ -35,18 +36,18 @@ RUNS = "runs"
 
 
 class Session:
-    """What the runs of a sweep share; opening it checks everything that can be checked and writes nothing.
+    """The inputs that the runs of a sweep share. Opening them checks as much as possible and writes nothing.
 
     Args:
-        config: The sweep's settings.
+        config: The settings of the sweep.
 
     Attributes:
-        config: The settings.
+        config: The settings of the sweep.
 
     Raises:
-        UsageError: If a method is unknown or lacks an input, or options do not fit together.
-        DataError, CacheMismatch: If an input is damaged or does not fit the others.
-        SubsetError: If a fraction keeps too little.
+        UsageError: A method is unknown or lacks an input, or settings contradict each other.
+        DataError, CacheMismatch: An input is damaged or does not match the others.
+        SubsetError: A fraction keeps too few samples.
     """
 
     def __init__(self, config: SweepConfig) -> None:
@@ -75,7 +76,7 @@ class Session:
         plain = Opened(source, loader, normalization_of(source.train), TeacherSide())
         self._opened = {False: plain, True: dataclasses.replace(plain, side=TeacherSide(cache))}
         for kd in config.kd:
-            # Refuses more views than there are.
+            # Refuse more views than exist.
             assemble(self._opened[kd], config.run_config(1, seed=0), np.arange(1), device=self._device)
         self._digests: dict[str, Any] = {
             "cache": self._opened[True].side.identity(),
@@ -84,22 +85,22 @@ class Session:
         }
 
     def _check_sizes(self) -> None:
-        labels, run = self._source.train.labels, self.config.run
+        labels, batch_size = self._source.train.labels, self.config.settings["batch_size"]
         for fraction in self.config.fractions:
             samples = subset_size(len(labels), fraction)
             class_budgets(labels, samples)
-            if samples < run["batch_size"]:
+            if samples < batch_size:
                 raise SubsetError(
-                    f"--fractions {fraction:g} keeps {samples} of {len(labels)} samples, fewer than one batch of "
-                    f"{run['batch_size']}: keep more or lower --batch-size"
+                    f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
+                    f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
             check_student(self.config.run_config(samples, seed=0), samples, self._source, Ranks())
 
-    def cells(self) -> list[Cell]:
-        """The grid, in the order in which it is run: seed by seed, so that a whole table is there early."""
+    def runs(self) -> list[SweepRun]:
+        """Return the grid in the order it is run: seed by seed, so that a complete table exists early."""
         config = self.config
         return [
-            Cell(recipe, fraction, kd, seed, self._settings(recipe, fraction, kd, seed))
+            SweepRun(recipe, fraction, kd, seed, self._settings(recipe, fraction, kd, seed))
             for seed in config.seeds
             for fraction in config.fractions
             for recipe in self._recipes
@@ -107,7 +108,7 @@ class Session:
         ]
 
     def samples(self, fraction: float) -> int:
-        """How many samples a fraction keeps."""
+        """Return how many samples a fraction keeps."""
         return subset_size(len(self._source.train), fraction)
 
     def _settings(self, recipe: Recipe, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
@@ -122,64 +123,64 @@ class Session:
             **({"scores": {name: self._digests[name] for name in sorted(recipe.inputs)}} if recipe.inputs else {}),
         }
 
-    def run(self, cell: Cell, out: Path, *, advance: Advance | None = None) -> dict[str, Any]:
-        """Choose the subset, train the student, evaluate it.
+    def execute(self, run: SweepRun, out: Path, *, on_progress: Advance | None = None) -> dict[str, Any]:
+        """Select the subset, train the student on it and evaluate it; resume the run if it was interrupted.
 
         Args:
-            cell: The run.
-            out: The sweep's folder; the run's own is in it, and is gone on with if the run was interrupted.
-            advance: Told how far the run is.
+            run: The run.
+            out: Folder of the sweep, which contains the folder of the run.
+            on_progress: Called with (step, steps, status).
 
         Returns:
-            The row.
+            The row of the run.
 
         Raises:
-            DivergedError: If the loss is not finite.
-            Interrupted: After SIGTERM or Ctrl-C, with the state saved.
-            OutputError: If the folder cannot be written.
+            DivergedError: The loss is not finite.
+            Interrupted: SIGTERM or Ctrl-C; the state is saved.
+            OutputError: The folder cannot be written.
         """
         runs = check_writable(out / RUNS)
-        state = runs / f"{cell.key[:16]}.search"
-        chosen = self._subsets.choose(cell.recipe, cell.fraction, cell.seed, state=state, progress=advance)
-        plan = self._plan(cell, chosen.ids)
-        identity = {**plan.identity, "key": cell.key}
-        folder = runs / f"{cell.key[:16]}-{plan.identity['subset'][:8]}"
+        state = runs / f"{run.key[:16]}.search"
+        chosen = self._subsets.choose(run.recipe, run.fraction, run.seed, state=state, progress=on_progress)
+        plan = self._plan(run, chosen.ids)
+        identity = {**plan.identity, "key": run.key}
+        folder = runs / f"{run.key[:16]}-{plan.identity['subset'][:8]}"
         with RunFolder(folder, identity, facts=plan.facts) as claimed:
-            result = train(plan, claimed, Watch(advance=advance))
+            result = train(plan, claimed, Watch(advance=on_progress))
         return {
-            "key": cell.key,
-            "method": str(cell.recipe),
-            "fraction": cell.fraction,
-            "kd": cell.kd,
-            "seed": cell.seed,
+            "key": run.key,
+            "method": str(run.recipe),
+            "fraction": run.fraction,
+            "kd": run.kd,
+            "seed": run.seed,
             "student": plan.config.student,
             "epochs": plan.config.epochs,
             **{name: result[name] for name in _FROM_RESULT},
             "subset": plan.identity["subset"],
             "subset_seconds": round(chosen.seconds, 3),
             **({"chosen": chosen.facts} if chosen.facts else {}),
-            "settings": cell.settings,
+            "settings": run.settings,
             "kdfast": kdfast.__version__,
         }
 
-    def clear(self, cell: Cell, out: Path, *, keep: bool) -> None:
-        """Remove what a run needed to be gone on with, once its row is written.
+    def clear(self, run: SweepRun, out: Path, *, keep_runs: bool) -> None:
+        """Delete the files that served to resume a run, once its row is written.
 
         Args:
-            cell: The run.
-            out: The sweep's folder.
-            keep: Leave the run's folder, with the student in it.
+            run: The run.
+            out: Folder of the sweep.
+            keep_runs: Whether to keep the folder of the run, which contains the student.
         """
-        for place in (out / RUNS).glob(f"{cell.key[:16]}*"):
+        for place in (out / RUNS).glob(f"{run.key[:16]}*"):
             if place.is_file():
                 place.unlink()
-            elif not keep:
+            elif not keep_runs:
                 shutil.rmtree(place)
 
-    def _plan(self, cell: Cell, ids: IntArray) -> Plan:
-        alpha = parse_alpha(self.config.alpha, len(ids) / len(self._source.train)) if cell.kd else 0.0
-        config = self.config.run_config(len(ids), seed=cell.seed, alpha=alpha)
-        return assemble(self._opened[cell.kd], config, ids, device=self._device)
+    def _plan(self, run: SweepRun, ids: IntArray) -> Plan:
+        alpha = parse_alpha(self.config.alpha, len(ids) / len(self._source.train)) if run.kd else 0.0
+        config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha)
+        return assemble(self._opened[run.kd], config, ids, device=self._device)
 
 
 def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[Recipe]:
@@ -187,7 +188,7 @@ def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[
     for spec in config.methods:
         recipe = make_recipe(spec, files, given)
         if recipe in recipes:
-            raise UsageError(f"--methods names {recipe} twice, once as {spec}; give it once")
+            raise UsageError(f"`methods` names {recipe} twice, once as {spec}: name it once")
         recipes.append(recipe)
     return recipes
 

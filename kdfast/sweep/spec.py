@@ -1,12 +1,12 @@
-"""How a sweep's methods are written: `SCORE[:option=value,...][/RULE[:option=value,...]]`, separated by commas.
+"""The syntax of a sweep's methods: `SCORE[:option=value,...][/RULE[:option=value,...]]`, separated by commas.
 
     random,el2n,dual              each score with the rule it was published with
-    el2n/beta:a=1,b=3             another rule over a score, with options of the rule
-    beta:a=2,b=3                  a rule alone: over influence:kind=self, the score that IF-Beta ranks by
+    el2n/beta:a=1,b=3             another rule for a score, with options of the rule
+    beta:a=2,b=3                  a rule alone: applied to influence:kind=self, the score that IF-Beta ranks by
     influence:kind=absolute/hard  options of the score
-    if-beta:steps=30              a method that chooses the subset itself, with its options
+    if-beta:steps=30              a method that selects the subset directly, with its options
 
-A comma separates methods unless what follows it is an `option=value`, which belongs to the method before it.
+A comma separates methods, unless an `option=value` follows, which belongs to the method before it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Options = tuple[tuple[str, Value], ...]
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method as written.
+    """One method as written, its names not looked up.
 
     Attributes:
-        name: Of a score, or of a method that chooses the subset itself.
+        name: Name of a score, of a rule alone, or of a method that selects the subset directly.
         options: Its options, sorted by name.
-        rule: Name of the selection rule; None: the one that the score was published with.
-        rule_options: The rule's options, sorted by name.
+        rule: Name of the selection rule; None: the rule published with the score.
+        rule_options: Options of the rule, sorted by name.
     """
 
     name: str
@@ -36,22 +36,22 @@ class MethodSpec:
     rule_options: Options = ()
 
     def __str__(self) -> str:
-        """The shortest way to write it; equal specs are written alike."""
-        rule = "" if self.rule is None else f"/{_write(self.rule, self.rule_options)}"
-        return _write(self.name, self.options) + rule
+        """Return the shortest spelling; equal specs have equal spellings."""
+        rule = "" if self.rule is None else f"/{_format(self.rule, self.rule_options)}"
+        return _format(self.name, self.options) + rule
 
 
 def parse_methods(text: str) -> tuple[MethodSpec, ...]:
-    """Read `--methods`.
+    """Parse comma-separated methods.
 
     Args:
-        text: Methods separated by commas, see the module.
+        text: The methods, in the syntax of this module.
 
     Returns:
         The methods, in the order given.
 
     Raises:
-        UsageError: If there is none, one is given twice, or one is not written like a method.
+        UsageError: There is no method, one is named twice, or the syntax is wrong.
     """
     parts: list[str] = []
     for item in (piece.strip() for piece in text.split(",")):
@@ -62,36 +62,36 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
             parts.append(item)
     specs = tuple(_parse(part) for part in parts)
     if not specs:
-        raise UsageError("--methods names no method; needed: names separated by commas, such as random,el2n")
+        raise UsageError("`methods` is empty: pass names separated by commas, such as random,el2n")
     for position, spec in enumerate(specs):
         if spec in specs[:position]:
-            raise UsageError(f"--methods names {spec} twice; give it once")
+            raise UsageError(f"`methods` names {spec} twice: name it once")
     return specs
 
 
 def _parse(text: str) -> MethodSpec:
     score, slash, rule = text.partition("/")
-    name, options = _part(score, text)
+    name, options = _parse_part(score, text)
     if not slash:
         return MethodSpec(name, options)
-    return MethodSpec(name, options, *_part(rule, text))
+    return MethodSpec(name, options, *_parse_part(rule, text))
 
 
-def _part(text: str, whole: str) -> tuple[str, Options]:
+def _parse_part(text: str, whole: str) -> tuple[str, Options]:
     name, colon, rest = text.partition(":")
     options: dict[str, Value] = {}
     for pair in rest.split(",") if colon else ():
         key, equals, value = (word.strip() for word in pair.partition("="))
         if not (key and equals and value) or key in options:
-            raise UsageError(f"--methods: cannot read {pair!r} of {whole!r}; write NAME:option=value,option=value")
-        options[key] = _value(value)
+            raise UsageError(f"`methods` contains {pair!r} in {whole!r}: write NAME:option=value,option=value")
+        options[key] = _parse_value(value)
     name = name.strip()
     if not name or "=" in name:
-        raise UsageError(f"--methods: cannot read {whole!r}; write SCORE, SCORE/RULE or SCORE/RULE:option=value")
+        raise UsageError(f"`methods` contains {whole!r}: write SCORE, SCORE/RULE or SCORE/RULE:option=value")
     return name, tuple(sorted(options.items()))
 
 
-def _value(text: str) -> Value:
+def _parse_value(text: str) -> Value:
     for kind in (int, float):
         try:
             return kind(text)
@@ -100,7 +100,7 @@ def _value(text: str) -> Value:
     return text
 
 
-def _write(name: str, options: Options) -> str:
+def _format(name: str, options: Options) -> str:
     if not options:
         return name
     return f"{name}:" + ",".join(f"{key}={value}" for key, value in options)

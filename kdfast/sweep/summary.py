@@ -1,4 +1,4 @@
-"""From rows to statistics: sections of comparable rows, mean and spread over seeds, paired differences to random."""
+"""Statistics of rows: sections of comparable rows, and paired differences to random."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import numpy as np
 
 BASELINE = "random"
 
-# What the columns and lines of a table are made of; all other settings must be equal within one.
+# Settings that span a table; all others are equal within a section.
 _AXES = ("method", "fraction", "kd", "seed")
 # Settings that only runs with the teacher have.
 _TEACHER = ("alpha", "temperature", "cache")
-# Digests of what a score was made from: a newer row replaces one of the same place in the table.
+# Digests of the inputs of a score; a row with other inputs replaces an older row at the same place in the table.
 _INPUTS = ("scores",)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against random, over the seeds that both have.
+    """Difference of a method to random over their common seeds.
 
     Attributes:
-        mean: Mean difference in points of top-1; positive: the method is better.
-        half: Half the width of the 95% t-interval; NaN with one seed.
-        n: Seeds.
+        mean: Mean difference of test top-1 in percentage points; above 0: the method is better.
+        half_width: Half the width of the 95% t-interval; NaN for one seed.
+        n: Number of seeds.
     """
 
     mean: float
-    half: float
+    half_width: float
     n: int
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return abs(self.mean) > self.half
+        """Whether the interval excludes 0."""
+        return abs(self.mean) > self.half_width
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that differ in nothing but method, fraction, teacher and seed.
+    """Rows that differ only in method, fraction, teacher and seed.
 
     Attributes:
-        settings: What they have in common.
+        settings: Their common settings.
         top1: Test top-1 in percent by (method, fraction, kd), then by seed.
         rows: The rows.
     """
@@ -56,27 +56,27 @@ class Section:
 
     @property
     def methods(self) -> list[str]:
-        """In the order in which they came, random first."""
+        """The methods in order of appearance, random first."""
         found = dict.fromkeys(row["method"] for row in self.rows)
         return sorted(found, key=lambda name: name != BASELINE)
 
     @property
     def fractions(self) -> list[float]:
-        """Ascending."""
+        """The fractions, ascending."""
         return sorted({row["fraction"] for row in self.rows})
 
     def difference(self, method: str, fraction: float, kd: bool) -> Difference | None:
-        """A method against random where both have seeds in common; None elsewhere, and for random itself."""
+        """Return the difference of a method to random, or None for random itself and without common seeds."""
         ours, theirs = self.top1.get((method, fraction, kd)), self.top1.get((BASELINE, fraction, kd))
         common = sorted(ours.keys() & theirs.keys()) if ours and theirs else []
         if method == BASELINE or not common or ours is None or theirs is None:
             return None
         gaps = np.array([ours[seed] - theirs[seed] for seed in common])
-        return Difference(float(gaps.mean()), half_interval(gaps), len(gaps))
+        return Difference(float(gaps.mean()), half_width(gaps), len(gaps))
 
 
-def half_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """Half the width of the 95% t-interval of the mean of independent values; NaN for one value."""
+def half_width(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Return half the width of the 95% t-interval of the mean of independent values; NaN for one value."""
     from scipy import stats
 
     n = len(values)
@@ -85,41 +85,41 @@ def half_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
-def sections(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
-    """Sort rows into sections of comparable ones.
+def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
+    """Group comparable rows into sections.
 
-    Rows without the teacher belong to every section whose other settings they share. Where a run was made again with
-    other scores under the same name, the last one counts.
+    Rows without the teacher belong to every section whose other settings they share. If a run was repeated with other
+    scores under the same name, the last row counts.
 
     Args:
-        rows: Of results.jsonl, in order.
+        rows: Rows of results.jsonl, in order.
 
     Returns:
         The sections, in order of their first row.
     """
     with_teacher: dict[str, list[dict[str, Any]]] = {}
     plain: dict[str, list[dict[str, Any]]] = {}
-    shared: dict[str, str] = {}
+    plain_key_of: dict[str, str] = {}
     for row in map(dict, rows):
-        base = _text(row["settings"], without=(*_AXES, *_INPUTS, *_TEACHER))
+        plain_key = _key(row["settings"], without=(*_AXES, *_INPUTS, *_TEACHER))
         if row["kd"]:
-            whole = _text(row["settings"], without=(*_AXES, *_INPUTS))
-            with_teacher.setdefault(whole, []).append(row)
-            shared[whole] = base
+            key = _key(row["settings"], without=(*_AXES, *_INPUTS))
+            with_teacher.setdefault(key, []).append(row)
+            plain_key_of[key] = plain_key
         else:
-            plain.setdefault(base, []).append(row)
-    found = [(whole, plain.get(shared[whole], []) + mine) for whole, mine in with_teacher.items()]
-    found += [(base, mine) for base, mine in plain.items() if base not in shared.values()]
-    return [_section(json.loads(common), members) for common, members in found]
+            plain.setdefault(plain_key, []).append(row)
+    groups = [(key, plain.get(plain_key_of[key], []) + members) for key, members in with_teacher.items()]
+    groups += [(key, members) for key, members in plain.items() if key not in plain_key_of.values()]
+    return [_section(json.loads(key), members) for key, members in groups]
 
 
-def _section(common: dict[str, Any], rows: list[dict[str, Any]]) -> Section:
+def _section(settings: dict[str, Any], rows: list[dict[str, Any]]) -> Section:
     last = {(row["method"], row["fraction"], row["kd"], row["seed"]): row for row in rows}
     top1: dict[tuple[str, float, bool], dict[int, float]] = {}
     for (method, fraction, kd, seed), row in last.items():
         top1.setdefault((method, fraction, kd), {})[seed] = row["test_top1"]
-    return Section(common, top1, list(last.values()))
+    return Section(settings, top1, list(last.values()))
 
 
-def _text(settings: Mapping[str, Any], *, without: tuple[str, ...]) -> str:
+def _key(settings: Mapping[str, Any], *, without: tuple[str, ...]) -> str:
     return json.dumps({k: v for k, v in settings.items() if k not in without}, sort_keys=True)

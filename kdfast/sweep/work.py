@@ -1,4 +1,4 @@
-"""The loop of a sweep: whichever process, whichever invocation, takes the next row that nobody has."""
+"""The loop of one process of a sweep: claim a run that has no row, run it, append its row."""
 
 from __future__ import annotations
 
@@ -8,92 +8,90 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdfast.errors import DivergedError, Interrupted
-from kdfast.sweep.grid import Cell
-from kdfast.sweep.results_log import Ledger
+from kdfast.sweep.grid import SweepRun
+from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
 
-# Seconds between two looks at what others have finished.
-POLL = 0.3
+POLL_SECONDS = 0.3
 
 OnRow = Callable[[dict[str, Any]], None]
-Advance = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 
 
 def work(
     session: Session,
-    cells: Sequence[Cell],
-    ledger: Ledger,
+    runs: Sequence[SweepRun],
+    log: ResultsLog,
     *,
-    keep: bool,
+    keep_runs: bool,
     on_row: OnRow | None = None,
-    advance: Advance | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Take rows until all are there, waiting for those that others have taken.
+    """Run what no other process runs, until every run has its row.
 
     Args:
-        session: The sweep, opened.
-        cells: Its rows.
-        ledger: Where they go.
-        keep: Leave the folder of every run.
-        on_row: Told every row of this sweep as it comes, whoever made it.
-        advance: Told (rows done, rows in all, what is going on).
+        session: The opened sweep.
+        runs: Its runs.
+        log: The log of its rows.
+        keep_runs: Whether to keep the folder of every run.
+        on_row: Called with every new row of this sweep, whichever process wrote it.
+        on_progress: Called with (rows done, rows total, status).
 
     Raises:
-        DivergedError: If runs diverged; all other rows are there.
-        Interrupted: After SIGTERM or Ctrl-C, or when the process that started this one is gone; what is finished is
-            kept.
-        OutputError: If the folder cannot be written.
-        DataError: If its results are not a sweep's.
+        DivergedError: Runs diverged; all other runs have their rows.
+        Interrupted: SIGTERM or Ctrl-C, or the process that started this one ended; finished rows are kept.
+        OutputError: The folder cannot be written.
+        DataError: results.jsonl is not that of a sweep.
     """
     diverged: dict[str, str] = {}
-    seen = ledger.done()
-    for cell in cells:
-        # A kill between a row and the clearing of its run leaves the run behind.
-        if cell.key in seen:
-            with ledger.claim(cell.key) as mine:
-                if mine:
-                    session.clear(cell, ledger.folder, keep=keep)
-    while left := [cell for cell in cells if cell.key not in seen | diverged.keys()]:
-        took = False
-        for cell in left:
-            with ledger.claim(cell.key) as mine:
-                if not mine or cell.key in ledger.done():
+    done = log.done()
+    for run in runs:
+        # A process killed between appending a row and clearing its run leaves the run behind.
+        if run.key in done:
+            with log.claim(run.key) as claimed:
+                if claimed:
+                    session.clear(run, log.folder, keep_runs=keep_runs)
+    while pending := [run for run in runs if run.key not in done | diverged.keys()]:
+        worked = False
+        for run in pending:
+            with log.claim(run.key) as claimed:
+                if not claimed or run.key in log.done():
                     continue
-                took = True
-                note = _Note(cells, seen, cell, advance)
+                worked = True
+                report = _RunProgress(runs, done, run, on_progress)
                 try:
-                    ledger.append(session.run(cell, ledger.folder, advance=note))
-                    session.clear(cell, ledger.folder, keep=keep)
+                    log.append(session.execute(run, log.folder, on_progress=report))
+                    session.clear(run, log.folder, keep_runs=keep_runs)
                 except DivergedError as error:
-                    diverged[cell.key] = f"{cell}: {error}"
+                    diverged[run.key] = f"{run}: {error}"
                 break
-        seen = tell(ledger, cells, seen, on_row)
-        if not took:
+        done = report_rows(log, runs, done, on_row)
+        if not worked:
             _check_parent()
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     if diverged:
-        raise DivergedError(f"{len(diverged)} of {len(cells)} runs diverged: {'; '.join(diverged.values())}")
+        raise DivergedError(f"{len(diverged)} of {len(runs)} runs diverged: {'; '.join(diverged.values())}")
 
 
-class _Note:
-    """Turns a run's progress into the sweep's."""
+class _RunProgress:
+    """Report the progress of one run as progress of the sweep."""
 
-    def __init__(self, cells: Sequence[Cell], seen: set[str], cell: Cell, advance: Advance | None) -> None:
-        self._done = sum(other.key in seen for other in cells)
-        self._total, self._cell, self._advance = len(cells), cell, advance
+    def __init__(self, runs: Sequence[SweepRun], done: set[str], run: SweepRun, on_progress: OnProgress | None) -> None:
+        self._done = sum(other.key in done for other in runs)
+        self._total, self._run, self._on_progress = len(runs), run, on_progress
 
     def __call__(self, step: int, steps: int, note: str) -> None:
         _check_parent()
-        if self._advance is not None:
-            self._advance(self._done, self._total, f"{self._cell}: step {step}/{steps} {note}")
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total, f"{self._run}: step {step}/{steps} {note}")
 
 
-def tell(ledger: Ledger, cells: Sequence[Cell], seen: set[str], on_row: OnRow | None) -> set[str]:
-    """Report the sweep's rows that have come since, and return the keys of all that are there."""
-    wanted = {cell.key for cell in cells}
-    rows = ledger.rows()
+def report_rows(log: ResultsLog, runs: Sequence[SweepRun], done: set[str], on_row: OnRow | None) -> set[str]:
+    """Report the rows of the sweep whose keys are not in `done`, and return the keys of all rows."""
+    new = {run.key for run in runs} - done
+    rows = log.rows()
     for row in rows:
-        if on_row is not None and row["key"] in wanted - seen:
+        if on_row is not None and row["key"] in new:
             on_row(row)
     return {row["key"] for row in rows}
 
@@ -101,4 +99,4 @@ def tell(ledger: Ledger, cells: Sequence[Cell], seen: set[str], on_row: OnRow | 
 def _check_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        raise Interrupted("the command that started this process is gone; run it again")
+        raise Interrupted("the command that started this process has ended: run it again to resume")

@@ -1,4 +1,4 @@
-"""Several processes that train at the same time, and the one that looks after them."""
+"""Run a sweep in several processes."""
 
 from __future__ import annotations
 
@@ -15,72 +15,74 @@ from typing import Any
 import torch
 
 from kdfast.errors import Interrupted, KdfastError
-from kdfast.sweep.grid import Cell, SweepConfig
-from kdfast.sweep.results_log import Ledger
+from kdfast.sweep.grid import SweepConfig, SweepRun
+from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import POLL, Advance, OnRow, tell, work
+from kdfast.sweep.work import POLL_SECONDS, OnProgress, OnRow, report_rows, work
 
 
-def supervise(
+def run_workers(
     config: SweepConfig,
-    cells: Sequence[Cell],
-    ledger: Ledger,
+    runs: Sequence[SweepRun],
+    log: ResultsLog,
     *,
     jobs: int,
-    keep: bool,
+    keep_runs: bool,
     on_row: OnRow | None = None,
-    advance: Advance | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Start so many processes on the rows of a sweep, and wait for them.
+    """Start processes that share the runs of a sweep, and wait for them.
 
-    Each opens the inputs once and takes rows as `kdfast.sweep.work.work` does; together they use as many threads as
-    torch would use in this process.
+    Each opens the inputs once and calls `kdfast.sweep.work.work`. Together they use as many threads as torch would use
+    in this process.
 
     Args:
-        config: The sweep's settings.
-        cells: Its rows.
-        ledger: Where they go.
-        jobs: How many processes.
-        keep: Leave the folder of every run.
-        on_row: Told every row as it comes.
-        advance: Told (rows done, rows in all, what is going on).
+        config: The settings of the sweep.
+        runs: Its runs.
+        log: The log of its rows.
+        jobs: Number of processes.
+        keep_runs: Whether to keep the folder of every run.
+        on_row: Called with every new row of this sweep.
+        on_progress: Called with (rows done, rows total, status).
 
     Raises:
-        KdfastError: The first error of a process, after all have ended.
-        Interrupted: If a process was killed and rows are missing; the rows that are there are kept.
+        KdfastError: The first error of a process, once all have ended.
+        Interrupted: A process was killed and rows are missing; finished rows are kept.
     """
     # A forked process would inherit torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // jobs)
-    arguments = (config, ledger.folder, keep, threads, failures)
-    workers = [context.Process(target=_worker, args=arguments, name=f"sweep-{k}") for k in range(jobs)]
-    seen = ledger.done()
+    arguments = (config, log.folder, keep_runs, threads, failures)
+    workers = [context.Process(target=_work_in_process, args=arguments, name=f"sweep-{k}") for k in range(jobs)]
+    done = log.done()
     try:
         with _ctrl_c_ignored():
             for worker in workers:
                 worker.start()
         while any(worker.is_alive() for worker in workers):
-            seen = tell(ledger, cells, seen, on_row)
-            if advance is not None:
-                advance(sum(cell.key in seen for cell in cells), len(cells), f"{jobs} processes")
-            time.sleep(POLL)
+            done = report_rows(log, runs, done, on_row)
+            if on_progress is not None:
+                on_progress(sum(run.key in done for run in runs), len(runs), f"{jobs} processes")
+            time.sleep(POLL_SECONDS)
     finally:
         for worker in workers:
             if worker.pid is not None:
                 worker.terminate()
                 worker.join()
-    seen = tell(ledger, cells, seen, on_row)
+    done = report_rows(log, runs, done, on_row)
     if not failures.empty():
         raise failures.get()
-    if any(cell.key not in seen for cell in cells):
+    if any(run.key not in done for run in runs):
         codes = ", ".join(str(worker.exitcode) for worker in workers)
-        raise Interrupted(f"processes of the sweep ended early (exit codes {codes}); the same command goes on")
+        raise Interrupted(
+            f"processes of the sweep ended early (exit codes {codes}): run the same command again to resume"
+        )
 
 
 @contextlib.contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C from their first moment: they are told by SIGTERM, once."""
+    """Let processes started in the block ignore Ctrl-C from their first moment; SIGTERM stops them, once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -91,12 +93,12 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _worker(config: SweepConfig, folder: Path, keep: bool, threads: int, failures: Any) -> None:
-    # A terminal's Ctrl-C goes to the whole group, and training obeys a second signal at once: hear only the SIGTERM.
+def _work_in_process(config: SweepConfig, folder: Path, keep_runs: bool, threads: int, failures: Any) -> None:
+    # Ctrl-C in a terminal signals the whole process group, and training aborts on a second signal: get only SIGTERM.
     os.setsid()
     torch.set_num_threads(threads)
     try:
         session = Session(config)
-        work(session, session.cells(), Ledger(folder), keep=keep)
+        work(session, session.runs(), ResultsLog(folder), keep_runs=keep_runs)
     except KdfastError as error:
         failures.put(error)

@@ -21,30 +21,30 @@ from kdfast.sweep.spec import MethodSpec, parse_methods
         ),
     ],
 )
-def test_methods_as_written(text: str, specs: list[MethodSpec]) -> None:
+def test_parses_methods(text: str, specs: list[MethodSpec]) -> None:
     assert list(parse_methods(text)) == specs
 
 
-def test_equal_specs_are_written_alike() -> None:
+def test_equal_specs_have_equal_spellings() -> None:
     (first,), (second,) = parse_methods("el2n/beta:b=3,a=1.0"), parse_methods("el2n/beta:a=1.0, b=3")
     assert str(first) == str(second) == "el2n/beta:a=1.0,b=3"
     assert parse_methods(str(first)) == (first,)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("", "names no method"),
+        ("", "is empty"),
         ("random,el2n,random", "random twice"),
-        ("beta:a", "'a' of 'beta:a'"),
+        ("beta:a", "'a' in 'beta:a'"),
         ("beta:a=1,a=2", "'a=2'"),
-        ("beta:", "cannot read"),
-        ("/hard", "cannot read '/hard'"),
-        ("el2n/", "cannot read 'el2n/'"),
-        ("a=1,random", "cannot read 'a=1'"),
+        ("beta:", "in 'beta:'"),
+        ("/hard", "contains '/hard'"),
+        ("el2n/", "contains 'el2n/'"),
+        ("a=1,random", "contains 'a=1'"),
     ],
 )
-def test_what_is_not_written_like_a_method(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match="--methods") as caught:
+def test_rejects_wrong_syntax(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match="`methods`") as caught:
         parse_methods(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

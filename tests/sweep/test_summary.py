@@ -8,8 +8,8 @@ from scipy import stats
 
 from kdfast.errors import DataError
 from kdfast.sweep.report import report_sweep, table
-from kdfast.sweep.results_log import Ledger
-from kdfast.sweep.summary import half_interval, sections
+from kdfast.sweep.results_log import ResultsLog
+from kdfast.sweep.summary import group_rows, half_width
 
 
 def row(method: str, seed: int, top1: float, *, kd: bool = True, fraction: float = 0.1, **settings) -> dict:
@@ -24,20 +24,20 @@ RANDOM, OURS = [40.0, 41.5, 39.0], [42.0, 42.5, 42.0]
 ROWS = [row("random", s, v) for s, v in enumerate(RANDOM)] + [row("el2n", s, v) for s, v in enumerate(OURS)]
 
 
-def test_the_paired_interval_is_that_of_the_paired_t_test() -> None:
-    (section,) = sections(ROWS)
+def test_interval_equals_that_of_a_paired_t_test() -> None:
+    (section,) = group_rows(ROWS)
     gap = section.difference("el2n", 0.1, kd=True)
     assert gap is not None
     low, high = stats.ttest_rel(OURS, RANDOM).confidence_interval(0.95)
-    assert gap.mean - gap.half == pytest.approx(low)
-    assert gap.mean + gap.half == pytest.approx(high)
+    assert gap.mean - gap.half_width == pytest.approx(low)
+    assert gap.mean + gap.half_width == pytest.approx(high)
     assert gap.n == 3
     assert section.difference("random", 0.1, kd=True) is None
-    assert math.isnan(half_interval(np.array([1.0])))
+    assert math.isnan(half_width(np.array([1.0])))
 
 
-def test_only_common_seeds_are_compared() -> None:
-    (section,) = sections([*ROWS, row("dual", 2, 50.0), row("dual", 7, 0.0), row("d2", 9, 1.0)])
+def test_compares_only_common_seeds() -> None:
+    (section,) = group_rows([*ROWS, row("dual", 2, 50.0), row("dual", 7, 0.0), row("d2", 9, 1.0)])
     gap = section.difference("dual", 0.1, kd=True)
     assert gap is not None
     assert (gap.mean, gap.n) == (11.0, 1)
@@ -46,23 +46,23 @@ def test_only_common_seeds_are_compared() -> None:
     assert section.difference("dual", 0.1, kd=False) is None
 
 
-def test_rows_of_other_settings_are_not_mixed_and_plain_rows_serve_both() -> None:
+def test_separates_other_settings_and_shares_rows_without_the_teacher() -> None:
     plain = [row("random", 0, 30.0, kd=False), row("el2n", 0, 20.0, kd=False, cache="c")]
-    found = sections([*ROWS, *plain, row("random", 0, 1.0, alpha="0.5"), row("random", 0, 2.0, kd=False, steps=11)])
+    found = group_rows([*ROWS, *plain, row("random", 0, 1.0, alpha="0.5"), row("random", 0, 2.0, kd=False, steps=11)])
     assert [len(section.rows) for section in found] == [8, 3, 1]
     assert found[0].top1["el2n", 0.1, False] == found[1].top1["el2n", 0.1, False] == {0: 20.0}
     assert found[1].top1["random", 0.1, True] == {0: 1.0}
     assert found[2].settings["steps"] == 11
 
 
-def test_the_last_row_of_other_scores_counts() -> None:
-    (section,) = sections([row("el2n", 0, 1.0, scores="old"), row("el2n", 0, 2.0, scores="new")])
+def test_keeps_the_last_row_when_scores_changed() -> None:
+    (section,) = group_rows([row("el2n", 0, 1.0, scores="old"), row("el2n", 0, 2.0, scores="new")])
     assert section.top1["el2n", 0.1, True] == {0: 2.0}
 
 
-def test_the_table_says_who_is_first_and_what_is_clear() -> None:
+def test_table_ranks_methods_and_names_clear_differences() -> None:
     worse = [row("forgetting", s, v - 10) for s, v in enumerate(RANDOM)]
-    (section,) = sections([*ROWS, *worse])
+    (section,) = group_rows([*ROWS, *worse])
     text = table(section)
     (ours,) = (line for line in text.splitlines() if line.startswith("| el2n"))
     assert ours == "| el2n | **42.17** ± 0.29 (3) | +2.00 [-0.48, +4.48] |"
@@ -71,15 +71,15 @@ def test_the_table_says_who_is_first_and_what_is_clear() -> None:
     assert "without the teacher" not in text
 
 
-def test_a_method_of_one_seed_is_not_judged() -> None:
-    (section,) = sections([*ROWS, row("dual", 2, 50.0)])
+def test_table_judges_no_method_by_one_seed() -> None:
+    (section,) = group_rows([*ROWS, row("dual", 2, 50.0)])
     assert "clearly better than random: none; clearly worse: none; of too few seeds to say: dual." in table(section)
 
 
-def test_table_and_plot_are_files(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+def test_writes_table_and_plot(tmp_path: Path) -> None:
+    log = ResultsLog(tmp_path)
     for item in [*ROWS, *(row("random", 0, 30.0, kd=False, fraction=f) for f in (0.1, 0.5))]:
-        ledger.append(item)
+        log.append(item)
     text = report_sweep(tmp_path)
     assert (tmp_path / "table.md").read_text() == text
     with Image.open(tmp_path / "plot.png") as image:
@@ -87,7 +87,7 @@ def test_table_and_plot_are_files(tmp_path: Path) -> None:
     assert {(31, 119, 180), (255, 127, 14)} <= colours
 
 
-def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no row"):
+def test_rejects_a_folder_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no row"):
         report_sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
