@@ -30,8 +30,8 @@ from torch.func import functional_call, grad, vmap
 
 import kdfast
 from kdfast.ops.grad_norms import reference
+from kdfast.ops.grad_norms.dispatch import squared_norms
 from kdfast.ops.grad_norms.layers import LAYERS
-from kdfast.ops.grad_norms.ways import Ways
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -213,8 +213,8 @@ def layer_contenders(name: str, device: str) -> tuple[dict[str, Call], Tensor]:
     calls = captured(name, (lambda layer: layer.groups > 1) if name == "depthwise" else (lambda layer: True), device)
     parts = [LAYERS[nn.Conv2d](*call)["weight"] for call in calls]
     exact = [LAYERS[nn.Conv2d](layer, a[:2].double(), b[:2].double())["weight"]() for layer, a, b in calls]
-    expected = torch.stack([reference.squares(part, "direct") for part in exact]).sum(0).sqrt().cpu()
-    found: dict[str, Call] = {"kdfast": lambda: torch.stack([Ways().squares(part()) for part in parts]).sum(0).sqrt()}
+    expected = torch.stack([reference.squared_norms(part, "direct") for part in exact]).sum(0).sqrt().cpu()
+    found: dict[str, Call] = {"kdfast": lambda: torch.stack([squared_norms(part()) for part in parts]).sum(0).sqrt()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

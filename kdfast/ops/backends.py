@@ -1,16 +1,16 @@
-"""The dispatch table: which implementations each operator has on each device, best first.
+"""Dispatch table: the implementations of each operator on each device, best first.
 
 Rules:
 
-- ``backend="auto"`` takes the first entry of the row that can run here. When that is not the first of all, one warning
-  says why; except where the element type alone decides, which is the same on every machine and documented.
-- ``backend="name"`` takes that implementation or raises ``BackendUnavailable``; it never falls back.
+- ``backend="auto"`` selects the first entry of the row that can run here. If that is not the first entry, one warning
+  gives the reason, unless the dtype alone rules the others out: that is documented and equal on every machine.
+- ``backend="name"`` selects that implementation or raises ``BackendUnavailable``; it never falls back.
 - ``KDFAST_BACKEND`` replaces ``"auto"``: one name for all operators (``reference``), or ``operator=name`` pairs
-  (``kd_loss=reference,views=native``). A name given in code wins over it.
+  (``kd_loss=reference,views=native``). A name passed in code takes precedence.
 - ``"reference"`` is plain PyTorch, runs everywhere, and is the oracle of the tests.
-- Under ``TRITON_INTERPRET=1`` a Triton kernel may be named for CPU tensors, to test it; it is never chosen.
+- With ``TRITON_INTERPRET=1``, a Triton kernel may be named for CPU tensors, for tests; "auto" never selects it.
 
-A new operator adds a row a device to ``TABLE``, and to ``DTYPES`` what its kernels accept where that is not everything.
+A new operator adds one row per device to ``TABLE``, and one to ``DTYPES`` per backend that supports only some dtypes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import os
 import warnings
 from typing import NamedTuple
 
-from kdfast.errors import BackendUnavailable, UsageError
+from kdfast.errors import BackendUnavailable, UsageError, did_you_mean
 
-__all__ = ["DTYPES", "TABLE", "Choice", "choices", "resolve", "runs"]
+__all__ = ["DTYPES", "TABLE", "Choice", "choices", "is_available", "resolve"]
 
 TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "cpu"): ("native", "reference"),
@@ -49,7 +49,7 @@ DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 class Choice(NamedTuple):
-    """What runs for an operator on a device, and why."""
+    """The backend selected for an operator on a device, and the reason."""
 
     op: str
     device: str
@@ -58,61 +58,60 @@ class Choice(NamedTuple):
 
 
 def resolve(op: str, device: str, dtype: str | None = None, backend: str = "auto") -> str:
-    """Name of the implementation that runs ``op`` on tensors of ``device`` and ``dtype``.
+    """Return the name of the implementation that runs ``op`` on tensors of ``device`` and ``dtype``.
 
     Args:
         op: Operator, the first half of a key of ``TABLE``.
         device: Device type, such as ``"cpu"`` or ``"cuda"``.
-        dtype: Element type without ``torch.``, such as ``"float32"``; None skips that check.
+        dtype: Dtype without ``torch.``, such as ``"float32"``; None skips the dtype check.
         backend: ``"auto"`` or the name of an implementation.
 
     Raises:
         BackendUnavailable: If a named implementation does not exist for the operator and device, or cannot run.
-        UsageError: If ``KDFAST_BACKEND`` cannot be read.
+        UsageError: If ``KDFAST_BACKEND`` names an unknown operator.
     """
     return _resolve(op, device, dtype, backend, os.environ.get("KDFAST_BACKEND", "")).backend
 
 
 def choices() -> list[Choice]:
-    """The choice for every row of the table, with its reason, in the order of the table. Warns about nothing."""
+    """Return the choice for every row of the table, in table order, without warnings."""
     setting = os.environ.get("KDFAST_BACKEND", "")
     found = []
     for op, device in TABLE:
         try:
-            named = _named(op, setting)
-            found.append(_choose(op, device, None, named or "auto", bool(named)))
+            named = _backend_from_environment(op, setting)
+            found.append(_select(op, device, None, named or "auto", bool(named)))
         except (BackendUnavailable, UsageError) as error:
             found.append(Choice(op, device, "none", str(error)))
     return found
 
 
-def runs(op: str, device: str, backend: str) -> bool:
-    """Whether an implementation exists and can run here, whatever ``KDFAST_BACKEND`` says."""
+def is_available(op: str, device: str, backend: str) -> bool:
+    """Return whether an implementation exists and can run here, regardless of ``KDFAST_BACKEND``."""
     return _problem(op, device, None, backend) is None
 
 
 @functools.cache
 def _resolve(op: str, device: str, dtype: str | None, backend: str, setting: str) -> Choice:
-    named = _named(op, setting) if backend == "auto" else None
-    choice = _choose(op, device, dtype, named or backend, bool(named))
+    named = _backend_from_environment(op, setting) if backend == "auto" else None
+    choice = _select(op, device, dtype, named or backend, bool(named))
     row = TABLE.get((op, device), ("reference",))
-    able = next((name for name in row if _dtype_problem(op, name, dtype) is None), row[-1])
-    if backend == "auto" and named is None and choice.backend != able:
+    expected = next((name for name in row if _dtype_problem(op, name, dtype) is None), row[-1])
+    if backend == "auto" and named is None and choice.backend != expected:
         warnings.warn(f"kdfast: {op} on {device} falls back to {choice.backend}: {choice.reason}", RuntimeWarning, 4)
     return choice
 
 
-def _choose(op: str, device: str, dtype: str | None, backend: str, from_environment: bool) -> Choice:
+def _select(op: str, device: str, dtype: str | None, backend: str, from_environment: bool) -> Choice:
     row = TABLE.get((op, device), ("reference",))
     if backend != "auto":
         source = f"KDFAST_BACKEND={os.environ.get('KDFAST_BACKEND')}" if from_environment else f"backend={backend!r}"
         problem = _problem(op, device, dtype, backend)
         if problem:
             raise BackendUnavailable(
-                f"{source}: {op} on {device} cannot use it: {problem}; "
-                f"implementations there are {', '.join(row)}, or 'auto' to let kdfast choose"
+                f"{source}: {op} on {device} cannot use it: {problem}; choose one of {', '.join(row)}, or 'auto'"
             )
-        return Choice(op, device, backend, f"asked for by {source}")
+        return Choice(op, device, backend, f"requested by {source}")
     problems: list[str] = []
     for name in row:
         problem = _problem(op, device, dtype, name)
@@ -122,13 +121,16 @@ def _choose(op: str, device: str, dtype: str | None, backend: str, from_environm
     raise BackendUnavailable(f"{op} on {device} has no implementation that can run: {'; '.join(problems)}")
 
 
-def _named(op: str, setting: str) -> str | None:
+def _backend_from_environment(op: str, setting: str) -> str | None:
     chosen = None
     for entry in filter(None, (part.strip() for part in setting.split(","))):
         left, separator, right = entry.partition("=")
-        if separator and left not in {name for name, _ in TABLE}:
-            known = ", ".join(sorted({name for name, _ in TABLE}))
-            raise UsageError(f"KDFAST_BACKEND={setting!r}: there is no operator {left!r}; operators are {known}")
+        operators = sorted({name for name, _ in TABLE})
+        if separator and left not in operators:
+            hint = did_you_mean(left, operators)
+            raise UsageError(
+                f"KDFAST_BACKEND={setting!r}: there is no operator {left!r}; {hint}choose one of {', '.join(operators)}"
+            )
         if not separator:
             chosen = entry if chosen is None else chosen
         elif left == op:
@@ -137,11 +139,11 @@ def _named(op: str, setting: str) -> str | None:
 
 
 def _problem(op: str, device: str, dtype: str | None, backend: str) -> str | None:
-    """Why a backend cannot run, or None."""
+    """Return why a backend cannot run, or None if it can."""
     row = TABLE.get((op, device), ("reference",))
     interpreted = backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if backend not in row and not (interpreted and "triton" in TABLE.get((op, "cuda"), ())):
-        return "it has no such implementation"
+        return "there is no such implementation"
     problem = _dtype_problem(op, backend, dtype)
     if problem is not None:
         return problem
@@ -150,11 +152,11 @@ def _problem(op: str, device: str, dtype: str | None, backend: str) -> str | Non
 
 
 def _dtype_problem(op: str, backend: str, dtype: str | None) -> str | None:
-    """Why a backend cannot take an element type, or None."""
+    """Return why a backend does not support a dtype, or None if it does."""
     accepted = DTYPES.get((op, backend))
     if dtype is None or accepted is None or dtype in accepted:
         return None
-    return f"it takes {', '.join(accepted)}, not {dtype}"
+    return f"it supports {', '.join(accepted)}, not {dtype}"
 
 
 @functools.cache
@@ -167,7 +169,7 @@ def _import_problem(module: str) -> str | None:
 
 
 def _build_problem() -> str | None:
-    """Why the extension has no CUDA kernels, or None when it has."""
+    """Return why the extension has no CUDA kernels, or None if it has them."""
     if importlib.import_module("kdfast._native").cuda:
         return None
     return "kdfast was built without CUDA: install it where nvcc is on PATH"

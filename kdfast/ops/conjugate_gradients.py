@@ -1,7 +1,7 @@
-"""Conjugate gradients for several right-hand sides in lockstep: one product with all of them at a time.
+"""Conjugate gradients for several right-hand sides at once: each step multiplies all of them in one product.
 
-Each column has step sizes of its own, so that its solution does not depend on which others it is solved with; a column
-that has converged is frozen and leaves the products.
+Each right-hand side has its own step sizes, so its solution does not depend on which others it is solved with. One that
+has converged is frozen and left out of later products.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from kdfast.errors import ShapeError, SolveError
 __all__ = ["Operator", "Solution", "conjugate_gradients", "true_residuals"]
 
 Operator = Callable[[Tensor], Tensor]
-RESTARTS = 4
+MAX_RESTARTS = 4
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """Result of a linear solve.
 
     Attributes:
         x: (K, ...) solutions.
-        residuals: (K,) float64, ||b - H x|| / ||b||, computed afresh from the solution; 0 where b is 0.
-        iterations: Products with the operator that the slowest column took; 0 for a direct solver.
+        residuals: (K,) float64, ||b - H x|| / ||b||, recomputed from the solution; 0 where b is 0.
+        iterations: Products with the operator until the slowest right-hand side converged; 0 for a direct solver.
         method: "cholesky" or "cg".
     """
 
@@ -44,62 +44,60 @@ def conjugate_gradients(
     tol: float = 1e-6,
     max_iterations: int | None = None,
     precondition: Operator | None = None,
-    start: Tensor | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Solution:
-    """Solves H x = b for a symmetric positive definite H that is known by its products.
+    """Solve H x = b for a symmetric positive definite H given by its products with vectors.
 
     Args:
-        operator: Maps (k, ...) to H times each of the k vectors, for any k up to K; includes whatever damping there is.
+        operator: Maps (k, ...) to H times each of the k vectors, for any k up to K; must include any damping.
         b: (K, ...) right-hand sides, floating point; float64 reaches tolerances that float32 cannot.
-        tol: Relative residual to reach in each column, > 0.
-        max_iterations: Products at most; None: ten times the dimension, at most 10,000.
-        precondition: Maps (k, ...) to an approximation of H^-1 times each, symmetric positive definite.
-        start: (K, ...) first guess; None: zero.
-        progress: Called with (columns converged, columns, note) after each product.
+        tol: Relative residual to reach for each right-hand side, > 0.
+        max_iterations: Maximum number of products; None for ten times the dimension, up to 10,000.
+        precondition: Maps (k, ...) to an approximation of H^-1 times each vector, symmetric positive definite.
+        progress: Called with (converged, total, note) after each product; counts right-hand sides.
 
     Returns:
-        The solution, with residuals computed from it, not those that the recurrence carries along.
+        The solution, with residuals recomputed from it instead of those tracked by the recurrence.
 
     Raises:
         ShapeError: If ``tol`` or ``max_iterations`` is not positive, or ``b`` is empty.
-        SolveError: If the tolerance is not reached, H has a direction of negative or zero curvature, or a number is
+        SolveError: If the tolerance is not reached, H has a direction of negative or zero curvature, or a value is
             not finite.
 
     Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
     """
     if not 0 < tol < math.inf:
-        raise ShapeError(f"tol is {tol}: give a positive number")
+        raise ShapeError(f"`tol` is {tol}: pass a positive number")
     if b.dim() < 2 or b.numel() == 0:
-        raise ShapeError(f"b has shape {tuple(b.shape)}: give (K, ...) with at least one vector")
+        raise ShapeError(f"`b` has shape {tuple(b.shape)}: pass (K, ...) with at least one vector")
     if not bool(b.isfinite().all()):
-        raise SolveError("b is not finite: look for what made it")
+        raise SolveError("`b` is not finite: fix what computed it")
     if max_iterations is not None and max_iterations < 1:
-        raise ShapeError(f"max_iterations is {max_iterations}: give at least 1, or None")
+        raise ShapeError(f"`max_iterations` is {max_iterations}: pass at least 1, or None")
     limit = max_iterations or min(10_000, 10 * b[0].numel() + 10)
-    x = torch.zeros_like(b) if start is None else start.clone()
+    x = torch.zeros_like(b)
     used = 0
-    for _ in range(RESTARTS):
-        # The recurrence's residual drifts from the true one by rounding: what it calls converged is checked, and
-        # columns that are not are taken up again from where they stand.
+    for _ in range(MAX_RESTARTS):
+        # Rounding makes the recurrence's residual drift from the true one: check the true one, and restart those
+        # that have not converged from their current solution.
         residuals = true_residuals(operator, x, b)
-        left = (~(residuals <= tol)).nonzero()[:, 0]
-        if len(left) == 0 or used >= limit:
+        unsolved = (~(residuals <= tol)).nonzero()[:, 0]
+        if len(unsolved) == 0 or used >= limit:
             break
-        x[left], steps = _run(operator, b[left], x[left], 0.5 * tol, limit - used, precondition, progress)
+        x[unsolved], steps = _run(operator, b[unsolved], x[unsolved], 0.5 * tol, limit - used, precondition, progress)
         used += steps
     residuals = true_residuals(operator, x, b)
     if not bool((residuals <= tol).all()):
         worst = float(residuals.max())
         raise SolveError(
-            f"conjugate gradients reached a relative residual of {worst:.1e} after {used} products, tol is {tol:.1e}: "
-            "ask for less, allow more iterations, add damping (l2), or compute in float64"
+            f"conjugate gradients reached a relative residual of {worst:.1e} after {used} products, `tol` is "
+            f"{tol:.1e}: increase `tol` or `max_iterations`, add damping (`l2`), or compute in float64"
         )
     return Solution(x, residuals, used, "cg")
 
 
 def true_residuals(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
-    """||b - H x|| / ||b|| of each column, (K,) float64; 0 where both are 0."""
+    """Return ||b - H x|| / ||b|| of each right-hand side, (K,) float64; 0 where both are 0."""
     size = _norms(b)
     return _norms(b - operator(x)) / torch.where(size == 0, 1, size)
 
@@ -113,7 +111,7 @@ def _run(
     precondition: Operator | None,
     progress: Callable[[int, int, str], None] | None,
 ) -> tuple[Tensor, int]:
-    """One run of the recurrence from ``x``; returns the solutions and the products taken."""
+    """Run the recurrence from ``x``; return the solutions and the number of products used."""
     done = x.clone()
     active = torch.arange(len(b), device=b.device)
     goal = tol * _norms(b)
@@ -126,16 +124,16 @@ def _run(
         curvature = _dots(p, q)
         if not bool(curvature.isfinite().all()):
             raise SolveError(
-                "the operator's products are not finite: it may be singular (add damping, l2), or its numbers too "
+                "the operator's products are not finite: it may be singular (add damping, `l2`), or its values too "
                 "large (scale them down, or compute in float64)"
             )
         if not bool((curvature > 0).all()):
             raise SolveError(
                 f"the operator has a direction of curvature {float(curvature.min()):.1e}, so it is not positive "
-                "definite: add damping (l2), or use the Gauss-Newton matrix"
+                "definite: add damping (`l2`), or use the Gauss-Newton matrix"
             )
-        scale = _like(rz / curvature, x)
-        x, r = x + scale * p, r - scale * q
+        step_size = _like(rz / curvature, x)
+        x, r = x + step_size * p, r - step_size * q
         going = _norms(r) > goal
         if not bool(going.all()):
             done[active[~going]] = x[~going]

@@ -1,9 +1,10 @@
-"""Products of a whole network's Hessian or Gauss-Newton matrix with vectors, and solves with them.
+"""Hessian-vector and Gauss-Newton-vector products of a whole network, and linear solves with these matrices.
 
-For `F(theta) = (1/N) sum_i l_i(f(x_i; theta)) + (l2 / 2) ||theta||^2` over the trainable parameters, flattened into one
-vector: the Hessian's product is the directional derivative of the gradient, `H v = d/de grad F(theta + e v)`; the
-Gauss-Newton matrix is `G = J^T L'' J / N + l2`, with `J` of the outputs and `L''` of the losses in them. All K vectors
-share the forward and backward pass: ``vmap`` runs over the tangents alone.
+The objective is `F(theta) = (1/N) sum_i l_i(f(x_i; theta)) + (l2 / 2) ||theta||^2` over the trainable parameters,
+flattened into one vector. A Hessian product is the directional derivative of the gradient,
+`H v = d/de grad F(theta + e v)` at `e = 0`. The Gauss-Newton matrix is `G = J^T L'' J / N + l2 I`, with `J` the
+Jacobian of the outputs and `L''` the Hessian of the losses with respect to them. All K vectors share one forward and
+backward pass: ``vmap`` runs over the tangents only.
 
 Sources: B. Pearlmutter, *Fast exact multiplication by the Hessian*, 1994; N. Schraudolph, *Fast curvature matrix-vector
 products for second-order gradient descent*, 2002.
@@ -23,8 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.conjugate_gradients import Solution, conjugate_gradients
-from kdfast.ops.grad_norms.layers import refuse_batch_statistics
-from kdfast.ops.grad_norms.objective import Loss, Objective, check_inputs, joined, logits_of, run, split
+from kdfast.ops.grad_norms.layers import reject_batch_statistics
+from kdfast.ops.grad_norms.objective import (
+    Loss,
+    Objective,
+    batched_tensors,
+    call_model,
+    check_inputs,
+    logits_of,
+    replace_tensors,
+)
 
 __all__ = ["KINDS", "NetworkCurvature", "network_hvp"]
 
@@ -46,30 +55,32 @@ def network_hvp(
     temperature: float = 4.0,
     batch_size: int | None = None,
 ) -> Tensor:
-    """The Hessian or Gauss-Newton matrix of the mean loss, times one or K vectors.
+    """Multiply one or K vectors by the Hessian or Gauss-Newton matrix of the mean loss.
 
-    ``NetworkCurvature`` does the same and keeps what was checked, for repeated products and solves.
+    For repeated products and solves, use ``NetworkCurvature``, which checks the model and inputs once.
 
     Args:
-        model: As for ``kdfast.grad_norms``, in eval mode where it has dropout or batch norm.
+        model: As for ``kdfast.grad_norms``; in eval mode if it has dropout or batch norm.
         inputs: As for ``kdfast.grad_norms``.
-        labels: `(N,)` int64; whatever a loss of your own takes.
-        v: `(P,)` or `(K, P)`: P trainable parameters, flattened and joined in the order of ``named_parameters``.
+        labels: `(N,)` int64; for a custom loss, anything it accepts.
+        v: `(P,)` or `(K, P)`, with the P trainable parameters flattened and concatenated in the order of
+            ``named_parameters``.
         kind: "hessian" or "gauss_newton".
-        l2: Weight of the penalty, at least 0.
-        loss: As for ``kdfast.grad_norms``; a function gets the outputs (their logits for "gauss_newton") and labels.
-        teacher: `(N, C)` logits, for "kd".
+        l2: Weight of the L2 penalty, at least 0.
+        loss: As for ``kdfast.grad_norms``; a function receives the outputs (for "gauss_newton", their logits) and the
+            labels.
+        teacher: The teacher's logits `(N, C)`, for "kd".
         alpha: As in ``kdfast.kd_loss``.
         temperature: As in ``kdfast.kd_loss``.
-        batch_size: Samples computed at a time; None: all. Every input as long as the whole batch is split.
+        batch_size: Number of samples per pass; None for all. Every input as long as the whole batch is split.
 
     Returns:
-        As ``v``.
+        The products, with the shape and dtype of ``v``.
 
     Raises:
-        UsageError: The model or an option is not as above.
-        ShapeError: Shapes do not fit.
-        DataError: Inputs, losses or products are not finite, or a label is out of range.
+        UsageError: If the model or an option does not meet the requirements above.
+        ShapeError: If shapes do not fit.
+        DataError: If inputs, losses or products are not finite, or a label is out of range.
 
     Example:
         >>> net = torch.nn.Linear(4, 3)
@@ -83,24 +94,29 @@ def network_hvp(
 
 
 class NetworkCurvature:
-    """An operator `v -> H v` on `(K, P)`, as ``kdfast.ops.conjugate_gradients.conjugate_gradients`` takes it.
+    """Linear operator `v -> H v` on `(K, P)`, suitable for ``kdfast.ops.conjugate_gradients.conjugate_gradients``.
 
     Args:
         model: As for ``network_hvp``; its parameters are read at each product.
-        inputs: As there.
-        labels: As there.
+        inputs: As for ``network_hvp``.
+        labels: As for ``network_hvp``.
         kind: "gauss_newton", which is positive semi-definite, or "hessian".
-        l2: Weight of the penalty; above 0, the Gauss-Newton matrix is positive definite.
-        loss: As there.
-        teacher: As there.
-        alpha: As there.
-        temperature: As there.
-        batch_size: As there.
+        l2: Weight of the L2 penalty; if positive, the Gauss-Newton matrix is positive definite.
+        loss: As for ``network_hvp``.
+        teacher: As for ``network_hvp``.
+        alpha: As for ``network_hvp``.
+        temperature: As for ``network_hvp``.
+        batch_size: As for ``network_hvp``.
+
+    Attributes:
+        kind: As given.
+        l2: As given.
+        size: Number P of trainable parameters.
 
     Raises:
-        UsageError: As there.
-        ShapeError: As there.
-        DataError: As there.
+        UsageError: As ``network_hvp``.
+        ShapeError: As ``network_hvp``.
+        DataError: As ``network_hvp``.
     """
 
     def __init__(
@@ -118,62 +134,64 @@ class NetworkCurvature:
         batch_size: int | None = None,
     ) -> None:
         if kind not in KINDS:
-            raise UsageError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+            raise UsageError(f"`kind` is {kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 <= l2 < math.inf:
-            raise UsageError(f"l2={l2}: give a number that is at least 0")
+            raise UsageError(f"`l2` is {l2}: pass a finite number of at least 0")
         if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size={batch_size}: give at least 1, or None")
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+            raise UsageError(f"`batch_size` is {batch_size}: pass at least 1, or None")
+        model = getattr(model, "_orig_mod", model)  # torch.func does not reach into the graphs of torch.compile
         check_inputs(model, inputs)
-        refuse_batch_statistics(model)
+        reject_batch_statistics(model)
         self.kind, self.l2 = kind, l2
         self._model, self._inputs, self._batch_size = model, inputs, batch_size
         # The compiled kd_loss has no second derivative.
         self._objective = Objective(loss, labels, teacher, alpha, temperature, backend="reference")
         with torch.enable_grad():
-            outputs = run(model, inputs)
-            self._n = len(self._objective.checked(outputs))
+            outputs = call_model(model, inputs)
+            self._n = len(self._objective.checked_losses(outputs))
         if kind == "gauss_newton":
-            logits_of(outputs)
+            logits_of(outputs)  # raises if the outputs have none
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.size = sum(p.numel() for p in self._named.values())
 
     def __call__(self, v: Tensor) -> Tensor:
-        """`H v` for each of the K rows of v `(K, P)`.
+        """Return `H v` for each of the K rows of v `(K, P)`.
 
         Raises:
-            ShapeError: The vectors do not fit.
-            UsageError: The model cannot run under torch.func.
-            DataError: A product is not finite.
+            ShapeError: If the vectors do not fit the model.
+            UsageError: If the model cannot run under torch.func.
+            DataError: If a product is not finite.
         """
         p = next(iter(self._named.values()))
         if v.dim() != 2 or v.shape[1] != self.size:
-            raise ShapeError(f"v has shape {tuple(v.shape)}: (K, {self.size}) is needed, all trainable parameters")
+            raise ShapeError(
+                f"`v` has shape {tuple(v.shape)}: pass (K, {self.size}), one entry per trainable parameter"
+            )
         if not v.is_floating_point():
-            raise ShapeError(f"v is {v.dtype}: give floating-point numbers")
+            raise ShapeError(f"`v` has dtype {v.dtype}: pass a floating-point dtype")
         if v.device != p.device:
-            raise UsageError(f"v is on {v.device}, the model on {p.device}: move one of them")
+            raise UsageError(f"`v` is on {v.device}, the model on {p.device}: move one of them")
         product = self._hessian if self.kind == "hessian" else self._gauss_newton
         given = v.to(p.dtype)
-        out = self._over_batches(lambda *batch: product(given, *batch)).to(v.dtype) + self.l2 * v
+        out = self._mean_over_batches(lambda *batch: product(given, *batch)).to(v.dtype) + self.l2 * v
         if not bool(out.isfinite().all()):
-            raise DataError("a product with the vectors is not finite: look for what overflows in v or in the model")
+            raise DataError("a product with `v` is not finite: check `v` and the model for values that overflow")
         return out
 
     def gradient(self) -> Tensor:
-        """The gradient of F, `(P,)`."""
+        """Return the gradient of F, `(P,)`."""
         params = self._parameters()
 
-        def one(batch: Any, objective: Objective) -> Tensor:
-            return _flat(grad(lambda q: objective(self._outputs(q, batch)).sum())(params))
+        def batch_gradient(batch: Any, objective: Objective) -> Tensor:
+            return _flatten(grad(lambda q: objective(self._outputs(q, batch)).sum())(params))
 
-        return self._over_batches(one) + self.l2 * _flat(params)
+        return self._mean_over_batches(batch_gradient) + self.l2 * _flatten(params)
 
     def solve(self, b: Tensor, *, tol: float = 1e-6, max_iterations: int | None = None) -> Solution:
-        """Solve `H x = b` for the K rows of b `(K, P)` by conjugate gradients in lockstep.
+        """Solve `H x = b` for all K rows of b `(K, P)` at once by conjugate gradients.
 
         Raises:
-            SolveError: The tolerance is not reached, or the matrix has a direction of negative curvature.
+            SolveError: If the tolerance is not reached, or the matrix has a direction of negative curvature.
         """
         return conjugate_gradients(self, b, tol=tol, max_iterations=max_iterations)
 
@@ -182,9 +200,9 @@ class NetworkCurvature:
         gradient = grad(lambda q: objective(self._outputs(q, batch)).sum())
 
         def product(row: Tensor) -> Tensor:
-            return _flat(jvp(gradient, (params,), (self._unflat(row),))[1])
+            return _flatten(jvp(gradient, (params,), (self._unflatten(row),))[1])
 
-        return self._mapped(product, v)
+        return self._map_rows(product, v)
 
     def _gauss_newton(self, v: Tensor, batch: Any, objective: Objective) -> Tensor:
         params = self._parameters()
@@ -193,28 +211,28 @@ class NetworkCurvature:
             return logits_of(self._outputs(q, batch))
 
         traced: Any = vjp(outputs, params)
-        z, pull = traced
-        slope = grad(lambda out: objective(out).sum())
+        z, pullback = traced
+        loss_grad = grad(lambda out: objective(out).sum())
 
         def product(row: Tensor) -> Tensor:
-            direction = jvp(outputs, (params,), (self._unflat(row),))[1]
-            return _flat(pull(jvp(slope, (z,), (direction,))[1])[0])
+            direction = jvp(outputs, (params,), (self._unflatten(row),))[1]
+            return _flatten(pullback(jvp(loss_grad, (z,), (direction,))[1])[0])
 
-        return self._mapped(product, v)
+        return self._map_rows(product, v)
 
-    def _mapped(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    def _map_rows(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         try:
             out: Tensor = vmap(product)(v)
         except RuntimeError as error:
-            raise UsageError(f"no product under torch.func (dropout needs model.eval()): {error}") from error
+            raise UsageError(f"the model cannot run under torch.func (dropout needs model.eval()): {error}") from error
         return out
 
-    def _over_batches(self, compute: Callable[[Any, Objective], Tensor]) -> Tensor:
+    def _mean_over_batches(self, compute: Callable[[Any, Objective], Tensor]) -> Tensor:
         total: Tensor | None = None
-        with torch.inference_mode(False), torch.no_grad(), _plain_attention():
+        with torch.inference_mode(False), torch.no_grad(), _math_attention():
             for batch, objective in self._batches():
-                part = compute(batch, objective)
-                total = part if total is None else total + part
+                term = compute(batch, objective)
+                total = term if total is None else total + term
         assert total is not None
         return total / self._n
 
@@ -223,27 +241,27 @@ class NetworkCurvature:
         if step >= self._n:
             yield self._inputs, self._objective
             return
-        names, tensors = split(self._inputs, self._n)
-        self._objective.require_rows("batch_size")
+        keys, tensors = batched_tensors(self._inputs, self._n)
+        self._objective.require_sliceable_labels("`batch_size`")
         for start in range(0, self._n, step):
             rows = slice(start, start + step)
-            yield joined(self._inputs, names, [x[rows] for x in tensors]), self._objective.rows(rows)
+            yield replace_tensors(self._inputs, keys, [x[rows] for x in tensors]), self._objective.select(rows)
 
     def _outputs(self, params: Params, batch: Any) -> Any:
         fixed = {name: p.detach() for name, p in self._model.named_parameters() if name not in params}
-        return run(lambda *a, **k: functional_call(self._model, {**fixed, **params}, a, k), batch)
+        return call_model(lambda *a, **k: functional_call(self._model, {**fixed, **params}, a, k), batch)
 
     def _parameters(self) -> Params:
         return {name: p.detach() for name, p in self._named.items()}
 
-    def _unflat(self, row: Tensor) -> Params:
+    def _unflatten(self, row: Tensor) -> Params:
         pieces = torch.split(row, [p.numel() for p in self._named.values()])
         return {name: x.view(p.shape) for (name, p), x in zip(self._named.items(), pieces, strict=True)}
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention by kernels that have a forward derivative."""
+def _math_attention() -> Iterator[None]:
+    """Use the attention kernels that support forward-mode differentiation."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -253,5 +271,5 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _flat(params: Params) -> Tensor:
+def _flatten(params: Params) -> Tensor:
     return torch.cat([p.flatten() for p in params.values()])

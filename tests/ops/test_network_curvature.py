@@ -142,14 +142,14 @@ def test_inputs_by_keyword_and_losses_of_ones_own(model, batch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kind": "fisher"}, UsageError, "kind='fisher'"),
-        ({"l2": -1.0}, UsageError, "l2=-1.0"),
-        ({"batch_size": 0}, UsageError, "batch_size=0"),
-        ({"v": torch.zeros(3)}, ShapeError, r"v has shape \(1, 3\): \(K, 37\) is needed"),
+        ({"kind": "fisher"}, UsageError, "`kind` is 'fisher'"),
+        ({"l2": -1.0}, UsageError, "`l2` is -1.0"),
+        ({"batch_size": 0}, UsageError, "`batch_size` is 0"),
+        ({"v": torch.zeros(3)}, ShapeError, r"`v` has shape \(1, 3\): pass \(K, 37\)"),
         ({"v": torch.full((37,), float("nan"))}, DataError, "not finite"),
-        ({"v": torch.zeros(37, device="meta")}, UsageError, "v is on meta"),
-        ({"labels": torch.full((N,), 3)}, DataError, r"labels\[0\] is 3"),
-        ({"inputs": torch.full((N, 1, 5, 5), float("inf")).double()}, DataError, "inputs holds"),
+        ({"v": torch.zeros(37, device="meta")}, UsageError, "`v` is on meta"),
+        ({"labels": torch.full((N,), 3)}, DataError, r"`labels\[0\]` is 3"),
+        ({"inputs": torch.full((N, 1, 5, 5), float("inf")).double()}, DataError, "`inputs` contains"),
     ],
 )
 def test_bad_input(model, batch, change, error, message):

@@ -117,7 +117,7 @@ def test_bad_arguments_are_refused():
         shift_views(images, moves, affine[:, :2], pad=4)
     with pytest.raises(ShapeError, match=r"torch\.int32"):
         shift_views(images, moves, affine.int(), pad=4)
-    with pytest.raises(ShapeError, match=r"affine is torch\.float16"):
+    with pytest.raises(ShapeError, match=r"`affine` is torch\.float16"):
         crop_views(images, torch.ones(3, 5).int(), affine.half(), size=(4, 4))
     with pytest.raises(BackendUnavailable, match="triton"):
         shift_views(images, moves, affine, pad=4, backend="triton")

@@ -1,7 +1,7 @@
-"""Which layers' rows are not the batch's samples, also where there happen to be as many of both.
+"""Detection of layers whose first dimension is not the batch, even if it happens to have the same length.
 
-A layer that makes one row for all samples, of embedded positions say, can be scored when that row is repeated for each
-sample; whether the model allows that is tried on a few of them.
+A layer that computes one row for all samples, such as position embeddings, can be scored once that row is expanded to
+one per sample. A run on a few samples tells whether the model allows this.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
-from kdfast.ops.grad_norms.capture import Call, captured, is_shared_row
-from kdfast.ops.grad_norms.objective import Objective, run, some_samples, tensors_in
+from kdfast.ops.grad_norms.capture import Call, has_batch_of_one, record_calls
+from kdfast.ops.grad_norms.objective import Objective, call_model, iter_tensors, select_samples
 
-__all__ = ["Batch", "foreign_rows", "shared_rows"]
+__all__ = ["Batch", "expandable_layers", "layers_without_batch_axis"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A model and what it is run on.
+    """A model, its inputs and its loss.
 
     Attributes:
-        model: As it is.
+        model: The model.
         inputs: As for ``grad_norms``.
         objective: The loss.
-        layers: The layers that are recorded, by name.
-        n: Samples.
+        layers: Layers to record, by name.
+        n: Number of samples.
     """
 
     model: nn.Module
@@ -38,91 +38,94 @@ class Batch:
     layers: Mapping[str, nn.Module]
     n: int
 
-    def few(self) -> list[int]:
-        """Some of the samples, by their numbers: more than one, and not as many as there are."""
+    @property
+    def probe(self) -> list[int]:
+        """Indices of a few samples: more than one, and a number that differs from ``n``."""
         return [0, 1] if self.n > 2 else [0, 1, 0]
 
-    def run_few(self, repeat: Collection[str], first_only: bool = False) -> tuple[list[Call], Any]:
-        """The calls and the outputs of a run on a few samples; ``first_only`` splits no input but the first."""
-        picked = self.few()
-        inputs = some_samples(self.inputs, self.n, picked, first_only)
-        devices = list({x.device for _, x in tensors_in(inputs) if x.is_cuda})
-        with torch.random.fork_rng(devices), captured(self.layers, repeat, len(picked)) as calls:
-            return calls, run(self.model, inputs)
+    def run_probe(self, expand: Collection[str], first_only: bool = False) -> tuple[list[Call], Any]:
+        """Run the model on the probe samples and return the calls and the outputs.
+
+        Args:
+            expand: Layers whose one row is expanded.
+            first_only: Treat only the first input as batched.
+        """
+        inputs = select_samples(self.inputs, self.n, self.probe, first_only)
+        devices = list({x.device for _, x in iter_tensors(inputs) if x.is_cuda})
+        with torch.random.fork_rng(devices), record_calls(self.layers, expand, len(self.probe)) as calls:
+            return calls, call_model(self.model, inputs)
 
 
-def shared_rows(batch: Batch, calls: Sequence[Call]) -> set[str]:
-    """Names of layers that make one row for all samples which may be repeated for each.
+def expandable_layers(batch: Batch, calls: Sequence[Call]) -> set[str]:
+    """Return the names of layers that compute one row for all samples, if it may be expanded to one row per sample.
 
-    That is tried on a few samples: their losses must stay what they are, and none of them have a gradient in the row
-    that belongs to another.
+    The probe run decides: expanding must not change the losses, and no sample's loss may have a gradient in the row of
+    another.
 
     Args:
-        batch: What is run.
-        calls: Of the forward pass on all samples.
+        batch: The model and its inputs.
+        calls: Calls recorded in the forward pass on all samples.
     """
-    names = {call.name for call in calls if batch.n > 1 and is_shared_row(*call.shapes)}
+    names = {call.name for call in calls if batch.n > 1 and has_batch_of_one(*call.shapes)}
     if not names:
         return names
-    few = batch.few()
-    objective = batch.objective.rows(few)
+    objective = batch.objective.select(batch.probe)
     try:
-        expected = objective(batch.run_few(())[1])
-        again, outputs = batch.run_few(names)
+        expected = objective(batch.run_probe(())[1])
+        probe_calls, outputs = batch.run_probe(names)
         losses = objective(outputs)
         same = torch.allclose(losses, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
-        sound = same and not _mixing([call for call in again if call.repeated], losses)
-    except Exception:  # whatever a model does with rows that it does not expect
+        sound = same and not _calls_mixing_samples([call for call in probe_calls if call.expanded], losses)
+    except Exception:  # a model may raise anything on rows that it does not expect
         return set()
     return names if sound else set()
 
 
-def foreign_rows(batch: Batch, calls: Sequence[Call], repeat: Collection[str]) -> set[str]:
-    """Names of layers whose outputs do not hold one entry a sample: those of positions, say, or time-first ones.
+def layers_without_batch_axis(batch: Batch, calls: Sequence[Call], expand: Collection[str]) -> set[str]:
+    """Return the names of layers whose outputs do not have one row per sample, such as those of time-first tensors.
 
-    Where another length in the model equals that of the batch, a few samples are run once more: rows that are samples
-    become fewer with them.
+    If another dimension in the model is as long as the batch, the probe run tells them apart: fewer samples give fewer
+    rows only where rows are samples.
 
     Args:
-        batch: What is run.
-        calls: Of the forward pass on all samples.
-        repeat: Layers whose one row is repeated.
+        batch: The model and its inputs.
+        calls: Calls recorded in the forward pass on all samples.
+        expand: Layers whose one row is expanded.
 
     Raises:
-        ShapeError: The model does not run on a few of the samples.
+        ShapeError: If the model does not run on the probe samples.
     """
     found = {call.name for call in calls if call.rows != batch.n}
     if batch.n > 1 and batch.n in _other_lengths(batch, calls):
-        few = len(batch.few())
-        found |= {call.name for call in _calls_on_few(batch, repeat) if call.rows != few}
+        found |= {call.name for call in _probe_calls(batch, expand) if call.rows != len(batch.probe)}
     return found
 
 
-def _calls_on_few(batch: Batch, repeat: Collection[str]) -> list[Call]:
+def _probe_calls(batch: Batch, expand: Collection[str]) -> list[Call]:
     try:
-        return batch.run_few(repeat)[0]
+        return batch.run_probe(expand)[0]
     except Exception:
-        # An input that is no batch, such as a mask, may be as long as one.
+        # An input without a batch dimension, such as a mask, may be as long as the batch.
         pass
     try:
-        return batch.run_few(repeat, first_only=True)[0]
+        return batch.run_probe(expand, first_only=True)[0]
     except Exception as error:
         raise ShapeError(
-            f"another dimension is as long as the batch, {batch.n}, and to tell which rows are samples the model was "
-            f"run on a few of them, which failed ({error}): give a batch of another size"
+            f"another dimension is as long as the batch, {batch.n}, and the run on a few samples that tells them apart "
+            f"failed ({error}): use a batch of another size"
         ) from error
 
 
 def _other_lengths(batch: Batch, calls: Sequence[Call]) -> set[int]:
-    """All lengths in sight that are not the batch's, though they may be equal to it by chance."""
-    shapes = [x.shape[1:] for _, x in tensors_in(batch.inputs)]
+    """Return the lengths of all dimensions except the first of inputs and calls, and of parameters and buffers."""
+    shapes = [x.shape[1:] for _, x in iter_tensors(batch.inputs)]
     shapes += [shape[1:] for call in calls for shape in call.shapes]
-    shapes += [held.shape for held in (*batch.model.parameters(), *batch.model.buffers())]
+    shapes += [state.shape for state in (*batch.model.parameters(), *batch.model.buffers())]
     return {length for shape in shapes for length in shape}
 
 
-def _mixing(calls: Sequence[Call], losses: Tensor) -> list[Call]:
-    """Calls in whose other rows the first or the last sample's loss has a gradient."""
+def _calls_mixing_samples(calls: Sequence[Call], losses: Tensor) -> list[Call]:
+    """Return the calls in which the first or the last sample's loss has a gradient in another sample's row."""
     found = []
     for loss, others in ((losses[0], slice(1, None)), (losses[-1], slice(0, -1))):
         grads = torch.autograd.grad(loss, [call.edge for call in calls], retain_graph=True, allow_unused=True)

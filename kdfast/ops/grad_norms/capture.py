@@ -1,8 +1,8 @@
-"""One forward and one backward pass that hand each layer's input and output gradient over, and leave no trace.
+"""Recording of each layer's input and output gradient in one forward and one backward pass, without side effects.
 
-Inputs are seen by forward hooks, output gradients by hooks on the layers' outputs, layer after layer as the backward
-pass reaches them. Gradients are only asked for at the lowest layers, so no weight gradient is ever computed and the
-parameters' ``grad`` is not touched.
+Forward hooks see the inputs; hooks on the layers' outputs see the output gradients, layer by layer as the backward pass
+reaches them. Gradients are requested only at the lowest layers, so no weight gradient is computed and the parameters'
+``grad`` stays untouched.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
-from kdfast.ops.grad_norms.graph import Node, lowest, parameter_uses, walk
+from kdfast.ops.grad_norms.graph import Node, count_parameter_uses, deepest, topological_order
 
-__all__ = ["Call", "backward", "captured", "in_graph", "is_shared_row", "stray"]
+__all__ = ["Call", "calls_in_graph", "has_batch_of_one", "record_calls", "run_backward", "used_outside_calls"]
 
 Receive = Callable[["Call", Tensor], None]
 
@@ -28,14 +28,14 @@ class Call:
     """One call of a layer in the forward pass.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         layer: The layer.
         x: Its input, until it is taken.
-        version: Of the input's contents, at the call.
-        shapes: Of the input and the output.
-        repeated: Whether the call made one row for all samples, which was then repeated for each.
-        edge: Where the output's gradient is found.
-        receive: Takes the output's gradient.
+        version: Version counter of the input at the call.
+        shapes: Shapes of the input and the output.
+        expanded: Whether the output had one row for all samples, which was then expanded to one row per sample.
+        edge: Gradient edge of the output.
+        receive: Called with the gradient of the output.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Call:
     x: Tensor | None
     version: int
     shapes: tuple[torch.Size, torch.Size]
-    repeated: bool = False
+    expanded: bool = False
     edge: Any = field(default=None, repr=False)
     receive: Receive | None = None
 
@@ -53,8 +53,12 @@ class Call:
         out = self.shapes[1]
         return out[0] if out else 0
 
-    def take(self) -> Tensor:
-        """The layer's input, a row a sample; it is not kept any longer."""
+    def take_input(self) -> Tensor:
+        """Return the layer's input, one row per sample, and release the reference to it.
+
+        Raises:
+            UsageError: If the input was changed in place after the call.
+        """
         x, self.x = self.x, None
         assert x is not None
         if x._version != self.version:
@@ -62,27 +66,27 @@ class Call:
                 f"layer {self.name!r}: its input was changed in place after the call, so its gradient is lost; "
                 "replace the in-place operation in the model's forward"
             )
-        return x.expand(self.rows, *x.shape[1:]) if self.repeated else x
+        return x.expand(self.rows, *x.shape[1:]) if self.expanded else x
 
 
 @contextmanager
-def captured(layers: Mapping[str, nn.Module], repeat: Collection[str] = (), n: int = 1) -> Iterator[list[Call]]:
-    """Record the calls of some layers while the context lasts.
+def record_calls(layers: Mapping[str, nn.Module], expand: Collection[str] = (), n: int = 1) -> Iterator[list[Call]]:
+    """Record the calls of some layers while the context is active.
 
     Args:
-        layers: The layers by name.
-        repeat: Names of layers that make one row for all samples, such as embedded positions (1, T, D). It is repeated
-            for each sample, so that what a sample adds to its gradient can be told apart.
-        n: Samples in the batch, for those.
+        layers: Layers by name.
+        expand: Names of layers that compute one row for all samples, such as position embeddings (1, T, D). The row is
+            expanded to one per sample, which separates the samples' contributions to the layer's gradient.
+        n: Number of samples in the batch, for ``expand``.
 
     Raises (from the model's forward pass):
-        UsageError: A layer is called without a tensor, or where gradients are off.
+        UsageError: If a layer is called without a tensor, or with gradients disabled.
     """
     calls: list[Call] = []
     handles = []
     try:
         for name, layer in layers.items():
-            hook = _recorder(name, calls, n if name in repeat else 1)
+            hook = _recording_hook(name, calls, n if name in expand else 1)
             handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield calls
     finally:
@@ -90,7 +94,9 @@ def captured(layers: Mapping[str, nn.Module], repeat: Collection[str] = (), n: i
             handle.remove()
 
 
-def _recorder(name: str, calls: list[Call], times: int) -> Callable[..., Tensor]:
+def _recording_hook(name: str, calls: list[Call], rows: int) -> Callable[..., Tensor]:
+    """Return a forward hook that appends to ``calls`` and expands an output of one row to ``rows``."""
+
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor:
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(out, Tensor):
@@ -98,62 +104,64 @@ def _recorder(name: str, calls: list[Call], times: int) -> Callable[..., Tensor]
         if not out.requires_grad:
             raise UsageError(
                 f"layer {name!r} ran without gradients (torch.no_grad, or reentrant checkpointing) though it is "
-                "trainable: freeze it with requires_grad_(False), or let gradients through"
+                "trainable: freeze it with requires_grad_(False), or enable gradients"
             )
-        repeated = times > 1 and is_shared_row(x.shape, out.shape)
-        if repeated:
-            out = out.expand(times, *out.shape[1:]).clone()
+        expanded = rows > 1 and has_batch_of_one(x.shape, out.shape)
+        if expanded:
+            out = out.expand(rows, *out.shape[1:]).clone()
         if out._is_view():
-            # Changed in place later, a view would get a new history that this hook does not stand in.
+            # A later in-place change would replace the history of a view, and with it this hook.
             out = torch.ops.aten._unsafe_view(out, out.shape)
-        call = Call(name, layer, x.detach(), x._version, (x.shape, out.shape), repeated)
+        call = Call(name, layer, x.detach(), x._version, (x.shape, out.shape), expanded)
         call.edge = torch.autograd.graph.get_gradient_edge(out)
         out.register_hook(lambda grad: call.receive(call, grad) if call.receive else None)
         calls.append(call)
-        kept: Tensor = out
-        return kept
+        recorded: Tensor = out
+        return recorded
 
     return hook
 
 
-def is_shared_row(x: torch.Size, out: torch.Size) -> bool:
-    """Whether a call's shapes are those of one row: of a sample, or for all of them."""
+def has_batch_of_one(x: torch.Size, out: torch.Size) -> bool:
+    """Return whether the shapes are those of a call on one row, of a single sample or shared by all samples."""
     return len(x) > 0 and len(out) > 1 and x[0] == out[0] == 1
 
 
-def in_graph(calls: Sequence[Call], loss: Tensor) -> tuple[list[Call], list[Node]]:
-    """The calls that the loss depends on, and its graph, from ``walk``."""
-    order = walk(loss)
+def calls_in_graph(calls: Sequence[Call], loss: Tensor) -> tuple[list[Call], list[Node]]:
+    """Return the calls that the loss depends on, and the ``topological_order`` of its graph."""
+    order = topological_order(loss)
     nodes = set(order)
     return [call for call in calls if call.edge.node in nodes], order
 
 
-def stray(order: Sequence[Node], calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Names of the parameters that the loss depends on in other ways than through recorded calls.
+def used_outside_calls(
+    order: Sequence[Node], calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Return the names of parameters that the loss also depends on outside the recorded calls.
 
     Args:
-        order: The loss's graph, from ``walk``.
-        calls: All that are in the graph.
-        parameters: The ones to look at, by name.
+        order: ``topological_order`` of the loss.
+        calls: All recorded calls in the graph.
+        parameters: Candidate parameters by name.
     """
-    uses = parameter_uses(order)
-    known: dict[int, int] = {}
+    uses = count_parameter_uses(order)
+    recorded: dict[int, int] = {}
     for call in calls:
         for p in call.layer.parameters(recurse=False):
-            known[id(p)] = known.get(id(p), 0) + 1
-    return [name for name, p in parameters.items() if uses[id(p)] > known.get(id(p), 0)]
+            recorded[id(p)] = recorded.get(id(p), 0) + 1
+    return [name for name, p in parameters.items() if uses[id(p)] > recorded.get(id(p), 0)]
 
 
-def backward(loss: Tensor, order: Sequence[Node], calls: Sequence[Call], receive: Receive) -> None:
-    """Run the backward pass; ``receive(call, output gradient)`` for each call.
+def run_backward(loss: Tensor, order: Sequence[Node], calls: Sequence[Call], receive: Receive) -> None:
+    """Run the backward pass and call ``receive(call, output gradient)`` for each call.
 
     Args:
-        loss: Scalar, the sum over the samples.
-        order: Its graph, from ``walk``.
-        calls: Those of interest, all in the graph.
-        receive: Called without gradients, in the order of the backward pass.
+        loss: Scalar, summed over the samples.
+        order: ``topological_order`` of the loss.
+        calls: Calls of interest, all in the graph.
+        receive: Called with gradients disabled, in the order of the backward pass.
     """
-    last = lowest(order, {call.edge.node for call in calls})
+    last = deepest(order, {call.edge.node for call in calls})
     edges = [call.edge for call in calls if call.edge.node in last]
     for call in calls:
         call.receive = receive

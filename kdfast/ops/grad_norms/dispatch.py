@@ -1,62 +1,87 @@
-"""Which way to the norm of a per-sample gradient: the one place where that is decided.
+"""Selection of the algorithm and the backend that compute the norms of per-sample gradients.
 
 A layer's weight gradient for one sample is `G = sum_t b_t a_t^T`, with `T` positions, inputs `a_t` of length `d` and
-output gradients `b_t` of length `p` (a convolution: of one group, `d` counting the kernel's offsets). Three ways to
-`||G||^2`, and the multiply-adds that each takes:
+output gradients `b_t` of length `p` (for a convolution: of one group, with `d` counting the kernel offsets). Three
+algorithms compute `||G||^2`; each is listed with its number of multiply-adds:
 
 - ``direct``: form `G` and square it, `T d p`;
 - ``gram``: `<A A^T, B B^T>`, `T^2 (d + p)`;
-- ``pixel``: the same for a convolution, where `A A^T` is a sum over the kernel's offsets of entries of the Gram matrix
-  of input *pixels*: `T^2 (s^2 c + p + k^2 / 2)`, with `c` input channels a group, `k^2` offsets, and `s^2` the phases
-  in which offsets fall for the layer's stride (1 for stride 1; a pixel only ever meets pixels of its phase).
+- ``pixel``: the same for a convolution, where `A A^T` is a sum over the kernel offsets of entries of the Gram matrix
+  of input *pixels*: `T^2 (s^2 c + p + k^2 / 2)`, with `c` input channels per group, `k^2` offsets, and `s^2` phases of
+  the offsets relative to the layer's stride (1 for stride 1; pixels of different phases never meet).
 
-The cheapest wins. Memory does not enter: none of them keeps more than one chunk of samples at a time.
+"auto" selects the cheapest. Memory is not a criterion: every algorithm keeps at most one chunk of samples at a time.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import torch
+from torch import Tensor
 
 from kdfast.errors import UsageError
+from kdfast.ops.backends import resolve
+from kdfast.ops.grad_norms import reference
+from kdfast.ops.grad_norms.factors import Convolution, GradFactors, OuterProduct, Sizes, sizes_of
 
-__all__ = ["METHODS", "Sizes", "costs", "pick"]
+__all__ = ["METHODS", "costs", "select_algorithm", "squared_norms"]
 
 METHODS = ("auto", "direct", "gram", "pixel")
 
 
-class Sizes(NamedTuple):
-    """One sample and one group of a layer: positions, length of inputs and of output gradients, kernel."""
+def squared_norms(factors: GradFactors, method: str = "auto", backend: str = "auto") -> Tensor:
+    """Compute `||G_n||^2` of each sample.
 
-    positions: int
-    inputs: int
-    outputs: int
-    offsets: int = 1
-    phases: int = 1
+    Args:
+        factors: Gradient factors in float32 or float64.
+        method: One of ``METHODS``; applies to outer products and convolutions.
+        backend: "auto", or the name of an implementation in the row "grad_norms" of ``kdfast.ops.backends``; applies
+            to the same.
+
+    Returns:
+        `(N,)`: in float64 from the compiled kernels, otherwise in the dtype of the factors.
+
+    Raises:
+        UsageError: If ``method`` is unknown.
+        BackendUnavailable: If a named backend cannot run here.
+    """
+    if not isinstance(factors, (OuterProduct, Convolution)):
+        return reference.squared_norms(factors)
+    if backend == "auto" and factors.b.dtype == torch.float64:
+        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
+    dtype = str(factors.b.dtype).removeprefix("torch.")
+    compiled = resolve("grad_norms", factors.b.device.type, dtype, backend) != "reference"
+    algorithm = select_algorithm(sizes_of(factors), method)
+    if not compiled:
+        return reference.squared_norms(factors, algorithm)
+    # Deferred: the compiled extension may be missing.
+    from kdfast.ops.grad_norms import native
+
+    return native.squared_norms(factors, algorithm)
+
+
+def select_algorithm(sizes: Sizes, method: str = "auto") -> str:
+    """Return ``method``, or the cheapest algorithm for "auto".
+
+    Args:
+        sizes: Sizes of one sample and group.
+        method: One of ``METHODS``.
+
+    Raises:
+        UsageError: If ``method`` is unknown.
+    """
+    if method not in METHODS:
+        raise UsageError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}")
+    if method != "auto":
+        return method
+    found = costs(sizes)
+    return min(found, key=lambda name: found[name])
 
 
 def costs(sizes: Sizes) -> dict[str, float]:
-    """Multiply-adds of each way."""
+    """Return the multiply-adds of each algorithm by name."""
     t, d, p, offsets, phases = sizes
     return {
         "direct": t * d * p,
         "gram": t * t * (d + p),
         "pixel": t * t * (phases * d / offsets + p + offsets / 2),
     }
-
-
-def pick(sizes: Sizes, method: str = "auto") -> str:
-    """The way to go: the cheapest, or the one that is asked for.
-
-    Args:
-        sizes: Of one sample and group.
-        method: One of ``METHODS``.
-
-    Raises:
-        UsageError: The method is none of them.
-    """
-    if method not in METHODS:
-        raise UsageError(f"method={method!r} does not exist: choose one of {', '.join(METHODS)}")
-    if method != "auto":
-        return method
-    found = costs(sizes)
-    return min(found, key=lambda name: found[name])

@@ -1,4 +1,4 @@
-"""What one call of a layer adds to the per-sample gradients of its parameters, kept in factors."""
+"""Factored per-sample gradients: what one call of a layer contributes to the gradient of one of its parameters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Convolution", "Geometry", "Lookup", "Part", "Rows", "Small"]
+__all__ = ["Convolution", "DenseGrad", "Embedding", "Geometry", "GradFactors", "OuterProduct", "Sizes", "sizes_of"]
 
 
 class Geometry(NamedTuple):
-    """A 2-D convolution; ``pads`` are zeros at the top, bottom, left and right."""
+    """A 2-D convolution; ``pads`` counts the zeros added at the top, bottom, left and right."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -21,37 +21,68 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Small:
-    """The gradients themselves, `(N, ...)`: biases and the weights of normalisations."""
+class DenseGrad:
+    """The gradients themselves, `(N, ...)`: for biases and the weights of normalization layers."""
 
     grad: Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
-    """`G_n = sum_t b[n, t] a[n, t]^T`: a `(N, T, d)`, b `(N, T, p)`."""
+class OuterProduct:
+    """`G_n = sum_t b[n, t] a[n, t]^T`, with a `(N, T, d)` and b `(N, T, p)`."""
 
     a: Tensor
     b: Tensor
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """`G_n = sum_t e_{ids[n, t]} b[n, t]^T`: ids `(N, T)` int64, b `(N, T, p)`; rows of ``skipped`` add nothing."""
+class Embedding:
+    """`G_n = sum_t e_{ids[n, t]} b[n, t]^T`, with ids `(N, T)` int64, b `(N, T, p)`; ``padding_idx`` is skipped."""
 
     ids: Tensor
     b: Tensor
-    rows: int
-    skipped: int | None
+    num_embeddings: int
+    padding_idx: int | None
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """The weight gradient of a convolution: a `(N, C, H, W)`, b `(N, P, Ho, Wo)`."""
+    """The weight gradient of a convolution, with inputs a `(N, C, H, W)` and output gradients b `(N, P, Ho, Wo)`."""
 
     a: Tensor
     b: Tensor
     geometry: Geometry
 
 
-Part = Small | Rows | Lookup | Convolution
+GradFactors = DenseGrad | OuterProduct | Embedding | Convolution
+
+
+class Sizes(NamedTuple):
+    """Sizes of one sample and one group of a layer.
+
+    Attributes:
+        positions: Number T of positions.
+        inputs: Length d of the input at one position; for a convolution, of the patch under the kernel.
+        outputs: Length p of the output gradient at one position.
+        offsets: Number k^2 of kernel offsets.
+        phases: Number s^2 of residues of the offsets modulo the stride.
+    """
+
+    positions: int
+    inputs: int
+    outputs: int
+    offsets: int = 1
+    phases: int = 1
+
+
+def sizes_of(factors: OuterProduct | Convolution) -> Sizes:
+    """Return the sizes that the cost of each algorithm depends on."""
+    if isinstance(factors, OuterProduct):
+        return Sizes(factors.a.shape[1], factors.a.shape[2], factors.b.shape[2])
+    (kh, kw), stride, dilation, _, groups = factors.geometry
+    phases = 1
+    for k, s, d in zip((kh, kw), stride, dilation, strict=True):
+        phases *= len({i * d % s for i in range(k)})
+    offsets = kh * kw
+    channels, outputs = factors.a.shape[1] // groups, factors.b.shape[1] // groups
+    return Sizes(factors.b.shape[2] * factors.b.shape[3], channels * offsets, outputs, offsets, phases)

@@ -1,4 +1,4 @@
-"""Per-sample gradients of parameters without a formula: under ``torch.func.vmap``, or in a loop over the samples."""
+"""Per-sample gradients of parameters without a formula, by ``torch.func.vmap`` or by a loop over the samples."""
 
 from __future__ import annotations
 
@@ -11,88 +11,91 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import UsageError
-from kdfast.ops.grad_norms.objective import Objective, joined, run, split
+from kdfast.ops.grad_norms.objective import Objective, batched_tensors, call_model, replace_tensors
 from kdfast.ops.grad_norms.reference import chunks
 
-__all__ = ["FALLBACKS", "RandomState", "loop_squares", "vmap_squares"]
+__all__ = ["FALLBACKS", "Fallback", "RngSnapshot", "squared_norms_loop", "squared_norms_vmap"]
 
-Squares = Callable[[nn.Module, Any, Objective, Mapping[str, nn.Parameter], int], dict[str, Tensor]]
+Fallback = Callable[[nn.Module, Any, Objective, Mapping[str, nn.Parameter], int], dict[str, Tensor]]
 
 
-def vmap_squares(
+def squared_norms_vmap(
     model: nn.Module, inputs: Any, objective: Objective, parameters: Mapping[str, nn.Parameter], n: int
 ) -> dict[str, Tensor]:
-    """Squared norms `(N,)` of the gradients of some parameters, from the whole model run under vmap.
+    """Compute squared norms `(N,)` of the gradients of some parameters by running the whole model under vmap.
 
     Args:
-        model: As it is; dropout that is on cannot be repeated and is refused.
+        model: The model; active dropout is rejected, because its draws could not be repeated.
         inputs: As for ``grad_norms``; tensors whose first dimension is `n` are split into samples.
-        objective: The loss of the whole batch.
-        parameters: Which ones, by name.
-        n: Samples in the batch.
+        objective: Loss of the whole batch.
+        parameters: Parameters of interest, by name.
+        n: Number of samples in the batch.
 
     Raises:
-        UsageError: The model cannot run under vmap.
+        UsageError: If the model cannot run under vmap, or the labels cannot be split.
     """
     chosen = {name: p.detach() for name, p in parameters.items()}
     fixed = {name: p.detach() for name, p in model.named_parameters() if name not in chosen}
-    names, batched = split(inputs, n)
-    objective.require_rows("fallback='vmap'")
+    names, batched = batched_tensors(inputs, n)
+    objective.require_sliceable_labels("fallback='vmap'")
 
     def loss(params: dict[str, Tensor], tensors: tuple[Tensor, ...], label: Any) -> Tensor:
-        sample = joined(inputs, names, [x.unsqueeze(0) for x in tensors])
-        part = objective.of(None if label is None else label.unsqueeze(0), None)
-        outputs = run(lambda *a, **k: functional_call(model, {**fixed, **params}, a, k), sample)
-        return part(outputs).sum()
+        sample = replace_tensors(inputs, names, [x.unsqueeze(0) for x in tensors])
+        sample_objective = objective.with_targets(None if label is None else label.unsqueeze(0), None)
+        outputs = call_model(lambda *a, **k: functional_call(model, {**fixed, **params}, a, k), sample)
+        return sample_objective(outputs).sum()
 
     per_sample = vmap(grad(loss), (None, 0, None if objective.labels is None else 0))
-    size = sum(p.numel() * p.element_size() for p in chosen.values())
-    found = _room(parameters, n)
-    for chunk in chunks(n, size):
+    sample_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
+    found = _allocate_norms(parameters, n)
+    for chunk in chunks(n, sample_bytes):
         label = None if objective.labels is None else objective.labels[chunk]
         try:
-            # Other kernels of scaled_dot_product_attention have no batching rule.
+            # Only the math kernel of scaled_dot_product_attention has a batching rule.
             with sdpa_kernel(SDPBackend.MATH):
                 grads = per_sample(chosen, tuple(x[chunk] for x in batched), label)
         except RuntimeError as error:
             raise UsageError(
                 f"fallback='vmap' for {', '.join(chosen)}: the model cannot run under torch.func.vmap ({error}); "
-                "fallback='loop' does without, one sample after the other; dropout needs model.eval() in both"
+                "fallback='loop' runs one sample at a time instead; with dropout, call model.eval() for either"
             ) from error
         for name, value in grads.items():
             found[name][chunk] = value.flatten(1).to(found[name].dtype).square().sum(1)
     return found
 
 
-def loop_squares(
+def squared_norms_loop(
     model: nn.Module, inputs: Any, objective: Objective, parameters: Mapping[str, nn.Parameter], n: int
 ) -> dict[str, Tensor]:
-    """The same by a forward and a backward pass for each sample: slow, for models that do not run under vmap.
+    """Compute the same by one forward and backward pass per sample: slow, for models that do not run under vmap.
 
     Args:
-        model: As it is.
-        inputs: As for ``vmap_squares``.
-        objective: The loss of the whole batch.
-        parameters: Which ones, by name.
-        n: Samples in the batch.
+        model: The model.
+        inputs: As for ``squared_norms_vmap``.
+        objective: Loss of the whole batch.
+        parameters: Parameters of interest, by name.
+        n: Number of samples in the batch.
 
     Raises:
-        UsageError: The model draws random numbers, so that samples would be scored by different networks.
+        UsageError: If the model draws random numbers, which would score samples by different networks; if it cannot run
+            on one sample; or if the labels cannot be split.
     """
     chosen = list(parameters.values())
-    names, batched = split(inputs, n)
-    objective.require_rows("fallback='loop'")
-    found = _room(parameters, n)
-    random = RandomState(chosen[0].device)
+    names, batched = batched_tensors(inputs, n)
+    objective.require_sliceable_labels("fallback='loop'")
+    found = _allocate_norms(parameters, n)
+    rng = RngSnapshot(chosen[0].device)
     for i in range(n):
         one = slice(i, i + 1)
         try:
-            loss = objective.rows(one)(run(model, joined(inputs, names, [x[one] for x in batched]))).sum()
+            sample = replace_tensors(inputs, names, [x[one] for x in batched])
+            loss = objective.select(one)(call_model(model, sample)).sum()
         except RuntimeError as error:
             raise UsageError(
-                f"fallback='loop': the model cannot run on one sample ({error}); inputs as long as the batch are split"
+                f"fallback='loop': the model cannot run on one sample ({error}); every input as long as the batch is "
+                "split: check those that are not batched"
             ) from error
-        if random.changed():
+        if rng.changed():
             raise UsageError("fallback='loop': the model draws random numbers (dropout?): call model.eval() first")
         grads = torch.autograd.grad(loss, chosen, allow_unused=True)
         for name, value in zip(parameters, grads, strict=True):
@@ -100,31 +103,31 @@ def loop_squares(
     return found
 
 
-FALLBACKS: dict[str, Squares] = {"vmap": vmap_squares, "loop": loop_squares}
+FALLBACKS: dict[str, Fallback] = {"vmap": squared_norms_vmap, "loop": squared_norms_loop}
 
 
-def _room(parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
-    """A float32 or wider number a sample for each parameter."""
+def _allocate_norms(parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
+    """Allocate `(n,)` for each parameter, in float32 or the parameter's wider dtype."""
     return {name: p.new_empty(n, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
 
 
-class RandomState:
-    """The state of a device's random numbers at the time when this is made."""
+class RngSnapshot:
+    """State of a device's random number generator at construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._state = self._now()
+        self._state = self._current()
 
     def changed(self) -> bool:
-        """Whether numbers were drawn since."""
-        return not torch.equal(self._state, self._now())
+        """Return whether random numbers were drawn since."""
+        return not torch.equal(self._state, self._current())
 
     def restore(self) -> None:
-        """Go back to it."""
+        """Reset the generator to the snapshot."""
         if self._cuda is None:
             torch.set_rng_state(self._state)
         else:
             torch.cuda.set_rng_state(self._state, self._cuda)
 
-    def _now(self) -> Tensor:
+    def _current(self) -> Tensor:
         return torch.get_rng_state() if self._cuda is None else torch.cuda.get_rng_state(self._cuda)

@@ -1,8 +1,8 @@
-"""The layers whose per-sample gradients are known in factors, and what a call of each one adds.
+"""Layers whose per-sample gradients are known in factored form, with a formula for each.
 
-``LAYERS`` maps a layer's class to a function of (layer, input, output gradient) that returns, for each of its
-parameters by name, a function that computes the part: frozen parameters cost nothing. A class derived from one of them
-counts as it while it keeps its ``forward``, and so does a module.
+A formula is a function of (layer, input, output gradient) that returns, for each parameter name, a function that
+computes the gradient factors: frozen parameters cost nothing. ``LAYERS`` maps classes to formulas. A subclass or an
+instance uses the formula of its class unless it overrides ``forward``.
 """
 
 from __future__ import annotations
@@ -16,91 +16,90 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdfast.errors import UsageError
-from kdfast.ops.grad_norms.factors import Convolution, Geometry, Lookup, Part, Rows, Small
+from kdfast.ops.grad_norms.factors import Convolution, DenseGrad, Embedding, Geometry, GradFactors, OuterProduct
 
-__all__ = ["LAYERS", "kind_of", "own_parameters", "refuse_batch_statistics"]
+__all__ = ["LAYERS", "find_formula", "reject_batch_statistics", "trainable_parameters"]
 
-Parts = dict[str, Callable[[], Part]]
-Layer = Callable[[Any, Tensor, Tensor], Parts]
+LazyFactors = dict[str, Callable[[], GradFactors]]
+Formula = Callable[[Any, Tensor, Tensor], LazyFactors]
+
+_FORWARD_METHODS = ("forward", "_conv_forward")
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters that the module holds itself, by their name in it."""
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's own trainable parameters by name, without those of its children."""
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
-_COMPUTES = ("forward", "_conv_forward")
-
-
-def kind_of(module: nn.Module) -> Layer | None:
-    """The entry of ``LAYERS`` for a module, or None when there is none or the module is not used as its class says."""
+def find_formula(module: nn.Module) -> Formula | None:
+    """Return the formula of a module; None if there is none or if the module overrides its class's computation."""
     for cls in type(module).__mro__:
-        layer = LAYERS.get(cls) or FOREIGN_LAYERS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if layer is not None:
-            same = all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _COMPUTES)
-            same = same and not any(name in vars(module) for name in _COMPUTES)
+        formula = LAYERS.get(cls) or LAYERS_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+        if formula is not None:
+            inherited = all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _FORWARD_METHODS)
+            inherited = inherited and not any(name in vars(module) for name in _FORWARD_METHODS)
             plain = set(dict(module.named_parameters(recurse=False))) <= {"weight", "bias"}
-            return layer if same and plain else None
+            return formula if inherited and plain else None
     return None
 
 
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Raise for a normalisation that mixes the samples of a batch, so that a sample has no gradient of its own.
+def reject_batch_statistics(model: nn.Module) -> None:
+    """Raise if a layer normalizes by statistics of the batch, which leaves a sample without a gradient of its own.
 
     Raises:
-        UsageError: There is one; names it.
+        UsageError: If there is such a layer; the message names it.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             raise UsageError(
-                f"layer {name!r} ({type(layer).__name__}) normalises by statistics of the batch, so a sample has no "
-                "gradient of its own: call model.eval() first, or replace it by GroupNorm"
+                f"layer {name!r} ({type(layer).__name__}) normalizes by statistics of the batch, so a sample has no "
+                "gradient of its own: call model.eval() first, or replace the layer by GroupNorm"
             )
 
 
-def _sequences(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and output gradients of a linear layer as (N, T, features), whatever dimensions lie between."""
+def _flatten_positions(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Flatten inputs and output gradients of a linear layer to (N, T, features)."""
     n = x.shape[0]
     return x.reshape(n, -1, x.shape[-1]), grad.reshape(n, -1, grad.shape[-1])
 
 
-def _linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> Parts:
-    a, b = _sequences(x, grad)
-    return {"weight": lambda: Rows(a, b), "bias": lambda: Small(b.sum(1))}
+def _linear(layer: nn.Linear, x: Tensor, grad: Tensor) -> LazyFactors:
+    a, b = _flatten_positions(x, grad)
+    return {"weight": lambda: OuterProduct(a, b), "bias": lambda: DenseGrad(b.sum(1))}
 
 
-def _transposed_linear(layer: nn.Module, x: Tensor, grad: Tensor) -> Parts:
-    """A linear layer that holds its weight as (inputs, outputs)."""
-    a, b = _sequences(x, grad)
-    return {"weight": lambda: Rows(b, a), "bias": lambda: Small(b.sum(1))}
+def _transposed_linear(layer: nn.Module, x: Tensor, grad: Tensor) -> LazyFactors:
+    """Formula of a linear layer whose weight has shape (inputs, outputs)."""
+    a, b = _flatten_positions(x, grad)
+    return {"weight": lambda: OuterProduct(b, a), "bias": lambda: DenseGrad(b.sum(1))}
 
 
-def _embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> Parts:
+def _embedding(layer: nn.Embedding, x: Tensor, grad: Tensor) -> LazyFactors:
     if layer.scale_grad_by_freq:
-        raise UsageError("it has scale_grad_by_freq=True, which mixes the samples of a batch: set it to False")
+        raise UsageError("scale_grad_by_freq=True mixes the samples of a batch: set it to False")
     n = x.shape[0]
     b = grad.reshape(n, -1, grad.shape[-1])
-    return {"weight": lambda: Lookup(x.reshape(n, -1), b, layer.num_embeddings, layer.padding_idx)}
+    return {"weight": lambda: Embedding(x.reshape(n, -1), b, layer.num_embeddings, layer.padding_idx)}
 
 
-def _convolution(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor) -> Parts:
+def _convolution(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor) -> LazyFactors:
     if x.dim() < len(layer.kernel_size) + 2:
-        raise UsageError(f"it was given {tuple(x.shape)}, one image without a batch: give (N, channels, ...)")
+        raise UsageError(f"the input has shape {tuple(x.shape)}, without a batch dimension: pass (N, channels, ...)")
     sides = _pads(layer)
     if layer.padding_mode != "zeros":
         x = F.pad(x, [s for pair in reversed(sides) for s in pair], layer.padding_mode)
         sides = [(0, 0)] * len(sides)
-    flat = [layer.kernel_size, layer.stride, layer.dilation]
+    sizes = [layer.kernel_size, layer.stride, layer.dilation]
     if isinstance(layer, nn.Conv1d):
         x, grad, sides = x.unsqueeze(2), grad.unsqueeze(2), [(0, 0), *sides]
-        flat = [(1, *v) for v in flat]
-    kernel, stride, dilation = ((v[0], v[1]) for v in flat)
+        sizes = [(1, *v) for v in sizes]
+    kernel, stride, dilation = ((v[0], v[1]) for v in sizes)
     geometry = Geometry(kernel, stride, dilation, (*sides[0], *sides[1]), layer.groups)
-    return {"weight": lambda: Convolution(x, grad, geometry), "bias": lambda: Small(grad.sum((2, 3)))}
+    return {"weight": lambda: Convolution(x, grad, geometry), "bias": lambda: DenseGrad(grad.sum((2, 3)))}
 
 
 def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
-    """Elements added before and after each spatial dimension."""
+    """Return the number of elements added before and after each spatial dimension."""
     if not isinstance(layer.padding, str):
         return [(p, p) for p in layer.padding]
     if layer.padding == "valid":
@@ -109,46 +108,46 @@ def _pads(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
     return [(t // 2, t - t // 2) for t in totals]
 
 
-def _batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> Parts:
+def _batch_norm(layer: _BatchNorm, x: Tensor, grad: Tensor) -> LazyFactors:
     shape = (1, -1, *[1] * (x.dim() - 2))
     mean, variance = layer.running_mean, layer.running_var
     assert mean is not None
-    assert variance is not None  # the capture refuses a layer without statistics
+    assert variance is not None  # reject_batch_statistics has raised for a layer without statistics
     scale = torch.rsqrt(variance + layer.eps)
     return _per_channel(lambda: (x - mean.view(shape)) * scale.view(shape), grad)
 
 
-def _group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> Parts:
+def _group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor) -> LazyFactors:
     return _per_channel(lambda: F.group_norm(x, layer.num_groups, eps=layer.eps), grad)
 
 
-def _per_channel(normal: Callable[[], Tensor], grad: Tensor) -> Parts:
+def _per_channel(normalized: Callable[[], Tensor], grad: Tensor) -> LazyFactors:
     n, c = grad.shape[:2]
     return {
-        "weight": lambda: Small((normal() * grad).reshape(n, c, -1).sum(2)),
-        "bias": lambda: Small(grad.reshape(n, c, -1).sum(2)),
+        "weight": lambda: DenseGrad((normalized() * grad).reshape(n, c, -1).sum(2)),
+        "bias": lambda: DenseGrad(grad.reshape(n, c, -1).sum(2)),
     }
 
 
-def _layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> Parts:
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> LazyFactors:
     shape = layer.normalized_shape
     return _per_element(lambda: F.layer_norm(x, shape, eps=layer.eps), grad, len(shape))
 
 
-def _rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> Parts:
+def _rms_norm(layer: nn.RMSNorm, x: Tensor, grad: Tensor) -> LazyFactors:
     shape = list(layer.normalized_shape)
     return _per_element(lambda: F.rms_norm(x, shape, eps=layer.eps), grad, len(shape))
 
 
-def _per_element(normal: Callable[[], Tensor], grad: Tensor, dims: int) -> Parts:
+def _per_element(normalized: Callable[[], Tensor], grad: Tensor, dims: int) -> LazyFactors:
     shape = (grad.shape[0], -1, *grad.shape[grad.dim() - dims :])
     return {
-        "weight": lambda: Small((normal() * grad).reshape(shape).sum(1)),
-        "bias": lambda: Small(grad.reshape(shape).sum(1)),
+        "weight": lambda: DenseGrad((normalized() * grad).reshape(shape).sum(1)),
+        "bias": lambda: DenseGrad(grad.reshape(shape).sum(1)),
     }
 
 
-LAYERS: Mapping[type[nn.Module], Layer] = {
+LAYERS: Mapping[type[nn.Module], Formula] = {
     nn.Linear: _linear,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
@@ -160,5 +159,5 @@ LAYERS: Mapping[type[nn.Module], Layer] = {
     nn.GroupNorm: _group_norm,
     nn.RMSNorm: _rms_norm,
 }
-# Layers of other libraries, by name: nothing is imported for them.
-FOREIGN_LAYERS: Mapping[str, Layer] = {"transformers.pytorch_utils.Conv1D": _transposed_linear}
+# Layers of other libraries are listed by name, so that nothing is imported for them.
+LAYERS_BY_NAME: Mapping[str, Formula] = {"transformers.pytorch_utils.Conv1D": _transposed_linear}

@@ -1,4 +1,4 @@
-"""Squared norms of per-sample gradients by the compiled kernels: float32, on a CPU or a GPU."""
+"""Squared norms of per-sample gradients by the compiled kernels, in float32 on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -6,50 +6,48 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.grad_norms import reference
-from kdfast.ops.grad_norms.dispatch import pick
-from kdfast.ops.grad_norms.factors import Convolution, Geometry, Part, Rows
-from kdfast.ops.grad_norms.reference import chunks, sizes_of, unfolded
-from kdfast.ops.native import extension
+from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, sizes_of
+from kdfast.ops.grad_norms.reference import chunks, unfold_patches
+from kdfast.ops.native import WIDEST_ISA, extension
 
-__all__ = ["DEPTHWISE", "DIRECT", "GRAM", "ghost_conv", "squares"]
+__all__ = ["DEPTHWISE", "DIRECT", "GRAM", "conv_squared_norms", "squared_norms"]
 
-# The kernels' ways; on a CPU, the Gram matrices are those of pixels.
+# Algorithms of the kernels. On a CPU, GRAM means the Gram matrices of pixels.
 DIRECT, GRAM, DEPTHWISE = 0, 1, 2
-_WIDEST_ISA = 2
-_ONE = Geometry((1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1)
+_POINTWISE = Geometry((1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1)
 
 
-def squares(part: Part, method: str = "auto") -> Tensor:
-    """As ``kdfast.ops.grad_norms.reference.squares``, in float64."""
-    if isinstance(part, Rows) and part.a.shape[1] > 1:
-        return _rows(part.a, part.b, pick(sizes_of(part), method))
-    if not isinstance(part, Convolution):
-        return reference.squares(part, method).double()
-    way = pick(sizes_of(part), method)
-    if way == "direct":
-        if part.geometry.groups == part.a.shape[1]:
-            return ghost_conv(part.a.contiguous(), part.b.contiguous(), part.geometry, DEPTHWISE)
-        return ghost_conv(part.a, part.b, part.geometry, DIRECT)
-    if not part.a.is_cuda:
-        return ghost_conv(part.a, part.b, part.geometry, GRAM) if way == "pixel" else _unfolded(part)
-    # On a GPU pixels go through the library's matrix products, and patches are read where they lie.
-    if way == "pixel":
-        return reference.squares(part, way).double()
-    return ghost_conv(part.a, part.b, part.geometry, GRAM)
+def squared_norms(factors: OuterProduct | Convolution, algorithm: str) -> Tensor:
+    """Compute ``kdfast.ops.grad_norms.reference.squared_norms`` in float64."""
+    if isinstance(factors, OuterProduct):
+        if factors.a.shape[1] == 1:
+            return reference.squared_norms(factors).double()
+        return _outer_product(factors.a, factors.b, algorithm)
+    a, b, geometry = factors.a, factors.b, factors.geometry
+    if algorithm == "direct":
+        if geometry.groups == a.shape[1]:
+            return conv_squared_norms(a.contiguous(), b.contiguous(), geometry, DEPTHWISE)
+        return conv_squared_norms(a, b, geometry, DIRECT)
+    if not a.is_cuda:
+        return conv_squared_norms(a, b, geometry, GRAM) if algorithm == "pixel" else _patch_gram(factors)
+    # On a GPU, "pixel" uses cuBLAS matrix products; "gram" reads patches in place.
+    if algorithm == "pixel":
+        return reference.squared_norms(factors, algorithm).double()
+    return conv_squared_norms(a, b, geometry, GRAM)
 
 
-def ghost_conv(a: Tensor, b: Tensor, geometry: Geometry, way: int, isa_limit: int = _WIDEST_ISA) -> Tensor:
-    """Squared norms `(N,)`, float64, of a convolution's per-sample weight gradients.
+def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int, isa_limit: int = WIDEST_ISA) -> Tensor:
+    """Compute the squared norms of a convolution's per-sample weight gradients, `(N,)` float64.
 
     Args:
         a: Inputs `(N, C, H, W)` in float32, any strides.
         b: Output gradients `(N, P, Ho, Wo)` in float32, any strides.
-        geometry: Of the convolution.
-        way: ``DIRECT``, ``GRAM``, or ``DEPTHWISE`` for one input channel a group.
-        isa_limit: 0, 1, 2 for baseline, x86-64-v3, x86-64-v4, so that tests can compare instruction sets.
+        geometry: Geometry of the convolution.
+        algorithm: ``DIRECT``, ``GRAM``, or ``DEPTHWISE`` for one input channel per group.
+        isa_limit: 0, 1 or 2 for baseline, x86-64-v3 or x86-64-v4, so that tests can compare instruction sets.
 
     Raises:
-        ValueError: Sizes do not fit.
+        ValueError: If the sizes are inconsistent.
     """
     call = extension.GhostConv(
         a.data_ptr(),
@@ -62,31 +60,31 @@ def ghost_conv(a: Tensor, b: Tensor, geometry: Geometry, way: int, isa_limit: in
         geometry.dilation,
         (geometry.pads[0], geometry.pads[2]),
         geometry.groups,
-        way,
+        algorithm,
     )
     if a.is_cuda:
-        parts = torch.empty(len(a), extension.ghost_parts(call), dtype=torch.float64, device=a.device)
+        partial = torch.empty(len(a), extension.ghost_parts(call), dtype=torch.float64, device=a.device)
         with torch.cuda.device(a.device):
-            extension.ghost_conv_cuda(call, parts.data_ptr(), torch.cuda.current_stream().cuda_stream)
-        return parts.sum(1)
+            extension.ghost_conv_cuda(call, partial.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return partial.sum(1)
     out = torch.empty(len(a), dtype=torch.float64)
     extension.ghost_conv(call, out.data_ptr(), torch.get_num_threads(), isa_limit)
     return out
 
 
-def _rows(a: Tensor, b: Tensor, way: str) -> Tensor:
-    """A sequence is an image of one line, under a kernel of one pixel."""
+def _outer_product(a: Tensor, b: Tensor, algorithm: str) -> Tensor:
+    """Treat a sequence as an image of one line under a 1x1 kernel."""
     line, grads = a.transpose(1, 2).unsqueeze(2), b.transpose(1, 2).unsqueeze(2)
-    return ghost_conv(line, grads, _ONE, DIRECT if way == "direct" else GRAM)
+    return conv_squared_norms(line, grads, _POINTWISE, DIRECT if algorithm == "direct" else GRAM)
 
 
-def _unfolded(part: Convolution) -> Tensor:
-    """Gram matrices of whole patches: cheaper than of pixels where patches hardly overlap."""
-    t, d, p, *_ = sizes_of(part)
-    groups = part.geometry.groups
+def _patch_gram(factors: Convolution) -> Tensor:
+    """Use Gram matrices of whole patches: cheaper than those of pixels where patches hardly overlap."""
+    t, d, p, *_ = sizes_of(factors)
+    groups = factors.geometry.groups
     out = []
-    for chunk in chunks(len(part.a), t * d * groups * part.a.element_size()):
-        a = unfolded(part.a[chunk], part.geometry)
-        b = part.b[chunk].reshape(-1, p, t).transpose(1, 2)
-        out.append(_rows(a, b, "gram").view(-1, groups).sum(1))
+    for chunk in chunks(len(factors.a), t * d * groups * factors.a.element_size()):
+        a = unfold_patches(factors.a[chunk], factors.geometry)
+        b = factors.b[chunk].reshape(-1, p, t).transpose(1, 2)
+        out.append(_outer_product(a, b, "gram").view(-1, groups).sum(1))
     return torch.cat(out)

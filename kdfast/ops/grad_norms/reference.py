@@ -8,78 +8,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops.grad_norms.dispatch import Sizes, pick
-from kdfast.ops.grad_norms.factors import Convolution, Geometry, Lookup, Part, Rows, Small
+from kdfast.ops.grad_norms.factors import (
+    Convolution,
+    DenseGrad,
+    Embedding,
+    Geometry,
+    GradFactors,
+    OuterProduct,
+    sizes_of,
+)
 
-__all__ = ["materialise", "sizes_of", "squares"]
+__all__ = ["chunks", "materialize", "squared_norms", "unfold_patches"]
 
-# Of scratch memory at a time: chunks of samples, at least one, that fit into about so much.
+# Approximate limit on scratch memory: samples are processed in chunks that fit, of at least one sample.
 CHUNK_BYTES = 2**24
 
 
-def squares(part: Part, method: str = "auto") -> Tensor:
-    """`||G_n||^2` of each sample, `(N,)`, of a gradient in one part.
+def squared_norms(factors: GradFactors, algorithm: str = "direct") -> Tensor:
+    """Compute `||G_n||^2` of each sample, `(N,)`.
 
     Args:
-        part: Factors in float32 or float64.
-        method: One of ``kdfast.ops.grad_norms.dispatch.METHODS``, for rows and convolutions.
+        factors: Gradient factors in float32 or float64.
+        algorithm: "direct", "gram" or "pixel" (see ``kdfast.ops.grad_norms.dispatch``); applies to outer products and
+            convolutions.
     """
-    if isinstance(part, Small):
-        return part.grad.flatten(1).square().sum(1)
-    if isinstance(part, Lookup):
-        return _lookup(part)
-    if isinstance(part, Rows):
-        return _rows(part.a, part.b, pick(sizes_of(part), method))
-    way = pick(sizes_of(part), method)
-    if way == "pixel":
-        return _pixel(part)
-    n, p, g = len(part.b), part.b.shape[1], part.geometry.groups
-    out = part.b.new_empty(n)
-    for chunk in chunks(n, _bytes_unfolded(part, way)):
-        a = unfolded(part.a[chunk], part.geometry)  # (n g, T, d)
-        b = part.b[chunk].reshape(-1, p // g, a.shape[1]).transpose(1, 2)
-        out[chunk] = _rows(a, b, way).view(-1, g).sum(1)
+    if isinstance(factors, DenseGrad):
+        return factors.grad.flatten(1).square().sum(1)
+    if isinstance(factors, Embedding):
+        return _embedding(factors)
+    if isinstance(factors, OuterProduct):
+        return _outer_product(factors.a, factors.b, algorithm)
+    if algorithm == "pixel":
+        return _pixel_gram(factors)
+    n, p, g = len(factors.b), factors.b.shape[1], factors.geometry.groups
+    out = factors.b.new_empty(n)
+    for chunk in chunks(n, _unfolded_bytes(factors, algorithm)):
+        a = unfold_patches(factors.a[chunk], factors.geometry)  # (n g, T, d)
+        b = factors.b[chunk].reshape(-1, p // g, a.shape[1]).transpose(1, 2)
+        out[chunk] = _outer_product(a, b, algorithm).view(-1, g).sum(1)
     return out
 
 
-def sizes_of(part: Rows | Convolution) -> Sizes:
-    """What the rule looks at."""
-    if isinstance(part, Rows):
-        return Sizes(part.a.shape[1], part.a.shape[2], part.b.shape[2])
-    (kh, kw), stride, dilation, _, groups = part.geometry
-    phases = 1
-    for k, s, d in zip((kh, kw), stride, dilation, strict=True):
-        phases *= len({i * d % s for i in range(k)})
-    offsets = kh * kw
-    channels, outputs = part.a.shape[1] // groups, part.b.shape[1] // groups
-    return Sizes(part.b.shape[2] * part.b.shape[3], channels * offsets, outputs, offsets, phases)
-
-
-def materialise(part: Part, shape: Sequence[int], chunk: slice) -> Tensor:
-    """The gradients themselves of some samples, `(n, *shape)`."""
-    if isinstance(part, Small):
-        return part.grad[chunk].reshape(-1, *shape)
-    if isinstance(part, Lookup):
-        ids, b = part.ids[chunk], _counted(part)[chunk]
-        flat = (ids + part.rows * torch.arange(len(ids), device=ids.device).unsqueeze(1)).reshape(-1)
-        out = b.new_zeros(len(ids) * part.rows, b.shape[2]).index_add_(0, flat, b.reshape(-1, b.shape[2]))
-    elif isinstance(part, Rows):
-        out = torch.bmm(part.b[chunk].transpose(1, 2), part.a[chunk])
+def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Tensor:
+    """Form the gradients of a chunk of samples, `(n, *shape)`."""
+    if isinstance(factors, DenseGrad):
+        return factors.grad[chunk].reshape(-1, *shape)
+    if isinstance(factors, Embedding):
+        b = _without_padding(factors)[chunk]
+        keys = _row_keys(factors.ids[chunk], factors.num_embeddings).reshape(-1)
+        out = b.new_zeros(len(b) * factors.num_embeddings, b.shape[2]).index_add_(0, keys, b.reshape(-1, b.shape[2]))
+    elif isinstance(factors, OuterProduct):
+        out = torch.bmm(factors.b[chunk].transpose(1, 2), factors.a[chunk])
     else:
-        a = unfolded(part.a[chunk], part.geometry)
-        out = torch.bmm(part.b[chunk].reshape(a.shape[0], -1, a.shape[1]), a)
+        a = unfold_patches(factors.a[chunk], factors.geometry)
+        out = torch.bmm(factors.b[chunk].reshape(a.shape[0], -1, a.shape[1]), a)
     return out.reshape(-1, *shape)
 
 
 def chunks(n: int, sample_bytes: int) -> Iterator[slice]:
-    """Slices of `range(n)` with at least one sample and at most ``CHUNK_BYTES`` where that can be."""
+    """Yield slices of `range(n)` of at least one sample each and, where possible, at most ``CHUNK_BYTES``."""
     step = max(1, CHUNK_BYTES // max(1, sample_bytes))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 
-def unfolded(a: Tensor, geometry: Geometry) -> Tensor:
-    """The patches under the kernel at each position: `(n groups, T, d)` of images `(n, C, H, W)`, as a view of them."""
+def unfold_patches(a: Tensor, geometry: Geometry) -> Tensor:
+    """Return the patch under the kernel at each position, `(n groups, T, d)`, of images a `(n, C, H, W)`."""
     (kh, kw), stride, dilation, pads, groups = geometry
     top, bottom, left, right = pads
     x = F.pad(a, (left, right, top, bottom)) if any(pads) else a
@@ -87,39 +81,40 @@ def unfolded(a: Tensor, geometry: Geometry) -> Tensor:
     return x.reshape(x.shape[0] * groups, -1, x.shape[2]).transpose(1, 2)
 
 
-def _bytes_unfolded(part: Convolution, way: str) -> int:
-    """Of one sample's patches, and of what is made of them."""
-    t, d, p, *_ = sizes_of(part)
-    return (t * d + (d * p if way == "direct" else 2 * t * t)) * part.geometry.groups * part.a.element_size()
+def _unfolded_bytes(factors: Convolution, algorithm: str) -> int:
+    """Bytes of one sample's patches and of what is computed from them."""
+    t, d, p, *_ = sizes_of(factors)
+    scratch = t * d + (d * p if algorithm == "direct" else 2 * t * t)
+    return scratch * factors.geometry.groups * factors.a.element_size()
 
 
-def _rows(a: Tensor, b: Tensor, way: str) -> Tensor:
+def _outer_product(a: Tensor, b: Tensor, algorithm: str) -> Tensor:
     n, t, d = a.shape
     p = b.shape[2]
     if t == 1:
         return a.square().sum((1, 2)) * b.square().sum((1, 2))
     out = a.new_empty(n)
-    scratch = d * p if way == "direct" else 2 * t * t
+    scratch = d * p if algorithm == "direct" else 2 * t * t
     for chunk in chunks(n, scratch * a.element_size()):
         x, y = a[chunk], b[chunk]
-        if way == "direct":
+        if algorithm == "direct":
             out[chunk] = torch.bmm(y.transpose(1, 2), x).square_().sum((1, 2))
         else:
             gram = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(y, y.transpose(1, 2)))
-            out[chunk] = gram.sum((1, 2)).clamp_min_(0)  # a zero may be rounded to a little less
+            out[chunk] = gram.sum((1, 2)).clamp_min_(0)  # rounding may turn a zero slightly negative
     return out
 
 
-def _pixel(part: Convolution) -> Tensor:
-    """Gram matrices of padded pixels, read at each of the kernel's offsets."""
-    (kh, kw), stride, dilation, (top, bottom, left, right), g = part.geometry
-    n, channels, h, w = part.a.shape
-    p, ho, wo = part.b.shape[1:]
+def _pixel_gram(factors: Convolution) -> Tensor:
+    """Sum the Gram matrix of the padded pixels over the kernel offsets, then multiply it by that of the outputs."""
+    (kh, kw), stride, dilation, (top, bottom, left, right), g = factors.geometry
+    n, channels, h, w = factors.a.shape
+    p, ho, wo = factors.b.shape[1:]
     high, wide = h + top + bottom, w + left + right
-    out = part.b.new_empty(n)
-    for chunk in chunks(n, (high * wide) ** 2 * g * part.a.element_size()):
-        a = F.pad(part.a[chunk], (left, right, top, bottom)).reshape(-1, channels // g, high * wide)
-        b = part.b[chunk].reshape(-1, p // g, ho * wo)
+    out = factors.b.new_empty(n)
+    for chunk in chunks(n, (high * wide) ** 2 * g * factors.a.element_size()):
+        a = F.pad(factors.a[chunk], (left, right, top, bottom)).reshape(-1, channels // g, high * wide)
+        b = factors.b[chunk].reshape(-1, p // g, ho * wo)
         pixels = torch.bmm(a.transpose(1, 2), a).view(-1, high, wide, high, wide)
         patches = b.new_zeros(b.shape[0], ho, wo, ho, wo)
         for ky in range(0, kh * dilation[0], dilation[0]):
@@ -132,15 +127,19 @@ def _pixel(part: Convolution) -> Tensor:
     return out
 
 
-def _counted(part: Lookup) -> Tensor:
-    """Output gradients with those of the padding index at zero."""
-    return part.b if part.skipped is None else part.b * (part.ids != part.skipped).unsqueeze(2)
+def _embedding(factors: Embedding) -> Tensor:
+    """Sum the gradients of a row that a sample looks up more than once, then square."""
+    n, _, p = factors.b.shape
+    keys, where = torch.unique(_row_keys(factors.ids, factors.num_embeddings), return_inverse=True)
+    grads = factors.b.new_zeros(len(keys), p).index_add_(0, where.reshape(-1), _without_padding(factors).reshape(-1, p))
+    return factors.b.new_zeros(n).index_add_(0, keys // factors.num_embeddings, grads.square().sum(1))
 
 
-def _lookup(part: Lookup) -> Tensor:
-    """Rows of the table that a sample looks up more than once are summed before they are squared."""
-    n, _, p = part.b.shape
-    keys = part.ids + part.rows * torch.arange(n, device=part.ids.device).unsqueeze(1)
-    found, where = torch.unique(keys, return_inverse=True)
-    grads = part.b.new_zeros(len(found), p).index_add_(0, where.reshape(-1), _counted(part).reshape(-1, p))
-    return part.b.new_zeros(n).index_add_(0, found // part.rows, grads.square().sum(1))
+def _row_keys(ids: Tensor, num_embeddings: int) -> Tensor:
+    """Number the table rows of all samples apart: `(n, T)`, sample times ``num_embeddings`` plus id."""
+    return ids + num_embeddings * torch.arange(len(ids), device=ids.device).unsqueeze(1)
+
+
+def _without_padding(factors: Embedding) -> Tensor:
+    """Return the output gradients with those of the padding index set to zero."""
+    return factors.b if factors.padding_idx is None else factors.b * (factors.ids != factors.padding_idx).unsqueeze(2)

@@ -1,76 +1,134 @@
-"""Norms of parameters that are used more than once: gradients are summed before they are squared."""
+"""Squared norms of parameters that may be used more than once: their gradients are summed before they are squared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdfast.ops.grad_norms.factors import Lookup, Part, Rows, Small
-from kdfast.ops.grad_norms.reference import chunks, materialise
+from kdfast.errors import UsageError
+from kdfast.ops.grad_norms.capture import Call
+from kdfast.ops.grad_norms.factors import DenseGrad, Embedding, GradFactors, OuterProduct
+from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
+from kdfast.ops.grad_norms.reference import chunks, materialize
 
-__all__ = ["squares_of_sum"]
+__all__ = ["SquaredNormAccumulator", "SquaredNorms", "squared_norms_of_sum"]
+
+SquaredNorms = Callable[[GradFactors], Tensor]
 
 
-def squares_of_sum(parts: Sequence[Part], shape: Sequence[int], squares: Callable[[Part], Tensor]) -> Tensor:
-    """`||sum of the parts||^2` of each sample, `(N,)`.
+class SquaredNormAccumulator:
+    """Collects gradient factors and squares each parameter's as soon as those of its last use have arrived.
 
     Args:
-        parts: All uses of one parameter.
-        shape: Of the parameter.
-        squares: The norm of one part.
+        parameters: The parameters of interest, by id.
+        calls: All recorded calls whose output gradients will arrive.
+        squared_norms: Computes the squared norms of one use.
+
+    Attributes:
+        squares: Squared norms `(N,)` of the parameters completed so far, by id.
     """
-    merged = _merged(parts)
+
+    def __init__(
+        self, parameters: Mapping[int, nn.Parameter], calls: Sequence[Call], squared_norms: SquaredNorms
+    ) -> None:
+        self.squares: dict[int, Tensor] = {}
+        self._parameters = parameters
+        self._squared_norms = squared_norms
+        self._uses: dict[int, list[GradFactors]] = {}
+        self._pending = Counter(id(p) for call in calls for p in trainable_parameters(call.layer).values())
+
+    def receive(self, call: Call, grad: Tensor) -> None:
+        """Add the factors of one call, given its output gradient."""
+        formula = find_formula(call.layer)
+        assert formula is not None
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            x = call.take_input()
+            if grad.dtype in (torch.float16, torch.bfloat16):
+                grad = grad.float()
+            try:
+                factors = formula(call.layer, x.to(grad.dtype) if x.is_floating_point() else x, grad)
+            except UsageError as error:
+                raise UsageError(f"layer {call.name!r}: {error}") from None
+            for name, p in trainable_parameters(call.layer).items():
+                if id(p) in self._parameters:
+                    self._uses.setdefault(id(p), []).append(factors[name]())
+                    self._pending[id(p)] -= 1
+                    if not self._pending[id(p)]:
+                        self._complete(id(p))
+
+    def finish(self) -> None:
+        """Complete the parameters with uses that the loss does not depend on."""
+        with torch.no_grad():
+            for key in list(self._uses):
+                self._complete(key)
+
+    def _complete(self, key: int) -> None:
+        uses = self._uses.pop(key)
+        if len(uses) == 1:
+            self.squares[key] = self._squared_norms(uses[0])
+        else:
+            self.squares[key] = squared_norms_of_sum(uses, self._parameters[key].shape, self._squared_norms)
+
+
+def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squared_norms: SquaredNorms) -> Tensor:
+    """Compute the squared norm of the sum of a parameter's gradients, `(N,)`.
+
+    Args:
+        uses: Gradient factors of all uses of the parameter.
+        shape: Shape of the parameter.
+        squared_norms: Computes the squared norms of one use.
+    """
+    merged = _merge(uses)
     if len(merged) == 1:
-        return squares(merged[0])
-    tied = {type(part): part for part in merged}
-    if len(merged) == 2 and set(tied) == {Rows, Lookup}:
-        rows, lookup = tied[Rows], tied[Lookup]
-        assert isinstance(rows, Rows)
-        assert isinstance(lookup, Lookup)
-        return (squares(rows) + squares(lookup) + 2 * _inner(rows, lookup)).clamp_min_(0)
-    n, first = _samples(merged[0])
-    out = first.new_empty(n)
-    size = torch.Size(shape).numel() * first.element_size() * len(merged)
-    for chunk in chunks(n, size):
-        total = sum((materialise(part, shape, chunk) for part in merged[1:]), materialise(merged[0], shape, chunk))
+        return squared_norms(merged[0])
+    tied = {type(factors): factors for factors in merged}
+    if len(merged) == 2 and set(tied) == {OuterProduct, Embedding}:
+        output, embedding = tied[OuterProduct], tied[Embedding]
+        assert isinstance(output, OuterProduct)
+        assert isinstance(embedding, Embedding)
+        inner = _inner_product(output, embedding)
+        return (squared_norms(output) + squared_norms(embedding) + 2 * inner).clamp_min_(0)
+    first = merged[0].grad if isinstance(merged[0], DenseGrad) else merged[0].b
+    out = first.new_empty(len(first))
+    sample_bytes = torch.Size(shape).numel() * first.element_size() * len(merged)
+    for chunk in chunks(len(first), sample_bytes):
+        total = sum((materialize(use, shape, chunk) for use in merged[1:]), materialize(merged[0], shape, chunk))
         out[chunk] = total.flatten(1).square().sum(1)
     return out
 
 
-def _merged(parts: Sequence[Part]) -> list[Part]:
-    """Parts of one kind joined where that is cheap: small ones added, rows and lookups put end to end."""
-    small = [part for part in parts if isinstance(part, Small)]
-    rows = [part for part in parts if isinstance(part, Rows)]
-    lookups = [part for part in parts if isinstance(part, Lookup)]
-    found: list[Part] = [part for part in parts if not isinstance(part, (Small, Rows, Lookup))]
-    if small:
-        found.append(Small(torch.stack([part.grad for part in small]).sum(0)))
-    if rows:
-        found.append(Rows(torch.cat([part.a for part in rows], 1), torch.cat([part.b for part in rows], 1)))
-    if len({part.skipped for part in lookups}) == 1:
-        ids, b = torch.cat([part.ids for part in lookups], 1), torch.cat([part.b for part in lookups], 1)
-        found.append(Lookup(ids, b, lookups[0].rows, lookups[0].skipped))
+def _merge(uses: Sequence[GradFactors]) -> list[GradFactors]:
+    """Merge factors of one type where that is cheap: add dense gradients, concatenate positions of the others."""
+    dense = [use for use in uses if isinstance(use, DenseGrad)]
+    products = [use for use in uses if isinstance(use, OuterProduct)]
+    embeddings = [use for use in uses if isinstance(use, Embedding)]
+    merged: list[GradFactors] = [use for use in uses if not isinstance(use, (DenseGrad, OuterProduct, Embedding))]
+    if dense:
+        merged.append(DenseGrad(torch.stack([use.grad for use in dense]).sum(0)))
+    if products:
+        merged.append(
+            OuterProduct(torch.cat([use.a for use in products], 1), torch.cat([use.b for use in products], 1))
+        )
+    if len({use.padding_idx for use in embeddings}) == 1:
+        ids, b = torch.cat([use.ids for use in embeddings], 1), torch.cat([use.b for use in embeddings], 1)
+        merged.append(Embedding(ids, b, embeddings[0].num_embeddings, embeddings[0].padding_idx))
     else:
-        found += lookups
-    return found
+        merged += embeddings
+    return merged
 
 
-def _inner(rows: Rows, lookup: Lookup) -> Tensor:
-    """`<sum_s g_s h_s^T, sum_t e_{id_t} b_t^T>` = `sum_{s,t} g_s[id_t] (h_s . b_t)`, of each sample."""
-    n, s = rows.b.shape[:2]
-    t = lookup.ids.shape[1]
-    out = rows.b.new_empty(n)
-    for chunk in chunks(n, 2 * s * t * rows.b.element_size()):
-        ids = lookup.ids[chunk].unsqueeze(1).expand(-1, s, t)
-        picked = torch.gather(rows.b[chunk], 2, ids)
-        if lookup.skipped is not None:
-            picked = picked * (ids != lookup.skipped)
-        out[chunk] = (picked * torch.bmm(rows.a[chunk], lookup.b[chunk].transpose(1, 2))).sum((1, 2))
+def _inner_product(output: OuterProduct, embedding: Embedding) -> Tensor:
+    """Compute `<sum_s g_s h_s^T, sum_t e_{id_t} b_t^T> = sum_{s,t} g_s[id_t] (h_s . b_t)` of each sample."""
+    n, s = output.b.shape[:2]
+    t = embedding.ids.shape[1]
+    out = output.b.new_empty(n)
+    for chunk in chunks(n, 2 * s * t * output.b.element_size()):
+        ids = embedding.ids[chunk].unsqueeze(1).expand(-1, s, t)
+        picked = torch.gather(output.b[chunk], 2, ids)
+        if embedding.padding_idx is not None:
+            picked = picked * (ids != embedding.padding_idx)
+        out[chunk] = (picked * torch.bmm(output.a[chunk], embedding.b[chunk].transpose(1, 2))).sum((1, 2))
     return out
-
-
-def _samples(part: Part) -> tuple[int, Tensor]:
-    first = part.grad if isinstance(part, Small) else part.b
-    return len(first), first

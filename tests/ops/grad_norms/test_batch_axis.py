@@ -192,7 +192,7 @@ def test_a_model_that_fails_on_a_few_samples():
             return super().__call__(x)
 
     with pytest.raises(
-        ShapeError, match=r"run on a few of them, which failed \(too few\): give a batch of another size"
+        ShapeError, match=r"the run on a few samples .* failed \(too few\): use a batch of another size"
     ):
         kdfast.grad_norms(Picky(4, 3), torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
 
@@ -218,7 +218,10 @@ def test_a_use_beside_the_layer_is_seen_through_autocasts_copy(autocast, calls):
             return F.linear(x, self.layer.weight)
 
     x, y = torch.randn(5, WIDTH), torch.randint(0, WIDTH, (5,))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(UsageError, match="outside of"):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(UsageError, match="used outside the forward pass"),
+    ):
         kdfast.grad_norms(Beside(), x, y)
 
 
@@ -281,7 +284,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
 @pytest.mark.parametrize("labels", [[0, 1], None])
 def test_labels_that_are_no_tensor(labels):
-    with pytest.raises(UsageError, match="labels are"):
+    with pytest.raises(UsageError, match="`labels` is"):
         kdfast.grad_norms(nn.Linear(WIDTH, CLASSES), torch.randn(2, WIDTH), labels)
     with pytest.raises(ShapeError, match="one class"):
         kdfast.grad_norms(nn.Linear(WIDTH, 1), torch.randn(2, WIDTH), torch.zeros(2, dtype=torch.int64))

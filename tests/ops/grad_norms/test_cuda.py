@@ -9,9 +9,8 @@ from torch import nn
 import kdfast
 from kdfast.ops import backends
 from kdfast.ops.grad_norms import reference
-from kdfast.ops.grad_norms.dispatch import METHODS
-from kdfast.ops.grad_norms.factors import Convolution, Geometry, Rows
-from kdfast.ops.grad_norms.ways import Ways
+from kdfast.ops.grad_norms.dispatch import METHODS, squared_norms
+from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct
 
 pytestmark = [
     pytest.mark.cuda,
@@ -21,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture(params=["cuda", "reference"])
 def backend(request):
-    if not backends.runs("grad_norms", "cuda", request.param):
+    if not backends.is_available("grad_norms", "cuda", request.param):
         pytest.skip("the extension was built without CUDA")
     return request.param
 
@@ -35,8 +34,8 @@ def test_convolutions(backend, method):
         weight = torch.zeros(outputs, channels // groups, k, k)
         y = nn.functional.conv2d(x, weight, None, s, pad, d, groups)
         part = Convolution(x, torch.randn_like(y), geometry)
-        truth = reference.squares(Convolution(part.a.double(), part.b.double(), geometry), "direct")
-        found = Ways(method, backend).squares(Convolution(part.a.cuda(), part.b.cuda(), geometry))
+        truth = reference.squared_norms(Convolution(part.a.double(), part.b.double(), geometry), "direct")
+        found = squared_norms(Convolution(part.a.cuda(), part.b.cuda(), geometry), method, backend)
         torch.testing.assert_close(
             found.cpu().double(), truth, rtol=2e-5, atol=0, msg=lambda m, g=geometry: f"{g}: {m}"
         )
@@ -44,9 +43,9 @@ def test_convolutions(backend, method):
 
 @pytest.mark.parametrize(("method", "t"), list(itertools.product(METHODS, (1, 2, 65, 300))))
 def test_sequences(backend, method, t):
-    part = Rows(torch.randn(4, t, 70), torch.randn(4, t, 33))
-    truth = reference.squares(Rows(part.a.double(), part.b.double()), "direct")
-    found = Ways(method, backend).squares(Rows(part.a.cuda(), part.b.cuda()))
+    part = OuterProduct(torch.randn(4, t, 70), torch.randn(4, t, 33))
+    truth = reference.squared_norms(OuterProduct(part.a.double(), part.b.double()), "direct")
+    found = squared_norms(OuterProduct(part.a.cuda(), part.b.cuda()), method, backend)
     torch.testing.assert_close(found.cpu().double(), truth, rtol=2e-5, atol=0)
 
 

@@ -33,18 +33,18 @@ def test_batch_statistics(trainable):
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [
-        (X, torch.tensor([0, 1, 3, 0]), DataError, r"labels\[2\] is 3: it must lie in \[0, 3\)"),
-        (X, torch.tensor([0, -100, 2, 0]), DataError, r"labels\[1\] is -100"),
-        (X, Y[:3], ShapeError, r"labels have shape \(3,\): \(4,\) is needed"),
-        (X, Y.float(), ShapeError, "labels are torch.float32: int64 is needed"),
-        (X, Y.to("meta"), UsageError, "labels are on meta"),
-        (X, None, UsageError, "labels are None"),
-        (X[:0], Y[:0], DataError, "inputs is empty"),
-        (X.clone().fill_(float("nan")), Y, DataError, "inputs holds values that are not finite"),
-        (X.to("meta"), Y, UsageError, "inputs is on meta, the model on cpu"),
-        ((X, X * float("inf")), Y, DataError, r"inputs\[1\] holds"),
-        ({"input": X * float("inf")}, Y, DataError, r"inputs\['input'\] holds"),
-        (["no tensor"], Y, UsageError, "inputs are of type list, without tensors"),
+        (X, torch.tensor([0, 1, 3, 0]), DataError, r"`labels\[2\]` is 3: labels must lie in \[0, 3\)"),
+        (X, torch.tensor([0, -100, 2, 0]), DataError, r"`labels\[1\]` is -100"),
+        (X, Y[:3], ShapeError, r"`labels` has shape \(3,\): pass \(4,\)"),
+        (X, Y.float(), ShapeError, "`labels` has dtype torch.float32: int64 is needed"),
+        (X, Y.to("meta"), UsageError, "`labels` is on meta"),
+        (X, None, UsageError, "`labels` is None"),
+        (X[:0], Y[:0], DataError, "`inputs` is empty"),
+        (X.clone().fill_(float("nan")), Y, DataError, "`inputs` contains values that are not finite"),
+        (X.to("meta"), Y, UsageError, "`inputs` is on meta, the model on cpu"),
+        ((X, X * float("inf")), Y, DataError, r"`inputs\[1\]` contains"),
+        ({"input": X * float("inf")}, Y, DataError, r"`inputs\['input'\]` contains"),
+        (["no tensor"], Y, UsageError, "`inputs` is a list without tensors"),
         (X.unsqueeze(1), Y, ShapeError, r"logits have shape \(4, 1, 3\)"),
     ],
 )
@@ -56,16 +56,20 @@ def test_bad_inputs_and_labels(x, y, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"loss": "hinge"}, UsageError, "loss='hinge'"),
-        ({"fallback": "skip"}, UsageError, "fallback='skip': choose one of error, vmap, loop"),
-        ({"method": "fast"}, UsageError, "method='fast': choose one of auto"),
-        ({"loss": "kd"}, UsageError, "needs teacher"),
-        ({"loss": "kd", "teacher": torch.zeros(N, 2)}, ShapeError, r"teacher has shape \(4, 2\)"),
-        ({"loss": "kd", "teacher": torch.zeros(N, CLASSES, device="meta")}, UsageError, "teacher is on meta"),
-        ({"loss": lambda out, y: F.cross_entropy(out, y)}, ShapeError, r"loss returned shape \(\): a tensor \(N,\)"),
-        ({"loss": lambda out, y: out.sum(1)[:2]}, ShapeError, "labels are 4 for 2 losses"),
+        ({"loss": "hinge"}, UsageError, "`loss` is 'hinge'"),
+        ({"fallback": "skip"}, UsageError, "`fallback` is 'skip': choose one of error, vmap, loop"),
+        ({"method": "fast"}, UsageError, "`method` is 'fast': choose one of auto"),
+        ({"loss": "kd"}, UsageError, "`teacher` is None: loss='kd' needs the teacher"),
+        ({"loss": "kd", "teacher": torch.zeros(N, 2)}, ShapeError, r"`teacher` has shape \(4, 2\)"),
+        ({"loss": "kd", "teacher": torch.zeros(N, CLASSES, device="meta")}, UsageError, "`teacher` is on meta"),
+        (
+            {"loss": lambda out, y: F.cross_entropy(out, y)},
+            ShapeError,
+            r"`loss` returned shape \(\): it must return a tensor \(N,\)",
+        ),
+        ({"loss": lambda out, y: out.sum(1)[:2]}, ShapeError, "`labels` has 4 entries for 2 losses"),
         ({"loss": lambda out, y: out.sum(1) * float("nan")}, DataError, "loss of sample 0 is nan"),
-        ({"loss": lambda out, y: out.sum(1).detach()}, UsageError, "no trainable parameter takes part"),
+        ({"loss": lambda out, y: out.sum(1).detach()}, UsageError, "does not depend on any trainable parameter"),
         ({"backend": "cuda"}, BackendUnavailable, "grad_norms on cpu cannot use it"),
     ],
 )
@@ -131,7 +135,7 @@ def test_layers_behind_a_wall():
 
 def test_embeddings_that_count_over_the_batch():
     model = nn.Sequential(nn.Embedding(4, 5, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(10, CLASSES))
-    with pytest.raises(UsageError, match="layer '0': it has scale_grad_by_freq=True"):
+    with pytest.raises(UsageError, match="layer '0': scale_grad_by_freq=True"):
         kdfast.grad_norms(model, torch.randint(0, 4, (N, 2)), Y)
 
 

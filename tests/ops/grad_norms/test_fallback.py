@@ -143,7 +143,7 @@ def test_the_loop_goes_where_vmap_cannot():
             return x if bool((x > -100).all()) else -x  # a decision by the data
 
     model, x, y = Branching().double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
-    with pytest.raises(UsageError, match="fallback='loop' does without"):
+    with pytest.raises(UsageError, match="fallback='loop' runs one sample at a time instead"):
         kdfast.grad_norms(model, x, y, fallback="vmap")
     torch.testing.assert_close(
         kdfast.grad_norms(model, x, y, fallback="loop"), expected(model, x, y), rtol=1e-12, atol=0

@@ -9,23 +9,22 @@ import torch.nn.functional as F
 
 from kdfast.ops import backends
 from kdfast.ops.grad_norms import reference
-from kdfast.ops.grad_norms.dispatch import METHODS, Sizes, costs, pick
-from kdfast.ops.grad_norms.factors import Convolution, Geometry, Rows
-from kdfast.ops.grad_norms.ways import Ways
+from kdfast.ops.grad_norms.dispatch import METHODS, costs, select_algorithm, squared_norms
+from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, Sizes
 
 TOLERANCE = 1e-5  # of a norm; of its square twice that
 
 
-def truth(part):
+def truth(factors):
     """Squared norms by autograd, sample by sample, in float64."""
-    if isinstance(part, Rows):
-        return torch.bmm(part.b.double().transpose(1, 2), part.a.double()).square().sum((1, 2))
-    g = part.geometry
+    if isinstance(factors, OuterProduct):
+        return torch.bmm(factors.b.double().transpose(1, 2), factors.a.double()).square().sum((1, 2))
+    g = factors.geometry
     top, bottom, left, right = g.pads
-    a = F.pad(part.a.double(), (left, right, top, bottom))
-    shape = (part.b.shape[1], a.shape[1] // g.groups, *g.kernel)
+    a = F.pad(factors.a.double(), (left, right, top, bottom))
+    shape = (factors.b.shape[1], a.shape[1] // g.groups, *g.kernel)
     out = []
-    for x, grad in zip(a, part.b.double(), strict=True):
+    for x, grad in zip(a, factors.b.double(), strict=True):
         w = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         y = F.conv2d(x.unsqueeze(0), w, stride=g.stride, dilation=g.dilation, groups=g.groups)
         out.append(torch.autograd.grad(y, w, grad.unsqueeze(0))[0].square().sum())
@@ -42,8 +41,8 @@ def convolution(channels, outputs, size, geometry, n=3, dtype=torch.float32, cha
     return Convolution(a.contiguous(memory_format=memory), b.contiguous(memory_format=memory), geometry)
 
 
-def error(found, part):
-    expected = truth(part)
+def error(found, factors):
+    expected = truth(factors)
     assert found.shape == expected.shape
     return ((found.double() - expected).abs() / expected).max().item()
 
@@ -57,8 +56,8 @@ GRID = [
 @pytest.mark.parametrize("method", METHODS)
 def test_every_convolution_of_the_grid(grad_norms_backend, method):
     for i, geometry in enumerate(GRID):
-        part = convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1)
-        assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE, geometry
+        factors = convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1)
+        assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE, geometry
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,94 +72,98 @@ def test_wide_layers_and_odd_sizes(grad_norms_backend, method):
             (*pair((0, 1, 3)), *pair((0, 1, 2))),
             chosen.choice((1, 3)),
         )
-        part = convolution(
+        factors = convolution(
             geometry.groups * chosen.choice((1, 5, 17, 33, 60)), geometry.groups * chosen.choice((1, 7, 8, 20)),
             (chosen.choice((8, 20)), chosen.choice((9, 16, 40))), geometry, channels_last=chosen.random() < 0.5,
         )  # fmt: skip
-        assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE, geometry
+        assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE, geometry
 
 
 @pytest.mark.parametrize(("stride", "multiplier", "kernel"), list(itertools.product((1, 2), (1, 2), (1, 3, 5))))
 def test_depthwise(grad_norms_backend, stride, multiplier, kernel):
     pad = kernel // 2
     geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (pad,) * 4, 6)
-    part = convolution(6, 6 * multiplier, (9, 17), geometry)
-    assert error(Ways(backend=grad_norms_backend).squares(part), part) < TOLERANCE
+    factors = convolution(6, 6 * multiplier, (9, 17), geometry)
+    assert error(squared_norms(factors, backend=grad_norms_backend), factors) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("t", "d", "p"), [(1, 5, 3), (2, 100, 70), (37, 20, 9), (300, 8, 49), (600, 3, 2)])
 def test_sequences(grad_norms_backend, method, t, d, p):
-    part = Rows(torch.randn(4, t, d), torch.randn(4, t, p))
-    assert error(Ways(method, grad_norms_backend).squares(part), part) < TOLERANCE
+    factors = OuterProduct(torch.randn(4, t, d), torch.randn(4, t, p))
+    assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reference_is_exact_in_double_precision(method):
     for geometry in GRID[::5]:
-        part = convolution(8, 12, (11, 13), geometry, dtype=torch.float64)
-        assert error(reference.squares(part, method), part) < 1e-12
+        factors = convolution(8, 12, (11, 13), geometry, dtype=torch.float64)
+        assert error(squared_norms(factors, method, "reference"), factors) < 1e-12
 
 
 def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
-    parts = [convolution(8, 12, (11, 13), GRID[30], n=7), Rows(torch.randn(7, 20, 30), torch.randn(7, 20, 10))]
-    for part, method in itertools.product(parts, METHODS):
-        whole = reference.squares(part, method)
+    parts = [convolution(8, 12, (11, 13), GRID[30], n=7), OuterProduct(torch.randn(7, 20, 30), torch.randn(7, 20, 10))]
+    for factors, method in itertools.product(parts, METHODS):
+        whole = squared_norms(factors, method, "reference")
         monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
-        torch.testing.assert_close(reference.squares(part, method), whole, rtol=1e-5, atol=0)
+        torch.testing.assert_close(squared_norms(factors, method, "reference"), whole, rtol=1e-5, atol=0)
         monkeypatch.undo()
 
 
-@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+@pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
 def test_fused_instruction_sets_give_the_same_bits():
     from kdfast.ops.grad_norms import native
 
     if native.extension.isa() == "default":
         pytest.skip("this processor has no fused multiply-add")
-    part = convolution(33, 20, (11, 13), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
+    factors = convolution(33, 20, (11, 13), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
     deep = convolution(20, 20, (11, 13), Geometry((3, 3), (2, 2), (1, 1), (1,) * 4, 20))
-    calls = [(part, native.DIRECT), (part, native.GRAM), (deep, native.DEPTHWISE)]
-    for x, way in calls:
-        results = [native.ghost_conv(x.a, x.b, x.geometry, way, isa_limit=level) for level in (0, 1, 2)]
+    calls = [(factors, native.DIRECT), (factors, native.GRAM), (deep, native.DEPTHWISE)]
+    for x, algorithm in calls:
+        results = [native.conv_squared_norms(x.a, x.b, x.geometry, algorithm, isa_limit=level) for level in (0, 1, 2)]
         assert torch.equal(results[1], results[2])
         torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=0)
 
 
-@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+@pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
 def test_threads_do_not_change_a_bit():
     from kdfast.ops.grad_norms import native
 
-    part = convolution(33, 20, (11, 13), GRID[30]._replace(groups=1), n=9)
+    factors = convolution(33, 20, (11, 13), GRID[30]._replace(groups=1), n=9)
     one = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append([native.ghost_conv(part.a, part.b, part.geometry, way) for way in (0, 1)])
+            found.append(
+                [native.conv_squared_norms(factors.a, factors.b, factors.geometry, algorithm) for algorithm in (0, 1)]
+            )
     finally:
         torch.set_num_threads(one)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.skipif(not backends.runs("grad_norms", "cpu", "native"), reason="needs the compiled extension")
+@pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
 def test_sizes_that_do_not_fit_are_refused():
     from kdfast.ops.grad_norms import native
 
-    part = convolution(6, 6, (9, 9), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
+    factors = convolution(6, 6, (9, 9), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
     with pytest.raises(ValueError, match="one channel a group"):
-        native.ghost_conv(part.a, part.b, part.geometry, native.DEPTHWISE)
+        native.conv_squared_norms(factors.a, factors.b, factors.geometry, native.DEPTHWISE)
     with pytest.raises(ValueError, match="groups must divide"):
-        native.ghost_conv(part.a, part.b, part.geometry._replace(groups=4), native.DIRECT)
+        native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(groups=4), native.DIRECT)
     with pytest.raises(ValueError, match="positive"):
-        native.ghost_conv(part.a, part.b, part.geometry._replace(stride=(0, 1)), native.DIRECT)
+        native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(stride=(0, 1)), native.DIRECT)
 
 
 def test_the_rule_takes_the_cheapest_way():
-    assert pick(Sizes(16, 4608, 512, 9)) == "pixel"  # the last stage of a ResNet: few positions, many weights
-    assert pick(Sizes(1024, 576, 64, 9)) == "direct"  # its first stage
-    assert pick(Sizes(196, 768, 768, 256, 256)) == "gram"  # patches that do not overlap
-    assert pick(Sizes(128, 768, 768)) == "gram"  # a sequence
-    assert pick(Sizes(1024, 9, 1, 9)) == "direct"  # depthwise
+    assert (
+        select_algorithm(Sizes(16, 4608, 512, 9)) == "pixel"
+    )  # the last stage of a ResNet: few positions, many weights
+    assert select_algorithm(Sizes(1024, 576, 64, 9)) == "direct"  # its first stage
+    assert select_algorithm(Sizes(196, 768, 768, 256, 256)) == "gram"  # patches that do not overlap
+    assert select_algorithm(Sizes(128, 768, 768)) == "gram"  # a sequence
+    assert select_algorithm(Sizes(1024, 9, 1, 9)) == "direct"  # depthwise
     for method in METHODS[1:]:
-        assert pick(Sizes(16, 4608, 512, 9), method) == method
+        assert select_algorithm(Sizes(16, 4608, 512, 9), method) == method
         assert costs(Sizes(16, 4608, 512, 9))[method] >= costs(Sizes(16, 4608, 512, 9))["pixel"]
