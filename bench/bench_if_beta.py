@@ -1,9 +1,10 @@
-"""What IF-Beta costs: scores and search for 50,000 samples, against one distillation on the same machine.
+"""Cost of IF-Beta: scores and search for 50,000 samples, relative to one distillation on the same machine.
 
     python bench/bench_if_beta.py [--samples 50000] [--dim 64] [--classes 10 100] [--fraction 0.1]
 
-Data are Gaussian classes with a noisy teacher: the cost depends on sizes alone. Bars: under 10 minutes on 2 cores, and
-under 1% of a ResNet-32 distilled for 240 epochs, whose time is estimated from a few steps in the same process.
+The data are Gaussian classes with a noisy teacher; the cost depends only on the sizes. Targets: under 10 minutes on 2
+cores, and under 1% of distilling a ResNet-32 for 240 epochs, whose time is estimated from a few steps in the same
+process.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from harness import table, write_results
 
 from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.cost import distillation_seconds
+from kdfast.prune.if_beta.command import distillation_seconds
 
 
-def synthetic(samples: int, dim: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Logits, features and labels of Gaussian classes."""
+def make_data(samples: int, dim: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Return logits, features and labels of Gaussian classes."""
     rng = np.random.default_rng(0)
     labels = np.arange(samples, dtype=np.int64) % classes
     means = rng.normal(size=(classes, dim))
@@ -29,7 +30,7 @@ def synthetic(samples: int, dim: int, classes: int) -> tuple[torch.Tensor, torch
 
 
 def main() -> None:
-    """Measure and print one table; write the JSON."""
+    """Measure, print a table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=64)
@@ -38,10 +39,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for classes in options.classes:
-        data = synthetic(options.samples, options.dim, classes)
+        data = make_data(options.samples, options.dim, classes)
         found = IFBeta().fit(*data, options.fraction)
         assert len(found.ids) == round(options.fraction * options.samples)
-        whole = distillation_seconds(options.samples, classes, (32, 32))
+        distillation = distillation_seconds(options.samples, classes, (32, 32))
         rows.append(
             {
                 "classes": classes,
@@ -50,10 +51,10 @@ def main() -> None:
                 "search_seconds": found.search_seconds,
                 "steps": len(found.rewards),
                 "proxies": found.trials,
-                "distillation_seconds": whole,
-                "percent": 100 * found.seconds / whole,
+                "distillation_seconds": distillation,
+                "percent": 100 * found.seconds / distillation,
                 "under_ten_minutes": found.seconds < 600,
-                "under_one_percent": found.seconds < 0.01 * whole,
+                "under_one_percent": found.seconds < 0.01 * distillation,
             }
         )
     print(table(rows))

@@ -1,10 +1,10 @@
-"""Does the proxies' reward tell what a real student makes of a subset? Rank correlation over subsets of many policies.
+"""Rank correlation between the proxies' reward and the accuracy of real students, over subsets of many policies.
 
     python bench/if_beta_correlation.py --data cifar-10-batches-py --cache cache --out rows.jsonl [--fraction 0.1]
 
-Draws a subset for each (a, b) of a fixed list that holds extreme ones, trains one student on each (all with the same
-number of steps), trains proxies on other draws of the same policies, and compares. Rows are appended as students are
-finished; the same command goes on. `--students 0` only compares what is in the file.
+For each (a, b) of a fixed list, which includes extreme policies, the script draws a subset, trains one student on it
+(all with the same number of steps), trains proxies on other draws of the same policy, and compares. A row is appended
+after each student; run the same command again to continue. `--students 0` only compares the rows in the file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +24,17 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
 from kdfast.data.subset import write_subset
 from kdfast.device import resolve_device
+from kdfast.distill.config import RunConfig
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import Inputs, prepare
+from kdfast.distill.plan import InputPaths, plan_run
 from kdfast.distill.train import train
-from kdfast.prune.if_beta.evaluator import Arena
-from kdfast.prune.if_beta.gradient import Trial
-from kdfast.prune.if_beta.holdout import hold_out
-from kdfast.prune.if_beta.inner import Budget, Lesson
-from kdfast.prune.if_beta.policy import Design, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES
+from kdfast.prune.if_beta.estimators import Trial
+from kdfast.prune.if_beta.evaluator import PolicyEvaluator
+from kdfast.prune.if_beta.inputs import hold_out
+from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
+from kdfast.prune.if_beta.proxy import PROXIES, ProxyData, TrainingBudget
 from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import SAMPLE_SCORES, Signals, mean_logits
+from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
 from kdfast.teacher.cache import TeacherCache
 
 POLICIES = [
@@ -52,41 +53,48 @@ POLICIES = [
     (3, 5),
 ]
 REPEATS = 8
+# Step number of the students' draws, beyond those of the proxies.
+STUDENT_STEP = 1 << 20
 
 
-def students(source: Source, design: Design, options: argparse.Namespace, out: Path) -> list[dict[str, float]]:
-    """The rows there are, and as many new ones as asked for."""
+def train_students(source: Source, sampler: StratifiedSampler, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of the file after training up to `--students` more students."""
+    out: Path = options.out
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["a"], row["b"], row["seed"]) for row in rows}
-    wanted = [(a, b, options.seed) for a, b in POLICIES if (a, b, options.seed) not in done]
-    settings = {
-        "student": options.student,
-        "epochs": options.epochs,
-        "lr": 0.1,
-        "schedule": "cosine",
-        "precision": "bf16",
-        "views": options.views,
-        "view_seed": 0,
-        "seed": options.seed,
-    }
-    for a, b, seed in wanted[: options.students]:
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "idx.npy"
-            ids = np.sort(design.draw(a, b, design.gumbel(seed, 1 << 20, 0)))
-            write_subset(path, ids, {"data": source.fingerprint})
-            inputs = Inputs(options.data, subset=str(path), cache=options.cache)
-            plan = prepare(inputs, settings, alpha="auto", device=resolve_device("cpu"))
-            with RunFolder(Path(name) / "run", plan.identity) as folder:
-                result = train(plan, folder)
-        rows.append({"a": a, "b": b, "seed": seed, "test_top1": result["test_top1"]})
+    missing = [(a, b) for a, b in POLICIES if (a, b, options.seed) not in done]
+    for a, b in missing[: options.students]:
+        ids = np.sort(sampler.draw(a, b, sampler.gumbel(options.seed, STUDENT_STEP, 0)))
+        rows.append({"a": a, "b": b, "seed": options.seed, "test_top1": train_student(source, ids, options)})
         with out.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(rows[-1], flush=True)
     return rows
 
 
-def main() -> None:
-    """Train what is missing, compare, write the JSON."""
+def train_student(source: Source, ids: np.ndarray, options: argparse.Namespace) -> float:
+    """Distill one student on a subset and return its test accuracy."""
+    config = RunConfig(
+        student=options.student,
+        epochs=options.epochs,
+        lr=0.1,
+        schedule="cosine",
+        precision="bf16",
+        views=options.views,
+        view_seed=0,
+        seed=options.seed,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "idx.npy"
+        write_subset(path, ids, {"data": source.fingerprint})
+        paths = InputPaths(options.data, subset=str(path), cache=options.cache)
+        plan = plan_run(paths, config, alpha="auto", device=resolve_device("cpu"))
+        with RunFolder(Path(name) / "run", plan.identity) as folder:
+            return float(train(plan, folder)["test_top1"])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--cache", required=True)
@@ -98,30 +106,37 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", default="residual", choices=SAMPLE_SCORES)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train the missing students, compare, and write the JSON."""
+    options = parse_arguments()
     source = open_source(options.data)
     labels, cache = source.train.labels, TeacherCache.open(options.cache, source=source)
     ids = np.arange(len(labels), dtype=np.int64)
-    h, z = (torch.tensor(np.asarray(x)) for x in (cache.features(), cache.identity_logits()))
-    seen = mean_logits(cache.lookup(ids, np.full_like(ids, view)) for view in range(cache.n_views))
-    pool, held = hold_out(labels, z.shape[1], seed=options.seed)
+    features, logits = (torch.tensor(np.asarray(x)) for x in (cache.features(), cache.identity_logits()))
+    score_logits = mean_logits(cache.lookup(ids, np.full_like(ids, view)) for view in range(cache.n_views))
+    pool, held_out = hold_out(labels, logits.shape[1], seed=options.seed)
     y = torch.from_numpy(labels)
-    u = average_ranks(SAMPLE_SCORES[options.score](Signals(seen, h, y, held)), labels)
-    whole = Design.of(u, ids, labels, round(options.fraction * len(ids)))
-    within = Design.of(u[pool], pool, labels[pool], round(options.fraction * len(pool)))
-    rows = students(source, whole, options, options.out)
+    u = average_ranks(SAMPLE_SCORES[options.score](HeadInputs(score_logits, features, y, held_out)), labels)
+    sampler = StratifiedSampler.from_ranks(u, ids, labels, round(options.fraction * len(ids)))
+    pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, labels[pool], round(options.fraction * len(pool)))
+    rows = train_students(source, sampler, options)
+
     proxy = PROXIES["projection"]()
-    lesson = Lesson(proxy.inputs(h, options.seed), y, z)
-    evaluate = Arena(proxy, REWARDS["kd"], Budget(), lesson, held, options.seed).evaluator(within, 0)
+    data = ProxyData(proxy.transform(features, options.seed), y, logits)
+    evaluator = PolicyEvaluator(proxy, REWARDS["kd"], TrainingBudget(), data, held_out, options.seed)
     found = []
     for a, b in sorted({(row["a"], row["b"]) for row in rows}):
-        real = [row["test_top1"] for row in rows if (row["a"], row["b"]) == (a, b)]
-        reward = float(np.mean([o.reward for o in evaluate([Trial(a, b, k) for k in range(REPEATS)])]))
-        found.append({"a": a, "b": b, "students": len(real), "test_top1": float(np.mean(real)), "reward": reward})
-        print(f"a {a:g} b {b:g}: reward {reward:.4f}, test top-1 {np.mean(real):.2f} (n = {len(real)})")
-    agreement = spearmanr([row["reward"] for row in found], [row["test_top1"] for row in found])
-    print(f"Spearman {agreement.statistic:+.2f} over {len(found)} policies (p = {agreement.pvalue:.3f})")
-    numbers = {"spearman": float(agreement.statistic), "p": float(agreement.pvalue)}
+        top1 = [row["test_top1"] for row in rows if (row["a"], row["b"]) == (a, b)]
+        outcomes = evaluator.evaluate([Trial(a, b, k) for k in range(REPEATS)], sampler=pool_sampler, step=0)
+        reward = float(np.mean([outcome.reward for outcome in outcomes]))
+        found.append({"a": a, "b": b, "students": len(top1), "test_top1": float(np.mean(top1)), "reward": reward})
+        print(f"a {a:g} b {b:g}: reward {reward:.4f}, test top-1 {np.mean(top1):.2f} (n = {len(top1)})")
+    correlation = spearmanr([row["reward"] for row in found], [row["test_top1"] for row in found])
+    print(f"Spearman {correlation.statistic:+.2f} over {len(found)} policies (p = {correlation.pvalue:.3f})")
+    numbers = {"spearman": float(correlation.statistic), "p": float(correlation.pvalue)}
     write_results("if_beta_correlation", found, data=Path(options.data).name, fraction=options.fraction, **numbers)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta import cost
+from kdfast.prune.if_beta import command as if_beta_command
 from kdfast.teacher.build import build_cache
 
 QUICK = ("--option", "steps=3", "--option", "inner_steps=20", "--option", "held=0.2")
@@ -16,22 +16,22 @@ QUICK = ("--option", "steps=3", "--option", "inner_steps=20", "--option", "held=
 
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "distillation_seconds", lambda *_: 1000.0)
+    monkeypatch.setattr(if_beta_command, "distillation_seconds", lambda *_: 1000.0)
 
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Ctrl-C in the search step of that number, counted over all searches from 1; the list grows with each step."""
     from kdfast.prune.if_beta import learner
 
-    ascend, calls = learner.ascend, []
+    take_step, calls = learner.take_step, []
 
     def killed(*arguments: object) -> object:
         calls.append(1)
         if len(calls) == number:
             raise KeyboardInterrupt
-        return ascend(*arguments)
+        return take_step(*arguments)
 
-    monkeypatch.setattr(learner, "ascend", killed)
+    monkeypatch.setattr(learner, "take_step", killed)
     return calls
 
 
@@ -149,7 +149,7 @@ def test_pages_of_other_files_are_refused(kdfast, tiny: Path, tmp_path: Path) ->
     assert kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy").code == 0
     outcome = kdfast("report", "if-beta", tmp_path / "idx.json", "--out", tmp_path / "page.html")
     assert outcome.code == 3
-    assert "is no provenance of" in outcome.err
+    assert "is not the provenance of" in outcome.err
     assert not (tmp_path / "page.html").exists()
 
 

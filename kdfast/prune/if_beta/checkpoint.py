@@ -1,8 +1,12 @@
-"""The side file of a search: where it stands, so that the same call goes on after an interruption."""
+"""The checkpoint of a search, from which the same call resumes after an interruption."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from kdfast.errors import DataError, OutputError
 from kdfast.files import read_json, write_json
@@ -11,44 +15,46 @@ from kdfast.prune.if_beta.search import SearchState
 _FORMAT = "kdfast-if-beta-search"
 
 
-class SideFile:
-    """A search's state on disk, or nowhere.
+class SearchCheckpoint:
+    """A file with the state of one search.
 
     Args:
-        path: The file; None keeps nothing.
-        identity: Digest of everything that decides the search's outcome.
+        path: The file; None disables saving.
+        identity: Digest of everything that determines the search's outcome.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
         self.path, self.identity = path, identity
 
     def load(self) -> SearchState | None:
-        """The state that is there, or None.
+        """Return the saved state, or None if there is none.
 
         Raises:
-            OutputError: The file is another search's, or none at all.
+            OutputError: The file belongs to another search, or is not a checkpoint.
         """
         if self.path is None or not self.path.exists():
             return None
         content = read_json(self.path, error=OutputError)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise OutputError(f"{self.path} is no interrupted search and would be replaced; give another output name")
+            raise OutputError(
+                f"{self.path} is not the checkpoint of a search and would be overwritten: choose another output name"
+            )
         if content.get("identity") != self.identity:
             raise OutputError(
-                f"{self.path} is an interrupted search with other data or settings: go on with its own command, give "
-                "another output name, or remove that file to begin anew"
+                f"{self.path} is the checkpoint of a search with other data or settings: resume that search with its "
+                "own command, choose another output name, or delete the file to start over"
             )
         try:
             return SearchState(**content["state"])
         except (KeyError, TypeError) as error:
-            raise OutputError(f"{self.path} is damaged ({error}): remove it to begin anew") from error
+            raise OutputError(f"{self.path} is damaged ({error}): delete it to start over") from error
 
     def save(self, state: SearchState) -> None:
-        """Replace the file, atomically.
+        """Replace the file atomically.
 
         Raises:
-            OutputError: It cannot be written.
-            DataError: The state is not made of finite numbers.
+            OutputError: The file cannot be written.
+            DataError: The state contains values that are not finite.
         """
         if self.path is None:
             return
@@ -56,4 +62,19 @@ class SideFile:
         try:
             write_json(self.path, content)
         except ValueError as error:
-            raise DataError(f"the search's state cannot be saved: {error}; its rewards are not finite") from error
+            raise DataError(
+                f"the state of the search cannot be saved ({error}): rewards must be finite; use another reward"
+            ) from error
+
+
+def digest(*parts: object) -> str:
+    """Return the SHA-256, in hexadecimal, of the bytes of arrays and the repr of other objects."""
+    total = hashlib.sha256()
+    for part in parts:
+        array = part.numpy() if isinstance(part, Tensor) else part
+        if isinstance(array, np.ndarray):
+            total.update(f"{array.dtype.str}{array.shape}".encode())
+            total.update(np.ascontiguousarray(array).data)
+        else:
+            total.update(repr(part).encode())
+    return total.hexdigest()

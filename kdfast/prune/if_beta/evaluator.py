@@ -1,36 +1,37 @@
-"""Where policies are tried: draws become trained proxies, and proxies become rewards on the held-out part."""
+"""Evaluation of policies: train proxies on drawn subsets and compute their rewards on the held-out set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DivergedError
-from kdfast.prune.if_beta.gradient import Evaluate, Outcome, Trial
-from kdfast.prune.if_beta.inner import Budget, Lesson, train
-from kdfast.prune.if_beta.plackett import log_probability_gradient
-from kdfast.prune.if_beta.policy import Design, FloatArray
-from kdfast.prune.if_beta.proxy import Proxy
-from kdfast.prune.if_beta.reward import Reward, accuracy_reward, judge
+from kdfast.prune.if_beta.estimators import Outcome, Trial
+from kdfast.prune.if_beta.policy import FloatArray, StratifiedSampler
+from kdfast.prune.if_beta.proxy import Proxy, ProxyData, TrainingBudget, train_proxies
+from kdfast.prune.if_beta.reward import Reward, accuracy_reward, mean_rewards
 
-_COMPARED = 16
+_PAIRS = 16
+# 97.5% quantile of Student's t with _PAIRS - 1 = 15 degrees of freedom.
+_T_QUANTILE = 2.131
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A policy against another on the same noises.
+class PairedComparison:
+    """A policy compared with a baseline policy under the same noise.
 
     Attributes:
-        reward: Mean reward of the one.
-        baseline: Mean reward of the other.
-        difference: Mean of the differences.
-        half_width: Of the 95% interval of that mean.
-        accuracy: Mean accuracy on the held-out part of the one.
-        baseline_accuracy: And of the other.
+        reward: Mean reward of the policy.
+        baseline: Mean reward of the baseline.
+        difference: Mean paired difference of the rewards.
+        half_width: Half width of the 95% interval of `difference`.
+        accuracy: Mean held-out accuracy of the policy.
+        baseline_accuracy: Mean held-out accuracy of the baseline.
     """
 
     reward: float
@@ -41,95 +42,91 @@ class Gain:
     baseline_accuracy: float
 
 
-class Arena:
-    """Trains proxies on draws and judges them.
+class PolicyEvaluator:
+    """Trains proxies on drawn subsets and rewards them by their outputs on the held-out set.
 
     Args:
-        proxy: The family of networks.
-        reward: What is to be large.
-        budget: How they are trained.
-        lesson: All training samples, on the device where proxies are trained.
-        held: int64 (n,), the samples that judge.
+        proxy: The proxies' architecture.
+        reward: The reward to maximize.
+        budget: The proxies' training settings.
+        data: All training samples, on the device to train on.
+        held_out: int64 (n,), indices of the held-out set.
         seed: Seed of all noise.
     """
 
-    def __init__(self, proxy: Proxy, reward: Reward, budget: Budget, lesson: Lesson, held: IntArray, seed: int) -> None:
+    def __init__(
+        self, proxy: Proxy, reward: Reward, budget: TrainingBudget, data: ProxyData, held_out: IntArray, seed: int
+    ) -> None:
         self._proxy, self._budget, self._seed = proxy, budget, seed
         self._rewards = [reward, accuracy_reward]
-        self._lesson, self._held = lesson, held
-        self._judges = lesson.take(torch.from_numpy(held).to(lesson.x.device))
+        self._data, self._held_out = data, held_out
+        self._held_out_data = data.select(torch.from_numpy(held_out).to(data.x.device))
 
-    def rewards(self, draws: IntArray, step: int) -> FloatArray:
-        """Train one proxy on each draw and judge it.
+    def evaluate_draws(self, draws: IntArray, step: int) -> FloatArray:
+        """Train one proxy on each draw and compute its reward.
 
         Args:
-            draws: int64 (K, m), samples.
-            step: Which initial parameters and batch order; shared by the K.
+            draws: int64 (K, m), indices of samples.
+            step: Step of the search; it selects the initial parameters and the batch order, shared by the K proxies.
 
         Returns:
             float64 (2, K): rewards and accuracies.
         """
-        parameters = train(self._proxy, self._lesson, draws, self._budget, self._seed, step)
-        return judge(self._proxy, parameters, self._judges, self._budget.temperature, self._rewards)
+        parameters = train_proxies(self._proxy, self._data, draws, self._budget, self._seed, step)
+        return mean_rewards(self._proxy, parameters, self._held_out_data, self._budget.temperature, self._rewards)
 
-    def evaluator(self, design: Design, step: int) -> Evaluate:
-        """The function from trials to outcomes at one step of a search."""
+    def evaluate(self, trials: Sequence[Trial], *, sampler: StratifiedSampler, step: int) -> list[Outcome]:
+        """Draw a subset for each trial and evaluate it.
 
-        def evaluate(trials: Sequence[Trial]) -> list[Outcome]:
-            noises = {t.draw: design.gumbel(self._seed, step, t.draw) for t in trials}
-            drawn = [design.draw(t.a, t.b, noises[t.draw]) for t in trials]
-            rewards, accuracies = self.rewards(design.ids[np.stack(drawn)], step)
-            return [
-                Outcome(float(r), float(accuracy), _Score(design, d, t))
-                for r, accuracy, d, t in zip(rewards, accuracies, drawn, trials, strict=True)
-            ]
+        Args:
+            trials: Policies and the numbers of their draws.
+            sampler: The samples to draw from.
+            step: Step of the search.
+        """
+        noises = {t.draw: sampler.gumbel(self._seed, step, t.draw) for t in trials}
+        drawn = [sampler.draw(t.a, t.b, noises[t.draw]) for t in trials]
+        rewards, accuracies = self.evaluate_draws(sampler.ids[np.stack(drawn)], step)
+        return [
+            Outcome(float(r), float(accuracy), partial(sampler.log_probability_gradient, d, t.a, t.b))
+            for r, accuracy, d, t in zip(rewards, accuracies, drawn, trials, strict=True)
+        ]
 
-        return evaluate
-
-    def compare(self, design: Design, one: tuple[float, float], other: tuple[float, float], step: int) -> Gain:
-        """One policy against another, with 16 noises that both share.
+    def compare(
+        self, sampler: StratifiedSampler, policy: tuple[float, float], baseline: tuple[float, float], step: int
+    ) -> PairedComparison:
+        """Compare two policies (a, b) on 16 draws with shared noise.
 
         Raises:
             DivergedError: A reward is not finite.
         """
-        trials = [Trial(*parameters, draw) for parameters in (one, other) for draw in range(_COMPARED)]
-        found = np.array([(o.reward, o.accuracy) for o in self.evaluator(design, step)(trials)])
-        _check_finite(found)
-        (reward, accuracy), (baseline, baseline_accuracy) = found.reshape(2, _COMPARED, 2).mean(1)
-        differences = found[:_COMPARED, 0] - found[_COMPARED:, 0]
-        # 2.131: the 97.5% quantile of Student's t with 15 degrees of freedom.
-        half_width = 2.131 * differences.std(ddof=1) / _COMPARED**0.5
-        numbers = (reward, baseline, differences.mean(), half_width, accuracy, baseline_accuracy)
-        return Gain(*(float(number) for number in numbers))
+        trials = [Trial(*parameters, draw) for parameters in (policy, baseline) for draw in range(_PAIRS)]
+        outcomes = self.evaluate(trials, sampler=sampler, step=step)
+        values = np.array([(o.reward, o.accuracy) for o in outcomes])
+        _check_finite(values)
+        (reward, accuracy), (other, other_accuracy) = values.reshape(2, _PAIRS, 2).mean(1)
+        differences = values[:_PAIRS, 0] - values[_PAIRS:, 0]
+        half_width = _T_QUANTILE * differences.std(ddof=1) / _PAIRS**0.5
+        numbers = (reward, other, differences.mean(), half_width, accuracy, other_accuracy)
+        return PairedComparison(*(float(number) for number in numbers))
 
-    def best(self, draws: list[IntArray], step: int) -> int:
-        """Which draw has the highest reward; held-out samples in it are left out, and all are cut to one length.
+    def select_best(self, draws: list[IntArray], step: int) -> int:
+        """Return the position of the draw of highest reward.
+
+        Held-out samples are left out of the draws, and all draws are truncated to the same length.
 
         Raises:
             DivergedError: A reward is not finite.
         """
-        rows = [draw[~np.isin(draw, self._held)] for draw in draws]
+        rows = [draw[~np.isin(draw, self._held_out)] for draw in draws]
         shortest = min(len(row) for row in rows)
-        found = self.rewards(np.stack([row[:shortest] for row in rows]), step)
-        _check_finite(found)
-        return int(found[0].argmax())
+        values = self.evaluate_draws(np.stack([row[:shortest] for row in rows]), step)
+        _check_finite(values)
+        return int(values[0].argmax())
 
 
 def _check_finite(rewards: FloatArray) -> None:
     if not np.isfinite(rewards).all():
         raise DivergedError(
-            "a reward of the final draws is not finite; the search itself is kept. Lower the proxy's learning rate or "
-            "mend the reward"
+            "a reward of the final draws is not finite; the completed search is saved: lower the proxies' learning "
+            "rate or correct the reward, then run again"
         )
-
-
-@dataclass(frozen=True)
-class _Score:
-    """The gradient of a trial's log-probability, computed when it is asked for."""
-
-    design: Design
-    drawn: IntArray
-    trial: Trial
-
-    def __call__(self) -> FloatArray:
-        return log_probability_gradient(self.design, self.drawn, self.trial.a, self.trial.b)

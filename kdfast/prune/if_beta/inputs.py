@@ -1,28 +1,26 @@
-"""What a search needs to be given, checked before any work."""
+"""Checks of a search's inputs, and the split of the training set into a pool and a held-out set."""
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.data.stateless_random import IntArray
+from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError, ShapeError, SubsetError
+from kdfast.prune.if_beta.policy import FloatArray
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse a share that leaves nothing to learn.
+    """Raise unless the fraction leaves a choice.
 
     Raises:
-        SubsetError: Not above 0 and below 1.
+        SubsetError: `fraction` is not above 0 and below 1.
     """
     if not 0 < fraction < 1:
         raise SubsetError(
-            f"fraction {fraction}: a policy is learned for a share above 0 and below 1; with all samples kept there is "
-            "nothing to choose"
+            f"`fraction` is {fraction}: pass a share above 0 and below 1; with all samples kept there is nothing to "
+            "choose"
         )
 
 
@@ -35,44 +33,73 @@ def check_inputs(logits: Tensor, features: Tensor, labels: IntArray) -> None:
         labels: int64 (N,).
 
     Raises:
-        ShapeError: Shapes or dtypes do not fit.
-        DataError: A number is not finite.
+        ShapeError: A shape or dtype is wrong.
+        DataError: A value is not finite.
     """
     for name, x in (("logits", logits), ("features", features)):
         if x.dim() != 2 or x.dtype != torch.float32 or len(x) != len(labels) or not x.shape[1]:
             raise ShapeError(
-                f"{name} are {x.dtype} of shape {tuple(x.shape)} for {len(labels)} labels: float32 with one row a "
-                "training sample is needed; build the cache on the whole training split"
+                f"`{name}` are {x.dtype} of shape {tuple(x.shape)} for {len(labels)} labels: pass float32 with one row "
+                "per training sample, from a cache of the whole training split"
             )
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).any(1).sum())
-            raise DataError(f"{name} of {bad} samples are not finite: build the cache again from a sound teacher")
+            raise DataError(
+                f"{name} of {bad} samples are not finite: rebuild the cache from a teacher with finite outputs"
+            )
     if labels.ndim != 1 or labels.dtype != np.int64:
-        raise ShapeError(f"labels are {labels.dtype} of shape {labels.shape}: int64, one a sample, is needed")
+        raise ShapeError(f"`labels` are {labels.dtype} of shape {labels.shape}: pass int64, one label per sample")
 
 
-def check_scores(values: NDArray[np.float64], count: int) -> None:
-    """Check a score's values.
+def check_scores(values: FloatArray, count: int) -> None:
+    """Raise unless there is one finite score per sample and the scores differ.
 
     Raises:
-        DataError: Not one finite number a sample, or all the same.
+        DataError: The shape is wrong, a score is not finite, or all are equal.
     """
     if values.shape != (count,):
-        raise DataError(f"the score gave shape {values.shape} for {count} samples: one number a sample is needed")
+        raise DataError(f"the score has shape {values.shape} for {count} samples: return one number per sample")
     if not np.isfinite(values).all():
         raise DataError(f"{int((~np.isfinite(values)).sum())} of {count} scores are not finite: use another score")
     if values.min() == values.max():
-        raise DataError(f"all {count} scores are {values[0]:.6g}, so ranks say nothing: use another score")
+        raise DataError(f"all {count} scores equal {values[0]:.6g}: ranks need different scores; use another score")
 
 
-def digest(*parts: object) -> str:
-    """SHA-256 (hexadecimal) of arrays, by their bytes, and of other things, by their repr."""
-    total = hashlib.sha256()
-    for part in parts:
-        array = part.numpy() if isinstance(part, Tensor) else part
-        if isinstance(array, np.ndarray):
-            total.update(f"{array.dtype.str}{array.shape}".encode())
-            total.update(np.ascontiguousarray(array).data)
-        else:
-            total.update(repr(part).encode())
-    return total.hexdigest()
+def hold_out(
+    labels: IntArray, classes: int, *, share: float = 0.05, least: int = 20, seed: int = 0
+) -> tuple[IntArray, IntArray]:
+    """Split the training set into a pool to draw subsets from and a held-out set to evaluate proxies on.
+
+    The test split takes no part. The teacher was trained on the held-out samples too; the reward measures how well the
+    teacher's function transfers to them through a proxy that was not.
+
+    Args:
+        labels: int64 (N,), classes in [0, C).
+        classes: C.
+        share: Share of each class to hold out, in (0, 0.5].
+        least: Minimum number of samples to hold out of each class, but never more than half of it.
+        seed: Seed of the split.
+
+    Returns:
+        The pool and the held-out set: positions, int64, ascending, disjoint; their union is the training set.
+
+    Raises:
+        DataError: A class has fewer than two samples, or a label is outside [0, C).
+    """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise DataError(
+            f"labels range from {labels.min()} to {labels.max()}: the teacher has the classes 0 to {classes - 1}; use "
+            "a teacher of this data"
+        )
+    sizes = np.bincount(labels, minlength=classes)
+    if sizes.min() < 2:
+        raise DataError(
+            f"class {sizes.argmin()} has {sizes.min()} training samples ({int((sizes < 2).sum())} classes have fewer "
+            "than 2): at least one must be held out and one remain; remove such classes from the data"
+        )
+    counts = np.minimum(np.maximum(np.ceil(share * sizes).astype(np.int64), least), sizes // 2)
+    keys = hash64(Purpose.HOLDOUT, seed, np.arange(len(labels), dtype=np.int64))
+    order = np.lexsort((keys, labels))
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    held_out = np.sort(np.concatenate([order[s : s + n] for s, n in zip(starts, counts, strict=True)]))
+    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), held_out), held_out

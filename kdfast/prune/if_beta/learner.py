@@ -1,4 +1,4 @@
-"""IF-Beta as a whole: scores, ranks, the search over (a, b), and the final draw."""
+"""The IF-Beta method: score and rank the samples, search for (a, b), and draw the subset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,48 +18,46 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
-from kdfast.errors import UsageError
-from kdfast.prune.if_beta.checkpoint import SideFile
-from kdfast.prune.if_beta.evaluator import Arena, Gain
-from kdfast.prune.if_beta.gradient import ESTIMATORS, Estimator
-from kdfast.prune.if_beta.holdout import hold_out
-from kdfast.prune.if_beta.inner import Budget, Lesson
-from kdfast.prune.if_beta.inputs import check_fraction, check_inputs, check_scores, digest
-from kdfast.prune.if_beta.names import entry
-from kdfast.prune.if_beta.policy import Design, FloatArray, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES, Proxy
+from kdfast.errors import UsageError, look_up, unknown_name
+from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
+from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
+from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
+from kdfast.prune.if_beta.inputs import check_fraction, check_inputs, check_scores, hold_out
+from kdfast.prune.if_beta.policy import FloatArray, StratifiedSampler, average_ranks
+from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, TrainingBudget
 from kdfast.prune.if_beta.reward import REWARDS, Reward
-from kdfast.prune.if_beta.scores import SAMPLE_SCORES, SampleScore, Signals
-from kdfast.prune.if_beta.search import Schedule, SearchState, ascend, ended, result_of
-from kdfast.prune.rules.registry import BALANCE
+from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, SampleScore
+from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
 
-Progress = Callable[[int, int, str], None]
+Balance: TypeAlias = Literal["balanced", "equal", "unbalanced"]
+Progress: TypeAlias = Callable[[int, int, str], None]
 
-# The noise of the final draw; steps of the search count from 0.
+_PARTS = ("score", "proxy", "reward", "estimator")
+# Step number of the noise of the final draws, beyond those of the search.
 _FINAL = 1 << 20
 
 
 @dataclass(frozen=True)
 class IFBetaResult:
-    """What a search found.
+    """Result of `IFBeta.fit`.
 
     Attributes:
-        ids: int64 (m,), the samples to keep, ascending.
-        a: First parameter of the policy that drew: the learned one, or 1 where that is not better than the uniform
-            policy on the proxy beyond chance.
+        ids: int64 (m,), indices of the samples to keep, ascending.
+        a: First parameter of the policy that drew `ids`: the learned one, or 1 if the learned policy does not beat the
+            uniform policy on the proxies at the 95% level.
         b: Second parameter, likewise.
         learned: (a, b) as learned.
-        u: float64 (N,), rank of each sample in (0, 1), within its class where draws are by class.
-        scores: float64 (N,), what is ranked.
-        path: (a, b) before each step, and at last where the search ended.
+        u: float64 (N,), rank of each sample in (0, 1), within its class if draws are by class.
+        scores: float64 (N,), the scores behind the ranks.
+        path: (a, b) before each step, then the final (a, b).
         rewards: Mean reward of each step.
-        accuracies: Mean accuracy of the proxies on the held-out part, each step.
-        gain: The learned policy against the uniform one, on the proxy.
-        trials: Proxies trained during the search.
-        held_out: Samples that judged.
-        chosen_of: Final draws, the best of which on the held-out part was kept; 1: the first was taken unseen.
-        score_seconds: Time that the scores took.
-        search_seconds: Time that the search took, earlier calls included.
+        accuracies: Mean held-out accuracy of the proxies of each step.
+        gain: The learned policy compared with the uniform one on the proxies.
+        trials: Number of proxies trained during the search.
+        held_out: Number of held-out samples.
+        candidates: Number of final draws, of which the one with the best reward was kept; 1: drawn without evaluation.
+        score_seconds: Time of the scores.
+        search_seconds: Time of the search, including interrupted calls.
     """
 
     ids: IntArray
@@ -70,52 +69,53 @@ class IFBetaResult:
     path: list[list[float]]
     rewards: list[float]
     accuracies: list[float]
-    gain: Gain
+    gain: PairedComparison
     trials: int
     held_out: int
-    chosen_of: int
+    candidates: int
     score_seconds: float
     search_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Scores and search together."""
+        """Time of the scores and the search."""
         return self.score_seconds + self.search_seconds
 
 
 @dataclass(frozen=True)
 class IFBeta:
-    """The learned sampling policy; every part can be replaced.
+    """A learned sampling policy with replaceable parts.
 
     Attributes:
-        score: A key of `SAMPLE_SCORES`, or a function of `Signals` to float64 (N,).
+        score: A key of `SAMPLE_SCORES`, or a function from `HeadInputs` to float64 (N,).
         proxy: A key of `PROXIES`, or a `Proxy`.
         reward: A key of `REWARDS`, or a `Reward`.
         estimator: A key of `ESTIMATORS`, or an `Estimator`.
-        budget: How proxies are trained.
-        schedule: How (a, b) move.
-        balance: `balanced` ranks and draws class by class, in the classes' proportions, `equal` the same number of each
-            class, `unbalanced` all samples together.
-        held_share: Share of each class that judges; at least 20 samples of it where there are twice as many.
-        candidates: Final draws to choose from by their reward; 1 takes the first.
+        budget: Training settings of the proxies.
+        schedule: Settings of the search over (a, b).
+        balance: `balanced` ranks and draws within each class, in proportion to the class sizes; `equal` draws the same
+            number from each class; `unbalanced` ranks and draws all samples together.
+        held_share: Share of each class to hold out, at least 20 samples but at most half of the class.
+        candidates: Number of final draws to select from by reward; 1 keeps the first.
     """
 
     score: str | SampleScore = "self"
     proxy: str | Proxy = "projection"
     reward: str | Reward = "kd"
     estimator: str | Estimator = "crn"
-    budget: Budget = field(default_factory=Budget)
+    budget: TrainingBudget = field(default_factory=TrainingBudget)
     schedule: Schedule = field(default_factory=Schedule)
-    balance: Literal["balanced", "equal", "unbalanced"] = "balanced"
+    balance: Balance = "balanced"
     held_share: float = 0.05
     candidates: int = 1
 
     def __post_init__(self) -> None:
-        entry(dict.fromkeys(BALANCE), self.balance, "balance")
+        if self.balance not in get_args(Balance):
+            raise unknown_name("no balance is named", self.balance, get_args(Balance))
         if not 0 < self.held_share <= 0.5 or self.candidates < 1:
             raise UsageError(
-                f"held_share is {self.held_share}, candidates {self.candidates}: a share in (0, 0.5] and at least one "
-                "candidate are needed"
+                f"`held_share` is {self.held_share} and `candidates` {self.candidates}: pass a share in (0, 0.5] and "
+                "at least one candidate"
             )
 
     def fit(
@@ -136,51 +136,53 @@ class IFBeta:
 
         Args:
             logits: float32 (N, C), the teacher's logits of all training samples.
-            features: float32 (N, D), the inputs of its last layer.
+            features: float32 (N, D), inputs of the teacher's last layer.
             labels: int64 (N,).
             fraction: Share to keep, above 0 and below 1.
-            seed: Seed of the held-out part, the projections, and all noise.
-            score_logits: float32 (N, C) for the scores only, such as `mean_logits` of several views; None: `logits`.
-            scores: float64 (N,) to be used as they are instead of `score`.
-            state: File that holds the search while it is under way; a call with the same arguments goes on from it.
-                It stays when the search has ended, so that nothing is lost before the result is saved: remove it then.
-            progress: Called with (steps done, steps at most, note) after each step.
-            device: Where proxies are trained.
+            seed: Seed of the held-out set, the projections, and all noise.
+            score_logits: float32 (N, C), logits for the scores only, such as `mean_logits` of several views; None:
+                `logits`.
+            scores: float64 (N,), scores to use instead of `score`.
+            state: Checkpoint file of the search; a call with the same arguments resumes from it. The file remains after
+                the search so that nothing is lost before the result is saved; delete it then.
+            progress: Called with (steps done, maximum steps, note) after each step.
+            device: Device to train the proxies on.
 
         Returns:
-            The subset, the policy and how it was found.
+            The subset, the policy, and the record of the search.
 
         Raises:
             SubsetError: The fraction is out of range, or leaves a class empty.
-            ShapeError: Shapes or dtypes do not fit.
-            DataError: Something is not finite, or a class is too small to be held out.
-            UsageError: A part is unknown; or there is a `state` and a part that replaces one cannot be told from
-                others: it has no `identity`, and is neither a dataclass nor a plain function.
-            DivergedError: A reward is not finite; the state file holds the last good step.
-            OutputError: The state file cannot be written, or is another search's.
+            ShapeError: A shape or dtype is wrong.
+            DataError: A value is not finite, or a class is too small to hold out.
+            UsageError: A part is unknown; or `state` is given and a custom part has no identity: it is not a dataclass
+                or a plain function and has no attribute `identity`.
+            DivergedError: A reward is not finite; the checkpoint holds the last good step.
+            OutputError: The checkpoint cannot be written, or belongs to another search.
         """
         check_fraction(fraction)
         if state is not None:
             self._check_identities()
-        task = self._task(logits, features, labels, score_logits, scores, seed, device)
+        task = self._prepare(logits, features, labels, score_logits, scores, seed, device)
         strata = np.zeros_like(labels) if self.balance == "unbalanced" else labels
         mode: Literal["equal", "proportional"] = "equal" if self.balance == "equal" else "proportional"
         u = average_ranks(task.scores, strata)
-        everything = np.arange(len(labels), dtype=np.int64)
-        whole = Design.of(u, everything, strata, subset_size(len(labels), fraction), mode)
-        pool = np.setdiff1d(everything, task.held)
-        within = Design.of(u[pool], pool, strata[pool], subset_size(len(pool), fraction), mode)
+        ids = np.arange(len(labels), dtype=np.int64)
+        sampler = StratifiedSampler.from_ranks(u, ids, strata, subset_size(len(ids), fraction), mode)
+        pool = np.setdiff1d(ids, task.held_out)
+        total = subset_size(len(pool), fraction)
+        pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, strata[pool], total, mode)
 
-        side = SideFile(None if state is None else Path(state), digest(task.identity, fraction))
-        found = self._search(task.arena, within, side, progress)
+        checkpoint = SearchCheckpoint(None if state is None else Path(state), digest(task.identity, fraction))
+        found = self._search(task.evaluator, pool_sampler, checkpoint, progress)
         started = time.perf_counter()
-        learned = result_of(found, self.schedule)
-        gain = task.arena.compare(within, learned, (1.0, 1.0), step=_FINAL)
+        learned = averaged_parameters(found, self.schedule)
+        gain = task.evaluator.compare(pool_sampler, learned, (1.0, 1.0), step=_FINAL)
         a, b = learned if gain.difference > gain.half_width else (1.0, 1.0)
-        draws = [whole.draw(a, b, whole.gumbel(seed, _FINAL, k)) for k in range(self.candidates)]
-        ids = draws[0] if self.candidates == 1 else draws[task.arena.best(draws, step=_FINAL)]
+        draws = [sampler.draw(a, b, sampler.gumbel(seed, _FINAL, k)) for k in range(self.candidates)]
+        kept = draws[0] if self.candidates == 1 else draws[task.evaluator.select_best(draws, step=_FINAL)]
         return IFBetaResult(
-            ids=np.sort(ids),
+            ids=np.sort(kept),
             a=a,
             b=b,
             learned=learned,
@@ -191,31 +193,30 @@ class IFBeta:
             accuracies=found.accuracies,
             gain=gain,
             trials=found.trials,
-            held_out=len(task.held),
-            chosen_of=self.candidates,
+            held_out=len(task.held_out),
+            candidates=self.candidates,
             score_seconds=task.score_seconds,
             search_seconds=found.seconds + time.perf_counter() - started,
         )
 
     def describe(self) -> dict[str, Any]:
-        """All settings, as JSON values."""
-        named = {name: getattr(self, name) for name in ("score", "proxy", "reward", "estimator")}
+        """Return all settings as JSON values; they are part of the identity of a search on disk."""
         plain = {"balance": self.balance, "held_share": self.held_share, "candidates": self.candidates}
-        return {name: _name(part) for name, part in named.items()} | {
+        return {name: _describe_part(getattr(self, name)) for name in _PARTS} | {
             "budget": asdict(self.budget),
             "schedule": asdict(self.schedule),
             **plain,
         }
 
     def _check_identities(self) -> None:
-        for kind in ("score", "proxy", "reward", "estimator"):
+        for kind in _PARTS:
             if not _has_identity(part := getattr(self, kind)):
                 raise UsageError(
-                    f"the {kind} {part!r} cannot be told from another one, so a saved search could be taken over "
-                    "wrongly: give it an attribute `identity` that says all its settings, or fit without state"
+                    f"the {kind} {part!r} has no identity, so its checkpoint cannot be matched to it: give it an "
+                    "attribute `identity` that names all its settings, or omit `state`"
                 )
 
-    def _task(
+    def _prepare(
         self,
         logits: Tensor | NDArray[np.float32],
         features: Tensor | NDArray[np.float32],
@@ -225,32 +226,43 @@ class IFBeta:
         seed: int,
         device: torch.device | str,
     ) -> _Task:
-        """Check the inputs, score the samples and set the proxies up."""
-        score = entry(SAMPLE_SCORES, self.score, "score") if isinstance(self.score, str) else self.score
-        proxy = entry(PROXIES, self.proxy, "proxy")() if isinstance(self.proxy, str) else self.proxy
-        reward = entry(REWARDS, self.reward, "reward") if isinstance(self.reward, str) else self.reward
+        """Check the inputs, score the samples, and build the evaluator."""
+        score = look_up(SAMPLE_SCORES, self.score, "IF-Beta score") if isinstance(self.score, str) else self.score
+        proxy = look_up(PROXIES, self.proxy, "IF-Beta proxy")() if isinstance(self.proxy, str) else self.proxy
+        reward = look_up(REWARDS, self.reward, "IF-Beta reward") if isinstance(self.reward, str) else self.reward
         z, h, y = torch.as_tensor(logits), torch.as_tensor(features), torch.from_numpy(labels)
-        seen = z if score_logits is None else score_logits
+        score_z = z if score_logits is None else score_logits
         check_inputs(z, h, labels)
-        check_inputs(seen, h, labels)
-        held = hold_out(labels, z.shape[1], share=self.held_share, seed=seed)[1]
+        check_inputs(score_z, h, labels)
+        held_out = hold_out(labels, z.shape[1], share=self.held_share, seed=seed)[1]
         started = time.perf_counter()
-        values = score(Signals(seen, h, y, held, seed)) if scores is None else scores
+        values = score(HeadInputs(score_z, h, y, held_out, seed)) if scores is None else scores
         check_scores(values, len(labels))
         seconds = time.perf_counter() - started
-        arena = Arena(proxy, reward, self.budget, Lesson(proxy.inputs(h, seed), y, z).to(device), held, seed)
-        return _Task(values, held, arena, digest(self.describe(), seed, z, h, labels, values), seconds)
+        data = ProxyData(proxy.transform(h, seed), y, z).to(device)
+        evaluator = PolicyEvaluator(proxy, reward, self.budget, data, held_out, seed)
+        return _Task(values, held_out, evaluator, digest(self.describe(), seed, z, h, labels, values), seconds)
 
-    def _search(self, arena: Arena, design: Design, side: SideFile, progress: Progress | None) -> SearchState:
-        estimator = (
-            entry(ESTIMATORS, self.estimator, "estimator")() if isinstance(self.estimator, str) else self.estimator
-        )
-        found = side.load() or SearchState.begin(self.schedule)
-        while not ended(found, self.schedule):
+    def _search(
+        self,
+        evaluator: PolicyEvaluator,
+        sampler: StratifiedSampler,
+        checkpoint: SearchCheckpoint,
+        progress: Progress | None,
+    ) -> SearchState:
+        estimator = self.estimator
+        if isinstance(estimator, str):
+            estimator = look_up(ESTIMATORS, estimator, "IF-Beta estimator")()
+
+        def estimate(phi: FloatArray, step: int) -> Estimate:
+            return estimator(phi, partial(evaluator.evaluate, sampler=sampler, step=step))
+
+        found = checkpoint.load() or SearchState.initial(self.schedule)
+        while not is_finished(found, self.schedule):
             started = time.perf_counter()
-            ascend(found, self.schedule, lambda phi, step: estimator(phi, arena.evaluator(design, step)))
+            take_step(found, self.schedule, estimate)
             found.seconds += time.perf_counter() - started
-            side.save(found)
+            checkpoint.save(found)
             if progress is not None:
                 a, b = found.path[-1]
                 note = f"reward {found.rewards[-1]:.4f}  a {a:.2f}  b {b:.2f}"
@@ -260,17 +272,17 @@ class IFBeta:
 
 @dataclass(frozen=True)
 class _Task:
-    """What does not depend on the fraction."""
+    """Everything that does not depend on the fraction."""
 
     scores: FloatArray
-    held: IntArray
-    arena: Arena
+    held_out: IntArray
+    evaluator: PolicyEvaluator
     identity: str
     score_seconds: float
 
 
-def _name(part: object) -> str:
-    """A part as written, or what tells it from others: a dataclass by its fields, a function by its name."""
+def _describe_part(part: object) -> str:
+    """Return a part's name or identity; dataclasses are described by their fields, functions by their names."""
     if isinstance(part, str):
         return part
     if is_dataclass(part):
@@ -280,7 +292,7 @@ def _name(part: object) -> str:
 
 
 def _has_identity(part: object) -> bool:
-    """Whether `_name` tells it from every other part: not of a closure, a lambda, or an object with settings inside."""
+    """Return whether `_describe_part` is unique; it is not for closures, lambdas, and objects with hidden settings."""
     if isinstance(part, str) or is_dataclass(part) or hasattr(part, "identity"):
         return True
     return inspect.isfunction(part) and part.__closure__ is None and part.__name__ != "<lambda>"

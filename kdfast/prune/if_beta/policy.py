@@ -1,12 +1,21 @@
-"""The policy: which samples a Beta density over the ranks of a score draws.
+"""The sampling policy: draw samples without replacement, weighted by a Beta density over the ranks of their scores.
 
-A sample of rank u in (0, 1) has log-weight (a - 1) ln u + (b - 1) ln(1 - u). Each stratum (a class, or everything)
-gives up its budget by the largest log-weight + Gumbel noise, which is exactly drawing without replacement with
-probability in proportion to the weights among what is left (Plackett-Luce). The noise is a hash of (seed, step, draw,
-sample): one draw of one step can be had without the others, and two policies can be compared under the same noise.
+A sample of rank u in (0, 1) has the log-weight (a - 1) ln u + (b - 1) ln(1 - u). Each stratum (a class, or the whole
+data set) keeps its samples of largest log-weight + Gumbel noise, which draws without replacement with probability
+proportional to the weights of the remaining samples (Plackett-Luce). The noise is a hash of (seed, step, draw, sample),
+so any draw of any step can be computed alone, and two policies can be compared under the same noise.
 
-Source: Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019, section 2,
-https://arxiv.org/abs/1903.06059.
+The sequence j_1, j_2, ... has probability prod_k w(j_k) / (sum of w over the samples remaining at k). With
+s = (ln u, ln(1 - u)), its logarithm has the gradient
+
+    sum_k [ s(j_k) - E_k s ]    in (a, b),    times (a, b) in phi = (ln a, ln b)
+
+where E_k is the weighted mean over the samples remaining at k, j_k included. Sums over these are suffix sums over the
+drawn samples plus one sum over the samples never drawn.
+
+Sources: Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them", ICML 2019, section 2,
+https://arxiv.org/abs/1903.06059; Plackett 1975, "The analysis of permutations"; Williams 1992 for the gradient
+estimator.
 """
 
 from __future__ import annotations
@@ -17,18 +26,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.stateless_random import IntArray, Purpose, hash64, unit
+from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import class_budgets
 
 FloatArray = NDArray[np.float64]
 
-# Outside these the density is a spike that no draw of a few per cent resolves, and the logarithms of its weights
-# outgrow the noise.
-LOWEST, HIGHEST = 0.05, 50.0
+# Beyond these bounds the density is a spike that a draw of a few per cent cannot resolve, and the log-weights dwarf the
+# noise.
+MIN_PARAMETER, MAX_PARAMETER = 0.05, 50.0
 
 
 def average_ranks(values: FloatArray, strata: IntArray) -> FloatArray:
-    """Ranks within each stratum as u = (rank - 1/2) / size; tied values share the mean of their ranks.
+    """Return ranks within each stratum as u = (rank - 1/2) / size; ties share their mean rank.
 
     Args:
         values: float64 (n,), finite scores.
@@ -52,67 +61,98 @@ def average_ranks(values: FloatArray, strata: IntArray) -> FloatArray:
 
 
 @dataclass(frozen=True)
-class Design:
-    """What does not change while a policy is learned: the samples' ranks, their strata and the strata's budgets.
+class StratifiedSampler:
+    """Draws a fixed number of samples from each stratum under Beta(a, b); constant during a search.
 
     Attributes:
-        ids: int64 (n,), original index of each sample; the noise depends on it, so a sample keeps its noise wherever it
-            stands.
-        strata: int64 (n,), from 0; classes, or all zero.
-        log_ranks: float64 (n, 2), (ln u, ln(1 - u)): the statistics of the Beta density.
-        budgets: int64 (strata,), how many samples of each stratum to draw.
+        ids: int64 (n,), index of each sample in the training split. The noise is a function of it, so a sample has the
+            same noise at every position.
+        strata: int64 (n,), from 0; the classes, or all zero.
+        log_ranks: float64 (n, 2), (ln u, ln(1 - u)): the sufficient statistics of the Beta density.
+        counts: int64 (strata,), number of samples to draw from each stratum.
     """
 
     ids: IntArray
     strata: IntArray
     log_ranks: FloatArray
-    budgets: IntArray
+    counts: IntArray
 
     @classmethod
-    def of(
+    def from_ranks(
         cls,
         u: FloatArray,
         ids: IntArray,
         strata: IntArray,
         total: int,
         mode: Literal["proportional", "equal"] = "proportional",
-    ) -> Design:
-        """Make a design.
+    ) -> StratifiedSampler:
+        """Make a sampler of `total` samples.
 
         Args:
             u: float64 (n,), ranks in (0, 1).
-            ids: int64 (n,), original indices.
+            ids: int64 (n,), indices into the training split.
             strata: int64 (n,), from 0.
-            total: Samples to draw in all.
-            mode: Budgets in proportion to the strata, or equal.
+            total: Number of samples to draw.
+            mode: Draw from the strata in proportion to their sizes, or equally.
 
         Raises:
-            SubsetError: `total` leaves a stratum empty, or needs more of one than there is.
+            SubsetError: `total` leaves a stratum empty, or requires more of a stratum than it has.
         """
         return cls(ids, strata, np.stack([np.log(u), np.log1p(-u)], 1), class_budgets(strata, total, mode))
 
     def log_weights(self, a: float, b: float) -> FloatArray:
-        """Log-weights of the samples under Beta(a, b), float64 (n,), without the normalising constant."""
+        """Return the unnormalized log-weights of the samples under Beta(a, b), float64 (n,)."""
         weights: FloatArray = self.log_ranks @ np.array([a - 1, b - 1])
         return weights
 
     def gumbel(self, seed: int, step: int, draw: int) -> FloatArray:
-        """Standard Gumbel noise, float64 (n,), for one draw of one step of a run."""
-        uniform = unit(hash64(Purpose.RULE, seed, step, draw, self.ids))
-        return -np.log(-np.log(np.maximum(uniform, 2.0**-54)))
+        """Return standard Gumbel noise for one draw of one step, float64 (n,)."""
+        draws = uniform(hash64(Purpose.RULE, seed, step, draw, self.ids))
+        return -np.log(-np.log(np.maximum(draws, 2.0**-54)))
 
     def draw(self, a: float, b: float, noise: FloatArray) -> IntArray:
-        """Draw without replacement.
+        """Draw samples without replacement.
 
         Args:
-            a: First parameter, > 0; above 1 it moves mass away from the lowest ranks.
-            b: Second parameter, > 0; above 1 it moves mass away from the highest ranks.
+            a: First parameter, > 0; values above 1 move mass away from the lowest ranks.
+            b: Second parameter, > 0; values above 1 move mass away from the highest ranks.
             noise: float64 (n,) from `gumbel`.
 
         Returns:
-            int64 (total,), positions into `ids`: stratum after stratum, in the order drawn.
+            int64 (total,), positions into `ids`: stratum by stratum, each in the order drawn.
         """
         keys = self.log_weights(a, b) + noise
         order = np.lexsort((-keys, self.strata))
         starts = np.concatenate([[0], np.cumsum(np.bincount(self.strata))[:-1]])
-        return np.concatenate([order[s : s + m] for s, m in zip(starts, self.budgets, strict=True)])
+        return np.concatenate([order[s : s + m] for s, m in zip(starts, self.counts, strict=True)])
+
+    def log_probability_gradient(self, drawn: IntArray, a: float, b: float) -> FloatArray:
+        """Return the gradient of ln p(drawn) in phi = (ln a, ln b).
+
+        Args:
+            drawn: int64 (total,), a result of `draw`.
+            a: First parameter.
+            b: Second parameter.
+
+        Returns:
+            float64 (2,).
+        """
+        log_weights = self.log_weights(a, b)
+        ends = np.cumsum(self.counts)
+        total = np.zeros(2)
+        for stratum, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
+            sequence = drawn[end - count : end]
+            members = np.flatnonzero(self.strata == stratum)
+            weights = np.exp(log_weights - log_weights[members].max())
+            rest = np.setdiff1d(members, sequence, assume_unique=True)
+            s, w = self.log_ranks[sequence], weights[sequence, None]
+            mass = _suffix_sums(w) + weights[rest].sum()
+            moment = _suffix_sums(w * s) + weights[rest] @ self.log_ranks[rest]
+            total += (s - moment / mass).sum(0)
+        gradient: FloatArray = total * np.array([a, b])
+        return gradient
+
+
+def _suffix_sums(x: FloatArray) -> FloatArray:
+    sums: FloatArray = x[::-1].cumsum(0)[::-1]
+    return sums

@@ -1,94 +1,90 @@
-"""Rewards: how well a trained proxy does on the held-out part, higher = better."""
+"""Rewards: measures of a trained proxy on the held-out set, higher = better."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss import kd_loss_terms
-from kdfast.prune.if_beta.inner import Lesson
-from kdfast.prune.if_beta.proxy import Proxy
-
-FloatArray = NDArray[np.float64]
+from kdfast.prune.if_beta.policy import FloatArray
+from kdfast.prune.if_beta.proxy import Proxy, ProxyData
 
 
 class Reward(Protocol):
-    """Judges proxies by their logits on the held-out part."""
+    """A function of a proxy's logits on the held-out set."""
 
     def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """One number a row.
+        """Return one number per row; a proxy's reward is their mean.
 
         Args:
             logits: float32 (n, C) of one proxy.
             labels: int64 (n,).
             teacher: float32 (n, C), the teacher's logits.
-            temperature: That of the inner loss.
+            temperature: Temperature of the proxies' training loss.
 
         Returns:
-            float32 (n,), higher = better; a proxy's reward is the mean.
+            float32 (n,), higher = better.
         """
 
 
 def kd_reward(logits: Tensor, labels: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """-(CE + T^2 KL(teacher || proxy) at T): twice the inner loss at alpha = 1/2."""
+    """Return -(CE + T^2 KL(teacher || proxy) at T): minus twice the training loss at alpha = 1/2."""
     ce, kl = kd_loss_terms(logits, labels, teacher, temperature=temperature)
     return -(ce + temperature**2 * kl)
 
 
 def ce_reward(logits: Tensor, labels: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """-CE with the labels."""
+    """Return minus the cross-entropy with the labels."""
     return -kd_loss_terms(logits, labels, teacher, temperature=temperature)[0]
 
 
 def kl_reward(logits: Tensor, labels: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """-T^2 KL(teacher || proxy) at T."""
+    """Return -T^2 KL(teacher || proxy) at T."""
     return -(temperature**2) * kd_loss_terms(logits, labels, teacher, temperature=temperature)[1]
 
 
 def accuracy_reward(logits: Tensor, labels: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """1 where the proxy's first class is the label."""
+    """Return 1 where the proxy predicts the label, else 0."""
     return (logits.argmax(1) == labels).float()
 
 
 REWARDS: dict[str, Reward] = {"kd": kd_reward, "ce": ce_reward, "kl": kl_reward, "accuracy": accuracy_reward}
 
 
-def judge(
-    proxy: Proxy, parameters: list[Tensor], lesson: Lesson, temperature: float, rewards: list[Reward]
+def mean_rewards(
+    proxy: Proxy, parameters: list[Tensor], data: ProxyData, temperature: float, rewards: list[Reward]
 ) -> FloatArray:
-    """The rewards of trained proxies on held-out data.
+    """Compute the mean rewards of trained proxies.
 
     Args:
-        proxy: The family of networks.
-        parameters: Theirs, with a leading axis K.
-        lesson: The held-out data, (n, ...).
-        temperature: That of the inner loss.
+        proxy: The proxies' architecture.
+        parameters: Their parameters, with a leading axis K.
+        data: The held-out samples, (n, ...).
+        temperature: Temperature of the proxies' training loss.
         rewards: The rewards to compute.
 
     Returns:
         float64 (len(rewards), K).
 
     Raises:
-        ShapeError: A reward does not give one number a row.
+        ShapeError: A reward does not return one number per row.
     """
     values = []
     with torch.no_grad():
-        # One proxy at a time: a few thousand held-out rows of a thousand classes, K times, would not fit.
+        # One proxy at a time, to bound the memory: there may be thousands of held-out rows and 1,000 classes.
         for k in range(len(parameters[0])):
-            logits = proxy.logits([p[k : k + 1] for p in parameters], lesson.x[None])[0]
-            rows = [_rows(reward, logits, lesson, temperature) for reward in rewards]
+            logits = proxy.forward([p[k : k + 1] for p in parameters], data.x[None])[0]
+            rows = [_per_row(reward, logits, data, temperature) for reward in rewards]
             values.append(torch.stack([row.double().mean() for row in rows]))
     return torch.stack(values, 1).cpu().numpy()
 
 
-def _rows(reward: Reward, logits: Tensor, lesson: Lesson, temperature: float) -> Tensor:
-    rows = reward(logits, lesson.labels, lesson.teacher, temperature)
-    if not isinstance(rows, Tensor) or rows.shape != lesson.labels.shape:
+def _per_row(reward: Reward, logits: Tensor, data: ProxyData, temperature: float) -> Tensor:
+    rows = reward(logits, data.labels, data.teacher_logits, temperature)
+    if not isinstance(rows, Tensor) or rows.shape != data.labels.shape:
         given = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise ShapeError(f"the reward gives {given}: a tensor ({len(lesson.labels)},), one number a row, is needed")
+        raise ShapeError(f"the reward returned {given}: return a tensor ({len(data.labels)},), one number per row")
     return rows

@@ -1,9 +1,9 @@
-"""The scores whose ranks the policy works on: influence functions on the teacher's last layer, a softmax head.
+"""Sample scores that the policy ranks: influence functions on the teacher's last layer (a softmax head), and EL2N.
 
-They need the teacher's cached logits and features alone; higher = harder. The teacher has fitted its own training set,
-often almost perfectly, and a single residual there is mostly rounding and chance. What a student trains on is a
-sample's views, so its gradient is the mean over views: `mean_logits` gives the logits whose softmax is the mean
-probability over the views, and with it the residual of every score below is the mean residual.
+They require only the teacher's cached logits and features; higher = harder. The teacher fits its own training set
+almost perfectly, so a single residual is mostly rounding and chance. A student trains on a sample's views, so the
+relevant gradient is the mean over views: `mean_logits` returns the logits whose softmax is the mean probability over
+the views, and the residual in every score below becomes the mean residual.
 """
 
 from __future__ import annotations
@@ -18,45 +18,49 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
+from kdfast.ops.softmax_head import head_influence, head_logits, head_newton, head_self_influence
 from kdfast.prune.if_beta.policy import FloatArray
 
+# Weight of the penalty (l2 / 2) ||W||^2 on the head, whose Hessian is singular without it. The default of the score
+# `influence` is larger because noise of the validation samples dominates removal effects at a small value; the default
+# score here, self-influence, uses no validation samples.
 _L2 = 1e-3
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Signals:
-    """What a score may be computed from.
+class HeadInputs:
+    """Inputs of a score: the teacher's head and the data.
 
     Attributes:
-        logits: float32 (N, C), the teacher's logits; where views are known, their `mean_logits`.
-        features: float32 (N, D), the inputs of its last layer.
+        logits: float32 (N, C), the teacher's logits; `mean_logits` where several views are known.
+        features: float32 (N, D), inputs of the teacher's last layer.
         labels: int64 (N,).
-        held: int64 (n,), positions of the held-out part.
-        seed: Seed of whatever the score draws.
+        held_out: int64 (n,), positions of the held-out set.
+        seed: Seed of any randomness in the score.
     """
 
     logits: Tensor
     features: Tensor
     labels: Tensor
-    held: IntArray
+    held_out: IntArray
     seed: int = 0
 
 
-SampleScore = Callable[[Signals], FloatArray]
+SampleScore = Callable[[HeadInputs], FloatArray]
 
 
 def mean_logits(views: Iterable[Tensor]) -> Tensor:
-    """Logits whose softmax is the mean of the views' probabilities.
+    """Return logits whose softmax is the mean of the views' probabilities.
 
     Args:
         views: Logits (N, C) of each view, any floating dtype.
 
     Returns:
-        float32 (N, C), normalised log-probabilities.
+        float32 (N, C), normalized log-probabilities.
 
     Raises:
-        DataError: There is no view.
+        DataError: `views` is empty.
     """
     total: Tensor | None = None
     count = 0
@@ -65,63 +69,57 @@ def mean_logits(views: Iterable[Tensor]) -> Tensor:
         total = log_p if total is None else torch.logaddexp(total, log_p)
         count += 1
     if total is None:
-        raise DataError("no view's logits were given: give those of one view at least")
+        raise DataError("`views` is empty: pass the logits of at least one view")
     mean: Tensor = total - math.log(count)
     return mean.float()
 
 
-def self_influence(signals: Signals) -> FloatArray:
-    """`g_i^T H^-1 g_i / N`: how much a sample's own loss rises when it is left out.
+def self_influence(inputs: HeadInputs) -> FloatArray:
+    """Return `g_i^T H^-1 g_i / N`: the increase of a sample's own loss when it is removed.
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, section 5.4.
     """
-    from kdfast.ops.softmax_head import head_self_influence
-
-    values = head_self_influence(signals.features, signals.logits, signals.labels, l2=_L2)
+    values = head_self_influence(inputs.features, inputs.logits, inputs.labels, l2=_L2)
     return values.double().cpu().numpy()
 
 
-def removal(signals: Signals) -> FloatArray:
-    """`+g_val^T H^-1 g_i / N`: how much the held-out loss rises when the sample is left out; > 0: it helps.
+def removal(inputs: HeadInputs) -> FloatArray:
+    """Return `g_val^T H^-1 g_i / N`: the increase of the held-out loss when a sample is removed; > 0: it helps.
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, equation 2.
     """
-    from kdfast.ops.softmax_head import head_influence
-
-    held = torch.from_numpy(signals.held)
-    z, h, y = signals.logits, signals.features, signals.labels
-    return head_influence(h, z, y, h[held], z[held], y[held], l2=_L2).double().cpu().numpy()
+    rows = torch.from_numpy(inputs.held_out)
+    z, h, y = inputs.logits, inputs.features, inputs.labels
+    return head_influence(h, z, y, h[rows], z[rows], y[rows], l2=_L2).double().cpu().numpy()
 
 
-def absolute(signals: Signals) -> FloatArray:
-    """The absolute value of `removal`: how much a sample moves the held-out loss, either way."""
-    return np.abs(removal(signals))
+def absolute(inputs: HeadInputs) -> FloatArray:
+    """Return the absolute value of `removal`: the size of a sample's effect on the held-out loss."""
+    return np.abs(removal(inputs))
 
 
-def residual(signals: Signals) -> FloatArray:
-    """EL2N: the length of softmax(logits) - onehot(label), the influence with features and curvature left out.
+def residual(inputs: HeadInputs) -> FloatArray:
+    """Return EL2N, the norm of softmax(logits) - onehot(label): influence without features and curvature.
 
     Source: Paul, Ganguli, Dziugaite 2021, https://arxiv.org/abs/2107.07075.
     """
-    return _residual(signals.logits.double(), signals.labels).numpy()
+    return _residual_norms(inputs.logits.double(), inputs.labels).numpy()
 
 
-def crossfit(signals: Signals) -> FloatArray:
-    """The residual's length under a head that has not seen the sample: five heads, each fitted on four fifths.
+def crossfit(inputs: HeadInputs) -> FloatArray:
+    """Return the residual norm under a head fitted without the sample (five heads, each on four fifths of the data).
 
-    The features are the teacher's own, which has seen all samples, so this mends the fit of the head alone.
+    The features are still those of a teacher trained on all samples, so this removes the overfit of the head alone.
     """
-    from kdfast.ops.softmax_head import head_logits, head_newton
-
-    labels = signals.labels
-    fold = hash64(Purpose.HOLDOUT, signals.seed, _FOLDS, np.arange(len(labels), dtype=np.int64)) % np.uint64(_FOLDS)
-    lengths = torch.empty(len(labels), dtype=torch.float64)
+    labels = inputs.labels
+    fold = hash64(Purpose.HOLDOUT, inputs.seed, _FOLDS, np.arange(len(labels), dtype=np.int64)) % np.uint64(_FOLDS)
+    norms = torch.empty(len(labels), dtype=torch.float64)
     for k in range(_FOLDS):
-        outside, inside = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
-        classes = signals.logits.shape[1]
-        weights = head_newton(signals.features[outside], labels[outside], l2=_L2, tol=1e-6, classes=classes)
-        lengths[inside] = _residual(head_logits(signals.features[inside], weights), labels[inside])
-    return lengths.numpy()
+        train, test = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
+        classes = inputs.logits.shape[1]
+        weights = head_newton(inputs.features[train], labels[train], l2=_L2, tol=1e-6, classes=classes)
+        norms[test] = _residual_norms(head_logits(inputs.features[test], weights), labels[test])
+    return norms.numpy()
 
 
 SAMPLE_SCORES: dict[str, SampleScore] = {
@@ -133,10 +131,10 @@ SAMPLE_SCORES: dict[str, SampleScore] = {
 }
 
 
-def _residual(logits: Tensor, labels: Tensor) -> Tensor:
+def _residual_norms(logits: Tensor, labels: Tensor) -> Tensor:
     p = logits.softmax(1)
-    # p_y - 1 as minus the sum of the others, which does not round to zero where the teacher is sure.
+    # p_y - 1 is computed as minus the sum of the other classes, which does not round to zero for a confident teacher.
     others = p.scatter(1, labels[:, None], 0)
     errors = others.scatter(1, labels[:, None], -others.sum(1, keepdim=True))
-    length: Tensor = torch.linalg.vector_norm(errors, dim=1)
-    return length
+    norms: Tensor = torch.linalg.vector_norm(errors, dim=1)
+    return norms

@@ -1,4 +1,7 @@
-"""The outer loop: ascent of the reward in phi = (ln a, ln b) by Adam, with a state that can be saved."""
+"""The outer loop: gradient ascent of the reward in phi = (ln a, ln b) with Adam, with a state that can be saved.
+
+The logarithms keep both Beta parameters positive and make a step a relative change.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,24 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import DivergedError, UsageError
-from kdfast.prune.if_beta.gradient import Estimate
-from kdfast.prune.if_beta.policy import HIGHEST, LOWEST, FloatArray
+from kdfast.prune.if_beta.estimators import Estimate
+from kdfast.prune.if_beta.policy import MAX_PARAMETER, MIN_PARAMETER, FloatArray
 
-_FIRST, _SECOND, _EPSILON = 0.9, 0.99, 1e-12
-_QUIET_STEPS = 5
+_BETA1, _BETA2, _EPSILON = 0.9, 0.99, 1e-12
+_PATIENCE = 5
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the policy's parameters move.
+    """Settings of the search; part of its identity on disk.
 
     Attributes:
-        steps: At most so many steps.
-        lr: Adam's step size in phi at the start; it falls to zero along a cosine.
-        tolerance: The search ends after five steps in a row that are shorter than this.
-        average: Share of the steps, counted from the last, whose parameters are averaged (in phi) for the result: near
-            an optimum the gradient is noise, and so is where the last step ends.
-        start: (a, b) at the start.
+        steps: Maximum number of steps.
+        lr: Initial step size of Adam in phi; it decays to zero along a cosine.
+        tolerance: The search ends after five consecutive steps shorter than this.
+        average: Share of the steps, counted from the end, over which phi is averaged for the result: near an optimum
+            the gradient is mostly noise, and so is the last iterate.
+        start: Initial (a, b).
     """
 
     steps: int = 50
@@ -39,28 +42,28 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.lr < math.inf or not 0 < self.average <= 1:
             raise UsageError(
-                f"a search of {self.steps} steps with lr {self.lr}, averaged over {self.average} of them: needs a "
-                "positive number of steps, a positive lr and a share in (0, 1]"
+                f"Schedule has steps {self.steps}, lr {self.lr} and average {self.average}: pass at least one step, a "
+                "positive finite lr and an average in (0, 1]"
             )
-        if not all(LOWEST <= value <= HIGHEST for value in self.start):
-            raise UsageError(f"a search that starts at {self.start}: a and b must lie in [{LOWEST}, {HIGHEST}]")
+        if not all(MIN_PARAMETER <= value <= MAX_PARAMETER for value in self.start):
+            raise UsageError(f"Schedule has start {self.start}: pass a and b in [{MIN_PARAMETER:g}, {MAX_PARAMETER:g}]")
 
 
 @dataclass
 class SearchState:
-    """Where a search stands; plain numbers, so JSON holds it without loss.
+    """Progress of a search. The fields are plain numbers and the keys of the checkpoint, so JSON stores them exactly.
 
     Attributes:
-        step: Steps done.
         phi: (ln a, ln b).
+        step: Number of completed steps.
         first: Adam's running mean of the gradient.
-        second: Adam's running mean of its square.
-        quiet: Short steps in a row.
-        path: (a, b) before each step, and at last where it stands.
-        rewards: Mean reward of each step's trials.
-        accuracies: Mean accuracy of the proxies on the held-out part, each step.
-        trials: Proxies trained so far.
-        seconds: Time spent so far.
+        second: Adam's running mean of the squared gradient.
+        quiet: Number of consecutive short steps.
+        path: (a, b) before each step, then the current (a, b).
+        rewards: Mean reward over the trials of each step.
+        accuracies: Mean held-out accuracy of the proxies of each step.
+        trials: Number of proxies trained.
+        seconds: Time spent.
     """
 
     phi: list[float]
@@ -75,50 +78,49 @@ class SearchState:
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, schedule: Schedule) -> SearchState:
-        """The state before the first step."""
+    def initial(cls, schedule: Schedule) -> SearchState:
+        """Return the state before the first step."""
         return cls(phi=[math.log(value) for value in schedule.start], path=[list(schedule.start)])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
-def ended(state: SearchState, schedule: Schedule) -> bool:
-    """Whether the search has done its steps or come to rest."""
-    return state.step >= schedule.steps or state.quiet >= _QUIET_STEPS
+def is_finished(state: SearchState, schedule: Schedule) -> bool:
+    """Return whether all steps are done or the search has converged."""
+    return state.step >= schedule.steps or state.quiet >= _PATIENCE
 
 
-def ascend(state: SearchState, schedule: Schedule, estimate: Callable[[FloatArray, int], Estimate]) -> Estimate:
-    """Do one step, in place.
+def take_step(state: SearchState, schedule: Schedule, estimate: Callable[[FloatArray, int], Estimate]) -> Estimate:
+    """Update the state by one step of Adam, in place.
 
     Args:
-        state: Where the search stands.
-        schedule: How it moves.
-        estimate: From (phi, step) to the gradient there.
+        state: The search.
+        schedule: Its settings.
+        estimate: Maps (phi, step) to a gradient estimate.
 
     Returns:
-        The estimate that the step was made from.
+        The estimate behind the step.
 
     Raises:
-        DivergedError: A reward or the gradient is not finite. The state is as before the step.
+        DivergedError: A reward or the gradient is not finite. The state is unchanged.
     """
     phi = np.array(state.phi)
     found = estimate(phi, state.step)
     if not (np.isfinite(found.gradient).all() and math.isfinite(found.reward)):
         a, b = np.exp(phi)
         raise DivergedError(
-            f"step {state.step} at a = {a:.3g}, b = {b:.3g}: the reward is {found.reward}, its gradient "
-            f"{found.gradient.tolist()}; the reward or the proxy gives numbers that are not finite: lower the proxy's "
-            "learning rate or mend the reward"
+            f"step {state.step} at a = {a:.3g}, b = {b:.3g}: the reward {found.reward} or its gradient "
+            f"{found.gradient.tolist()} is not finite: lower the proxies' learning rate or correct the reward"
         )
     count = state.step + 1
-    first = _FIRST * np.array(state.first) + (1 - _FIRST) * found.gradient
-    second = _SECOND * np.array(state.second) + (1 - _SECOND) * found.gradient**2
-    # One scale for both axes: a policy in a valley must not be pushed along it by the noise of the flat axis.
-    scale = math.sqrt(second.mean() / (1 - _SECOND**count)) + _EPSILON
+    first = _BETA1 * np.array(state.first) + (1 - _BETA1) * found.gradient
+    second = _BETA2 * np.array(state.second) + (1 - _BETA2) * found.gradient**2
+    # Both axes share one scale: in a valley, Adam's scale per axis would amplify the noise of the flat axis.
+    scale = math.sqrt(second.mean() / (1 - _BETA2**count)) + _EPSILON
     rate = schedule.lr * (1 + math.cos(math.pi * state.step / schedule.steps)) / 2
-    moved = np.clip(phi + rate * first / (1 - _FIRST**count) / scale, math.log(LOWEST), math.log(HIGHEST))
+    moved = np.clip(phi + rate * first / (1 - _BETA1**count) / scale, math.log(MIN_PARAMETER), math.log(MAX_PARAMETER))
     state.quiet = state.quiet + 1 if float(np.linalg.norm(moved - phi)) < schedule.tolerance else 0
     state.step, state.phi = count, moved.tolist()
     state.first, state.second = first.tolist(), second.tolist()
@@ -129,8 +131,8 @@ def ascend(state: SearchState, schedule: Schedule, estimate: Callable[[FloatArra
     return found
 
 
-def result_of(state: SearchState, schedule: Schedule) -> tuple[float, float]:
-    """(a, b): the geometric mean over the last part of the path."""
+def averaged_parameters(state: SearchState, schedule: Schedule) -> tuple[float, float]:
+    """Return the geometric mean of (a, b) over the last part of the path."""
     count = max(1, math.ceil(schedule.average * state.step))
     a, b = np.exp(np.log(np.array(state.path[-count:])).mean(0))
     return float(a), float(b)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.prune.if_beta.holdout import hold_out
+from kdfast.prune.if_beta.inputs import hold_out
 
 
 class Cloud(NamedTuple):
@@ -19,7 +19,7 @@ class Cloud(NamedTuple):
 
 
 def make_cloud(n=1200, classes=3, dim=12, seed=0):
-    """Overlapping classes, their Bayes teacher, and a score that says nothing."""
+    """Overlapping classes, the logits of their Bayes classifier, and an uninformative score."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n, dtype=np.int64) % classes
     means = rng.normal(size=(classes, dim))
@@ -35,7 +35,7 @@ def cloud():
 
 @pytest.fixture(scope="session")
 def noisy_top(cloud):
-    """In the highest fifth of each class's ranks the teacher is turned round; not in what seed 0 holds out."""
+    """Negate the teacher's logits in the highest fifth of each class's ranks, except on the held-out set of seed 0."""
     logits, clean = cloud.logits.clone(), hold_out(cloud.labels, 3, seed=0)[1]
     for c in range(3):
         members = np.flatnonzero(cloud.labels == c)
@@ -47,7 +47,7 @@ def noisy_top(cloud):
 
 @pytest.fixture(scope="session")
 def two_halves():
-    """Samples of high rank follow the reverse of the rule of low ranks: every share but one half each loses."""
+    """Reverse the teacher's rule between low and high ranks: only half of each, the uniform policy, is best."""
     rng = np.random.default_rng(2)
     n, dim = 1600, 8
     labels = np.arange(n, dtype=np.int64) % 2

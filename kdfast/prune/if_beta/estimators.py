@@ -1,11 +1,11 @@
 """Estimators of the gradient of the expected reward in phi = (ln a, ln b).
 
-`crn`, central differences under common random numbers: the same Gumbel noise, initial parameters and batch order at
-phi + delta and phi - delta, so most of the noise of both rewards cancels. It estimates the gradient of a slightly
-smoothed objective (error of order delta^2).
+`crn`: central differences under common random numbers. The evaluations at phi + delta and phi - delta share the Gumbel
+noise, initial parameters and batch order, so most of the noise of their rewards cancels. The estimate is that of a
+slightly smoothed objective (error of order delta^2).
 
-`score`, the score-function estimator: reward times the gradient of the draw's log-probability. Unbiased, whatever the
-reward, and much noisier.
+`score`: the score-function estimator (REINFORCE), reward times the gradient of the log-probability of the draw. It is
+unbiased for any reward, but much noisier.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdfast.prune.if_beta.policy import FloatArray
 
 
 class Trial(NamedTuple):
-    """One draw to be rewarded: the policy's parameters and the number of the noise."""
+    """One draw to evaluate: the parameters of the policy and the number of the draw, which selects its noise."""
 
     a: float
     b: float
@@ -29,24 +29,24 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a trial gave: its reward, the accuracy beside it, and what computes the gradient of its log-probability."""
+    """Result of a trial: reward, held-out accuracy, and a function returning the gradient of ln p(draw) in phi."""
 
     reward: float
     accuracy: float
-    score: Callable[[], FloatArray]
+    log_probability_gradient: Callable[[], FloatArray]
 
 
 Evaluate = Callable[[Sequence[Trial]], list[Outcome]]
 
 
 class Estimate(NamedTuple):
-    """A gradient in phi, and the means over the trials it was made from.
+    """A gradient in phi and the means over the trials behind it.
 
     Attributes:
         gradient: float64 (2,).
         reward: Mean reward.
-        accuracy: Mean accuracy on the held-out part.
-        trials: Proxies trained.
+        accuracy: Mean held-out accuracy.
+        trials: Number of proxies trained.
     """
 
     gradient: FloatArray
@@ -56,18 +56,19 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Estimates the gradient of the expected reward."""
+    """A gradient estimator of the expected reward."""
 
     def __call__(self, phi: FloatArray, evaluate: Evaluate) -> Estimate:
-        """Estimate at phi = (ln a, ln b), float64 (2,)."""
+        """Estimate the gradient at phi = (ln a, ln b), float64 (2,)."""
 
 
+# The repr of an estimator is part of a search's identity: renaming a class or field orphans checkpoints on disk.
 @dataclass(frozen=True)
 class CommonNoise:
     """Central differences under common random numbers.
 
     Attributes:
-        repeats: Noises to average over; each costs four proxies.
+        repeats: Number of noise samples to average over; each costs four proxies.
         delta: Half the distance between the two points, in phi.
     """
 
@@ -76,10 +77,10 @@ class CommonNoise:
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.delta <= 0:
-            raise UsageError(f"{self.repeats} repeats and delta {self.delta}: both must be positive")
+            raise UsageError(f"CommonNoise has repeats {self.repeats} and delta {self.delta}: pass positive values")
 
     def __call__(self, phi: FloatArray, evaluate: Evaluate) -> Estimate:
-        """Average (R(phi + delta e) - R(phi - delta e)) / (2 delta) over the noises, for each axis e."""
+        """Average (R(phi + delta e) - R(phi - delta e)) / (2 delta) over the noise samples, for each axis e."""
         shifts = self.delta * np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         points = np.exp(phi + shifts).tolist()
         outcomes = evaluate([Trial(a, b, draw) for draw in range(self.repeats) for a, b in points])
@@ -93,24 +94,25 @@ class ScoreFunction:
     """The score-function estimator with a leave-one-out baseline.
 
     Attributes:
-        draws: Draws to average over, at least 2.
-        natural: Multiply by the inverse covariance of the scores (the natural gradient), which takes the unequal
-            lengths of the two axes away; needs 4 draws and more.
+        draws: Number of draws to average over, at least 2.
+        natural: Whether to multiply by the inverse covariance of the scores (the natural gradient), which normalizes
+            the unequal scales of the two axes; requires at least 4 draws.
     """
 
     draws: int = 32
     natural: bool = True
 
     def __post_init__(self) -> None:
-        if self.draws < (4 if self.natural else 2):
-            raise UsageError(f"{self.draws} draws: the score estimator needs 2, with the natural gradient 4")
+        least = 4 if self.natural else 2
+        if self.draws < least:
+            raise UsageError(f"ScoreFunction has draws {self.draws} and natural {self.natural}: pass at least {least}")
 
     def __call__(self, phi: FloatArray, evaluate: Evaluate) -> Estimate:
-        """Average (R_k - mean of the other rewards) * grad log p_k."""
+        """Average (R_k - mean of the other rewards) * grad ln p_k."""
         a, b = np.exp(phi).tolist()
         outcomes = evaluate([Trial(a, b, draw) for draw in range(self.draws)])
         rewards = np.array([o.reward for o in outcomes])
-        scores = np.stack([o.score() for o in outcomes])
+        scores = np.stack([o.log_probability_gradient() for o in outcomes])
         baseline = (rewards.sum() - rewards) / (self.draws - 1)
         gradient = (rewards - baseline) @ scores / self.draws
         if self.natural:
