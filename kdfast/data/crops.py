@@ -1,13 +1,13 @@
-"""Boxes of random-resized crops, the same on each machine: only exactly rounded operations, no exp or pow."""
+"""Boxes of random resized crops, the same on every machine: only correctly rounded operations, no exp or pow."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.stateless_random import WordArray, below, hash64, unit
+from kdfast.data.stateless_random import WordArray, hash64, uniform, uniform_below
 
-_TRIES = 10
+_ATTEMPTS = 10
 _RATIO_BITS = 16
 
 
@@ -20,17 +20,17 @@ def crop_boxes(
     flip: bool,
     whole: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int32]:
-    """Draw a box for each key: area uniform in `scale`, width / height log-uniform in `ratio`, place uniform.
+    """Draw a box for each key: area uniform in `scale`, width / height log-uniform in `ratio`, position uniform.
 
-    A shape that does not fit the image is drawn again; after ten of them the box is the whole image.
+    A shape that does not fit the image is drawn again. After ten attempts the box is the whole image.
 
     Args:
         keys: `(n,)` uint64, one for each (seed, sample, view).
         image_size: Height and width of the images, in pixels.
-        scale: Least and largest area of a box, as a share of the image's.
-        ratio: Least and largest width / height of a box.
-        flip: Whether half of the boxes are to be mirrored.
-        whole: `(n,)` where the box is the whole image, not mirrored.
+        scale: Smallest and largest area of a box, as a fraction of the image's.
+        ratio: Smallest and largest width / height of a box.
+        flip: Whether to mirror half of the boxes.
+        whole: `(n,)`, true where the box is the whole image, not mirrored.
 
     Returns:
         `(n, 5)` int32: top, left, height, width in pixels, and flip in {0, 1}.
@@ -38,21 +38,21 @@ def crop_boxes(
     tall, wide = image_size
     height, width = np.full(len(keys), tall, np.int64), np.full(len(keys), wide, np.int64)
     pending = ~whole
-    for attempt in range(_TRIES):
-        area = tall * wide * (scale[0] + (scale[1] - scale[0]) * unit(hash64(keys, attempt, 0)))
+    for attempt in range(_ATTEMPTS):
+        area = tall * wide * (scale[0] + (scale[1] - scale[0]) * uniform(hash64(keys, attempt, 0)))
         aspect = ratio[0] * _power(ratio[1] / ratio[0], hash64(keys, attempt, 1))
         h, w = (np.maximum(1, np.rint(np.sqrt(x))).astype(np.int64) for x in (area / aspect, area * aspect))
         fits = pending & (h <= tall) & (w <= wide)
         height[fits], width[fits] = h[fits], w[fits]
         pending &= ~fits
-    top = below(hash64(keys, _TRIES, 0), tall - height + 1)
-    left = below(hash64(keys, _TRIES, 1), wide - width + 1)
-    mirrored = below(hash64(keys, _TRIES, 2), 2) * (~whole if flip else 0)
+    top = uniform_below(hash64(keys, _ATTEMPTS, 0), tall - height + 1)
+    left = uniform_below(hash64(keys, _ATTEMPTS, 1), wide - width + 1)
+    mirrored = uniform_below(hash64(keys, _ATTEMPTS, 2), 2) * (~whole if flip else 0)
     return np.stack([top, left, height, width, mirrored], axis=1).astype(np.int32)
 
 
 def _power(base: float, words: WordArray) -> npt.NDArray[np.float64]:
-    """`base ** u` for `u` uniform on the multiples of 2**-16 in [0, 1): a product of repeated square roots."""
+    """Return `base ** u` for `u` uniform on the multiples of 2**-16 in [0, 1), a product of square roots."""
     out, root = np.ones(len(words)), np.float64(base)
     for bit in range(1, _RATIO_BITS + 1):
         root = np.sqrt(root)

@@ -1,4 +1,4 @@
-"""The loader that keeps a whole split decoded in the memory of a device."""
+"""Loader that keeps a whole decoded split in the memory of a device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kdfast.errors import UsageError
 
 
 class ResidentLoader:
-    """Serves batches by gathering rows of one uint8 tensor.
+    """Load batches by gathering rows of one uint8 tensor.
 
     Args:
-        split: The split; read once, in blocks. One that is in memory already is shared with a loader on the CPU.
-        device: Where the pixels live and the batches come out.
+        split: The split, read once, in blocks. A loader on the CPU shares the memory of an `ArraySplit`.
+        device: Device of the pixels and of the batches.
 
     Attributes:
         name: `resident`.
-        compile_seconds: 0; nothing is compiled.
+        compile_seconds: 0, because nothing is compiled.
     """
 
     name = "resident"
@@ -37,47 +37,47 @@ class ResidentLoader:
         """Gather the samples `ids` in their order.
 
         Args:
-            ids: Integers `(n,)`, n >= 1, no id twice; copied, so changing them later has no effect.
+            ids: Distinct integers `(n,)`, n >= 1; copied, so later changes have no effect.
             batch_size: Samples per batch; the last batch may be smaller.
 
         Returns:
-            Iterator of uint8 `(b, H, W, 3)` on the loader's device. All batches of a pass share one buffer: a batch is
-            valid until the next one is asked for.
+            Iterator of uint8 `(b, H, W, 3)` on the loader's device. All batches share one buffer, so a batch is valid
+            until the next one is requested.
 
         Raises:
-            SubsetError: See `epoch_ids`.
+            SubsetError: The ids or the batch size are invalid, see `epoch_ids`.
             UsageError: The loader is closed.
         """
         if self._rows is None:
-            raise UsageError("this loader is closed; make another one")
+            raise UsageError("the loader is closed; create another one")
         return self._epoch(self._rows, epoch_ids(ids, len(self._rows), batch_size), batch_size)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._rows = None
 
     def _epoch(self, rows: Tensor, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
-        places = torch.from_numpy(order).to(rows.device)
+        positions = torch.from_numpy(order).to(rows.device)
         buffer = torch.empty((min(batch_size, len(order)), rows.shape[1]), dtype=torch.uint8, device=rows.device)
         for start in range(0, len(order), batch_size):
-            chosen = places[start : start + batch_size]
+            chosen = positions[start : start + batch_size]
             batch = buffer[: len(chosen)]
             _gather(rows, chosen, batch)
             yield batch.view(-1, *self._shape)
 
 
-def _gather(rows: Tensor, places: Tensor, out: Tensor) -> None:
-    """Copy the rows `places` to `out`, both uint8 `(n, H * W * 3)`."""
+def _gather(rows: Tensor, positions: Tensor, out: Tensor) -> None:
+    """Copy the rows at `positions` to `out`, both uint8 `(n, H * W * 3)`."""
     if rows.device.type == "cpu":
-        # In this thread: it is a plain copy, and waiting for torch's threads costs many times that on busy cores. The
-        # mode is the one that writes to `out` directly; the places have been checked.
-        np.take(rows.numpy(), places.numpy(), axis=0, out=out.numpy(), mode="clip")
+        # numpy copies in this thread; waiting for torch's threads costs many times the copy on busy cores. The mode
+        # "clip" writes to `out` directly, and the positions have been checked.
+        np.take(rows.numpy(), positions.numpy(), axis=0, out=out.numpy(), mode="clip")
     else:
-        torch.index_select(rows, 0, places, out=out)
+        torch.index_select(rows, 0, positions, out=out)
 
 
 def _decoded(split: Split, device: torch.device) -> Tensor:
-    """All images of a split, uint8 `(N, H, W, 3)`."""
+    """Return all images of a split, uint8 `(N, H, W, 3)`."""
     if isinstance(split, ArraySplit):
         return torch.from_numpy(split.images).to(device)
     pixels = torch.empty((len(split), *split.shape), dtype=torch.uint8, device=device)

@@ -1,7 +1,7 @@
-"""What a data source is to the rest of kdfast: two splits of equal-sized uint8 images, class names and a fingerprint.
+"""Data sources: two splits of equal-sized uint8 images, class names and a fingerprint.
 
-A sample's identity is its index in the training split, everywhere. The fingerprint is a digest of what the training
-split decodes to, not of the bytes on the disk, so one data set has one fingerprint whatever format holds it.
+A sample is identified everywhere by its index in the training split. The fingerprint is a digest of the decoded
+training split, not of the bytes on disk, so a data set has the same fingerprint in every format.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from kdfast.errors import DataError, SubsetError
 Pixels = npt.NDArray[np.uint8]
 
 _BLOCK_BYTES = 16 << 20
-_CROPS = 128  # recorded crops per sample: as many views, about, as padded CIFAR images have
+_CROPS = 128  # recorded crops per sample, similar to the 162 views of padded CIFAR images
 
 
 class Split(Protocol):
-    """Indexed, labelled images of one shape."""
+    """Interface of indexed, labelled images of one shape."""
 
     @property
     def labels(self) -> IntArray:
@@ -45,15 +45,15 @@ class Split(Protocol):
 
 
 class ArraySplit:
-    """A split held in memory.
+    """A split in memory.
 
     Args:
         images: uint8 `(N, H, W, 3)`, `(N, H, W, 1)` or `(N, H, W)`; grey images become three equal channels.
         labels: Integers `(N,)`.
-        name: What to call the data in error messages, for example `train_images of shapes.npz`.
+        name: Name of the data in error messages, for example `train_images of shapes.npz`.
 
     Raises:
-        DataError: Another dtype or shape, no samples, or not one label per image.
+        DataError: The dtype or shape is wrong, there are no samples, or there is not one label per image.
     """
 
     def __init__(self, images: npt.NDArray[np.generic], labels: npt.ArrayLike, name: str) -> None:
@@ -62,7 +62,7 @@ class ArraySplit:
         if images.ndim == 3:
             images = images[..., np.newaxis]
         if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-            raise DataError(f"{name} has shape {images.shape}; needed: (N, H, W, 3) or (N, H, W), none of them 0")
+            raise DataError(f"{name} has shape {images.shape}; needed: (N, H, W, 3) or (N, H, W), no size 0")
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         self.images: Pixels = np.ascontiguousarray(images, dtype=np.uint8)
@@ -83,27 +83,27 @@ class ArraySplit:
         return len(self.images)
 
     def read(self, ids: npt.ArrayLike) -> Pixels:
-        """Copy the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`."""
+        """Copy the samples `ids`, integers `(n,)`, to a uint8 array `(n, H, W, 3)`."""
         return self.images[index_array(ids, len(self))]
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set: where it lies, what its classes are called, and its two splits.
+    """A data set: its path, its class names and its two splits.
 
     Args:
-        path: What was opened.
-        kind: Which reader opened it, a key of SOURCES (or `datasets`).
+        path: The path that was opened.
+        kind: The reader that opened it, a key of SOURCES or `datasets`.
         classes: Class names; a label is an index into them.
         train: The split that is scored, pruned and trained on.
-        test: The split that is only evaluated on; same image shape.
-        views: The augmentation that belongs to the data.
-        recorded: Fingerprint from the time when the data was written; None where there is no such record.
-        trusted: Whether the files are those of that time, so that it need not be computed again; it is otherwise, and
-            must be the same.
+        test: The split for evaluation only; same image shape.
+        view_spec: The augmentation of the data.
+        recorded: Fingerprint recorded when the data was written; None without a record.
+        trusted: Whether the files are unchanged since then. If not, the fingerprint is computed again and must be the
+            recorded one.
 
     Raises:
-        DataError: Labels outside the classes, or splits of different image shapes.
+        DataError: A label lies outside the classes, or the splits have different image shapes.
     """
 
     path: str
@@ -111,7 +111,7 @@ class Source:
     classes: tuple[str, ...]
     train: Split
     test: Split
-    views: ViewSpec
+    view_spec: ViewSpec
     recorded: str | None = None
     trusted: bool = False
 
@@ -125,7 +125,7 @@ class Source:
             if low < 0 or high >= len(self.classes):
                 raise DataError(
                     f"{self.path}: {name} labels go from {low} to {high}, but there are {len(self.classes)} classes "
-                    f"(labels 0 to {len(self.classes) - 1}); repair the labels"
+                    f"(labels 0 to {len(self.classes) - 1}); correct the labels"
                 )
 
     @functools.cached_property
@@ -133,25 +133,25 @@ class Source:
         """Digest of the decoded training split (see `fingerprint_of`); computed on first use.
 
         Raises:
-            DataError: It is not the recorded one.
+            DataError: It differs from the recorded one.
         """
         if self.recorded is not None and self.trusted:
             return self.recorded
         found = fingerprint_of(self.train, len(self.classes))
         if self.recorded not in (None, found):
             raise DataError(
-                f"{self.path} does not hold the training samples that were written there (fingerprint {found[:12]}, "
+                f"{self.path} does not hold the training samples that were written to it (fingerprint {found[:12]}, "
                 f"recorded {str(self.recorded)[:12]}): it is damaged or was changed; convert the data again"
             )
         return found
 
 
 class DataDigest:
-    """SHA-256 over the sample count, the class count, the image shape, then decoded pixels, then labels.
+    """SHA-256 of the sample count, class count and image shape, then the decoded pixels, then the labels.
 
     Args:
         count: Number of samples, N.
-        classes: Number of classes (their names are not part of the identity).
+        classes: Number of classes; their names are not part of the digest.
         shape: Image shape `(H, W, 3)`.
     """
 
@@ -160,7 +160,7 @@ class DataDigest:
         self._hash = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
 
     def update(self, pixels: Pixels) -> None:
-        """Add the next images in index order, uint8 `(n, H, W, 3)`."""
+        """Add the next images, uint8 `(n, H, W, 3)`, in index order."""
         self._hash.update(np.ascontiguousarray(pixels).data)
 
     def finish(self, labels: IntArray) -> str:
@@ -170,14 +170,14 @@ class DataDigest:
 
 
 def fingerprint_of(split: Split, classes: int) -> str:
-    """Digest of a decoded split in index order, read in blocks.
+    """Return the digest of a decoded split in index order, read in blocks.
 
     Args:
         split: The split.
         classes: Number of classes.
 
     Returns:
-        SHA-256 in hexadecimal; equal for equal pixels and labels in equal order, whatever the file format.
+        SHA-256 in hexadecimal; equal for equal pixels and labels in the same order, independent of the file format.
     """
     digest = DataDigest(len(split), classes, split.shape)
     for ids in id_blocks(split):
@@ -186,48 +186,49 @@ def fingerprint_of(split: Split, classes: int) -> str:
 
 
 def normalization_of(split: Split) -> Normalization:
-    """Mean and standard deviation per channel over all pixels of a split, in units of the full range (0 to 1).
+    """Return the mean and standard deviation of each channel over all pixels of a split, on the scale 0 to 1.
 
     The sums are exact integers, so the result does not depend on the block size or the machine.
 
     Raises:
-        DataError: A channel has the same value everywhere.
+        DataError: A channel is constant.
     """
-    total, squares = [0, 0, 0], [0, 0, 0]
+    totals = np.zeros((2, 3), np.int64)  # of the values and of their squares
     for ids in id_blocks(split):
         pixels = split.read(ids).reshape(-1, 3)
-        # 255^2 fits 16 bits: the squares take a quarter of the memory of int64.
-        for channel, (one, two) in enumerate(
-            zip(pixels.sum(0, dtype=np.int64), np.square(pixels, dtype=np.uint16).sum(0, dtype=np.int64), strict=True)
-        ):
-            total[channel] += int(one)
-            squares[channel] += int(two)
+        totals[0] += pixels.sum(0, dtype=np.int64)
+        # 255**2 fits in 16 bits, so the squares take a quarter of the memory of int64.
+        totals[1] += np.square(pixels, dtype=np.uint16).sum(0, dtype=np.int64)
+    sums, square_sums = totals.tolist()
     count = len(split) * split.shape[0] * split.shape[1]
-    mean = [one / count / 255 for one in total]
-    spread = [((count * two - one * one) / count**2) ** 0.5 / 255 for one, two in zip(total, squares, strict=True)]
-    if 0.0 in spread:
-        raise DataError("the training images have a channel of constant value; it cannot be normalised: check the data")
-    return Normalization((mean[0], mean[1], mean[2]), (spread[0], spread[1], spread[2]))
+    mean = [first / count / 255 for first in sums]
+    std = [
+        ((count * second - first * first) / count**2) ** 0.5 / 255
+        for first, second in zip(sums, square_sums, strict=True)
+    ]
+    if 0.0 in std:
+        raise DataError("the training images have a constant channel, which cannot be normalised; check the data")
+    return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def id_blocks(split: Split) -> Iterator[IntArray]:
-    """All sample ids of a split in index order, in blocks that decode to about 16 MiB."""
+    """Yield all sample ids of a split in index order, in blocks that decode to about 16 MiB."""
     step = max(1, _BLOCK_BYTES // int(np.prod(split.shape)))
     for start in range(0, len(split), step):
         yield np.arange(start, min(start + step, len(split)), dtype=np.int64)
 
 
 def index_array(ids: npt.ArrayLike, count: int) -> IntArray:
-    """Check sample ids and copy them to a fresh int64 array `(n,)`.
+    """Check sample ids and copy them to a new int64 array `(n,)`.
 
     Raises:
-        SubsetError: Not one-dimensional integers, or outside `[0, count)`.
+        SubsetError: The ids are not one-dimensional integers, or lie outside `[0, count)`.
     """
     given = np.asarray(ids)
     if given.shape == (0,):
         return np.empty(0, np.int64)  # an empty list has numpy's default dtype, which is float
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
-        hint = "; turn a mask into ids with np.flatnonzero" if given.dtype == np.bool_ else ""
+        hint = "; convert a mask by np.flatnonzero" if given.dtype == np.bool_ else ""
         raise SubsetError(f"sample ids are {given.dtype} of shape {given.shape}; needed: integers of shape (n,){hint}")
     if given.min() < 0 or given.max() >= count:
         raise SubsetError(
@@ -237,35 +238,35 @@ def index_array(ids: npt.ArrayLike, count: int) -> IntArray:
 
 
 def epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray:
-    """Check the ids of one pass over the data and copy them, so that a later change by the caller has no effect.
+    """Check the ids of one pass over the data and copy them, so that later changes by the caller have no effect.
 
     Args:
-        ids: Integers `(n,)`, n >= 1, no id twice.
+        ids: Distinct integers `(n,)`, n >= 1.
         count: Number of samples of the split.
-        batch_size: Samples per batch, >= 1; the last batch may be smaller, and the only one too.
+        batch_size: Samples per batch, >= 1; the last batch may be smaller.
 
     Returns:
-        A private int64 copy `(n,)`.
+        An int64 copy `(n,)`.
 
     Raises:
-        SubsetError: Not one-dimensional integers, none at all, out of range, or an id twice; or `batch_size` < 1.
+        SubsetError: The ids are not one-dimensional integers, empty, out of range or repeated, or `batch_size` < 1.
     """
     if batch_size < 1:
-        raise SubsetError(f"the batch size is {batch_size}; needed: 1 or more")
+        raise SubsetError(f"`batch_size` is {batch_size}; needed: at least 1")
     order = index_array(ids, count)
     if not order.size:
         raise SubsetError("there are no sample ids to load; needed: at least one")
-    seen = np.bincount(order)
-    if seen.max() > 1:
-        raise SubsetError(f"sample id {int(seen.argmax())} is there {int(seen.max())} times; needed: each id once")
+    counts = np.bincount(order)
+    if counts.max() > 1:
+        raise SubsetError(f"sample id {int(counts.argmax())} occurs {int(counts.max())} times; needed: each id once")
     return order
 
 
 def integer_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
-    """Check that there is one integer label per image and return them as int64 `(N,)`.
+    """Check that there is one integer label per image, and return the labels as int64 `(N,)`.
 
     Raises:
-        DataError: Another dtype, shape or number.
+        DataError: The dtype, shape or number is wrong.
     """
     given = np.asarray(labels)
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or len(given) != count:
@@ -276,14 +277,14 @@ def integer_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
 
 
 def inferred_classes(train: IntArray, name: str) -> tuple[str, ...]:
-    """Class names `0`, `1`, ... for data that brings none: one per label up to the largest.
+    """Return class names `0`, `1`, ... for data without names, one for each label up to the largest.
 
     Raises:
-        DataError: Negative labels, or a label below the largest that no training sample has.
+        DataError: A label is negative, or no training sample has one of the labels below the largest.
     """
     if train.min() < 0:
         raise DataError(f"{name}: the smallest training label is {train.min()}; needed: labels 0, 1, 2, ...")
-    # The largest label may be garbage: compare with the distinct ones before any array of that size is made.
+    # The largest label may be garbage, so allocate no array of that size before the check.
     distinct = np.unique(train)
     gaps = np.flatnonzero(distinct != np.arange(len(distinct)))
     if gaps.size:
@@ -294,10 +295,10 @@ def inferred_classes(train: IntArray, name: str) -> tuple[str, ...]:
     return tuple(str(label) for label in range(len(distinct)))
 
 
-def generic_views(shape: Sequence[int], *, flip: bool) -> ViewSpec:
-    """The augmentation of data whose conventional one is not known.
+def default_view_spec(shape: Sequence[int], *, flip: bool) -> ViewSpec:
+    """Return the augmentation for data without a conventional one.
 
-    Images below 64 pixels are shifted by up to an eighth of their smaller side; larger ones get random resized crops
+    Images below 64 pixels are shifted by up to an eighth of their smaller side. Larger images get random resized crops
     of their own size.
     """
     height, width = int(shape[0]), int(shape[1])

@@ -1,8 +1,8 @@
-"""Random numbers without a generator's state: hashes of (purpose, seed, sample, ...).
+"""Stateless random numbers: hashes of (purpose, seed, sample, ...).
 
-A draw depends on its arguments alone, so it is the same on any machine, rank, batch split and numpy version, and any
-one of them can be had without the others. The functions here are pinned by literals in the tests: subsets, orders and
-teacher caches depend on them, so their values never change.
+A draw depends only on its arguments, so it is the same on any machine, rank, batch split and numpy version, and can be
+computed without the other draws. Subsets, orders and teacher caches depend on these functions, so their values never
+change; the tests pin them by literals.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ WordArray: TypeAlias = npt.NDArray[np.uint64]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
-_ROUNDS = 32  # see `shuffled_at`
+_ROUNDS = 32  # of the swap-or-not shuffle
 _LIMIT = 1 << 32
-_BLOCK = 1 << 20  # pool elements held at a time: bounds the memory
+_BLOCK = 1 << 20  # pool elements in memory at a time
 
 
 class Purpose(IntEnum):
-    """First word of every hash: draws for different purposes are independent though the seed is the same."""
+    """First word of every hash, so that draws for different purposes with the same seed are independent."""
 
     ORDER = 1
-    SLOT = 2
-    VIEW = 3
+    VIEW_INDEX = 2
+    VIEW_TABLE = 3
     CROP = 4
     SCORE = 5
     TIE = 6
@@ -40,7 +40,7 @@ class Purpose(IntEnum):
 
 
 def mix64(words: WordArray) -> WordArray:
-    """The output function of SplitMix64: a bijection of 64-bit words whose every output bit depends on every input bit.
+    """Mix 64-bit words by the output function of SplitMix64, a bijection.
 
     Args:
         words: `(...)` uint64, at least one-dimensional.
@@ -49,8 +49,8 @@ def mix64(words: WordArray) -> WordArray:
         `(...)` uint64, a new array.
 
     Source:
-        Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (the constants are variant 13 of
-        Stafford's mixers).
+        Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators; the constants are variant 13 of
+        Stafford's mixers.
     """
     x = words ^ (words >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -61,7 +61,7 @@ def mix64(words: WordArray) -> WordArray:
 
 
 def hash64(*words: int | IntArray | WordArray) -> WordArray:
-    """Hash a sequence of integers: `h = mix64((h ^ word) + gamma)` over the words, from `h = 0`.
+    """Hash a sequence of integers: `h = mix64((h ^ word) + gamma)` over the words, starting at `h = 0`.
 
     Args:
         words: Integers (of any size, taken modulo 2**64) and integer arrays, which broadcast against each other.
@@ -76,23 +76,23 @@ def hash64(*words: int | IntArray | WordArray) -> WordArray:
     return state
 
 
-def below(words: WordArray, bound: int | IntArray) -> IntArray:
-    """Map uniform words to uniform integers in `[0, bound)` by their upper 32 bits; `bound` is at most 2**32."""
+def uniform_below(words: WordArray, bound: int | IntArray) -> IntArray:
+    """Map uniform words to uniform integers in `[0, bound)` using the upper 32 bits; `bound` is at most 2**32."""
     limit = np.uint64(bound) if isinstance(bound, int) else bound.astype(np.uint64)
     return (((words >> np.uint64(32)) * limit) >> np.uint64(32)).astype(np.int64)
 
 
-def unit(words: WordArray) -> npt.NDArray[np.float64]:
-    """Map uniform words to uniform float64 in [0, 1) by their upper 53 bits."""
+def uniform(words: WordArray) -> npt.NDArray[np.float64]:
+    """Map uniform words to uniform float64 in [0, 1) using the upper 53 bits."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def shuffled_at(positions: IntArray, size: int, keys: WordArray) -> IntArray:
-    """What stands at given positions of a random permutation of `[0, size)`, without making the permutation.
+    """Return the elements at given positions of a random permutation of `[0, size)` without building it.
 
-    The swap-or-not shuffle: in each of 32 rounds the key names a pairing `x <-> k - x (mod size)` of the elements and a
-    coin for each pair, which says whether its two members change places. Each key gives a bijection, and no departure
-    from uniformity shows in the places of single elements or of pairs.
+    This is the swap-or-not shuffle: in each of 32 rounds the key determines a pairing `x <-> k - x (mod size)` of the
+    elements and a coin for each pair, which decides whether the two are swapped. Each key gives a bijection. The tests
+    find no deviation from uniformity in single elements or pairs.
 
     Args:
         positions: `(...)` integers in `[0, size)`.
@@ -106,11 +106,11 @@ def shuffled_at(positions: IntArray, size: int, keys: WordArray) -> IntArray:
         Hoang, Morris and Rogaway 2012, An enciphering scheme based on a card shuffle.
     """
     if not 1 <= size < _LIMIT:
-        raise ValueError(f"a shuffle of {size} elements: needs 1 to 2**32 - 1")
+        raise ValueError(f"`size` is {size} elements; needed: 1 to 2**32 - 1")
     x = np.broadcast_to(positions, np.broadcast_shapes(positions.shape, keys.shape))
     for r in range(1, _ROUNDS + 1):
         words = mix64(keys + np.uint64(r * _GAMMA & _MASK))
-        partner = below(words, size) - x
+        partner = uniform_below(words, size) - x
         partner += np.where(partner < 0, size, 0)
         coin = _mix32(words.astype(np.uint32) ^ np.maximum(x, partner).astype(np.uint32)) & np.uint32(1)
         x = np.where(coin, partner, x)
@@ -118,10 +118,11 @@ def shuffled_at(positions: IntArray, size: int, keys: WordArray) -> IntArray:
 
 
 def shuffled_prefix(count: int, size: int, keys: WordArray) -> IntArray:
-    """The first `count` elements of a random permutation of `[0, size)` for each key: Fisher and Yates, stopped early.
+    """Return the first `count` elements of a random permutation of `[0, size)` for each key.
 
-    Exactly uniform, and a longer prefix begins with the shorter one. Its cost is that of `count` steps; a single
-    element far back is cheaper by `shuffled_at` (which is another permutation).
+    This is the Fisher-Yates shuffle, stopped early. It is exactly uniform, and a longer prefix begins with the shorter
+    one. The cost grows with `count`, so a single distant element is cheaper by `shuffled_at`, which is a different
+    permutation.
 
     Args:
         count: Number of elements, in `[0, size]`.
@@ -129,10 +130,10 @@ def shuffled_prefix(count: int, size: int, keys: WordArray) -> IntArray:
         keys: `(n,)` uint64; one permutation for each.
 
     Returns:
-        `(n, count)` int64 in `[0, size)`, without repetition in a row.
+        `(n, count)` int64 in `[0, size)`, distinct within a row.
     """
     if not (1 <= size < _LIMIT and 0 <= count <= size):
-        raise ValueError(f"{count} of {size} elements: needs 0 to {size}, of 1 to 2**32 - 1")
+        raise ValueError(f"{count} of {size} elements; needed: `count` from 0 to `size`, `size` from 1 to 2**32 - 1")
     out = np.empty((len(keys), count), np.int64)
     block = max(1, _BLOCK // size)
     for start in range(0, len(keys), block):
@@ -140,14 +141,14 @@ def shuffled_prefix(count: int, size: int, keys: WordArray) -> IntArray:
         rows = np.arange(len(part))
         pool = np.tile(np.arange(size, dtype=np.min_scalar_type(size)), (len(part), 1))
         for j in range(count):
-            drawn = j + below(mix64(part + np.uint64((j + 1) * _GAMMA & _MASK)), size - j)
+            drawn = j + uniform_below(mix64(part + np.uint64((j + 1) * _GAMMA & _MASK)), size - j)
             out[start : start + block, j] = pool[rows, drawn]
             pool[rows, drawn] = pool[:, j]
     return out
 
 
 def _mix32(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """MurmurHash3's 32-bit finaliser."""
+    """Mix 32-bit words by the finaliser of MurmurHash3."""
     x = x ^ (x >> np.uint32(16))
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(13)

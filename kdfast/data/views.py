@@ -165,12 +165,12 @@ def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: in
     if n_views == spec.count:
         return np.tile(np.arange(n_views, dtype=np.int64), (len(sample_ids), 1))
     out = np.full((len(sample_ids), n_views), spec.identity, np.int64)
-    others = shuffled_prefix(n_views - 1, spec.count - 1, hash64(Purpose.VIEW, view_seed, sample_ids))
+    others = shuffled_prefix(n_views - 1, spec.count - 1, hash64(Purpose.VIEW_TABLE, view_seed, sample_ids))
     out[:, 1:] = others + (others >= spec.identity)
     return out
 
 
-def draw_slots(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> IntArray:
+def draw_view_indices(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> IntArray:
     """Which of its `n_views` views each sample uses in an epoch.
 
     In each block of `n_views` epochs (0 to n_views - 1, and so on) a sample uses each slot once, in an order drawn anew
@@ -191,7 +191,7 @@ def draw_slots(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> Int
     if n_views < 1 or epoch < 0:
         raise UsageError(f"slots of {n_views} views in epoch {epoch}: needs at least 1 view, and epochs from 0")
     block, position = divmod(epoch, n_views)
-    keys = hash64(Purpose.SLOT, seed, sample_ids, block)
+    keys = hash64(Purpose.VIEW_INDEX, seed, sample_ids, block)
     if resolve("draws", "cpu") == "native":
         from kdfast.ops import native
 
@@ -246,10 +246,10 @@ def apply_views(
         return crop_views(images_u8, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
     if (height, width) != spec.size:
         raise ShapeError(f"images of {height}x{width} pixels: these views are for {spec.size[0]}x{spec.size[1]}")
-    return shift_views(images_u8, torch.from_numpy(shift_moves(spec, views)), affine, pad=spec.pad, dtype=dtype)
+    return shift_views(images_u8, torch.from_numpy(shift_offsets(spec, views)), affine, pad=spec.pad, dtype=dtype)
 
 
-def shift_moves(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
+def shift_offsets(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
     """Decode ids of "shift" views: `id = (top (2 pad + 1) + left) flips + flip`.
 
     Returns:

@@ -91,10 +91,10 @@ def write_relabelled(root):
 
 def write_betons(root):
     from kdfast.data.ffcv.write import convert
-    from kdfast.data.source import Source, generic_views
+    from kdfast.data.source import Source, default_view_spec
 
     train, test = make_split(30), make_split(9, seed=1)
-    convert(Source("memory", "npz", ("a", "b", "c"), train, test, generic_views(train.shape, flip=False)), root)
+    convert(Source("memory", "npz", ("a", "b", "c"), train, test, default_view_spec(train.shape, flip=False)), root)
     return root
 
 

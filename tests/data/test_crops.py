@@ -17,7 +17,7 @@ def boxes(count: int, size=(256, 256), scale=SCALE, ratio=RATIO, flip=True):
     return crop_boxes(keys, size, scale=scale, ratio=ratio, flip=flip, whole=np.zeros(count, bool))
 
 
-def test_boxes_are_pinned():
+def test_values_never_change():
     keys = hash64(Purpose.CROP, 0, np.array([0, 1, 2, 49_999, 1_281_166]), 1)
     drawn = crop_boxes(keys, (256, 256), scale=SCALE, ratio=RATIO, flip=True, whole=np.zeros(5, bool))
     assert drawn.tolist() == [
@@ -39,7 +39,7 @@ def test_boxes_lie_in_the_image(size):
     assert set(flip) == {0, 1}
 
 
-def test_shapes_follow_scale_and_ratio():
+def test_area_and_ratio_have_the_requested_distributions():
     # Small boxes always fit, so none is drawn again and the distributions are exact up to rounding to pixels.
     _, _, height, width, _ = boxes(20_000, (4096, 4096), scale=(0.1, 0.4)).T
     assert stats.kstest(height * width / 4096**2, "uniform", args=(0.1, 0.3)).pvalue > 1e-3
@@ -47,19 +47,19 @@ def test_shapes_follow_scale_and_ratio():
     assert stats.kstest(logs, "uniform", args=(math.log(3 / 4), math.log(16 / 9))).pvalue > 1e-3
 
 
-def test_places_and_flips_are_uniform():
+def test_positions_and_flips_are_uniform():
     top, left, height, width, flip = boxes(20_000, (4096, 4096), scale=(0.1, 0.4)).T
     for start, length in ((top, height), (left, width)):
         assert stats.kstest((start + 0.5) / (4096 - length + 1), "uniform").pvalue > 1e-3
     assert stats.binomtest(int(flip.sum()), len(flip)).pvalue > 1e-3
 
 
-def test_without_flip_no_box_is_mirrored():
+def test_no_box_is_mirrored_without_flip():
     assert boxes(1000, flip=False)[:, 4].sum() == 0
     assert (boxes(1000, flip=False)[:, :4] == boxes(1000)[:, :4]).all()
 
 
-def test_the_whole_image_where_asked_for_or_where_nothing_fits():
+def test_box_is_the_whole_image_on_request_or_if_nothing_fits():
     whole = np.arange(6) % 2 == 0
     drawn = crop_boxes(hash64(1, np.arange(6)), (50, 40), scale=SCALE, ratio=RATIO, flip=True, whole=whole)
     assert (drawn[whole] == [0, 0, 50, 40, 0]).all()

@@ -18,7 +18,7 @@ def beton_split(split, tmp_path):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_every_loader_gives_the_same_batches(split, beton_split, kind):
+def test_every_loader_yields_the_same_batches(split, beton_split, kind):
     loader = make_loader(beton_split, kind)
     assert loader.name == kind
     assert loader.compile_seconds >= 0
@@ -29,7 +29,7 @@ def test_every_loader_gives_the_same_batches(split, beton_split, kind):
     loader.close()
 
 
-def test_auto_is_resident_when_it_fits_a_quarter(beton_split, monkeypatch):
+def test_auto_is_resident_if_a_quarter_of_the_memory_suffices(beton_split, monkeypatch):
     decoded = 60 * 8 * 8 * 3
     monkeypatch.setattr(loaders, "device_memory", lambda device: 4 * decoded)
     assert make_loader(beton_split).name == "resident"
@@ -37,24 +37,24 @@ def test_auto_is_resident_when_it_fits_a_quarter(beton_split, monkeypatch):
     assert make_loader(beton_split).name == "ffcv"
 
 
-def test_what_is_no_beton_and_does_not_fit(split, monkeypatch):
+def test_rejects_a_large_split_that_is_not_a_beton(split, monkeypatch):
     monkeypatch.setattr(loaders, "device_memory", lambda device: 1000)
     with pytest.raises(UsageError, match="kdfast data convert"):
         make_loader(split())
     assert make_loader(split(), "resident").name == "resident"
 
 
-def test_ffcv_needs_a_beton(split):
+def test_ffcv_requires_a_beton(split):
     with pytest.raises(UsageError, match="reads betons"):
         make_loader(split(), "ffcv")
 
 
-def test_unknown_kind(split):
+def test_rejects_an_unknown_kind(split):
     with pytest.raises(UsageError, match="auto, resident, ffcv"):
         make_loader(split(), "dali")
 
 
-def test_memory_of_the_cpu(monkeypatch, tmp_path):
+def test_cpu_memory_respects_the_container_limit(monkeypatch, tmp_path):
     psutil = pytest.importorskip("psutil")
     monkeypatch.setattr(loaders, "_CGROUP_LIMITS", ())
     assert device_memory(torch.device("cpu")) == psutil.virtual_memory().total

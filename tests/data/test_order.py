@@ -10,7 +10,7 @@ from kdfast.data.order import batch_count, epoch_order, rank_batches
 from kdfast.errors import SubsetError, UsageError
 
 
-def test_orders_are_pinned():
+def test_values_never_change():
     ids = np.arange(10)
     assert epoch_order(ids, 0, 0).tolist() == [3, 1, 9, 6, 2, 4, 7, 8, 0, 5]
     assert epoch_order(ids, 0, 1).tolist() == [5, 9, 1, 7, 0, 4, 3, 6, 2, 8]
@@ -20,7 +20,7 @@ def test_orders_are_pinned():
 @given(
     st.lists(st.integers(0, 2**40), unique=True, max_size=50), st.integers(0, 2**64), st.integers(0, 1000), st.data()
 )
-def test_an_order_is_a_permutation_that_ignores_the_order_of_its_input(ids, seed, epoch, data):
+def test_order_is_a_permutation_independent_of_the_order_of_its_input(ids, seed, epoch, data):
     order = epoch_order(np.array(ids, np.int64), seed, epoch)
     assert sorted(order.tolist()) == sorted(ids)
     again = epoch_order(np.array(data.draw(st.permutations(ids)), np.int64), seed, epoch)
@@ -37,19 +37,14 @@ def test_orders_are_uniform_and_change_with_the_epoch():
     assert stats.chisquare(step).pvalue > 1e-3
 
 
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6), st.booleans(), st.data())
-def test_shares_join_to_the_global_batches_at_any_start(n, batch, world, drop_last, data):
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6), st.data())
+def test_shares_join_to_the_global_batches_from_any_start(n, batch, world, data):
     world = min(world, batch)
-    if drop_last and n < batch:
-        n = batch
     order = epoch_order(np.arange(n), 3, 0)
-    whole = [order[i : i + batch].tolist() for i in range(0, n, batch) if not drop_last or i + batch <= n]
-    assert batch_count(n, batch, drop_last=drop_last) == len(whole)
+    whole = [order[i : i + batch].tolist() for i in range(0, n, batch)]
+    assert batch_count(n, batch) == len(whole)
     start = data.draw(st.integers(0, len(whole)))
-    shares = [
-        list(rank_batches(order, batch, start=start, rank=rank, world=world, drop_last=drop_last))
-        for rank in range(world)
-    ]
+    shares = [list(rank_batches(order, batch, start=start, rank=rank, world=world)) for rank in range(world)]
     assert all(len(share) == len(whole) - start for share in shares)
     for step, expected in enumerate(whole[start:]):
         parts = [share[step].tolist() for share in shares]
@@ -57,7 +52,7 @@ def test_shares_join_to_the_global_batches_at_any_start(n, batch, world, drop_la
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_no_rank_has_more_of_a_smaller_batch():
+def test_no_share_of_a_smaller_batch_is_larger():
     for world in range(1, 17):
         sizes = np.zeros((65, world), np.int64)
         for count in range(1, 65):
@@ -67,7 +62,7 @@ def test_no_rank_has_more_of_a_smaller_batch():
             assert np.array_equal(np.concatenate(joined), order)
             sizes[count] = [len(share[1]) for share in shares]
             assert np.ptp(sizes[count]) <= 1
-        assert (np.diff(sizes, axis=0) >= 0).all()  # so also for any batch and any smaller last one
+        assert (np.diff(sizes, axis=0) >= 0).all()  # hence for any batch and any smaller last batch
 
 
 def test_one_rank_gets_the_global_batches():
@@ -79,15 +74,15 @@ def test_one_rank_gets_the_global_batches():
     "options",
     [{"start": 4}, {"start": -1}, {"rank": 2, "world": 2}, {"rank": -1}, {"world": 0}, {"world": 4}],
 )
-def test_senseless_options_are_refused_before_the_first_batch(options):
+def test_rejects_invalid_arguments_before_the_first_batch(options):
     with pytest.raises(UsageError):
         rank_batches(np.arange(7), 3, **options)
 
 
-def test_an_epoch_without_batches_is_refused():
-    with pytest.raises(SubsetError, match="no batch of 8"):
-        rank_batches(np.arange(7), 8, drop_last=True)
+def test_rejects_an_epoch_without_batches():
+    with pytest.raises(SubsetError, match="0 samples make no batch of 8"):
+        rank_batches(np.arange(0), 8)
     with pytest.raises(SubsetError, match="0 samples"):
         batch_count(0, 8)
-    with pytest.raises(UsageError, match="batch size 0"):
+    with pytest.raises(UsageError, match="`batch_size` is 0"):
         batch_count(7, 0)

@@ -16,7 +16,7 @@ def test_batches_follow_the_ids(split, batch_size):
     assert batches[0].dtype == torch.uint8
 
 
-def test_a_split_that_is_read_in_blocks(split, monkeypatch):
+def test_split_is_read_in_blocks(split, monkeypatch):
     class Lazy:
         def __init__(self, data):
             self.labels, self.shape, self.read = data.labels, data.shape, data.read
@@ -30,7 +30,7 @@ def test_a_split_that_is_read_in_blocks(split, monkeypatch):
     assert np.array_equal(batch.numpy(), data.images)
 
 
-def test_memory_is_shared_and_the_buffer_reused(split):
+def test_memory_of_the_split_is_shared_and_the_buffer_reused(split):
     data = split(60)
     loader = ResidentLoader(data)
     data.images[0] = 99
@@ -42,7 +42,7 @@ def test_memory_is_shared_and_the_buffer_reused(split):
     assert np.array_equal(first[0].numpy(), data.images[1])
 
 
-def test_changing_the_ids_later_has_no_effect(split):
+def test_later_changes_of_the_ids_have_no_effect(split):
     data = split(60)
     ids = np.arange(10)
     batches = ResidentLoader(data).batches(ids, 5)
@@ -51,12 +51,12 @@ def test_changing_the_ids_later_has_no_effect(split):
 
 
 @pytest.mark.parametrize("ids", [[60], [-1], [1, 1], [], [0.5], np.ones(60, bool)])
-def test_bad_ids_are_refused_when_asked_for(split, ids):
+def test_rejects_invalid_ids_at_the_call(split, ids):
     with pytest.raises(SubsetError):
         ResidentLoader(split(60)).batches(ids, 4)
 
 
-def test_closed(split):
+def test_rejects_use_after_close(split):
     loader = ResidentLoader(split(60))
     loader.close()
     with pytest.raises(UsageError, match="closed"):

@@ -8,9 +8,9 @@ from kdfast.data import source as module
 from kdfast.data.source import (
     ArraySplit,
     DataDigest,
+    default_view_spec,
     epoch_ids,
     fingerprint_of,
-    generic_views,
     index_array,
     normalization_of,
 )
@@ -32,7 +32,7 @@ def test_fingerprint_does_not_depend_on_blocks(split, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["pixel", "label", "order", "classes", "count"])
-def test_fingerprint_sees(split, change):
+def test_fingerprint_depends_on(split, change):
     data, classes = split(10), 3
     images, labels = data.images.copy(), data.labels.copy()
     if change == "pixel":
@@ -48,7 +48,7 @@ def test_fingerprint_sees(split, change):
     assert fingerprint_of(ArraySplit(images, labels, "x"), classes) != fingerprint_of(data, 3)
 
 
-def test_fingerprint_sees_the_shape():
+def test_fingerprint_depends_on_the_shape():
     pixels = np.zeros((1, 4, 9, 3), np.uint8)
     digests = set()
     for shape in ((4, 9, 3), (6, 6, 3)):
@@ -58,7 +58,7 @@ def test_fingerprint_sees_the_shape():
     assert len(digests) == 2
 
 
-def test_normalization(split, monkeypatch):
+def test_normalization_matches_numpy(split, monkeypatch):
     data = split(30)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 8 * 8 * 3)
     norm = normalization_of(data)
@@ -67,7 +67,7 @@ def test_normalization(split, monkeypatch):
     np.testing.assert_allclose(norm.std, scaled.std((0, 1, 2)), rtol=1e-12)
 
 
-def test_normalization_of_a_constant_channel(split):
+def test_rejects_a_constant_channel(split):
     data = split(5)
     data.images[..., 1] = 9
     with pytest.raises(DataError, match="constant"):
@@ -77,12 +77,12 @@ def test_normalization_of_a_constant_channel(split):
 @pytest.mark.parametrize(
     "ids", [[0.0, 1.0], np.zeros(3, bool), [[0, 1]], 3, [-1], [10], [2**62], np.array([2**64 - 1], np.uint64), ["0"]]
 )
-def test_index_array_refuses(ids):
+def test_index_array_rejects(ids):
     with pytest.raises(SubsetError):
         index_array(ids, 10)
 
 
-def test_mask_gets_a_hint():
+def test_message_about_a_mask_names_flatnonzero():
     with pytest.raises(SubsetError, match=r"np\.flatnonzero"):
         index_array(np.ones(10, bool), 10)
 
@@ -98,14 +98,14 @@ def test_index_array_copies(dtype):
 
 
 @pytest.mark.parametrize(("ids", "batch"), [([], 4), ([1, 2, 1], 4), ([1], 0), (np.zeros(0, np.int64), 1)])
-def test_epoch_ids_refuses(ids, batch):
+def test_epoch_ids_rejects(ids, batch):
     with pytest.raises(SubsetError):
         epoch_ids(ids, 10, batch)
 
 
-def test_generic_views():
-    assert generic_views((8, 8, 3), flip=False).pad == 1
-    assert generic_views((2, 2, 3), flip=False).pad == 1
-    assert generic_views((40, 32, 3), flip=True).count == 162
-    crop = generic_views((100, 64, 3), flip=True)
+def test_default_view_spec():
+    assert default_view_spec((8, 8, 3), flip=False).pad == 1
+    assert default_view_spec((2, 2, 3), flip=False).pad == 1
+    assert default_view_spec((40, 32, 3), flip=True).count == 162
+    crop = default_view_spec((100, 64, 3), flip=True)
     assert (crop.kind, crop.size, crop.count) == ("crop", (100, 64), 128)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdfast.data.stateless_random import Purpose, below, hash64, mix64, shuffled_at, shuffled_prefix, unit
+from kdfast.data.stateless_random import Purpose, hash64, mix64, shuffled_at, shuffled_prefix, uniform, uniform_below
 
 WORD = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -28,19 +28,19 @@ def scalar_hash(*words: int) -> int:
 
 
 def scalar_shuffle(size: int, key: int) -> list[int]:
-    """The whole permutation, with whole rounds of swaps on a list: another way round than evaluating one place."""
-    places = list(range(size))  # places[x]: where the element that began at x is now
+    """The whole permutation, by rounds of swaps on a list instead of the evaluation of single positions."""
+    positions = list(range(size))  # positions[x]: where the element that began at x is now
     for r in range(1, 33):
         word = scalar_mix((key + r * GAMMA) & WORD)
         offset = ((word >> 32) * size) >> 32
-        for i, x in enumerate(places):
+        for i, x in enumerate(positions):
             partner = (offset - x) % size
             h = (word & 0xFFFFFFFF) ^ max(x, partner)
             h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
             h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
             if (h ^ (h >> 16)) & 1:
-                places[i] = partner
-    return places
+                positions[i] = partner
+    return positions
 
 
 def scalar_prefix(size: int, key: int) -> list[int]:
@@ -60,11 +60,11 @@ def chi_square(counts) -> float:
     return float(stats.chisquare(np.asarray(counts).ravel()).pvalue)
 
 
-def test_values_are_pinned():
-    # The last is the published first output of SplitMix64 from seed 0.
+def test_values_never_change():
+    # The last value is the published first output of SplitMix64 for seed 0.
     mixed = mix64(np.array([0, 1, WORD, GAMMA], np.uint64))
     assert mixed.tolist() == [0, 0x5692161D100B05E5, 0xB4D055FCF2CBBD7B, 0xE220A8397B1DCDAF]
-    hashed = hash64(Purpose.SLOT, -1, np.array([0, 1, 2**40]), 5)
+    hashed = hash64(Purpose.VIEW_INDEX, -1, np.array([0, 1, 2**40]), 5)
     assert hashed.tolist() == [0x767803E6C511131A, 0xE2F60C787C845153, 0xA9159FE4A5484CE8]
     three = hash64(1, 2, np.arange(3))
     assert shuffled_at(np.array([0, 1, 2]), 162, three).tolist() == [36, 115, 116]
@@ -81,16 +81,16 @@ def test_hash_agrees_with_scalar_arithmetic(words):
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5), st.integers(0, 9))
-def test_hash_of_an_array_is_that_of_its_elements(ids, epoch):
+def test_hash_of_an_array_is_elementwise(ids, epoch):
     assert hash64(3, np.array(ids), epoch).tolist() == [scalar_hash(3, i, epoch) for i in ids]
 
 
-def test_hash_tells_words_their_order_and_their_number_apart():
+def test_hash_depends_on_words_order_and_count():
     small = [w for n in (1, 2, 3) for w in itertools.product(range(8), repeat=n)]
     assert len({int(hash64(*w)[0]) for w in small}) == len(small)
 
 
-def test_every_input_bit_moves_half_of_the_output_bits():
+def test_every_input_bit_flips_half_of_the_output_bits():
     base = keys(2000)
     for bit in range(64):
         changed = hash64(base) ^ hash64(base ^ np.uint64(1 << bit))
@@ -98,37 +98,37 @@ def test_every_input_bit_moves_half_of_the_output_bits():
         assert np.abs(flips - 0.5).max() < 0.06  # 5.4 standard deviations
 
 
-def test_below_and_unit_are_uniform():
+def test_uniform_and_uniform_below_are_uniform():
     words = keys(200_000)
-    assert below(np.array([0, WORD], np.uint64), 7).tolist() == [0, 6]
-    assert below(np.array([WORD, WORD], np.uint64), np.array([3, 2**32])).tolist() == [2, 2**32 - 1]
-    assert chi_square(np.bincount(below(words, 37), minlength=37)) > 1e-3
-    assert 0 <= unit(np.array([0], np.uint64))[0] < unit(np.array([WORD], np.uint64))[0] < 1
-    assert stats.kstest(unit(words), "uniform").pvalue > 1e-3
+    assert uniform_below(np.array([0, WORD], np.uint64), 7).tolist() == [0, 6]
+    assert uniform_below(np.array([WORD, WORD], np.uint64), np.array([3, 2**32])).tolist() == [2, 2**32 - 1]
+    assert chi_square(np.bincount(uniform_below(words, 37), minlength=37)) > 1e-3
+    assert 0 <= uniform(np.array([0], np.uint64))[0] < uniform(np.array([WORD], np.uint64))[0] < 1
+    assert stats.kstest(uniform(words), "uniform").pvalue > 1e-3
 
 
 @settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(0, WORD))
-def test_shuffled_at_agrees_with_whole_rounds_and_is_a_bijection(size, key):
-    places = shuffled_at(np.arange(size), size, np.array([key], np.uint64)).tolist()
-    assert places == scalar_shuffle(size, key)
-    assert sorted(places) == list(range(size))
+def test_shuffled_at_matches_scalar_rounds_and_is_a_bijection(size, key):
+    positions = shuffled_at(np.arange(size), size, np.array([key], np.uint64)).tolist()
+    assert positions == scalar_shuffle(size, key)
+    assert sorted(positions) == list(range(size))
 
 
 @settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(0, WORD), st.data())
-def test_shuffled_prefix_agrees_with_fisher_and_yates(size, key, data):
+def test_shuffled_prefix_matches_fisher_yates(size, key, data):
     count = data.draw(st.integers(0, size))
     assert shuffled_prefix(count, size, np.array([key], np.uint64)).tolist() == [scalar_prefix(size, key)[:count]]
 
 
-def test_a_prefix_does_not_depend_on_how_many_keys_are_asked_for():
+def test_prefix_does_not_depend_on_the_number_of_keys():
     many = shuffled_prefix(3, 1000, keys(5000))  # several blocks
     assert many[4321:4324].tolist() == shuffled_prefix(3, 1000, keys(5000)[4321:4324]).tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_all_orders_of_a_small_shuffle_are_equally_frequent(size):
+def test_all_permutations_of_few_elements_are_equally_frequent(size):
     k = keys(60_000)
     for rows in (
         shuffled_prefix(size, size, k),
@@ -141,7 +141,7 @@ def test_all_orders_of_a_small_shuffle_are_equally_frequent(size):
 
 @pytest.mark.parametrize("size", [9, 81, 162])
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 4), (0, 8)])
-def test_places_and_pairs_of_places_are_uniform(size, first, second):
+def test_single_positions_and_pairs_are_uniform(size, first, second):
     k = keys(150_000, seed=1)
     a, b = (shuffled_at(np.array([p]), size, k) for p in (first, second))
     assert chi_square(np.bincount(a, minlength=size)) > 1e-3
@@ -155,7 +155,7 @@ def test_places_and_pairs_of_places_are_uniform(size, first, second):
 
 
 @pytest.mark.parametrize("size", [0, 2**32])
-def test_sizes_out_of_range_are_refused(size):
+def test_rejects_sizes_out_of_range(size):
     with pytest.raises(ValueError, match="elements"):
         shuffled_at(np.array([0]), size, keys(1))
     with pytest.raises(ValueError, match="elements"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_slots, shift_moves, view_table
+from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_view_indices, shift_offsets, view_table
 from kdfast.errors import DataError, ShapeError, UsageError
 
 CIFAR = ViewSpec("shift", (32, 32), pad=4, flip=True)
@@ -106,13 +106,13 @@ def test_draws_are_pinned():
         [80, 12, 53, 27],
         [80, 92, 18, 116],
     ]
-    assert [draw_slots(0, epoch, IDS, 162).tolist() for epoch in (0, 1, 161, 162)] == [
+    assert [draw_view_indices(0, epoch, IDS, 162).tolist() for epoch in (0, 1, 161, 162)] == [
         [7, 130, 52, 81, 152],
         [50, 0, 25, 50, 128],
         [103, 151, 150, 77, 13],
         [0, 51, 145, 19, 108],
     ]
-    assert draw_slots(7, 3, IDS, 5).tolist() == [2, 3, 1, 3, 3]
+    assert draw_view_indices(7, 3, IDS, 5).tolist() == [2, 3, 1, 3, 3]
 
 
 @settings(max_examples=30)
@@ -157,15 +157,15 @@ def test_each_block_of_epochs_visits_each_slot_once(n_views):
     ids = np.arange(200)
     for block in (0, 1, 5):
         epochs = range(block * n_views, (block + 1) * n_views)
-        visited = np.stack([draw_slots(4, epoch, ids, n_views) for epoch in epochs])
+        visited = np.stack([draw_view_indices(4, epoch, ids, n_views) for epoch in epochs])
         assert (np.sort(visited, axis=0) == np.arange(n_views)[:, None]).all()
 
 
 @pytest.mark.parametrize("n_views", [4, 162])
 def test_slots_are_uniform_within_an_epoch_and_independent_between_epochs_and_seeds(n_views):
     ids = np.arange(100_000)
-    now, later = draw_slots(0, 2, ids, n_views), draw_slots(0, 2 + n_views, ids, n_views)
-    other = draw_slots(1, 2, ids, n_views)
+    now, later = draw_view_indices(0, 2, ids, n_views), draw_view_indices(0, 2 + n_views, ids, n_views)
+    other = draw_view_indices(1, 2, ids, n_views)
     assert stats.chisquare(np.bincount(now, minlength=n_views)).pvalue > 1e-3
     for second in (later, other, np.roll(now, 1)):
         step = np.bincount((second - now) % n_views, minlength=n_views)
@@ -175,18 +175,18 @@ def test_slots_are_uniform_within_an_epoch_and_independent_between_epochs_and_se
 @given(st.permutations(range(30)), st.integers(0, 500), st.integers(1, 162))
 def test_a_slot_depends_on_its_sample_alone(order, epoch, n_views):
     ids = np.arange(30)
-    assert (draw_slots(9, epoch, ids[order], n_views) == draw_slots(9, epoch, ids, n_views)[order]).all()
+    assert (draw_view_indices(9, epoch, ids[order], n_views) == draw_view_indices(9, epoch, ids, n_views)[order]).all()
 
 
 def test_senseless_slots_are_refused():
     with pytest.raises(UsageError, match="at least 1 view"):
-        draw_slots(0, 0, IDS, 0)
+        draw_view_indices(0, 0, IDS, 0)
     with pytest.raises(UsageError, match="epochs from 0"):
-        draw_slots(0, -1, IDS, 3)
+        draw_view_indices(0, -1, IDS, 3)
 
 
 def test_ids_and_moves_are_one_to_one():
-    moves = shift_moves(CIFAR, np.arange(162))
+    moves = shift_offsets(CIFAR, np.arange(162))
     assert len(np.unique(moves, axis=0)) == 162
     assert moves.min(axis=0).tolist() == [0, 0, 0]
     assert moves.max(axis=0).tolist() == [8, 8, 1]
@@ -199,7 +199,7 @@ def test_every_shift_against_padding_cropping_and_flipping(spec):
     views = apply_views(images, torch.arange(spec.count), spec, NORM)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (NORM.mean, NORM.std))
     for image, view, (top, left, flip) in zip(
-        images, views, shift_moves(spec, np.arange(spec.count)).tolist(), strict=True
+        images, views, shift_offsets(spec, np.arange(spec.count)).tolist(), strict=True
     ):
         padded = F.pad(image.permute(2, 0, 1), (spec.pad,) * 4)
         window = padded[:, top : top + spec.size[0], left : left + spec.size[1]]

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
 from kdfast.data.readers.folder import TEST_NAMES
-from kdfast.data.source import DataDigest, Pixels, Source, Split, generic_views, id_blocks, inferred_classes
+from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, inferred_classes
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
@@ -61,14 +61,14 @@ def open_betons(path: Path) -> Source:
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
         classes = inferred_classes(train.labels, str(path))
-        return Source(str(path), "beton", classes, train, test, generic_views(train.shape, flip=False))
+        return Source(str(path), "beton", classes, train, test, default_view_spec(train.shape, flip=False))
     return Source(
         path=str(path),
         kind="beton",
         classes=tuple(record["classes"]),
         train=train,
         test=test,
-        views=ViewSpec.from_dict(record["views"]),
+        view_spec=ViewSpec.from_dict(record["views"]),
         recorded=record["fingerprint"],
         trusted=record["files"] == _file_marks(path),
     )
@@ -197,7 +197,7 @@ def _convert(
     record: dict[str, Any] = {
         "format": _FORMAT,
         "classes": list(source.classes),
-        "views": source.views.to_dict(),
+        "views": source.view_spec.to_dict(),
         "jpeg_quality": quality,
         "origin": None,
         "fingerprint": None,

@@ -104,7 +104,7 @@ def open_cifar(path: Path, layout: Layout) -> Source:
         classes=tuple(_text(name) for name in names),
         train=ArraySplit(images, labels, f"{path}: training images"),
         test=_batch(raw[layout.test], layout, f"{path}: {layout.test}"),
-        views=ViewSpec(kind="shift", size=(_SIDE, _SIDE), pad=4, flip=True),
+        view_spec=ViewSpec(kind="shift", size=(_SIDE, _SIDE), pad=4, flip=True),
     )
 
 

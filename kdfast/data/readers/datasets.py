@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kdfast.data.source import ArraySplit, Pixels, Source, generic_views, inferred_classes
+from kdfast.data.source import ArraySplit, Pixels, Source, default_view_spec, inferred_classes
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError
 
@@ -28,7 +28,7 @@ def from_datasets(
     test: IndexedDataset,
     classes: Sequence[str] | None = None,
     *,
-    views: ViewSpec | None = None,
+    view_spec: ViewSpec | None = None,
 ) -> Source:
     """Make a source of two indexed data sets, decoded into memory.
 
@@ -40,7 +40,7 @@ def from_datasets(
             `(1 or 3, H, W)`, or a float tensor of that shape that is a uint8 one divided by 255; all of one size.
         test: Likewise.
         classes: Class names; None calls them `0`, `1`, ...
-        views: The augmentation; None takes shifts (random resized crops from 64 pixels on) without flip.
+        view_spec: The augmentation; None takes shifts (random resized crops from 64 pixels on) without flip.
 
     Returns:
         The source, its samples in the data sets' order.
@@ -55,7 +55,7 @@ def from_datasets(
             raise DataError(f"training sample {index} changes from one reading to the next; give it unaugmented")
     splits = [_decode(data, name) for data, name in ((train, "training"), (test, "test"))]
     names = tuple(classes) if classes is not None else inferred_classes(splits[0].labels, "the data sets")
-    spec = views or generic_views(splits[0].shape, flip=False)
+    spec = view_spec or default_view_spec(splits[0].shape, flip=False)
     return Source("datasets", "datasets", names, splits[0], splits[1], spec)
 
 

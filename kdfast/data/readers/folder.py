@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.source import Pixels, Source, generic_views, index_array
+from kdfast.data.source import Pixels, Source, default_view_spec, index_array
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
 
@@ -60,7 +60,7 @@ def open_folder(path: Path, size: int | None) -> Source:
         raise DataError(f"{test_root} has classes that train/ lacks: {', '.join(sorted(unknown))}; add or remove them")
     train = _scan(path / "train", classes, size, need_all=True)
     test = _scan(test_root, classes, size, need_all=False)
-    return Source(str(path), "folder", classes, train, test, generic_views(train.shape, flip=True))
+    return Source(str(path), "folder", classes, train, test, default_view_spec(train.shape, flip=True))
 
 
 class FolderSplit:

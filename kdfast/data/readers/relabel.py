@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.data.source import Pixels, Source, Split, integer_labels
-from kdfast.data.stateless_random import IntArray, Purpose, below, hash64
+from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform_below
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import atomic_write, check_writable, read_json, visible_entries, write_json
 
@@ -48,7 +48,7 @@ def flip_labels(labels: IntArray, share: float, seed: int, classes: int) -> IntA
     if count < 1:
         raise UsageError(f"a share of {share} of {len(labels)} labels changes none; give a larger one")
     chosen = np.argsort(hash64(Purpose.FLIP, seed, 0, ids), kind="stable")[:count]
-    steps = 1 + below(hash64(Purpose.FLIP, seed, 1, chosen), classes - 1)
+    steps = 1 + uniform_below(hash64(Purpose.FLIP, seed, 1, chosen), classes - 1)
     flipped = labels.copy()
     flipped[chosen] = (flipped[chosen] + steps) % classes
     return flipped

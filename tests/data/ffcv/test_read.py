@@ -99,7 +99,7 @@ def test_negative_index_is_rejected(loader, ids):
 
 
 def test_duplicate_index_is_rejected(loader):
-    with pytest.raises(SubsetError, match="sample id 7 is there 2 times"):
+    with pytest.raises(SubsetError, match="sample id 7 occurs 2 times"):
         loader.batches([7, 1, 7], 4)
 
 

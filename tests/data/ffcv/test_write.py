@@ -10,8 +10,8 @@ import pytest
 
 from kdfast.data.ffcv import write as module
 from kdfast.data.ffcv.write import convert
-from kdfast.data.readers.registry import fingerprint_of, open_source
-from kdfast.data.source import ArraySplit, Source, generic_views
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import ArraySplit, Source, default_view_spec, fingerprint_of
 from kdfast.errors import DataError, OutputError, UsageError
 
 pytest.importorskip("ffcv")
@@ -30,7 +30,7 @@ class Wrapped:
 @pytest.fixture
 def source(split):
     train, test = split(60), split(9, seed=1)
-    return Source("memory", "npz", ("ant", "bee", "cat"), train, test, generic_views(train.shape, flip=True))
+    return Source("memory", "npz", ("ant", "bee", "cat"), train, test, default_view_spec(train.shape, flip=True))
 
 
 def same(one, two):
@@ -50,7 +50,7 @@ def test_converted_source_has_the_fingerprint_of_its_origin(make_source, tmp_pat
     origin = open_source(make_source(kind))
     convert(origin, tmp_path / "out")
     result = open_source(tmp_path / "out")
-    assert (result.kind, result.classes, result.views) == ("beton", origin.classes, origin.views)
+    assert (result.kind, result.classes, result.view_spec) == ("beton", origin.classes, origin.view_spec)
     assert result.fingerprint == origin.fingerprint == fingerprint_of(result.train, len(result.classes))
     assert same(result.train, origin.train)
     assert same(result.test, origin.test)
@@ -64,7 +64,7 @@ def test_blocks_keep_the_order(source, tmp_path, monkeypatch):
 
 def test_images_larger_than_a_page(split, tmp_path):
     big = split(2, side=1800, classes=1)
-    result = convert(Source("memory", "npz", ("a",), big, big, generic_views(big.shape, flip=False)), tmp_path)
+    result = convert(Source("memory", "npz", ("a",), big, big, default_view_spec(big.shape, flip=False)), tmp_path)
     assert same(result.train, big)
 
 
@@ -90,7 +90,7 @@ def test_recorded_fingerprint_is_used_only_while_the_files_are_unchanged(source,
     (tmp_path / "data.json").write_text(json.dumps({**record, "fingerprint": "f" * 64}))
     assert open_source(tmp_path).fingerprint == "f" * 64
     (tmp_path / "train.beton").touch()
-    with pytest.raises(DataError, match="does not hold the training samples that were written there"):
+    with pytest.raises(DataError, match="does not hold the training samples that were written to it"):
         _ = open_source(tmp_path).fingerprint
     (tmp_path / "data.json").write_text(json.dumps(record))
     (tmp_path / "train.beton").touch()
@@ -141,7 +141,7 @@ def test_missing_beton(source, tmp_path, name):
 
 def test_other_data_is_not_overwritten(source, split, tmp_path):
     convert(source, tmp_path / "a")
-    other = Source("memory", "npz", source.classes, split(60, seed=7), source.test, source.views)
+    other = Source("memory", "npz", source.classes, split(60, seed=7), source.test, source.view_spec)
     with pytest.raises(OutputError, match="holds another data set"):
         convert(other, tmp_path / "a")
     (tmp_path / "a" / "data.json").unlink()
@@ -218,7 +218,7 @@ def test_exception_while_reading_is_raised_and_leaves_nothing(source, tmp_path):
     def fail(ids):
         raise DataError("picture 7 is damaged")
 
-    broken = Source("memory", "npz", source.classes, Wrapped(source.train, fail), source.test, source.views)
+    broken = Source("memory", "npz", source.classes, Wrapped(source.train, fail), source.test, source.view_spec)
     with pytest.raises(DataError, match="picture 7"):
         convert(broken, tmp_path)
     assert files(tmp_path) == ["data.json"]
@@ -299,7 +299,7 @@ class Slow:
         time.sleep(120)
 
 origin = open_source("digits")
-slow = Source("digits", "digits", origin.classes, Slow(origin.train), origin.test, origin.views)
+slow = Source("digits", "digits", origin.classes, Slow(origin.train), origin.test, origin.view_spec)
 convert(slow, sys.argv[1])
 """
 
@@ -335,7 +335,7 @@ def smooth(count, side, seed):
 
 def test_jpeg(tmp_path):
     train, test = smooth(20, 64, 0), smooth(6, 64, 1)
-    origin = Source("memory", "npz", ("a", "b", "c"), train, test, generic_views(train.shape, flip=True))
+    origin = Source("memory", "npz", ("a", "b", "c"), train, test, default_view_spec(train.shape, flip=True))
     result = convert(origin, tmp_path, jpeg_quality=95)
     close = result.train.read(range(20)).astype(int) - train.images
     assert np.abs(close).mean() < 3

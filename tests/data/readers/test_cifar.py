@@ -42,7 +42,12 @@ def test_reads_what_was_written(tmp_path, cifar, kind, protocol):
     planes = source.train.read(range(20)).transpose(0, 3, 1, 2).reshape(20, 3072)
     assert np.array_equal(planes, first[b"data"])
     assert source.train.labels[:20].tolist() == [index % len(source.classes) for index in range(20)]
-    assert (source.views.kind, source.views.pad, source.views.flip, source.views.count) == ("shift", 4, True, 162)
+    assert (source.view_spec.kind, source.view_spec.pad, source.view_spec.flip, source.view_spec.count) == (
+        "shift",
+        4,
+        True,
+        162,
+    )
 
 
 def test_batches_follow_each_other_in_order(tmp_path, cifar):

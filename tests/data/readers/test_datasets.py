@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from kdfast.data.readers.registry import from_datasets
+from kdfast.data.readers.datasets import from_datasets
 from kdfast.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 10, 3), dtype=np.uint8)

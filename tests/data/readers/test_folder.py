@@ -146,9 +146,9 @@ def test_file_removed_after_opening(tmp_path, image_folder):
 
 
 def test_views(tmp_path, image_folder):
-    small = open_source(image_folder(tmp_path / "small", side=32)).views
+    small = open_source(image_folder(tmp_path / "small", side=32)).view_spec
     assert (small.kind, small.pad, small.flip) == ("shift", 4, True)
-    large = open_source(image_folder(tmp_path / "large", side=64)).views
+    large = open_source(image_folder(tmp_path / "large", side=64)).view_spec
     assert (large.kind, large.size, large.flip) == ("crop", (64, 64), True)
 
 

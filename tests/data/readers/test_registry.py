@@ -20,7 +20,7 @@ def test_every_kind_is_recognised_and_sound(make_source, kind):
         assert pixels.shape == (2, *split.shape)
         assert np.array_equal(pixels[1], split.read([0])[0])
         assert split.labels.max() < len(source.classes)
-    assert source.views.size == source.train.shape[:2]
+    assert source.view_spec.size == source.train.shape[:2]
     assert len(source.fingerprint) == 64
 
 
@@ -33,7 +33,7 @@ def test_size_that_it_has_is_accepted(make_source, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "folder"])
 def test_size_is_for_folders(make_source, kind):
-    with pytest.raises(UsageError, match="leave it out"):
+    with pytest.raises(UsageError, match="only image folders can be resized"):
         open_source(make_source(kind), size=77)
 
 
@@ -45,13 +45,17 @@ def test_size_below_one():
 def test_unknown_places(tmp_path):
     with pytest.raises(DataError, match="nothing at"):
         open_source(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"\(nothing\) is no data source"):
+    with pytest.raises(DataError, match=r"\(nothing\) is not a known data source"):
         open_source(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"\(notes\.txt\) is no data source"):
+    with pytest.raises(DataError, match=r"\(notes\.txt\) is not a known data source"):
         open_source(tmp_path)
     with pytest.raises(DataError, match="one file"):
         open_source(tmp_path / "notes.txt")
+    for name in "fedcb":
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=r"\(b, c, d, e, f and 1 more\)"):
+        open_source(tmp_path)
 
 
 def test_foreign_data_json_is_not_a_conversion(tmp_path, image_folder):

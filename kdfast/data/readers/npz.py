@@ -1,0 +1,53 @@
+"""Images and labels in an .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.data.source import ArraySplit, Source, default_view_spec, inferred_classes
+from kdfast.errors import DataError
+
+_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def is_npz(path: Path) -> bool:
+    """Return whether `path` is a file whose name ends in .npz."""
+    return path.is_file() and path.suffix == ".npz"
+
+
+def open_npz(path: Path) -> Source:
+    """Read `train_images`, `train_labels`, `test_images` and `test_labels` from an .npz file.
+
+    Images are uint8 `(N, H, W, 3)` or grey `(N, H, W)`; labels are integers `(N,)` or `(N, 1)`, 0 to C - 1 without a
+    gap. The classes are named `0`, `1`, ... Views do not flip, because a mirrored image may be of another class.
+
+    Raises:
+        DataError: An array is missing, damaged, or of another dtype or shape.
+    """
+    try:
+        # np.load does not close a damaged file that it opened itself.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            missing = [key for key in _KEYS if key not in file.files]
+            if missing:
+                raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
+            arrays: dict[str, Any] = {key: file[key] for key in _KEYS}
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged or not an .npz of plain arrays ({error}); write it again") from error
+    train, test = (
+        ArraySplit(arrays[f"{part}_images"], _flat(arrays[f"{part}_labels"]), f"{part}_images of {path}")
+        for part in ("train", "test")
+    )
+    classes = inferred_classes(train.labels, str(path))
+    return Source(str(path), "npz", classes, train, test, default_view_spec(train.shape, flip=False))
+
+
+def _flat(labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return labels of shape (N, 1), which some collections store, as (N,)."""
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels

@@ -1,0 +1,114 @@
+"""Output folders: check that they are writable, list them, and lock them for one process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from kdfast.errors import OutputError
+from kdfast.files.atomic import cannot_write, open_temporary
+
+_LOCK_NAME = ".kdfast.lock"
+_LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` and its parents, and check that a file can be written there.
+
+    Call it before hours of work whose result goes to the folder.
+
+    Returns:
+        `folder` as a Path.
+
+    Raises:
+        OutputError: The folder cannot be created, or no file can be written to it.
+    """
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise cannot_write(place, exc) from exc
+    probe, descriptor = open_temporary(place / "probe")
+    try:
+        # More than an inode can hold inline, and flushed, so that a full disk fails here.
+        os.write(descriptor, bytes(4096))
+        os.fsync(descriptor)
+    except OSError as exc:
+        raise cannot_write(place, exc) from exc
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return place
+
+
+def visible_entries(folder: str | os.PathLike[str]) -> list[str]:
+    """List the names in a folder, sorted, without hidden files (locks, files of desktops and file systems).
+
+    Hidden folders are listed.
+
+    Returns:
+        The names; empty if `folder` does not exist.
+
+    Raises:
+        OutputError: The folder cannot be listed, or is a file.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") or entry.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise cannot_write(Path(folder), exc) from exc
+
+
+class FolderLock:
+    """Lock an existing folder for this process while the `with` block runs; killing the process releases it.
+
+    The lock is `flock` on a hidden file in the folder. The file stays: if it were removed, two processes could each
+    lock a different file of the same name.
+
+    Raises:
+        OutputError: On entering, if another process (or another FolderLock of this process) holds the lock, or the
+            folder is not writable.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        path = self.folder / _LOCK_NAME
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as exc:
+            raise cannot_write(path, exc) from exc
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        except OSError as exc:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") if exc.errno in _LOCKED else ""
+            os.close(descriptor)
+            self._raise_not_locked(exc, holder)
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _raise_not_locked(self, exc: OSError, holder: str) -> NoReturn:
+        if exc.errno in _LOCKED:
+            raise OutputError(
+                f"{self.folder} is in use by {holder or 'another process'}: wait for it, stop it, or use another folder"
+            ) from exc
+        raise OutputError(f"cannot lock {self.folder} ({exc.strerror or exc}): use a folder on a local disk") from exc

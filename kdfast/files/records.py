@@ -1,0 +1,102 @@
+"""JSON files and digests.
+
+A sealed file holds the digest of its own fields and is stored in one canonical form, so that any changed byte is
+detected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import DataError, KdfastError
+from kdfast.files.atomic import atomic_write
+
+_CHUNK = 1 << 20
+_DIGEST_KEY = "sha256_of_the_rest"
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as indented JSON, atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+        ValueError: `obj` holds NaN or infinity, which JSON does not have.
+    """
+    text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def read_json(path: str | os.PathLike[str], *, error: type[KdfastError] = DataError) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        error: The error to raise, for example CacheMismatch for a file of a cache.
+
+    Raises:
+        KdfastError: Of type `error`, if the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as exc:
+        raise error(f"cannot read {path}: {exc.strerror or exc}") from exc
+    except ValueError as exc:  # JSONDecodeError and UnicodeDecodeError
+        raise error(f"{path} is not valid JSON ({exc}): it is damaged or not a kdfast file; write it again") from exc
+
+
+def write_sealed(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+    """Write fields as JSON together with their digest, atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+        ValueError: A field holds NaN or infinity.
+    """
+    content = _canonical({**fields, _DIGEST_KEY: sha256_json(fields)})
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file that `write_sealed` wrote, and check its digest.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The content does not match its digest.
+    """
+    raw = Path(path).read_bytes()
+    fields = json.loads(raw)
+    sealed = isinstance(fields, dict) and _canonical(fields) == raw
+    if not sealed or fields.pop(_DIGEST_KEY, None) != sha256_json(fields):
+        raise ValueError(f"{path} does not match its own digest")
+    return dict(fields)
+
+
+def sha256_json(fields: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of JSON values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hexadecimal) of a file's bytes.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as exc:
+        raise DataError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    return digest.hexdigest()
+
+
+def _canonical(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"

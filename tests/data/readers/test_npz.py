@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from kdfast.data.readers.registry import open_source
+from kdfast.errors import DataError
+
+
+def test_grey_images_become_rgb(tmp_path, npz):
+    grey = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    source = open_source(npz(tmp_path / "a.npz", train_images=grey))
+    assert source.train.shape == (16, 16, 3)
+    assert np.array_equal(source.train.read([5])[0], np.stack([grey[5]] * 3, -1))
+    assert source.classes == ("0", "1", "2")
+    assert (source.view_spec.pad, source.view_spec.flip) == (2, False)
+
+
+def test_accepts_a_column_of_labels(tmp_path, npz):
+    source = open_source(npz(tmp_path / "a.npz", train_labels=(np.arange(12) % 3)[:, None]))
+    assert source.train.labels.tolist() == [index % 3 for index in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": None}, "lacks test_labels"),
+        ({"train_images": np.zeros((12, 16, 16, 3), np.float32)}, "float32; needed: uint8"),
+        ({"train_images": np.zeros((12, 16, 16, 4), np.uint8)}, r"\(12, 16, 16, 4\); needed"),
+        ({"train_images": np.zeros((0, 16, 16, 3), np.uint8), "train_labels": np.zeros(0, np.int64)}, "no size 0"),
+        ({"train_labels": np.arange(11) % 3}, r"\(11,\); needed: one integer per image, \(12,\)"),
+        ({"train_labels": np.zeros(12)}, "float64"),
+        ({"train_labels": np.arange(12) % 3 - 1}, "smallest training label is -1"),
+        ({"train_labels": np.arange(12) % 3 * 2}, "no training sample has label 1"),
+        ({"train_labels": np.array([2**60] + [0] * 11)}, "no training sample has label 1"),
+        ({"test_labels": np.arange(6)}, "test labels go from 0 to 5, but there are 3 classes"),
+        ({"test_images": np.zeros((6, 8, 8, 3), np.uint8)}, "must agree"),
+        ({"train_labels": np.array([{}] * 12, object)}, "damaged or not an .npz of plain arrays"),
+    ],
+)
+def test_rejects_wrong_content(tmp_path, npz, changes, message):
+    with pytest.raises(DataError, match=message):
+        open_source(npz(tmp_path / "a.npz", **changes))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 500, -100])
+def test_rejects_a_truncated_file(tmp_path, npz, cut):
+    file = npz(tmp_path / "a.npz")
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"a\.npz is damaged"):
+        open_source(file)

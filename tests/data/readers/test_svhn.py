@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+from scipy.io import loadmat, savemat
+
+from kdfast.data.readers.registry import open_source
+from kdfast.errors import DataError
+
+
+def test_labels_and_pixels_match_the_file(tmp_path, svhn):
+    folder = svhn(tmp_path / "svhn")
+    source = open_source(folder)
+    raw = loadmat(folder / "train_32x32.mat")
+    assert np.array_equal(source.train.read([3])[0], raw["X"][..., 3])
+    assert raw["y"][9] == 10
+    assert source.train.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert (source.view_spec.pad, source.view_spec.flip, source.view_spec.count) == (4, False, 81)
+
+
+@pytest.mark.parametrize("name", ["train_32x32.mat", "test_32x32.mat"])
+def test_missing_file_is_named(tmp_path, svhn, name):
+    folder = svhn(tmp_path / "svhn")
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=f"lacks {name}"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 3000, -7])
+def test_truncated_file_is_named(tmp_path, svhn, cut):
+    file = svhn(tmp_path / "svhn") / "train_32x32.mat"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"train_32x32\.mat is damaged"):
+        open_source(file.parent)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"X": np.zeros((32, 32, 3, 4), np.uint8)},
+        {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((3, 1), np.uint8)},
+        {"X": np.zeros((32, 32, 4), np.uint8), "y": np.ones((4, 1), np.uint8)},
+        {"X": np.zeros((32, 32, 3, 4)), "y": np.ones((4, 1), np.uint8)},
+        {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 11, np.uint8)},
+    ],
+)
+def test_rejects_wrong_content(tmp_path, svhn, content):
+    folder = svhn(tmp_path / "svhn")
+    savemat(folder / "test_32x32.mat", content)
+    with pytest.raises(DataError):
+        open_source(folder)
