@@ -31,12 +31,12 @@ class Synthetic:
         self.device = device
         self._pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 5
 
-    def identity(self, images, ids):
-        """See `Forward`."""
+    def predict_identity(self, images, ids):
+        """See `Predictor`."""
         return self._take(ids, CLASSES), self._take(ids, 64)
 
-    def views(self, images, view_ids, ids, precision):
-        """See `Forward`."""
+    def predict_views(self, images, view_ids, ids, precision):
+        """See `Predictor`."""
         return self._take(ids, view_ids.shape[1] * CLASSES).reshape(*view_ids.shape, CLASSES)
 
     def _take(self, ids, width):
@@ -61,7 +61,7 @@ def built(source, tmp_path_factory):
     norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model = Model(build_net("resnet8", CLASSES).eval(), "resnet8", CLASSES, source.classes, norm)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdfast.teacher.build.Forward", Synthetic)
+        patch.setattr("kdfast.teacher.build.Predictor", Synthetic)
         began = time.perf_counter()
         build_cache(source, model, path)
     return path, time.perf_counter() - began
@@ -109,11 +109,11 @@ def test_lookup_of_random_rows(benchmark, built, source, window):
     path, _ = built
     cache = TeacherCache.open(path, source=source, check_files=False)
     draw = np.random.default_rng(1)
-    ids, slots = draw.integers(0, SAMPLES, 300), draw.integers(0, VIEWS.count, 300)
+    ids, view_indices = draw.integers(0, SAMPLES, 300), draw.integers(0, VIEWS.count, 300)
     shards = [np.load(file, mmap_mode="r") for file in sorted(path.glob("logits-*"))]
     size = shards[0].shape[1]
-    expected = [shards[i // size][slot, i % size] for i, slot in zip(ids, slots, strict=True)]
-    assert (cache.lookup(ids, slots).numpy() == expected).all()
+    expected = [shards[i // size][view_index, i % size] for i, view_index in zip(ids, view_indices, strict=True)]
+    assert (cache.lookup(ids, view_indices).numpy() == expected).all()
     del shards, expected
 
     def arguments():

@@ -22,7 +22,8 @@ from bench_cache import Synthetic
 from harness import write_results
 
 from kdfast.data.ffcv.write import convert
-from kdfast.data.readers.registry import normalization_of, open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import normalization_of
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache
@@ -58,7 +59,7 @@ def main() -> None:
         classes = len(source.classes)
         model = Model(build_net("resnet8", classes).eval(), "resnet8", classes, source.classes,
                       normalization_of(source.train))  # fmt: skip
-        with mock.patch("kdfast.teacher.build.Forward", Synthetic):
+        with mock.patch("kdfast.teacher.build.Predictor", Synthetic):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())
         peak, seconds = watch(

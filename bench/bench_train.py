@@ -1,8 +1,8 @@
-"""What the teacher costs a training epoch: plain cross-entropy, cached KD and online KD, interleaved in one run.
+"""Cost of the teacher per training epoch: plain cross-entropy, cached KD and online KD, interleaved in one run.
 
     python bench/bench_train.py --data cifar-10-batches-py --teacher T.pt [--subset-size 1280] [--rounds 7]
 
-Also compares the logits that the student sees from the cache with those of the online teacher on the same views.
+Also compares the cached logits with those of the online teacher on the same views.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from harness import interleave, table, write_results
 
 from kdfast.data.readers.registry import open_source
 from kdfast.data.subset import write_subset
-from kdfast.distill.plan import Inputs, Plan, prepare
+from kdfast.distill.config import RunConfig
+from kdfast.distill.plan import InputPaths, Plan, plan_run
 from kdfast.distill.trainer import Trainer
 from kdfast.nets.checkpoint import load_model
 from kdfast.teacher.build import build_cache
@@ -27,7 +28,7 @@ VIEWS = 4
 
 
 def logits_difference(cached: Plan, online: Plan) -> tuple[float, float]:
-    """Largest difference of a logit over an epoch; also in units of the fp16 spacing at its row's largest logit."""
+    """Return the largest logit difference in an epoch, also in units of fp16 spacing at the row's largest logit."""
     worst = worst_units = 0.0
     for a, b in zip(cached.batches().epoch(0), online.batches().epoch(0), strict=True):
         if not torch.equal(a.ids, b.ids) or not torch.equal(a.view_ids, b.view_ids):
@@ -54,20 +55,20 @@ def main() -> None:
         folder = Path(name)
         write_subset(folder / "idx.npy", ids, {"data": source.fingerprint})
         build_cache(source, model, folder / "cache", ids=ids, n_views=VIEWS)
-        settings = {"student": options.student, "epochs": 1000, "batch_size": 64, "views": VIEWS}
-        files = {
+        config = RunConfig(options.student, epochs=1000, batch_size=64, views=VIEWS)
+        teachers = {
             "plain cross-entropy": {},
             "cached KD": {"cache": str(folder / "cache")},
             "online KD": {"teacher": options.teacher},
         }
         plans = {
-            row: prepare(
-                Inputs(options.data, subset=str(folder / "idx.npy"), loader="resident", **extra),
-                settings,
-                alpha="0.5" if extra else "0",
+            row: plan_run(
+                InputPaths(options.data, subset=str(folder / "idx.npy"), loader="resident", **teacher),
+                config,
+                alpha="0.5" if teacher else "0",
                 device=torch.device("cpu"),
             )
-            for row, extra in files.items()
+            for row, teacher in teachers.items()
         }
         worst, units = logits_difference(plans["cached KD"], plans["online KD"])
         trainers = {row: Trainer(plan) for row, plan in plans.items()}
@@ -79,7 +80,7 @@ def main() -> None:
         timed = interleave({row: partial(epoch, trainer) for row, trainer in trainers.items()}, options.rounds)
     rows = []
     for name, timing in timed.items():
-        # How many times longer than plain training, round by round.
+        # Ratio to plain training, round by round.
         ratio, low, high = timed["plain cross-entropy"].ratio_to(timing)
         rows.append(
             {
@@ -92,7 +93,7 @@ def main() -> None:
         )
     print(f"epochs of {len(ids)} images, {options.student}, {options.rounds} rounds")
     print(table(rows))
-    print(f"cached against online logits: at most {worst:.2g} apart, {units:.2f} units of fp16 spacing")
+    print(f"cached and online logits differ by at most {worst:.2g}, {units:.2f} units of fp16 spacing")
     write_results(
         "train", rows, largest_difference=worst, fp16_units=units, student=options.student, teacher=model.name
     )

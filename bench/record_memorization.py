@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from kdfast.data.loaders import make_loader
-from kdfast.data.readers.registry import normalization_of, open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import normalization_of
 from kdfast.distill.config import RunConfig
-from kdfast.distill.plan import Opened
-from kdfast.distill.record_dynamics import Recording, record
-from kdfast.distill.teacher_targets import TeacherSide
+from kdfast.distill.plan import LoadedInputs
+from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
+from kdfast.distill.targets import TeacherTargets
 from kdfast.nets import NETS
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     NETS["vgg_small"] = small_vgg
     torch.set_num_threads(1)
     source = open_source(arguments.data)
-    opened = Opened(source, make_loader(source.train), normalization_of(source.train), TeacherSide())
+    inputs = LoadedInputs(source, make_loader(source.train), normalization_of(source.train), TeacherTargets())
     config = RunConfig(
         student="vgg_small",
         epochs=arguments.epochs,
@@ -68,10 +69,10 @@ def main() -> None:
         precision="bf16",
         views=1,
     )
-    recording = Recording(
+    recording = RecordingConfig(
         runs=arguments.runs, only=arguments.only, keep=arguments.keep, record_every=arguments.record_every
     )
-    for result in record(opened, config, recording, arguments.out, device=torch.device("cpu")):
+    for result in record_dynamics(inputs, config, recording, arguments.out, device=torch.device("cpu")):
         print(f"test top-1 {result['test_top1']:.2f} after {result['seconds']:.0f} s of training")
 
 

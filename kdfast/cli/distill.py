@@ -57,26 +57,27 @@ def distill(
     contains config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
     """
     from kdfast.device import resolve_device
+    from kdfast.distill.config import RunConfig
     from kdfast.distill.folder import check_run_folder
-    from kdfast.distill.plan import Inputs, prepare
+    from kdfast.distill.plan import InputPaths, plan_run
 
-    plan = prepare(
-        Inputs(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size),
-        {
-            "student": student,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "schedule": schedule,
-            "warmup_epochs": warmup_epochs,
-            "temperature": temperature,
-            "views": views,
-            "view_seed": view_seed,
-            "precision": precision,
-            "seed": seed,
-        },
+    plan = plan_run(
+        InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size),
+        RunConfig(
+            student=student,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            temperature=temperature,
+            views=views,
+            view_seed=view_seed,
+            precision=precision,
+            seed=seed,
+        ),
         alpha=alpha,
         device=resolve_device(device),
     )
@@ -94,5 +95,5 @@ def distill(
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
     )
-    if plan.ranks.main:
+    if plan.distributed.is_main:
         print(training.summary(result, out))

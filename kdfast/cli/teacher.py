@@ -43,26 +43,27 @@ def train(
 ) -> None:
     """Train a network on the labels of the whole training split; the same command resumes it."""
     from kdfast.device import resolve_device
-    from kdfast.distill.plan import Inputs, prepare
+    from kdfast.distill.config import RunConfig
+    from kdfast.distill.plan import InputPaths, plan_run
     from kdfast.nets.checkpoint import load_model, save_model
 
     folder = out.parent / f"{out.name}.run"
     if not folder.exists():
         training.refuse_existing(out)
-    settings = {
-        "student": net,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "warmup_epochs": warmup_epochs,
-        "views": views,
-        "precision": precision,
-        "seed": seed,
-    }
-    plan = prepare(Inputs(data=data, loader=loader, size=size), settings, alpha="0", device=resolve_device(device))
+    settings = RunConfig(
+        student=net,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        views=views,
+        precision=precision,
+        seed=seed,
+    )
+    plan = plan_run(InputPaths(data=data, loader=loader, size=size), settings, device=resolve_device(device))
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return
@@ -76,7 +77,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
     )
-    if plan.ranks.main:
+    if plan.distributed.is_main:
         save_model(out, load_model(folder / "student.pt"))
         print(training.summary(result, out))
 

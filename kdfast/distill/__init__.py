@@ -1,1 +1,1 @@
-"""Distillation: the loop, its losses and its schedule."""
+"""Distillation: train a student on a subset with a teacher's help, resumable after any step."""

@@ -1,4 +1,4 @@
-"""The settings of one training run: what `kdfast distill` and `kdfast teacher train` are told, checked and resolved."""
+"""Settings of one training run, checked on construction."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from kdfast.ops.kd_loss.validation import check_temperature
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the weights a run ends with, given the data.
+    """Everything that determines the final weights of a run, given the data.
 
-    The defaults are the recipe of RepDistiller (Tian et al., Contrastive Representation Distillation, ICLR 2020) that
-    the pruning paper trains with.
+    The defaults are the recipe of RepDistiller (Tian et al., Contrastive Representation Distillation, ICLR 2020), with
+    which the pruning paper trains.
 
     Attributes:
         student: Name of the network, a key of `kdfast.nets.NETS` or `torchvision:NAME` / `timm:NAME`.
         epochs: Passes over the subset.
-        batch_size: Samples a step; the last, smaller batch of an epoch is kept.
+        batch_size: Samples per step; the last, smaller batch of an epoch is kept.
         lr: Highest learning rate.
         momentum: SGD momentum in [0, 1), without Nesterov.
-        weight_decay: L2 on every parameter.
+        weight_decay: L2 penalty on every parameter.
         schedule: A key of `LR_SCHEDULES`.
         warmup_epochs: Epochs of linear warm-up.
-        alpha: Weight of the teacher's term in [0, 1]; 0 is plain training.
-        temperature: Temperature of the teacher's term, > 0.
-        views: Augmentation views a sample may be seen in; 0 means all of them.
-        view_seed: Seed of the choice of those views; None, before it is resolved: the cache's, or 0.
+        alpha: Weight of the distillation term in [0, 1]; 0 is training without a teacher.
+        temperature: Temperature of the distillation term, > 0.
+        views: Number of augmentation views per sample; 0 means all of them.
+        view_seed: Seed of the choice of views; None until it is resolved to the cache's view seed, or 0.
         precision: `fp32`, or `bf16` / `fp16` for automatic mixed precision.
-        seed: Seed of the initial weights, of the order and of the views.
+        seed: Seed of the initial weights, the order and the views.
+
+    Raises:
+        UsageError: If a value is out of range.
     """
 
     student: str
@@ -52,39 +55,34 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("--epochs", self.epochs, 1)
-        _at_least("--batch-size", self.batch_size, 2)
-        _at_least("--views", self.views, 0)
-        _at_least("--seed", self.seed, 0)
-        _at_least("--view-seed", self.view_seed or 0, 0)
-        for flag, value in (
-            ("--lr", self.lr),
-            ("--momentum", self.momentum),
-            ("--weight-decay", self.weight_decay),
-            ("--warmup-epochs", self.warmup_epochs),
-        ):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0), ("seed", 0)):
+            check_at_least(name, getattr(self, name), least)
+        check_at_least("view_seed", self.view_seed or 0, 0)
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{flag} is {value}; needed: a finite number, not negative")
+                raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
         if self.momentum >= 1:
-            raise UsageError(f"--momentum is {self.momentum}; needed: a number in [0, 1)")
+            raise UsageError(f"`momentum` is {self.momentum}: pass a number in [0, 1)")
         if self.warmup_epochs > self.epochs:
-            raise UsageError(f"--warmup-epochs is {self.warmup_epochs} of {self.epochs} epochs; lower it")
-        check_temperature(self.temperature, name="--temperature", error=UsageError)
+            raise UsageError(f"`warmup_epochs` is {self.warmup_epochs} of {self.epochs} epochs: lower it")
+        check_temperature(self.temperature, name="`temperature`", error=UsageError)
         if not 0 <= self.alpha <= 1:
-            raise UsageError(f"--alpha is {self.alpha}; needed: a number in [0, 1], or auto")
-        _one_of("--schedule", self.schedule, tuple(LR_SCHEDULES))
-        _one_of("--precision", self.precision, ("fp32", "bf16", "fp16"))
+            raise UsageError(f"`alpha` is {self.alpha}: pass a number in [0, 1]")
+        _check_choice("schedule", self.schedule, tuple(LR_SCHEDULES))
+        _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
+        """Return the settings as plain values."""
         return dataclasses.asdict(self)
 
 
-def _at_least(flag: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise UsageError if the argument `name` is less than `least`."""
     if value < least:
-        raise UsageError(f"{flag} is {value}; needed: a whole number of at least {least}")
+        raise UsageError(f"`{name}` is {value}: pass an integer of at least {least}")
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{flag} is {value!r}; needed: one of {', '.join(allowed)}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"`{name}` is {value!r}: pass one of {', '.join(choices)}")

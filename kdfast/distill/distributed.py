@@ -1,4 +1,4 @@
-"""Several processes training one student: `torchrun --nproc-per-node 2 -m kdfast distill ...`."""
+"""Several processes that train one student: `torchrun --nproc-per-node 2 -m kdfast distill ...`."""
 
 from __future__ import annotations
 
@@ -15,66 +15,64 @@ from kdfast.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run, as torchrun's environment says.
+class Distributed:
+    """This process among the processes of a run; the default is a run of one process.
 
     Attributes:
-        rank: This process, from 0; process 0 writes the run's folder.
-        world: Number of processes.
-        local: This process among those of its machine.
+        rank: Index of this process, from 0; process 0 writes the run's folder.
+        world_size: Number of processes.
+        local_rank: Index of this process on its machine.
     """
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @classmethod
-    def from_environment(cls) -> Ranks:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process where WORLD_SIZE is not set.
+    def from_environment(cls) -> Distributed:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun; one process if WORLD_SIZE is not set.
 
         Raises:
-            UsageError: If they are not three whole numbers.
+            UsageError: If they are not three integers.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if "WORLD_SIZE" not in os.environ:
             return cls()
         try:
-            rank, world, local = (int(os.environ[name]) for name in names)
+            rank, world_size, local_rank = (int(os.environ[name]) for name in names)
         except (KeyError, ValueError) as error:
-            told = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-            raise UsageError(
-                f"{told}: torchrun sets all three to whole numbers; start with it or unset them"
-            ) from error
-        return cls(rank, world, local)
+            values = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise UsageError(f"{values}: all three must be integers; start with torchrun or unset them") from error
+        return cls(rank, world_size, local_rank)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run's folder."""
         return self.rank == 0
 
-    def device(self, device: torch.device) -> torch.device:
-        """This process's own device: `cuda` becomes the CUDA device of its local rank."""
-        if self.world > 1 and str(device) == "cuda":
-            return torch.device("cuda", self.local)
+    def local_device(self, device: torch.device) -> torch.device:
+        """Return this process's own device: `cuda` becomes the CUDA device of its local rank."""
+        if self.world_size > 1 and str(device) == "cuda":
+            return torch.device("cuda", self.local_rank)
         return device
 
-    def check(self, samples: int, batch_size: int) -> None:
-        """Make sure that every process has a share of every batch.
+    def check_batches(self, samples: int, batch_size: int) -> None:
+        """Check that every process gets a share of every batch.
 
         Raises:
             UsageError: If a batch has fewer samples than there are processes.
         """
         smallest = samples % batch_size or batch_size
-        if smallest < self.world:
+        if smallest < self.world_size:
             raise UsageError(
-                f"the last batch of an epoch has {smallest} samples for {self.world} processes; choose a --batch-size "
-                f"that leaves at least {self.world} of {samples}"
+                f"the last batch of an epoch has {smallest} samples for {self.world_size} processes; choose a "
+                f"`batch_size` that leaves at least {self.world_size} of {samples}"
             )
 
     @contextlib.contextmanager
-    def group(self, device: torch.device) -> Iterator[None]:
-        """Connect the processes while the `with` block runs: nccl on CUDA devices, gloo elsewhere."""
-        if self.world == 1:
+    def process_group(self, device: torch.device) -> Iterator[None]:
+        """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere."""
+        if self.world_size == 1:
             yield
             return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -84,27 +82,27 @@ class Ranks:
             dist.destroy_process_group()
 
     def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:
-        """The network with its gradients averaged over the processes."""
-        if self.world == 1:
+        """Return the network with its gradients averaged over the processes."""
+        if self.world_size == 1:
             return net
         return nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process: all act on it at the same step."""
-        if self.world == 1:
+        """Return whether the flag is set in any process, so that all of them act at the same step."""
+        if self.world_size == 1:
             return flag
-        word = torch.tensor(int(flag), device=device)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX)
-        return bool(word)
+        flags = torch.tensor(int(flag), device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean of a value over the processes."""
-        if self.world > 1:
+        """Average a value over the processes, in place."""
+        if self.world_size > 1:
             dist.all_reduce(value)
-            value /= self.world
+            value /= self.world_size
         return value
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
+        """Wait until every process has reached this call."""
+        if self.world_size > 1:
             dist.barrier()

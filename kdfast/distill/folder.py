@@ -1,4 +1,4 @@
-"""The folder of a run: config, metrics, status, result, checkpoints, student; each written whole or not at all."""
+"""Folder of a run: config, metrics, status, result, checkpoints and student, each written atomically."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ import torch
 from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_write, check_writable, read_json, remove_stale, sha256_file, write_json
 
-# What decides whether two runs are the same is compared on resuming; this part of config.json is for the reader.
+# Key of config.json whose value is informative only; all other keys are compared before a run resumes.
 FACTS = "started_with"
 
-# The files that a run writes beside its checkpoints; where one of them is, config.json must say that they are a run's.
-OWN = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
+# Files that a run writes beside its checkpoints. A folder with one of them must have a run's config.json.
+RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
 
-# Files that tell the folders of other stages.
-FOREIGN_MARKS = ("manifest.json", ".building", "train.beton", "data.json")
+# Files that identify the folders of other stages.
+FOREIGN_FILES = ("manifest.json", ".building", "train.beton", "data.json")
 
 
 class RunFolder:
-    """The files of one training run.
+    """Files of one training run; a context manager that locks the folder.
 
-    config.json holds the resolved settings and fingerprints, metrics.jsonl a line per logged step (append-only, no
-    step twice), status.json what ran, result.json the outcome, student.pt the weights, checkpoints/ the latest states.
+    config.json holds the resolved settings and fingerprints, metrics.jsonl one line per logged step (append-only, no
+    step twice), status.json the current state, result.json the result, student.pt the weights, checkpoints/ the latest
+    two training states.
 
     Args:
-        path: Where; made when missing.
-        config: What decides the weights. A folder that holds a run of another config is refused, unless that run has
+        path: The folder; created if missing.
+        config: What determines the weights. A folder with a run of another config is rejected, unless that run has
             saved nothing yet.
-        facts: More for config.json, which may change between a start and a resume: paths, device, versions.
-        resume: `auto` goes on with what the folder holds, `never` wants a folder without a run.
-        writes: False for the processes of a run that only read the folder; their writes do nothing.
+        facts: Further facts for config.json, which may change between start and resume: paths, device, versions.
+        resume: `auto` resumes the run in the folder, if any; `never` requires a folder without a run.
+        writes: False for processes of a run that only read the folder; their writes do nothing.
 
     Raises:
-        UsageError: If the folder holds a run of other settings.
-        OutputError: If it cannot be written, is in use by another process, holds files of a run's names that are no
-            run's, or holds a run and `resume` is `never`.
+        UsageError: If the folder holds a run with other settings.
+        OutputError: If the folder cannot be written, is in use by another process, holds foreign files with the names
+            of a run's files, or holds a run and `resume` is `never`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class RunFolder:
         writes: bool = True,
     ) -> None:
         if resume not in ("auto", "never"):
-            raise UsageError(f"--resume is {resume!r}; needed: auto or never")
+            raise UsageError(f"`resume` is {resume!r}: pass auto or never")
         self.path = Path(path)
         self.writes = writes
         if writes:
@@ -79,21 +80,21 @@ class RunFolder:
         self._lock.__exit__(None, None, None)
 
     def _claim(self) -> None:
-        goes_on = check_run_folder(self.path, self._config, self.resume)
-        file, checkpoints = self.path / "config.json", self.path / "checkpoints"
+        resumes = check_run_folder(self.path, self._config, self.resume)
+        checkpoints = self.path / "checkpoints"
         remove_stale(self.path)
-        if goes_on:
+        if resumes:
             remove_stale(checkpoints)
             return
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
         try:
             checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make {checkpoints}: {error.strerror}; choose another --out") from error
-        write_json(file, {**self._config, FACTS: self._facts})
+            raise OutputError(f"cannot create {checkpoints}: {error.strerror}: choose another `out`") from error
+        write_json(self.path / "config.json", {**self._config, FACTS: self._facts})
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
-        """Write the state after `step` steps under its own name, point latest.json to it, keep the one before it."""
+        """Write the state after `step` steps to a new file, point latest.json to it, and keep the previous one."""
         if not self.writes:
             return
         folder = self.path / "checkpoints"
@@ -108,7 +109,7 @@ class RunFolder:
                 other.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The latest state that is whole, or None when none was saved.
+        """Load the latest intact state; None if none was saved.
 
         Raises:
             CheckpointError: If the last two files are damaged or missing.
@@ -118,7 +119,7 @@ class RunFolder:
             return None
         latest = read_json(pointer)
         if not (isinstance(latest, dict) and {"file", "sha256"} <= latest.keys()):
-            raise CheckpointError(f"{pointer} is damaged; delete {self.path} and run again")
+            raise CheckpointError(f"{pointer} is damaged: delete {self.path} and run again")
         entries: list[dict[str, Any]] = [entry for entry in (latest, latest.get("before")) if entry]
         for entry in entries:
             file = pointer.parent / str(entry["file"])
@@ -126,8 +127,8 @@ class RunFolder:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return state
         raise CheckpointError(
-            f"{pointer.parent / str(latest['file'])} is missing or damaged, and so is the one before it, if there was "
-            f"one; delete {self.path} and run again"
+            f"{pointer.parent / str(latest['file'])} is missing or damaged, and so is any previous checkpoint: delete "
+            f"{self.path} and run again"
         )
 
     def write_status(self, state: str, **facts: Any) -> None:
@@ -136,111 +137,115 @@ class RunFolder:
             write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
 
     def read_result(self) -> dict[str, Any] | None:
-        """The outcome of a finished run, or None; without its student a run is not finished.
+        """Read the result of a finished run; None if the result or the student is missing.
 
         Raises:
-            DataError: If the file is no run's outcome.
+            DataError: If the file is not the result of a run.
         """
         file = self.path / "result.json"
         if not file.exists() or not (self.path / "student.pt").exists():
             return None
         result = read_json(file)
         if not isinstance(result, dict) or not {"test_top1", "steps", "weights"} <= result.keys():
-            raise DataError(f"{file} is no run's outcome: it was changed; delete {self.path} and run again")
+            raise DataError(f"{file} was changed and is not the result of a run: delete {self.path} and run again")
         return result
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write result.json; from then on the run counts as finished."""
+        """Write result.json, which marks the run as finished."""
         if self.writes:
             write_json(self.path / "result.json", dict(result))
 
 
 def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool:
-    """Whether a folder holds progress of the very run that is to be started in it; only looked at, it may be missing.
+    """Return whether a folder holds saved progress of the same run. Writes nothing.
 
     Args:
-        path: The folder.
+        path: The folder; may be missing.
         config: As for `RunFolder`.
-        resume: As there.
+        resume: As for `RunFolder`.
 
     Raises:
-        UsageError: It holds a run of other settings.
-        OutputError: It is a file or holds other things than a run, or a run where `resume` is `never`.
+        UsageError: If the folder holds a run with other settings.
+        OutputError: If the path is a file, or the folder holds foreign files, or a run while `resume` is `never`.
     """
     if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; choose another --out")
+        raise OutputError(f"{path} is a file: choose another `out`")
     file = path / "config.json"
     if not _holds_run(path, file):
-        for foreign in FOREIGN_MARKS:
+        for foreign in FOREIGN_FILES:
             if (path / foreign).exists():
-                raise OutputError(f"{path} holds {foreign}, so it is no run's folder; choose another --out")
+                raise OutputError(f"{path} holds {foreign}, so it is not the folder of a run: choose another `out`")
         return False
     if resume == "never":
-        raise OutputError(f"{path} already holds a run; choose another --out, or --resume auto to go on with it")
+        raise OutputError(f"{path} already holds a run: choose another `out`, or `resume` auto to resume it")
     if not (path / "checkpoints" / "latest.json").exists() and not (path / "result.json").exists():
         return False
-    held, wanted = read_json(file), json.loads(json.dumps(config))
-    held.pop(FACTS)
-    changed = sorted(k for k in {*held, *wanted} if held.get(k) != wanted.get(k))
+    saved, new = read_json(file), json.loads(json.dumps(config))
+    saved.pop(FACTS)
+    changed = sorted(k for k in {*saved, *new} if saved.get(k) != new.get(k))
     if changed:
         first = changed[0]
         raise UsageError(
-            f"{path} holds a run with other settings ({', '.join(changed)}: {first} was {held.get(first)!r}, is "
-            f"{wanted.get(first)!r}); choose another --out"
+            f"{path} holds a run with other settings ({', '.join(changed)}: {first} was {saved.get(first)!r}, is "
+            f"{new.get(first)!r}): choose another `out`"
         )
     return True
 
 
 def _holds_run(path: Path, file: Path) -> bool:
-    present = [name for name in OWN if (path / name).exists()]
+    present = [name for name in RUN_FILES if (path / name).exists()]
     if not present and not any((path / "checkpoints").glob("*")):
         return False
     config = read_json(file) if file.exists() else None
     if not isinstance(config, dict) or FACTS not in config:
         name = present[0] if present else "checkpoints"
-        raise OutputError(f"{path} holds {name}, which no run has written there; choose another --out")
+        raise OutputError(f"{path} holds {name}, which was not written by a run: choose another `out`")
     return True
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, append-only; a step that is there already is not written again.
+    """metrics.jsonl: one JSON object per line, append-only, without repeated steps.
 
-    A line that a killed process left unfinished is cut off on opening.
+    Opening the file cuts off an incomplete last line, as left by a killed process.
 
     Args:
-        path: The file.
+        path: The file; created if missing.
+
+    Raises:
+        DataError: If the last line is not a metrics row.
+        OutputError: If the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last_step = self._repair()
+        self.last_step = self._cut_incomplete_line()
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise OutputError(f"cannot append to {path}: {error.strerror}") from error
 
-    def _repair(self) -> int:
+    def _cut_incomplete_line(self) -> int:
         if not self.path.exists():
             return -1
         with open(self.path, "r+b") as file:
             data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                file.truncate(len(whole))
-        lines = whole.splitlines()
+            complete = data[: data.rfind(b"\n") + 1]
+            if len(complete) != len(data):
+                file.truncate(len(complete))
+        lines = complete.splitlines()
         try:
             return int(json.loads(lines[-1])["step"]) if lines else -1
         except (ValueError, KeyError) as error:
-            raise DataError(f"the last line of {self.path} is not a metrics row; move the file away") from error
+            raise DataError(f"the last line of {self.path} is not a metrics row: move the file away") from error
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row, unless its step is already there."""
+        """Append a row, unless its step is already there."""
         if row["step"] <= self.last_step:
             return
         try:
             self._file.write(json.dumps(dict(row)).encode() + b"\n")
         except OSError as error:
-            raise OutputError(f"cannot append to {self.path}: {error.strerror}; free space and run again") from error
+            raise OutputError(f"cannot append to {self.path}: {error.strerror}: free space and run again") from error
         self.last_step = row["step"]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag that a loop looks at between two steps."""
+"""Record SIGTERM and Ctrl-C in a flag that the training loop checks after each step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class StopRequest:
-    """Context manager: inside it, SIGTERM and SIGINT only set `signal_name`; a second one acts as usual.
+    """Context manager inside which the first SIGTERM or SIGINT only sets `signal_name`; a second one acts as usual.
 
-    Outside the main thread, where Python allows no handlers, it never triggers.
+    Outside the main thread, where Python allows no signal handlers, `signal_name` stays None.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for kind in (signal.SIGTERM, signal.SIGINT):
-                self._before[kind] = signal.signal(kind, self._on_signal)
+                self._previous[kind] = signal.signal(kind, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -29,9 +29,9 @@ class StopRequest:
         self._restore()
 
     def _restore(self) -> None:
-        for kind, handler in self._before.items():
+        for kind, handler in self._previous.items():
             signal.signal(kind, handler)
-        self._before = {}
+        self._previous = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,4 +1,7 @@
-"""From what the user asked for to everything a run needs, opened and checked before the first step."""
+"""Plan of a run: inputs opened, checked against each other and resolved before the first step.
+
+`plan_run` leads from paths and settings to a `Plan`. Several runs on the same data share one `LoadedInputs` instead.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from numpy.typing import NDArray
 
 import kdfast
 from kdfast.data.loaders import Loader, make_loader
-from kdfast.data.readers.registry import Source, normalization_of, open_source
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import Source, normalization_of
 from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Ranks
+from kdfast.distill.distributed import Distributed
 from kdfast.distill.schedule import parse_alpha
-from kdfast.distill.targets import Targets
-from kdfast.distill.teacher_targets import TeacherSide
+from kdfast.distill.targets import BatchTargets, TeacherTargets
 from kdfast.errors import CheckpointError, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import load_model
@@ -31,16 +34,16 @@ from kdfast.teacher.cache import TeacherCache
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The files of a run.
+class InputPaths:
+    """Paths of a run's inputs, and how to read the data.
 
     Attributes:
-        data: A source of data, see `kdfast.data.readers.registry`.
+        data: A data source, see `kdfast.data.readers.registry`.
         subset: idx.npy, or None for the whole training split.
         cache: A teacher's cache, or None.
-        teacher: A teacher to run on the fly; with a cache, the one the cache must have been made by; or None.
+        teacher: A teacher to run during training; with a cache, the teacher that the cache must belong to; or None.
         loader: `auto`, `ffcv` or `resident`.
-        size: Side of the stored images, for folders of larger ones.
+        size: Side of the stored images in pixels, for folders of larger images.
     """
 
     data: str
@@ -56,33 +59,33 @@ class Plan:
     """Everything that `kdfast.distill.train.train` needs.
 
     Attributes:
-        config: The settings.
+        config: The settings, resolved.
         source: The data.
         ids: int64 (n,), the kept samples.
-        loader: Yields their images.
-        targets: The teacher's side; None when alpha is 0.
+        loader: Loader of their images.
+        targets: Source of the teacher's logits; None without a teacher.
         normalization: The student's input statistics.
         device: Where to train.
-        ranks: This process among those of the run.
-        identity: Fingerprints of the inputs, and the settings: what makes two runs the same run.
-        facts: What else is worth writing down: paths, device, versions.
-        costs: Seconds of the stages before this one, where known.
+        distributed: This process among those of the run.
+        identity: Settings and fingerprints of the inputs. Two runs are the same run if these are equal.
+        facts: Further facts for config.json: paths, device, versions.
+        costs: Seconds spent in earlier stages, where known.
     """
 
     config: RunConfig
     source: Source
     ids: NDArray[np.int64]
     loader: Loader
-    targets: Targets | None
+    targets: BatchTargets | None
     normalization: Normalization
     device: torch.device
-    ranks: Ranks
+    distributed: Distributed
     identity: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """What the run would do: settings, sizes, inputs."""
+        """Summarize the run: settings, inputs and sizes."""
         per_epoch = self.batches().per_epoch
         return {
             **self.identity,
@@ -94,30 +97,106 @@ class Plan:
         }
 
     def batches(self) -> Batches:
-        """The run's seeded batches."""
+        """Return the run's seeded batches."""
         return Batches(
             self.ids,
             self.loader,
-            self.source.views,
+            self.source.view_spec,
             n_views=self.config.views,
             view_seed=self.config.view_seed or 0,
             targets=self.targets,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             device=self.device,
-            ranks=self.ranks,
+            distributed=self.distributed,
         )
 
 
-def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: torch.device) -> Plan:
-    """Open and check everything a run needs; write nothing.
+@dataclass(frozen=True)
+class LoadedInputs:
+    """Opened inputs that any number of runs on the same data can share.
+
+    Attributes:
+        source: The data.
+        loader: Loader of the training split's images.
+        normalization: The student's input statistics.
+        teacher: The teacher, or none; used whatever alpha is.
+    """
+
+    source: Source
+    loader: Loader
+    normalization: Normalization
+    teacher: TeacherTargets
+
+    def plan(
+        self,
+        config: RunConfig,
+        ids: NDArray[np.int64],
+        *,
+        device: torch.device,
+        distributed: Distributed | None = None,
+        facts: Mapping[str, Any] | None = None,
+        costs: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """Plan a run on these inputs.
+
+        Args:
+            config: The settings. `views` and `view_seed` are resolved as `TeacherTargets.resolve_views` describes.
+            ids: int64 (n,), the kept samples.
+            device: Where to train.
+            distributed: This process among those of the run; None for a single process.
+            facts: Further facts for config.json.
+            costs: Seconds spent in earlier stages.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UsageError, CacheMismatch: If there are fewer views than requested.
+        """
+        source, distributed = self.source, distributed or Distributed()
+        config = self.teacher.resolve_views(config, source.view_spec.count)
+        targets = self.teacher.open(source, ids, config, device)
+        return Plan(
+            config=config,
+            source=source,
+            ids=ids,
+            loader=self.loader,
+            targets=targets,
+            normalization=self.normalization,
+            device=device,
+            distributed=distributed,
+            identity={
+                **config.to_dict(),
+                "data": source.fingerprint,
+                "subset": hashlib.sha256(np.sort(ids).tobytes()).hexdigest(),
+                "augmentation": source.view_spec.to_dict(),
+                "normalization": dataclasses.asdict(self.normalization),
+                "targets": None if targets is None else targets.name,
+                "teacher": self.teacher.identity(),
+                "processes": distributed.world_size,
+            },
+            facts={
+                **(facts or {}),
+                "loader": self.loader.name,
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+                "kdfast": kdfast.__version__,
+                "torch": torch.__version__,
+            },
+            costs={**(costs or {}), "compile loader": getattr(self.loader, "compile_seconds", 0.0)},
+        )
+
+
+def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alpha: str | None = None) -> Plan:
+    """Open and check everything that a run needs, and plan it. Writes nothing.
 
     Args:
-        inputs: The files.
-        settings: Fields of `RunConfig` other than alpha. `views` 0 means all the cache holds, or all there are;
-            `view_seed` None the cache's, or 0.
-        alpha: A number in [0, 1], or `auto`.
+        paths: Paths of the inputs.
+        config: The settings. `views` 0 means all views of the cache, or of the data without a cache; `view_seed` None
+            means the cache's, or 0.
         device: Where to train.
+        alpha: A number in [0, 1], or `auto`, as text; replaces `config.alpha` unless None.
 
     Returns:
         The plan.
@@ -126,149 +205,75 @@ def prepare(inputs: Inputs, settings: Mapping[str, Any], *, alpha: str, device: 
         UsageError: If options do not fit together.
         DataError, SubsetError, CacheMismatch, CheckpointError: If an input is damaged or does not fit the others.
     """
-    config = RunConfig(**settings)
-    ranks = Ranks.from_environment()
-    device = ranks.device(device)
-    if inputs.subset is not None:
-        check_subset_file(inputs.subset)
+    distributed = Distributed.from_environment()
+    device = distributed.local_device(device)
+    if paths.subset is not None:
+        check_subset_file(paths.subset)
     started = time.perf_counter()
-    source = open_source(inputs.data, size=inputs.size)
-    subset = _subset(inputs.subset, source, config.batch_size)
-    ranks.check(len(subset.ids), config.batch_size)
-    check_student(config, len(subset.ids), source, ranks)
-    config = dataclasses.replace(config, alpha=parse_alpha(alpha, len(subset.ids) / len(source.train)))
+    source = open_source(paths.data, size=paths.size)
+    subset = _read_subset(paths.subset, source, config.batch_size)
+    samples = len(subset.ids)
+    distributed.check_batches(samples, config.batch_size)
+    check_student(config, samples, source, distributed)
+    if alpha is not None:
+        config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train)))
     costs = {"open data": time.perf_counter() - started}
     if subset.provenance and "seconds" in subset.provenance:
         costs["prune"] = float(subset.provenance["seconds"])
-    side = TeacherSide() if config.alpha == 0 else _teacher_side(inputs, source, subset.ids, costs)
-    opened = Opened(source, make_loader(source.train, inputs.loader, device), normalization_of(source.train), side)
-    return assemble(
-        opened, config, subset.ids, device=device, ranks=ranks, facts=dataclasses.asdict(inputs), costs=costs
-    )
+    teacher = TeacherTargets() if config.alpha == 0 else _open_teacher(paths, source, subset.ids, costs)
+    loader = make_loader(source.train, paths.loader, device)
+    inputs = LoadedInputs(source, loader, normalization_of(source.train), teacher)
+    facts = dataclasses.asdict(paths)
+    return inputs.plan(config, subset.ids, device=device, distributed=distributed, facts=facts, costs=costs)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What runs on the same data can share: opened once, it serves any number of plans.
+def check_student(config: RunConfig, samples: int, source: Source, distributed: Distributed) -> None:
+    """Check that the network exists and can train on the last batch of an epoch.
 
-    Attributes:
-        source: The data.
-        loader: Yields the images of its training split.
-        normalization: The student's input statistics.
-        side: The teacher's side.
-    """
-
-    source: Source
-    loader: Loader
-    normalization: Normalization
-    side: TeacherSide
-
-
-def assemble(
-    opened: Opened,
-    config: RunConfig,
-    ids: NDArray[np.int64],
-    *,
-    device: torch.device,
-    ranks: Ranks | None = None,
-    facts: Mapping[str, Any] | None = None,
-    costs: Mapping[str, float] | None = None,
-) -> Plan:
-    """Plan a run on what is open already.
-
-    Args:
-        opened: The data and the teacher; the latter is used as it is, whatever alpha is.
-        config: The settings; `views` and `view_seed` are resolved as `prepare` says.
-        ids: int64 (n,), the kept samples.
-        device: Where to train.
-        ranks: This process among those of the run; by default it is alone.
-        facts: More to write down.
-        costs: Seconds of the stages before.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UsageError, CacheMismatch: If there are not as many views as asked for.
-    """
-    source, side, ranks = opened.source, opened.side, ranks or Ranks()
-    config = side.resolve_views(config, source.views.count)
-    targets = side.targets(source, ids, config, device)
-    return Plan(
-        config=config,
-        source=source,
-        ids=ids,
-        loader=opened.loader,
-        targets=targets,
-        normalization=opened.normalization,
-        device=device,
-        ranks=ranks,
-        identity={
-            **config.to_dict(),
-            "data": source.fingerprint,
-            "subset": hashlib.sha256(np.sort(ids).tobytes()).hexdigest(),
-            "augmentation": source.views.to_dict(),
-            "normalization": dataclasses.asdict(opened.normalization),
-            "targets": None if targets is None else targets.name,
-            "teacher": side.identity(),
-            "processes": ranks.world,
-        },
-        facts={
-            **(facts or {}),
-            "loader": opened.loader.name,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "kdfast": kdfast.__version__,
-            "torch": torch.__version__,
-        },
-        costs={**(costs or {}), "compile loader": getattr(opened.loader, "compile_seconds", 0.0)},
-    )
-
-
-def _subset(path: str | None, source: Source, batch_size: int) -> Subset:
-    n = len(source.train)
-    if path is not None:
-        return read_subset(path, n=n, fingerprint=source.fingerprint, batch_size=batch_size)
-    if n < batch_size:
-        raise UsageError(f"--batch-size {batch_size} is larger than the {n} training samples; lower it")
-    return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
-
-
-def check_student(config: RunConfig, samples: int, source: Source, ranks: Ranks) -> None:
-    """Make sure that there is such a network, and that it can take the last batch of an epoch.
-
-    Batch norm over one value per channel has no variance, which matters where that batch is one sample.
+    Batch norm over one value per channel has no variance, so that a batch of one sample may be impossible.
 
     Raises:
         UsageError: If it cannot.
     """
     net = build_net(config.student, len(source.classes))
     last = samples % config.batch_size or config.batch_size
-    if last // ranks.world > 1:
+    if last // distributed.world_size > 1:
         return
     try:
-        net.train()(torch.zeros(1, 3, *source.views.size))
+        net.train()(torch.zeros(1, 3, *source.view_spec.size))
     except ValueError as error:
         raise UsageError(
             f"the last batch of an epoch leaves one of {samples} samples to a process, and the network cannot train on "
-            f"one ({error}); choose another --batch-size than {config.batch_size}"
+            f"one ({error}): choose a `batch_size` other than {config.batch_size}"
         ) from error
 
 
-def _teacher_side(inputs: Inputs, source: Source, ids: NDArray[np.int64], costs: dict[str, float]) -> TeacherSide:
-    if inputs.cache is None and inputs.teacher is None:
-        raise UsageError("an --alpha above 0 needs --cache or --teacher; plain training is --alpha 0")
-    teacher = None if inputs.teacher is None else load_model(inputs.teacher)
-    if teacher is not None and teacher.classes != len(source.classes):
-        raise CheckpointError(
-            f"{inputs.teacher} knows {teacher.classes} classes, {inputs.data} has {len(source.classes)}; "
-            "give a teacher of this data"
+def _read_subset(path: str | None, source: Source, batch_size: int) -> Subset:
+    n = len(source.train)
+    if path is not None:
+        return read_subset(path, n=n, fingerprint=source.fingerprint, batch_size=batch_size)
+    if n < batch_size:
+        raise UsageError(f"`batch_size` is {batch_size}, more than the {n} training samples: lower it")
+    return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
+
+
+def _open_teacher(paths: InputPaths, source: Source, ids: NDArray[np.int64], costs: dict[str, float]) -> TeacherTargets:
+    """Open the cache or the teacher, and add what they cost to `costs`."""
+    if paths.cache is None and paths.teacher is None:
+        raise UsageError(
+            "`alpha` above 0 needs `cache` or `teacher`: give one, or `alpha` 0 to train without a teacher"
         )
-    if inputs.cache is None:
-        return TeacherSide(model=teacher)
+    model = None if paths.teacher is None else load_model(paths.teacher)
+    if model is not None and model.classes != len(source.classes):
+        raise CheckpointError(
+            f"{paths.teacher} has {model.classes} classes, but {paths.data} has {len(source.classes)} classes: use a "
+            "teacher trained on this data"
+        )
+    if paths.cache is None:
+        return TeacherTargets(model=model)
     started = time.perf_counter()
-    cache = TeacherCache.open(inputs.cache, source=source, teacher=teacher)
+    cache = TeacherCache.open(paths.cache, source=source, teacher=model)
     cache.require(ids)
     costs["open cache"] = time.perf_counter() - started
     costs["cache"] = float(cache.manifest["seconds"])
-    return TeacherSide(cache=cache)
+    return TeacherTargets(cache=cache)

@@ -1,4 +1,4 @@
-"""Train networks in order to watch them: one run a seed, what each says of every sample recorded after every epoch."""
+"""Train one network per seed and record per-sample outputs after each epoch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdfast.data.source import Source
 from kdfast.data.stateless_random import Purpose, hash64, shuffled_at
-from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Ranks
+from kdfast.distill.config import RunConfig, check_at_least
+from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import Opened, Plan, assemble, check_student
-from kdfast.distill.train import Advance, Watch, train
+from kdfast.distill.plan import LoadedInputs, Plan, check_student
+from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import UsageError
-from kdfast.teacher.forward import Forward, Precision, default_batch
+from kdfast.teacher.build import Progress
+from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 
-# Shares are made exact over this many runs at most.
-_LONGEST_CYCLE = 20
+_MAX_CYCLE = 20  # `keep` is rounded to a fraction with at most this denominator
 _TRAINING = "training"
 _BLOCK = 4096  # images decoded at a time while recording
 
 
 @dataclass(frozen=True)
-class Recording:
-    """What to record.
+class RecordingConfig:
+    """Settings of a recording.
 
     Attributes:
-        runs: Training runs; run r has the seed `config.seed + r`.
+        runs: Number of training runs; run r has the seed `config.seed + r`.
         only: Train this run alone, so that processes or machines can share the runs; None: all, one after another.
-        keep: Share of the samples that each run trains on, in (0, 1]; see `kept_mask`.
-        record_every: Record after every so many epochs of training, which must divide their number. Everything that
-            reads dynamics counts the recorded epochs alone.
-        features_every: Keep features after every so many recorded epochs; after the last one they are always kept.
+        keep: Fraction of the samples that each run trains on, in (0, 1]; see `kept_mask`.
+        record_every: Epochs between two recordings; must divide the number of epochs. Readers of the dynamics count
+            recorded epochs only.
+        features_every: Recorded epochs between two that keep features; 0: none but the last, which always keeps them.
+
+    Raises:
+        UsageError: If a value is out of range.
     """
 
     runs: int = 1
@@ -53,105 +55,110 @@ class Recording:
     features_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.runs < 1 or not 0 < self.keep <= 1 or self.record_every < 1 or self.features_every < 0:
-            raise UsageError(
-                f"--runs {self.runs}, --keep {self.keep}, --record-every {self.record_every}, --features-every "
-                f"{self.features_every}: needed: a run or more, a share in (0, 1], and epochs not negative"
-            )
+        for name, least in (("runs", 1), ("record_every", 1), ("features_every", 0)):
+            check_at_least(name, getattr(self, name), least)
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"`keep` is {self.keep}: pass a number in (0, 1]")
         if self.only is not None and not 0 <= self.only < self.runs:
-            raise UsageError(f"--only {self.only} of {self.runs} runs: needed: 0 to {self.runs - 1}")
+            raise UsageError(f"`only` is {self.only} with {self.runs} runs: pass 0 to {self.runs - 1}")
+
+    @property
+    def selected_runs(self) -> list[int]:
+        """Indices of the runs to train."""
+        return list(range(self.runs)) if self.only is None else [self.only]
 
 
 def kept_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[np.bool_]:
-    """Which samples a run trains on: each with probability `keep`, independently of the other samples.
+    """Select the samples that a run trains on: each with probability `keep`, independently of the other samples.
 
-    Over runs the draws are not independent but even: with keep = a / b in lowest terms (b at most 20; other shares are
-    rounded to one), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1, and so on. A few
-    runs then see every sample inside and outside. The first runs do not depend on how many follow.
+    The runs are balanced rather than independent: with keep = a / b in lowest terms (b at most 20; other fractions are
+    rounded to such a one), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1, and so on.
+    Few runs therefore suffice to train both with and without every sample. A run's mask does not depend on how many
+    runs follow.
 
     Args:
         n: Number of samples, N.
-        keep: The share, in (0, 1].
-        seed: Seed of the draws.
-        run: Which run, from 0.
+        keep: The fraction, in (0, 1].
+        seed: Seed of the selection.
+        run: Index of the run, from 0.
 
     Returns:
         bool (N,).
     """
-    share = Fraction(str(keep)).limit_denominator(_LONGEST_CYCLE)
-    cycle, position = divmod(run, share.denominator)
+    fraction = Fraction(str(keep)).limit_denominator(_MAX_CYCLE)
+    cycle, position = divmod(run, fraction.denominator)
     keys = hash64(Purpose.KEEP, seed, cycle, np.arange(n, dtype=np.int64))
-    return shuffled_at(np.full(n, position), share.denominator, keys) < share.numerator
+    return shuffled_at(np.full(n, position), fraction.denominator, keys) < fraction.numerator
 
 
-def record(
-    opened: Opened,
+def record_dynamics(
+    inputs: LoadedInputs,
     config: RunConfig,
-    recording: Recording,
+    recording: RecordingConfig,
     out: Path,
     *,
     device: torch.device,
     checkpoint_seconds: float = 30.0,
-    advance: Advance | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and record every run that is not recorded yet; interrupted, the same call goes on.
+    """Train and record every run that is not recorded yet; after an interruption, the same call resumes.
 
     Args:
-        opened: The data; without a teacher.
-        config: The training.
-        recording: What to record.
-        out: The folder of the dynamics.
+        inputs: The data, without a teacher.
+        config: Settings of the training.
+        recording: Settings of the recording.
+        out: Folder of the dynamics.
         device: Where to train.
-        checkpoint_seconds: Time between two checkpoints of the training.
-        advance: Told (steps done, steps in all, a line about the state) over all runs.
+        checkpoint_seconds: Seconds between two checkpoints of the training.
+        progress: Called with (steps done, steps in total, note) over all runs.
 
     Returns:
         The results of the trained runs, in order.
 
     Raises:
-        UsageError: Settings do not fit the data or what the folder holds.
+        UsageError: If settings do not fit the data or the content of the folder.
         DivergedError: If a training diverged.
         Interrupted: After SIGTERM or Ctrl-C, with the state saved.
         OutputError: If the folder cannot be written.
     """
     if config.epochs % recording.record_every:
         raise UsageError(
-            f"--record-every {recording.record_every} does not divide --epochs {config.epochs}; change one"
+            f"`record_every` is {recording.record_every}, which does not divide {config.epochs} `epochs`: change one"
         )
     results = []
-    for run in range(recording.runs) if recording.only is None else [recording.only]:
-        mask = kept_mask(len(opened.source.train), recording.keep, config.seed, run)
+    for run in recording.selected_runs:
+        mask = kept_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
-        own = dataclasses.replace(config, seed=config.seed + run)
-        if len(ids) < own.batch_size:
-            raise UsageError(f"run {run} trains on {len(ids)} samples, less than a batch; raise --keep")
-        check_student(own, len(ids), opened.source, Ranks())
-        plan = assemble(opened, own, ids, device=device)
-        with _recorder(opened.source, plan, config, recording, out, run, mask) as recorder:
-            watch = Watch(
+        run_config = dataclasses.replace(config, seed=config.seed + run)
+        if len(ids) < run_config.batch_size:
+            raise UsageError(f"run {run} trains on {len(ids)} samples, fewer than one batch: raise `keep`")
+        check_student(run_config, len(ids), inputs.source, Distributed())
+        plan = inputs.plan(run_config, ids, device=device)
+        with _open_recorder(plan, config, recording, out, run, mask) as recorder:
+            monitoring = Monitoring(
                 checkpoint_seconds=checkpoint_seconds,
-                advance=None if advance is None else _share(advance, recording, run),
-                at_epoch_end=_recording_hook(recorder, recording.record_every),
+                progress=None if progress is None else _overall_progress(progress, recording, run),
+                on_epoch_end=_epoch_end_callback(recorder, recording.record_every),
             )
-            results.append(_one_run(plan, recorder.folder / _TRAINING, watch))
+            results.append(_train_run(plan, recorder.folder / _TRAINING, monitoring))
     return results
 
 
-def _recorder(
-    source: Source,
+def _open_recorder(
     plan: Plan,
     config: RunConfig,
-    recording: Recording,
+    recording: RecordingConfig,
     out: Path,
     run: int,
     mask: npt.NDArray[np.bool_],
 ) -> DynamicsRecorder:
+    source = plan.source
     epochs, every = config.epochs // recording.record_every, recording.features_every
     facts = {
         "training": {**config.to_dict(), "view_seed": plan.config.view_seed, "views": plan.config.views},
         "keep": recording.keep,
         "record_every": recording.record_every,
-        "augmentation": source.views.to_dict(),
+        "augmentation": source.view_spec.to_dict(),
         "normalization": dataclasses.asdict(plan.normalization),
     }
     return DynamicsRecorder(
@@ -168,47 +175,43 @@ def _recorder(
     )
 
 
-def _recording_hook(recorder: DynamicsRecorder, every: int) -> Callable[[Trainer], None]:
-    """What the trainer calls at the end of an epoch."""
-
-    def at_epoch_end(trainer: Trainer) -> None:
+def _epoch_end_callback(recorder: DynamicsRecorder, every: int) -> Callable[[Trainer], None]:
+    def on_epoch_end(trainer: Trainer) -> None:
+        # A run killed between its last recording and its next checkpoint repeats epochs that are already recorded.
         if recorder.finished or trainer.epoch % every:
-            return  # finished: recorded before a kill that came between the last epoch and its checkpoint
+            return
         ended = trainer.epoch // every - 1
         if recorder.epoch > ended:
             recorder.rewind(ended)
         _record_epoch(trainer, recorder)
 
-    return at_epoch_end
+    return on_epoch_end
 
 
-def _one_run(plan: Plan, path: Path, watch: Watch) -> dict[str, Any]:
-    """Train one run to its end, from wherever its folder stands."""
+def _train_run(plan: Plan, path: Path, monitoring: Monitoring) -> dict[str, Any]:
+    """Train one run to its end, resuming from its last checkpoint."""
     with RunFolder(path, plan.identity, facts=plan.facts) as folder:
-        result = train(plan, folder, watch)
+        result = train(plan, folder, monitoring)
         # A finished run needs no checkpoints, and there may be many runs.
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return result
 
 
 def _record_epoch(trainer: Trainer, recorder: DynamicsRecorder) -> None:
-    """One pass over all samples as they are, without augmentation, in the arithmetic that trains."""
+    """Record the outputs for all samples, without augmentation, in the precision of the training."""
     plan = trainer.plan
-    source, precision = plan.source, _precision(plan.config.precision)
-    forward = Forward(trainer.model(), source.views, plan.device, default_batch(plan.device))
+    source = plan.source
+    precision: Precision = "bfloat16" if plan.config.precision == "bf16" else "float32"
+    predictor = Predictor(trainer.model(), source.view_spec, plan.device, default_batch_size(plan.device))
     n = len(source.train)
     for start in range(0, n, _BLOCK):
         ids = np.arange(start, min(start + _BLOCK, n), dtype=np.int64)
         images = torch.from_numpy(source.train.read(ids)).to(plan.device)
-        recorder.update(ids, *forward.identity(images, ids, precision))
+        recorder.update(ids, *predictor.predict_identity(images, ids, precision))
     recorder.end_epoch()
 
 
-def _precision(training: str) -> Precision:
-    return "bfloat16" if training == "bf16" else "float32"
-
-
-def _share(advance: Advance, recording: Recording, run: int) -> Advance:
-    """The progress of one run as part of that of all."""
-    before, runs = (run, recording.runs) if recording.only is None else (0, 1)
-    return lambda done, total, note: advance(before * total + done, runs * total, f"run {run} {note}")
+def _overall_progress(progress: Progress, recording: RecordingConfig, run: int) -> Progress:
+    """Convert the progress of one run to the progress of all selected runs."""
+    before, runs = recording.selected_runs.index(run), len(recording.selected_runs)
+    return lambda done, total, note: progress(before * total + done, runs * total, f"run {run} {note}")

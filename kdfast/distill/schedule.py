@@ -1,4 +1,4 @@
-"""Schedules: the weight of the teacher as a function of the kept fraction, and the learning rate over the steps."""
+"""Schedules: the distillation weight by kept fraction, and the learning rate by step."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 from kdfast.errors import UsageError
 
-# (kept fraction, alpha), joined by straight lines and constant outside.
+# (kept fraction, alpha): interpolated linearly, constant outside.
 ALPHA_ANCHORS = ((0.1, 1.0), (0.7, 0.5))
 
-# Where the step schedule divides the rate by ten, as shares of the run: epochs 150, 180 and 210 of 240.
+# Where the step schedule divides the rate by ten, as fractions of the run: epochs 150, 180 and 210 of 240.
 STEP_MILESTONES = (150 / 240, 180 / 240, 210 / 240)
 
 
 def alpha_for_fraction(fraction: float) -> float:
-    """The weight of the teacher's term, growing as the kept fraction shrinks (`--alpha auto`).
+    """Return the weight of the distillation term, which grows as the kept fraction shrinks (alpha `auto`).
 
     The source reports that alpha = 1 beats alpha = 0.5 by a wide margin when a tenth of the data is kept, and that
-    0.5 is the better of the two when seven tenths are. The rule takes these two findings as its anchors, interpolates
-    linearly between them and is constant outside: 1 up to a tenth, 0.5 from seven tenths on.
+    alpha = 0.5 is better when seven tenths are kept. This rule interpolates linearly between these two results and is
+    constant outside: 1 up to a tenth, 0.5 from seven tenths on.
 
     Args:
-        fraction: Share of the training set that is kept, in (0, 1].
+        fraction: Kept fraction of the training set, in (0, 1].
 
     Returns:
         alpha in [0.5, 1].
@@ -38,17 +38,17 @@ def alpha_for_fraction(fraction: float) -> float:
         (1.0, 0.75, 0.5)
     """
     if not 0 < fraction <= 1:
-        raise UsageError(f"fraction is {fraction}; it must lie in (0, 1]")
+        raise UsageError(f"`fraction` is {fraction}: pass a number in (0, 1]")
     (low, high_alpha), (high, low_alpha) = ALPHA_ANCHORS
     share = min(max((fraction - low) / (high - low), 0.0), 1.0)
     return high_alpha + share * (low_alpha - high_alpha)
 
 
 def parse_alpha(text: str, fraction: float) -> float:
-    """Read `--alpha`: a number in [0, 1], or `auto` for `alpha_for_fraction`.
+    """Parse alpha: a number in [0, 1], or `auto` for `alpha_for_fraction`.
 
     Raises:
-        UsageError: If it is neither.
+        UsageError: If the text is neither.
     """
     if text == "auto":
         return alpha_for_fraction(fraction)
@@ -57,22 +57,22 @@ def parse_alpha(text: str, fraction: float) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise UsageError(f"--alpha is {text!r}; give a number in [0, 1], or auto")
+        raise UsageError(f"`alpha` is {text!r}: pass a number in [0, 1], or auto")
     return value
 
 
 def step_decay(progress: float) -> float:
-    """The recipe of the source: a tenth after 62.5%, 75% and 87.5% of the run (epochs 150, 180, 210 of 240)."""
+    """Divide by 10 after 62.5%, 75% and 87.5% of the run, as RepDistiller does (epochs 150, 180, 210 of 240)."""
     return float(0.1 ** sum(progress >= m for m in STEP_MILESTONES))
 
 
 def cosine(progress: float) -> float:
-    """Half a cosine from 1 to 0."""
+    """Decay from 1 to 0 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def constant(progress: float) -> float:
-    """No decay."""
+    """Do not decay."""
     return 1.0
 
 
@@ -80,17 +80,14 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {"step": step_decay, "cosine
 
 
 def learning_rate(base: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
-    """Learning rate of one step: a linear warm-up, then the schedule over what remains.
+    """Return the learning rate of one step: a linear warm-up, then the schedule over the remaining steps.
 
     Args:
         base: Highest rate.
         schedule: A key of `LR_SCHEDULES`.
-        step: Steps done so far.
-        total: Steps of the whole run.
-        warmup: Steps of the warm-up.
-
-    Returns:
-        The rate for the step.
+        step: Number of steps done.
+        total: Number of steps of the run.
+        warmup: Number of warm-up steps.
     """
     if step < warmup:
         return base * (step + 1) / warmup

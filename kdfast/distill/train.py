@@ -1,4 +1,4 @@
-"""The training loop: from wherever the run's folder stands to its result."""
+"""The training loop, from the last checkpoint in the run's folder to its result."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from kdfast.distill.plan import Plan
 from kdfast.distill.trainer import Trainer
 from kdfast.errors import Interrupted
 from kdfast.nets.checkpoint import save_model
+from kdfast.teacher.build import Progress
 from kdfast.teacher.evaluate import evaluate
-
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Watch:
-    """How a run is watched; none of it changes the weights.
+class Monitoring:
+    """Logging, evaluation, checkpoints and callbacks of a run; none of them changes the weights.
 
     Attributes:
-        log_every: Steps between two rows of metrics.jsonl; the end of an epoch always has one.
-        eval_every: Epochs between two evaluations on the test split, for curves only; 0: at the end alone.
-        checkpoint_seconds: Time between two checkpoints.
+        log_every: Steps between two rows of metrics.jsonl; the last step of an epoch is always logged.
+        eval_every: Epochs between two evaluations on the test split, for curves only; 0: only at the end of the run.
+        checkpoint_seconds: Seconds between two checkpoints.
         writer: A TensorBoard SummaryWriter, or None.
-        advance: Told (steps done, steps in all, a line about the state).
-        at_epoch_end: Given the trainer after the last step of each epoch, before any checkpoint that holds that step.
-            After a resume from an older checkpoint it is given the same epochs again.
+        progress: Called with (steps done, steps in total, note) for every logged step.
+        on_epoch_end: Called with the trainer after the last step of each epoch, before any checkpoint that includes
+            that step. After a resume from an older checkpoint it is called for the same epochs again.
     """
 
     log_every: int = 50
     eval_every: int = 0
     checkpoint_seconds: float = 30.0
     writer: Any = None
-    advance: Advance | None = None
-    at_epoch_end: Callable[[Trainer], None] | None = None
+    progress: Progress | None = None
+    on_epoch_end: Callable[[Trainer], None] | None = None
 
 
-def train(plan: Plan, folder: RunFolder, watch: Watch | None = None) -> dict[str, Any]:
-    """Run the plan to its end, from wherever its folder stands.
+def train(plan: Plan, folder: RunFolder, monitoring: Monitoring | None = None) -> dict[str, Any]:
+    """Train to the end of the plan, resuming from the folder's last checkpoint.
 
     Args:
-        plan: What to train on what.
+        plan: The plan of the run.
         folder: The run's folder, entered.
-        watch: Logging, evaluation and checkpoint intervals.
+        monitoring: Logging, evaluation, checkpoints and callbacks.
 
     Returns:
-        The content of result.json; in processes other than the main one of a run, nothing. A finished run returns it
-        without training again.
+        The content of result.json; an empty dict in processes other than the main one. The result of a finished run is
+        returned without training again.
 
     Raises:
         DivergedError: If the loss is not finite; the last good checkpoint is kept.
@@ -61,39 +60,38 @@ def train(plan: Plan, folder: RunFolder, watch: Watch | None = None) -> dict[str
     if finished is not None:
         return finished
     trainer = Trainer(plan)
-    plan.ranks.barrier()
+    plan.distributed.barrier()
     saved = folder.load_checkpoint()
     if saved is not None:
         trainer.load_state(saved)
-    run = _Run(trainer, folder, watch or Watch())
+    loop = _TrainingLoop(trainer, folder, monitoring or Monitoring())
     try:
         with StopRequest() as stop:
-            run.steps(stop)
-        return run.finish()
+            loop.run(stop)
+        return loop.finish()
     except Exception as error:
-        folder.write_status(
-            "interrupted" if isinstance(error, Interrupted) else "failed", **run.position(), reason=str(error)
-        )
+        state = "interrupted" if isinstance(error, Interrupted) else "failed"
+        folder.write_status(state, **loop.position(), reason=str(error))
         raise
     finally:
-        if run.metrics is not None:
-            run.metrics.close()
+        if loop.metrics is not None:
+            loop.metrics.close()
 
 
-class _Run:
-    """A trainer, its folder and its clock."""
+class _TrainingLoop:
+    """Runs a trainer and writes its folder."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder, watch: Watch) -> None:
-        self.trainer, self.folder, self.watch = trainer, folder, watch
+    def __init__(self, trainer: Trainer, folder: RunFolder, monitoring: Monitoring) -> None:
+        self.trainer, self.folder, self.monitoring = trainer, folder, monitoring
         self.metrics = MetricsFile(folder.path / "metrics.jsonl") if folder.writes else None
         self.saved_at = time.monotonic()
 
     def position(self) -> dict[str, int]:
         return {"step": self.trainer.step, "steps": self.trainer.total_steps}
 
-    def steps(self, stop: StopRequest) -> None:
-        """All remaining steps. The clock runs while training and stands while logging and saving."""
-        trainer = self.trainer
+    def run(self, stop: StopRequest) -> None:
+        """Run all remaining steps. `train_seconds` excludes logging and saving."""
+        trainer, monitoring = self.trainer, self.monitoring
         self.folder.write_status("running", **self.position())
         while trainer.step < trainer.total_steps:
             batches = trainer.batches.epoch(trainer.epoch, trainer.step % trainer.batches.per_epoch)
@@ -102,38 +100,38 @@ class _Run:
                 for batch in batches:
                     trainer.train_step(batch)
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
-                    logs = epoch_ended or trainer.step % self.watch.log_every == 0
-                    stops = self.stops(stop)
-                    saves = stops or time.monotonic() - self.saved_at > self.watch.checkpoint_seconds
-                    if not (logs or saves):
+                    must_log = epoch_ended or trainer.step % monitoring.log_every == 0
+                    must_stop = self.stop_requested(stop)
+                    must_save = must_stop or time.monotonic() - self.saved_at > monitoring.checkpoint_seconds
+                    if not (must_log or must_save):
                         continue
                     trainer.check_finite()
                     trainer.train_seconds += time.perf_counter() - clock
-                    if logs:
+                    if must_log:
                         self.log(epoch_ended)
-                    if epoch_ended and self.watch.at_epoch_end is not None:
-                        self.watch.at_epoch_end(trainer)
-                    if saves:
+                    if epoch_ended and monitoring.on_epoch_end is not None:
+                        monitoring.on_epoch_end(trainer)
+                    if must_save:
                         self.save()
-                    if stops:
-                        raise self.interrupted(stop)
+                    if must_stop:
+                        raise self.interruption(stop)
                     clock = time.perf_counter()
             finally:
                 batches.close()
         trainer.check_finite()
         self.save()
-        # While the last step was logged and saved; what comes after this command must not start.
-        if self.stops(stop):
-            raise self.interrupted(stop)
+        # A signal during the last log and save must still stop the commands that follow this one.
+        if self.stop_requested(stop):
+            raise self.interruption(stop)
 
-    def stops(self, stop: StopRequest) -> bool:
-        """Whether any process of the run was asked to stop."""
-        return self.trainer.plan.ranks.any(bool(stop.signal_name), self.trainer.plan.device)
+    def stop_requested(self, stop: StopRequest) -> bool:
+        """Return whether any process of the run was asked to stop."""
+        return self.trainer.plan.distributed.any(bool(stop.signal_name), self.trainer.plan.device)
 
-    def interrupted(self, stop: StopRequest) -> Interrupted:
+    def interruption(self, stop: StopRequest) -> Interrupted:
         return Interrupted(
             f"stopped by {stop.signal_name or 'another process'} after step {self.trainer.step} of "
-            f"{self.trainer.total_steps}; the same command goes on from there"
+            f"{self.trainer.total_steps}: run the same command again to resume"
         )
 
     def save(self) -> None:
@@ -142,31 +140,29 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def log(self, epoch_ended: bool) -> None:
-        trainer, watch = self.trainer, self.watch
+        trainer, monitoring, plan = self.trainer, self.monitoring, self.trainer.plan
         row = trainer.take_metrics()
         if self.metrics is None:
             return
-        if epoch_ended and watch.eval_every and (row["epoch"] + 1) % watch.eval_every == 0:
-            scores = evaluate(
-                trainer.model(), trainer.plan.source.test, device=trainer.plan.device, views=trainer.plan.source.views
-            )
+        if epoch_ended and monitoring.eval_every and (row["epoch"] + 1) % monitoring.eval_every == 0:
+            scores = evaluate(trainer.model(), plan.source.test, device=plan.device, view_spec=plan.source.view_spec)
             row |= {"test_top1": scores["top1"], "test_loss": scores["loss"]}
         self.metrics.append(row)
-        if watch.writer is not None:
+        if monitoring.writer is not None:
             for name in sorted(row.keys() - {"step", "epoch"}):
-                watch.writer.add_scalar(name, row[name], row["step"])
-        if watch.advance is not None:
-            epochs = trainer.plan.config.epochs
-            watch.advance(row["step"], trainer.total_steps, f"epoch {row['epoch'] + 1}/{epochs} loss {row['loss']:.3f}")
+                monitoring.writer.add_scalar(name, row[name], row["step"])
+        if monitoring.progress is not None:
+            note = f"epoch {row['epoch'] + 1}/{plan.config.epochs} loss {row['loss']:.3f}"
+            monitoring.progress(row["step"], trainer.total_steps, note)
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, save the student, and write the result last: from then on the run counts as finished."""
+        """Evaluate, save the student, and write the result last, because it marks the run as finished."""
         trainer, plan = self.trainer, self.trainer.plan
         if not self.folder.writes:
             return {}
         started = time.perf_counter()
         model = trainer.model()
-        scores = evaluate(model, plan.source.test, device=plan.device, views=plan.source.views)
+        scores = evaluate(model, plan.source.test, device=plan.device, view_spec=plan.source.view_spec)
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)

@@ -1,4 +1,4 @@
-"""One training run in memory: network, optimizer, position; one step at a time, saved and restored at any step."""
+"""One training run in memory: network, optimizer and position, saved and restored after any step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """A student on its way.
+    """Trains a student step by step.
 
-    The weights after any step depend on the plan alone, not on where the run was interrupted: everything random is a
-    function of (seed, epoch, sample), and the state holds the rest.
+    The weights after any step depend on the plan alone, not on interruptions: everything random is a function of
+    (seed, epoch, sample), and the saved state holds the rest.
 
     Args:
-        plan: What to train on what.
+        plan: The plan of the run.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -39,7 +39,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = build_net(config.student, len(plan.source.classes))
         self.net.to(device=plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward = plan.ranks.wrap(self.net, plan.device)
+        self._forward = plan.distributed.wrap(self.net, plan.device)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -53,11 +53,11 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next step belongs to."""
+        """Epoch of the next step."""
         return self.step // self.batches.per_epoch
 
     def state(self) -> dict[str, Any]:
-        """Everything that the remaining steps depend on, as tensors and plain values."""
+        """Return everything that the remaining steps depend on, as tensors and plain values."""
         cuda = self.plan.device.type == "cuda"
         return {
             "step": self.step,
@@ -72,7 +72,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state.
+        """Restore a saved state.
 
         Raises:
             CheckpointError: If it is not a state of this run.
@@ -87,36 +87,39 @@ class Trainer:
             if state["cuda_rng"] is not None and self.plan.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.plan.device)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this run ({error}); choose another --out") from error
+            raise CheckpointError(f"the checkpoint does not fit this run ({error}): choose another `out`") from error
 
     def train_step(self, batch: Batch) -> None:
-        """One step of SGD."""
+        """Take one step of SGD."""
         plan, config = self.plan, self.plan.config
         rate = learning_rate(config.lr, config.schedule, self.step, self.total_steps, self.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs = apply_views(batch.images, batch.view_ids, plan.source.views, plan.normalization, sample_ids=batch.ids)
+        inputs = apply_views(
+            batch.images, batch.view_ids, plan.source.view_spec, plan.normalization, sample_ids=batch.ids
+        )
         with torch.autocast(plan.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
             logits = self._forward(inputs)
-        loss = self._loss(logits, batch)
-        if plan.ranks.world > 1:
-            # Gradients are averaged over processes, whose shares of a batch may differ by a sample.
-            loss = loss * (len(batch.ids) * plan.ranks.world / self.batches.size_of(self.step))
+        loss = self.compute_loss(logits, batch)
+        if plan.distributed.world_size > 1:
+            # Gradients are averaged over processes whose shares of a batch may differ by one sample.
+            loss = loss * (len(batch.ids) * plan.distributed.world_size / self.batches.global_size(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._record(loss.detach())
+        self._count_step(loss.detach())
 
-    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch: distillation with a teacher, else cross-entropy in float32."""
         labels = self.labels[batch.ids.to(self.labels.device)]
         if batch.teacher is None:
             return F.cross_entropy(logits.float(), labels)
         config = self.plan.config
         return kd_loss(logits, labels, batch.teacher, alpha=config.alpha, temperature=config.temperature)
 
-    def _record(self, loss: Tensor) -> None:
-        """Count the step; note the first one whose loss is not finite, without waiting for the device."""
+    def _count_step(self, loss: Tensor) -> None:
+        """Add up the loss and record the first step whose loss is not finite, without synchronizing the device."""
         first_bad = (self._bad_step < 0) & ~torch.isfinite(loss)
         self._bad_step = torch.where(first_bad, self.step, self._bad_step)
         self.loss_sum += loss
@@ -124,10 +127,10 @@ class Trainer:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Wait for the device, and stop when a loss was not finite, or what it left of the weights is not.
+        """Raise if a loss or a weight is not finite. Synchronizes the device.
 
         Raises:
-            DivergedError: Naming the first such step.
+            DivergedError: Names the first such step.
         """
         bad, what = int(self._bad_step), "loss is"
         if bad < 0:
@@ -136,13 +139,13 @@ class Trainer:
                 return
             bad, what = self.step - 1, "weights are"
         raise DivergedError(
-            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); a checkpoint from before "
-            "it, if there is one, is kept; lower --lr, add --warmup-epochs, or check the data and the teacher"
+            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); any earlier checkpoint is "
+            "kept: lower `lr`, add `warmup_epochs`, or check the data and the teacher"
         )
 
     def take_metrics(self) -> dict[str, Any]:
-        """A row for metrics.jsonl: means since the last call, which are reset."""
-        total = self.plan.ranks.mean(self.loss_sum)
+        """Return a row for metrics.jsonl with the mean loss since the last call, and reset the mean."""
+        total = self.plan.distributed.mean(self.loss_sum)
         row = {
             "step": self.step,
             "epoch": (self.step - 1) // self.batches.per_epoch,
@@ -155,7 +158,7 @@ class Trainer:
         return row
 
     def model(self) -> Model:
-        """The student as it stands."""
+        """Return the student in its current state."""
         source = self.plan.source
         return Model(
             net=self.net,

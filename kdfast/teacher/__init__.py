@@ -1,1 +1,1 @@
-"""Teachers: what they say, cached."""
+"""Teachers: evaluate them, and cache their logits and features."""

@@ -1,4 +1,10 @@
-"""Building a teacher's cache: its plan, its shards, and at last its manifest."""
+"""Build a teacher's cache: first its plan, then its shards, and last its manifest.
+
+Several processes can share a build. Process `rank` of `world` computes the shards rank, rank + world, rank + 2 world,
+and so on. They communicate through the folder alone: each holds a lock of its own while it works, a shard counts as
+done once its record exists, and the process that finds all shards done locks the folder and writes the manifest. The
+`.building` subfolder holds all of this; it is removed once the manifest exists.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +22,43 @@ import torch
 
 from kdfast.data.source import Source, epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_write, check_writable, sha256_file
+from kdfast.files import FolderLock, atomic_write, check_writable, sha256_file, sha256_json, write_sealed
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher import manifest as card
-from kdfast.teacher.checks import require_sound
+from kdfast.teacher.checks import check_intact
 from kdfast.teacher.evaluate import evaluate
-from kdfast.teacher.forward import Forward, Precision, default_batch
-from kdfast.teacher.manifest import BUILDING
-from kdfast.teacher.plan import agree_on_plan, check_place, make_plan, require_same, train_accuracy
-from kdfast.teacher.rows import Rows, TopK
-from kdfast.teacher.shards import Job
+from kdfast.teacher.manifest import (
+    BUILDING,
+    COVERAGE,
+    FEATURES,
+    IDENTITY,
+    MANIFEST,
+    TIMING,
+    read_manifest,
+    read_sealed_json,
+    shard_file,
+)
+from kdfast.teacher.plan import accuracy, check_cache_folder, check_same_plan, make_plan, write_or_check_plan
+from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
+from kdfast.teacher.row_format import RowFormat, TopK
+from kdfast.teacher.shards import ShardBuilder
 
 Dtype = Literal["float16", "float32"]
 Progress = Callable[[int, int, str], None]
 
 _SHARD_BYTES = 64 << 20
-# Some minutes of a small teacher's work: what a kill may cost at most.
+# Limits what a kill can cost to a few minutes of a small teacher's work.
 _SHARD_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
 class CacheBuild:
-    """What a call of `build_cache` did.
+    """Outcome of a call of `build_cache`.
 
     Attributes:
         path: The cache's folder.
-        complete: Whether the manifest is there; False while other ranks are still at work.
+        complete: Whether the manifest exists; False while other ranks are still working.
         computed: Shards computed by this call.
-        kept: Shards of this rank that were there already and sound.
+        kept: Shards of this rank that already existed and passed verification.
         seconds: Time spent on all shards so far, by all calls and ranks; 0 while incomplete.
     """
 
@@ -72,85 +87,72 @@ def build_cache(
     shard_bytes: int = _SHARD_BYTES,
     progress: Progress | None = None,
 ) -> CacheBuild:
-    """Write, or go on writing, what a teacher says about every view of every training sample.
+    """Write a teacher's logits on views of the training samples, or resume writing them.
 
     The same call resumes an interrupted build: finished shards are verified and kept, and the result has the same bytes
-    as that of an uninterrupted build. Several processes share the work when each gets its `rank` of `world`; the one
-    that finishes last writes the manifest.
+    as that of an uninterrupted build. Several processes share the work when each passes its `rank` and the same
+    `world`; the last one to finish writes the manifest.
 
     Args:
         source: The data.
         model: The teacher.
-        out: The cache's folder; made if need be.
-        ids: Original indices of the samples to cover, in any order; the whole training split when not given.
-        n_views: Views per sample, chosen by `view_table`; all there are when not given.
+        out: The cache's folder; created if missing.
+        ids: Original indices of the samples to cover, in any order; None for the whole training split.
+        n_views: Views per sample, chosen by `view_table`; None for all views.
         view_seed: Seed of that choice.
-        dtype: Of the stored logits. float16 errs by at most 1 in 2,048.
-        top_k: Keep only the most probable classes of each view, for very many classes. The identity view's logits are
-            kept whole beside them, as scores need them.
+        dtype: dtype of the stored logits. float16 has a relative error of at most 1 / 2048.
+        top_k: Keep only the most probable classes of each view, for data with very many classes. The identity view's
+            logits of all classes are stored in addition, because scores need them.
         precision: "bfloat16" computes views other than the identity in bfloat16, several times as fast on CPUs with
             matrix units and on GPUs, with an error far above float16's rounding. The identity view is always float32.
         device: Where to compute.
-        batch_size: Images per forward pass; one that suits the device when not given.
-        rank: Which of the processes this is.
+        batch_size: Images per forward pass; None for one that suits the device.
+        rank: Index of this process, in [0, world).
         world: Number of processes.
-        shard_bytes: Size of a shard's file of logits, about.
-        progress: Called with (images done, images in all, note) as this process advances.
+        shard_bytes: Approximate size of a shard's file of logits.
+        progress: Called with (images done, images in total, note) as this process advances.
 
     Returns:
-        What was done.
+        The outcome.
 
     Raises:
-        UsageError: An option does not make sense.
-        SubsetError: `ids` are no distinct indices of training samples.
+        UsageError: An option is out of range.
+        SubsetError: `ids` are not distinct indices of training samples.
         CacheMismatch: The folder holds another cache, finished or not, or a damaged one, or the teacher does not fit
             the data.
         DataError: A logit is not finite, or too large for float16.
         OutputError: The folder cannot be written, holds something else, or another process is building in it.
-        Interrupted: Ctrl-C; the same call goes on.
+        Interrupted: After Ctrl-C; the same call resumes.
     """
     place = torch.device(device)
-    count = source.views.count if n_views is None else n_views
-    check_build(source, model, out, count, dtype, precision, top_k, rank, world)
+    n_views = source.view_spec.count if n_views is None else n_views
+    check_build(source, model, out, n_views, dtype, precision, top_k, rank, world)
     coverage = np.arange(len(source.train), dtype=np.int64)
     if ids is not None:
         coverage = np.sort(epoch_ids(ids, len(source.train), 1))
-    batch = batch_size or default_batch(place)
-    rows = Rows(model.classes, np.dtype(dtype), top_k)
-    per_shard = max(1, min(shard_bytes // (count * rows.row_bytes), _SHARD_ROWS // count))
-    plan = make_plan(source, model, coverage, count, view_seed)
-    plan |= {"dtype": dtype, "precision": precision, "batch_size": batch, "device": place.type, "per_shard": per_shard}
-    plan |= {"top_k": None if top_k is None else dataclasses.asdict(top_k)}
+    batch_size = batch_size or default_batch_size(place)
+    rows = RowFormat(model.classes, np.dtype(dtype), top_k)
+    per_shard = max(1, min(shard_bytes // (n_views * rows.row_bytes), _SHARD_ROWS // n_views))
+    plan = make_plan(source, model, coverage, n_views, view_seed)
+    plan |= {"dtype": dtype, "precision": precision, "batch_size": batch_size, "device": place.type}
+    plan |= {"per_shard": per_shard, "top_k": None if top_k is None else dataclasses.asdict(top_k)}
     folder = check_writable(out)
-    if (folder / card.MANIFEST).exists():
-        return _already_there(folder, plan)
-    job = Job(
+    if (folder / MANIFEST).exists():
+        return _reuse_finished(folder, plan)
+    builder = ShardBuilder(
         folder=folder,
-        plan_digest=card.digest_fields(plan),
+        plan_digest=sha256_json(plan),
         split=source.train,
-        forward=Forward(model, source.views, place, batch),
-        spec=source.views,
+        predictor=Predictor(model, source.view_spec, place, batch_size),
+        spec=source.view_spec,
         view_seed=view_seed,
-        n_views=count,
+        n_views=n_views,
         rows=rows,
         precision=precision,
         coverage=coverage,
         per_shard=per_shard,
     )
-    lock_folder = check_writable(folder / BUILDING / f"rank-{rank}")
-    agree_on_plan(folder, plan)
-    try:
-        with FolderLock(lock_folder):
-            computed, kept = _write_shards(job, range(rank, job.count, world), progress)
-            return _finish(job, plan, source, model, computed, kept, alone=world == 1)
-    except DataError:
-        if world == 1 and not any(job.record(shard) for shard in range(job.count)):
-            shutil.rmtree(folder / BUILDING)  # nothing to go on from: other options may be tried in this folder
-        raise
-    except KeyboardInterrupt as stop:
-        raise Interrupted(
-            f"stopped; the same command resumes the cache in {folder} after its finished shards"
-        ) from stop
+    return _build(builder, plan, source, model, rank, world, progress)
 
 
 def check_build(
@@ -164,41 +166,68 @@ def check_build(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Refuse what `build_cache` would refuse at once; arguments as there. Nothing is written.
+    """Raise what `build_cache` would raise before any work, for the same arguments. Writes nothing.
 
     Raises:
-        UsageError, CacheMismatch, OutputError: As there.
+        UsageError, CacheMismatch, OutputError: As in `build_cache`.
     """
     if top_k is not None:
         top_k.check(model.classes)
     if dtype not in get_args(Dtype):
-        raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(get_args(Dtype))}")
+        raise UsageError(f"`dtype` is {dtype!r}: pass one of {', '.join(get_args(Dtype))}")
     if precision not in get_args(Precision):
-        raise UsageError(f"precision {precision!r}: must be one of {', '.join(get_args(Precision))}")
-    if not 1 <= n_views <= source.views.count:
-        raise UsageError(f"{n_views} views per sample: this data has {source.views.count}; give 1 to that many")
+        raise UsageError(f"`precision` is {precision!r}: pass one of {', '.join(get_args(Precision))}")
+    if not 1 <= n_views <= source.view_spec.count:
+        raise UsageError(f"{n_views} views per sample, but the data has {source.view_spec.count}: use 1 to that many")
     if not 0 <= rank < world:
-        raise UsageError(f"rank {rank} of {world}: ranks go from 0 to world - 1")
+        raise UsageError(f"`rank` is {rank} with `world` {world}: pass a rank from 0 to world - 1")
     if model.classes != len(source.classes):
         raise CacheMismatch(
-            f"the teacher ({model.name}) knows {model.classes} classes, the data {source.path} has "
-            f"{len(source.classes)}: give a teacher trained on this data"
+            f"the teacher ({model.name}) has {model.classes} classes, the data {source.path} has "
+            f"{len(source.classes)}: use a teacher trained on this data"
         )
-    check_place(Path(out))
+    check_cache_folder(Path(out))
 
 
-def _already_there(folder: Path, plan: dict[str, Any]) -> CacheBuild:
-    """Accept a finished cache of the same plan whose files are whole."""
-    found = card.read_manifest(folder)
-    require_same(folder, found, plan, "a finished cache")
-    require_sound(folder, found["files"])
-    shutil.rmtree(folder / BUILDING, ignore_errors=True)  # left by a kill between the manifest and the cleaning up
-    return CacheBuild(folder, True, 0, 0, float(card.read_sealed(folder / card.TIMING)["seconds"]))
+def _reuse_finished(folder: Path, plan: dict[str, Any]) -> CacheBuild:
+    """Accept a finished cache that has the same plan and intact files."""
+    manifest = read_manifest(folder)
+    check_same_plan(folder, manifest, plan, "a finished cache")
+    check_intact(folder, manifest["files"])
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)  # remains of a kill between the manifest and the cleanup
+    return CacheBuild(folder, True, 0, 0, float(read_sealed_json(folder / TIMING)["seconds"]))
 
 
-def _write_shards(job: Job, shards: range, progress: Progress | None) -> tuple[int, int]:
-    """Bring the shards of this rank about; returns how many were computed and how many were there."""
-    total = sum(len(job.ids(shard)) for shard in shards) * job.n_views
+def _build(
+    builder: ShardBuilder,
+    plan: dict[str, Any],
+    source: Source,
+    model: Model,
+    rank: int,
+    world: int,
+    progress: Progress | None,
+) -> CacheBuild:
+    """Compute the shards of this rank, and finish the cache if they were the last ones."""
+    folder = builder.folder
+    rank_folder = check_writable(folder / BUILDING / f"rank-{rank}")
+    write_or_check_plan(folder, plan)
+    try:
+        with FolderLock(rank_folder):
+            computed, kept = _write_shards(builder, range(rank, builder.shard_count, world), progress)
+            return _finish(builder, plan, source, model, computed, kept, alone=world == 1)
+    except DataError:
+        if world == 1 and not any(builder.read_record(shard) for shard in range(builder.shard_count)):
+            shutil.rmtree(folder / BUILDING)  # nothing to resume: the folder can be used with other options
+        raise
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"interrupted; run the same command again to resume the cache in {folder} after its finished shards"
+        ) from stop
+
+
+def _write_shards(builder: ShardBuilder, shards: range, progress: Progress | None) -> tuple[int, int]:
+    """Compute the shards that are not done yet; return the numbers of computed and of kept shards."""
+    total = sum(len(builder.sample_ids(shard)) for shard in shards) * builder.n_views
     done = computed = kept = 0
 
     def advance(images: int) -> None:
@@ -208,73 +237,81 @@ def _write_shards(job: Job, shards: range, progress: Progress | None) -> tuple[i
             progress(done, total, f"shard {computed + kept + 1} of {len(shards)}")
 
     for shard in shards:
-        if job.is_sound(shard):
-            advance(len(job.ids(shard)) * job.n_views)
+        if builder.is_done(shard):
+            advance(len(builder.sample_ids(shard)) * builder.n_views)
             kept += 1
         else:
-            job.write(shard, advance)
+            builder.write(shard, advance)
             computed += 1
     return computed, kept
 
 
 def _finish(
-    job: Job, plan: dict[str, Any], source: Source, model: Model, computed: int, kept: int, *, alone: bool
+    builder: ShardBuilder,
+    plan: dict[str, Any],
+    source: Source,
+    model: Model,
+    computed: int,
+    kept: int,
+    *,
+    alone: bool,
 ) -> CacheBuild:
-    """Write the manifest if all shards are there and no other rank is at it."""
-    unfinished = CacheBuild(job.folder, False, computed, kept, 0.0)
-    if any(job.record(shard) is None for shard in range(job.count)):
-        # Records vanish when another rank has just completed the cache.
-        return _by_another(job.folder, plan, computed, kept) or unfinished
+    """Write the manifest if all shards are done and no other rank is writing it."""
+    unfinished = CacheBuild(builder.folder, False, computed, kept, 0.0)
+    if any(builder.read_record(shard) is None for shard in range(builder.shard_count)):
+        # Records also vanish when another rank has just completed the cache.
+        return _finished_by_another(builder.folder, plan, computed, kept) or unfinished
     try:
-        with FolderLock(job.folder / BUILDING):
-            seconds = _seal(job, plan, source, model)
+        with FolderLock(builder.folder / BUILDING):
+            seconds = _write_manifest(builder, plan, source, model)
     except OutputError:
-        # Another rank holds the lock, or has completed the cache and removed the lock's folder.
+        # Another rank holds the lock, or has completed the cache and removed the locked folder.
         if alone:
             raise
-        return _by_another(job.folder, plan, computed, kept) or unfinished
-    shutil.rmtree(job.folder / BUILDING)
-    return CacheBuild(job.folder, True, computed, kept, seconds)
+        return _finished_by_another(builder.folder, plan, computed, kept) or unfinished
+    shutil.rmtree(builder.folder / BUILDING)
+    return CacheBuild(builder.folder, True, computed, kept, seconds)
 
 
-def _by_another(folder: Path, plan: dict[str, Any], computed: int, kept: int) -> CacheBuild | None:
-    if not (folder / card.MANIFEST).exists():
+def _finished_by_another(folder: Path, plan: dict[str, Any], computed: int, kept: int) -> CacheBuild | None:
+    if not (folder / MANIFEST).exists():
         return None
-    return CacheBuild(folder, True, computed, kept, _already_there(folder, plan).seconds)
+    return CacheBuild(folder, True, computed, kept, _reuse_finished(folder, plan).seconds)
 
 
-def _seal(job: Job, plan: dict[str, Any], source: Source, model: Model) -> float:
-    """Join the parts of the shards, and write the manifest last."""
-    records = [record for shard in range(job.count) if (record := job.record(shard)) is not None]
-    files = {card.shard_file(shard): record["files"][card.shard_file(shard)] for shard, record in enumerate(records)}
-    _join(job, "features", card.FEATURES)
-    _join(job, "identity", card.IDENTITY)
-    names = [card.FEATURES, card.IDENTITY]
+def _write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, model: Model) -> float:
+    """Concatenate the parts of the shards, and write the manifest last; return the seconds spent on all shards."""
+    folder, coverage = builder.folder, builder.coverage
+    records = [record for shard in range(builder.shard_count) if (record := builder.read_record(shard)) is not None]
+    digests = {shard_file(shard): record["files"][shard_file(shard)] for shard, record in enumerate(records)}
+    _concatenate_parts(builder, "features", FEATURES)
+    _concatenate_parts(builder, "identity", IDENTITY)
+    names = [FEATURES, IDENTITY]
     if not plan["coverage"]["whole"]:
-        with atomic_write(job.folder / card.COVERAGE) as file:
-            np.save(file, job.coverage)
-        names.append(card.COVERAGE)
-    files |= {name: sha256_file(job.folder / name) for name in names}
-    identity = np.load(job.folder / card.IDENTITY, mmap_mode="r")
-    test = evaluate(model, source.test, device=job.forward.device, views=source.views)
-    found = {
-        "train_top1": train_accuracy(identity, source.train.labels[job.coverage]),
+        with atomic_write(folder / COVERAGE) as file:
+            np.save(file, coverage)
+        names.append(COVERAGE)
+    digests |= {name: sha256_file(folder / name) for name in names}
+    identity = np.load(folder / IDENTITY, mmap_mode="r")
+    test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
+    results = {
+        "train_top1": accuracy(identity, source.train.labels[coverage]),
         "test_top1": test["top1"],
-        "features": int(np.load(job.folder / card.FEATURES, mmap_mode="r").shape[1]),
-        "files": {name: {"sha256": sha, "bytes": (job.folder / name).stat().st_size} for name, sha in files.items()},
+        "features": int(np.load(folder / FEATURES, mmap_mode="r").shape[1]),
+        "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},
     }
     seconds = sum(float(record["seconds"]) for record in records)
-    images = len(job.coverage) * job.n_views
-    card.write_sealed(job.folder / card.TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
-    card.write_sealed(job.folder / card.MANIFEST, plan | found)
+    images = len(coverage) * builder.n_views
+    write_sealed(folder / TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
+    write_sealed(folder / MANIFEST, plan | results)
     return seconds
 
 
-def _join(job: Job, kind: str, name: str) -> None:
-    """Write the shards' parts one after another as one array, without holding more than one in memory."""
-    width = np.load(job.part(kind, 0), mmap_mode="r").shape[1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(job.coverage), width)}
-    with atomic_write(job.folder / name) as file:
+def _concatenate_parts(builder: ShardBuilder, kind: str, name: str) -> None:
+    """Write the shards' parts one after another as one array, with at most one of them in memory."""
+    width = np.load(builder.part_path(kind, 0), mmap_mode="r").shape[1]
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(builder.coverage), width)}
+    with atomic_write(builder.folder / name) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for shard in range(job.count):
-            file.write(np.load(job.part(kind, shard)).data)
+        for shard in range(builder.shard_count):
+            file.write(np.load(builder.part_path(kind, shard)).data)

@@ -1,9 +1,9 @@
-"""A teacher's cache: its logits on every view of every sample, read at the speed of the training that uses them.
+"""A teacher's cache: its logits on the views of the training samples, for lookup during training.
 
 `build_cache` writes it, `TeacherCache` reads it. The folder holds `logits-<shard>.npy` [view, sample, class] (raw
 logits, never softmax; or records of the k most probable classes [view, sample]), `identity_logits.npy` [sample, class]
-and `features.npy` [sample, D] in float32, `coverage.npy` where not every training sample is covered, `manifest.json`
-and `timing.json`.
+and `features.npy` [sample, D] in float32, `coverage.npy` if not all training samples are covered, `manifest.json` and
+`timing.json`.
 """
 
 from __future__ import annotations
@@ -25,29 +25,35 @@ from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
 from kdfast.nets.checkpoint import Model
 from kdfast.ops.kd_loss import TopKTeacher
-from kdfast.teacher import manifest as card
-from kdfast.teacher.build import CacheBuild, build_cache
-from kdfast.teacher.checks import require_match, require_sound
-from kdfast.teacher.plan import train_accuracy
-from kdfast.teacher.rows import Rows
-from kdfast.teacher.verify import Verification, recompute
-
-__all__ = ["CacheBuild", "TeacherCache", "Verification", "build_cache"]
+from kdfast.teacher.checks import check_intact, check_match
+from kdfast.teacher.manifest import (
+    COVERAGE,
+    FEATURES,
+    IDENTITY,
+    TIMING,
+    digest_ids,
+    read_manifest,
+    read_sealed_json,
+    shard_file,
+)
+from kdfast.teacher.plan import accuracy
+from kdfast.teacher.row_format import RowFormat
+from kdfast.teacher.verify import Verification, recompute_logits
 
 
 class TeacherCache:
     """An opened cache. Make one with `TeacherCache.open`.
 
     Attributes:
-        path: Its folder.
-        manifest: Its manifest, with the "seconds" that the build took.
+        path: The cache's folder.
+        manifest: The cache's manifest, and the "seconds" that the build took.
         n_views: Views per sample.
-        view_seed: Seed of their choice (of no effect with all views, or one).
-        spec: The views there are.
-        classes: Width of the logits.
+        view_seed: Seed of their choice (no effect with all views, or one).
+        spec: The data's set of views.
+        classes: Number of classes, C.
         coverage: Original indices of the covered samples, ascending, int64 (n,).
-        dtype: Of the logits, torch.float16 or torch.float32.
-        top_k: The classes kept of each view; None for all.
+        dtype: dtype of the logits, torch.float16 or torch.float32.
+        top_k: The classes kept per view; None for all.
         teacher_digest: Digest of the teacher's weights.
     """
 
@@ -59,11 +65,11 @@ class TeacherCache:
         self.spec = ViewSpec.from_dict(manifest["views"]["spec"])
         self.classes: int = manifest["data"]["classes"]
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
-        self._rows = Rows.of_manifest(manifest)
+        self._rows = RowFormat.from_manifest(manifest)
         self.top_k = self._rows.top_k
         self.teacher_digest: str = manifest["teacher"]["digest"]
         self.coverage = self._read_coverage()
-        self._whole: bool = manifest["coverage"]["whole"]
+        self._covers_all: bool = manifest["coverage"]["whole"]
         self._per_shard: int = manifest["per_shard"]
         self._maps: dict[int, tuple[npt.NDArray[Any], Callable[[int], None]]] = {}
 
@@ -73,22 +79,16 @@ class TeacherCache:
         path: str | os.PathLike[str],
         *,
         source: Source | None = None,
-        fingerprint: str | None = None,
-        views: ViewSpec | None = None,
-        classes: int | None = None,
         teacher: Model | None = None,
         check_files: bool = True,
     ) -> TeacherCache:
-        """Open a cache and make sure that it is whole and belongs to what it is to be used with.
+        """Open a cache; check that it is intact and matches the data and the teacher.
 
         Args:
             path: The cache's folder.
-            source: The data. Its fingerprint, views and classes are compared, and the accuracy of the cached logits on
-                its labels with the one in the manifest.
-            fingerprint: Fingerprint of the data, where there is no source at hand.
-            views: The views of the data, likewise.
-            classes: Number of classes of the data, likewise.
-            teacher: The teacher that the cache must have been made by.
+            source: The data to compare: its fingerprint, views and classes, and the accuracy of the cached logits on
+                its labels. None: not compared.
+            teacher: The teacher to compare. None: not compared.
             check_files: Compare the SHA-256 of every file.
 
         Raises:
@@ -96,19 +96,17 @@ class TeacherCache:
                 other views.
         """
         folder = Path(path)
-        manifest = card.read_manifest(folder)
-        if source is not None:
-            fingerprint, views, classes = source.fingerprint, source.views, len(source.classes)
-        require_match(folder, manifest, fingerprint, views, classes, teacher)
+        manifest = read_manifest(folder)
+        check_match(folder, manifest, source, teacher)
         if check_files:
-            require_sound(folder, manifest["files"])
-        manifest |= {"seconds": card.read_sealed(folder / card.TIMING)["seconds"]}
+            check_intact(folder, manifest["files"])
+        manifest |= {"seconds": read_sealed_json(folder / TIMING)["seconds"]}
         cache = cls(folder, manifest)
         if source is not None:
-            found = train_accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
-            if abs(found - manifest["train_top1"]) > 1e-9:
+            top1 = accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
+            if abs(top1 - manifest["train_top1"]) > 1e-9:
                 raise CacheMismatch(
-                    f"{folder}: the cached logits are right on {found:.3f}% of the samples, the manifest says "
+                    f"{folder}: the cached logits have an accuracy of {top1:.3f}%, the manifest records "
                     f"{manifest['train_top1']:.3f}%: the labels have changed or the cache is damaged; build it again"
                 )
         return cache
@@ -118,102 +116,103 @@ class TeacherCache:
 
     @property
     def row_bytes(self) -> int:
-        """Size of what is stored of one view of one sample."""
+        """Bytes stored per view of a sample."""
         return self._rows.row_bytes
 
     def require(self, sample_ids: IntArray) -> None:
-        """Make sure that samples are covered.
+        """Check that the cache covers the samples.
 
         Raises:
-            CacheMismatch: Some are not; says how many, and what to do.
+            CacheMismatch: Samples are missing; the message says how many.
         """
         self._positions(np.asarray(sample_ids, dtype=np.int64))
 
-    def slots_for(self, sample_ids: IntArray, slots: IntArray, n_views: int, view_seed: int) -> IntArray:
-        """Translate a run's view slots into columns of this cache.
+    def translate_view_indices(
+        self, sample_ids: IntArray, view_indices: IntArray, n_views: int, view_seed: int
+    ) -> IntArray:
+        """Translate a run's view indices to view indices of this cache.
 
-        A cache of all views serves every run; one of V views serves runs of up to V views with its own view seed; and
-        every cache serves runs of one view, the identity.
+        A cache of all views serves every run. A cache of V views serves runs of up to V views with the same view seed.
+        Every cache serves runs of one view, the identity.
 
         Args:
             sample_ids: Original indices (n,).
-            slots: The run's slots (n,), columns of its `view_table`.
+            view_indices: Columns (n,) of the run's `view_table`.
             n_views: Views per sample that the run draws from.
-            view_seed: The run's seed of their choice.
+            view_seed: Seed of the run's choice of views.
 
         Returns:
-            Columns (n,) to give to `lookup`.
+            View indices (n,) to pass to `lookup`.
 
         Raises:
-            CacheMismatch: The cache lacks views of that run.
+            CacheMismatch: The cache lacks views of the run.
         """
-        everything = self.spec.count
-        if self.n_views == everything:
-            if n_views == everything:
-                return np.asarray(slots, dtype=np.int64)
+        total = self.spec.count
+        if self.n_views == total:
+            if n_views == total:
+                return np.asarray(view_indices, dtype=np.int64)
             table = view_table(self.spec, view_seed, sample_ids, n_views)
-            return np.take_along_axis(table, np.asarray(slots, dtype=np.int64)[:, None], axis=1)[:, 0]
+            return np.take_along_axis(table, np.asarray(view_indices, dtype=np.int64)[:, None], axis=1)[:, 0]
         same_choice = view_seed == self.view_seed or n_views == 1
         if n_views > self.n_views or not same_choice:
             raise CacheMismatch(
-                f"{self.path} holds {self.n_views} of {everything} views, chosen with view seed {self.view_seed}; the "
+                f"{self.path} holds {self.n_views} of {total} views, chosen with view seed {self.view_seed}; the "
                 f"run needs {n_views} with view seed {view_seed}: use at most {self.n_views} views and the same view "
                 "seed, or build a cache of all views"
             )
-        return np.asarray(slots, dtype=np.int64)
+        return np.asarray(view_indices, dtype=np.int64)
 
-    def lookup(self, sample_ids: IntArray, slots: IntArray, out: Tensor | None = None) -> Tensor:
-        """The teacher's logits on one view of each sample.
+    def lookup(self, sample_ids: IntArray, view_indices: IntArray) -> Tensor:
+        """Return the teacher's logits on one view of each sample.
 
-        Rows are read in the order of the files and their pages given back at once, so memory grows by the result only.
-        Best called for many samples at a time.
+        Rows are read in file order and their pages are released at once, so memory grows by the result only. Calls for
+        many samples at a time are the most efficient.
 
         Args:
             sample_ids: Original indices (n,).
-            slots: Columns (n,) in [0, n_views), from `slots_for`.
-            out: Where to put the result; a CPU tensor (n, classes) of the cache's dtype.
+            view_indices: View indices (n,) in [0, n_views), from `translate_view_indices`.
 
         Returns:
-            Logits (n, classes) in the cache's dtype, on the CPU; `out` if given.
+            Logits (n, classes) in the cache's dtype, on the CPU.
 
         Raises:
-            CacheMismatch: Samples that are not covered, or a cache that does not hold all classes.
-            ShapeError: Slots or `out` do not fit.
+            CacheMismatch: The cache does not cover all samples, or does not hold all classes.
+            ShapeError: The view indices have the wrong shape or are out of range.
         """
         if self.top_k is not None:
             raise CacheMismatch(
-                f"{self.path} holds the {self.top_k.k} most probable of {self.classes} classes of each view, and all "
-                "are needed: build a cache without --top-k"
+                f"{self.path} holds the {self.top_k.k} most probable of {self.classes} classes of each view, but "
+                "all are needed: build a cache without `top_k`"
             )
-        result = self._result(len(sample_ids), out)
-        self._read(sample_ids, slots, result.numpy())
+        result = torch.empty((len(sample_ids), self.classes), dtype=self.dtype)
+        self._read(sample_ids, view_indices, result.numpy())
         return result
 
-    def lookup_top_k(self, sample_ids: IntArray, slots: IntArray) -> TopKTeacher:
-        """As `lookup`, from a cache of the most probable classes.
+    def lookup_top_k(self, sample_ids: IntArray, view_indices: IntArray) -> TopKTeacher:
+        """Like `lookup`, for a cache of the most probable classes.
 
         Raises:
-            CacheMismatch: Samples that are not covered, or a cache that holds all classes.
-            ShapeError: Slots do not fit.
+            CacheMismatch: The cache does not cover all samples, or holds all classes.
+            ShapeError: The view indices have the wrong shape or are out of range.
         """
         if self.top_k is None:
-            raise CacheMismatch(f"{self.path} holds all classes: use lookup")
+            raise CacheMismatch(f"{self.path} holds all classes: call `lookup`")
         rows = np.empty(len(sample_ids), self._rows.element)
-        self._read(sample_ids, slots, rows)
+        self._read(sample_ids, view_indices, rows)
         return self._rows.unpack(rows)
 
-    def _read(self, sample_ids: IntArray, slots: IntArray, target: npt.NDArray[Any]) -> None:
+    def _read(self, sample_ids: IntArray, view_indices: IntArray, target: npt.NDArray[Any]) -> None:
         """Fill `target` with the stored rows."""
-        ids, columns = np.asarray(sample_ids, dtype=np.int64), np.asarray(slots, dtype=np.int64)
-        if columns.shape != ids.shape or ids.ndim != 1:
-            raise ShapeError(f"{ids.shape} sample ids and {columns.shape} slots: give one slot for each sample")
-        if len(columns) and not 0 <= columns.min() <= columns.max() < self.n_views:
+        ids, indices = np.asarray(sample_ids, dtype=np.int64), np.asarray(view_indices, dtype=np.int64)
+        if indices.shape != ids.shape or ids.ndim != 1:
+            raise ShapeError(f"{ids.shape} sample ids and {indices.shape} view indices: pass one per sample")
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.n_views:
             raise ShapeError(
-                f"slots from {columns.min()} to {columns.max()}: the cache has the slots 0 to {self.n_views - 1}"
+                f"view indices from {indices.min()} to {indices.max()}: the cache has 0 to {self.n_views - 1}"
             )
         shards, local = np.divmod(self._positions(ids), self._per_shard)
         sizes = np.minimum(self._per_shard, len(self.coverage) - shards * self._per_shard)
-        rows = columns * sizes + local
+        rows = indices * sizes + local
         # A shard never has more rows than this, so the key sorts by shard, then by row.
         order = np.argsort(shards * (self.n_views * self._per_shard) + rows)
         starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
@@ -224,12 +223,12 @@ class TeacherCache:
             madvise(mmap.MADV_DONTNEED)
 
     def features(self) -> npt.NDArray[np.float32]:
-        """The classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped."""
-        return self._array(card.FEATURES)
+        """Return the classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped."""
+        return self._load_array(FEATURES)
 
     def identity_logits(self) -> npt.NDArray[np.float32]:
-        """Logits of the identity view in float32, (n, classes) in the order of `coverage`, memory-mapped."""
-        return self._array(card.IDENTITY)
+        """Return the identity view's logits in float32, (n, classes) in the order of `coverage`, memory-mapped."""
+        return self._load_array(IDENTITY)
 
     def verify(
         self,
@@ -239,12 +238,12 @@ class TeacherCache:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> Verification:
-        """Recompute the teacher's logits on random views of random samples and compare.
+        """Recompute the teacher's logits on random views of random samples and compare them with the cache.
 
         Args:
             source: The data.
             model: The teacher.
-            samples: How many samples to draw, without repetition.
+            samples: Number of samples to draw, without repetition.
             seed: Seed of the draw.
             device: Where to compute.
 
@@ -252,13 +251,13 @@ class TeacherCache:
             CacheMismatch: The cache was made by another teacher or from other data, or logits differ by more than
                 rounding explains.
         """
-        require_match(self.path, self.manifest, source.fingerprint, source.views, len(source.classes), model)
+        check_match(self.path, self.manifest, source, model)
         draw = np.random.default_rng(seed)
         ids = np.sort(draw.choice(self.coverage, size=min(samples, len(self.coverage)), replace=False))
-        slots = draw.integers(0, self.n_views, size=len(ids))
-        views = view_table(self.spec, self.view_seed, ids, self.n_views)[np.arange(len(ids)), slots]
-        fresh = recompute(source, model, ids, views, torch.device(device))
-        stored = self.lookup(ids, slots) if self.top_k is None else self.lookup_top_k(ids, slots)
+        view_indices = draw.integers(0, self.n_views, size=len(ids))
+        views = view_table(self.spec, self.view_seed, ids, self.n_views)[np.arange(len(ids)), view_indices]
+        fresh = recompute_logits(source, model, ids, views, torch.device(device))
+        stored = self.lookup(ids, view_indices) if self.top_k is None else self.lookup_top_k(ids, view_indices)
         report = Verification.compare(stored, fresh, self.manifest["precision"], self.top_k)
         if not report.passed:
             worst = int(ids[report.worst_row])
@@ -269,8 +268,8 @@ class TeacherCache:
         return report
 
     def _positions(self, ids: IntArray) -> IntArray:
-        """Rows of the samples in `coverage`."""
-        if self._whole:
+        """Return the positions of the samples in `coverage`."""
+        if self._covers_all:
             covered = (ids >= 0) & (ids < len(self.coverage))
             positions = ids
         else:
@@ -284,25 +283,15 @@ class TeacherCache:
             )
         return positions
 
-    def _result(self, count: int, out: Tensor | None) -> Tensor:
-        shape = (count, self.classes)
-        if out is None:
-            return torch.empty(shape, dtype=self.dtype)
-        if tuple(out.shape) != shape or out.dtype != self.dtype or out.device.type != "cpu":
-            raise ShapeError(
-                f"out is {tuple(out.shape)} {out.dtype} on {out.device}; needed: {shape} {self.dtype} on the CPU"
-            )
-        return out
-
     def _map(self, shard: int) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
-        """A shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""
+        """Return a shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""
         if shard not in self._maps:
-            array = self._array(card.shard_file(shard), "r")
+            array = self._load_array(shard_file(shard), "r")
             size = min(self._per_shard, len(self.coverage) - shard * self._per_shard)
             if array.shape != (self.n_views, size, *self._rows.shape) or array.dtype != self._rows.element:
                 raise CacheMismatch(
-                    f"{self.path / card.shard_file(shard)} has shape {array.shape} and type {array.dtype}: build the "
-                    "cache again"
+                    f"{self.path / shard_file(shard)} has the wrong shape {array.shape} or dtype {array.dtype}: build "
+                    "the cache again"
                 )
             self._maps[shard] = (array.reshape(-1, *self._rows.shape), cast(mmap.mmap, array.base).madvise)
         return self._maps[shard]
@@ -311,15 +300,15 @@ class TeacherCache:
         info = self.manifest["coverage"]
         if info["whole"]:
             return np.arange(info["samples"], dtype=np.int64)
-        coverage: IntArray = np.array(self._array(card.COVERAGE), dtype=np.int64)
-        if card.digest_ids(coverage) != info["digest"]:
-            raise CacheMismatch(f"{self.path / card.COVERAGE} is not the manifest's: build the cache again")
+        coverage: IntArray = np.array(self._load_array(COVERAGE), dtype=np.int64)
+        if digest_ids(coverage) != info["digest"]:
+            raise CacheMismatch(f"{self.path / COVERAGE} does not match the manifest: build the cache again")
         return coverage
 
-    def _array(self, name: str, mode: Literal["r", "c"] = "c") -> npt.NDArray[Any]:
+    def _load_array(self, name: str, mode: Literal["r", "c"] = "c") -> npt.NDArray[Any]:
         path = self.path / name
         try:
-            # Copy on write ("c"): callers may wrap the array in a tensor, which must be writable; the file is safe.
+            # Copy on write ("c"): callers may wrap the array in a tensor, which must be writable; the file stays as is.
             array: npt.NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise CacheMismatch(f"cannot read {path} ({error}): build the cache again") from error

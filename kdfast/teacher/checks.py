@@ -1,4 +1,4 @@
-"""Whether a cache is whole, and whether it belongs to the data and the teacher at hand."""
+"""Check that a cache's files are intact and that it matches the data and the teacher in use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kdfast.data.views import ViewSpec
+from kdfast.data.source import Source
 from kdfast.errors import CacheMismatch, DataError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
@@ -16,23 +16,16 @@ from kdfast.teacher.manifest import differences
 _THREADS = 8
 
 
-def require_match(
-    folder: Path,
-    manifest: dict[str, Any],
-    fingerprint: str | None,
-    views: ViewSpec | None,
-    classes: int | None,
-    teacher: Model | None,
-) -> None:
-    """Compare a manifest with the data and the teacher that a cache is to be used with; None is not compared.
+def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, teacher: Model | None) -> None:
+    """Compare a manifest with the data and the teacher in use; None is not compared.
 
     Raises:
-        CacheMismatch: Something differs; all of it is named.
+        CacheMismatch: Fields differ; the message names all of them.
     """
-    data: dict[str, Any] = {"fingerprint": fingerprint, "classes": classes}
-    needed: dict[str, Any] = {"data": {key: value for key, value in data.items() if value is not None}}
-    if views is not None:
-        needed["views"] = {"spec": views.to_dict()}
+    needed: dict[str, Any] = {}
+    if source is not None:
+        needed["data"] = {"fingerprint": source.fingerprint, "classes": len(source.classes)}
+        needed["views"] = {"spec": source.view_spec.to_dict()}
     if teacher is not None:
         norm = teacher.normalization
         needed["teacher"] = {
@@ -41,14 +34,15 @@ def require_match(
             "mean": list(norm.mean),
             "std": list(norm.std),
         }
-    if odd := differences(manifest, needed):
+    if differing := differences(manifest, needed):
         raise CacheMismatch(
-            f"{folder} was not made for this: {'; '.join(odd)}. Give the cache of this data and teacher, or build one"
+            f"{folder} belongs to other data or another teacher: {'; '.join(differing)}. Use the cache of this data "
+            "and teacher, or build one"
         )
 
 
-def require_sound(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Compare size and SHA-256 of every file with the manifest's, on several threads.
+def check_intact(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Compare size and SHA-256 of every file with the manifest, on several threads.
 
     Raises:
         CacheMismatch: A file is missing or has changed.

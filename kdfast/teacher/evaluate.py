@@ -1,4 +1,4 @@
-"""Accuracy and loss of a model on a split."""
+"""Evaluate a model on a split: accuracy and loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdfast.data.source import Split
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.errors import CheckpointError
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.forward import default_batch
+from kdfast.teacher.predictor import default_batch_size
 
 
 def evaluate(
@@ -18,42 +18,43 @@ def evaluate(
     split: Split,
     *,
     device: torch.device | str = "cpu",
-    views: ViewSpec | None = None,
+    view_spec: ViewSpec | None = None,
     batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Score a model on the unaugmented images of a split.
+    """Compute accuracy and loss of a model on the unaugmented images of a split.
 
     Args:
-        model: The model; its network is moved to the device, and is left in the mode (train or eval) it was in.
+        model: The model. Its network moves to the device and keeps its mode (train or eval).
         split: Images and labels.
         device: Where to compute.
-        views: The views of the data, whose identity is shown; the images as they are when not given.
-        batch_size: Images per forward pass; one that suits the device when not given.
+        view_spec: The data's set of views, whose identity is evaluated; None for the images as they are.
+        batch_size: Images per forward pass; None for one that suits the device.
 
     Returns:
-        "top1" and "top5" in percent (top 5 of fewer classes is top C), and "loss", the mean cross entropy in nats.
+        "top1" and "top5" in percent (with fewer than 5 classes, top 5 is top C), and "loss", the mean cross-entropy in
+        nats.
 
     Raises:
-        CheckpointError: The split has labels that the model does not know.
+        CheckpointError: The split has a label outside the model's classes.
     """
     place = torch.device(device)
-    spec = views or ViewSpec(kind="shift", size=split.shape[:2])
+    spec = view_spec or ViewSpec(kind="shift", size=split.shape[:2])
     if int(split.labels.max()) >= model.classes:
         raise CheckpointError(
-            f"the data has the label {int(split.labels.max())}, but {model.name} knows {model.classes} classes: "
-            "give a model trained on this data"
+            f"the data has the label {int(split.labels.max())}, but {model.name} has {model.classes} classes: "
+            "use a model trained on this data"
         )
     net = model.net.to(place)
     training = net.training
     net.eval()
     try:
-        return _score(model, net, split, spec, place, batch_size or default_batch(place))
+        return _evaluate(model, net, split, spec, place, batch_size or default_batch_size(place))
     finally:
         net.train(training)
 
 
 @torch.inference_mode()
-def _score(
+def _evaluate(
     model: Model, net: torch.nn.Module, split: Split, spec: ViewSpec, device: torch.device, batch_size: int
 ) -> dict[str, float]:
     top1 = top5 = 0

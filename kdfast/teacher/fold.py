@@ -1,4 +1,4 @@
-"""Folding batch norms into the convolutions before them, for networks that only answer and no longer learn."""
+"""Fold batch norms into the convolutions before them, for networks that are used for inference only."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norms(net: nn.Module) -> nn.Module:
-    """A network with the same answers up to rounding, and fewer steps.
+    """Return a network with fewer layers and the same outputs up to rounding.
 
-    Networks that torch.fx cannot trace (data-dependent control flow) are returned as they are: slower, as right.
+    Networks that torch.fx cannot trace (data-dependent control flow) are returned unchanged: correct, but slower.
 
     Args:
-        net: A network in evaluation mode. It shares its modules with the result: pass a copy to keep it.
+        net: A network in evaluation mode. The result shares its modules: pass a copy to keep the original.
     """
     try:
         traced = fx.symbolic_trace(net)
-    except Exception:  # tracing runs the network's own code, which may fail in any way on symbolic inputs
+    except Exception:  # tracing runs the network's own code, which can fail in any way on symbolic inputs
         return net
     modules = dict(traced.named_modules())
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
@@ -28,7 +28,7 @@ def fold_batch_norms(net: nn.Module) -> nn.Module:
         before = node.args[0]
         if before.op != "call_module" or type(modules[before.target]) is not nn.Conv2d:
             continue
-        # A convolution called twice, or whose output is also used elsewhere, must keep its weights.
+        # A convolution that is called twice, or whose output is also used elsewhere, must keep its weights.
         if calls[before.target] > 1 or len(before.users) > 1:
             continue
         traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))

@@ -1,9 +1,9 @@
-"""The identity card of a teacher's cache: what it was made of, how, and the SHA-256 of each of its files.
+"""Manifest of a teacher's cache: its inputs and settings, and the SHA-256 of each of its files.
 
-The plan of a cache holds all that decides its content; a build is resumed, and a finished cache accepted, only for the
-same plan. The manifest is the plan plus what was found out on the way. It holds its own digest and is stored in one
-canonical form, so that any changed byte of it is noticed. It holds nothing that differs from run to run: seconds and
-the like are in `timing.json`, and a build that was killed and resumed ends in the same bytes.
+The plan of a cache holds everything that determines its content; a build resumes, and a finished cache is reused, only
+for the same plan. The manifest is the plan plus the results of the build. It contains its own digest and is stored in
+one canonical form, so that any changed byte is detected. Values that differ between runs, such as seconds, are in
+`timing.json` instead, so that a killed and resumed build ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch
-from kdfast.files import atomic_write
+from kdfast.files import read_sealed
 
 FORMAT = "kdfast-cache"
 VERSION = 1
@@ -27,75 +27,53 @@ FEATURES = "features.npy"
 IDENTITY = "identity_logits.npy"
 BUILDING = ".building"
 PLAN = "plan.json"
-_SELF = "sha256_of_the_rest"
 
 
 def shard_file(index: int) -> str:
-    """Name of a shard's file of logits."""
+    """Return the name of a shard's file of logits."""
     return f"logits-{index:05d}.npy"
 
 
 def digest_ids(ids: IntArray) -> str:
-    """SHA-256 (hexadecimal) of sample indices."""
+    """Compute the SHA-256 (hexadecimal) of sample indices."""
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
-def digest_fields(fields: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) of JSON values, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def write_sealed(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write fields as JSON together with their digest, atomically.
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read a plan, timing or manifest file that `write_sealed` wrote.
 
     Raises:
-        OutputError: The file cannot be written.
-    """
-    with atomic_write(path) as file:
-        file.write(_canonical({**fields, _SELF: digest_fields(fields)}))
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote.
-
-    Raises:
-        CacheMismatch: The file is missing, or a byte of it has changed.
+        CacheMismatch: The file is missing or damaged.
     """
     try:
-        raw = path.read_bytes()
+        return read_sealed(path)
     except OSError as error:
         raise CacheMismatch(
-            f"cannot read {path} ({error.strerror}): it is no finished cache; run kdfast cache"
+            f"cannot read {path} ({error.strerror}): not a finished cache; build one with kdfast cache"
         ) from error
-    damaged = f"{path} is damaged: its content does not match its own digest; delete the cache and build it again"
-    try:
-        fields = json.loads(raw)
     except ValueError as error:
-        raise CacheMismatch(damaged) from error
-    if not isinstance(fields, dict) or _canonical(fields) != raw:
-        raise CacheMismatch(damaged)
-    if fields.pop(_SELF, None) != digest_fields(fields):
-        raise CacheMismatch(damaged)
-    return fields
+        raise CacheMismatch(
+            f"{path} is damaged: its content does not match its own digest; delete the cache and build it again"
+        ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished cache.
+    """Read the manifest of a finished cache.
 
     Raises:
-        CacheMismatch: It is missing, damaged, or of another format version.
+        CacheMismatch: The manifest is missing, damaged, or has another format version.
     """
-    fields = read_sealed(folder / MANIFEST)
+    fields = read_sealed_json(folder / MANIFEST)
     if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
         raise CacheMismatch(
             f"{folder} has cache format {fields.get('format')} {fields.get('version')}; needed: {FORMAT} {VERSION}; "
-            "build it again with this kdfast"
+            "build it again with this version of kdfast"
         )
     return fields
 
 
 def differences(given: Mapping[str, Any], needed: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The fields of `needed` that differ in `given`, as "name: given, needed" lines; nested fields as "a.b"."""
+    """List the fields of `needed` that differ in `given`, as "name is X, needed Y"; nested names as "a.b"."""
     lines = []
     for key, value in needed.items():
         other = given.get(key)
@@ -104,10 +82,6 @@ def differences(given: Mapping[str, Any], needed: Mapping[str, Any], prefix: str
         elif other != value:
             lines.append(f"{prefix}{key} is {_short(other)}, needed {_short(value)}")
     return lines
-
-
-def _canonical(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a cache: all that decides what it holds. Only for the same plan is a build resumed, a cache accepted."""
+"""Plan of a cache: everything that determines its content. A build resumes only if its plan is unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
-from kdfast.files import visible_entries
+from kdfast.files import visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
@@ -22,13 +22,12 @@ from kdfast.teacher.manifest import (
     VERSION,
     differences,
     digest_ids,
-    read_sealed,
-    write_sealed,
+    read_sealed_json,
 )
 
 
 def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, view_seed: int) -> dict[str, Any]:
-    """All that decides what the cache will hold, apart from how it is computed."""
+    """Return what determines the cache's content, except how it is computed and stored."""
     norm = model.normalization
     return {
         "format": FORMAT,
@@ -46,7 +45,7 @@ def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, vi
             "mean": list(norm.mean),
             "std": list(norm.std),
         },
-        "views": {"spec": source.views.to_dict(), "view_seed": view_seed, "n_views": n_views},
+        "views": {"spec": source.view_spec.to_dict(), "view_seed": view_seed, "n_views": n_views},
         "coverage": {
             "samples": len(coverage),
             "whole": len(coverage) == len(source.train),
@@ -55,20 +54,20 @@ def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, vi
     }
 
 
-def check_place(folder: Path) -> None:
-    """Make sure that the folder is missing or empty, or holds a cache, finished or not; nothing in it is touched.
+def check_cache_folder(folder: Path) -> None:
+    """Check that the folder is missing or empty, or holds a cache, finished or not. Writes nothing.
 
     Raises:
-        OutputError: It holds something else.
+        OutputError: The folder holds something else.
     """
-    taken = [name for name in visible_entries(folder) if name != BUILDING]
-    # The plan is there before the first file of a cache is, and gone after the manifest has come: look in this order.
-    if taken and not (folder / BUILDING / PLAN).exists() and not (folder / MANIFEST).exists():
-        raise OutputError(f"{folder} holds {taken[0]} of something else: give an empty or new folder for the cache")
+    entries = [name for name in visible_entries(folder) if name != BUILDING]
+    # The plan exists before any other file of a cache, and until the manifest is written: check in this order.
+    if entries and not (folder / BUILDING / PLAN).exists() and not (folder / MANIFEST).exists():
+        raise OutputError(f"{folder} holds {entries[0]}, which is not part of a cache: choose an empty or new folder")
 
 
-def agree_on_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or make sure that the unfinished build in the folder follows the same one.
+def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or check that the unfinished build in the folder has the same one.
 
     Raises:
         CacheMismatch: The folder holds an unfinished cache of another plan.
@@ -76,19 +75,19 @@ def agree_on_plan(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / BUILDING / PLAN
     if not path.exists():
         write_sealed(path, plan)
-    # Read back even when just written: two ranks may start with different options at the same moment.
-    require_same(folder, read_sealed(path), plan, "an unfinished cache")
+    # Read back even if just written: two ranks may start with different options at the same moment.
+    check_same_plan(folder, read_sealed_json(path), plan, "an unfinished cache")
 
 
-def require_same(folder: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
-    """Raise CacheMismatch naming the fields of the plan in which what was found (called `what`) differs."""
-    if odd := differences(found, plan):
+def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
+    """Raise CacheMismatch if the found plan differs, naming the fields; `what` describes it in the message."""
+    if differing := differences(found, plan):
         raise CacheMismatch(
-            f"{folder} holds {what} made otherwise: {'; '.join(odd)}. "
-            "Give the same options, another folder, or delete it"
+            f"{folder} holds {what} with another plan: {'; '.join(differing)}. "
+            "Use the same options or another folder, or delete it"
         )
 
 
-def train_accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float:
-    """Top-1 accuracy, in percent, of logits (n, C) against labels (n,)."""
+def accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float:
+    """Compute the top-1 accuracy, in percent, of logits (n, C) for labels (n,)."""
     return 100 * float(np.count_nonzero(logits.argmax(1) == labels)) / len(labels)

@@ -1,7 +1,7 @@
-"""Computing and writing one shard of a cache: all views of a range of samples.
+"""Compute and write one shard of a cache: all views of a range of samples.
 
 A shard's files are written one by one under their final names, then its record with their SHA-256. A shard counts as
-done when its record and the files agree, so a process killed at any moment costs at most the shard it was at.
+done when its record and the files agree, so a process killed at any moment loses at most its current shard.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import DataError
 from kdfast.files import atomic_write, read_json, sha256_file, write_json
-from kdfast.teacher.forward import Forward, Precision
 from kdfast.teacher.manifest import BUILDING, shard_file
-from kdfast.teacher.rows import Rows
+from kdfast.teacher.predictor import Precision, Predictor
+from kdfast.teacher.row_format import RowFormat
 
 _BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 1 << 14
@@ -33,63 +33,63 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the shards of one cache have in common.
+class ShardBuilder:
+    """Computes, writes and checks the shards of one cache.
 
     Attributes:
         folder: The cache's folder.
-        plan_digest: Digest of the cache's plan; records of another plan do not count.
-        split: Where the images come from.
-        forward: The teacher.
-        spec: The views there are.
-        view_seed: Seed of the views' choice.
+        plan_digest: Digest of the cache's plan; records of another plan are ignored.
+        split: Source of the images.
+        predictor: Runs the teacher.
+        spec: The data's set of views.
+        view_seed: Seed of the choice of views.
         n_views: Views per sample.
-        rows: Form of the stored logits.
-        precision: Of the arithmetic on views other than the identity.
+        rows: Format of the stored logits.
+        precision: Arithmetic for views other than the identity.
         coverage: Sample ids of the whole cache, ascending.
-        per_shard: Samples in each shard but the last.
+        per_shard: Samples in each shard except the last.
     """
 
     folder: Path
     plan_digest: str
     split: Split
-    forward: Forward
+    predictor: Predictor
     spec: ViewSpec
     view_seed: int
     n_views: int
-    rows: Rows
+    rows: RowFormat
     precision: Precision
     coverage: IntArray
     per_shard: int
 
     @property
-    def count(self) -> int:
+    def shard_count(self) -> int:
         """Number of shards."""
         return -(-len(self.coverage) // self.per_shard)
 
-    def ids(self, shard: int) -> IntArray:
-        """Sample ids of a shard."""
+    def sample_ids(self, shard: int) -> IntArray:
+        """Return the sample ids of a shard."""
         return self.coverage[shard * self.per_shard : (shard + 1) * self.per_shard]
 
-    def part(self, kind: str, shard: int) -> Path:
-        """Where a shard's identity logits ("identity") or features ("features") wait for the cache to be complete."""
+    def part_path(self, kind: str, shard: int) -> Path:
+        """Path of a shard's identity logits ("identity") or features ("features") until the cache is complete."""
         return self.folder / BUILDING / f"{kind}-{shard:05d}.npy"
 
-    def record(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a shard that was written under this plan; None if it was not. Its files are not read."""
+    def read_record(self, shard: int) -> dict[str, Any] | None:
+        """Return the record of a shard written under this plan, or None without one. Its files are not read."""
         path = self._record_path(shard)
         if not path.is_file():
             return None
         try:
             record = read_json(path)
         except DataError:
-            return None  # as good as absent: the shard is computed again
-        fits = isinstance(record, dict) and record.get("plan") == self.plan_digest and "files" in record
-        return record if fits else None
+            return None  # a damaged record is like none: the shard is computed again
+        valid = isinstance(record, dict) and record.get("plan") == self.plan_digest and "files" in record
+        return record if valid else None
 
-    def is_sound(self, shard: int) -> bool:
-        """Whether a shard is done and its files still are what was written."""
-        record = self.record(shard)
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard has a record and its files have not changed since."""
+        record = self.read_record(shard)
         if record is None:
             return False
         paths = {name: self.folder / name for name in record["files"]}
@@ -103,11 +103,11 @@ class Job:
             OutputError: The disk is full or read-only.
         """
         started = time.perf_counter()
-        logits, identity, features = self._compute(self.ids(shard), advance)
+        logits, identity, features = self._compute(self.sample_ids(shard), advance)
         arrays = {
             self.folder / shard_file(shard): logits,
-            self.part("identity", shard): identity,
-            self.part("features", shard): features,
+            self.part_path("identity", shard): identity,
+            self.part_path("features", shard): features,
         }
         for path, array in arrays.items():
             with atomic_write(path) as file:
@@ -120,21 +120,21 @@ class Job:
         return self.folder / BUILDING / f"shard-{shard:05d}.json"
 
     def _compute(self, ids: IntArray, advance: Advance) -> tuple[npt.NDArray[Any], Floats, Floats]:
-        """Logits (V, n, ...) in the stored form; identity logits (n, C) and features (n, D) in float32."""
+        """Return logits (V, n, ...) in the stored format; identity logits (n, C) and features (n, D) in float32."""
         logits = np.empty((self.n_views, len(ids), *self.rows.shape), self.rows.element)
         identities, features = [], []
         for begin, block in self._blocks(ids):
-            images = torch.from_numpy(self.split.read(block)).to(self.forward.device)
-            identity, feature = self.forward.identity(images, block)
+            images = torch.from_numpy(self.split.read(block)).to(self.predictor.device)
+            identity, feature = self.predictor.predict_identity(images, block)
             table = view_table(self.spec, self.view_seed, block, self.n_views)
-            # All rows have the identity in the same column, and its logits are known already.
-            column = int(np.flatnonzero(table[0] == self.spec.identity)[0])
-            others = np.delete(np.arange(self.n_views), column)
+            # The identity has the same index in every row, and its logits are computed already.
+            identity_index = int(np.flatnonzero(table[0] == self.spec.identity)[0])
+            others = np.delete(np.arange(self.n_views), identity_index)
             end = begin + len(block)
-            logits[column, begin:end] = self._packed(identity.numpy(), block)
+            logits[identity_index, begin:end] = self._pack(identity.numpy(), block)
             if len(others):
-                rows = self.forward.views(images, table[:, others], block, self.precision).numpy()
-                logits[others, begin:end] = self._packed(rows, block).swapaxes(0, 1)
+                rows = self.predictor.predict_views(images, table[:, others], block, self.precision).numpy()
+                logits[others, begin:end] = self._pack(rows, block).swapaxes(0, 1)
             identities.append(identity.numpy())
             features.append(feature.numpy())
             advance(len(block) * self.n_views)
@@ -146,8 +146,8 @@ class Job:
         for begin in range(0, len(ids), step):
             yield begin, ids[begin : begin + step]
 
-    def _packed(self, rows: npt.NDArray[np.float32], ids: IntArray) -> npt.NDArray[Any]:
-        """Logits (n, ..., C) in the stored form, if every value is finite and fits the stored dtype."""
+    def _pack(self, rows: npt.NDArray[np.float32], ids: IntArray) -> npt.NDArray[Any]:
+        """Convert logits (n, ..., C) to the stored format; raise if a value is not finite or overflows its dtype."""
         largest = np.abs(rows).reshape(len(ids), -1).max(1)
         limit = float(np.finfo(self.rows.dtype).max)
         if bool((largest <= limit).all()):  # False for NaN too
@@ -156,9 +156,9 @@ class Job:
         if not np.isfinite(largest[worst]):
             raise DataError(
                 f"the teacher's logits on training sample {ids[worst]} are not finite: its weights or its "
-                "normalisation are broken; check its accuracy first"
+                "normalisation are wrong; check its accuracy first"
             )
         raise DataError(
             f"the teacher's logits on training sample {ids[worst]} reach {largest[worst]:.4g}, above {limit:.4g}, the "
-            f"largest {self.rows.dtype}: build the cache with dtype float32"
+            f"largest {self.rows.dtype}: build the cache with `dtype` float32"
         )

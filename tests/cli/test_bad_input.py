@@ -264,7 +264,7 @@ def test_the_result_of_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
     [
         (("--views", "1000"), 2, "1000 views per sample: this data has"),
         (("--device", "cuda:99"), 2, "cuda"),
-        (("--out", "{run}"), 4, "of something else"),
+        (("--out", "{run}"), 4, "not part of a cache"),
     ],
 )
 def test_a_rehearsed_cache_is_refused_too(kdfast, tiny, teacher, tmp_path, more, code, message) -> None:

@@ -1,4 +1,4 @@
-"""Two processes train the student that one trains: one global order, shares of each batch, averaged gradients."""
+"""Several processes train the same student as one: one global order, a share of each batch, averaged gradients."""
 
 import json
 import os
@@ -13,40 +13,40 @@ import torch
 from kdfast.data.readers.registry import open_source
 from kdfast.data.resident import ResidentLoader
 from kdfast.distill.batches import Batches
-from kdfast.distill.distributed import Ranks
+from kdfast.distill.distributed import Distributed
 from kdfast.errors import UsageError
 
 IDS = np.arange(0, 150, dtype=np.int64)
 
 
-def of_rank(rank: int, world: int) -> Batches:
+def make_batches(rank: int, world_size: int) -> Batches:
     source = open_source("digits")
     return Batches(
-        IDS, ResidentLoader(source.train), source.views, n_views=9, view_seed=0, targets=None, batch_size=32, seed=1,
-        ranks=Ranks(rank, world),
+        IDS, ResidentLoader(source.train), source.view_spec, n_views=9, view_seed=0, targets=None, batch_size=32,
+        seed=1, distributed=Distributed(rank, world_size),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_shares_put_together_are_the_batches_of_one_process(world: int) -> None:
-    alone = list(of_rank(0, 1).epoch(1, first=1))
-    shares = [list(of_rank(rank, world).epoch(1, first=1)) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_concatenated_shares_are_the_batches_of_one_process(world_size: int) -> None:
+    alone = list(make_batches(0, 1).epoch(1, first=1))
+    shares = [list(make_batches(rank, world_size).epoch(1, first=1)) for rank in range(world_size)]
     assert len(alone) == 4
     for step, batch in enumerate(alone):
-        parts = [shares[rank][step] for rank in range(world)]
+        parts = [shares[rank][step] for rank in range(world_size)]
         assert torch.equal(torch.cat([p.ids for p in parts]), batch.ids)
         assert torch.equal(torch.cat([p.view_ids for p in parts]), batch.view_ids)
-        assert of_rank(0, world).size_of(step + 1) == len(batch.ids)
+        assert make_batches(0, world_size).global_size(step + 1) == len(batch.ids)
 
 
-def test_a_share_for_every_process_is_demanded() -> None:
-    Ranks(0, 2).check(34, 32)
+def test_rejects_batches_with_fewer_samples_than_processes() -> None:
+    Distributed(0, 2).check_batches(34, 32)
     with pytest.raises(UsageError, match="last batch of an epoch has 1 samples for 2 processes"):
-        Ranks(0, 2).check(33, 32)
+        Distributed(0, 2).check_batches(33, 32)
 
 
 @pytest.mark.slow
-def test_two_processes_with_gloo(tmp_path: Path) -> None:
+def test_two_gloo_processes_match_one(tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", IDS)
     flags = ["distill", "--data", "digits", "--subset", str(tmp_path / "idx.npy"), "--student", "resnet8",
              "--alpha", "0", "--epochs", "4", "--batch-size", "32", "--lr", "0.05", "--device", "cpu"]  # fmt: skip
@@ -57,14 +57,14 @@ def test_two_processes_with_gloo(tmp_path: Path) -> None:
             [*start, *flags, "--out", str(tmp_path / name)], capture_output=True, text=True, env=environ
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("top-1") == 1, "one process speaks"
+        assert done.stdout.count("top-1") == 1, "only the main process prints"
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two", "again")}
-    assert results["two"]["weights"] == results["again"]["weights"], "bit-identical for the same number of processes"
+    assert results["two"]["weights"] == results["again"]["weights"], "bit-equal for the same number of processes"
     rows = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     }
     assert [r["step"] for r in rows["one"]] == [r["step"] for r in rows["two"]]
-    # Batch norm sees half a batch in each process, so the two runs are alike, not equal.
+    # Batch norm sees half a batch in each process, so the losses are only approximately equal.
     assert rows["two"][-1]["loss"] == pytest.approx(rows["one"][-1]["loss"], rel=0.25)
     assert rows["two"][-1]["loss"] < 0.9 * rows["two"][0]["loss"]

@@ -11,7 +11,7 @@ from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
 CONFIG = {"student": "resnet8", "lr": 0.1, "ids": "abc"}
 
 
-def test_a_folder_is_claimed_with_its_config(tmp_path: Path) -> None:
+def test_entering_writes_the_config(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", CONFIG, facts={"device": "cpu"}) as folder:
         expected = {**CONFIG, "started_with": {"device": "cpu"}}
         assert json.loads((folder.path / "config.json").read_text()) == expected
@@ -20,7 +20,7 @@ def test_a_folder_is_claimed_with_its_config(tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_that_saved_nothing_may_be_started_with_other_settings(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_can_restart_with_other_settings(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG):
         (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     with RunFolder(tmp_path, {**CONFIG, "lr": 0.2}):
@@ -29,13 +29,13 @@ def test_a_run_that_saved_nothing_may_be_started_with_other_settings(tmp_path: P
 
 
 @pytest.mark.parametrize("mark", ["manifest.json", "train.beton"])
-def test_the_folder_of_another_stage_is_refused(tmp_path: Path, mark: str) -> None:
+def test_rejects_the_folder_of_another_stage(tmp_path: Path, mark: str) -> None:
     (tmp_path / mark).write_text("{}")
     with pytest.raises(OutputError, match=mark), RunFolder(tmp_path, CONFIG):
         pass
 
 
-def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+def test_rejects_other_settings_and_changes_nothing(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.save_checkpoint({"step": 1}, 1)
     before = (tmp_path / "config.json").read_bytes()
@@ -44,7 +44,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path) -> No
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_resume_never_wants_a_fresh_folder(tmp_path: Path) -> None:
+def test_resume_never_requires_a_folder_without_a_run(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG, resume="never"):
         pass
     with pytest.raises(OutputError, match="already holds a run"), RunFolder(tmp_path, CONFIG, resume="never"):
@@ -57,7 +57,7 @@ def _hold(path: Path, held: "multiprocessing.synchronize.Event", done: "multipro
         done.wait(20)
 
 
-def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+def test_rejects_a_folder_in_use(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held, done = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path, held, done))
@@ -73,7 +73,7 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_checkpoints_round_trip_and_old_ones_go(tmp_path: Path) -> None:
+def test_checkpoints_round_trip_and_only_two_are_kept(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         assert folder.load_checkpoint() is None
         for step in (10, 20, 30):
@@ -85,10 +85,10 @@ def test_checkpoints_round_trip_and_old_ones_go(tmp_path: Path) -> None:
         assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
 
 
-def test_rotation_never_drops_the_checkpoint_that_the_pointer_names(tmp_path: Path) -> None:
+def test_keeps_the_checkpoint_named_in_latest_json(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.save_checkpoint({"step": 50}, 50)
-        # Killed twice between a checkpoint and its pointer.
+        # Checkpoints of processes that were killed before they updated latest.json.
         for orphan in (100, 110):
             (tmp_path / "checkpoints" / f"step-{orphan:09d}.pt").write_bytes(b"")
         folder.save_checkpoint({"step": 60}, 60)
@@ -98,7 +98,7 @@ def test_rotation_never_drops_the_checkpoint_that_the_pointer_names(tmp_path: Pa
     assert sorted(f.name for f in (tmp_path / "checkpoints").glob("*.pt")) == ["step-000000050.pt", "step-000000060.pt"]
 
 
-def test_temporary_files_of_killed_writers_go_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_resuming_removes_temporary_files_of_killed_writers(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.save_checkpoint({"step": 1}, 1)
     remains = tmp_path / "checkpoints" / ".kdtmp-0123456789ab-step-000000002.pt"
@@ -107,7 +107,7 @@ def test_temporary_files_of_killed_writers_go_when_the_run_goes_on(tmp_path: Pat
         assert not remains.exists()
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_damaged_checkpoint(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.save_checkpoint({"w": torch.arange(1000)}, 5)
         file = next((tmp_path / "checkpoints").glob("*.pt"))
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
             folder.load_checkpoint()
 
 
-def test_behind_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path) -> None:
+def test_falls_back_to_the_previous_checkpoint(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         for step in (5, 9, 12):
             folder.save_checkpoint({"step": step}, step)
@@ -131,11 +131,11 @@ def test_behind_a_damaged_checkpoint_the_one_before_is_taken(tmp_path: Path) -> 
         assert state is not None
         assert state["step"] == 10
         (tmp_path / "checkpoints" / "step-000000010.pt").unlink()
-        with pytest.raises(CheckpointError, match="so is the one before it"):
+        with pytest.raises(CheckpointError, match="so is any previous checkpoint"):
             folder.load_checkpoint()
 
 
-def test_metrics_never_repeat_a_step_and_cut_a_torn_line(tmp_path: Path) -> None:
+def test_metrics_never_repeat_a_step_and_cut_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)
     for step in (1, 2, 2, 1, 3):
@@ -151,7 +151,7 @@ def test_metrics_never_repeat_a_step_and_cut_a_torn_line(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_a_foreign_metrics_file_is_not_overwritten(tmp_path: Path) -> None:
+def test_does_not_overwrite_a_foreign_metrics_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("hello\n")
     with pytest.raises(DataError, match="not a metrics row"):

@@ -1,28 +1,28 @@
 import numpy as np
 import pytest
 
-from kdfast.distill.record_dynamics import Recording, kept_mask
+from kdfast.distill.record_dynamics import RecordingConfig, kept_mask
 from kdfast.errors import UsageError
 
 
 @pytest.mark.parametrize(("keep", "cycle"), [(0.7, 10), (0.5, 2), (2 / 3, 3), (0.75, 4), (0.05, 20)])
-def test_every_sample_is_kept_equally_often_in_a_cycle_of_runs(keep, cycle):
+def test_each_sample_is_kept_equally_often_within_a_cycle_of_runs(keep, cycle):
     masks = np.array([kept_mask(300, keep, 0, run) for run in range(2 * cycle)])
     for part in (masks[:cycle], masks[cycle:]):
         assert (part.sum(axis=0) == round(keep * cycle)).all()
 
 
-def test_a_run_keeps_its_share_independently_for_each_sample():
+def test_samples_are_kept_independently_of_each_other():
     n = 20_000
     masks = np.array([kept_mask(n, 0.7, 1, run) for run in range(6)])
     assert np.abs(masks.mean(axis=1) - 0.7).max() < 4 * np.sqrt(0.21 / n)
     neighbours = np.corrcoef(masks[0, :-1], masks[0, 1:])[0, 1]
     assert abs(neighbours) < 4 / np.sqrt(n)
-    # Seven of ten without replacement: two runs' draws of a sample are correlated by -1 / 9.
+    # Seven of ten without replacement: the correlation between two runs' masks is -1 / 9.
     assert np.corrcoef(masks[0], masks[1])[0, 1] == pytest.approx(-1 / 9, abs=4 / np.sqrt(n))
 
 
-def test_masks_depend_on_the_seed_and_the_sample_alone():
+def test_masks_depend_only_on_seed_run_and_sample():
     assert np.array_equal(kept_mask(50, 0.7, 0, 3), kept_mask(80, 0.7, 0, 3)[:50])
     assert not np.array_equal(kept_mask(50, 0.7, 0, 3), kept_mask(50, 0.7, 1, 3))
     assert kept_mask(20, 1.0, 0, 5).all()
@@ -32,6 +32,6 @@ def test_masks_depend_on_the_seed_and_the_sample_alone():
     "bad",
     [{"runs": 0}, {"keep": 0.0}, {"keep": 1.1}, {"record_every": 0}, {"features_every": -1}, {"runs": 2, "only": 2}],
 )
-def test_settings_that_make_no_sense(bad):
-    with pytest.raises(UsageError, match="needed"):
-        Recording(**bad)
+def test_rejects_settings_out_of_range(bad):
+    with pytest.raises(UsageError, match=f"`{list(bad)[-1]}` is {list(bad.values())[-1]}"):
+        RecordingConfig(**bad)

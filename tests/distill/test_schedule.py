@@ -10,7 +10,7 @@ from kdfast.errors import UsageError
 @pytest.mark.parametrize(
     ("fraction", "alpha"), [(0.01, 1.0), (0.1, 1.0), (0.25, 0.875), (0.4, 0.75), (0.7, 0.5), (1.0, 0.5)]
 )
-def test_alpha_follows_its_anchors(fraction: float, alpha: float) -> None:
+def test_alpha_interpolates_between_its_anchors(fraction: float, alpha: float) -> None:
     assert alpha_for_fraction(fraction) == pytest.approx(alpha)
 
 
@@ -21,23 +21,23 @@ def test_alpha_never_grows_with_the_fraction() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, math.nan])
-def test_alpha_refuses_fractions_out_of_range(fraction: float) -> None:
+def test_alpha_rejects_fractions_out_of_range(fraction: float) -> None:
     with pytest.raises(UsageError, match=r"\(0, 1\]"):
         alpha_for_fraction(fraction)
 
 
 @pytest.mark.parametrize("text", ["-0.1", "1.5", "nan", "inf", "half", ""])
-def test_parse_alpha_refuses(text: str) -> None:
-    with pytest.raises(UsageError, match="--alpha"):
+def test_parse_alpha_rejects_other_text(text: str) -> None:
+    with pytest.raises(UsageError, match="`alpha` is"):
         parse_alpha(text, 0.1)
 
 
-def test_parse_alpha_reads_numbers_and_auto() -> None:
+def test_parse_alpha_accepts_numbers_and_auto() -> None:
     assert parse_alpha("0.3", 0.1) == 0.3
     assert parse_alpha("auto", 0.1) == 1.0
 
 
-def test_step_decay_is_the_recipe_of_240_epochs() -> None:
+def test_step_decay_drops_at_epochs_150_180_210_of_240() -> None:
     factors = [step_decay(epoch / 240) for epoch in range(240)]
     drops = [epoch for epoch in range(1, 240) if factors[epoch] < factors[epoch - 1]]
     assert drops == [150, 180, 210]

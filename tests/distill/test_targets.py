@@ -1,4 +1,4 @@
-"""The teacher's side: a cache says what the online teacher says, on the same views, to fp16 rounding."""
+"""Cached and online targets: the same logits on the same views, up to float16 rounding."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def source():
 def model() -> Model:
     torch.manual_seed(0)
     net = build_net("resnet8", 10).eval()
-    # Its own normalisation, unlike the student's: each side must be fed in its own.
+    # Not the student's normalisation: teacher and student must each get their own.
     return Model(net, "resnet8", 10, tuple("0123456789"), Normalization((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)), {})
 
 
@@ -44,15 +44,15 @@ def cache(source, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Tea
 
 def batches(source, targets, n_views: int = VIEWS, batch_size: int = 13) -> Batches:
     return Batches(
-        IDS, ResidentLoader(source.train), source.views, n_views=n_views, view_seed=7, targets=targets,
+        IDS, ResidentLoader(source.train), source.view_spec, n_views=n_views, view_seed=7, targets=targets,
         batch_size=batch_size, seed=3,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("n_views", [1, 2, VIEWS])
-def test_cached_equals_online(source, model: Model, cache: TeacherCache, n_views: int) -> None:
+def test_cached_logits_equal_online_logits(source, model: Model, cache: TeacherCache, n_views: int) -> None:
     cached = batches(source, CachedTargets(cache, n_views, 7, torch.device("cpu")), n_views)
-    online = batches(source, OnlineTargets(model, source.views, torch.device("cpu")), n_views)
+    online = batches(source, OnlineTargets(model, source.view_spec, torch.device("cpu")), n_views)
     seen = 0
     for epoch in range(3):
         for a, b in zip(cached.epoch(epoch), online.epoch(epoch), strict=True):
@@ -66,14 +66,14 @@ def test_cached_equals_online(source, model: Model, cache: TeacherCache, n_views
     assert seen == 3 * len(IDS)
 
 
-def test_windows_do_not_show(source, cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_do_not_depend_on_the_window_size(source, cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [b.teacher for b in batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(1)]
     monkeypatch.setattr(targets_module, "WINDOW_BYTES", 30 * cache.classes * 2)
     small = [b.teacher for b in batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(1)]
     assert all(torch.equal(a, b) for a, b in zip(whole, small, strict=True))
 
 
-def test_an_epoch_resumed_in_the_middle_has_the_same_batches(source, cache: TeacherCache) -> None:
+def test_resumed_epoch_has_the_same_batches(source, cache: TeacherCache) -> None:
     whole = list(batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(2))
     rest = list(batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(2, first=5))
     assert len(rest) == len(whole) - 5
@@ -83,19 +83,19 @@ def test_an_epoch_resumed_in_the_middle_has_the_same_batches(source, cache: Teac
         assert torch.equal(a.teacher, b.teacher)
 
 
-def test_batches_show_each_sample_once_in_its_order_and_views_evenly(source) -> None:
+def test_epochs_contain_each_sample_once_and_its_views_evenly(source) -> None:
     run = batches(source, None)
     assert run.per_epoch == 8
-    counts = np.zeros((len(IDS), source.views.count), int)
+    counts = np.zeros((len(IDS), source.view_spec.count), int)
     for epoch in range(VIEWS):
         ids = np.concatenate([b.ids.numpy() for b in run.epoch(epoch)])
         assert (ids == epoch_order(IDS, 3, epoch)).all()
         views = np.concatenate([b.view_ids.numpy() for b in run.epoch(epoch)])
         counts[np.searchsorted(IDS, ids), views] += 1
-    assert (counts.max(1) == 1).all(), "in VIEWS epochs each of a sample's views comes once"
+    assert (counts.max(1) == 1).all(), "each view of a sample occurs once in VIEWS epochs"
     assert (counts.sum(1) == VIEWS).all()
 
 
-def test_images_are_the_samples(source) -> None:
+def test_batches_hold_the_images_of_their_samples(source) -> None:
     for batch in batches(source, None).epoch(0):
         assert (batch.images.numpy() == source.train.read(batch.ids.numpy())).all()

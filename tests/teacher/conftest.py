@@ -23,7 +23,7 @@ def make_source(seed=0, views=None, count=COUNT):
 
 
 def make_teacher(seed=0, scale=20.0):
-    """An untrained network with logits of some size, and batch norm statistics that are not the identity."""
+    """Make an untrained network with large logits and batch norm statistics that are not the identity."""
     torch.manual_seed(seed)
     net = build_net("resnet8", CLASSES)
     net.train()

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.views import ViewSpec
+from kdfast.data.views import Normalization, ViewSpec
 from kdfast.errors import CheckpointError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.evaluate import evaluate
 
 
-def test_scores_are_those_of_plain_torch(source, teacher):
+def test_matches_plain_torch(source, teacher):
     split = source.train
     x = torch.from_numpy(split.images).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.normalization.mean, teacher.normalization.std))
@@ -22,14 +22,13 @@ def test_scores_are_those_of_plain_torch(source, teacher):
     assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-def test_top5_counts_the_five_best(source):
+def test_top5_counts_the_five_most_probable_classes(source):
     torch.manual_seed(0)
-    model = Model(build_net("resnet8", 9), "resnet8", 9, tuple("abcdefghi"), None)
-    model.normalization = __import__("kdfast.data.views", fromlist=["x"]).Normalization((0.5,) * 3, (0.2,) * 3)
+    model = Model(build_net("resnet8", 9), "resnet8", 9, tuple("abcdefghi"), Normalization((0.5,) * 3, (0.2,) * 3))
     with torch.no_grad():
         model.net.fc.weight.zero_()
         model.net.fc.bias.copy_(torch.tensor([9.0, 0, 0, 5, 8, 7, 6, 5.5, 1]))
-    # Labels are 0 to 3 in equal numbers: 0 is best, 3 is sixth, 1 and 2 are last.
+    # Labels are 0 to 3 in equal numbers. Class 0 ranks first, class 3 sixth, classes 1 and 2 last.
     scores = evaluate(model, source.train)
     assert (scores["top1"], scores["top5"]) == (25, 25)
     model.net.fc.bias.data[3] = 5.6
@@ -37,7 +36,7 @@ def test_top5_counts_the_five_best(source):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_networks_mode_is_restored_and_its_statistics_kept(source, new_teacher, training):
+def test_keeps_the_networks_mode_and_statistics(source, new_teacher, training):
     model = new_teacher()
     model.net.train(training)
     before = model.digest
@@ -46,12 +45,12 @@ def test_the_networks_mode_is_restored_and_its_statistics_kept(source, new_teach
     assert model.digest == before
 
 
-def test_views_say_how_large_images_are_shown(source, teacher):
+def test_view_spec_determines_the_image_size(source, teacher):
     smaller = ViewSpec(kind="crop", size=(4, 4), crops=2)
-    assert evaluate(teacher, source.train, views=smaller)["loss"] != evaluate(teacher, source.train)["loss"]
+    assert evaluate(teacher, source.train, view_spec=smaller)["loss"] != evaluate(teacher, source.train)["loss"]
 
 
-def test_labels_the_model_does_not_know_are_refused(source, new_teacher):
+def test_rejects_labels_outside_the_models_classes(source, new_teacher):
     model = new_teacher()
     model.classes = 3
     with pytest.raises(CheckpointError, match="label 3"):

@@ -8,11 +8,11 @@ from kdfast.nets import NETS, build_net
 from kdfast.teacher.fold import fold_batch_norms
 
 
-def norms(net):
+def count_batch_norms(net):
     return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
-def with_statistics(net):
+def randomize_statistics(net):
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -22,20 +22,20 @@ def with_statistics(net):
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if "110" not in name])
-def test_folded_networks_give_the_same_answers(name):
+def test_folded_network_has_the_same_outputs(name):
     torch.manual_seed(0)
-    net = with_statistics(build_net(name, 10)).double()
+    net = randomize_statistics(build_net(name, 10)).double()
     folded = fold_batch_norms(copy.deepcopy(net))
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         expected, got = net(x), folded(x)
     torch.testing.assert_close(got, expected)
-    # A pre-activation network keeps those norms that follow a sum; the others keep none.
-    assert norms(folded) == (18 if name.startswith("wrn") else 0)
+    # A pre-activation network keeps the norms that follow a sum; the others keep none.
+    assert count_batch_norms(folded) == (18 if name.startswith("wrn") else 0)
 
 
 class Shared(nn.Module):
-    """One convolution used twice, and one whose output is used beside its norm: neither may be folded."""
+    """One convolution is called twice, and one has an output used beside its norm: neither may be folded."""
 
     def __init__(self):
         super().__init__()
@@ -50,13 +50,13 @@ class Shared(nn.Module):
         return self.bn2(y) + y
 
 
-def test_convolutions_used_elsewhere_keep_their_weights():
+def test_does_not_fold_convolutions_used_elsewhere():
     torch.manual_seed(0)
-    net = with_statistics(Shared())
+    net = randomize_statistics(Shared())
     folded = fold_batch_norms(copy.deepcopy(net))
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(folded(x), net(x))
-    assert norms(folded) == 2
+    assert count_batch_norms(folded) == 2
 
 
 class Branching(nn.Module):
@@ -68,6 +68,6 @@ class Branching(nn.Module):
         return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
 
-def test_networks_that_cannot_be_traced_are_returned_as_they_are():
+def test_returns_untraceable_networks_unchanged():
     net = Branching()
     assert fold_batch_norms(net) is net

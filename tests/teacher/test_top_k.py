@@ -1,4 +1,4 @@
-"""Caches of the most probable classes: what they hold, whom they serve, and whom they refuse."""
+"""Caches of the k most probable classes: content, use in the loss, and rejected combinations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 import kdfast
 from kdfast.errors import CacheMismatch, UsageError
-from kdfast.teacher.cache import TeacherCache, build_cache
-from kdfast.teacher.rows import TopK
+from kdfast.teacher.build import build_cache
+from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.row_format import TopK
 
-SMALL = 9 * (2 * 6 + 4) * 13  # thirteen samples a shard: five shards for sixty samples
-IDS, SLOTS = np.arange(60)[::-1].copy(), np.arange(60) % 9
+SHARD_BYTES = 9 * (2 * 6 + 4) * 13  # 13 samples per shard: five shards for 60 samples
+IDS, VIEW_INDICES = np.arange(60)[::-1].copy(), np.arange(60) % 9
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +29,17 @@ def full(source, teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(source, teacher, tmp_path_factory):
     path = tmp_path_factory.mktemp("top-k") / "two"
-    build_cache(source, teacher, path, top_k=TopK(2, 3.0), shard_bytes=SMALL)
+    build_cache(source, teacher, path, top_k=TopK(2, 3.0), shard_bytes=SHARD_BYTES)
     return path
 
 
-def test_rows_are_the_most_probable_classes_and_the_rest(source, teacher, full, built):
+def test_rows_hold_the_most_probable_classes_and_the_tail(source, teacher, full, built):
     cache = TeacherCache.open(built, source=source, teacher=teacher)
     assert len(list(built.glob("logits-*.npy"))) == 5
     assert cache.top_k == TopK(2, 3.0)
     assert cache.row_bytes == 16
-    found = cache.lookup_top_k(IDS, SLOTS)
-    logits = full.lookup(IDS, SLOTS)
+    found = cache.lookup_top_k(IDS, VIEW_INDICES)
+    logits = full.lookup(IDS, VIEW_INDICES)
     expected = kdfast.topk_teacher(logits, 2, 3.0)
     assert found.classes.dtype == torch.int32
     assert torch.equal(found.classes, expected.classes)
@@ -46,40 +47,40 @@ def test_rows_are_the_most_probable_classes_and_the_rest(source, teacher, full, 
     torch.testing.assert_close(found.tail, expected.tail, rtol=1e-5, atol=1e-4)
 
 
-def test_the_loss_takes_them_and_is_a_lower_bound(full, built):
+def test_kd_loss_accepts_rows_and_is_a_lower_bound(full, built):
     z, y = torch.randn(60, 4), torch.arange(60) % 4
     options = {"alpha": 1.0, "temperature": 3.0, "reduction": "none"}
-    kept = kdfast.kd_loss(z, y, TeacherCache.open(built).lookup_top_k(IDS, SLOTS), **options)
-    whole = kdfast.kd_loss(z, y, full.lookup(IDS, SLOTS), **options)
+    kept = kdfast.kd_loss(z, y, TeacherCache.open(built).lookup_top_k(IDS, VIEW_INDICES), **options)
+    whole = kdfast.kd_loss(z, y, full.lookup(IDS, VIEW_INDICES), **options)
     assert (kept <= 1.005 * whole + 5e-3).all()  # stored in float16
     assert (kept > 0.3 * whole).any()
 
 
-def test_scores_find_all_classes_of_the_identity_view(full, built):
+def test_identity_logits_hold_all_classes(full, built):
     assert np.allclose(TeacherCache.open(built).identity_logits(), full.identity_logits(), atol=1e-4)
 
 
-def test_whole_rows_are_refused(full, built):
+def test_rejects_the_lookup_of_the_other_format(full, built):
     with pytest.raises(CacheMismatch, match="2 most probable of 4 classes"):
-        TeacherCache.open(built).lookup(IDS, SLOTS)
+        TeacherCache.open(built).lookup(IDS, VIEW_INDICES)
     with pytest.raises(CacheMismatch, match="holds all classes"):
-        full.lookup_top_k(IDS, SLOTS)
+        full.lookup_top_k(IDS, VIEW_INDICES)
 
 
 @pytest.mark.parametrize("top_k", [TopK(0, 4.0), TopK(4, 4.0), TopK(2, 0.0), TopK(2, float("nan"))])
-def test_options_that_make_no_sense(source, teacher, tmp_path, top_k):
+def test_rejects_options_out_of_range(source, teacher, tmp_path, top_k):
     with pytest.raises(UsageError):
         build_cache(source, teacher, tmp_path / "cache", top_k=top_k)
 
 
-def test_a_build_of_another_form_does_not_go_on(source, teacher, built):
+def test_does_not_resume_a_build_with_another_top_k(source, teacher, built):
     for top_k in (None, TopK(3, 3.0), TopK(2, 4.0)):
         with pytest.raises(CacheMismatch, match=r"top_k|per_shard"):
-            build_cache(source, teacher, built, top_k=top_k, shard_bytes=SMALL)
-    assert build_cache(source, teacher, built, top_k=TopK(2, 3.0), shard_bytes=SMALL).computed == 0
+            build_cache(source, teacher, built, top_k=top_k, shard_bytes=SHARD_BYTES)
+    assert build_cache(source, teacher, built, top_k=TopK(2, 3.0), shard_bytes=SHARD_BYTES).computed == 0
 
 
-def test_a_whole_cache_is_not_taken_for_it_nor_it_for_a_whole_one(source, teacher, full, built):
+def test_does_not_confuse_top_k_caches_with_caches_of_all_classes(source, teacher, full, built):
     size = json.loads((built / "manifest.json").read_text())["per_shard"] * 9 * 4 * 2
     with pytest.raises(CacheMismatch, match="top_k"):
         build_cache(source, teacher, built, shard_bytes=size)
@@ -87,7 +88,7 @@ def test_a_whole_cache_is_not_taken_for_it_nor_it_for_a_whole_one(source, teache
         build_cache(source, teacher, full.path, dtype="float32", top_k=TopK(2, 3.0))
 
 
-def test_verify_accepts_it_and_notices_changes(source, teacher, built, tmp_path):
+def test_verify_passes_and_detects_changes(source, teacher, built, tmp_path):
     assert TeacherCache.open(built).verify(source, teacher, samples=60).passed
     for field, change in (("values", 0.5), ("tail", 0.2), ("classes", 1)):
         copy = shutil.copytree(built, tmp_path / field)
@@ -99,7 +100,7 @@ def test_verify_accepts_it_and_notices_changes(source, teacher, built, tmp_path)
             TeacherCache.open(copy, check_files=False).verify(source, teacher, samples=60)
 
 
-def test_a_shard_of_another_form_is_refused(built, tmp_path):
+def test_rejects_a_shard_of_another_format(built, tmp_path):
     copy = shutil.copytree(built, tmp_path / "copy")
     path = next(iter(sorted(copy.glob("logits-*.npy"))))
     np.save(path, np.load(path)["values"])

@@ -1,4 +1,4 @@
-"""A teacher made ready to answer fast: evaluation mode, batch norms folded, channels_last, on its device."""
+"""Fast inference on augmentation views: evaluation mode, folded batch norms, channels_last memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from kdfast.teacher.fold import fold_batch_norms
 
 Precision = Literal["float32", "bfloat16"]
 
-# Measured with ResNet-32 and ResNet-56 on 32x32 images: larger batches leave the CPU's caches and halve the speed.
+# Measured with ResNet-32 and ResNet-56 on 32x32 images: larger batches overflow the CPU's caches and halve the speed.
 _CPU_BATCH = 192
 _CUDA_BATCH = 1024
 
 
-def default_batch(device: torch.device) -> int:
-    """Images per forward pass that suit a device."""
+def default_batch_size(device: torch.device) -> int:
+    """Return a number of images per forward pass that suits the device."""
     return _CPU_BATCH if device.type == "cpu" else _CUDA_BATCH
 
 
-class Forward:
-    """Feeds views of raw images to a teacher, normalised as the teacher wants them.
+class Predictor:
+    """Runs a model on views of raw images, normalised with the model's own statistics.
 
     Args:
-        model: The teacher. It is copied, not changed.
-        spec: The views there are.
+        model: The model. It is copied, not changed.
+        spec: The data's set of views.
         device: Where to compute.
         batch_size: Images per forward pass.
     """
@@ -45,23 +45,37 @@ class Forward:
         self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def identity(self, images: Tensor, ids: IntArray, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
-        """Logits (n, C) and features (n, D), float32 on the CPU, of the identity view of uint8 images (n, H, W, 3)."""
+    def predict_identity(
+        self, images: Tensor, ids: IntArray, precision: Precision = "float32"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute logits and features of the identity view of each image.
+
+        Args:
+            images: uint8 (n, H, W, 3), on the device.
+            ids: Original sample indices (n,).
+            precision: Arithmetic inside the network.
+
+        Returns:
+            Logits (n, C) and features (n, D), float32 on the CPU.
+        """
         views = torch.full((len(ids),), self._spec.identity)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            parts = [logits_and_features(self._net, self._feed(images, views, ids, s)) for s in self._slices(len(ids))]
+            parts = [
+                logits_and_features(self._net, self._inputs(images[rows], views[rows], ids[rows]))
+                for rows in self._slices(len(ids))
+            ]
         logits, features = (torch.cat([part[side].float().cpu() for part in parts]) for side in (0, 1))
         return logits, features
 
     @torch.inference_mode()
-    def views(self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision) -> Tensor:
-        """Logits of several views of each image.
+    def predict_views(self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision) -> Tensor:
+        """Compute logits of several views of each image.
 
         Args:
             images: uint8 (n, H, W, 3), on the device.
             view_ids: (n, V).
             ids: Original sample indices (n,).
-            precision: Of the arithmetic inside the network.
+            precision: Arithmetic inside the network.
 
         Returns:
             float32 (n, V, C) on the CPU.
@@ -73,12 +87,12 @@ class Forward:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             for piece in self._slices(len(flat)):
                 rows = row[piece]
-                inputs = self._feed(images[rows.to(self.device)], flat[piece], ids[rows.numpy()], slice(None))
+                inputs = self._inputs(images[rows.to(self.device)], flat[piece], ids[rows.numpy()])
                 parts.append(self._net(inputs).float())
         return torch.cat(parts).cpu().reshape(count, n_views, -1)
 
     def _slices(self, count: int) -> list[slice]:
         return [slice(start, start + self._batch_size) for start in range(0, count, self._batch_size)]
 
-    def _feed(self, images: Tensor, view_ids: Tensor, ids: IntArray, piece: slice) -> Tensor:
-        return apply_views(images[piece], view_ids[piece], self._spec, self._normalization, sample_ids=ids[piece])
+    def _inputs(self, images: Tensor, view_ids: Tensor, ids: IntArray) -> Tensor:
+        return apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids)

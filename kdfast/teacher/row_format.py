@@ -1,8 +1,8 @@
-"""How a cache stores the logits of one view of one sample: of all classes, or of the most probable ones.
+"""Row format of a cache: a row holds the logits of one view of one sample, for all classes or for the k most probable.
 
-For many thousand classes the logits of all would fill disks. A row of the k most probable ones is a record of their
-logits, their class ids, and the logarithm of what exp(logit / T) adds up to over the classes left out; it serves runs
-at that temperature T only.
+With many thousand classes, the logits of all of them would fill disks. A row of the k most probable classes is a record
+of their logits, their class ids, and the log-sum-exp of logit / T over the omitted classes. It is valid for runs at
+that temperature T only.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.kd_loss.validation import check_temperature
 
-__all__ = ["Rows", "TeacherRows", "TopK", "window"]
+__all__ = ["RowFormat", "TeacherLogits", "TopK", "slice_rows"]
 
-TeacherRows = Tensor | TopKTeacher
-"""Rows of a teacher as `kd_loss` takes them."""
+TeacherLogits = Tensor | TopKTeacher
+"""Teacher logits of a batch, in a form that `kd_loss` accepts."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """How many classes of a row are kept, and the temperature at which the others are summed up."""
+    """Number of classes to keep per row, and the temperature at which the omitted ones are summed."""
 
     k: int
     temperature: float
 
     def check(self, classes: int) -> None:
-        """Refuse what makes no sense.
+        """Check both values.
 
         Raises:
             UsageError: k is not below the number of classes, or the temperature is out of range.
         """
         if not 1 <= self.k < classes:
-            raise UsageError(f"top-k is {self.k}: give 1 to {classes - 1}, or leave it out to keep all {classes}")
-        check_temperature(self.temperature, name="--temperature", error=UsageError)
+            raise UsageError(f"`top_k` is {self.k}: pass 1 to {classes - 1}, or omit it to keep all {classes} classes")
+        check_temperature(self.temperature, name="`temperature`", error=UsageError)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The form of a cache's rows.
+class RowFormat:
+    """Format of a cache's rows.
 
     Attributes:
         classes: Number of classes.
-        dtype: Of a logit, float16 or float32.
-        top_k: The classes that are kept; None for all.
+        dtype: dtype of a logit, float16 or float32.
+        top_k: The classes to keep; None for all.
     """
 
     classes: int
@@ -58,14 +58,15 @@ class Rows:
     top_k: TopK | None = None
 
     @staticmethod
-    def of_manifest(manifest: dict[str, Any]) -> Rows:
-        """The form that a cache's manifest declares."""
-        kept = manifest.get("top_k")
-        return Rows(manifest["data"]["classes"], np.dtype(manifest["dtype"]), None if kept is None else TopK(**kept))
+    def from_manifest(manifest: dict[str, Any]) -> RowFormat:
+        """Return the format that a cache's manifest declares."""
+        top_k = manifest.get("top_k")
+        dtype = np.dtype(manifest["dtype"])
+        return RowFormat(manifest["data"]["classes"], dtype, None if top_k is None else TopK(**top_k))
 
     @property
     def element(self) -> np.dtype[Any]:
-        """Type of the stored array's elements."""
+        """Dtype of the stored array's elements."""
         if self.top_k is None:
             return self.dtype
         k = self.top_k.k
@@ -78,11 +79,11 @@ class Rows:
 
     @property
     def row_bytes(self) -> int:
-        """Size of a row."""
+        """Size of a row in bytes."""
         return int(self.element.itemsize * np.prod(self.shape, dtype=np.int64))
 
     def pack(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Logits (..., C) as rows (..., *shape)."""
+        """Convert logits (..., C) to rows (..., *shape)."""
         if self.top_k is None:
             return logits.astype(self.dtype)
         kept = topk_teacher(torch.from_numpy(logits.reshape(-1, self.classes)), self.top_k.k, self.top_k.temperature)
@@ -92,11 +93,11 @@ class Rows:
         return rows.reshape(logits.shape[:-1])
 
     def unpack(self, rows: npt.NDArray[Any]) -> TopKTeacher:
-        """Records (n,) as `kd_loss` takes them."""
+        """Convert records (n,) to the form that `kd_loss` accepts."""
         parts = (np.ascontiguousarray(rows[name]) for name in TopKTeacher._fields)
         return TopKTeacher(*(torch.from_numpy(part) for part in parts))
 
 
-def window(rows: TeacherRows, begin: int, end: int) -> TeacherRows:
-    """Some of the rows."""
-    return TopKTeacher(*(part[begin:end] for part in rows)) if isinstance(rows, TopKTeacher) else rows[begin:end]
+def slice_rows(logits: TeacherLogits, begin: int, end: int) -> TeacherLogits:
+    """Return the rows from `begin` up to `end`."""
+    return TopKTeacher(*(part[begin:end] for part in logits)) if isinstance(logits, TopKTeacher) else logits[begin:end]
