@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import class_budgets
+from kdfast.prune.rules.beta import mid_ranks
 
 FloatArray = NDArray[np.float64]
 
@@ -46,17 +47,10 @@ def average_ranks(values: FloatArray, strata: IntArray) -> FloatArray:
     Returns:
         float64 (n,) in (0, 1), increasing with the score.
     """
-    order = np.lexsort((values, strata))
-    ordered, groups = values[order], strata[order]
-    size = np.bincount(strata)
-    first = np.r_[True, (ordered[1:] != ordered[:-1]) | (groups[1:] != groups[:-1])]
-    starts = np.flatnonzero(first)
-    ends = np.r_[starts[1:], len(values)]
-    # Positions starts..ends-1 hold the 1-based ranks starts+1..ends, whose mean is (starts + ends + 1) / 2.
-    middle = np.repeat((starts + ends) / 2, ends - starts)
-    offset = np.concatenate([[0], np.cumsum(size)[:-1]])
     u = np.empty(len(values))
-    u[order] = (middle - offset[groups]) / size[groups]
+    order = np.argsort(strata, kind="stable")
+    for members in np.split(order, np.cumsum(np.bincount(strata))[:-1]):
+        u[members] = mid_ranks(values[members])
     return u
 
 
