@@ -1,4 +1,4 @@
-"""The compiled row operations of a softmax head: tensors to addresses and strides, outputs allocated here."""
+"""Compiled kernels of the softmax head: passes tensors as addresses and strides, and allocates the outputs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from kdfast.ops.native import extension
 
-__all__ = ["add_products", "curvature_", "has_cuda", "norms", "products_fit", "residuals"]
+__all__ = ["add_fused_products", "can_fuse_products", "curvature_", "has_cuda", "norms", "residuals"]
 
 _WIDEST_ISA = 2
 
 
 def has_cuda() -> bool:
-    """Whether the extension was built with its CUDA kernels."""
+    """Return whether the extension was built with CUDA kernels."""
     return bool(extension.cuda)
 
 
@@ -27,7 +27,9 @@ def residuals(
     temperature: float,
     isa_limit: int = _WIDEST_ISA,
 ) -> Tensor:
-    """``kdfast.ops.softmax_head.residuals.residuals``; float32 or float64, CPU or CUDA.
+    """Compute ``kdfast.ops.softmax_head.residuals.residuals`` in float32 or float64, on a CPU or a GPU.
+
+    ``isa_limit`` (0, 1, 2: baseline, x86-64-v3, x86-64-v4) lets tests compare instruction sets.
 
     Raises:
         ValueError: If an operand is missing, or a label on a CPU is out of range.
@@ -47,7 +49,7 @@ def norms(
     temperature: float,
     isa_limit: int = _WIDEST_ISA,
 ) -> Tensor:
-    """Norms of the residuals times the root of ||x||^2 + ``extra`` (1 without ``x``), (n,).
+    """Return the residuals' norms times sqrt(||x||^2 + ``extra``), or times 1 without ``x``; (n,).
 
     Raises:
         ValueError: As ``residuals``.
@@ -58,37 +60,39 @@ def norms(
 
 
 def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = _WIDEST_ISA) -> None:
-    """``kdfast.ops.softmax_head.residuals.curvature_``.
+    """Compute ``kdfast.ops.softmax_head.curvature.curvature_``.
 
     Raises:
-        ValueError: If ``a`` lies otherwise in memory.
+        ValueError: If ``a`` has another memory layout than that of ``allocate_products``.
     """
     _, k, _ = a.shape
-    if not (a.is_contiguous() if a.is_cuda else _samples_last(a)):
-        raise ValueError(f"products of shape {tuple(a.shape)} have strides {a.stride()}: take them from products_for")
+    if not (a.is_contiguous() if a.is_cuda else _has_samples_last(a)):
+        raise ValueError(
+            f"products of shape {tuple(a.shape)} have strides {a.stride()}: allocate them with allocate_products"
+        )
     stride = a.stride(2)
-    z = _rows(z)
-    with _on(z):
-        extension.head_curvature(_head(z, alpha, temperature, isa_limit), a.data_ptr(), k, stride, _stream(z))
+    z = _dense_rows(z)
+    with _device_guard(z):
+        extension.head_curvature(_logits_args(z, alpha, temperature, isa_limit), a.data_ptr(), k, stride, _stream(z))
 
 
-def products_fit(v: Tensor, bias: bool) -> bool:
-    """Whether ``add_products`` can run here for vectors ``v`` (K, C, D)."""
+def can_fuse_products(v: Tensor, bias: bool) -> bool:
+    """Return whether ``add_fused_products`` can run here for vectors ``v`` (K, C, D)."""
     k, c, d = v.shape
     return v.dtype == torch.float32 and not v.is_cuda and extension.head_products_fit(k * c, d - int(bias))
 
 
-def add_products(
+def add_fused_products(
     out: Tensor, scale: float, x: Tensor, z: Tensor, v: Tensor, bias: bool, alpha: float, temperature: float
 ) -> None:
-    """``kdfast.ops.softmax_head.residuals.add_products``.
+    """Compute ``kdfast.ops.softmax_head.curvature.add_fused_products``.
 
     Raises:
-        ValueError: If ``products_fit`` is false.
+        ValueError: If ``can_fuse_products`` is false.
     """
-    z, x, v = _rows(z), _rows(x), v.resolve_neg().contiguous()
+    z, x, v = _dense_rows(z), _dense_rows(x), v.resolve_neg().contiguous()
     extension.head_products(
-        _head(z, alpha, temperature, _WIDEST_ISA),
+        _logits_args(z, alpha, temperature, _WIDEST_ISA),
         x.data_ptr(),
         x.shape[1],
         x.stride(0),
@@ -112,46 +116,50 @@ def _residuals(
     norms: Tensor | None,
     isa_limit: int,
 ) -> None:
-    # Held until the call returns: a contiguous copy must outlive its address.
-    z = _rows(z)
+    # These names keep contiguous copies alive until the call returns: it receives only their addresses.
+    z = _dense_rows(z)
     y = None if y is None else y.contiguous()
-    t = None if t is None else _rows(t)
-    x = None if x is None else _rows(x)
-    with _on(z):
+    t = None if t is None else _dense_rows(t)
+    x = None if x is None else _dense_rows(x)
+    with _device_guard(z):
         extension.head_residuals(
-            _head(z, alpha, temperature, isa_limit),
-            0 if y is None else y.data_ptr(),
-            0 if t is None else t.data_ptr(),
+            _logits_args(z, alpha, temperature, isa_limit),
+            _address(y),
+            _address(t),
             0 if t is None else t.stride(0),
-            0 if x is None else x.data_ptr(),
+            _address(x),
             0 if x is None else x.shape[1],
             0 if x is None else x.stride(0),
             extra,
-            0 if residuals is None else residuals.data_ptr(),
-            0 if norms is None else norms.data_ptr(),
+            _address(residuals),
+            _address(norms),
             _stream(z),
         )
 
 
-def _head(z: Tensor, alpha: float, temperature: float, isa_limit: int) -> tuple[object, ...]:
+def _logits_args(z: Tensor, alpha: float, temperature: float, isa_limit: int) -> tuple[object, ...]:
     rows, classes = z.shape
-    wide = z.dtype == torch.float64
-    return z.data_ptr(), rows, classes, z.stride(0), wide, alpha, temperature, torch.get_num_threads(), isa_limit
+    is_double = z.dtype == torch.float64
+    return z.data_ptr(), rows, classes, z.stride(0), is_double, alpha, temperature, torch.get_num_threads(), isa_limit
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Itself where its columns are contiguous and its signs are in memory."""
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return ``x`` with contiguous rows and without a pending negation; a copy only if needed."""
     x = x.resolve_neg()
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _samples_last(a: Tensor) -> bool:
+def _has_samples_last(a: Tensor) -> bool:
     n, k, c = a.shape
-    sample, vector, one = a.stride()
-    return (sample == 1 or n == 1) and (vector == c * one or k == 1) and one >= n
+    sample, vector, class_ = a.stride()
+    return (sample == 1 or n == 1) and (vector == c * class_ or k == 1) and class_ >= n
 
 
-def _on(z: Tensor) -> contextlib.AbstractContextManager[object]:
+def _device_guard(z: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
 
 

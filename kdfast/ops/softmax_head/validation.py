@@ -1,7 +1,8 @@
-"""What a softmax head's functions accept, block by block; messages name the argument and the sample."""
+"""Input checks of the softmax head's functions; messages name the argument and the sample."""
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -11,7 +12,19 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
 
-__all__ = ["Array", "Block", "as_tensor", "check_finite", "check_labels", "check_shapes", "check_tensor", "split_block"]
+__all__ = [
+    "Array",
+    "Block",
+    "as_tensor",
+    "check_block",
+    "check_finite",
+    "check_l2",
+    "check_labels",
+    "check_positive_l2",
+    "check_tensor",
+    "check_tol",
+    "split_block",
+]
 
 Array: TypeAlias = Tensor | npt.NDArray[np.floating] | npt.NDArray[np.integer]
 Block: TypeAlias = "tuple[Array, Array | None, Array | None] | tuple[Array, Array | None, Array | None, Array | None]"
@@ -21,103 +34,119 @@ NAMES = ("features", "logits", "labels", "teacher")
 
 
 def split_block(block: object, prefix: str) -> Parts:
-    """Features, logits, labels and teacher of a block.
+    """Return the features, logits, labels and teacher logits of a block, None where absent.
 
     Raises:
-        ShapeError: If it is no tuple of tensors or arrays, features first.
+        ShapeError: If the block is not a tuple of tensors or arrays that starts with the features.
     """
     if not isinstance(block, (tuple, list)) or not 1 <= len(block) <= 4 or block[0] is None:
-        raise ShapeError(f"a block of {prefix}features must be a tuple (features, logits, labels[, teacher])")
+        raise ShapeError(
+            f"a block of `{prefix}features` is not a tuple (features, logits, labels[, teacher]): yield such tuples"
+        )
     parts = [*block, None, None, None][:4]
     for name, x in zip(NAMES, parts, strict=True):
         if x is not None and not isinstance(x, (Tensor, np.ndarray)):
-            raise ShapeError(f"{prefix}{name} is a {type(x).__name__}: give a tensor or a numpy array")
+            raise ShapeError(f"`{prefix}{name}` has type {type(x).__name__}: pass a tensor or a numpy array")
     return parts[0], parts[1], parts[2], parts[3]
 
 
 def as_tensor(x: Array) -> Tensor:
-    """A tensor of the same memory where that is possible."""
+    """Return ``x`` as a tensor, sharing its memory where possible."""
     if isinstance(x, Tensor):
         return x
-    # A read-only mapping is copied, tile by tile: torch has no read-only tensors.
+    # A read-only memory map is copied, one tile at a time: torch has no read-only tensors.
     return torch.from_numpy(x if x.flags.writeable and x.dtype.isnative else np.array(x, x.dtype.newbyteorder("=")))
 
 
-def check_shapes(
-    parts: Parts, features: int, classes: int, device: torch.device, needs_logits: bool, prefix: str
+def check_block(
+    parts: Parts, num_features: int, num_classes: int, device: torch.device, needs_logits: bool, prefix: str
 ) -> None:
-    """Refuses a block that does not fit the head.
+    """Raise if a block does not fit the head.
 
     Raises:
-        ShapeError: If a shape, a device or a kind of number does not fit, or logits are needed and missing.
+        ShapeError: If a shape, device or dtype does not fit, or required logits are missing.
     """
     x, z, y, t = parts
     n = len(x)
-    if x.ndim != 2 or x.shape[1] != features:
-        raise ShapeError(f"{prefix}features have shape {tuple(x.shape)}: (N, {features}) is needed")
+    if x.ndim != 2 or x.shape[1] != num_features:
+        raise ShapeError(f"`{prefix}features` has shape {tuple(x.shape)}: pass (N, {num_features})")
     if needs_logits and z is None:
-        raise ShapeError(f"{prefix}logits are missing: give (N, C) logits beside the features")
-    wanted: list[tuple[str, Array | None, tuple[int, ...]]] = [("labels", y, (n,)), ("teacher", t, (n, classes))]
+        raise ShapeError(f"`{prefix}logits` is missing: pass (N, C) logits along with the features")
+    expected: list[tuple[str, Array | None, tuple[int, ...]]] = [("labels", y, (n,)), ("teacher", t, (n, num_classes))]
     if needs_logits:
-        wanted.append(("logits", z, (n, classes)))
-    for name, value, shape in wanted:
+        expected.append(("logits", z, (n, num_classes)))
+    for name, value, shape in expected:
         if value is not None and tuple(value.shape) != shape:
             raise ShapeError(
-                f"{prefix}{name} have shape {tuple(value.shape)}, but {prefix}features have {n} rows"
-                f"{'' if len(shape) == 1 else f' and the head {classes} classes'}: {shape} is needed"
+                f"`{prefix}{name}` has shape {tuple(value.shape)}, but `{prefix}features` has {n} rows"
+                f"{'' if len(shape) == 1 else f' and the head {num_classes} classes'}: pass shape {shape}"
             )
     for name, value in zip(NAMES, parts, strict=True):
         if value is not None:
-            _check_kind(f"{prefix}{name}", as_tensor(value[:0]).dtype, name == "labels")
+            _check_dtype(f"{prefix}{name}", as_tensor(value[:0]).dtype, name == "labels")
         if isinstance(value, Tensor) and value.device != device:
             raise ShapeError(
-                f"{prefix}{name} are on {value.device}, other tensors on {device}: move them to one device"
+                f"`{prefix}{name}` is on {value.device}, other tensors are on {device}: move them to one device"
             )
 
 
-def _check_kind(name: str, kind: torch.dtype, integers: bool) -> None:
-    if integers and (kind.is_floating_point or kind in (torch.bool, torch.complex64, torch.complex128)):
-        raise ShapeError(f"{name} are {kind}: give int64 class numbers")
-    if not integers and not kind.is_floating_point:
-        raise ShapeError(f"{name} are {kind}: give floating-point numbers")
+def _check_dtype(name: str, dtype: torch.dtype, integers: bool) -> None:
+    if integers and (dtype.is_floating_point or dtype in (torch.bool, torch.complex64, torch.complex128)):
+        raise ShapeError(f"`{name}` has dtype {dtype}: pass int64 class ids")
+    if not integers and not dtype.is_floating_point:
+        raise ShapeError(f"`{name}` has dtype {dtype}: pass floating-point numbers")
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Refuses what is no tensor.
-
-    Raises:
-        ShapeError: If so.
-    """
+    """Raise a ShapeError if ``x`` is not a tensor."""
     if not isinstance(x, Tensor):
-        raise ShapeError(f"{name} is a {type(x).__name__}: give a tensor")
+        raise ShapeError(f"`{name}` has type {type(x).__name__}: pass a tensor")
 
 
 def check_finite(name: str, value: Tensor, start: int) -> None:
-    """Refuses what is not finite in rows of which the first is sample ``start``.
-
-    Raises:
-        DataError: If there is such a number.
-    """
-    # The sum finds it in one cheap pass; where it is matters only then. A sum may also overflow by itself.
+    """Raise a DataError if a row of ``value`` is not finite; its first row is sample ``start``."""
+    # A sum is one cheap pass, and rows are searched only if it is not finite. Finite values may overflow a sum, too.
     if bool(value.sum().isfinite()):
         return
     bad = (~value.isfinite()).any(1).nonzero()
     if len(bad):
         raise DataError(
-            f"{name} of sample {start + int(bad[0])} are not finite: remove such samples, or look for what made them"
+            f"`{name}` of sample {start + int(bad[0])} is not finite: remove such samples, or fix what computed them"
         )
 
 
-def check_labels(name: str, y: Tensor, classes: int, start: int) -> tuple[int, int]:
-    """The least and the largest label (n,).
+def check_labels(name: str, y: Tensor, num_classes: int, start: int) -> tuple[int, int]:
+    """Return the smallest and the largest label of ``y`` (n,), whose first one is that of sample ``start``.
 
     Raises:
-        DataError: If one lies outside [0, classes).
+        DataError: If a label lies outside [0, num_classes).
     """
     low, high = (int(v) for v in y.aminmax())
-    if low < 0 or high >= classes:
-        where = start + int(((y < 0) | (y >= classes)).nonzero()[0])
+    if low < 0 or high >= num_classes:
+        sample = start + int(((y < 0) | (y >= num_classes)).nonzero()[0])
         raise DataError(
-            f"{name} of sample {where} is {low if low < 0 else high}: classes of {classes} logits lie in [0, {classes})"
+            f"`{name}` of sample {sample} is {low if low < 0 else high}: {num_classes} logits need labels in "
+            f"[0, {num_classes}); correct the labels or pass logits of every class"
         )
     return low, high
+
+
+def check_l2(l2: float) -> None:
+    """Raise a ShapeError if the weight of the penalty is negative or not finite."""
+    if not 0 <= l2 < math.inf:
+        raise ShapeError(f"`l2` is {l2}: pass a finite number of at least 0")
+
+
+def check_positive_l2(l2: float) -> None:
+    """Raise a ShapeError if the weight of the penalty is not positive and finite, which makes the Hessian singular."""
+    if not 0 < l2 < math.inf:
+        raise ShapeError(
+            f"`l2` is {l2}: it must be positive and finite. Without a penalty the Hessian is singular, since adding "
+            "the same vector to the weights of every class changes no probability; pass for example 1e-3"
+        )
+
+
+def check_tol(tol: float) -> None:
+    """Raise a ShapeError if a tolerance is not positive and finite."""
+    if not 0 < tol < math.inf:
+        raise ShapeError(f"`tol` is {tol}: pass a positive number")

@@ -1,4 +1,4 @@
-"""What removing a sample does, against retraining without it, 200 times over."""
+"""Predicted effects of removing a sample against retraining without it, for 200 samples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import kdfast
 from kdfast.errors import DataError
 from kdfast.ops.softmax_head.data import HeadData
 from kdfast.ops.softmax_head.dense_hessian import hessian, third_derivative
-from kdfast.ops.softmax_head.residuals import Target
+from kdfast.ops.softmax_head.residuals import LossConfig
 
 N, D, C, L2 = 300, 6, 4, 1e-2
 REMOVED = 200
 
 
 class Fitted:
-    """A head at its optimum, and what removing each of the first 200 samples really does."""
+    """A head at its optimum, and the true effects of removing each of the first 200 samples."""
 
     def __init__(self, alpha, flipped=0):
         torch.manual_seed(1)
@@ -39,7 +39,7 @@ class Fitted:
             w = kdfast.head_newton(
                 self.x[keep],
                 self.y[keep],
-                l2=L2 * N / (N - 1),  # the penalty against (1/N) times the other losses
+                l2=L2 * N / (N - 1),  # relative to the other losses the penalty keeps its weight with 1/N
                 init=self.w,
                 teacher=None if self.teacher is None else self.teacher[keep],
                 **self.kd,
@@ -74,7 +74,7 @@ def fitted(request):
     return Fitted(request.param)
 
 
-def test_newton_reaches_the_optimum(fitted):
+def test_newton_reaches_optimum(fitted):
     w = fitted.w.clone().requires_grad_()
     z = kdfast.head_logits(fitted.x, w)
     loss = kdfast.kd_loss(z, fitted.y, fitted.t, backend="reference", **fitted.kd) + L2 / 2 * w.square().sum()
@@ -90,7 +90,7 @@ def test_influence_ranks_true_removals(fitted):
 
 
 def test_the_correction_holds_for_large_steps_too():
-    """Without the third derivative, removals of mislabelled samples are predicted worse with the correction."""
+    """The correction needs the third derivative: without it, effects of mislabelled samples are predicted worse."""
     fitted = Fitted(0.0, flipped=30)
     plain, corrected = fitted.influence()[:REMOVED], fitted.influence(corrected=True)[:REMOVED]
     assert fitted.error(corrected) <= 0.5 * fitted.error(plain)
@@ -99,28 +99,28 @@ def test_the_correction_holds_for_large_steps_too():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_third_derivative_is_that_of_the_hessian(alpha, bias):
+def test_third_derivative_matches_differences_of_hessian(alpha, bias):
     torch.manual_seed(3)
     x, w = torch.randn(7, D, dtype=torch.float64), torch.randn(C, D + bias, dtype=torch.float64)
     u = torch.randn_like(w)
-    target = Target(alpha, 2.5)
+    loss = LossConfig(alpha, 2.5)
 
     def at(step):
         weights = w + step * u
-        return hessian(HeadData(x, kdfast.head_logits(x, weights), bias=bias), 0.1, target)
+        return hessian(HeadData(x, kdfast.head_logits(x, weights), bias=bias), 0.1, loss)
 
     step = 1e-5
-    found = third_derivative(HeadData(x, kdfast.head_logits(x, w), bias=bias, tile_rows=3), u, target)
+    found = third_derivative(HeadData(x, kdfast.head_logits(x, w), bias=bias, tile_rows=3), u, loss)
     torch.testing.assert_close(found, (at(step) - at(-step)) / (2 * step), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_a_tile_of_a_single_row(fitted, corrected):
+def test_single_row_tiles_give_same_result(fitted, corrected):
     args, options = (fitted.x, fitted.z, fitted.y), {"teacher": fitted.teacher, "corrected": corrected, **fitted.kd}
-    whole = kdfast.head_leave_one_out(*args, torch.tensor([0, 3, 299]), l2=L2, **options)
+    together = kdfast.head_leave_one_out(*args, torch.tensor([0, 3, 299]), l2=L2, **options)
     for i, row in enumerate((0, 3, 299)):
         alone = kdfast.head_leave_one_out(*args, torch.tensor([row]), l2=L2, **options)
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-9, atol=1e-14)
     for tile_rows in (1, N - 1):
         options["tile_rows"] = tile_rows
         own = kdfast.head_self_influence(*args, l2=L2, **options)
@@ -136,7 +136,7 @@ def test_positive_influence_means_helpful(fitted):
     assert fitted.effect[best] > 0
 
 
-def test_influence_is_the_formula(fitted):
+def test_influence_matches_formula(fitted):
     w = fitted.w.clone().requires_grad_()
     h = torch.cat([fitted.x, torch.ones(N, 1, dtype=torch.float64)], 1)
     g_val = torch.autograd.grad(fitted.val_loss(w), w)[0].detach()
@@ -149,7 +149,7 @@ def test_influence_is_the_formula(fitted):
     torch.testing.assert_close(fitted.influence(tol=1e-12)[:20], torch.stack(truth), rtol=1e-9, atol=1e-15)
 
 
-def test_influence_is_the_same_however_it_is_computed(fitted):
+def test_influence_does_not_depend_on_method_tiles_or_blocks(fitted):
     truth = fitted.influence(tol=1e-11)
     for options in ({"method": "cg"}, {"tile_rows": 7}, {"method": "cg", "tile_rows": 64}):
         torch.testing.assert_close(fitted.influence(tol=1e-11, **options), truth, rtol=1e-7, atol=1e-13)
@@ -161,31 +161,31 @@ def test_influence_is_the_same_however_it_is_computed(fitted):
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_leave_one_out_moves_the_weights_where_retraining_does(fitted, corrected):
+def test_leave_one_out_matches_retrained_weights(fitted, corrected):
     rows = torch.arange(REMOVED)
-    moved = kdfast.head_leave_one_out(
+    change = kdfast.head_leave_one_out(
         fitted.x, fitted.z, fitted.y, rows, l2=L2, corrected=corrected, teacher=fitted.teacher, **fitted.kd
     )
     truth = torch.stack(fitted.change)
-    error = (moved - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    error = (change - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
     assert error.mean() < (0.02 if corrected else 0.1)
-    assert moved.shape == (REMOVED, C, D + 1)
+    assert change.shape == (REMOVED, C, D + 1)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_self_influence_is_leave_one_out_of_the_own_loss(fitted, corrected):
+def test_self_influence_is_change_of_own_loss_by_leave_one_out(fitted, corrected):
     options = {"l2": L2, "corrected": corrected, "teacher": fitted.teacher, **fitted.kd}
     own = kdfast.head_self_influence(fitted.x, fitted.z, fitted.y, **options)
     assert (own >= 0).all()
-    moved = kdfast.head_leave_one_out(fitted.x, fitted.z, fitted.y, torch.arange(N), **options)
+    change = kdfast.head_leave_one_out(fitted.x, fitted.z, fitted.y, torch.arange(N), **options)
     w = fitted.w.clone().requires_grad_()
     for i in range(0, N, 37):
         z = kdfast.head_logits(fitted.x[i : i + 1], w)
         loss = kdfast.kd_loss(z, fitted.y[i : i + 1], fitted.t[i : i + 1], backend="reference", **fitted.kd)
-        torch.testing.assert_close((torch.autograd.grad(loss, w)[0] * moved[i]).sum(), own[i], rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close((torch.autograd.grad(loss, w)[0] * change[i]).sum(), own[i], rtol=1e-8, atol=1e-14)
 
 
-def test_self_influence_by_cg_is_that_by_cholesky(fitted):
+def test_self_influence_by_cg_matches_cholesky(fitted):
     options = {"l2": L2, "teacher": fitted.teacher, "tol": 1e-10, **fitted.kd}
     few = slice(0, 50)
     teacher = None if fitted.teacher is None else fitted.teacher[few]
@@ -196,7 +196,7 @@ def test_self_influence_by_cg_is_that_by_cholesky(fitted):
     )
 
 
-def test_flipped_labels_stand_out():
+def test_scores_find_flipped_labels():
     from sklearn.datasets import load_digits
     from sklearn.metrics import roc_auc_score
 
@@ -210,7 +210,7 @@ def test_flipped_labels_stand_out():
     assert roc_auc_score(flipped, kdfast.head_grad_norms(z, noisy, x)) > 0.95
 
 
-def test_a_head_that_is_its_own_teacher_is_refused():
+def test_rejects_head_that_is_its_own_teacher():
     x, y = torch.randn(30, 4), torch.arange(30) % 3
     z = torch.randn(30, 3)
     for call in (

@@ -1,4 +1,4 @@
-"""Peak memory of the head's functions: tiles, not products of the sizes."""
+"""Peak memory of the softmax head's functions: that of a tile, not a product of the sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ run(x, z, y)
 print((peak("VmHWM") - before) / 2**20)
 """
 
-# Megabytes allowed, and what the buffer that must not be there would take.
+# Sizes N, D, C, K; call; megabytes allowed; megabytes of the buffer that must not be allocated.
 CASES = {
     "norms": ((40_000, 128, 100, 1), "kdfast.head_grad_norms(z, y, x)", 30, 40_000 * 100 * 128 * 4 / 2**20),
     "hvp": ((20_000, 64, 50, 32), "kdfast.head_hvp(x, z, v)", 40, 20_000 * 32 * 50 * 4 / 2**20),
@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("sizes", "call", "allowed", "forbidden"), CASES.values(), ids=CASES)
-def test_peak_memory(sizes, call, allowed, forbidden):
+def test_peak_memory_is_bounded(sizes, call, allowed, forbidden):
     code = MEASURE.format(sizes=sizes, call=call)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < allowed

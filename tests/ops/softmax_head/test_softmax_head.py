@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import kdfast
-from kdfast.ops.softmax_head import native, residuals
-from kdfast.ops.softmax_head.residuals import Target
+from kdfast.ops.softmax_head import curvature, native, residuals
+from kdfast.ops.softmax_head.residuals import LossConfig
 
 LOSSES = [(0.0, 4.0), (0.3, 4.0), (1.0, 2.0)]
 SIZES = [(7, 1, 2), (40, 6, 4), (65, 33, 16), (30, 20, 17), (50, 13, 100)]
@@ -25,14 +25,14 @@ def _quiet_autograd():
 
 
 @pytest.fixture
-def on(softmax_head_backend, monkeypatch):
-    """Runs the test on each backend."""
+def backend(softmax_head_backend, monkeypatch):
+    """Run the test on each backend."""
     monkeypatch.setenv("KDFAST_BACKEND", f"softmax_head={softmax_head_backend}")
     return softmax_head_backend
 
 
 class Head:
-    """A head in float64 and what autograd says about it."""
+    """A head in float64, with gradients and products by autograd."""
 
     def __init__(self, n, d, c, *, bias=True, alpha=0.0, temperature=4.0, l2=0.0, scale=2.0):
         self.n, self.d, self.c, self.bias = n, d, c, bias
@@ -69,15 +69,15 @@ def relative(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def products_of(a):
-    """``a`` (n, K, C) as the curvature's kernel wants it."""
-    return residuals.products_for(len(a), a[0, :, :, None]).copy_(a)
+def with_kernel_layout(a):
+    """Copy ``a`` (n, K, C) to the memory layout of the curvature kernel."""
+    return curvature.allocate_products(len(a), a[0, :, :, None]).copy_(a)
 
 
 @pytest.mark.parametrize(("alpha", "temperature"), LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_norms_are_those_of_autograd(on, size, bias, alpha, temperature):
+def test_norms_match_autograd(backend, size, bias, alpha, temperature):
     head = Head(*size, bias=bias, alpha=alpha, temperature=temperature)
     truth = head.gradients().flatten(1).norm(dim=1)
     teacher = head.t if alpha else None
@@ -91,7 +91,7 @@ def test_norms_are_those_of_autograd(on, size, bias, alpha, temperature):
     assert relative(single, truth) < 1e-5
 
 
-def test_norms_count_the_penalty(on):
+def test_norms_include_penalty(backend):
     head = Head(40, 6, 4, l2=0.3)
     truth = head.gradients().flatten(1).norm(dim=1)
     found = kdfast.head_grad_norms(head.z, head.y, head.x, l2=0.3, weights=head.w)
@@ -101,7 +101,7 @@ def test_norms_count_the_penalty(on):
 @pytest.mark.parametrize(("alpha", "temperature"), LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_products_are_those_of_autograd(on, size, bias, alpha, temperature):
+def test_products_match_autograd(backend, size, bias, alpha, temperature):
     head = Head(*size, bias=bias, alpha=alpha, temperature=temperature, l2=0.01)
     v = torch.randn(5, head.c, head.d + bias, dtype=torch.float64)
     truth = head.products(v)
@@ -113,8 +113,8 @@ def test_products_are_those_of_autograd(on, size, bias, alpha, temperature):
     assert relative(kdfast.head_hvp(head.x, head.z, v[2], l2=0.01, **head.options), truth[2]) < 1e-12
 
 
-def test_confident_samples_keep_their_digits(on):
-    """p_y within rounding of 1 in float32: the residual is the others' mass, not 1 - p_y."""
+def test_confident_samples_keep_precision(backend):
+    """For p_y within rounding of 1, the residual is the sum of the other probabilities, not 1 - p_y."""
     z = torch.tensor([[30.0, 0.0, 1.0], [70.0, 0.0, -3.0]])
     x, y = torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
     p = z.double().softmax(1)
@@ -128,7 +128,7 @@ def test_confident_samples_keep_their_digits(on):
         assert relative(kdfast.head_hvp(x[i : i + 1], z[i : i + 1], v)[0], truth) < 1e-4
 
 
-def test_huge_logits_and_a_certain_head(on):
+def test_huge_logits_and_probability_one(backend):
     z = torch.tensor([[1e4, 0.0, -1e4], [0.0, 1e4, 0.0]])
     x, y = torch.ones(2, 3), torch.tensor([0, 0])
     norms = kdfast.head_grad_norms(z, y, x)
@@ -137,7 +137,7 @@ def test_huge_logits_and_a_certain_head(on):
 
 
 @pytest.mark.parametrize("tile_rows", [1, 3, 64, 1000])
-def test_the_tile_does_not_matter(on, tile_rows):
+def test_results_do_not_depend_on_tiles(backend, tile_rows):
     head = Head(101, 9, 5)
     v = torch.randn(3, 5, 10, dtype=torch.float64)
     norms, products = kdfast.head_grad_norms(head.z, head.y, head.x), kdfast.head_hvp(head.x, head.z, v)
@@ -146,7 +146,7 @@ def test_the_tile_does_not_matter(on, tile_rows):
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 40])
-def test_the_number_of_vectors_does_not_matter(on, k):
+def test_products_do_not_depend_on_number_of_vectors(backend, k):
     head = Head(60, 9, 5)
     v = torch.randn(40, 5, 10, dtype=torch.float64)
     together = kdfast.head_hvp(head.x, head.z, v)
@@ -161,7 +161,7 @@ def blocks_of(*parts, sizes=(10, 1, 0, 30, 60)):
         start += size
 
 
-def test_blocks_and_memory_maps_give_the_same(on, tmp_path):
+def test_blocks_and_memory_maps_give_same_results(backend, tmp_path):
     head = Head(101, 9, 5)
     v = torch.randn(3, 5, 10, dtype=torch.float64)
     norms, products = kdfast.head_grad_norms(head.z, head.y, head.x), kdfast.head_hvp(head.x, head.z, v)
@@ -177,7 +177,7 @@ def test_blocks_and_memory_maps_give_the_same(on, tmp_path):
     assert relative(kdfast.head_hvp(list(blocks_of(head.x, head.z)), None, v), products) < 1e-14
 
 
-def test_strided_and_half_precision_features(on):
+def test_strided_and_half_precision_features(backend):
     head = Head(50, 8, 5)
     wide = torch.randn(50, 20, dtype=torch.float64)
     wide[:, 3:11] = head.x
@@ -192,7 +192,7 @@ def test_strided_and_half_precision_features(on):
     torch.testing.assert_close(found, kdfast.head_grad_norms(head.z.float(), head.y, half.float()))
 
 
-def test_inputs_are_left_alone_and_no_gradient_comes_back(on):
+def test_inputs_are_unchanged_and_results_carry_no_gradient(backend):
     head = Head(20, 4, 3)
     x, z = head.x.clone().requires_grad_(), head.z.clone().requires_grad_()
     v = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -206,14 +206,14 @@ def test_inputs_are_left_alone_and_no_gradient_comes_back(on):
 
 def test_progress_reports_rows():
     head = Head(100, 4, 3)
-    seen = []
-    kdfast.head_grad_norms(head.z, head.y, head.x, tile_rows=40, progress=lambda *a: seen.append(a))
-    assert seen == [(40, 100, "gradient norms"), (80, 100, "gradient norms"), (100, 100, "gradient norms")]
+    calls = []
+    kdfast.head_grad_norms(head.z, head.y, head.x, tile_rows=40, progress=lambda *a: calls.append(a))
+    assert calls == [(40, 100, "gradient norms"), (80, 100, "gradient norms"), (100, 100, "gradient norms")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [2, 10, 16, 40, 1100])
-def test_instruction_sets_and_threads_agree_to_the_bit(dtype, classes):
+def test_instruction_sets_and_threads_are_bit_equal(dtype, classes):
     head = Head(70, 21, classes)
     z, t, x = (v.to(dtype) for v in (head.z, head.t, head.x))
     a = torch.randn(70, 11, classes, dtype=dtype)
@@ -221,7 +221,7 @@ def test_instruction_sets_and_threads_agree_to_the_bit(dtype, classes):
     for level in (0, 1, 2):
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            products = products_of(a)
+            products = with_kernel_layout(a)
             native.curvature_(products, z, 0.3, 4.0, level)
             results.append(
                 (
@@ -236,22 +236,22 @@ def test_instruction_sets_and_threads_agree_to_the_bit(dtype, classes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_native_rows_are_the_reference_rows(dtype):
+def test_native_matches_reference(dtype):
     for classes in (2, 9, 16, 17, 31, 33, 2050):
         head = Head(23, 3, classes)
         z, t = head.z.to(dtype), head.t.to(dtype)
-        for target in (Target(0.0), Target(0.4, 3.0), Target(1.0, 2.0)):
-            truth = residuals.reference_residuals(head.z, head.y, head.t, target)
+        for loss in (LossConfig(0.0), LossConfig(0.4, 3.0), LossConfig(1.0, 2.0)):
+            truth = residuals.reference_residuals(head.z, head.y, head.t, loss)
             tolerance = 40 * torch.finfo(dtype).eps
-            assert relative(native.residuals(z, head.y, t, *target), truth) < tolerance
+            assert relative(native.residuals(z, head.y, t, *loss), truth) < tolerance
             a = torch.randn(23, 3, classes, dtype=dtype)
-            truth = residuals.reference_curvature_(a.double().clone(), residuals.probabilities(head.z, target))
-            products = products_of(a)
-            native.curvature_(products, z, *target)
+            truth = curvature.reference_curvature_(a.double().clone(), curvature.curvature_terms(head.z, loss))
+            products = with_kernel_layout(a)
+            native.curvature_(products, z, *loss)
             assert relative(products, truth) < tolerance
 
 
-def test_products_that_lie_otherwise_are_refused():
+def test_curvature_rejects_other_layouts():
     head = Head(23, 3, 4)
-    with pytest.raises(ValueError, match="products_for"):
+    with pytest.raises(ValueError, match="allocate_products"):
         native.curvature_(torch.randn(23, 2, 4, dtype=torch.float64), head.z, 0.0, 4.0)
