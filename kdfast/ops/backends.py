@@ -21,7 +21,7 @@ import os
 import warnings
 from typing import NamedTuple
 
-from kdfast.errors import BackendUnavailable, UsageError, did_you_mean
+from kdfast.errors import BackendUnavailable, UsageError, unknown_name
 
 __all__ = ["DTYPES", "TABLE", "Choice", "choices", "is_available", "resolve"]
 
@@ -127,10 +127,7 @@ def _backend_from_environment(op: str, setting: str) -> str | None:
         left, separator, right = entry.partition("=")
         operators = sorted({name for name, _ in TABLE})
         if separator and left not in operators:
-            hint = did_you_mean(left, operators)
-            raise UsageError(
-                f"KDFAST_BACKEND={setting!r}: there is no operator {left!r}; {hint}choose one of {', '.join(operators)}"
-            )
+            raise unknown_name(f"KDFAST_BACKEND={setting!r}: no operator is named", left, operators)
         if not separator:
             chosen = entry if chosen is None else chosen
         elif left == op:

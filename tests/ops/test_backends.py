@@ -1,4 +1,4 @@
-"""The dispatch table: what is chosen, what is refused, and that falling back is said once."""
+"""The dispatch table: selection, errors, and a single warning on fallback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdfast.ops import backends
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def _clear_caches(monkeypatch):
     monkeypatch.delenv("KDFAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cached = backends._resolve, backends._import_problem
@@ -31,12 +31,12 @@ def test_every_row_ends_in_the_reference():
         assert row[-1] == "reference"
 
 
-def test_auto_takes_the_preferred_one_without_a_word():
+def test_auto_selects_the_preferred_backend_without_warning():
     assert backends.resolve("kd_loss", "cpu", "float32") == "native"
     assert backends.resolve("kd_loss", "privateuseone", "float32") == "reference"
 
 
-def test_falling_back_warns_once_and_says_why(monkeypatch):
+def test_fallback_warns_once_with_the_reason(monkeypatch):
     monkeypatch.setattr(backends, "_import_problem", lambda module: f"{module} cannot be imported (gone)")
     with pytest.warns(RuntimeWarning, match="kd_loss on cpu falls back to reference: native: kdfast._native cannot"):
         assert backends.resolve("kd_loss", "cpu", "float32") == "reference"
@@ -46,7 +46,7 @@ def test_falling_back_warns_once_and_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_dtype_that_only_the_reference_takes_goes_there_without_a_word(device):
+def test_unsupported_dtype_selects_the_reference_without_warning(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.resolve("kd_loss", device, "float64") == "reference"
@@ -55,7 +55,7 @@ def test_a_dtype_that_only_the_reference_takes_goes_there_without_a_word(device)
         backends.resolve("kd_loss", device, "float64", named)
 
 
-def test_float64_logits_need_no_choice_of_backend():
+def test_float64_logits_run_with_auto_but_not_with_native():
     z, t = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,7 +65,7 @@ def test_float64_logits_need_no_choice_of_backend():
         kdfast.kd_loss(z, torch.tensor([0, 1, 2]), t, backend="native")
 
 
-def test_a_broken_extension_falls_back(monkeypatch):
+def test_broken_extension_falls_back_to_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "_import_problem", lambda module: f"{module} cannot be imported (gone)")
     with pytest.warns(RuntimeWarning, match="kdfast._native cannot be imported"):
         assert backends.resolve("kd_loss", "cpu") == "reference"
@@ -75,7 +75,7 @@ def test_a_broken_extension_falls_back(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "nonsense"])
-def test_a_named_backend_that_cannot_run_is_refused(name):
+def test_rejects_named_backend_that_cannot_run(name):
     z = torch.randn(2, 3)
     with pytest.raises(BackendUnavailable, match=f"backend='{name}'.*choose one of native, reference"):
         kdfast.kd_loss(z, torch.tensor([0, 1]), z, backend=name)
@@ -84,16 +84,16 @@ def test_a_named_backend_that_cannot_run_is_refused(name):
 @pytest.mark.parametrize(
     "setting", ["reference", "kd_loss=reference", "kd_loss=reference,views=native", "native,kd_loss=reference"]
 )
-def test_the_environment_replaces_auto(monkeypatch, setting):
+def test_environment_variable_replaces_auto(monkeypatch, setting):
     monkeypatch.setenv("KDFAST_BACKEND", setting)
     assert backends.resolve("kd_loss", "cpu") == "reference"
     assert backends.resolve("kd_loss", "cpu", backend="native") == "native"
     assert ("kd_loss", "cpu", "reference") in {choice[:3] for choice in backends.choices()}
 
 
-def test_a_bad_setting_is_refused(monkeypatch):
+def test_rejects_bad_environment_setting(monkeypatch):
     monkeypatch.setenv("KDFAST_BACKEND", "kd_los=native")
-    with pytest.raises(UsageError, match="no operator 'kd_los'; did you mean 'kd_loss'"):
+    with pytest.raises(UsageError, match="no operator is named 'kd_los': did you mean 'kd_loss'"):
         backends.resolve("kd_loss", "cpu")
     monkeypatch.setenv("KDFAST_BACKEND", "fastest")
     with pytest.raises(BackendUnavailable, match="KDFAST_BACKEND=fastest"):
@@ -107,7 +107,7 @@ def test_choices_cover_the_table():
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
-def test_the_extension_links_no_openmp_torch_or_cuda_runtime():
+def test_extension_links_no_openmp_torch_or_cuda_runtime():
     from kdfast import _native
 
     done = subprocess.run(["readelf", "-d", _native.__file__], capture_output=True, text=True, check=True)

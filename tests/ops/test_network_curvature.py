@@ -1,4 +1,4 @@
-"""Products with a network's Hessian and Gauss-Newton matrix, against the matrices themselves."""
+"""Products with a network's Hessian and Gauss-Newton matrix, compared with the explicit matrices."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ N, CLASSES = 7, 3
 
 
 class Net(nn.Module):
-    """Convolution, normalisation, attention without a class of its own, and a frozen parameter."""
+    """Network with convolution, normalization, functional attention and a frozen parameter."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ def batch():
 
 
 def matrices(model, x, y, l2, criterion=None):
-    """Hessian and Gauss-Newton matrix, entry by entry."""
+    """Return the explicit Hessian and Gauss-Newton matrix."""
     criterion = criterion or (lambda z: F.cross_entropy(z, y))
     named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     theta = torch.cat([p.flatten() for p in named.values()])
@@ -62,7 +62,7 @@ def matrices(model, x, y, l2, criterion=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_products_are_those_of_the_matrix(model, batch, kind, batch_size):
+def test_products_match_the_explicit_matrix(model, batch, kind, batch_size):
     x, y = batch
     matrix = matrices(model, x, y, 0.01)[kind]
     v = torch.randn(4, len(matrix), dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_products_are_those_of_the_matrix(model, batch, kind, batch_size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_distillation_loss(model, batch, kind):
+def test_distillation_loss_products_match_the_explicit_matrix(model, batch, kind):
     x, y = batch
     teacher = torch.randn(N, CLASSES, dtype=torch.float64)
 
@@ -89,7 +89,7 @@ def test_the_distillation_loss(model, batch, kind):
     )
 
 
-def test_the_gradient(model, batch):
+def test_gradient_matches_autograd(model, batch):
     x, y = batch
     curvature = NetworkCurvature(model, x, y, l2=0.3, batch_size=2)
     F.cross_entropy(model(x), y).backward()
@@ -99,7 +99,7 @@ def test_the_gradient(model, batch):
     torch.testing.assert_close(curvature.gradient(), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_solve_of_several_systems_at_once(model, batch):
+def test_solves_several_systems_at_once(model, batch):
     x, y = batch
     matrix = matrices(model, x, y, 0.05)["gauss_newton"]
     curvature = NetworkCurvature(model, x, y, l2=0.05, batch_size=5)
@@ -117,7 +117,7 @@ def test_negative_curvature_raises(model, batch):
         NetworkCurvature(model, x, y, kind="hessian").solve(vectors[:, :1].T.contiguous())
 
 
-def test_the_model_is_left_as_found(model, batch):
+def test_leaves_the_model_unchanged(model, batch):
     before = [(p.requires_grad, p.grad, p.detach().clone()) for p in model.parameters()]
     v = torch.randn(sum(p.numel() for p in model.parameters() if p.requires_grad), dtype=torch.float64)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_the_model_is_left_as_found(model, batch):
         assert torch.equal(p, value)
 
 
-def test_inputs_by_keyword_and_losses_of_ones_own(model, batch):
+def test_accepts_keyword_inputs_and_custom_losses(model, batch):
     x, y = batch
     v = torch.randn(2, NetworkCurvature(model, x, y).size, dtype=torch.float64)
     for kind in KINDS:
@@ -152,13 +152,13 @@ def test_inputs_by_keyword_and_losses_of_ones_own(model, batch):
         ({"inputs": torch.full((N, 1, 5, 5), float("inf")).double()}, DataError, "`inputs` contains"),
     ],
 )
-def test_bad_input(model, batch, change, error, message):
+def test_rejects_bad_arguments(model, batch, change, error, message):
     options = {"inputs": batch[0], "labels": batch[1], "v": torch.zeros(37), **change}
     with pytest.raises(error, match=message):
         kdfast.network_hvp(model, **options)
 
 
-def test_layers_that_cannot_be_differentiated_so(batch):
+def test_rejects_batch_statistics_and_dropout(batch):
     x = torch.randn(N, 5, dtype=torch.float64)
     batch_norm = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
     with pytest.raises(UsageError, match="layer '1'"):

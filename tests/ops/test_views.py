@@ -1,3 +1,5 @@
+"""Shifted and cropped views: backends, bit equality, dtypes and errors."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -15,7 +17,7 @@ from kdfast.ops.views import crop_views, shift_views, shift_views_reference
 CPU = TABLE["views", "cpu"]
 
 
-def case(batch, height, width, pad, dtype=torch.float32, seed=0):
+def make_case(batch, height, width, pad, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
     affine = torch.randn(2, 3, dtype=torch.float64, generator=generator).to(torch.promote_types(dtype, torch.float32))
@@ -24,7 +26,7 @@ def case(batch, height, width, pad, dtype=torch.float32, seed=0):
     return images, moves, affine
 
 
-def slow_shift(images, moves, affine, pad):
+def shift_by_pixel_loop(images, moves, affine, pad):
     batch, height, width, _ = images.shape
     out = torch.empty(batch, 3, height, width, dtype=affine.dtype)
     for b, c, y, x in np.ndindex(*out.shape):
@@ -38,9 +40,9 @@ def slow_shift(images, moves, affine, pad):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(0, 8), st.integers(0, 2**31))
-def test_every_implementation_against_a_loop_over_pixels(batch, height, width, pad, seed):
-    images, moves, affine = case(batch, height, width, pad, seed=seed)
-    expected = slow_shift(images, moves, affine, pad)
+def test_every_backend_matches_a_loop_over_pixels(batch, height, width, pad, seed):
+    images, moves, affine = make_case(batch, height, width, pad, seed=seed)
+    expected = shift_by_pixel_loop(images, moves, affine, pad)
     for backend in CPU:
         assert torch.equal(shift_views(images, moves, affine, pad=pad, backend=backend), expected), backend
 
@@ -49,15 +51,15 @@ def test_every_implementation_against_a_loop_over_pixels(batch, height, width, p
 @pytest.mark.parametrize("shape", [(162, 32, 32, 4), (500, 8, 8, 1), (1, 33, 65, 4), (0, 32, 32, 4)])
 def test_native_is_bit_equal_to_the_reference(shape, dtype):
     *size, pad = shape
-    images, moves, affine = case(*size, pad)
+    images, moves, affine = make_case(*size, pad)
     out = shift_views(images, moves, affine, pad=pad, dtype=dtype, backend="native")
     assert torch.equal(out, shift_views_reference(images, moves, affine, pad=pad, dtype=dtype))
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_number_of_threads_changes_nothing():
-    images, moves, affine = case(3000, 32, 32, 4)
+def test_result_does_not_depend_on_thread_count():
+    images, moves, affine = make_case(3000, 32, 32, 4)
     before = torch.get_num_threads()
     try:
         results = []
@@ -70,32 +72,32 @@ def test_the_number_of_threads_changes_nothing():
 
 
 @pytest.mark.parametrize("backend", CPU)
-def test_strided_input_is_read_by_its_strides(backend):
-    images, moves, affine = case(6, 8, 8, 2)
+def test_reads_strided_inputs(backend):
+    images, moves, affine = make_case(6, 8, 8, 2)
     expected = shift_views(images, moves, affine, pad=2, backend=backend)
-    apart = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert not apart.is_contiguous()
-    wide = moves.repeat_interleave(2, dim=1)[:, ::2]
-    across = affine.t().contiguous().t()
-    assert torch.equal(shift_views(apart, wide, across, pad=2, backend=backend), expected)
+    channels_first = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not channels_first.is_contiguous()
+    strided_moves = moves.repeat_interleave(2, dim=1)[:, ::2]
+    strided_affine = affine.t().contiguous().t()
+    assert torch.equal(shift_views(channels_first, strided_moves, strided_affine, pad=2, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_instruction_set_gives_the_same_bits(dtype):
-    images, moves, affine = case(200, 13, 11, 4)
+    images, moves, affine = make_case(200, 13, 11, 4)
     levels = [native.shift_views(images, moves, affine, 4, dtype, isa_limit=level) for level in (0, 1, 2)]
     assert all(torch.equal(levels[0], other) for other in levels[1:])
 
 
 def test_float64_is_computed_by_the_reference():
-    images, moves, affine = case(5, 8, 8, 2, torch.float64)
+    images, moves, affine = make_case(5, 8, 8, 2, torch.float64)
     out = shift_views(images, moves, affine, pad=2, dtype=torch.float64, backend="reference")
-    assert torch.equal(out, slow_shift(images, moves, affine, 2))
+    assert torch.equal(out, shift_by_pixel_loop(images, moves, affine, 2))
 
 
 @pytest.mark.parametrize("move", [(-1, 0, 0), (0, -1, 0), (9, 0, 0), (0, 9, 0), (0, 0, 2), (0, 0, -1)])
-def test_a_move_out_of_the_image_is_refused_twice(move):
-    images, moves, affine = case(3, 8, 8, 4)
+def test_rejects_move_outside_the_image_in_python_and_cpp(move):
+    images, moves, affine = make_case(3, 8, 8, 4)
     moves[1] = torch.tensor(move, dtype=torch.int32)
     with pytest.raises(ShapeError, match="a move leaves the image"):
         shift_views(images, moves, affine, pad=4)
@@ -103,8 +105,8 @@ def test_a_move_out_of_the_image_is_refused_twice(move):
         native.shift_views(images, moves, affine, 4, torch.float32)
 
 
-def test_bad_arguments_are_refused():
-    images, moves, affine = case(3, 8, 8, 4)
+def test_rejects_bad_arguments():
+    images, moves, affine = make_case(3, 8, 8, 4)
     with pytest.raises(DataError, match="uint8"):
         shift_views(images.int(), moves, affine, pad=4)
     with pytest.raises(ShapeError, match=r"\(3, 8, 8\)"):
@@ -124,13 +126,13 @@ def test_bad_arguments_are_refused():
 
 
 @pytest.mark.parametrize("backend", CPU)
-def test_the_operator_keeps_torch_library_contracts(backend):
-    images, moves, affine = case(3, 8, 8, 4)
+def test_operator_passes_opcheck(backend):
+    images, moves, affine = make_case(3, 8, 8, 4)
     torch.library.opcheck(torch.ops.kdfast.shift_views, (images, moves, affine, 4, torch.float32, backend))
 
 
-def test_crops_against_slicing_resizing_and_flipping():
-    images, _, affine = case(4, 20, 24, 0, torch.float64)
+def test_crops_match_slicing_resizing_and_flipping():
+    images, _, affine = make_case(4, 20, 24, 0, torch.float64)
     boxes = torch.tensor([[0, 0, 20, 24, 0], [3, 5, 1, 1, 0], [2, 4, 17, 9, 1], [19, 0, 1, 24, 1]], dtype=torch.int32)
     out = crop_views(images, boxes, affine, size=(10, 12), dtype=torch.float64)
     for image, (top, left, height, width, flip), got in zip(images, boxes.tolist(), out, strict=True):
@@ -144,8 +146,8 @@ def test_crops_against_slicing_resizing_and_flipping():
 @pytest.mark.parametrize(
     "box", [(-1, 0, 5, 5, 0), (0, 0, 0, 5, 0), (4, 0, 5, 5, 0), (0, 4, 5, 5, 0), (0, 0, 5, 5, 2), (0, 0, 5, 5, -1)]
 )
-def test_boxes_out_of_the_image_are_refused(box):
-    images, _, affine = case(1, 8, 8, 0)
+def test_rejects_boxes_outside_the_image(box):
+    images, _, affine = make_case(1, 8, 8, 0)
     with pytest.raises(ShapeError, match="does not lie in an image of 8x8"):
         crop_views(images, torch.tensor([box], dtype=torch.int32), affine, size=(4, 4))
     with pytest.raises(ShapeError, match=r"\(1, 5\)"):
@@ -155,8 +157,8 @@ def test_boxes_out_of_the_image_are_refused(box):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_device_gives_the_same_bits_as_the_cpu(dtype):
-    images, moves, affine = case(300, 32, 32, 4)
+def test_gpu_gives_the_same_bits_as_the_cpu(dtype):
+    images, moves, affine = make_case(300, 32, 32, 4)
     out = shift_views(images.cuda(), moves, affine.cuda(), pad=4, dtype=dtype)
     assert out.device.type == "cuda"
     assert out.is_contiguous(memory_format=torch.channels_last)

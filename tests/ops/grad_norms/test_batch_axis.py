@@ -1,4 +1,4 @@
-"""Rows that are not samples, told apart also where there are as many; rows that all share; Hugging Face models."""
+"""Rows that are not samples, even if there are as many; rows shared by all samples; Hugging Face models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES, LENGTH, WIDTH = 3, 6, 4
 
 
 def expected(model, x, y, module=None):
-    """Each sample's gradient by autograd, the model run on it alone."""
+    """Return the norm of each sample's gradient by autograd, running the model on one sample at a time."""
     parameters = list((module or model).parameters())
     out = []
     for i in range(len(y)):
@@ -26,17 +26,19 @@ def expected(model, x, y, module=None):
 
 
 class Positions(nn.Module):
-    """Embedded positions are added to every sample, with or without a leading 1."""
+    """Adds position embeddings to every sample, with or without a leading dimension of 1."""
 
     def __init__(self, leading):
         super().__init__()
-        self.tokens, self.places = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.tokens, self.positions = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
         self.leading = leading
 
     def forward(self, ids):
-        places = torch.arange(ids.shape[1])
-        return self.head((self.tokens(ids) + self.places(places[None] if self.leading else places)).tanh().mean(1))
+        positions = torch.arange(ids.shape[1])
+        return self.head(
+            (self.tokens(ids) + self.positions(positions[None] if self.leading else positions)).tanh().mean(1)
+        )
 
 
 class TimeFirst(nn.Module):
@@ -49,20 +51,20 @@ class TimeFirst(nn.Module):
 
 
 class Table(nn.Module):
-    """A table that is made for all samples, then looked up as if its rows were one list."""
+    """Computes a table for all samples, then indexes its rows as one list."""
 
     def __init__(self):
         super().__init__()
         self.make, self.head = nn.Linear(2, WIDTH), nn.Linear(WIDTH, CLASSES)
-        self.register_buffer("places", torch.randn(1, LENGTH, 2, dtype=torch.float64))
+        self.register_buffer("positions", torch.randn(1, LENGTH, 2, dtype=torch.float64))
 
     def forward(self, x):
-        rows = self.make(self.places).reshape(-1, WIDTH)[:LENGTH]
+        rows = self.make(self.positions).reshape(-1, WIDTH)[:LENGTH]
         return self.head((x + rows).tanh().mean(1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, LENGTH, 17])
-def test_a_row_that_all_samples_share(n):
+def test_row_shared_by_all_samples(n):
     model = Positions(leading=True).double()
     ids, y = torch.randint(0, 10, (n, LENGTH)), torch.randint(0, CLASSES, (n,))
     torch.testing.assert_close(kdfast.grad_norms(model, ids, y), expected(model, ids, y), rtol=1e-12, atol=0)
@@ -70,9 +72,9 @@ def test_a_row_that_all_samples_share(n):
 
 @pytest.mark.parametrize("n", [2, 4, LENGTH])
 @pytest.mark.parametrize("kind", ["positions", "time first"])
-def test_other_rows_are_refused_even_when_there_are_as_many(n, kind):
+def test_rejects_rows_that_are_not_samples_even_if_there_are_as_many(n, kind):
     if kind == "positions":
-        model, layer, x = Positions(leading=False).double(), "places", torch.randint(0, 10, (n, LENGTH))
+        model, layer, x = Positions(leading=False).double(), "positions", torch.randint(0, 10, (n, LENGTH))
     else:
         model, layer, x = TimeFirst().double(), "mix", torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
     y = torch.randint(0, CLASSES, (n,))
@@ -86,7 +88,7 @@ def test_other_rows_are_refused_even_when_there_are_as_many(n, kind):
 
 
 @pytest.mark.parametrize("n", [2, 5])
-def test_a_shared_row_that_is_not_used_row_by_row_is_refused(n):
+def test_rejects_shared_row_that_is_not_broadcast(n):
     model, x = Table().double(), torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
     y = torch.randint(0, CLASSES, (n,))
     with pytest.raises(ShapeError, match=r"layer 'make' returned .* not the samples"):
@@ -110,39 +112,39 @@ SHARED = {
 
 
 class Shared(nn.Module):
-    """Positions (1, T, D) that come into the model in some way."""
+    """Uses position embeddings (1, T, D) in one of the forms of ``SHARED``."""
 
-    def __init__(self, way):
+    def __init__(self, use):
         super().__init__()
-        self.tokens, self.places = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.tokens, self.positions = nn.Embedding(10, WIDTH), nn.Embedding(LENGTH, WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
-        self.way = SHARED[way]
+        self.use = SHARED[use]
 
     def forward(self, ids):
-        places = self.way(self.places(torch.arange(LENGTH)[None]), len(ids))
-        return self.head((self.tokens(ids) + places).tanh().mean(1))
+        positions = self.use(self.positions(torch.arange(LENGTH)[None]), len(ids))
+        return self.head((self.tokens(ids) + positions).tanh().mean(1))
 
 
 @pytest.mark.parametrize("fallback", ["error", "vmap", "loop"])
-@pytest.mark.parametrize("way", SHARED)
-def test_a_shared_row_is_scored_or_refused_but_never_changes_the_model(way, fallback):
-    model = Shared(way).double()
+@pytest.mark.parametrize("use", SHARED)
+def test_shared_row_is_scored_correctly_or_rejected(use, fallback):
+    model = Shared(use).double()
     ids, y = torch.randint(0, 10, (5, LENGTH)), torch.randint(0, CLASSES, (5,))
-    if fallback == "error" and way not in ("added", "squeezed"):
-        with pytest.raises(ShapeError, match="layer 'places' returned 1 rows for a batch of 5"):
+    if fallback == "error" and use not in ("added", "squeezed"):
+        with pytest.raises(ShapeError, match="layer 'positions' returned 1 rows for a batch of 5"):
             kdfast.grad_norms(model, ids, y)
         return
     found = kdfast.grad_norms(model, ids, y, fallback=fallback)
     torch.testing.assert_close(found, expected(model, ids, y), rtol=1e-12, atol=0)
 
 
-def test_a_shared_row_under_dropout_is_scored_by_one_draw():
-    class Dropping(Positions):
+def test_shared_row_under_dropout_uses_a_single_draw():
+    class WithDropout(Positions):
         def forward(self, ids):
-            hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None])
+            hidden = self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
             return self.head(F.dropout(hidden, 0.5, self.training).mean(1))
 
-    model = Dropping(leading=True).double().train()
+    model = WithDropout(leading=True).double().train()
     ids, y = torch.randint(0, 10, (5, LENGTH)), torch.randint(0, CLASSES, (5,))
     torch.manual_seed(0)
     found = kdfast.grad_norms(model, ids, y)
@@ -155,7 +157,7 @@ def test_a_shared_row_under_dropout_is_scored_by_one_draw():
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
 
 
-def test_an_input_that_is_no_batch_may_be_as_long_as_one():
+def test_unbatched_input_may_be_as_long_as_the_batch():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,8 +172,8 @@ def test_an_input_that_is_no_batch_may_be_as_long_as_one():
     torch.testing.assert_close(found, expected(lambda one: model(one, mask), x, y, model), rtol=1e-12, atol=0)
 
 
-def test_telling_rows_apart_leaves_no_trace():
-    """It runs the model once more: dropout draws on as if it had not."""
+def test_probe_run_has_no_side_effects():
+    """The additional run must not advance the random state that dropout draws from."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES)).train()
     x, y = torch.randn(WIDTH, WIDTH), torch.randint(0, CLASSES, (WIDTH,))  # as many samples as features
     torch.manual_seed(0)
@@ -184,7 +186,7 @@ def test_telling_rows_apart_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_fails_on_a_few_samples():
+def test_rejects_model_that_fails_on_a_few_samples():
     class Picky(nn.Linear):
         def __call__(self, x):
             if len(x) < 4:
@@ -197,7 +199,7 @@ def test_a_model_that_fails_on_a_few_samples():
         kdfast.grad_norms(Picky(4, 3), torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
 
 
-def test_a_loss_that_knows_the_batch_is_asked_for_the_batch_alone():
+def test_custom_loss_is_called_on_the_full_batch_only():
     weights, x, y = torch.rand(WIDTH), torch.randn(WIDTH, WIDTH), torch.randint(0, CLASSES, (WIDTH,))
     model = nn.Linear(WIDTH, CLASSES)  # as many samples as features
     found = kdfast.grad_norms(model, x, y, loss=lambda out, y: weights * F.cross_entropy(out, y, reduction="none"))
@@ -206,8 +208,8 @@ def test_a_loss_that_knows_the_batch_is_asked_for_the_batch_alone():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("calls", [1, 2])
-def test_a_use_beside_the_layer_is_seen_through_autocasts_copy(autocast, calls):
-    class Beside(nn.Module):
+def test_detects_use_outside_the_layer_through_autocast_copies(autocast, calls):
+    class UsedOutside(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(WIDTH, WIDTH)
@@ -222,20 +224,20 @@ def test_a_use_beside_the_layer_is_seen_through_autocasts_copy(autocast, calls):
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         pytest.raises(UsageError, match="used outside the forward pass"),
     ):
-        kdfast.grad_norms(Beside(), x, y)
+        kdfast.grad_norms(UsedOutside(), x, y)
 
 
 @pytest.mark.parametrize("fallback", ["vmap", "loop"])
-def test_a_call_that_the_loss_does_not_need_hides_no_use(fallback):
-    class Aside(nn.Module):
+def test_unused_call_does_not_hide_use_outside_the_layer(fallback):
+    class UnusedCall(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
 
         def forward(self, x):
-            return {"aside": self.layer(x), "logits": F.linear(x.tanh(), self.layer.weight)}
+            return {"unused": self.layer(x), "logits": F.linear(x.tanh(), self.layer.weight)}
 
-    model, x, y = Aside().double(), torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (5,))
+    model, x, y = UnusedCall().double(), torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (5,))
     with pytest.raises(UsageError, match=r"'layer\.weight' is used outside"):
         kdfast.grad_norms(model, x, y)
     found = kdfast.grad_norms(model, x, y, fallback=fallback)
@@ -244,7 +246,7 @@ def test_a_call_that_the_loss_does_not_need_hides_no_use(fallback):
     torch.testing.assert_close(found, torch.stack([g.norm() for g in grads]), rtol=1e-12, atol=0)
 
 
-def test_a_layer_with_a_forward_of_its_own():
+def test_instance_with_its_own_forward_has_no_formula():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)).double()
     first = model[0]
     first.forward = lambda x: F.linear(x, 2 * first.weight, first.bias)
@@ -257,8 +259,8 @@ def test_a_layer_with_a_forward_of_its_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("margin", [20.0, 40.0, 60.0, 90.0])
-def test_samples_that_are_learnt_very_well(dtype, margin):
-    """The gradient is about exp(-margin): neither lost in p - 1 nor in its square."""
+def test_very_well_learned_samples_keep_their_precision(dtype, margin):
+    """A gradient of about exp(-margin) is lost neither in p - 1 nor in its square."""
     layer = nn.Linear(2, 2, bias=False).to(dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[margin, 0.0], [0.0, 0.0]]))
@@ -269,7 +271,7 @@ def test_samples_that_are_learnt_very_well(dtype, margin):
     )
 
 
-def test_a_gradient_that_is_not_finite_is_refused():
+def test_rejects_gradient_that_is_not_finite():
     x, y = torch.full((2, WIDTH), 1e30), torch.tensor([0, 1])
     with pytest.raises(DataError, match="the gradient of sample 0 is not finite, or its square overflows"):
         kdfast.grad_norms(nn.Linear(WIDTH, CLASSES), x, y)
@@ -283,7 +285,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize("labels", [[0, 1], None])
-def test_labels_that_are_no_tensor(labels):
+def test_rejects_labels_that_are_not_a_tensor_and_single_class_logits(labels):
     with pytest.raises(UsageError, match="`labels` is"):
         kdfast.grad_norms(nn.Linear(WIDTH, CLASSES), torch.randn(2, WIDTH), labels)
     with pytest.raises(ShapeError, match="one class"):
@@ -293,7 +295,7 @@ def test_labels_that_are_no_tensor(labels):
 SMALL = {"num_labels": CLASSES, "pad_token_id": 0}
 
 
-def hugging_face(name):
+def make_hugging_face(name):
     transformers = pytest.importorskip("transformers")
     if name == "bert":
         config = transformers.BertConfig(
@@ -314,8 +316,8 @@ def hugging_face(name):
 
 @pytest.mark.parametrize("n", [1, 3, LENGTH])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "distilbert"])
-def test_hugging_face_models(name, n):
-    model = hugging_face(name).eval()
+def test_hugging_face_models_match_autograd(name, n):
+    model = make_hugging_face(name).eval()
     batch = {"input_ids": torch.randint(1, 30, (n, LENGTH)), "attention_mask": torch.ones(n, LENGTH, dtype=torch.int64)}
     y = torch.randint(0, CLASSES, (n,))
     truth = expected(model, batch, y)

@@ -1,4 +1,4 @@
-"""grad_norms on a GPU, against the same in float64 on the CPU."""
+"""grad_norms on a GPU, compared with float64 on the CPU."""
 
 import itertools
 
@@ -26,30 +26,30 @@ def backend(request):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_convolutions(backend, method):
+def test_convolutions_match_float64_on_the_cpu(backend, method):
     grid = itertools.product((1, 3, 5), (1, 2), (0, 2), (1, 2), ((64, 80, 1), (12, 8, 4), (6, 12, 6)))
     for k, s, pad, d, (channels, outputs, groups) in grid:
         geometry = Geometry((k, k), (s, s), (d, d), (pad, pad, pad, pad), groups)
         x = torch.randn(3, channels, 11, 13)
         weight = torch.zeros(outputs, channels // groups, k, k)
         y = nn.functional.conv2d(x, weight, None, s, pad, d, groups)
-        part = Convolution(x, torch.randn_like(y), geometry)
-        truth = reference.squared_norms(Convolution(part.a.double(), part.b.double(), geometry), "direct")
-        found = squared_norms(Convolution(part.a.cuda(), part.b.cuda(), geometry), method, backend)
+        factors = Convolution(x, torch.randn_like(y), geometry)
+        truth = reference.squared_norms(Convolution(factors.a.double(), factors.b.double(), geometry), "direct")
+        found = squared_norms(Convolution(factors.a.cuda(), factors.b.cuda(), geometry), method, backend)
         torch.testing.assert_close(
             found.cpu().double(), truth, rtol=2e-5, atol=0, msg=lambda m, g=geometry: f"{g}: {m}"
         )
 
 
 @pytest.mark.parametrize(("method", "t"), list(itertools.product(METHODS, (1, 2, 65, 300))))
-def test_sequences(backend, method, t):
-    part = OuterProduct(torch.randn(4, t, 70), torch.randn(4, t, 33))
-    truth = reference.squared_norms(OuterProduct(part.a.double(), part.b.double()), "direct")
-    found = squared_norms(OuterProduct(part.a.cuda(), part.b.cuda()), method, backend)
+def test_sequences_match_float64_on_the_cpu(backend, method, t):
+    factors = OuterProduct(torch.randn(4, t, 70), torch.randn(4, t, 33))
+    truth = reference.squared_norms(OuterProduct(factors.a.double(), factors.b.double()), "direct")
+    found = squared_norms(OuterProduct(factors.a.cuda(), factors.b.cuda()), method, backend)
     torch.testing.assert_close(found.cpu().double(), truth, rtol=2e-5, atol=0)
 
 
-def test_a_network(backend, monkeypatch):
+def test_network_matches_float64_on_the_cpu(backend, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, groups=32),

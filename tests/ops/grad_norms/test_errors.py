@@ -1,4 +1,4 @@
-"""What grad_norms refuses, and that it says which layer or argument is meant."""
+"""Errors of grad_norms, which name the layer or argument concerned."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def net():
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_batch_statistics(trainable):
+def test_rejects_batch_statistics(trainable):
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
     model[1].requires_grad_(trainable)
     with pytest.raises(UsageError, match=r"layer '1' \(BatchNorm1d\).*call model.eval\(\)"):
@@ -48,7 +48,7 @@ def test_batch_statistics(trainable):
         (X.unsqueeze(1), Y, ShapeError, r"logits have shape \(4, 1, 3\)"),
     ],
 )
-def test_bad_inputs_and_labels(x, y, error, message):
+def test_rejects_bad_inputs_and_labels(x, y, error, message):
     with pytest.raises(error, match=message):
         kdfast.grad_norms(net(), x, y)
 
@@ -73,24 +73,24 @@ def test_bad_inputs_and_labels(x, y, error, message):
         ({"backend": "cuda"}, BackendUnavailable, "grad_norms on cpu cannot use it"),
     ],
 )
-def test_bad_options(options, error, message):
+def test_rejects_bad_options(options, error, message):
     model = nn.Sequential(nn.Conv1d(5, 6, 1), nn.Flatten(), nn.Linear(6, CLASSES))
     with pytest.raises(error, match=message):
         kdfast.grad_norms(model, X.unsqueeze(2), Y, **options)
 
 
-def test_a_model_without_logits_or_parameters():
-    class Odd(nn.Sequential):
+def test_rejects_model_without_logits_or_trainable_parameters():
+    class ReturnsList(nn.Sequential):
         def forward(self, x):
             return [super().forward(x)]
 
     with pytest.raises(UsageError, match="returned list without logits"):
-        kdfast.grad_norms(Odd(nn.Linear(5, CLASSES)), X, Y)
+        kdfast.grad_norms(ReturnsList(nn.Linear(5, CLASSES)), X, Y)
     with pytest.raises(UsageError, match="no trainable parameter"):
         kdfast.grad_norms(net().requires_grad_(False), X, Y)
 
 
-def test_batches_that_the_model_rearranges():
+def test_rejects_model_that_changes_the_batch_dimension():
     class Windows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,7 +103,7 @@ def test_batches_that_the_model_rearranges():
         kdfast.grad_norms(Windows(), X, Y)
 
 
-def test_an_input_changed_after_the_call():
+def test_rejects_input_changed_in_place_after_the_call():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
@@ -120,8 +120,8 @@ def test_an_input_changed_after_the_call():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-def test_layers_behind_a_wall():
-    class Walled(nn.Module):
+def test_rejects_layer_inside_reentrant_checkpoint():
+    class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Linear(5, 5), nn.Linear(5, CLASSES)
@@ -130,27 +130,27 @@ def test_layers_behind_a_wall():
             return self.second(checkpoint(self.first, x, use_reentrant=True))
 
     with pytest.raises(UsageError, match="layer 'first' ran without gradients"):
-        kdfast.grad_norms(Walled(), X, Y)
+        kdfast.grad_norms(Checkpointed(), X, Y)
 
 
-def test_embeddings_that_count_over_the_batch():
+def test_rejects_embedding_with_scale_grad_by_freq():
     model = nn.Sequential(nn.Embedding(4, 5, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(10, CLASSES))
     with pytest.raises(UsageError, match="layer '0': scale_grad_by_freq=True"):
         kdfast.grad_norms(model, torch.randint(0, 4, (N, 2)), Y)
 
 
-def test_a_layer_that_changes_what_its_class_does():
-    class Odd(nn.Linear):
+def test_subclass_has_no_formula_if_it_overrides_forward():
+    class Squared(nn.Linear):
         def forward(self, x):
             return super().forward(x) ** 2
 
-    with pytest.raises(UsageError, match=r"no formula for the parameters of '0' \(Odd\)"):
-        kdfast.grad_norms(nn.Sequential(Odd(5, CLASSES)), X, Y)
+    with pytest.raises(UsageError, match=r"no formula for the parameters of '0' \(Squared\)"):
+        kdfast.grad_norms(nn.Sequential(Squared(5, CLASSES)), X, Y)
 
-    class Same(nn.Linear):
+    class Plain(nn.Linear):
         pass
 
-    assert kdfast.grad_norms(nn.Sequential(Same(5, CLASSES)), X, Y).shape == (N,)
+    assert kdfast.grad_norms(nn.Sequential(Plain(5, CLASSES)), X, Y).shape == (N,)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, CLASSES)))
     with pytest.raises(UsageError, match="no formula"):
         kdfast.grad_norms(normed, X, Y)

@@ -1,4 +1,4 @@
-"""Layers without a formula, sample by sample under vmap."""
+"""Fallbacks for layers without a formula: vmap and a loop over the samples."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ N, CLASSES = 6, 4
 
 
 class Scale(nn.Module):
-    """A layer that has no formula."""
+    """A layer without a formula."""
 
     def __init__(self, size):
         super().__init__()
@@ -23,7 +23,7 @@ class Scale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its projection's weight is used by the attention, never by the layer that holds it."""
+    """The projection weight is used by the attention, never by the layer that owns it."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Functional(nn.Module):
-    """Uses a layer's weight beside the layer."""
+    """Uses a layer's weight outside the layer as well."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ def expected(model, x, y):
 CASES = {
     "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 8), Scale(8), nn.Linear(8, CLASSES)), (4,), "'1' \\(Scale\\)"),
     "attention": (Attention, (5, 4), "'attention' \\(MultiheadAttention\\)"),
-    "used beside its layer": (Functional, (4,), "'layer.weight' is used outside"),
+    "used outside its layer": (Functional, (4,), "'layer.weight' is used outside"),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 36, CLASSES)), (2, 4, 4),
         "'0' \\(ConvTranspose2d\\)",
@@ -68,9 +68,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_by_name_unless_asked_for(name):
-    maker, shape, message = CASES[name]
-    model = maker().double().eval()
+def test_names_unsupported_parameters_unless_a_fallback_is_given(name):
+    make_model, shape, message = CASES[name]
+    model = make_model().double().eval()
     x, y = torch.randn(N, *shape, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
     with pytest.raises(UsageError, match=message) as caught:
         kdfast.grad_norms(model, x, y)
@@ -80,29 +80,29 @@ def test_refused_by_name_unless_asked_for(name):
         torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
 
 
-def test_only_parameters_without_a_formula_go_through_vmap(monkeypatch):
+def test_vmap_receives_only_parameters_without_a_formula(monkeypatch):
     from kdfast.ops.grad_norms import api
 
-    asked = []
-    real = api.FALLBACKS["vmap"]
+    received = []
+    original = api.FALLBACKS["vmap"]
 
-    def watched(model, inputs, objective, parameters, n):
-        asked.extend(parameters)
-        return real(model, inputs, objective, parameters, n)
+    def spy(model, inputs, objective, parameters, n):
+        received.extend(parameters)
+        return original(model, inputs, objective, parameters, n)
 
-    monkeypatch.setitem(api.FALLBACKS, "vmap", watched)
+    monkeypatch.setitem(api.FALLBACKS, "vmap", spy)
     model = nn.Sequential(nn.Linear(4, 8), Scale(8), nn.Linear(8, CLASSES))
     kdfast.grad_norms(model, torch.randn(N, 4), torch.randint(0, CLASSES, (N,)), fallback="vmap")
-    assert asked == ["1.scale"]
+    assert received == ["1.scale"]
 
 
 @pytest.mark.parametrize(("chunk", "fallback"), [(1, "vmap"), (2**25, "vmap"), (1, "loop")])
-def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk, fallback):
+def test_every_input_container_with_the_distillation_loss(monkeypatch, chunk, fallback):
     from kdfast.ops.grad_norms import reference
 
     monkeypatch.setattr(reference, "CHUNK_BYTES", chunk)
 
-    class Two(nn.Module):
+    class TwoInputs(nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = Scale(4)
@@ -110,29 +110,29 @@ def test_inputs_of_every_kind_and_the_distillation_loss(monkeypatch, chunk, fall
         def forward(self, a, b, shift=0.0):
             return {"logits": self.scale(a) * b + shift}
 
-    model, a, b = Two().double(), *torch.randn(2, N, 4, dtype=torch.float64)
+    model, a, b = TwoInputs().double(), *torch.randn(2, N, 4, dtype=torch.float64)
     y, teacher = torch.randint(0, 4, (N,)), torch.randn(N, 4, dtype=torch.float64)
     options = {"loss": "kd", "teacher": teacher, "fallback": fallback, "backend": "reference"}
-    one = kdfast.grad_norms(model, (a, b), y, **options)
-    two = kdfast.grad_norms(model, {"a": a, "b": b, "shift": 0.0}, y, **options)
+    positional = kdfast.grad_norms(model, (a, b), y, **options)
+    keyword = kdfast.grad_norms(model, {"a": a, "b": b, "shift": 0.0}, y, **options)
     exact = []
     for i in range(N):
         loss = kdfast.kd_loss(
             model(a[i : i + 1], b[i : i + 1])["logits"], y[i : i + 1], teacher[i : i + 1], backend="reference"
         )
         exact.append(torch.autograd.grad(loss, model.scale.scale)[0].norm())
-    torch.testing.assert_close(one, torch.stack(exact), rtol=1e-6, atol=0)
-    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(positional, torch.stack(exact), rtol=1e-6, atol=0)
+    torch.testing.assert_close(keyword, positional)
 
 
 @pytest.mark.parametrize("fallback", ["vmap", "loop"])
-def test_dropout_that_is_on_is_refused(fallback):
+def test_rejects_active_dropout(fallback):
     model = nn.Sequential(Scale(4), nn.Dropout(0.5)).train()
     with pytest.raises(UsageError, match=fallback):
         kdfast.grad_norms(model, torch.randn(N, 4), torch.randint(0, CLASSES, (N,)), fallback=fallback)
 
 
-def test_the_loop_goes_where_vmap_cannot():
+def test_loop_runs_models_that_vmap_cannot():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -140,7 +140,7 @@ def test_the_loop_goes_where_vmap_cannot():
 
         def forward(self, x):
             x = self.scale(x)
-            return x if bool((x > -100).all()) else -x  # a decision by the data
+            return x if bool((x > -100).all()) else -x  # data-dependent control flow
 
     model, x, y = Branching().double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(0, CLASSES, (N,))
     with pytest.raises(UsageError, match="fallback='loop' runs one sample at a time instead"):
@@ -151,7 +151,7 @@ def test_the_loop_goes_where_vmap_cannot():
 
 
 @pytest.mark.parametrize("fallback", ["vmap", "loop"])
-def test_labels_that_cannot_be_split(fallback):
+def test_rejects_labels_that_cannot_be_split(fallback):
     def loss(outputs, labels):
         return F.cross_entropy(outputs, labels["y"], reduction="none")
 

@@ -1,4 +1,4 @@
-"""Norms of whole networks, against each sample's gradient by autograd."""
+"""Norms of whole networks, compared with each sample's gradient by autograd."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ N, CLASSES = 5, 4
 
 
 class ConvNet(nn.Module):
-    """Every image layer, in-place activations, a convolution and a normalisation that are called twice."""
+    """Network with every image layer, in-place activations, and a convolution and a normalization called twice."""
 
     def __init__(self):
         super().__init__()
@@ -36,12 +36,12 @@ class ConvNet(nn.Module):
 
 
 class TextNet(nn.Module):
-    """A decoder's parts: embeddings, sequences, layer and RMS norms, output weights tied to the embedding."""
+    """Parts of a decoder: embeddings, sequences, layer and RMS norm, output weights tied to the embedding."""
 
     def __init__(self, tied=True, padding=None):
         super().__init__()
         self.tokens = nn.Embedding(11, 6, padding_idx=padding)
-        self.places = nn.Embedding(7, 6)
+        self.positions = nn.Embedding(7, 6)
         self.mix = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(6)
         self.last = nn.RMSNorm(6)
@@ -50,14 +50,14 @@ class TextNet(nn.Module):
             self.out.weight = self.tokens.weight
 
     def forward(self, ids):
-        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]).expand_as(ids))
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]).expand_as(ids))
         x = x + self.mix(self.norm(x)).relu_()
-        x = x + self.mix(x)  # again
+        x = x + self.mix(x)  # second use of the layer
         return self.out(self.last(x))
 
 
-class Waves(nn.Module):
-    """One-dimensional convolutions."""
+class WaveNet(nn.Module):
+    """Network with one-dimensional convolutions."""
 
     def __init__(self, mode="circular"):
         super().__init__()
@@ -92,19 +92,19 @@ CASES = {
     "tied embedding": (TextNet, texts),
     "padding index": (lambda: TextNet(tied=False, padding=3), texts),
     "tied with padding index": (lambda: TextNet(padding=3), texts),
-    "waves": (Waves, waves),
-    "waves, replicated border": (lambda: Waves("replicate"), waves),
+    "waves": (WaveNet, waves),
+    "waves, replicated border": (lambda: WaveNet("replicate"), waves),
 }
 
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """Network maker and data maker."""
+    """Return functions that make the network and the data."""
     return CASES[request.param]
 
 
 def per_sample(model, x, y, loss=None, pick=lambda out: out):
-    """Gradients of each sample by autograd: a list of {name: gradient}."""
+    """Return each sample's gradients by autograd, as a list of {name: gradient}."""
     loss = loss or (lambda z, t: F.cross_entropy(z, t, reduction="none"))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     out = []
@@ -121,7 +121,7 @@ def norms(grads, layer=None):
 
 
 @pytest.mark.parametrize("method", ["auto", "direct", "gram", "pixel"])
-def test_whole_networks_in_float32(case, grad_norms_backend, method):
+def test_networks_in_float32(case, grad_norms_backend, method):
     model, (x, y, options) = case[0]().eval(), case[1](torch.float32)
     found = kdfast.grad_norms(model, x, y, backend=grad_norms_backend, method=method, **options)
     assert found.dtype == torch.float32
@@ -130,7 +130,7 @@ def test_whole_networks_in_float32(case, grad_norms_backend, method):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_whole_networks_in_float64(case):
+def test_networks_in_float64(case):
     model, (x, y, options) = case[0]().double().eval(), case[1](torch.float64)
     found = kdfast.grad_norms(model, x, y, **options)
     assert found.dtype == torch.float64
@@ -152,7 +152,7 @@ def test_frozen_parameters_do_not_count():
     torch.testing.assert_close(kdfast.grad_norms(model, x, y), norms(per_sample(model, x, y)), rtol=1e-12, atol=0)
 
 
-def test_a_layer_that_the_loss_does_not_need_adds_zero():
+def test_unused_layer_adds_zero():
     model = nn.ModuleDict({"used": nn.Linear(3, 4), "called": nn.Linear(3, 4), "idle": nn.Linear(3, 4)})
     model.forward = lambda x: (model["used"](x), model["called"](x))[0]
     x, y = torch.randn(N, 3), torch.randint(0, 4, (N,))
@@ -162,7 +162,7 @@ def test_a_layer_that_the_loss_does_not_need_adds_zero():
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_the_distillation_loss(alpha):
+def test_distillation_loss_matches_autograd(alpha):
     model, teacher = ConvNet().double().eval(), torch.randn(N, CLASSES, dtype=torch.float64)
     x, y, _ = images(torch.float64)
     labels = None if alpha == 1 else y
@@ -176,7 +176,7 @@ def test_the_distillation_loss(alpha):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
 
 
-def test_inputs_and_outputs_of_other_libraries():
+def test_accepts_keyword_inputs_and_outputs_with_logits():
     inner = nn.Linear(6, CLASSES)
 
     class Wrapped(nn.Module):
@@ -196,7 +196,7 @@ def test_inputs_and_outputs_of_other_libraries():
     torch.testing.assert_close(own, expected)
 
 
-def test_the_model_is_left_as_found():
+def test_leaves_the_model_unchanged_even_after_errors():
     model = ConvNet().train()
     model.norm.eval()
     model.stem.weight.requires_grad_(False)
@@ -229,7 +229,7 @@ def test_the_model_is_left_as_found():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_it_works_where_gradients_are_off(context):
+def test_runs_with_gradients_disabled(context):
     model, (x, y, _) = ConvNet().eval(), images(torch.float32)
     expected = kdfast.grad_norms(model, x, y)
     with context():
@@ -238,7 +238,7 @@ def test_it_works_where_gradients_are_off(context):
     assert not found.requires_grad
 
 
-def test_autocast_is_respected_and_sums_stay_in_float32():
+def test_respects_autocast_and_accumulates_in_float32():
     model, (x, y, _) = ConvNet().eval(), images(torch.float32)
     expected = kdfast.grad_norms(model, x, y)
     with torch.autocast("cpu", torch.bfloat16):
@@ -248,7 +248,7 @@ def test_autocast_is_respected_and_sums_stay_in_float32():
     assert not torch.equal(found, expected)
 
 
-def test_a_bfloat16_model():
+def test_bfloat16_model():
     model, (x, y, _) = ConvNet().eval(), images(torch.float32)
     expected = kdfast.grad_norms(model, x, y)
     found = kdfast.grad_norms(model.bfloat16(), x.bfloat16(), y)
@@ -256,7 +256,7 @@ def test_a_bfloat16_model():
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
 
 
-def test_users_hooks_that_change_an_output_are_part_of_the_model():
+def test_output_changed_by_a_user_hook_counts():
     model, (x, y, _) = ConvNet().double().eval(), images(torch.float64)
     handle = model.stem.register_forward_hook(lambda layer, args, out: 3 * out)
     expected = norms(per_sample(model, x, y))
@@ -264,7 +264,7 @@ def test_users_hooks_that_change_an_output_are_part_of_the_model():
     handle.remove()
 
 
-def test_checkpointed_layers():
+def test_checkpointed_layers_match_autograd():
     class Checkpointed(ConvNet):
         def forward(self, x):
             x = checkpoint(lambda v: self.norm(self.stem(v)).relu(), x, use_reentrant=False)
@@ -275,7 +275,7 @@ def test_checkpointed_layers():
     torch.testing.assert_close(kdfast.grad_norms(model, x, y), expected, rtol=1e-12, atol=0)
 
 
-def test_a_batch_of_one_and_a_repeated_call():
+def test_batch_of_one_and_repeated_call_give_the_same_norms():
     model, (x, y, _) = ConvNet().eval(), images(torch.float32)
     whole = kdfast.grad_norms(model, x, y)
     for i in range(N):
@@ -283,7 +283,7 @@ def test_a_batch_of_one_and_a_repeated_call():
     assert torch.equal(kdfast.grad_norms(model, x, y), whole)
 
 
-def test_a_gradient_that_vanishes_is_zero_and_not_nan():
+def test_vanishing_gradient_gives_zero():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, CLASSES))
     nn.init.zeros_(model[2].weight)
     x = torch.randn(N, 3, 8, 8)
@@ -292,18 +292,18 @@ def test_a_gradient_that_vanishes_is_zero_and_not_nan():
     assert layers["2"].min() > 0
 
 
-def test_samples_that_are_learnt_well_keep_their_precision():
+def test_well_learned_samples_keep_their_precision():
     model = nn.Linear(6, CLASSES)
     x, y = torch.randn(N, 6), torch.zeros(N, dtype=torch.long)
     with torch.no_grad():
-        model.bias[0] += 25  # p_y differs from 1 by about 1e-11, less than float32 tells from 0
+        model.bias[0] += 25  # 1 - p_y is about 1e-11, below the resolution of float32
     found = kdfast.grad_norms(model, x, y)
     expected = norms(per_sample(model.double(), x.double(), y))
     assert 0 < expected.max() < 1e-8
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_a_compiled_model_is_scored_like_the_model_in_it():
+def test_compiled_model_gives_the_same_norms():
     model, (x, y, _) = ConvNet().eval(), images(torch.float32)
     found = kdfast.grad_norms(torch.compile(model, backend="eager"), x, y, per_layer=True)
     for name, value in kdfast.grad_norms(model, x, y, per_layer=True).items():

@@ -1,4 +1,4 @@
-"""The ways to the norms of one layer, against gradients formed in float64."""
+"""The algorithms for the norms of one layer, compared with gradients formed in float64."""
 
 import itertools
 import random
@@ -12,11 +12,11 @@ from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.dispatch import METHODS, costs, select_algorithm, squared_norms
 from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, Sizes
 
-TOLERANCE = 1e-5  # of a norm; of its square twice that
+TOLERANCE = 1e-5
 
 
 def truth(factors):
-    """Squared norms by autograd, sample by sample, in float64."""
+    """Compute squared norms by autograd in float64, one sample at a time."""
     if isinstance(factors, OuterProduct):
         return torch.bmm(factors.b.double().transpose(1, 2), factors.a.double()).square().sum((1, 2))
     g = factors.geometry
@@ -54,7 +54,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_convolution_of_the_grid(grad_norms_backend, method):
+def test_convolutions_of_the_grid(grad_norms_backend, method):
     for i, geometry in enumerate(GRID):
         factors = convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1)
         assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE, geometry
@@ -62,25 +62,25 @@ def test_every_convolution_of_the_grid(grad_norms_backend, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wide_layers_and_odd_sizes(grad_norms_backend, method):
-    chosen = random.Random(0)
+    rng = random.Random(0)
     for _ in range(25):
-        pair = lambda values: (chosen.choice(values), chosen.choice(values))  # noqa: E731
+        pair = lambda values: (rng.choice(values), rng.choice(values))  # noqa: E731
         geometry = Geometry(
             pair((1, 2, 3, 4)),
             pair((1, 2, 3)),
             pair((1, 2)),
             (*pair((0, 1, 3)), *pair((0, 1, 2))),
-            chosen.choice((1, 3)),
+            rng.choice((1, 3)),
         )
         factors = convolution(
-            geometry.groups * chosen.choice((1, 5, 17, 33, 60)), geometry.groups * chosen.choice((1, 7, 8, 20)),
-            (chosen.choice((8, 20)), chosen.choice((9, 16, 40))), geometry, channels_last=chosen.random() < 0.5,
+            geometry.groups * rng.choice((1, 5, 17, 33, 60)), geometry.groups * rng.choice((1, 7, 8, 20)),
+            (rng.choice((8, 20)), rng.choice((9, 16, 40))), geometry, channels_last=rng.random() < 0.5,
         )  # fmt: skip
         assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE, geometry
 
 
 @pytest.mark.parametrize(("stride", "multiplier", "kernel"), list(itertools.product((1, 2), (1, 2), (1, 3, 5))))
-def test_depthwise(grad_norms_backend, stride, multiplier, kernel):
+def test_depthwise_convolutions(grad_norms_backend, stride, multiplier, kernel):
     pad = kernel // 2
     geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (pad,) * 4, 6)
     factors = convolution(6, 6 * multiplier, (9, 17), geometry)
@@ -95,15 +95,15 @@ def test_sequences(grad_norms_backend, method, t, d, p):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_reference_is_exact_in_double_precision(method):
+def test_reference_is_exact_in_float64(method):
     for geometry in GRID[::5]:
         factors = convolution(8, 12, (11, 13), geometry, dtype=torch.float64)
         assert error(squared_norms(factors, method, "reference"), factors) < 1e-12
 
 
-def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
-    parts = [convolution(8, 12, (11, 13), GRID[30], n=7), OuterProduct(torch.randn(7, 20, 30), torch.randn(7, 20, 10))]
-    for factors, method in itertools.product(parts, METHODS):
+def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
+    cases = [convolution(8, 12, (11, 13), GRID[30], n=7), OuterProduct(torch.randn(7, 20, 30), torch.randn(7, 20, 10))]
+    for factors, method in itertools.product(cases, METHODS):
         whole = squared_norms(factors, method, "reference")
         monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
         torch.testing.assert_close(squared_norms(factors, method, "reference"), whole, rtol=1e-5, atol=0)
@@ -111,7 +111,7 @@ def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
 
 
 @pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
-def test_fused_instruction_sets_give_the_same_bits():
+def test_instruction_sets_with_fma_give_the_same_bits():
     from kdfast.ops.grad_norms import native
 
     if native.extension.isa() == "default":
@@ -126,11 +126,11 @@ def test_fused_instruction_sets_give_the_same_bits():
 
 
 @pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
-def test_threads_do_not_change_a_bit():
+def test_thread_count_does_not_change_the_bits():
     from kdfast.ops.grad_norms import native
 
     factors = convolution(33, 20, (11, 13), GRID[30]._replace(groups=1), n=9)
-    one = torch.get_num_threads()
+    before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 3):
@@ -139,12 +139,12 @@ def test_threads_do_not_change_a_bit():
                 [native.conv_squared_norms(factors.a, factors.b, factors.geometry, algorithm) for algorithm in (0, 1)]
             )
     finally:
-        torch.set_num_threads(one)
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
-def test_sizes_that_do_not_fit_are_refused():
+def test_rejects_inconsistent_sizes():
     from kdfast.ops.grad_norms import native
 
     factors = convolution(6, 6, (9, 9), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
@@ -156,7 +156,7 @@ def test_sizes_that_do_not_fit_are_refused():
         native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(stride=(0, 1)), native.DIRECT)
 
 
-def test_the_rule_takes_the_cheapest_way():
+def test_auto_selects_the_cheapest_algorithm():
     assert (
         select_algorithm(Sizes(16, 4608, 512, 9)) == "pixel"
     )  # the last stage of a ResNet: few positions, many weights

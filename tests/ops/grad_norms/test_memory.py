@@ -1,4 +1,4 @@
-"""No buffer of the size samples x weights: the peak of a run in a process of its own."""
+"""No buffer of size samples x weights: peak memory of a run in a separate process."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ TABLE = "nn.Sequential(nn.Embedding(100_000, 16), nn.Flatten(), nn.Linear(64, 10
         (TABLE, "torch.randint(0, 100_000, (64, 4))", "auto", "auto"),
     ],
 )
-def test_the_peak_is_far_below_all_gradients(monkeypatch, model, inputs, method, backend):
+def test_peak_memory_is_far_below_the_size_of_all_gradients(monkeypatch, model, inputs, method, backend):
     monkeypatch.setenv("KDFAST_BACKEND", backend)
     code = PEAK.format(model=model, inputs=inputs, n=64, method=method)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
