@@ -1,7 +1,7 @@
-"""The teacher's cache at full size: writing, opening with every SHA-256 checked, looking up windows of random rows.
+"""A teacher's cache at full size: build it, open it with every SHA-256 checked, and look up random rows.
 
-CIFAR-100's shape: 50,000 samples x 162 views x 100 classes, 1.62 GB of float16. The teacher is replaced by random
-numbers, so that the time is the cache's own. Needs 2 GB of free disk: `pytest bench/bench_cache.py`.
+The size is that of CIFAR-100: 50,000 samples x 162 views x 100 classes, 1.62 GB of float16. Random numbers replace the
+teacher, so that only the cache is timed. Needs 2 GB of free disk: `pytest bench/bench_cache.py`.
 """
 
 import threading
@@ -17,15 +17,16 @@ from kdfast.data.source import ArraySplit, Source
 from kdfast.data.views import Normalization, ViewSpec
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.cache import TeacherCache, build_cache
+from kdfast.teacher.build import build_cache
+from kdfast.teacher.cache import TeacherCache
 
 SAMPLES, CLASSES = 50_000, 100
 VIEWS = ViewSpec(kind="shift", size=(32, 32), pad=4, flip=True)
 MIB = 1 << 20
 
 
-class Synthetic:
-    """Stands in for the teacher: slices of one block of random numbers, at no cost."""
+class RandomPredictor:
+    """Replaces the teacher by slices of one block of random numbers, at almost no cost."""
 
     def __init__(self, model, spec, device, batch_size):
         self.device = device
@@ -61,35 +62,35 @@ def built(source, tmp_path_factory):
     norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model = Model(build_net("resnet8", CLASSES).eval(), "resnet8", CLASSES, source.classes, norm)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdfast.teacher.build.Predictor", Synthetic)
+        patch.setattr("kdfast.teacher.build.Predictor", RandomPredictor)
         began = time.perf_counter()
         build_cache(source, model, path)
     return path, time.perf_counter() - began
 
 
 class PeakMemory:
-    """Highest resident set, in MiB above the one at the start, while the `with` block runs."""
+    """Peak and final resident memory of the `with` block, in MiB above its start."""
 
     def __enter__(self):
         self._process, self._stop = psutil.Process(), threading.Event()
-        self._start = self._top = self._process.memory_info().rss
-        self._watch = threading.Thread(target=self._sample)
-        self._watch.start()
+        self._start = self._highest = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
         return self
 
     def __exit__(self, *_):
         self._stop.set()
-        self._watch.join()
+        self._thread.join()
         self.kept = (self._process.memory_info().rss - self._start) / MIB
-        self.peak = (self._top - self._start) / MIB
+        self.peak = (self._highest - self._start) / MIB
 
     def _sample(self):
         while not self._stop.wait(0.001):
-            self._top = max(self._top, self._process.memory_info().rss)
+            self._highest = max(self._highest, self._process.memory_info().rss)
 
 
 @pytest.mark.benchmark(group="cache: open")
-def test_open_verifies_every_file_in_time(benchmark, built):
+def test_open_with_all_files_verified(benchmark, built):
     path, build_seconds = built
     size = sum(file.stat().st_size for file in Path(path).iterdir())
     with PeakMemory() as memory:

@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-from bench_cache import Synthetic
+from bench_cache import RandomPredictor
 from harness import write_results
 
 from kdfast.data.ffcv.write import convert
@@ -59,7 +59,7 @@ def main() -> None:
         classes = len(source.classes)
         model = Model(build_net("resnet8", classes).eval(), "resnet8", classes, source.classes,
                       normalization_of(source.train))  # fmt: skip
-        with mock.patch("kdfast.teacher.build.Predictor", Synthetic):
+        with mock.patch("kdfast.teacher.build.Predictor", RandomPredictor):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())
         peak, seconds = watch(

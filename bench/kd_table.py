@@ -1,11 +1,11 @@
-"""Distillation against plain training on a tenth of the data: one command, resumable, one table and one plot.
+"""Compare distillation with plain training on a tenth of the data: one resumable command, one table and one plot.
 
     python bench/kd_table.py digits --out demo
     python bench/kd_table.py cifar10 --data cifar-10-batches-py --teacher resnet56.th --out runs/cifar10
     python bench/kd_table.py cifar100 --data cifar-100-python --teacher resnet32.pt --out runs/cifar100
 
 Each step is a `kdfast` command, printed before it runs. Students of a row differ in the seed (initial weights, order,
-views and the random, class-balanced subset); the two rows of a table differ in --alpha alone: same subsets, same steps.
+views and the random, class-balanced subset). The two rows of a table differ only in --alpha: same subsets, same steps.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ KDFAST = [sys.executable, "-m", "kdfast"]
 
 @dataclass(frozen=True)
 class Preset:
-    """One table: whose teacher, which student, how much data, how long."""
+    """Settings of one table: networks, kept fraction, seeds, and the flags of each command."""
 
     teacher_net: str
     student: str
     fraction: float
     views: int
     seeds: tuple[int, ...]
-    student_flags: tuple[str, ...]
-    teacher_flags: tuple[str, ...]
-    cache_flags: tuple[str, ...] = ()
+    student_flags: str
+    teacher_flags: str
+    cache_flags: str = ""
 
 
 PRESETS = {
@@ -48,19 +48,8 @@ PRESETS = {
         fraction=0.1,
         views=9,
         seeds=(0, 1, 2),
-        student_flags=(
-            "--epochs",
-            "60",
-            "--batch-size",
-            "32",
-            "--lr",
-            "0.1",
-            "--schedule",
-            "cosine",
-            "--eval-every",
-            "5",
-        ),
-        teacher_flags=("--epochs", "12", "--batch-size", "64", "--lr", "0.1", "--schedule", "cosine"),
+        student_flags="--epochs 60 --batch-size 32 --lr 0.1 --schedule cosine --eval-every 5",
+        teacher_flags="--epochs 12 --batch-size 64 --lr 0.1 --schedule cosine",
     ),
     "cifar10": Preset(
         teacher_net="resnet56a",
@@ -68,20 +57,9 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0, 1, 2),
-        student_flags=(
-            "--epochs",
-            "80",
-            "--batch-size",
-            "64",
-            "--lr",
-            "0.1",
-            "--schedule",
-            "cosine",
-            "--precision",
-            "bf16",
-        ),
-        teacher_flags=("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
-        cache_flags=("--precision", "bfloat16"),
+        student_flags="--epochs 80 --batch-size 64 --lr 0.1 --schedule cosine --precision bf16",
+        teacher_flags="--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+        cache_flags="--precision bf16",
     ),
     "cifar100": Preset(
         teacher_net="resnet32",
@@ -89,25 +67,14 @@ PRESETS = {
         fraction=0.1,
         views=20,
         seeds=(0,),
-        student_flags=(
-            "--epochs",
-            "80",
-            "--batch-size",
-            "64",
-            "--lr",
-            "0.1",
-            "--schedule",
-            "cosine",
-            "--precision",
-            "bf16",
-        ),
-        teacher_flags=("--mean", "0.5071,0.4867,0.4408", "--std", "0.2675,0.2565,0.2761"),
-        cache_flags=("--precision", "bfloat16"),
+        student_flags="--epochs 80 --batch-size 64 --lr 0.1 --schedule cosine --precision bf16",
+        teacher_flags="--mean 0.5071,0.4867,0.4408 --std 0.2675,0.2565,0.2761",
+        cache_flags="--precision bf16",
     ),
 }
 
 
-def kdfast(*arguments: str | Path) -> None:
+def run_kdfast(*arguments: str | Path) -> None:
     """Print a command and run it."""
     words = [str(a) for a in arguments]
     print("$ kdfast " + shlex.join(words), flush=True)
@@ -115,35 +82,35 @@ def kdfast(*arguments: str | Path) -> None:
 
 
 def make_teacher(preset: Preset, data: str, checkpoint: str | None, out: Path) -> Path:
-    """Import the given checkpoint, or train a teacher when there is none."""
+    """Import the checkpoint, or train a teacher without one."""
     teacher = out / "teacher.pt"
     if teacher.exists():
         return teacher
     net = ("--net", preset.teacher_net, "--out", teacher)
     if checkpoint is None:
-        kdfast("teacher", "train", "--data", data, *net, *preset.teacher_flags)
+        run_kdfast("teacher", "train", "--data", data, *net, *preset.teacher_flags.split())
     else:
-        kdfast("teacher", "import", checkpoint, "--data", data, *net, *preset.teacher_flags)
+        run_kdfast("teacher", "import", checkpoint, "--data", data, *net, *preset.teacher_flags.split())
     return teacher
 
 
 def run_seed(preset: Preset, data: str, teacher: Path, out: Path, seed: int) -> dict[str, Path]:
-    """Prune, cache the teacher on the subset, and train the two students of one seed."""
+    """Prune, cache the teacher on the subset, and train both students of one seed."""
     subset, cache = out / f"idx-{seed}.npy", out / f"cache-{seed}"
     if not subset.exists():
-        kdfast("prune", "--data", data, "--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed),
+        run_kdfast("prune", "--data", data, "--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed),
                "--out", subset)  # fmt: skip
-    kdfast("cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views),
-           *preset.cache_flags, "--out", cache)  # fmt: skip
+    run_kdfast("cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views),
+           *preset.cache_flags.split(), "--out", cache)  # fmt: skip
     common = ("--data", data, "--subset", subset, "--student", preset.student, "--seed", str(seed))
     runs = {"KD": out / f"kd-{seed}", "no KD": out / f"plain-{seed}"}
-    kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *preset.student_flags, "--out", runs["KD"])
-    kdfast("distill", *common, "--alpha", "0", *preset.student_flags, "--out", runs["no KD"])
+    run_kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *preset.student_flags.split(), "--out", runs["KD"])
+    run_kdfast("distill", *common, "--alpha", "0", *preset.student_flags.split(), "--out", runs["no KD"])
     return runs
 
 
 def table(name: str, preset: Preset, results: dict[str, list[dict[str, float]]]) -> str:
-    """The markdown table: mean and spread over the seeds."""
+    """Return the markdown table: mean and standard deviation over the seeds."""
     lines = [
         f"| {name}, {preset.student}, {preset.fraction:.0%} kept | alpha | views | steps | test top-1 (n = "
         f"{len(preset.seeds)}) | each seed |",
@@ -162,11 +129,11 @@ def table(name: str, preset: Preset, results: dict[str, list[dict[str, float]]])
 
 
 def main() -> None:
-    """Parse, run every seed, print the table, write table.md and curves.png."""
+    """Run every seed, print the table, and write table.md and curves.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--teacher", help="a checkpoint to import; without it a teacher is trained")
+    parser.add_argument("--teacher", help="checkpoint to import; default: train a teacher")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--record", action="store_true", help="also write bench/results/kd_PRESET.json")
     options = parser.parse_args()
@@ -182,9 +149,8 @@ def main() -> None:
         rows = [{"row": row, "seed": seed, **run} for row, runs in results.items()
                 for seed, run in zip(preset.seeds, runs, strict=True)]  # fmt: skip
         write_results(f"kd_{options.preset}", rows)
-
     plot_runs({row: [f[row] for f in folders] for row in folders[0]}, out / "curves.png")
-    print(f"\n{text}\n\n{time.perf_counter() - started:.0f} s in all; table.md, curves.png and every run in {out}")
+    print(f"\n{text}\n\n{time.perf_counter() - started:.0f} s in total; table.md, curves.png and all runs are in {out}")
 
 
 if __name__ == "__main__":

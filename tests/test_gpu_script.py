@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: every part runs whatever becomes of the others, and leaves what it has."""
+"""bench/gpu.sh without a GPU: every part runs even if others fail, and keeps its results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.sh"
-# In place of Python: notes what it was called with, and does what the variable for that part says.
-STAND_IN = """#!/usr/bin/env bash
+# Replaces Python: logs its arguments and runs the command in the variable of the called part.
+FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$@" >>"$KDFAST_RESULTS/../calls"
 case "$*" in
   *kd_loss*) echo '{"rows": []}' >"$KDFAST_RESULTS/kd_loss_cuda.json"; ${AT_KD_LOSS:-true} ;;
@@ -24,7 +24,7 @@ esac
 @pytest.fixture
 def run(tmp_path):
     python = tmp_path / "python"
-    python.write_text(STAND_IN)
+    python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
 
     def call(**environment):
@@ -39,7 +39,7 @@ def run(tmp_path):
     return call
 
 
-def test_all_parts_run_and_write_where_they_are_told(run):
+def test_runs_all_parts_and_writes_to_out(run):
     done, parts = run()
     assert done.returncode == 0, done.stderr
     assert list(parts)[:4] == ["build", "doctor", "tests", "kd_loss"]
@@ -52,14 +52,14 @@ def test_all_parts_run_and_write_where_they_are_told(run):
     assert "== tests" in (run.out / "gpu.log").read_text()
 
 
-def test_a_part_that_fails_stops_no_other(run):
+def test_a_failing_part_does_not_stop_the_others(run):
     done, parts = run(AT_BUILD="false", AT_TESTS="exit 3")
     assert done.returncode == 1
     assert (parts["build"], parts["tests"], parts["kd_loss"]) == (1, 3, 0)
-    assert "== tests ended with 3" in done.stdout
+    assert "== tests exited with 3" in done.stdout
 
 
-def test_a_part_that_hangs_is_ended_and_the_deadline_holds_for_all(run):
+def test_stops_a_hanging_part_and_enforces_the_overall_deadline(run):
     done, parts = run(AT_TESTS="sleep 100", DEADLINE="7")
     assert done.returncode == 1
     assert parts["tests"] == 124
