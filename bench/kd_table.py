@@ -98,14 +98,15 @@ def run_seed(preset: Preset, data: str, teacher: Path, out: Path, seed: int) -> 
     """Prune, cache the teacher on the subset, and train both students of one seed."""
     subset, cache = out / f"idx-{seed}.npy", out / f"cache-{seed}"
     if not subset.exists():
-        run_kdfast("prune", "--data", data, "--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed),
-               "--out", subset)  # fmt: skip
-    run_kdfast("cache", "--data", data, "--teacher", teacher, "--subset", subset, "--views", str(preset.views),
-           *preset.cache_flags.split(), "--out", cache)  # fmt: skip
+        flags = ("--method", "random", "--fraction", str(preset.fraction), "--seed", str(seed))
+        run_kdfast("prune", "--data", data, *flags, "--out", subset)
+    flags = ("--subset", subset, "--views", str(preset.views), *preset.cache_flags.split())
+    run_kdfast("cache", "--data", data, "--teacher", teacher, *flags, "--out", cache)
     common = ("--data", data, "--subset", subset, "--student", preset.student, "--seed", str(seed))
+    flags = preset.student_flags.split()
     runs = {"KD": out / f"kd-{seed}", "no KD": out / f"plain-{seed}"}
-    run_kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *preset.student_flags.split(), "--out", runs["KD"])
-    run_kdfast("distill", *common, "--alpha", "0", *preset.student_flags.split(), "--out", runs["no KD"])
+    run_kdfast("distill", *common, "--cache", cache, "--alpha", "auto", *flags, "--out", runs["KD"])
+    run_kdfast("distill", *common, "--alpha", "0", *flags, "--out", runs["no KD"])
     return runs
 
 
