@@ -1,4 +1,5 @@
-// The element types of the operators: codes, and bf16 / fp16 to and from sixteen floats, rounding to nearest even.
+// The operators' element types: their codes, and conversions between fp32, bf16 or fp16 and sixteen floats. Rounding is
+// to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace kdfast {
 
-// Must agree with DTYPES in kdfast/ops/native.py.
+// Must match _DTYPES in kdfast/ops/native.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct BFloat16 {
@@ -26,6 +27,7 @@ inline void check_dtype(int code) {
 
 inline int64_t size_of(int code) { return code == kFloat32 ? 4 : 2; }
 
+// Sixteen 16-bit words.
 template <int W>
 struct Halves {
   typedef uint16_t Part __attribute__((vector_size(2 * W)));
@@ -66,14 +68,14 @@ KDFAST_INLINE Floats<W> decode(const Float16* p) {
     KDFAST_EACH_PART(k) {
       typename Halves<W>::Part h;
       std::memcpy(&h, &p[k * W].bits, sizeof h);
-      __asm__("vcvtph2ps %1, %0" : "=v"(r.part[k]) : "v"(h));  // why assembly: see fma
+      __asm__("vcvtph2ps %1, %0" : "=v"(r.part[k]) : "v"(h));  // assembly for the reason given at fma
     }
     return r;
   }
 #endif
   const Words<W> h = widen<W>(&p->bits);
   const Words<W> sign = (h & words<W>(0x8000u)) << 16;
-  // The multiplication rebiases the exponent, and normalises subnormal numbers on the way.
+  // The multiplication rebiases the exponent and normalises subnormal numbers.
   const Floats<W> magnitude = floats_from((h & words<W>(0x7fffu)) << 13) * splat<W>(0x1p112f);
   const Words<W> not_finite = (h & words<W>(0x7c00u)) == words<W>(0x7c00u);
   return floats_from(bits_of(magnitude) | (not_finite & words<W>(0x7f800000u)) | sign);
@@ -95,15 +97,15 @@ template <int W>
 KDFAST_INLINE void encode(Float16* p, Floats<W> v) {
   const Words<W> x = bits_of(v), a = x & words<W>(0x7fffffffu);
   const Words<W> sign = (x >> 16) & words<W>(0x8000u);
-  // Adding 0.5 leaves the bits of a result below 2^-14 in the low end of the mantissa, rounded by the hardware.
+  // For results below 2^-14: adding 0.5 moves their bits to the low end of the mantissa, rounded by the hardware.
   const Words<W> tiny = bits_of(floats_from(a) + splat<W>(0.5f)) - words<W>(0x3f000000u);
   const Words<W> normal = (a - words<W>(0x38000000u) + words<W>(0xfffu) + ((a >> 13) & words<W>(1u))) >> 13;
   const Words<W> special = select(v == v, words<W>(0x7c00u), words<W>(0x7e00u));
   const Words<W> h = select(a < words<W>(0x38800000u), tiny, normal);
-  narrow(&p->bits, select(a < words<W>(0x477ff000u), h, special) | sign);  // 65520 and above round to infinity
+  narrow(&p->bits, select(a < words<W>(0x477ff000u), h, special) | sign);  // 65520 and larger round to infinity
 }
 
-// A full vector from the first `count` < 16 elements; the other lanes hold `fill`.
+// Loads the first `count` < 16 elements; the other lanes are `fill`.
 template <int W, class T>
 KDFAST_INLINE Floats<W> decode_part(const T* p, int64_t count, float fill) {
   T part[kLanes] = {};
@@ -121,7 +123,7 @@ KDFAST_INLINE void encode_part(T* p, Floats<W> v, int64_t count) {
   std::memcpy(p, part, static_cast<size_t>(count) * sizeof(T));
 }
 
-// One element, with the same arithmetic as a vector of them.
+// Converts one element with the arithmetic of a vector.
 template <class T>
 inline float decode_one(const T* p) {
   float values[kLanes];

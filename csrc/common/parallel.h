@@ -1,11 +1,11 @@
-// Splits rows over threads: those of the OpenMP runtime that the process has loaded already, which is torch's, else
-// fresh ones.
+// Splits rows over threads: the threads of the OpenMP runtime that the process has already loaded (torch's), or new
+// std::threads.
 //
-// Nothing is linked: a second OpenMP runtime in one process costs speed and breaks fork. But the threads of the first
-// one spin for a while after each of torch's own loops, and threads beside them would have to share their cores.
+// No OpenMP runtime is linked: a second one in a process costs speed and breaks fork. But torch's threads keep spinning
+// for a while after each of torch's loops, and additional threads would compete with them for the cores.
 //
-// A forked child inherits that runtime's belief in its threads, but not the threads: it would wait for them for ever.
-// There, fresh ones do the work.
+// A forked child inherits the runtime's record of its threads but not the threads, so it would wait for them forever.
+// It uses new threads instead.
 #pragma once
 
 #if defined(__linux__)
@@ -23,22 +23,22 @@
 
 namespace kdfast {
 
-// Below this much work (in units of about one nanosecond on one core) a second thread costs more than it saves.
+// Below this much work, in nanoseconds on one core, a second thread costs more than it saves.
 constexpr int64_t kSerialCutoff = 10000;
 
-// `run(function, data, threads, flags)` of an OpenMP runtime calls the function once in each thread of a team.
+// `run(function, data, threads, flags)` calls the function once in each of the runtime's threads.
 using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 #if defined(__linux__)
-inline bool forked = false;
-inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+inline bool in_forked_child = false;
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
 
 inline OpenMPParallel openmp_parallel() {
 #if defined(__linux__)
-  // Looked up at the first use: by then torch is imported.
+  // The lookup waits for the first use, since torch is imported by then.
   static const auto found = reinterpret_cast<OpenMPParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked ? nullptr : found;
+  return in_forked_child ? nullptr : found;
 #else
   return nullptr;
 #endif
@@ -53,42 +53,42 @@ void call_range(const Body& body, int64_t begin, int64_t end, int slot) {
   }
 }
 
-// Calls work(slot) in up to `threads` threads at once; slot 0 is the caller's.
+// Calls work(slot) on up to `threads` threads concurrently; the caller has slot 0.
 template <class Work>
-void run_team(int threads, const Work& work) {
+void run_on_threads(int threads, const Work& work) {
   if (const OpenMPParallel parallel = openmp_parallel()) {
-    struct Team {
+    struct Region {
       const Work& work;
       std::thread::id caller;
-      std::atomic<int> slots{1};
-    } team{work, std::this_thread::get_id()};
-    const auto member = [](void* data) {
-      Team& mine = *static_cast<Team*>(data);
-      mine.work(std::this_thread::get_id() == mine.caller ? 0 : mine.slots.fetch_add(1));
+      std::atomic<int> next_slot{1};
+    } region{work, std::this_thread::get_id()};
+    const auto enter = [](void* data) {
+      Region& r = *static_cast<Region*>(data);
+      r.work(std::this_thread::get_id() == r.caller ? 0 : r.next_slot.fetch_add(1));
     };
-    return parallel(member, &team, static_cast<unsigned>(threads), 0);
+    return parallel(enter, &region, static_cast<unsigned>(threads), 0);
   }
-  std::vector<std::thread> helpers;
-  helpers.reserve(static_cast<size_t>(threads - 1));
+  std::vector<std::thread> workers;
+  workers.reserve(static_cast<size_t>(threads - 1));
   try {
-    for (int slot = 1; slot < threads; ++slot) helpers.emplace_back(work, slot);
+    for (int slot = 1; slot < threads; ++slot) workers.emplace_back(work, slot);
   } catch (const std::system_error&) {
-    // The system has no thread to spare: those that started, and the caller, do the work.
+    // The system cannot start more threads: the caller and those already started do the work.
   }
   work(0);
-  for (auto& helper : helpers) helper.join();
+  for (auto& worker : workers) worker.join();
 }
 
-// Rows that are still to do of those that were one thread's; on a cache line of its own.
-struct alignas(64) Part {
+// The unclaimed rows of one thread's share, on a cache line of its own.
+struct alignas(64) RowQueue {
   std::atomic<int64_t> next{0};
   int64_t end = 0;
 };
 
-// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads, the caller's included;
-// or body(begin, end, slot), where slot < max(threads, 1) is a number that no other thread has at that time (for
-// scratch). `cost` is the work of one row in the unit above. The caller has released the GIL; body must not throw, and
-// what it computes for a row must not depend on the range that the row comes in.
+// Calls body(begin, end) on disjoint ranges that cover [0, rows), on at most `threads` threads including the caller.
+// The body may take a third argument, a slot < max(threads, 1) that no other thread has at the time, to select its
+// scratch. `cost` is the work of one row in nanoseconds. The caller must have released the GIL. The body must not
+// throw, and its result for a row must not depend on the range that contains the row.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
   const int64_t total = rows * std::max<int64_t>(cost, 1);
@@ -97,21 +97,21 @@ void parallel_rows(int64_t rows, int64_t cost, int threads, const Body& body) {
     if (rows > 0) call_range(body, 0, rows, 0);
     return;
   }
-  // A thread has a part of its own, the same at each call, whose memory its caches may still hold; and four ranges in
-  // it, so that the others can take some over when the machine takes the thread away for a while.
+  // Each thread has the same share at each call, since its caches may still hold that memory. A share is split into
+  // four ranges, so that other threads can take some if the thread is suspended.
   const int64_t step = std::max<int64_t>(1, rows / (useful * 4));
-  Part few[8];
-  std::vector<Part> many(static_cast<size_t>(useful > 8 ? useful : 0));
-  Part* const parts = useful > 8 ? many.data() : few;
+  RowQueue few[8];
+  std::vector<RowQueue> many(static_cast<size_t>(useful > 8 ? useful : 0));
+  RowQueue* const queues = useful > 8 ? many.data() : few;
   for (int64_t i = 0; i < useful; ++i) {
-    parts[i].next = rows * i / useful;
-    parts[i].end = rows * (i + 1) / useful;
+    queues[i].next = rows * i / useful;
+    queues[i].end = rows * (i + 1) / useful;
   }
-  run_team(static_cast<int>(useful), [&](int slot) {
+  run_on_threads(static_cast<int>(useful), [&](int slot) {
     for (int64_t i = 0; i < useful; ++i) {
-      Part& part = parts[(slot + i) % useful];
-      for (int64_t begin; (begin = part.next.fetch_add(step)) < part.end;)
-        call_range(body, begin, std::min(begin + step, part.end), slot);
+      RowQueue& queue = queues[(slot + i) % useful];
+      for (int64_t begin; (begin = queue.next.fetch_add(step)) < queue.end;)
+        call_range(body, begin, std::min(begin + step, queue.end), slot);
     }
   });
 }

@@ -1,4 +1,5 @@
-// Sixteen-lane vectors that give the same bits on every instruction set, and the macro that compiles a kernel for each.
+// Vectors of sixteen floats whose results have the same bits on every instruction set, and the templates that compile a
+// kernel for each set and select one at run time.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +8,10 @@
 
 #define KDFAST_INLINE inline __attribute__((always_inline))
 
-// Kernels for several instruction sets. Not by Clang, which holds the assembly of an inlined function against the set
-// that the function itself was compiled for.
+// Kernels for several instruction sets. Not with Clang, which rejects the inline assembly of an inlined function unless
+// that function's own target has the instruction.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KDFAST_X86
-#endif
-
-// KDFAST_FOR_EACH_ISA(NAME) expands to NAME(suffix, width, attribute) once per instruction set, width being the floats
-// that one of its registers holds. A kernel is an always-inlined body plus one thin function per set, picked at run
-// time with KDFAST_PICK_ISA. Unlike target_clones this needs no ifunc, lets the body know the width, and a test can
-// name a level.
-#ifdef KDFAST_X86
-#define KDFAST_FOR_EACH_ISA(NAME)                               \
-  NAME(base, 4, )                                               \
-  NAME(v3, 8, __attribute__((target("arch=x86-64-v3,prfchw")))) \
-  NAME(v4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
-#define KDFAST_PICK_ISA(level, kernel) ((level) >= 2 ? kernel##_v4 : (level) == 1 ? kernel##_v3 : kernel##_base)
-#else
-#define KDFAST_FOR_EACH_ISA(NAME) NAME(base, 4, )
-#define KDFAST_PICK_ISA(level, kernel) (static_cast<void>(level), kernel##_base)
 #endif
 
 #define KDFAST_EACH_PART(k) _Pragma("GCC unroll 4") for (int k = 0; k < kLanes / W; ++k)
@@ -34,7 +20,28 @@ namespace kdfast {
 
 constexpr int kWidestIsa = 2;
 
-// 0: baseline, 1: x86-64-v3, 2: x86-64-v4; no higher than `limit`.
+// One instruction set: Isa::run<Body>(args...) is Body::run<W>(args...) compiled for it, W being the floats that one of
+// its registers holds. Body::run must be always inlined. Unlike target_clones, this needs no ifunc, the body knows the
+// width, and a test can select a set.
+#define KDFAST_ISA(Name, width, attribute)             \
+  struct Name {                                        \
+    template <class Body, class Result, class... Args> \
+    attribute static Result run(Args... args) {        \
+      return Body::template run<width>(args...);       \
+    }                                                  \
+  };
+KDFAST_ISA(Baseline, 4, )
+#ifdef KDFAST_X86
+KDFAST_ISA(X86V3, 8, __attribute__((target("arch=x86-64-v3,prfchw"))))
+KDFAST_ISA(X86V4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
+// Initialiser of an array that isa_level indexes: make<Isa>() of each instruction set.
+#define KDFAST_FOR_EACH_ISA(make) {make<Baseline>(), make<X86V3>(), make<X86V4>()}
+#else
+#define KDFAST_FOR_EACH_ISA(make) {make<Baseline>()}
+#endif
+#undef KDFAST_ISA
+
+// 0: baseline, 1: x86-64-v3, 2: x86-64-v4; at most `limit`, but at least 0.
 inline int isa_level(int limit = kWidestIsa) {
   int level = 0;
 #ifdef KDFAST_X86
@@ -43,22 +50,24 @@ inline int isa_level(int limit = kWidestIsa) {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
     level = 2;
 #endif
-  return level < limit ? level : limit;
+  return level < limit ? level : limit < 0 ? 0 : limit;
 }
 
-// Lanes of every vector, whatever the hardware holds in a register: they fix the order of every sum.
+// Lanes of every vector, on all hardware: the number of lanes fixes the order of every sum.
 constexpr int kLanes = 16;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Sixteen floats in registers of W. Compilers split wider vectors by themselves, but take comparisons apart lane by
-// lane. (A typedef, as GCC drops the attribute from an alias whose size depends on a template's parameter.)
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Sixteen floats in registers of W each. Compilers also split wider vectors, but compile their comparisons lane by
+// lane. Part is a typedef because GCC drops the attribute from an alias whose size depends on a template parameter.
 template <int W>
 struct Floats {
   typedef float Part __attribute__((vector_size(4 * W)));
   Part part[kLanes / W];
 };
 
-// Sixteen 32-bit words; as a mask, all ones or all zeros in each.
+// Sixteen 32-bit words; a mask has all ones or all zeros in each word.
 template <int W>
 struct Words {
   typedef uint32_t Part __attribute__((vector_size(4 * W)));
@@ -131,7 +140,7 @@ KDFAST_INLINE V<W> select(Words<W> mask, V<W> a, V<W> b) {
   return a;
 }
 
-// Part by part: a copy of all sixteen lanes would go through memory in pieces that stall the load after it.
+// One part at a time: GCC would copy sixteen lanes through memory, in pieces that stall the load that follows.
 template <int W>
 KDFAST_INLINE Floats<W> load(const float* p) {
   Floats<W> v;
@@ -144,8 +153,8 @@ KDFAST_INLINE void store(float* p, Floats<W> v) {
   KDFAST_EACH_PART(k) std::memcpy(p + k * W, &v.part[k], sizeof v.part[k]);
 }
 
-// Stores around the caches, for results too large to be read back from them: the memory is not read before it is
-// written. p is aligned to a register. Ends with stream_end.
+// Non-temporal store, for results that exceed the caches: the memory is not read before it is written. `p` must be
+// aligned to a register. Call stream_fence after the last one.
 template <int W>
 KDFAST_INLINE void stream(float* p, Floats<W> v) {
 #ifdef KDFAST_X86
@@ -160,13 +169,13 @@ KDFAST_INLINE void stream(float* p, Floats<W> v) {
   store(p, v);
 }
 
-KDFAST_INLINE void stream_end() {
+KDFAST_INLINE void stream_fence() {
 #ifdef KDFAST_X86
   __asm__ volatile("sfence" ::: "memory");
 #endif
 }
 
-// The larger of each pair; b where a is NaN. Assembly, because compilers make a comparison and a selection of it.
+// The larger of each pair; b where a is NaN. Assembly, because compilers emit a comparison and a blend.
 template <int W>
 KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   KDFAST_EACH_PART(k) {
@@ -181,7 +190,7 @@ KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   return a;
 }
 
-// b where a is not zero, else zero, also where b is infinite or NaN.
+// b where a is not zero, else zero, even if b is infinite or NaN.
 template <int W>
 KDFAST_INLINE Floats<W> where_nonzero(Floats<W> a, Floats<W> b) {
   KDFAST_EACH_PART(k) b.part[k] = a.part[k] != 0.0f ? b.part[k] : 0.0f;
@@ -195,9 +204,9 @@ KDFAST_INLINE Floats<W> where_less(Floats<W> a, Floats<W> b, Floats<W> x, Floats
   return x;
 }
 
-// a b + c, rounded once, on every set; where the hardware cannot, the C library does, slowly. Written out, because
-// compilers are told not to contract (-ffp-contract=off): their choice would differ between sets. Assembly, because an
-// intrinsic may only stand in a function of its own set, and these bodies are shared.
+// a b + c, rounded once on every instruction set: by the C library, slowly, where the hardware has no such instruction.
+// Explicit, because compilers must not contract (-ffp-contract=off): their choice would differ between sets. Assembly,
+// because an intrinsic is allowed only in a function compiled for its set, and these bodies are compiled for all.
 template <int W>
 KDFAST_INLINE Floats<W> fma(Floats<W> a, Floats<W> b, Floats<W> c) {
   KDFAST_EACH_PART(k) {
@@ -236,7 +245,7 @@ KDFAST_INLINE float max_of(Floats<W> v) {
   return e > f ? e : f;
 }
 
-// The same in double. Assembly at the widest set: the compiler would convert halves and put them together.
+// The same values in double. Assembly for x86-64-v4, where the compiler would convert two halves and join them.
 template <int W>
 KDFAST_INLINE Doubles8 widen(Floats8 v) {
 #ifdef KDFAST_X86
@@ -249,7 +258,7 @@ KDFAST_INLINE Doubles8 widen(Floats8 v) {
   return __builtin_convertvector(v, Doubles8);
 }
 
-// Halves folded onto each other in double: the order of the additions is the same at every width.
+// Adds the upper half to the lower half twice, in double: the order of the additions is the same at every width.
 template <int W>
 KDFAST_INLINE Doubles4 quarter_sums(Floats<W> v) {
   const Doubles8 a = widen<W>(half_of<Floats8>(v, 0)) + widen<W>(half_of<Floats8>(v, 1));
@@ -262,7 +271,8 @@ KDFAST_INLINE double sum_of(Floats<W> v) {
   return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
-// A sum that keeps float lanes for one block at a time and adds blocks in double: the error does not grow with the row.
+// A sum that accumulates one block at a time in float lanes and adds blocks in double, so that the error does not grow
+// with the length of the row.
 template <int W>
 struct Sum {
   Floats<W> lanes = splat<W>(0);
@@ -275,10 +285,10 @@ struct Sum {
   }
 };
 
-// exp(x) for x <= 0, within one unit in the last place; exactly 0 from -88 down, -inf included; NaN stays NaN.
+// exp(x) for x <= 0 with an error of at most one unit in the last place; exactly 0 for x <= -88; NaN for NaN.
 template <int W>
 KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
-  // 1.5 * 2^23, which rounds a sum to an integer n, and 127: so the low bits of the sum are the exponent of 2^n.
+  // Adding 1.5 * 2^23 rounds to an integer n; with 127 more, the low bits of the sum are the exponent field of 2^n.
   const Floats<W> floor = splat<W>(-88.0f), magic = splat<W>(12582912.0f + 127.0f), one = splat<W>(1.0f);
   const Floats<W> c = max(floor, x);
   const Floats<W> shifted = fma(c, splat<W>(1.44269504f), magic);
@@ -290,7 +300,7 @@ KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
   p = fma(p, r, splat<W>(1.6666519642e-1f));
   p = fma(p, r, splat<W>(4.9999994040e-1f));
   p = fma(fma(p, r, one), r, one);
-  // At -88, n is -127 and this power of two is zero.
+  // At x = -88, n is -127 and this power of two is zero.
   return p * floats_from(bits_of(shifted) << 23);
 }
 

@@ -1,4 +1,4 @@
-// Sixteen doubles in registers: what simd.h has for floats, with the same order of every sum on every instruction set.
+// Vectors of sixteen doubles: the counterpart of simd.h, with the same order of every sum on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace kdfast {
 
 #define KDFAST_EACH_PART64(k) _Pragma("GCC unroll 8") for (int k = 0; k < 2 * kLanes / W; ++k)
 
-// W is the floats, so W / 2 the doubles, that one register holds.
+// One register holds W floats, so W / 2 doubles.
 template <int W>
 struct Doubles {
   typedef double Part __attribute__((vector_size(4 * W)));
@@ -72,7 +72,7 @@ KDFAST_INLINE double max_of(Doubles<W> v) {
   return m;
 }
 
-// Halves folded onto each other, as in simd.h.
+// Adds the upper half to the lower half, as in simd.h.
 template <int W>
 KDFAST_INLINE double sum_of(Doubles<W> v) {
   double a[kLanes];
@@ -82,14 +82,14 @@ KDFAST_INLINE double sum_of(Doubles<W> v) {
   return a[0];
 }
 
-// exp(x) for x <= 0, within two units in the last place; exactly 0 from -709 down, -inf included; NaN stays NaN.
+// exp(x) for x <= 0 with an error of at most two units in the last place; exactly 0 for x <= -709; NaN for NaN.
 template <int W>
 KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
-  const Doubles<W> magic = splat64<W>(6755399441055744.0 + 1023.0);  // see exp_nonpositive of floats
+  const Doubles<W> magic = splat64<W>(6755399441055744.0 + 1023.0);  // as for floats in simd.h
   const Doubles<W> c = max(splat64<W>(-709.2), x);
   const Doubles<W> shifted = c * splat64<W>(1.4426950408889634) + magic;
   const Doubles<W> n = shifted - magic;
-  // ln 2 in two parts, the first with so few bits that its product with n is exact.
+  // ln 2 in two parts; the first has so few bits that its product with n is exact.
   const Doubles<W> r = (c - n * splat64<W>(6.93147180369123816490e-1)) - n * splat64<W>(1.90821492927058770002e-10);
   constexpr double kInverseFactorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                            1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
@@ -97,7 +97,7 @@ KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
   Doubles<W> p = splat64<W>(kInverseFactorials[0]);
   for (int i = 1; i < 12; ++i) p = p * r + splat64<W>(kInverseFactorials[i]);
   p = p * (r * r) + r + splat64<W>(1.0);
-  // At -709.2, n is -1023 and this power of two is zero.
+  // At x = -709.2, n is -1023 and this power of two is zero.
   KDFAST_EACH_PART64(k) {
     typename Doubles<W>::Bits bits;
     std::memcpy(&bits, &shifted.part[k], sizeof bits);
@@ -109,7 +109,7 @@ KDFAST_INLINE Doubles<W> exp_nonpositive(Doubles<W> x) {
   return p;
 }
 
-// log(x) for normal x > 0, within two units in the last place; NaN stays NaN.
+// log(x) for normal x > 0 with an error of at most two units in the last place; NaN for NaN.
 template <int W>
 KDFAST_INLINE Doubles<W> log_positive(Doubles<W> x) {
   constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;  // bits of the square root of 1/2
@@ -117,7 +117,7 @@ KDFAST_INLINE Doubles<W> log_positive(Doubles<W> x) {
   KDFAST_EACH_PART64(k) {
     typename Doubles<W>::Bits bits, above;
     std::memcpy(&bits, &x.part[k], sizeof bits);
-    // The exponent, shifted so that it is positive, in the low bits of 2^52: as a number, 2^52 more.
+    // The exponent plus 1024 in the low bits of the double 2^52, whose value is then 2^52 + exponent + 1024.
     above = bits - kRootHalf + (uint64_t{1024} << 52);
     bits -= (above & (uint64_t{0xfff} << 52)) - (uint64_t{1024} << 52);
     above = (above >> 52) | (uint64_t{0x433} << 52);
@@ -125,7 +125,7 @@ KDFAST_INLINE Doubles<W> log_positive(Doubles<W> x) {
     std::memcpy(&exponent.part[k], &above, sizeof above);
   }
   exponent = exponent - splat64<W>(4503599627370496.0 + 1024);
-  // log m = 2 artanh s, as a series.
+  // log m = 2 artanh s, by its power series.
   const Doubles<W> one = splat64<W>(1.0), s = (mantissa - one) / (mantissa + one), square = s * s;
   Doubles<W> p = splat64<W>(1.0 / 23);
   for (int odd = 21; odd >= 3; odd -= 2) p = p * square + splat64<W>(1.0 / odd);

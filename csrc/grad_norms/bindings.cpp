@@ -1,4 +1,4 @@
-// Unpacks the arguments of the per-sample gradient norms, releases the GIL, calls ghost.h.
+// Binds the per-sample gradient norms: converts the arguments, releases the GIL and calls grad_norms.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,16 +11,17 @@
 namespace py = pybind11;
 
 namespace kdfast {
-
 namespace {
 
-using Two = std::array<int64_t, 2>;
-using Four = std::array<int64_t, 4>;
+using grad_norms::Convolution;
+using Pair = std::array<int64_t, 2>;
+using Strides = std::array<int64_t, 4>;
 
-GhostConv call(uintptr_t a, const Four& a_strides, uintptr_t b, const Four& b_strides,
-               const std::array<int64_t, 7>& sizes, const Two& kernel, const Two& stride, const Two& dilation,
-               const Two& pad, int64_t groups, int way) {
-  GhostConv args{};
+// sizes: batch, channels, height, width, outputs, out_height, out_width.
+Convolution make_convolution(uintptr_t a, const Strides& a_strides, uintptr_t b, const Strides& b_strides,
+                             const std::array<int64_t, 7>& sizes, const Pair& kernel, const Pair& stride,
+                             const Pair& dilation, const Pair& pad, int64_t groups, int algorithm) {
+  Convolution args{};
   args.a = reinterpret_cast<const float*>(a);
   args.b = reinterpret_cast<const float*>(b);
   std::copy(a_strides.begin(), a_strides.end(), args.a_strides);
@@ -32,30 +33,29 @@ GhostConv call(uintptr_t a, const Four& a_strides, uintptr_t b, const Four& b_st
   std::copy(dilation.begin(), dilation.end(), args.dilation);
   std::copy(pad.begin(), pad.end(), args.pad);
   args.groups = groups;
-  args.way = way;
-  ghost_check(args);
+  args.algorithm = algorithm;
+  grad_norms::check(args);
   return args;
 }
 
 }  // namespace
 
-// A GhostConv holds addresses: the caller keeps the tensors alive. sizes: batch, channels, height, width, outputs,
-// out_height, out_width.
-void bind_ghost(py::module_& m) {
-  py::class_<GhostConv>(m, "GhostConv").def(py::init(&call));
-  m.def("ghost_conv", [](GhostConv args, uintptr_t out, int threads, int isa_limit) {
+// A Convolution holds addresses: the caller must keep the tensors alive.
+void bind_grad_norms(py::module_& m) {
+  py::class_<Convolution>(m, "GhostConv").def(py::init(&make_convolution));
+  m.def("ghost_conv", [](Convolution args, uintptr_t out, int threads, int isa_limit) {
     args.out = reinterpret_cast<double*>(out);
     args.threads = threads;
     args.isa_limit = isa_limit;
     py::gil_scoped_release release;
-    ghost_conv(args);
+    grad_norms::squared_norms(args);
   });
 #ifdef KDFAST_WITH_CUDA
-  m.def("ghost_parts", &ghost_parts);
-  m.def("ghost_conv_cuda", [](GhostConv args, uintptr_t out, uintptr_t stream) {
+  m.def("ghost_parts", &grad_norms::parts);
+  m.def("ghost_conv_cuda", [](Convolution args, uintptr_t out, uintptr_t stream) {
     args.out = reinterpret_cast<double*>(out);
     py::gil_scoped_release release;
-    ghost_conv_cuda(args, reinterpret_cast<void*>(stream));
+    grad_norms::squared_norms_cuda(args, reinterpret_cast<void*>(stream));
   });
 #endif
 }

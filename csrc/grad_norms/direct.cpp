@@ -1,36 +1,37 @@
-// Per-sample weight gradients formed in register tiles, a window of positions at a time, then squared.
+// Norms from per-sample weight gradients G = sum_t b_t a_t^T: G is accumulated in register tiles, one window of
+// positions at a time, and then squared.
 #include <algorithm>
 
 #include "grad_norms/algorithms.h"
 #include "grad_norms/loops.h"
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 namespace {
 
-// Below so many channels a group, vectors run over channels and kernel offsets together.
+// With fewer channels per group, a vector spans channels and kernel offsets.
 constexpr int64_t kFewChannels = kLanes;
-// Positions in a window: as many as keep a panel of inputs in the first-level cache.
+// Maximal positions in a window: a panel of inputs then fits the first-level cache.
 constexpr int64_t kWindow = 256;
 
-// One axis of the image: which inputs a window of positions needs.
+// One axis of the image, and the inputs that a window of positions needs.
 struct Axis {
   int64_t input, output, kernel, stride, dilation, pad;
-  int64_t window = 1;  // most positions in a window
-  int64_t skip = 1;    // inputs between two that are packed
+  int64_t window = 1;  // maximal positions in a window
+  int64_t skip = 1;    // distance between packed inputs
 
   int64_t packed() const { return (window - 1) * step() + reach() + 1; }
-  int64_t step() const { return stride / skip; }  // packed inputs between two positions
+  int64_t step() const { return stride / skip; }  // distance between positions in packed inputs
   int64_t reach() const { return (kernel - 1) * dilation; }
   int64_t input_of(int64_t first, int64_t index) const { return first * stride - pad + index * skip; }
 };
 
-class Direct final : public GhostWay {
+class Direct final : public NormAlgorithm {
  public:
-  explicit Direct(const GhostConv& args)
+  explicit Direct(const Convolution& args)
       : a_(args),
         y_{args.height, args.out_height, args.kernel[0], args.stride[0], args.dilation[0], args.pad[0]},
         x_{args.width, args.out_width, args.kernel[1], args.stride[1], args.dilation[1], args.pad[1]},
-        kernels_(ghost_kernels(args.isa_limit)) {
+        loops_(vector_loops(args.isa_limit)) {
     x_.window = std::min(x_.output, kWindow);
     y_.window = std::clamp<int64_t>(kWindow / x_.window, 1, y_.output);
     if (y_.kernel == 1) y_.skip = y_.stride;
@@ -40,7 +41,7 @@ class Direct final : public GhostWay {
     offsets_ = y_.kernel * x_.kernel;
     unfold_ = channels_ < kFewChannels && offsets_ > 1;
     inputs_ = unfold_ ? channels_ * offsets_ : channels_;
-    row_ = packed_row(inputs_);
+    packed_stride_ = packed_stride(inputs_);
     width_ = round_up(inputs_, kLanes);
     blocks_ = (outputs_ + kTileRows - 1) / kTileRows;
     tiles_ = blocks_ * kTileRows * (unfold_ ? 1 : offsets_) * width_;
@@ -48,8 +49,9 @@ class Direct final : public GhostWay {
     pixels_ = y_.packed() * x_.packed();
   }
 
-  int64_t scratch() const override {
-    const int64_t images = unfold_ ? round_up(pixels_ * channels_, kLanes) + positions_ * row_ : pixels_ * row_;
+  int64_t scratch_size() const override {
+    const int64_t images =
+        unfold_ ? round_up(pixels_ * channels_, kLanes) + positions_ * packed_stride_ : pixels_ * packed_stride_;
     return tiles_ + images + positions_ * blocks_ * kTileRows;
   }
 
@@ -57,7 +59,7 @@ class Direct final : public GhostWay {
     return y_.output * x_.output * offsets_ * channels_ * blocks_ * kTileRows * a_.groups;
   }
 
-  double square(int64_t sample, float* scratch) const override {
+  double squared_norm(int64_t sample, float* scratch) const override {
     float *tiles = scratch, *gradients = tiles + tiles_, *images = gradients + positions_ * blocks_ * kTileRows;
     double total = 0;
     for (int64_t group = 0; group < a_.groups; ++group) {
@@ -71,13 +73,13 @@ class Direct final : public GhostWay {
           multiply(gradients, images, rows, columns, tiles, y + x > 0);
         }
       }
-      total += kernels_.square(tiles, tiles_);
+      total += loops_.sum_of_squares(tiles, tiles_);
     }
     return total;
   }
 
  private:
-  // [block of eight outputs][position][output]
+  // Layout: [block of eight outputs][position][output].
   void pack_gradients(const float* b, int64_t rows, int64_t columns, float* to) const {
     for (int64_t p = 0; p < outputs_; ++p) {
       float* lane = to + (p / kTileRows) * positions_ * kTileRows + p % kTileRows;
@@ -89,16 +91,16 @@ class Direct final : public GhostWay {
     }
   }
 
-  // [pixel][channel], or [position][offset, channel] for few channels.
+  // Layout: [pixel][channel], or for few channels [position][offset, channel].
   void pack_images(const float* a, int64_t y, int64_t x, float* to) const {
-    if (!unfold_) return pack_pixels(a, y, x, to, row_);
-    float* pixels = to + positions_ * row_;
+    if (!unfold_) return pack_pixels(a, y, x, to, packed_stride_);
+    float* pixels = to + positions_ * packed_stride_;
     pack_pixels(a, y, x, pixels, channels_);
-    // With a dilation of one, neighbours of a kernel's row lie side by side.
-    const bool joined = x_.dilation == 1;
-    const int64_t pieces = joined ? 1 : x_.kernel, size = joined ? x_.kernel * channels_ : channels_;
+    // With a dilation of 1, the pixels under a row of the kernel are contiguous.
+    const bool contiguous = x_.dilation == 1;
+    const int64_t pieces = contiguous ? 1 : x_.kernel, size = contiguous ? x_.kernel * channels_ : channels_;
     for (int64_t i = 0; i < y_.window; ++i) {
-      for (int64_t j = 0; j < x_.window; ++j, to += row_) {
+      for (int64_t j = 0; j < x_.window; ++j, to += packed_stride_) {
         float* out = to;
         for (int64_t ky = 0; ky < y_.kernel; ++ky) {
           const int64_t line = (i * y_.step() + ky * y_.dilation) * x_.packed() + j * x_.step();
@@ -111,7 +113,7 @@ class Direct final : public GhostWay {
 
   void pack_pixels(const float* a, int64_t y, int64_t x, float* to, int64_t row) const {
     const int64_t first = x_.input_of(x, 0), columns = x_.packed();
-    // Inputs inside the image: [begin, end) of the packed ones.
+    // The packed inputs [begin, end) lie inside the image.
     const int64_t begin = std::clamp<int64_t>(first < 0 ? (-first + x_.skip - 1) / x_.skip : 0, 0, columns);
     const int64_t end = std::clamp<int64_t>((x_.input - first + x_.skip - 1) / x_.skip, begin, columns);
     for (int64_t i = 0; i < y_.packed(); ++i, to += columns * row) {
@@ -137,32 +139,39 @@ class Direct final : public GhostWay {
   void multiply(const float* gradients, const float* images, int64_t rows, int64_t columns, float* tiles,
                 bool add) const {
     const int64_t kernel_rows = unfold_ ? 1 : y_.kernel, kernel_columns = unfold_ ? 1 : x_.kernel;
-    const int64_t line = (unfold_ ? x_.window : x_.packed()) * row_;
-    const Walk walk{images, unfold_ ? row_ : x_.step() * row_, unfold_ ? line : y_.step() * line};
+    const int64_t line = (unfold_ ? x_.window : x_.packed()) * packed_stride_;
+    const Panel panel{images, unfold_ ? packed_stride_ : x_.step() * packed_stride_, unfold_ ? line : y_.step() * line};
     for (int64_t start = 0; start < width_; start += kTileWidth) {
       const int vectors = static_cast<int>(std::min(kTileVectors, (width_ - start) / kLanes));
       for (int64_t ky = 0; ky < kernel_rows; ++ky) {
         for (int64_t kx = 0; kx < kernel_columns; ++kx) {
-          const Walk right{images + ky * y_.dilation * line + kx * x_.dilation * row_ + start, walk.step, walk.row};
+          const Panel right{images + ky * y_.dilation * line + kx * x_.dilation * packed_stride_ + start, panel.step,
+                            panel.row};
           for (int64_t block = 0; block < blocks_; ++block) {
-            const Walk left{gradients + block * positions_ * kTileRows, kTileRows, x_.window * kTileRows};
+            const Panel left{gradients + block * positions_ * kTileRows, kTileRows, x_.window * kTileRows};
             float* out = tiles + (((ky * kernel_columns + kx) * blocks_ + block) * kTileRows) * width_ + start;
-            kernels_.multiply(vectors, left, right, rows, columns, out, width_, add);
+            loops_.multiply(vectors, left, right, rows, columns, out, width_, add);
           }
         }
       }
     }
   }
 
-  const GhostConv& a_;
+  const Convolution& a_;
   Axis y_, x_;
-  const GhostKernels& kernels_;
-  int64_t channels_, outputs_, offsets_, inputs_, row_, width_, blocks_, tiles_, positions_, pixels_;
-  bool unfold_;
+  const VectorLoops& loops_;
+  int64_t channels_, outputs_;  // per group
+  int64_t offsets_;             // of the kernel
+  bool unfold_;                 // whether a row of packed inputs has all offsets of a position
+  int64_t inputs_, width_;      // floats in a row of packed inputs, and rounded up to vectors
+  int64_t packed_stride_;       // between those rows
+  int64_t blocks_;              // of eight outputs
+  int64_t tiles_;               // floats in all tiles of G
+  int64_t positions_, pixels_;  // packed for a window
 };
 
 }  // namespace
 
-std::unique_ptr<GhostWay> ghost_direct(const GhostConv& args) { return std::make_unique<Direct>(args); }
+std::unique_ptr<NormAlgorithm> make_direct(const Convolution& args) { return std::make_unique<Direct>(args); }
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

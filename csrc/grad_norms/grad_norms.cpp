@@ -1,4 +1,4 @@
-// Squared norms of a convolution's per-sample weight gradients: checks, and samples over threads.
+// Squared norms of a convolution's per-sample weight gradients on a CPU: checks, and samples split over threads.
 #include "grad_norms/grad_norms.h"
 
 #include <algorithm>
@@ -6,43 +6,45 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/simd.h"
 #include "grad_norms/algorithms.h"
-#include "grad_norms/loops.h"
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 namespace {
 
-std::unique_ptr<GhostWay> way_of(const GhostConv& a) {
-  return a.way == 0 ? ghost_direct(a) : a.way == 1 ? ghost_pixel(a) : ghost_depthwise(a);
+std::unique_ptr<NormAlgorithm> make_algorithm(const Convolution& a) {
+  return a.algorithm == kDirect ? make_direct(a) : a.algorithm == kGram ? make_pixel_gram(a) : make_depthwise(a);
 }
 
 }  // namespace
 
-void ghost_check(const GhostConv& a) {
+void check(const Convolution& a) {
   const int64_t least = std::min({a.channels, a.height, a.width, a.outputs, a.out_height, a.out_width, a.groups});
-  if (a.batch < 0 || least < 1) throw std::invalid_argument("ghost_conv: sizes must be positive");
+  if (a.batch < 0 || least < 1) throw std::invalid_argument("convolution: sizes must be positive");
   if (a.channels % a.groups || a.outputs % a.groups)
-    throw std::invalid_argument("ghost_conv: groups must divide channels and outputs");
-  if (a.way < 0 || a.way > 2) throw std::invalid_argument("ghost_conv: way must be 0, 1 or 2");
-  if (a.way == 2 && a.channels != a.groups) throw std::invalid_argument("ghost_conv: way 2 is for one channel a group");
+    throw std::invalid_argument("convolution: groups must divide channels and outputs");
+  if (a.algorithm < kDirect || a.algorithm > kDepthwise)
+    throw std::invalid_argument("convolution: algorithm must be 0 (direct), 1 (Gram) or 2 (depthwise)");
+  if (a.algorithm == kDepthwise && a.channels != a.groups)
+    throw std::invalid_argument("convolution: the depthwise algorithm needs one channel per group");
   for (int i = 0; i < 2; ++i) {
     if (std::min({a.kernel[i], a.stride[i], a.dilation[i]}) < 1 || a.pad[i] < 0)
-      throw std::invalid_argument("ghost_conv: kernel, stride and dilation must be positive, pads at least 0");
+      throw std::invalid_argument("convolution: kernel, stride and dilation must be positive, pads at least 0");
   }
 }
 
-void ghost_conv(const GhostConv& args) {
-  ghost_check(args);
-  const std::unique_ptr<GhostWay> way = way_of(args);
+void squared_norms(const Convolution& args) {
+  check(args);
+  const std::unique_ptr<NormAlgorithm> algorithm = make_algorithm(args);
   const int threads = static_cast<int>(std::clamp<int64_t>(args.threads, 1, std::max<int64_t>(args.batch, 1)));
-  const int64_t size = round_up(way->scratch(), kLanes);
+  const int64_t size = round_up(algorithm->scratch_size(), kLanes);
   std::vector<float> memory(static_cast<size_t>(threads * size + kLanes));
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  float* scratch = memory.data() + (round_up(static_cast<int64_t>(address), 64) - static_cast<int64_t>(address)) / 4;
-  // About 50 multiply-adds a nanosecond.
-  parallel_rows(args.batch, way->work() / 50 + 100, threads, [&](int64_t begin, int64_t end, int slot) {
-    for (int64_t i = begin; i < end; ++i) args.out[i] = way->square(i, scratch + slot * size);
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data()));
+  float* scratch = memory.data() + (round_up(address, 64) - address) / 4;
+  // A core performs about 50 multiply-adds per nanosecond.
+  parallel_rows(args.batch, algorithm->work() / 50 + 100, threads, [&](int64_t begin, int64_t end, int slot) {
+    for (int64_t i = begin; i < end; ++i) args.out[i] = algorithm->squared_norm(i, scratch + slot * size);
   });
 }
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

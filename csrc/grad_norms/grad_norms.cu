@@ -1,5 +1,5 @@
-// Squared norms of a convolution's per-sample weight gradients on a GPU, in partial sums: one a tile and sample, so
-// that adding them up afterwards gives the same bits every time.
+// Squared norms of a convolution's per-sample weight gradients on a GPU, as one partial sum per tile and sample: the
+// caller adds them in a fixed order, so that the result has the same bits every time. grad_norms.h has the formulas.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,53 +8,54 @@
 
 #include "grad_norms/grad_norms.h"
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 namespace {
 
-constexpr int kTile = 64;      // rows and columns of a block's tile
-constexpr int kDepth = 16;     // of the products staged in shared memory at a time
-constexpr int kThreads = 256;  // each with 4 x 4 elements of the tile
-constexpr int kMine = 4;
-constexpr int kStages = 32;  // after so many, sums move to a second set: their error does not grow with the depth
-constexpr int64_t kMostBlocks = 65535;
+constexpr int kTile = 64;      // rows and columns of the tile of one block
+constexpr int kDepth = 16;     // terms of the products that are staged in shared memory at a time
+constexpr int kThreads = 256;  // each computes 4 x 4 elements of the tile
+constexpr int kPerThread = 4;
+constexpr int kStages =
+    32;  // added before the sums move to a second set, so that their error does not grow with the depth
+constexpr int64_t kMaxBlocks = 65535;
 
-// Sizes that all blocks share; channels, outputs and inputs are those of one group. They fit 32 bits, whose divisions
-// are several times as fast; addresses have 64.
+// Sizes that all blocks share; channels, outputs and inputs are per group. They fit 32 bits, since 64-bit divisions are
+// several times as slow; addresses have 64 bits.
 struct Sizes {
   int channels, outputs, offsets, inputs, positions, kernel_width, out_width;
 };
 
-// A position of the output: where its patch begins, and its output gradient.
+// A position of the output: the corner of its patch, and the offset of its output gradient.
 struct Position {
   bool inside;
   int64_t y, x, gradient;
 };
 
-__device__ Position position_of(const GhostConv& a, const Sizes& s, int index) {
+__device__ Position position_of(const Convolution& a, const Sizes& s, int index) {
   const int row = index / s.out_width, column = index % s.out_width;
   return {index < s.positions, row * a.stride[0] - a.pad[0], column * a.stride[1] - a.pad[1],
           row * a.b_strides[2] + column * a.b_strides[3]};
 }
 
-// An element of a patch: its channel, and its place under the kernel.
+// An element of a patch: its channel, and its offset in the kernel.
 struct Element {
   bool inside;
   int64_t y, x, channel;
 };
 
-__device__ Element element_of(const GhostConv& a, const Sizes& s, int index) {
+__device__ Element element_of(const Convolution& a, const Sizes& s, int index) {
   const int channel = index / s.offsets, offset = index % s.offsets;
   const int row = offset / s.kernel_width, column = offset % s.kernel_width;
   return {index < s.inputs, row * a.dilation[0], column * a.dilation[1], channel * a.a_strides[1]};
 }
 
-__device__ float input_at(const GhostConv& a, const float* image, const Position& t, const Element& e) {
+__device__ float input_at(const Convolution& a, const float* image, const Position& t, const Element& e) {
   const int64_t y = t.y + e.y, x = t.x + e.x;
   if (!t.inside || !e.inside || y < 0 || y >= a.height || x < 0 || x >= a.width) return 0;
   return image[e.channel + y * a.a_strides[2] + x * a.a_strides[3]];
 }
 
-__device__ float gradient_at(const GhostConv& a, const Sizes& s, const float* grads, const Position& t, int output) {
+__device__ float gradient_at(const Convolution& a, const Sizes& s, const float* grads, const Position& t, int output) {
   return t.inside && output < s.outputs ? grads[output * a.b_strides[1] + t.gradient] : 0;
 }
 
@@ -62,19 +63,20 @@ struct Staging {
   float left[kDepth][kTile], right[kDepth][kTile];
 };
 
-// sums[i][j] = sum over k < depth of left(row)(k) * right(column)(k) for the thread's elements of the tile. What
-// depends on the row or column alone is computed once: a thread always stages the same one.
+// sums[i][j] = sum over k < depth of left(row)(k) * right(column)(k) for the thread's elements of the tile. A thread
+// always stages the same row and column, so left(row) and right(column) are computed once.
 template <class Left, class Right>
 __device__ void multiply(Staging& staging, int depth, const Left& left, const Right& right,
-                         float (&sums)[kMine][kMine]) {
+                         float (&sums)[kPerThread][kPerThread]) {
   static_assert(kThreads % kTile == 0, "a thread stages one row and one column");
-  const int row = threadIdx.x / (kTile / kMine) * kMine, column = threadIdx.x % (kTile / kMine) * kMine;
+  const int row = threadIdx.x / (kTile / kPerThread) * kPerThread,
+            column = threadIdx.x % (kTile / kPerThread) * kPerThread;
   const int lane = threadIdx.x % kTile;
   const auto my_left = left(lane);
   const auto my_right = right(lane);
-  float recent[kMine][kMine] = {};
-  for (int i = 0; i < kMine; ++i)
-    for (int j = 0; j < kMine; ++j) sums[i][j] = 0;
+  float recent[kPerThread][kPerThread] = {};
+  for (int i = 0; i < kPerThread; ++i)
+    for (int j = 0; j < kPerThread; ++j) sums[i][j] = 0;
   int stage = 0;
   for (int start = 0; start < depth; start += kDepth) {
     for (int k = threadIdx.x / kTile; k < kDepth; k += kThreads / kTile) {
@@ -84,13 +86,13 @@ __device__ void multiply(Staging& staging, int depth, const Left& left, const Ri
     }
     __syncthreads();
     for (int k = 0; k < kDepth; ++k)
-      for (int i = 0; i < kMine; ++i)
-        for (int j = 0; j < kMine; ++j) recent[i][j] += staging.left[k][row + i] * staging.right[k][column + j];
+      for (int i = 0; i < kPerThread; ++i)
+        for (int j = 0; j < kPerThread; ++j) recent[i][j] += staging.left[k][row + i] * staging.right[k][column + j];
     __syncthreads();
     if (++stage == kStages || start + kDepth >= depth) {
       stage = 0;
-      for (int i = 0; i < kMine; ++i) {
-        for (int j = 0; j < kMine; ++j) {
+      for (int i = 0; i < kPerThread; ++i) {
+        for (int j = 0; j < kPerThread; ++j) {
           sums[i][j] += recent[i][j];
           recent[i][j] = 0;
         }
@@ -99,7 +101,7 @@ __device__ void multiply(Staging& staging, int depth, const Left& left, const Ri
   }
 }
 
-// The sum over a block, in its first thread.
+// Returns the sum over a block in the block's first thread.
 __device__ double block_sum(double value) {
   __shared__ double warps[kThreads / 32];
   for (int shift = 16; shift; shift /= 2) value += __shfl_down_sync(0xffffffffu, value, shift);
@@ -112,8 +114,8 @@ __device__ double block_sum(double value) {
   return total;
 }
 
-// A block forms one tile of G, outputs x inputs, and squares it.
-__global__ void direct(GhostConv a, Sizes s, int row_tiles, int column_tiles) {
+// A block forms one tile of G, whose size is outputs x inputs, and squares it.
+__global__ void direct(Convolution a, Sizes s, int row_tiles, int column_tiles) {
   __shared__ Staging staging;
   const int group = blockIdx.x / (row_tiles * column_tiles), tile = blockIdx.x % (row_tiles * column_tiles);
   const int row = tile / column_tiles * kTile, column = tile % column_tiles * kTile;
@@ -126,19 +128,19 @@ __global__ void direct(GhostConv a, Sizes s, int row_tiles, int column_tiles) {
     const auto right = [&](int j) {
       return [&, e = element_of(a, s, column + j)](int t) { return input_at(a, image, position_of(a, s, t), e); };
     };
-    float sums[kMine][kMine];
+    float sums[kPerThread][kPerThread];
     multiply(staging, s.positions, left, right, sums);
     double square = 0;
-    for (int i = 0; i < kMine; ++i)
-      for (int j = 0; j < kMine; ++j) square += static_cast<double>(sums[i][j]) * sums[i][j];
+    for (int i = 0; i < kPerThread; ++i)
+      for (int j = 0; j < kPerThread; ++j) square += static_cast<double>(sums[i][j]) * sums[i][j];
     square = block_sum(square);
     if (threadIdx.x == 0) a.out[n * gridDim.x + blockIdx.x] = square;
   }
 }
 
-// A block forms one tile of both Gram matrices, positions x positions, and multiplies them; tiles below the diagonal
-// are left to their mirror images, which count twice.
-__global__ void gram(GhostConv a, Sizes s, int tiles) {
+// A block forms one tile of each Gram matrix, whose size is positions x positions, and takes their inner product. Tiles
+// below the diagonal are skipped, and those above it count twice.
+__global__ void gram(Convolution a, Sizes s, int tiles) {
   __shared__ Staging staging;
   const int group = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
   const int row = tile / tiles * kTile, column = tile % tiles * kTile;
@@ -157,19 +159,19 @@ __global__ void gram(GhostConv a, Sizes s, int tiles) {
           return [&, t = position_of(a, s, first + i)](int p) { return gradient_at(a, s, grads, t, p); };
         };
       };
-      float inputs[kMine][kMine], gradients[kMine][kMine];
+      float inputs[kPerThread][kPerThread], gradients[kPerThread][kPerThread];
       multiply(staging, s.inputs, patch(row), patch(column), inputs);
       multiply(staging, s.outputs, gradient(row), gradient(column), gradients);
-      for (int i = 0; i < kMine; ++i)
-        for (int j = 0; j < kMine; ++j) product += static_cast<double>(inputs[i][j]) * gradients[i][j];
+      for (int i = 0; i < kPerThread; ++i)
+        for (int j = 0; j < kPerThread; ++j) product += static_cast<double>(inputs[i][j]) * gradients[i][j];
       product = block_sum(row == column ? product : 2 * product);
     }
     if (threadIdx.x == 0) a.out[n * gridDim.x + blockIdx.x] = product;
   }
 }
 
-// A block takes one output channel of a convolution with one input channel a group: a dot product for each offset.
-__global__ void depthwise(GhostConv a, Sizes s) {
+// A block computes one output channel of a convolution with one input channel per group: one dot product per offset.
+__global__ void depthwise(Convolution a, Sizes s) {
   const int64_t output = blockIdx.x;
   for (int64_t n = blockIdx.y; n < a.batch; n += gridDim.y) {
     const float* image = a.a + n * a.a_strides[0] + output / s.outputs * a.a_strides[1];
@@ -189,14 +191,14 @@ __global__ void depthwise(GhostConv a, Sizes s) {
   }
 }
 
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
 
 int narrow(int64_t size) {
-  if (size > kMost - kTile) throw std::invalid_argument("ghost_conv: a layer has too many positions or weights");
+  if (size > kMaxInt - kTile) throw std::invalid_argument("convolution: a layer has too many positions or weights");
   return static_cast<int>(size);
 }
 
-Sizes sizes_of(const GhostConv& a) {
+Sizes sizes_of(const Convolution& a) {
   const int64_t offsets = a.kernel[0] * a.kernel[1], channels = a.channels / a.groups;
   return {narrow(channels),           narrow(a.outputs / a.groups),       narrow(offsets),
           narrow(channels * offsets), narrow(a.out_height * a.out_width), narrow(a.kernel[1]),
@@ -207,31 +209,31 @@ int tiles_of(int size) { return (size + kTile - 1) / kTile; }
 
 }  // namespace
 
-int64_t ghost_parts(const GhostConv& args) {
+int64_t parts(const Convolution& args) {
   const Sizes s = sizes_of(args);
-  if (args.way == 2) return args.outputs;
-  const int64_t rows = tiles_of(args.way == 1 ? s.positions : s.outputs);
-  const int64_t columns = tiles_of(args.way == 1 ? s.positions : s.inputs);
+  if (args.algorithm == kDepthwise) return args.outputs;
+  const int64_t rows = tiles_of(args.algorithm == kGram ? s.positions : s.outputs);
+  const int64_t columns = tiles_of(args.algorithm == kGram ? s.positions : s.inputs);
   return rows * columns * args.groups;
 }
 
-void ghost_conv_cuda(const GhostConv& args, void* stream) {
-  ghost_check(args);
+void squared_norms_cuda(const Convolution& args, void* stream) {
+  check(args);
   if (args.batch == 0) return;
   const Sizes s = sizes_of(args);
-  const int64_t parts = ghost_parts(args);
-  if (parts > kMost) throw std::invalid_argument("ghost_conv: too many tiles for one launch");
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(std::min(args.batch, kMostBlocks)));
+  const int64_t tiles = parts(args);
+  if (tiles > kMaxInt) throw std::invalid_argument("convolution: too many tiles for one launch");
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(args.batch, kMaxBlocks)));
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (args.way == 2) {
+  if (args.algorithm == kDepthwise) {
     depthwise<<<grid, kThreads, 0, queue>>>(args, s);
-  } else if (args.way == 1) {
+  } else if (args.algorithm == kGram) {
     gram<<<grid, kThreads, 0, queue>>>(args, s, tiles_of(s.positions));
   } else {
     direct<<<grid, kThreads, 0, queue>>>(args, s, tiles_of(s.outputs), tiles_of(s.inputs));
   }
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("ghost_conv: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("convolution: ") + cudaGetErrorString(error));
 }
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

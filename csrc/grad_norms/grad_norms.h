@@ -1,34 +1,42 @@
-// Norms of per-sample gradients without the gradients: the C++ surface.
+// Squared norms of a convolution's per-sample weight gradients, without storing the gradients.
+//
+// The weight gradient of sample n is G_n = sum_t b_t a_t^T over the output positions t, where a_t is the patch of the
+// input at t and b_t the output gradient at t.
 #pragma once
 
 #include <cstdint>
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 
-// A convolution's inputs and output gradients, of which the per-sample weight gradients G_n follow.
-struct GhostConv {
-  const float* a;        // (N, channels, height, width)
-  int64_t a_strides[4];  // in elements
-  const float* b;        // (N, outputs, out_height, out_width)
+enum Algorithm : int {
+  kDirect = 0,     // form G tile by tile and square it
+  kGram = 1,       // ||G||^2 = sum over t, s of <a_t, a_s> <b_t, b_s>; on a CPU from Gram matrices of pixels
+  kDepthwise = 2,  // for one input channel per group: each element of G is one dot product
+};
+
+// A convolution's inputs a and output gradients b. Strides count elements.
+struct Convolution {
+  const float* a;  // (N, channels, height, width)
+  int64_t a_strides[4];
+  const float* b;  // (N, outputs, out_height, out_width)
   int64_t b_strides[4];
   int64_t batch, channels, height, width, outputs, out_height, out_width;
   int64_t kernel[2], stride[2], dilation[2];
   int64_t pad[2];  // zeros above and to the left
   int64_t groups;
-  int way;      // 0: form G tile by tile; 1: Gram matrices (on a CPU of pixels); 2: one channel a group
-  double* out;  // (N,): ||G_n||^2; on a GPU (N, parts), to be summed over the parts
-  int threads, isa_limit;
+  int algorithm;
+  double* out;             // (N,): ||G_n||^2; on a GPU (N, parts), whose rows the caller must sum
+  int threads, isa_limit;  // ignored on a GPU
 };
 
-// Throws std::invalid_argument on inconsistent sizes.
-void ghost_check(const GhostConv& args);
+// Throws std::invalid_argument if sizes are inconsistent, as do the functions below.
+void check(const Convolution& args);
 
-// All of these throw as ghost_check does.
-void ghost_conv(const GhostConv& args);
+void squared_norms(const Convolution& args);
 #ifdef KDFAST_WITH_CUDA
-int64_t ghost_parts(const GhostConv& args);
-// `stream` is a cudaStream_t of the current device, which holds all operands.
-void ghost_conv_cuda(const GhostConv& args, void* stream);
+int64_t parts(const Convolution& args);
+// `stream` is a cudaStream_t of the current device, which must own all operands. Does not wait for the device.
+void squared_norms_cuda(const Convolution& args, void* stream);
 #endif
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

@@ -1,17 +1,18 @@
-// The vector loops of the per-sample gradient norms, for each instruction set. Sums run in the same order on all.
+// The vector loops of the per-sample gradient norms. Each struct with a static run<W> is compiled once per instruction
+// set; sums have the same order on all of them.
 #include "grad_norms/loops.h"
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 namespace {
 
 template <int W>
 KDFAST_INLINE Floats<W> broadcast(float x) {
   Floats<W> r;
-  KDFAST_EACH_PART(k) r.part[k] = x - typename Floats<W>::Part{};  // unlike a sum with zero this is no operation
+  KDFAST_EACH_PART(k) r.part[k] = x - typename Floats<W>::Part{};  // x - 0, unlike x + 0, compiles to no arithmetic
   return r;
 }
 
-// Fused where the hardware can; elsewhere the C library would take hundreds of times as long.
+// Fused where the hardware has the instruction; the C library's fma would take hundreds of times as long.
 template <int W>
 KDFAST_INLINE Floats<W> multiply_add(Floats<W> a, Floats<W> b, Floats<W> c) {
   if constexpr (W >= 8) return fma(a, b, c);
@@ -22,7 +23,8 @@ KDFAST_INLINE Floats<W> multiply_add(Floats<W> a, Floats<W> b, Floats<W> c) {
 #define KDFAST_EACH_VECTOR(j) _Pragma("GCC unroll 3") for (int j = 0; j < V; ++j)
 
 template <int W, int R, int V>
-KDFAST_INLINE void multiply_part(Walk left, Walk right, int64_t rows, int64_t count, float* out, int64_t ld, bool add) {
+KDFAST_INLINE void multiply_part(Panel left, Panel right, int64_t rows, int64_t count, float* out, int64_t ld,
+                                 bool add) {
   Floats<W> sums[R][V];
   KDFAST_EACH_ROW(i) KDFAST_EACH_VECTOR(j) sums[i][j] = broadcast<W>(0);
   for (int64_t y = 0; y < rows; ++y) {
@@ -42,49 +44,55 @@ KDFAST_INLINE void multiply_part(Walk left, Walk right, int64_t rows, int64_t co
   }
 }
 
-// One register tile of eight rows, in as many parts as it takes to keep the sums in registers.
+// One register tile of eight rows, split into parts whose sums fit the registers.
 template <int W, int V>
-KDFAST_INLINE void multiply_tile(Walk left, Walk right, int64_t rows, int64_t count, float* out, int64_t ld, bool add) {
+KDFAST_INLINE void multiply_tile(Panel left, Panel right, int64_t rows, int64_t count, float* out, int64_t ld,
+                                 bool add) {
   if constexpr (W == 16) {
     multiply_part<W, kTileRows, V>(left, right, rows, count, out, ld, add);
   } else {
     constexpr int R = W == 8 ? 4 : 2;
     for (int j = 0; j < V; ++j) {
       for (int i = 0; i < kTileRows; i += R) {
-        const Walk l{left.data + i, left.step, left.row}, r{right.data + j * kLanes, right.step, right.row};
+        const Panel l{left.data + i, left.step, left.row}, r{right.data + j * kLanes, right.step, right.row};
         multiply_part<W, R, 1>(l, r, rows, count, out + i * ld + j * kLanes, ld, add);
       }
     }
   }
 }
 
-template <int W>
-KDFAST_INLINE void multiply(int vectors, Walk left, Walk right, int64_t rows, int64_t count, float* out, int64_t ld,
-                            bool add) {
-  if (vectors == 3) {
-    multiply_tile<W, 3>(left, right, rows, count, out, ld, add);
-  } else if (vectors == 2) {
-    multiply_tile<W, 2>(left, right, rows, count, out, ld, add);
-  } else {
-    multiply_tile<W, 1>(left, right, rows, count, out, ld, add);
+struct Multiply {
+  template <int W>
+  KDFAST_INLINE static void run(int vectors, Panel left, Panel right, int64_t rows, int64_t count, float* out,
+                                int64_t ld, bool add) {
+    if (vectors == 3) {
+      multiply_tile<W, 3>(left, right, rows, count, out, ld, add);
+    } else if (vectors == 2) {
+      multiply_tile<W, 2>(left, right, rows, count, out, ld, add);
+    } else {
+      multiply_tile<W, 1>(left, right, rows, count, out, ld, add);
+    }
   }
-}
+};
 
-template <int W>
-KDFAST_INLINE double weighted(const float* const* rows, int count, const float* weights, int64_t begin, int64_t end) {
-  if (count == 0) return 0;
-  Floats<W> sum = broadcast<W>(0);
-  for (int64_t s = begin; s < end; s += kLanes) {
-    Floats<W> v = load<W>(rows[0] + s);
-    for (int r = 1; r < count; ++r) v = v + load<W>(rows[r] + s);
-    sum = multiply_add(v, load<W>(weights + s), sum);
+struct WeightedSum {
+  template <int W>
+  KDFAST_INLINE static double run(const float* const* rows, int count, const float* weights, int64_t begin,
+                                  int64_t end) {
+    if (count == 0) return 0;
+    Floats<W> sum = broadcast<W>(0);
+    for (int64_t s = begin; s < end; s += kLanes) {
+      Floats<W> v = load<W>(rows[0] + s);
+      for (int r = 1; r < count; ++r) v = v + load<W>(rows[r] + s);
+      sum = multiply_add(v, load<W>(weights + s), sum);
+    }
+    return sum_of(sum);
   }
-  return sum_of(sum);
-}
+};
 
 template <int W, int R>
-KDFAST_INLINE double correlate_rows(const float* const* rows, const float* x, int64_t size) {
-  // Blocks of floats are added up in double, so that the error does not grow with the size.
+KDFAST_INLINE double squared_dots(const float* const* rows, const float* x, int64_t size) {
+  // Blocks of floats are added in double, so that the error does not grow with the size.
   constexpr int64_t kBlock = 64 * kLanes;
   double totals[R] = {};
   for (int64_t begin = 0; begin < size; begin += kBlock) {
@@ -101,50 +109,45 @@ KDFAST_INLINE double correlate_rows(const float* const* rows, const float* x, in
   return square;
 }
 
-template <int W>
-KDFAST_INLINE double correlate(const float* const* rows, int count, const float* x, int64_t size) {
-  double total = 0;
-  int r = 0;
-  for (; r + 9 <= count; r += 9) total += correlate_rows<W, 9>(rows + r, x, size);
-  for (; r + 3 <= count; r += 3) total += correlate_rows<W, 3>(rows + r, x, size);
-  for (; r < count; ++r) total += correlate_rows<W, 1>(rows + r, x, size);
-  return total;
-}
-
-template <int W>
-KDFAST_INLINE double square(const float* x, int64_t size) {
-  constexpr int64_t kBlock = 64 * kLanes;
-  double total = 0;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    Floats<W> sum = broadcast<W>(0);
-    for (int64_t s = begin; s < std::min(begin + kBlock, size); s += kLanes) {
-      const Floats<W> v = load<W>(x + s);
-      sum = multiply_add(v, v, sum);
-    }
-    total += sum_of(sum);
+struct SquaredDots {
+  template <int W>
+  KDFAST_INLINE static double run(const float* const* rows, int count, const float* x, int64_t size) {
+    double total = 0;
+    int r = 0;
+    for (; r + 9 <= count; r += 9) total += squared_dots<W, 9>(rows + r, x, size);
+    for (; r + 3 <= count; r += 3) total += squared_dots<W, 3>(rows + r, x, size);
+    for (; r < count; ++r) total += squared_dots<W, 1>(rows + r, x, size);
+    return total;
   }
-  return total;
+};
+
+struct SumOfSquares {
+  template <int W>
+  KDFAST_INLINE static double run(const float* x, int64_t size) {
+    constexpr int64_t kBlock = 64 * kLanes;
+    double total = 0;
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+      Floats<W> sum = broadcast<W>(0);
+      for (int64_t s = begin; s < std::min(begin + kBlock, size); s += kLanes) {
+        const Floats<W> v = load<W>(x + s);
+        sum = multiply_add(v, v, sum);
+      }
+      total += sum_of(sum);
+    }
+    return total;
+  }
+};
+
+template <class Isa>
+constexpr VectorLoops make_loops() {
+  return {Isa::template run<Multiply>, Isa::template run<WeightedSum>, Isa::template run<SquaredDots>,
+          Isa::template run<SumOfSquares>};
 }
 
-#define KDFAST_GHOST(suffix, width, attribute)                                                                  \
-  attribute void multiply_##suffix(int vectors, Walk left, Walk right, int64_t rows, int64_t count, float* out, \
-                                   int64_t ld, bool add) {                                                      \
-    multiply<width>(vectors, left, right, rows, count, out, ld, add);                                           \
-  }                                                                                                             \
-  attribute double weighted_##suffix(const float* const* rows, int count, const float* weights, int64_t begin,  \
-                                     int64_t end) {                                                             \
-    return weighted<width>(rows, count, weights, begin, end);                                                   \
-  }                                                                                                             \
-  attribute double correlate_##suffix(const float* const* rows, int count, const float* x, int64_t size) {      \
-    return correlate<width>(rows, count, x, size);                                                              \
-  }                                                                                                             \
-  attribute double square_##suffix(const float* x, int64_t size) { return square<width>(x, size); }             \
-  constexpr GhostKernels kernels_##suffix = {multiply_##suffix, weighted_##suffix, correlate_##suffix, square_##suffix};
-KDFAST_FOR_EACH_ISA(KDFAST_GHOST)
-#undef KDFAST_GHOST
+constexpr VectorLoops kLoops[] = KDFAST_FOR_EACH_ISA(make_loops);
 
 }  // namespace
 
-const GhostKernels& ghost_kernels(int isa_limit) { return KDFAST_PICK_ISA(isa_level(isa_limit), kernels); }
+const VectorLoops& vector_loops(int isa_limit) { return kLoops[isa_level(isa_limit)]; }
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

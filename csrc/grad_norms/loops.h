@@ -1,46 +1,45 @@
-// The vector loops of the per-sample gradient norms, and the scratch they work on.
+// The vector loops of the per-sample gradient norms.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "common/simd.h"
 
-namespace kdfast {
+namespace kdfast::grad_norms {
 
-// Rows of a register tile, and the most vectors in one of them.
+// Rows of a register tile, and its maximal width.
 constexpr int kTileRows = 8;
 constexpr int64_t kTileVectors = 3;
 constexpr int64_t kTileWidth = kTileVectors * kLanes;
 
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// Floats from one row of a packed matrix to the next: an odd number of vectors, so that the cache lines of a column are
+// spread over the sets of the cache.
+constexpr int64_t packed_stride(int64_t n) { return (round_up(n, kLanes) / kLanes | 1) * kLanes; }
 
-// Floats from one row of a packed matrix to the next: whole vectors, an odd number of them, so that a column's cache
-// lines do not all fall into a few sets of the cache.
-constexpr int64_t packed_row(int64_t n) { return (round_up(n, kLanes) / kLanes | 1) * kLanes; }
-
-// left[y * row + t * step + i] for rows y and t in [0, count).
-struct Walk {
+// Element i at position (y, t) is data[y * row + t * step + i].
+struct Panel {
   const float* data;
   int64_t step, row;
 };
 
-struct GhostKernels {
-  // out (8, 16 vectors), with ld floats a row, (+)= sum over y < rows and t < count of left[i] * right[j].
-  void (*multiply)(int vectors, Walk left, Walk right, int64_t rows, int64_t count, float* out, int64_t ld, bool add);
-  // sum over s in [begin, end) of weights[s] * (sum over r < count of rows[r][s]); reads up to 15 further elements,
-  // where weights must be zero.
-  double (*weighted)(const float* const* rows, int count, const float* weights, int64_t begin, int64_t end);
-  // Squares of sum over s < size of x[s] * rows[r][s], summed over r < count; reads on as `weighted`, x being zero.
-  double (*correlate)(const float* const* rows, int count, const float* x, int64_t size);
+struct VectorLoops {
+  // out (8, 16 vectors), with a row stride of ld floats, is set to, or with `add` increased by, the sum over y < rows
+  // and t < count of left[i] * right[j].
+  void (*multiply)(int vectors, Panel left, Panel right, int64_t rows, int64_t count, float* out, int64_t ld, bool add);
+  // Sum over s in [begin, end) of weights[s] * (sum over r < count of rows[r][s]). Reads up to 15 more elements, for
+  // which the weights must be zero.
+  double (*weighted_sum)(const float* const* rows, int count, const float* weights, int64_t begin, int64_t end);
+  // Sum over r < count of (sum over s < size of x[s] * rows[r][s])^2. Reads up to 15 more elements, for which x must be
+  // zero.
+  double (*squared_dots)(const float* const* rows, int count, const float* x, int64_t size);
   // Sum of squares; size is a multiple of 16.
-  double (*square)(const float* x, int64_t size);
+  double (*sum_of_squares)(const float* x, int64_t size);
 };
 
-const GhostKernels& ghost_kernels(int isa_limit);
+const VectorLoops& vector_loops(int isa_limit);
 
-// to[i] = from[i * step], and `to` steps by to_step.
+// to[i] = from[i * step].
 inline void copy_strided(const float* from, int64_t step, float* to, int64_t count) {
   if (step == 1) {
     std::copy(from, from + count, to);
@@ -49,4 +48,4 @@ inline void copy_strided(const float* from, int64_t step, float* to, int64_t cou
   }
 }
 
-}  // namespace kdfast
+}  // namespace kdfast::grad_norms

@@ -1,5 +1,5 @@
-// Rows of kd_loss that outgrow the nearest caches: taken a block of classes at a time, whose terms are relative to the
-// block's own largest elements, so that student and teacher are read once.
+// Rows of kd_loss that exceed the nearest caches, computed one block of classes at a time. The terms of a block are
+// relative to the block's own maxima, so that student and teacher are read once.
 #pragma once
 
 #include <algorithm>
@@ -10,70 +10,71 @@
 
 namespace kdfast {
 
-// What the terms of some classes are relative to: their largest elements, and where a reverse divergence counts from.
-struct Origin {
-  double z = -HUGE_VAL, t = -HUGE_VAL, from_t = -HUGE_VAL;
+// Values that the terms of some classes are relative to.
+struct Reference {
+  double max_z = -HUGE_VAL, max_t = -HUGE_VAL, origin = -HUGE_VAL;
 };
 
-// From terms that are relative to one origin to terms relative to another, whose largest elements are no smaller.
-class Move {
+// Converts terms relative to one reference to terms relative to another, whose maxima are at least as large.
+class Rescale {
  public:
-  Move(const KdLoss& a, const Origin& from, const Origin& to) : reverse_(a.reverse) {
-    const double inverse_t = a.use_kl ? 1.0 / a.temperature : 1.0, z = distance(from.z, to.z);
-    one_ = std::exp(z);
-    student_ = std::exp(z * inverse_t);
+  Rescale(const KdLoss& a, const Reference& from, const Reference& to) : reverse_(a.reverse) {
+    const double inverse_t = a.use_kl ? 1.0 / a.temperature : 1.0, z = difference(from.max_z, to.max_z);
+    e1_ = std::exp(z);
+    e_ = std::exp(z * inverse_t);
     if (!a.use_kl) return;
-    const double t = distance(from.t, to.t);
-    teacher_ = std::exp(t * inverse_t);
-    shift_ = (reverse_ ? z - distance(from.from_t, to.from_t) : t - z) * inverse_t;
+    const double t = difference(from.max_t, to.max_t);
+    u_ = std::exp(t * inverse_t);
+    gap_ = (reverse_ ? z - difference(from.origin, to.origin) : t - z) * inverse_t;
   }
 
-  // Sums relative to `to`.
+  // Sums relative to `to` from sums relative to `from`.
   Sums sums(const Sums& s) const {
-    const double mass = reverse_ ? s.student : s.teacher, factor = reverse_ ? student_ : teacher_;
-    return {share(one_, s.one), share(student_, s.student), share(teacher_, s.teacher),
-            mass == 0 ? 0.0 : share(factor, s.cross + mass * shift_)};
+    const double mass = reverse_ ? s.e : s.u, factor = reverse_ ? e_ : u_;
+    return {product(e1_, s.e1), product(e_, s.e), product(u_, s.u),
+            mass == 0 ? 0.0 : product(factor, s.cross + mass * gap_)};
   }
 
-  // Slopes for terms relative to `from`, out of those for terms relative to `to`.
+  // Slopes for terms relative to `from` from slopes for terms relative to `to`.
   Slopes slopes(const Slopes& s) const {
-    return {static_cast<float>(one_ * s.one), static_cast<float>(student_ * s.student),
-            static_cast<float>(teacher_ * s.teacher), static_cast<float>(s.shift - shift_)};
+    return {static_cast<float>(e1_ * s.e1), static_cast<float>(e_ * s.e), static_cast<float>(u_ * s.u),
+            static_cast<float>(s.shift - gap_)};
   }
 
  private:
-  static double distance(double from, double to) { return from == to ? 0.0 : from - to; }
+  static double difference(double from, double to) { return from == to ? 0.0 : from - to; }
 
-  // f x, but 0 where f is and x is infinite.
-  static double share(double f, double x) { return f == 0 && std::isinf(x) ? 0.0 : f * x; }
+  // f x, but 0 if f is 0 and x is infinite.
+  static double product(double f, double x) { return f == 0 && std::isinf(x) ? 0.0 : f * x; }
 
   bool reverse_;
-  double one_ = 0, student_ = 0, teacher_ = 0, shift_ = 0;
+  double e1_ = 0, e_ = 0, u_ = 0;  // factors of the terms
+  double gap_ = 0;                 // added to a - b (forward) or b - a (reverse)
 };
 
 class LongRows {
  public:
-  static constexpr int64_t kLeast = 100000;  // classes from which on this is faster than DenseRows
+  static constexpr int64_t kMinClasses = 100000;  // with fewer classes, DenseRows is faster
 
-  // `floats`: scratch, 3 * width.
-  LongRows(const Job& job, float* floats, int64_t width)
-      : job_(job), a_(job.args), s_{floats, floats + width, floats + 2 * width}, fetches_(job.args, floats) {
-    const int64_t least = (a_.logits.cols + kMostBlocks - 1) / kMostBlocks;
-    size_ = std::max(kLeastBlock, (least + kLanes - 1) / kLanes * kLanes);
+  // `floats` is scratch of 3 * width floats.
+  LongRows(const CallContext& call, float* floats, int64_t width)
+      : call_(call), a_(call.args), s_{floats, floats + width, floats + 2 * width}, prefetcher_(call.args, floats) {
+    const int64_t least = (a_.logits.cols + kMaxBlocks - 1) / kMaxBlocks;
+    size_ = std::max(kMinBlock, round_up(least, kLanes));
   }
 
   void add(int64_t i) {
     DenseRow row{};
-    row.at = i;
+    row.index = i;
     row.label = label_of(a_, i);
     sum(&row);
-    const double log_ratio = a_.use_kl ? std::log(row.sums.student / row.sums.teacher) : 0.0;
-    const double factor = put_row_loss(job_, row, std::log(row.sums.one), log_ratio) * a_.hold;
-    if (a_.grad) put_gradient(row, slopes_of(job_, row.sums, factor), factor);
+    const double log_ratio = a_.use_kl ? std::log(row.sums.e / row.sums.u) : 0.0;
+    const double factor = store_row_loss(call_, row, std::log(row.sums.e1), log_ratio) * a_.grad_scale;
+    if (a_.grad) store_gradients(row, slopes_of(call_, row.sums, factor), factor);
   }
 
  private:
-  static constexpr int64_t kMostBlocks = 128, kLeastBlock = 4096;
+  static constexpr int64_t kMaxBlocks = 128, kMinBlock = 4096;
 
   Span span(int64_t block) const { return {block * size_, std::min(size_, a_.logits.cols - block * size_)}; }
 
@@ -82,47 +83,46 @@ class LongRows {
   void sum(DenseRow* row) {
     whole_ = {};
     for (int64_t block = 0; block * size_ < a_.logits.cols; ++block) {
-      Origin& own = origins_[block];
-      const Sums part = block_sums(*row, block, &own);
-      const Origin to{std::max(whole_.z, own.z), std::max(whole_.t, own.t),
-                      own.z > whole_.z ? own.from_t : whole_.from_t};
-      const Sums before = Move(a_, whole_, to).sums(row->sums), added = Move(a_, own, to).sums(part);
-      row->sums = {before.one + added.one, before.student + added.student, before.teacher + added.teacher,
-                   before.cross + added.cross};
+      Reference& own = blocks_[block];
+      const Sums block_part = sum_block(*row, block, &own);
+      const Reference to{std::max(whole_.max_z, own.max_z), std::max(whole_.max_t, own.max_t),
+                         own.max_z > whole_.max_z ? own.origin : whole_.origin};
+      const Sums before = Rescale(a_, whole_, to).sums(row->sums), added = Rescale(a_, own, to).sums(block_part);
+      row->sums = {before.e1 + added.e1, before.e + added.e, before.u + added.u, before.cross + added.cross};
       whole_ = to;
     }
-    row->max_z = static_cast<float>(whole_.z);
-    row->max_t = static_cast<float>(whole_.t);
-    row->from_t = static_cast<float>(whole_.from_t);
-    row->z_label = row->label < 0 ? 0.0 : element(a_.logits, row->at, row->label) - whole_.z;
+    row->max_z = static_cast<float>(whole_.max_z);
+    row->max_t = static_cast<float>(whole_.max_t);
+    row->origin = static_cast<float>(whole_.origin);
+    row->z_label = row->label < 0 ? 0.0 : element(a_.logits, row->index, row->label) - whole_.max_z;
   }
 
-  // Sums of a block and what they are relative to.
-  Sums block_sums(DenseRow row, int64_t block, Origin* own) const {
+  // Returns the sums of a block and their reference.
+  Sums sum_block(DenseRow row, int64_t block, Reference* own) const {
     row.s = scratch(block);
-    load_span(job_, span(block), &row);
-    // Masked classes have no terms, whatever they are relative to.
+    load_span(call_, span(block), &row);
+    // In a block of masked classes only, every term is 0 relative to any finite number.
     const float max_z = row.max_z, max_t = row.max_t;
-    for (float* x : {&row.max_z, &row.max_t, &row.from_t}) *x = *x == -kInf ? 0.0f : *x;
-    *own = {max_z, max_t, row.from_t};
-    sum_span(job_, span(block).size, fetches_.during(row.at, span(block)), &row);
+    for (float* x : {&row.max_z, &row.max_t, &row.origin}) *x = *x == -kInf ? 0.0f : *x;
+    *own = {max_z, max_t, row.origin};
+    sum_span(call_, span(block).size, prefetcher_.for_span(row.index, span(block)), &row);
     return row.sums;
   }
 
-  // From the block whose terms were computed last, and lie nearest.
-  void put_gradient(DenseRow row, const Slopes& slopes, double factor) const {
+  // Starts with the last block, whose terms are still in the nearest cache.
+  void store_gradients(DenseRow row, const Slopes& slopes, double factor) const {
     for (int64_t block = (a_.logits.cols - 1) / size_; block >= 0; --block) {
       row.s = scratch(block);
-      put_gradient_span(job_, row, span(block), Move(a_, origins_[block], whole_).slopes(slopes), factor);
+      store_gradient_span(call_, row, span(block), Rescale(a_, blocks_[block], whole_).slopes(slopes), factor);
     }
   }
 
-  const Job& job_;
+  const CallContext& call_;
   const KdLoss& a_;
   Scratch s_;
-  Fetches fetches_;
-  int64_t size_;  // of a block, in classes
-  Origin origins_[kMostBlocks], whole_;
+  Prefetcher prefetcher_;
+  int64_t size_;  // classes per block
+  Reference blocks_[kMaxBlocks], whole_;
 };
 
 }  // namespace kdfast

@@ -1,8 +1,9 @@
-// Vector loops over one row of logits: largest element, sums of exponentials, gradient; compiled once per instruction
-// set.
+// Vector loops over one row of logits: its largest element, the sums of its terms, and its gradient. Each struct with a
+// static run<W> is compiled once per instruction set; row_loops.h defines the terms e1, e and u.
 #include "kd_loss/row_loops.h"
 
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 #include "common/simd.h"
@@ -11,8 +12,9 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements whose float sums are added up before they go into a double
+constexpr int64_t kBlock = 1024;  // elements summed in float lanes before the lanes are added to a double
 
+// e1 from e, unless the power is kPowerAny.
 template <int kPower, int W>
 KDFAST_INLINE Floats<W> raise(Floats<W> e) {
   if constexpr (kPower == kPowerTwo || kPower == kPowerFour) e = e * e;
@@ -20,8 +22,8 @@ KDFAST_INLINE Floats<W> raise(Floats<W> e) {
   return e;
 }
 
-// Largest of n elements. Writes them as floats to `out`, followed by a vector of -inf; when the row is read in place
-// (kCopy false), writes only the last vector of them.
+// Returns the largest of n elements. With kCopy, writes them as floats to `out`, followed by -inf; else only the last
+// vector of them.
 template <bool kCopy, int W, class T>
 KDFAST_INLINE float load_row(const T* p, int64_t n, float* out) {
   Floats<W> m = splat<W>(-kInf), m2 = m;
@@ -39,7 +41,7 @@ KDFAST_INLINE float load_row(const T* p, int64_t n, float* out) {
     i += kLanes;
   }
   if (i < n && n >= kLanes) {
-    // The last full vector, part of it for the second time, is cheaper than part of one.
+    // Processing the last 16 elements, some of them twice, is cheaper than processing a partial vector.
     const Floats<W> a = decode<W>(p + n - kLanes);
     m2 = max(a, m2);
     store(out + n - kLanes, a);
@@ -66,95 +68,103 @@ KDFAST_INLINE float load_strided(const T* p, int64_t stride, int64_t n, float* o
   return max_of(m);
 }
 
-template <int W, class T>
-KDFAST_INLINE float load_any(const T* p, int64_t stride, int64_t n, float* out, bool copy) {
-  if (stride != 1) return load_strided<W>(p, stride, n, out);
-  return copy ? load_row<true, W>(p, n, out) : load_row<false, W>(p, n, out);
-}
+template <class T>
+struct LoadRow {
+  template <int W>
+  KDFAST_INLINE static float run(const void* data, int64_t stride, int64_t n, float* out, bool copy) {
+    const T* p = static_cast<const T*>(data);
+    if (stride != 1) return load_strided<W>(p, stride, n, out);
+    return copy ? load_row<true, W>(p, n, out) : load_row<false, W>(p, n, out);
+  }
+};
 
-// Full vectors of a row come from where it lies, the partial one from the scratch that load_row padded.
+// Loads a full vector from the row itself, but the partial one from the scratch in which load_row padded it.
 template <int W>
 KDFAST_INLINE Floats<W> load_padded(const float* p, const float* scratch, int64_t i, int64_t n) {
   return load<W>((i + kLanes <= n ? p : scratch) + i);
 }
 
-// Starts to fetch what lies ahead of the vector at class i.
-KDFAST_INLINE void fetch(const Ahead& a, int64_t i) {
-  __builtin_prefetch(a.z + i * a.z_size);
-  __builtin_prefetch(a.t + i * a.t_size);
-  __builtin_prefetch(a.grad + i * a.grad_size, 1);
+// Prefetches the classes from i on.
+KDFAST_INLINE void prefetch_at(const Prefetch& p, int64_t i) {
+  __builtin_prefetch(p.z + i * p.z_size);
+  __builtin_prefetch(p.t + i * p.t_size);
+  __builtin_prefetch(p.grad + i * p.grad_size, 1);
 }
 
-// Sums of a student's row. The scratch of the row receives the terms when they are to be kept.
-template <int kPower, int W>
-KDFAST_INLINE Sums student_sums(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s,
-                                const Ahead& ahead) {
-  const Ahead next = ahead;  // a copy, as no store of the loop can change it
-  Sum<W> one, student;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      fetch(next, i);
-      const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
-      const Floats<W> e = exp_nonpositive(d * splat<W>(inv_t));
-      const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
-      student.add(e);
-      one.add(e1);
-      if (keep) store(s.e + i, e);
-      if (kPower == kPowerAny && keep) store(s.e1 + i, e1);
-    }
-    student.flush();
-    one.flush();
-  }
-  return {one.total, student.total, 0, 0};
-}
-
-// Sums of a student's and a teacher's row. To keep: e, u = exp((t - max t) / T) (b - a when kReverse) and e1.
-template <int kPower, bool kReverse, int W>
-KDFAST_INLINE Sums pair_sums(const float* z, const float* t, int64_t n, float max_z, float max_t, float from_t,
-                             float inv_t, bool keep, Scratch s, const Ahead& ahead) {
-  const Ahead next = ahead;  // a copy, as no store of the loop can change it
-  Sum<W> one, student, teacher, cross;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      fetch(next, i);
-      const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
-      const Floats<W> b = d * splat<W>(inv_t);
-      const Floats<W> teacher_logits = load_padded<W>(t, s.u, i, n);
-      const Floats<W> a = (teacher_logits - splat<W>(max_t)) * splat<W>(inv_t);
-      const Floats<W> e = exp_nonpositive(b);
-      const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
-      const Floats<W> u = exp_nonpositive(a);
-      student.add(e);
-      one.add(e1);
-      teacher.add(u);
-      // A class of probability zero adds nothing, even where the other side's logarithm is infinite.
-      const Floats<W> weight = kReverse ? e : u;
-      const Floats<W> gap = kReverse ? b - (teacher_logits - splat<W>(from_t)) * splat<W>(inv_t) : a - b;
-      cross.add_product(weight, where_nonzero(weight, gap));
-      if (keep) {
-        store(s.e + i, e);
-        store(s.u + i, kReverse ? gap : u);
-        if (kPower == kPowerAny) store(s.e1 + i, e1);
+template <int kPower>
+struct StudentSums {
+  template <int W>
+  KDFAST_INLINE static Sums run(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s,
+                                const Prefetch& prefetch) {
+    const Prefetch next = prefetch;  // a copy, which no store of the loop can change
+    Sum<W> e1_sum, e_sum;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+      for (int64_t i = begin; i < end; i += kLanes) {
+        prefetch_at(next, i);
+        const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
+        const Floats<W> e = exp_nonpositive(d * splat<W>(inv_t));
+        const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
+        e_sum.add(e);
+        e1_sum.add(e1);
+        if (keep) store(s.e + i, e);
+        if (kPower == kPowerAny && keep) store(s.e1 + i, e1);
       }
+      e_sum.flush();
+      e1_sum.flush();
     }
-    student.flush();
-    one.flush();
-    teacher.flush();
-    cross.flush();
+    return {e1_sum.total, e_sum.total, 0, 0};
   }
-  return {one.total, student.total, teacher.total, cross.total};
-}
+};
+
+template <bool kReverse, int kPower>
+struct PairSums {
+  template <int W>
+  KDFAST_INLINE static Sums run(const float* z, const float* t, int64_t n, float max_z, float max_t, float origin,
+                                float inv_t, bool keep, Scratch s, const Prefetch& prefetch) {
+    const Prefetch next = prefetch;  // a copy, which no store of the loop can change
+    Sum<W> e1_sum, e_sum, u_sum, cross;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+      for (int64_t i = begin; i < end; i += kLanes) {
+        prefetch_at(next, i);
+        const Floats<W> d = load_padded<W>(z, s.e, i, n) - splat<W>(max_z);
+        const Floats<W> b = d * splat<W>(inv_t);
+        const Floats<W> teacher_logits = load_padded<W>(t, s.u, i, n);
+        const Floats<W> a = (teacher_logits - splat<W>(max_t)) * splat<W>(inv_t);
+        const Floats<W> e = exp_nonpositive(b);
+        const Floats<W> e1 = kPower == kPowerAny ? exp_nonpositive(d) : raise<kPower>(e);
+        const Floats<W> u = exp_nonpositive(a);
+        e_sum.add(e);
+        e1_sum.add(e1);
+        u_sum.add(u);
+        // A class of probability zero adds nothing, even if its other probability has an infinite logarithm.
+        const Floats<W> weight = kReverse ? e : u;
+        const Floats<W> gap = kReverse ? b - (teacher_logits - splat<W>(origin)) * splat<W>(inv_t) : a - b;
+        cross.add_product(weight, where_nonzero(weight, gap));
+        if (keep) {
+          store(s.e + i, e);
+          store(s.u + i, kReverse ? gap : u);
+          if (kPower == kPowerAny) store(s.e1 + i, e1);
+        }
+      }
+      e_sum.flush();
+      e1_sum.flush();
+      u_sum.flush();
+      cross.flush();
+    }
+    return {e1_sum.total, e_sum.total, u_sum.total, cross.total};
+  }
+};
 
 template <bool kReverse, int W>
 KDFAST_INLINE Floats<W> gradient_of(Floats<W> e, Floats<W> u, Floats<W> e1, Slopes s) {
-  if constexpr (!kReverse) return fma(e1, splat<W>(s.one), fma(e, splat<W>(s.student), u * splat<W>(-s.teacher)));
-  const Floats<W> soft = e * splat<W>(s.student) * (u - splat<W>(s.shift));
-  return fma(e1, splat<W>(s.one), where_nonzero(e, soft));
+  if constexpr (!kReverse) return fma(e1, splat<W>(s.e1), fma(e, splat<W>(s.e), u * splat<W>(-s.u)));
+  const Floats<W> kl_part = e * splat<W>(s.e) * (u - splat<W>(s.shift));
+  return fma(e1, splat<W>(s.e1), where_nonzero(e, kl_part));
 }
 
-template <int kPower, bool kReverse, int W>
+template <bool kReverse, int kPower, int W>
 KDFAST_INLINE Floats<W> gradient_at(Scratch s, bool has_teacher, int64_t i, Slopes slopes) {
   const Floats<W> e = load<W>(s.e + i);
   const Floats<W> u = has_teacher ? load<W>(s.u + i) : splat<W>(0);
@@ -162,93 +172,95 @@ KDFAST_INLINE Floats<W> gradient_at(Scratch s, bool has_teacher, int64_t i, Slop
   return gradient_of<kReverse>(e, u, e1, slopes);
 }
 
-// Writes the gradient of a row from the kept terms; without a teacher's terms u counts as zero.
-template <int kPower, bool kReverse, int W, class T>
-KDFAST_INLINE void write_gradient(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, T* out) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<T, float>) {
-    if (around && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-      for (; i + kLanes <= n; i += kLanes) stream(out + i, gradient_at<kPower, kReverse, W>(s, has_teacher, i, slopes));
-      stream_end();
+template <bool kReverse, int kPower, class T>
+struct WriteGradient {
+  template <int W>
+  KDFAST_INLINE static void run(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, void* to) {
+    T* out = static_cast<T*>(to);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (around && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+        for (; i + kLanes <= n; i += kLanes)
+          stream(out + i, gradient_at<kReverse, kPower, W>(s, has_teacher, i, slopes));
+        stream_fence();
+      }
+    }
+    for (; i + kLanes <= n; i += kLanes) encode(out + i, gradient_at<kReverse, kPower, W>(s, has_teacher, i, slopes));
+    if (i == n) return;
+    if (n >= kLanes) {
+      // Writing the last 16 elements, some of them twice, is cheaper than writing a partial vector.
+      encode(out + n - kLanes, gradient_at<kReverse, kPower, W>(s, has_teacher, n - kLanes, slopes));
+    } else {
+      encode_part(out, gradient_at<kReverse, kPower, W>(s, has_teacher, 0, slopes), n);
     }
   }
-  for (; i + kLanes <= n; i += kLanes) encode(out + i, gradient_at<kPower, kReverse, W>(s, has_teacher, i, slopes));
-  if (i == n) return;
-  if (n >= kLanes) {
-    // The last full vector once more, where it ends with the row, is cheaper than part of one.
-    encode(out + n - kLanes, gradient_at<kPower, kReverse, W>(s, has_teacher, n - kLanes, slopes));
-  } else {
-    encode_part(out, gradient_at<kPower, kReverse, W>(s, has_teacher, 0, slopes), n);
+};
+
+struct SumRow {
+  template <int W>
+  KDFAST_INLINE static double run(const float* p, int64_t n) {
+    Sum<W> s;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) s.add(load<W>(p + i));
+      s.flush();
+    }
+    return s.total;
   }
-}
+};
 
-// p is padded with zeros to a full vector.
-template <int W>
-KDFAST_INLINE double sum_row_body(const float* p, int64_t n) {
-  Sum<W> s;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) s.add(load<W>(p + i));
-    s.flush();
+template <class T>
+struct ScaleRow {
+  template <int W>
+  KDFAST_INLINE static void run(const void* from, void* to, int64_t n, float factor) {
+    const T* grad = static_cast<const T*>(from);
+    T* out = static_cast<T*>(to);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) encode(out + i, decode<W>(grad + i) * splat<W>(factor));
+    if (i < n) encode_part(out + i, decode_part<W>(grad + i, n - i, 0.0f) * splat<W>(factor), n - i);
   }
-  return s.total;
+};
+
+struct Logarithms {
+  template <int W>
+  KDFAST_INLINE static void run(double* x) {
+    store(x, log_positive(load<W>(static_cast<const double*>(x))));
+  }
+};
+
+template <class Isa, bool kReverse, int kPower>
+constexpr void set_teacher_kernels(RowKernels* k) {
+  k->pair_sums[kReverse][kPower] = Isa::template run<PairSums<kReverse, kPower>>;
+  k->gradient[kReverse][kPower][kFloat32] = Isa::template run<WriteGradient<kReverse, kPower, float>>;
+  k->gradient[kReverse][kPower][kBFloat16] = Isa::template run<WriteGradient<kReverse, kPower, BFloat16>>;
+  k->gradient[kReverse][kPower][kFloat16] = Isa::template run<WriteGradient<kReverse, kPower, Float16>>;
 }
 
-template <int W, class T>
-KDFAST_INLINE void scale_body(const T* grad, T* out, int64_t n, float factor) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) encode(out + i, decode<W>(grad + i) * splat<W>(factor));
-  if (i < n) encode_part(out + i, decode_part<W>(grad + i, n - i, 0.0f) * splat<W>(factor), n - i);
+template <class Isa, int... kPowers>
+constexpr RowKernels make_kernels_of(std::integer_sequence<int, kPowers...>) {
+  RowKernels k{};
+  k.load[kFloat32] = Isa::template run<LoadRow<float>>;
+  k.load[kBFloat16] = Isa::template run<LoadRow<BFloat16>>;
+  k.load[kFloat16] = Isa::template run<LoadRow<Float16>>;
+  ((k.student_sums[kPowers] = Isa::template run<StudentSums<kPowers>>), ...);
+  (set_teacher_kernels<Isa, false, kPowers>(&k), ...);
+  (set_teacher_kernels<Isa, true, kPowers>(&k), ...);
+  k.scale[kFloat32] = Isa::template run<ScaleRow<float>>;
+  k.scale[kBFloat16] = Isa::template run<ScaleRow<BFloat16>>;
+  k.scale[kFloat16] = Isa::template run<ScaleRow<Float16>>;
+  k.sum = Isa::template run<SumRow>;
+  k.logarithms = Isa::template run<Logarithms>;
+  return k;
 }
 
-// clang-format off
-#define KDFAST_ROW_KERNELS(suffix, W, attribute)                                                                                \
-  template <class T> attribute float load_##suffix(const void* p, int64_t stride, int64_t n, float* out, bool copy) {         \
-    return load_any<W>(static_cast<const T*>(p), stride, n, out, copy);                                                         \
-  }                                                                                                                          \
-  template <int P> attribute Sums student_##suffix(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s, \
-                                                   const Ahead& ahead) { \
-    return student_sums<P, W>(z, n, max_z, inv_t, keep, s, ahead);                                                                     \
-  }                                                                                                                          \
-  template <bool R, int P> attribute Sums pair_##suffix(const float* z, const float* t, int64_t n, float max_z, float max_t, \
-                                                        float from_t, float inv_t, bool keep, Scratch s, \
-                                                        const Ahead& ahead) {                   \
-    return pair_sums<P, R, W>(z, t, n, max_z, max_t, from_t, inv_t, keep, s, ahead);                                                           \
-  }                                                                                                                          \
-  template <bool R, int P, class T> attribute void gradient_##suffix(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around,  \
-                                                                     void* out) {                                            \
-    write_gradient<P, R, W>(s, has_teacher, n, slopes, around, static_cast<T*>(out));                                                   \
-  }                                                                                                                          \
-  template <class T> attribute void scale_##suffix(const void* grad, void* out, int64_t n, float factor) {                   \
-    scale_body<W>(static_cast<const T*>(grad), static_cast<T*>(out), n, factor);                                                \
-  }                                                                                                                          \
-  attribute double sum_##suffix(const float* p, int64_t n) { return sum_row_body<W>(p, n); }                                  \
-  attribute void logarithms_##suffix(double* x) { store(x, log_positive(load<W>(static_cast<const double*>(x)))); }
-KDFAST_FOR_EACH_ISA(KDFAST_ROW_KERNELS)
+template <class Isa>
+constexpr RowKernels make_kernels() {
+  return make_kernels_of<Isa>(std::make_integer_sequence<int, kPowerAny + 1>());
+}
 
-#define KDFAST_BY_TYPE(f) {f<float>, f<BFloat16>, f<Float16>}
-#define KDFAST_BY_POWER(f) {f<kPowerOne>, f<kPowerTwo>, f<kPowerFour>, f<kPowerAny>}
-#define KDFAST_BY_POWER_OF(f, r) {f<r, kPowerOne>, f<r, kPowerTwo>, f<r, kPowerFour>, f<r, kPowerAny>}
-#define KDFAST_GRADIENTS(f, r, p) {f<r, p, float>, f<r, p, BFloat16>, f<r, p, Float16>}
-#define KDFAST_GRADIENTS_OF(f, r)                                                    \
-  {KDFAST_GRADIENTS(f, r, kPowerOne), KDFAST_GRADIENTS(f, r, kPowerTwo),             \
-   KDFAST_GRADIENTS(f, r, kPowerFour), KDFAST_GRADIENTS(f, r, kPowerAny)}
-#define KDFAST_TABLE(suffix, W, attribute)                                              \
-  const RowKernels table_##suffix = {                                                \
-      KDFAST_BY_TYPE(load_##suffix),                                                 \
-      KDFAST_BY_POWER(student_##suffix),                                             \
-      {KDFAST_BY_POWER_OF(pair_##suffix, false), KDFAST_BY_POWER_OF(pair_##suffix, true)},      \
-      {KDFAST_GRADIENTS_OF(gradient_##suffix, false), KDFAST_GRADIENTS_OF(gradient_##suffix, true)}, \
-      KDFAST_BY_TYPE(scale_##suffix),                                                \
-      sum_##suffix,                                                                  \
-      logarithms_##suffix};
-KDFAST_FOR_EACH_ISA(KDFAST_TABLE)
-// clang-format on
+constexpr RowKernels kKernels[] = KDFAST_FOR_EACH_ISA(make_kernels);
 
 }  // namespace
 
-const RowKernels& row_kernels(int isa_limit) {
-  const int level = isa_level(isa_limit);
-  return KDFAST_PICK_ISA(level, table);
-}
+const RowKernels& row_kernels(int isa_limit) { return kKernels[isa_level(isa_limit)]; }
 
 }  // namespace kdfast

@@ -1,4 +1,11 @@
-// Vector loops over one row of logits, as a table of functions per instruction set.
+// Vector loops over one row of logits, as a table of functions for each instruction set.
+//
+// The terms of a row, for the student's logits z and the teacher's logits t:
+//   e1 = exp(z - max z)         of the student's softmax at temperature 1
+//   e  = exp((z - max z) / T)   of the student's softmax at temperature T
+//   u  = exp((t - max t) / T)   of the teacher's softmax at temperature T
+// The divergences also need the gap between the exponents b = (z - max z) / T and a = (t - origin) / T, where `origin`
+// is max t for the forward divergence. The reverse divergence keeps b - a in place of u.
 #pragma once
 
 #include <cstdint>
@@ -7,60 +14,58 @@
 
 namespace kdfast {
 
-// How exp(z) follows from e = exp(z / T): it is e (or not wanted), e squared once or twice, or an exponential of its
-// own.
+// How e1 follows from e: it equals e (or is not needed), is e squared once or twice, or is an exponential of its own.
 enum Power : int { kPowerOne = 0, kPowerTwo = 1, kPowerFour = 2, kPowerAny = 3 };
 
 struct Sums {
-  double one = 0;      // sum of exp(z - max z)
-  double student = 0;  // sum of exp((z - max z) / T)
-  double teacher = 0;  // sum of exp((t - max t) / T)
-  double cross = 0;    // sum of u (a - b), or e (b - a) for the reverse divergence; a, b: the two exponents
+  double e1 = 0, e = 0, u = 0;
+  double cross = 0;  // forward: sum of u (a - b); reverse: sum of e (b - a)
 };
 
+// Coefficients of the gradient: e1 * slope.e1 + e * slope.e - u * slope.u for the forward divergence, and
+// e1 * slope.e1 + e * slope.e * (b - a - shift) for the reverse divergence.
 struct Slopes {
-  float one = 0, student = 0, teacher = 0;  // factors of e1, e and u
-  float shift = 0;                          // what the reverse divergence subtracts from b - a
+  float e1 = 0, e = 0, u = 0, shift = 0;
 };
 
-// Vectors of one thread, each with room for a row rounded up to 16 floats.
+// The terms of one thread's row; each pointer has room for the row rounded up to 16 floats.
 struct Scratch {
   float *e, *u, *e1;
 };
 
-// Memory that is fetched while a row's sums are computed: they wait for arithmetic, the passes around them for memory.
-// Sizes in bytes a class; 0 where nothing is to be fetched.
-struct Ahead {
-  const char *z, *t;  // the rows to be loaded next
-  const char* grad;   // where this row's gradient will be written
+// Memory to prefetch while the sums of a row are computed: the sums are bound by arithmetic, the loops before and after
+// them by memory. Sizes are the bytes per class, 0 if there is nothing to prefetch.
+struct Prefetch {
+  const char *z, *t;  // the logits that are loaded next
+  const char* grad;   // the gradient that is written next
   int64_t z_size, t_size, grad_size;
 };
 
-// Whether a row of the gradient goes around the caches: it would drive out of them what is read.
+// Whether a row of the gradient is written around the caches, since it would evict the operands from them.
 constexpr bool is_streamed(int dtype, int64_t n) { return dtype == kFloat32 && n >= 16384; }
 
 // Outer indices: reverse divergence or not, Power, dtype code.
 struct RowKernels {
-  // Largest of n elements. Writes them as floats to `out`, the last vector padded with -inf; without `copy`, that
-  // vector only.
+  // Returns the largest of n elements. Writes the elements as floats to `out` and pads the last vector with -inf;
+  // unless `copy` is set, writes only that vector.
   float (*load[3])(const void* p, int64_t stride, int64_t n, float* out, bool copy);
-  // Sums over rows that `load` went through with `out` = s.e (the student's) and s.u (the teacher's); z and t may be
-  // those, or the rows themselves. Kept terms replace them: e, u (b - a for the reverse divergence) and, for kPowerAny,
-  // e1.
-  Sums (*student[4])(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s, const Ahead& ahead);
-  // `from_t`: where the teacher's exponents in `cross` and b - a count from, for the reverse divergence.
-  Sums (*pair[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float from_t, float inv_t,
-                     bool keep, Scratch s, const Ahead& ahead);
-  // Writes n classes of the gradient from the kept terms; floats go around the caches with `stream`.
+  // Sums over rows whose last vectors `load` has padded in s.e (student) and s.u (teacher); z and t may be those arrays
+  // or the operands themselves. With `keep`, the terms e, u and, for kPowerAny, e1 are stored in the scratch.
+  Sums (*student_sums[4])(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s,
+                          const Prefetch& prefetch);
+  // `origin` is the one above; the forward divergence ignores it.
+  Sums (*pair_sums[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float origin,
+                          float inv_t, bool keep, Scratch s, const Prefetch& prefetch);
+  // Writes n classes of the gradient from the kept terms; with `stream`, floats bypass the caches.
   void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool stream, void* out);
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);
-  // Sum of p[0, n), padded with zeros to a full vector.
+  // Sum of p[0, n); p is padded with zeros to a full vector.
   double (*sum)(const float* p, int64_t n);
   // Replaces sixteen positive numbers by their logarithms.
   void (*logarithms)(double* x);
 };
 
-// The table for the widest instruction set of this machine that is not above the limit.
+// The table of the widest instruction set that this machine has and that does not exceed the limit.
 const RowKernels& row_kernels(int isa_limit);
 
 }  // namespace kdfast

@@ -1,39 +1,35 @@
-// The curvature of a softmax head times products, on a CPU.
-#include <array>
+// Multiplies products by the curvature of a softmax head on a CPU: groups of sixteen samples split over threads.
 #include <stdexcept>
 
 #include "common/parallel.h"
 #include "softmax_head/sample_lanes.h"
 #include "softmax_head/softmax_head.h"
 
-namespace kdfast {
+namespace kdfast::softmax_head {
 namespace {
 
-#define KDFAST_CURVATURE(suffix, width, attribute)                                        \
-  template <class T>                                                                      \
-  attribute void curvature_##suffix(const HeadCurvature& a, int64_t begin, int64_t end) { \
-    curvature_groups<T, width>(a, begin, end);                                            \
-  }
-KDFAST_FOR_EACH_ISA(KDFAST_CURVATURE)
-#undef KDFAST_CURVATURE
+struct Kernels {
+  void (*apply[2])(const Curvature&, int64_t, int64_t);  // for float and double
+};
 
-#define KDFAST_CURVATURE_TABLE(suffix, width, attribute) \
-  const auto table_##suffix = std::array{curvature_##suffix<float>, curvature_##suffix<double>};
-KDFAST_FOR_EACH_ISA(KDFAST_CURVATURE_TABLE)
-#undef KDFAST_CURVATURE_TABLE
+template <class Isa>
+constexpr Kernels make_kernels() {
+  return {{Isa::template run<ApplyCurvature<float>>, Isa::template run<ApplyCurvature<double>>}};
+}
+
+constexpr Kernels kKernels[] = KDFAST_FOR_EACH_ISA(make_kernels);
 
 }  // namespace
 
-void head_curvature(const HeadCurvature& args) {
-  const HeadLogits& h = args.head;
-  check_head(h);
-  if (args.stride < h.rows) throw std::invalid_argument("products of a class are fewer than the samples");
+void apply_curvature(const Curvature& args) {
+  const Logits& h = args.logits;
+  check(h);
+  if (args.stride < h.rows) throw std::invalid_argument("the stride of the products is smaller than the samples");
   if (h.rows == 0 || args.vectors == 0) return;
-  const int level = isa_level(h.isa_limit);
-  const auto kernel = KDFAST_PICK_ISA(level, table)[h.wide];
+  const auto kernel = kKernels[isa_level(h.isa_limit)].apply[h.is_double];
   const int64_t cost = kLanes * (20 + h.classes / 4 + args.vectors * (h.classes / 8 + 1));
   parallel_rows((h.rows + kLanes - 1) / kLanes, cost, h.threads,
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-}  // namespace kdfast
+}  // namespace kdfast::softmax_head

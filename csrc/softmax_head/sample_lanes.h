@@ -1,8 +1,8 @@
-// Sixteen samples of a softmax head side by side in the lanes of a vector: their curvature times products.
+// The curvature of a softmax head times products, for sixteen samples at a time, one per lane.
 //
-// Samples come last in memory: a matrix product that writes them so fills its registers whatever the number of classes,
-// and here no sum goes across lanes. The curvature annihilates constants, so it is taken of products less that of the
-// likeliest class: nothing subtracts a probability from 1.
+// Samples are the last dimension in memory: the matrix product that writes them then fills its registers for any number
+// of classes, and no sum here crosses lanes. Since S 1 = 0, S is applied to products minus the product of the most
+// probable class, so that nothing subtracts a probability from 1.
 #pragma once
 
 #include <algorithm>
@@ -12,21 +12,21 @@
 #include "softmax_head/lanes.h"
 #include "softmax_head/softmax_head.h"
 
-namespace kdfast {
+namespace kdfast::softmax_head {
 
-constexpr int64_t kTerms = 64;  // that are added up in lanes before they go into doubles
+constexpr int64_t kTerms = 64;  // terms summed in lanes before the lanes are added to doubles
 
-// One part of the curvature: probabilities (classes, 16), and its weight.
+// One part of the curvature: the probabilities p (classes, 16) and the weight of diag(p) - p p^T.
 template <class T>
-struct Share {
+struct SoftmaxPart {
   const T* p;
   T weight;
 };
 
-// Sums of each lane.
+// One sum per lane.
 template <class T, int W>
 struct LaneSums {
-  Lanes<T, W> lanes = all<T, W>(0);
+  Lanes<T, W> lanes = broadcast<T, W>(0);
   double totals[kLanes] = {};
 
   KDFAST_INLINE void add(const Lanes<T, W>& v) { lanes = lanes + v; }
@@ -34,11 +34,11 @@ struct LaneSums {
     T now[kLanes];
     store(now, lanes);
     for (int i = 0; i < kLanes; ++i) totals[i] += static_cast<double>(now[i]);
-    lanes = all<T, W>(0);
+    lanes = broadcast<T, W>(0);
   }
 };
 
-// Elements of two vectors of four, numbered on from the first to the second.
+// Elements i, j, k and l of the concatenation of two vectors of four.
 template <int i, int j, int k, int l, class Four>
 KDFAST_INLINE Four shuffled(const Four& a, const Four& b) {
 #if defined(__clang__)
@@ -50,7 +50,7 @@ KDFAST_INLINE Four shuffled(const Four& a, const Four& b) {
 #endif
 }
 
-// Four numbers of each of four samples, from `from` on, to four samples of each of four classes, `stride` apart.
+// Transposes four numbers of each of four samples, starting at `from`, to four rows `stride` apart.
 template <class T>
 KDFAST_INLINE void transpose_four(const T* const z[4], int64_t from, T* out, int64_t stride) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
@@ -63,9 +63,9 @@ KDFAST_INLINE void transpose_four(const T* const z[4], int64_t from, T* out, int
   for (int j = 0; j < 4; ++j) std::memcpy(out + j * stride, &columns[j], sizeof columns[j]);
 }
 
-// The first `n` numbers of each of sixteen rows side by side: (n, 16), `stride` apart.
+// Transposes the first `n` numbers of sixteen rows to (n, 16), with rows `stride` apart.
 template <class T>
-KDFAST_INLINE void side_by_side(const T* const rows[kLanes], int64_t n, T* out, int64_t stride) {
+KDFAST_INLINE void transpose_rows(const T* const rows[kLanes], int64_t n, T* out, int64_t stride) {
   for (int i = 0; i < kLanes; i += 4) {
     const T* const* z = rows + i;
     int64_t j = 0;
@@ -75,24 +75,24 @@ KDFAST_INLINE void side_by_side(const T* const rows[kLanes], int64_t n, T* out, 
   }
 }
 
-// The largest logit of each sample, NaN where one of them is not finite, and the first class that has it.
+// Finds the largest logit of each sample, or NaN if one is not finite, and the first class that has it.
 template <class T, int W>
-KDFAST_INLINE void likeliest(const T* z, int64_t classes, T* top, T* place) {
-  Lanes<T, W> m = load<W>(z), at = all<T, W>(0), zero = m * at;
+KDFAST_INLINE void find_top_class(const T* z, int64_t classes, T* top, T* top_class) {
+  Lanes<T, W> m = load<W>(z), at = broadcast<T, W>(0), zero = m * at;
   for (int64_t j = 1; j < classes; ++j) {
     const Lanes<T, W> v = load<W>(z + j * kLanes);
-    at = where_less(m, v, all<T, W>(static_cast<T>(j)), at);
+    at = where_less(m, v, broadcast<T, W>(static_cast<T>(j)), at);
     m = max(v, m);
     zero = zero * v;
   }
   store(top, m + zero);
-  store(place, at);
+  store(top_class, at);
 }
 
 // softmax(z / T) of each sample.
 template <class T, int W>
 KDFAST_INLINE void softmax(const T* z, const T* top, int64_t classes, T inv_t, T* p) {
-  const Lanes<T, W> shift = load<W>(top), scale = all<T, W>(inv_t);
+  const Lanes<T, W> shift = load<W>(top), scale = broadcast<T, W>(inv_t);
   LaneSums<T, W> sums;
   for (int64_t begin = 0; begin < classes; begin += kTerms) {
     for (int64_t j = begin; j < std::min(classes, begin + kTerms); ++j) {
@@ -108,17 +108,17 @@ KDFAST_INLINE void softmax(const T* z, const T* top, int64_t classes, T inv_t, T
   for (int64_t j = 0; j < classes; ++j) store(p + j * kLanes, load<W>(p + j * kLanes) * factor);
 }
 
-// Products (classes, `stride`) of sixteen samples with one vector, in place: S times them, the sum over parts of
-// weight p (v - mean), v being a product less that of the likeliest class.
+// Multiplies the products (classes, `stride`) of sixteen samples with one vector by S, in place: the sum over parts of
+// weight p (v - mean), where v is a product minus that of the most probable class and mean is the sum of p v.
 template <class T, int W, int kParts>
-KDFAST_INLINE void curve(T* a, int64_t classes, int64_t stride, const T* place, const Share<T>* parts) {
+KDFAST_INLINE void multiply(T* a, int64_t classes, int64_t stride, const T* top_class, const SoftmaxPart<T>* parts) {
   T own[kLanes];
-  for (int i = 0; i < kLanes; ++i) own[i] = a[static_cast<int64_t>(place[i]) * stride + i];
+  for (int i = 0; i < kLanes; ++i) own[i] = a[static_cast<int64_t>(top_class[i]) * stride + i];
   const Lanes<T, W> shift = load<W>(own);
   LaneSums<T, W> sums[kParts];
   for (int64_t begin = 0; begin < classes; begin += kTerms) {
     for (int64_t j = begin; j < std::min(classes, begin + kTerms); ++j) {
-      __builtin_prefetch(a + j * stride + kLanes);  // of the samples that come next
+      __builtin_prefetch(a + j * stride + kLanes);  // of the next samples
       const Lanes<T, W> v = load<W>(a + j * stride) - shift;
       for (int k = 0; k < kParts; ++k) sums[k].add(load<W>(parts[k].p + j * kLanes) * v);
     }
@@ -128,65 +128,75 @@ KDFAST_INLINE void curve(T* a, int64_t classes, int64_t stride, const T* place, 
   for (int k = 0; k < kParts; ++k) {
     for (int i = 0; i < kLanes; ++i) own[i] = static_cast<T>(sums[k].totals[i]);
     means[k] = load<W>(own);
-    weights[k] = all<T, W>(parts[k].weight);
+    weights[k] = broadcast<T, W>(parts[k].weight);
   }
   for (int64_t j = 0; j < classes; ++j) {
     const Lanes<T, W> v = load<W>(a + j * stride) - shift;
-    Lanes<T, W> out = all<T, W>(0);
+    Lanes<T, W> out = broadcast<T, W>(0);
     for (int k = 0; k < kParts; ++k) out = out + weights[k] * load<W>(parts[k].p + j * kLanes) * (v - means[k]);
     store(a + j * stride, out);
   }
 }
 
-// Samples [row, row + count), count <= 16. Where they are fewer, their products go through `copy` (classes, 16):
-// what lies behind them may be another thread's.
+// Multiplies the products of samples [row, row + count), count <= 16, with all vectors by S. Fewer than sixteen go
+// through `copy` (classes, 16), since the memory after them may belong to another thread.
 template <class T, int W, int kParts>
-KDFAST_INLINE void curve_all(const HeadCurvature& a, int64_t row, int64_t count, const T* place, const Share<T>* parts,
-                             T* copy) {
-  const int64_t classes = a.head.classes;
+KDFAST_INLINE void multiply_vectors(const Curvature& a, int64_t row, int64_t count, const T* top_class,
+                                    const SoftmaxPart<T>* parts, T* copy) {
+  const int64_t classes = a.logits.classes;
   for (int64_t k = 0; k < a.vectors; ++k) {
     T* products = static_cast<T*>(a.products) + k * classes * a.stride + row;
     if (count == kLanes) {
-      curve<T, W, kParts>(products, classes, a.stride, place, parts);
+      multiply<T, W, kParts>(products, classes, a.stride, top_class, parts);
       continue;
     }
     for (int64_t j = 0; j < classes; ++j) std::copy_n(products + j * a.stride, count, copy + j * kLanes);
-    curve<T, W, kParts>(copy, classes, kLanes, place, parts);
+    multiply<T, W, kParts>(copy, classes, kLanes, top_class, parts);
     for (int64_t j = 0; j < classes; ++j) std::copy_n(copy + j * kLanes, count, products + j * a.stride);
   }
 }
 
-// Groups [begin, end) of sixteen samples.
+// The softmaxes of sixteen samples and their weights, in scratch of 2 * classes * 16 elements. Returns how many there
+// are: one if alpha is 0 or 1, else two.
 template <class T, int W>
-KDFAST_INLINE void curvature_groups(const HeadCurvature& a, int64_t begin, int64_t end) {
-  const HeadLogits& h = a.head;
-  const int64_t size = h.classes * kLanes;
-  std::vector<T> scratch(static_cast<size_t>(3 * size));
-  T* z = scratch.data();
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t row = group * kLanes, samples = std::min<int64_t>(kLanes, h.rows - row);
-    T top[kLanes], place[kLanes];
-    Share<T> parts[2];
-    int count = 0;
-    // Behind the last sample, it is repeated.
-    const T* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-      rows[i] = static_cast<const T*>(h.logits) + std::min(row + i, h.rows - 1) * h.stride;
-    side_by_side(rows, h.classes, z, kLanes);
-    likeliest<T, W>(z, h.classes, top, place);
-    for (int soft = 0; soft < 2; ++soft) {
-      const double weight = soft ? h.alpha : 1 - h.alpha;
-      if (weight == 0) continue;
-      T* p = z + (1 + count) * size;
-      softmax<T, W>(z, top, h.classes, static_cast<T>(soft ? 1 / h.temperature : 1), p);
-      parts[count++] = {p, static_cast<T>(weight)};
-    }
-    // The logits are read: their scratch is free.
-    if (count == 1)
-      curve_all<T, W, 1>(a, row, samples, place, parts, z);
-    else
-      curve_all<T, W, 2>(a, row, samples, place, parts, z);
+KDFAST_INLINE int softmax_parts(const Logits& h, const T* z, const T* top, T* scratch, SoftmaxPart<T>* parts) {
+  int count = 0;
+  for (int soft = 0; soft < 2; ++soft) {
+    const double weight = soft ? h.alpha : 1 - h.alpha;
+    if (weight == 0) continue;
+    T* p = scratch + count * h.classes * kLanes;
+    softmax<T, W>(z, top, h.classes, static_cast<T>(soft ? 1 / h.temperature : 1), p);
+    parts[count++] = {p, static_cast<T>(weight)};
   }
+  return count;
 }
 
-}  // namespace kdfast
+// Groups [begin, end) of sixteen samples.
+template <class T>
+struct ApplyCurvature {
+  template <int W>
+  KDFAST_INLINE static void run(const Curvature& a, int64_t begin, int64_t end) {
+    const Logits& h = a.logits;
+    const int64_t size = h.classes * kLanes;
+    std::vector<T> scratch(static_cast<size_t>(3 * size));
+    T* z = scratch.data();
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = group * kLanes, samples = std::min<int64_t>(kLanes, h.rows - row);
+      T top[kLanes], top_class[kLanes];
+      const T* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i)  // the last sample fills the lanes that are left
+        rows[i] = static_cast<const T*>(h.data) + std::min(row + i, h.rows - 1) * h.stride;
+      transpose_rows(rows, h.classes, z, kLanes);
+      find_top_class<T, W>(z, h.classes, top, top_class);
+      SoftmaxPart<T> parts[2];
+      const int count = softmax_parts<T, W>(h, z, top, z + size, parts);
+      // The logits are no longer needed, so their scratch serves as the copy.
+      if (count == 1)
+        multiply_vectors<T, W, 1>(a, row, samples, top_class, parts, z);
+      else
+        multiply_vectors<T, W, 2>(a, row, samples, top_class, parts, z);
+    }
+  }
+};
+
+}  // namespace kdfast::softmax_head

@@ -1,4 +1,5 @@
-// Row operations of a softmax head on a GPU; head.cpp says what and why. One block of threads a row, one warp a vector.
+// Row operations of a softmax head on a GPU: one block of threads per row, one warp per vector. softmax_head.h has the
+// formulas; residuals.cpp and sample_lanes.h explain the order of the operations.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 #include "softmax_head/softmax_head.h"
 
-namespace kdfast {
+namespace kdfast::softmax_head {
 namespace {
 
 constexpr int kWarp = 32;
@@ -29,14 +30,15 @@ struct Plus {
   }
 };
 
-// The same value in all lanes, and the same bits every time: lanes are combined in a fixed order.
+// Combines the lanes of a warp in a fixed order, so that the result has the same bits every time, and returns it in all
+// lanes.
 template <class T, class Combine>
 __device__ T over_warp(T x, Combine combine) {
   for (int step = kWarp / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(kAll, x, step));
   return x;
 }
 
-// Likewise over a block of whole warps. `shared` has room for one value a warp.
+// The same for a block of whole warps. `shared` has room for one value per warp.
 template <class T, class Combine>
 __device__ T over_block(T x, Combine combine, T* shared) {
   x = over_warp(x, combine);
@@ -49,7 +51,7 @@ __device__ T over_block(T x, Combine combine, T* shared) {
   return x;
 }
 
-// A row's softmax: probability j is exp((z[j] - top) inv_t) * factor.
+// The softmax of a row: probability j is exp((z[j] - top) inv_t) * factor.
 template <class T>
 struct Softmax {
   const T* z;
@@ -69,16 +71,16 @@ __device__ Softmax<T> softmax_of(const T* z, int64_t n, T inv_t, T* shared) {
 }
 
 template <class T>
-__global__ void residual_kernel(HeadResiduals a) {
+__global__ void residual_kernel(Residuals a) {
   __shared__ T shared[kWarp];
   __shared__ double wide[kWarp];
-  const HeadLogits& h = a.head;
+  const Logits& h = a.logits;
   const int64_t row = blockIdx.x, n = h.classes;
-  const T* z = static_cast<const T*>(h.logits) + row * h.stride;
+  const T* z = static_cast<const T*>(h.data) + row * h.stride;
   const bool hard = h.alpha < 1, soft = h.alpha > 0;
   const int64_t label = hard ? a.labels[row] : -1;
   const T inv_t = static_cast<T>(1 / h.temperature);
-  const T one = static_cast<T>(1 - h.alpha), pull = static_cast<T>(h.alpha * h.temperature);
+  const T ce_factor = static_cast<T>(1 - h.alpha), kl_factor = static_cast<T>(h.alpha * h.temperature);
   Softmax<T> p{}, p_soft{}, q{};
   T own = 0;
   if (hard) {
@@ -94,8 +96,8 @@ __global__ void residual_kernel(HeadResiduals a) {
   double square = 0;
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
     T r = 0;
-    if (hard) r = one * (j == label ? own : p(j));
-    if (soft) r += pull * (p_soft(j) - q(j));
+    if (hard) r = ce_factor * (j == label ? own : p(j));
+    if (soft) r += kl_factor * (p_soft(j) - q(j));
     if (a.residuals) static_cast<T*>(a.residuals)[row * n + j] = r;
     square += static_cast<double>(r) * static_cast<double>(r);
   }
@@ -112,25 +114,25 @@ __global__ void residual_kernel(HeadResiduals a) {
 }
 
 template <class T>
-__global__ void curvature_kernel(HeadCurvature a) {
+__global__ void curvature_kernel(Curvature a) {
   __shared__ T shared[kWarp];
-  __shared__ double place_shared[kWarp];
-  const HeadLogits& h = a.head;
+  __shared__ double class_shared[kWarp];
+  const Logits& h = a.logits;
   const int64_t row = blockIdx.x, n = h.classes;
-  const T* z = static_cast<const T*>(h.logits) + row * h.stride;
+  const T* z = static_cast<const T*>(h.data) + row * h.stride;
   const bool hard = h.alpha < 1, soft = h.alpha > 0;
   const Softmax<T> p = hard ? softmax_of(z, n, T{1}, shared) : Softmax<T>{};
   const Softmax<T> p_soft = soft ? softmax_of(z, n, static_cast<T>(1 / h.temperature), shared) : Softmax<T>{};
   const T top = hard ? p.top : p_soft.top;
-  double last = 0;  // the last of the likeliest classes; a double holds any index
+  double last = 0;  // the last of the most probable classes; a double represents any index exactly
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) last = z[j] == top ? static_cast<double>(j) : last;
-  const int64_t place = static_cast<int64_t>(over_block(last, Largest{}, place_shared));
-  const T one = static_cast<T>(1 - h.alpha), share = static_cast<T>(h.alpha);
+  const int64_t top_class = static_cast<int64_t>(over_block(last, Largest{}, class_shared));
+  const T ce_factor = static_cast<T>(1 - h.alpha), kl_factor = static_cast<T>(h.alpha);
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int64_t k = threadIdx.x / kWarp; k < a.vectors; k += warps) {
     T* v = static_cast<T*>(a.products) + (row * a.vectors + k) * n;
-    const T shift = v[place];
-    __syncwarp();  // a lane may overwrite v[place] below
+    const T shift = v[top_class];
+    __syncwarp();  // before a lane overwrites v[top_class] below
     T mean = 0, mean_soft = 0;
     for (int64_t j = lane; j < n; j += kWarp) {
       if (hard) mean += p(j) * (v[j] - shift);
@@ -141,8 +143,8 @@ __global__ void curvature_kernel(HeadCurvature a) {
     for (int64_t j = lane; j < n; j += kWarp) {
       const T x = v[j] - shift;
       T out = 0;
-      if (hard) out = one * p(j) * (x - mean);
-      if (soft) out += share * p_soft(j) * (x - mean_soft);
+      if (hard) out = ce_factor * p(j) * (x - mean);
+      if (soft) out += kl_factor * p_soft(j) * (x - mean_soft);
       v[j] = out;
     }
   }
@@ -153,36 +155,36 @@ void check_launch(const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Threads of a block: a warp for every 32 numbers, or vectors, of a row, up to eight.
+// Threads per block: one warp for every 32 numbers of a row or for every vector, at most eight.
 unsigned threads_for(int64_t numbers, int64_t vectors) {
   const int64_t warps = std::max((numbers + kWarp - 1) / kWarp, vectors);
   return static_cast<unsigned>(std::min<int64_t>(8, std::max<int64_t>(1, warps)) * kWarp);
 }
 
-void check_rows(const HeadLogits& h) {
+void check_rows(const Logits& h) {
   if (h.rows > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("too many rows for one launch");
 }
 
 }  // namespace
 
-void head_residuals_cuda(const HeadResiduals& args, void* stream) {
-  const HeadLogits& h = args.head;
+void compute_residuals_cuda(const Residuals& args, void* stream) {
+  const Logits& h = args.logits;
   check_rows(h);
   if (h.rows == 0) return;
   const unsigned threads = threads_for(std::max(h.classes, args.features ? args.width / 4 : 0), 1);
-  const auto kernel = h.wide ? residual_kernel<double> : residual_kernel<float>;
+  const auto kernel = h.is_double ? residual_kernel<double> : residual_kernel<float>;
   kernel<<<static_cast<unsigned>(h.rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  check_launch("head_residuals");
+  check_launch("residuals of a softmax head");
 }
 
-void head_curvature_cuda(const HeadCurvature& args, void* stream) {
-  const HeadLogits& h = args.head;
+void apply_curvature_cuda(const Curvature& args, void* stream) {
+  const Logits& h = args.logits;
   check_rows(h);
   if (h.rows == 0 || args.vectors == 0) return;
   const unsigned threads = threads_for(1, args.vectors);
-  const auto kernel = h.wide ? curvature_kernel<double> : curvature_kernel<float>;
+  const auto kernel = h.is_double ? curvature_kernel<double> : curvature_kernel<float>;
   kernel<<<static_cast<unsigned>(h.rows), threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  check_launch("head_curvature");
+  check_launch("curvature of a softmax head");
 }
 
-}  // namespace kdfast
+}  // namespace kdfast::softmax_head

@@ -1,25 +1,28 @@
-// Row operations of a softmax head: what happens to each sample between two matrix products.
+// Row operations of a softmax head (multinomial logistic regression on features x, with logits z = W x): residuals,
+// gradient norms, and products with the curvature. kdfast.ops.softmax_head has the PyTorch reference.
 #pragma once
 
 #include <cstdint>
 
-namespace kdfast {
+namespace kdfast::softmax_head {
 
-// Logits (rows, classes) of the head, and the loss (1 - alpha) CE + alpha T^2 KL. Elements are double where `wide`,
-// else float; strides in elements, the columns being contiguous.
-struct HeadLogits {
-  const void* logits;
+// Logits (rows, classes) of the head, and the loss (1 - alpha) CE + alpha T^2 KL. Elements are double if `is_double`,
+// else float. Strides count elements; columns are contiguous.
+struct Logits {
+  const void* data;
   int64_t rows, classes, stride;
   double alpha, temperature;
-  bool wide;
+  bool is_double;
   int threads, isa_limit;  // ignored on a GPU
 };
 
-// The gradient r of each row's loss with respect to its logits, and its norm times that of the features.
-struct HeadResiduals {
-  HeadLogits head;
-  const int64_t* labels;  // (rows,) contiguous, or null when alpha is 1
-  const void* teacher;    // (rows, classes), or null when alpha is 0
+// The residual r of each row, the gradient of its loss with respect to its logits:
+// r = (1 - alpha) (p - onehot) + alpha T (p_T - q_T). Its norm times the norm of the row's features is the norm of the
+// row's weight gradient r x^T.
+struct Residuals {
+  Logits logits;
+  const int64_t* labels;  // (rows,) contiguous, or null if alpha is 1
+  const void* teacher;    // (rows, classes) logits, or null if alpha is 0
   int64_t teacher_stride;
   const void* features;  // (rows, width), or null: factor 1
   int64_t width, features_stride;
@@ -28,41 +31,41 @@ struct HeadResiduals {
   void* norms;      // (rows,), or null
 };
 
-// Replaces the products of each sample with some vectors by S times them, with
-// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T). On a CPU those of a sample that has a logit which
-// is not finite become NaN.
-struct HeadCurvature {
-  HeadLogits head;
-  void* products;  // on a CPU (vectors, classes, rows), rows `stride` apart; on a GPU (rows, vectors, classes)
+// Replaces the products A of each sample with each of some vectors by S A, where
+// S = (1 - alpha) (diag(p) - p p^T) + alpha (diag(p_T) - p_T p_T^T). On a CPU, a sample with a logit that is not finite
+// gets NaN.
+struct Curvature {
+  Logits logits;
+  void* products;  // on a CPU (vectors, classes, rows) with classes `stride` apart; on a GPU (rows, vectors, classes)
   int64_t vectors;
   int64_t stride;  // ignored on a GPU
 };
 
-// Adds `scale` B^T X to `out`, with B = S A and A = X V^T, in floats: the Hessian of the sum of all losses times some
+// Adds `scale` B^T X to `out`, where B = S A and A = X V^T, in float: the Hessian of the sum of all losses times some
 // vectors.
-struct HeadProducts {
-  HeadLogits head;
-  const float* features;  // (rows, width), or with a bias one more that is 1 and is not stored
+struct HessianProducts {
+  Logits logits;
+  const float* features;  // (rows, width); a bias is one more feature that is 1 and not stored
   int64_t width, features_stride;
   bool bias;
   const float* v;  // (vectors, classes, width + bias) contiguous
   int64_t vectors;
   double scale;
-  float* out;  // as v
+  float* out;  // like v
 };
 
-void check_head(const HeadLogits& head);
+// The functions below throw std::invalid_argument if sizes are inconsistent. Labels must lie in [0, classes).
+void check(const Logits& logits);
 
-// Whether head_products can run here, for that many products (vectors times classes) of a sample.
-bool head_products_fit(int64_t numbers, int64_t width);
+void compute_residuals(const Residuals& args);
+void apply_curvature(const Curvature& args);
 
-// Throw std::invalid_argument on inconsistent sizes. Labels must lie in [0, classes).
-void head_residuals(const HeadResiduals& args);
-void head_curvature(const HeadCurvature& args);
-void head_products(const HeadProducts& args);
+// Whether add_hessian_products supports this machine and these sizes; `product_count` is vectors times classes.
+bool hessian_products_fit(int64_t product_count, int64_t width);
+void add_hessian_products(const HessianProducts& args);
 
-// The same on the current device, in a CUDA stream, without waiting. Throw std::runtime_error when a launch fails.
-void head_residuals_cuda(const HeadResiduals& args, void* stream);
-void head_curvature_cuda(const HeadCurvature& args, void* stream);
+// On the current device, in a CUDA stream. They do not wait for the device. Throw std::runtime_error if a launch fails.
+void compute_residuals_cuda(const Residuals& args, void* stream);
+void apply_curvature_cuda(const Curvature& args, void* stream);
 
-}  // namespace kdfast
+}  // namespace kdfast::softmax_head

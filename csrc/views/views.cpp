@@ -1,11 +1,12 @@
-// Shifted and mirrored uint8 images, normalised: the augmentation of a batch in one pass.
+// Shifts, mirrors and normalises a batch of uint8 images in one pass: random-crop and flip augmentation.
+#include "views/views.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
-#include "common/core.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 
@@ -16,8 +17,9 @@ constexpr int64_t kChannels = 3;
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-// Five pixels end to end fill 15 of 16 bytes.
-constexpr int64_t kGroup = 5;
+constexpr int64_t kGroup = 5;  // pixels: they fill 15 of 16 bytes
+
+// Reverses the order of the five pixels.
 KDFAST_INLINE Bytes reversed(Bytes group) {
 #if defined(__clang__)
   return __builtin_shufflevector(group, group, 12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, 15);
@@ -26,12 +28,12 @@ KDFAST_INLINE Bytes reversed(Bytes group) {
 #endif
 }
 
-// What the rows of a batch share: scale and bias repeated along a row, so that a row is one long vector.
-struct Shared {
+// What the rows of a batch share: scale and bias, repeated for every pixel of a row so that a row is one long vector.
+struct BatchContext {
   const ShiftViews& args;
   std::vector<float> scale, bias;
 
-  explicit Shared(const ShiftViews& a) : args(a) {
+  explicit BatchContext(const ShiftViews& a) : args(a) {
     for (int64_t x = 0; x < a.width; ++x) {
       scale.insert(scale.end(), a.scale, a.scale + kChannels);
       bias.insert(bias.end(), a.bias, a.bias + kChannels);
@@ -39,7 +41,8 @@ struct Shared {
   }
 };
 
-// pixels[0], pixels[-1], ... pixels[-(count - 1)] to `out`; both have 16 bytes of room behind their last pixel.
+// Copies pixels[0], pixels[-1], ..., pixels[-(count - 1)] to `out`. Both arrays have 16 spare bytes after the last
+// pixel.
 KDFAST_INLINE void copy_reversed(const uint8_t* pixels, uint8_t* out, int64_t count) {
   int64_t x = 0;
   for (; x + kGroup <= count; x += kGroup) {
@@ -51,10 +54,10 @@ KDFAST_INLINE void copy_reversed(const uint8_t* pixels, uint8_t* out, int64_t co
   for (; x < count; ++x) std::memcpy(out + x * kChannels, pixels - x * kChannels, kChannels);
 }
 
-// The bytes of one output row: a black margin, pixels read forwards or backwards, a black margin.
+// Writes the bytes of one output row: a black margin, pixels in forward or backward order, a black margin.
 KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, int64_t right, bool flip) {
   const int64_t inside = width - std::min(width, std::abs(right));
-  const int64_t shift = flip ? -right : right;  // mirrored, the margin lies on the other side
+  const int64_t shift = flip ? -right : right;  // mirroring moves the margin to the other side
   const int64_t before = inside == 0 ? width : std::max<int64_t>(0, -shift);
   uint8_t* to = line + before * kChannels;
   if (flip) {
@@ -67,9 +70,9 @@ KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, 
 }
 
 template <int W, class T>
-KDFAST_INLINE void normalise(const uint8_t* line, const Shared& shared, float* values, T* out, int64_t count) {
-  const float *scale = shared.scale.data(), *bias = shared.bias.data();
-  // A loop that compilers vectorise by themselves; they take the conversion of a vector of bytes apart lane by lane.
+KDFAST_INLINE void normalise(const uint8_t* line, const BatchContext& batch, float* values, T* out, int64_t count) {
+  const float *scale = batch.scale.data(), *bias = batch.bias.data();
+  // Compilers vectorise this loop, but would convert an explicit vector of bytes lane by lane.
   for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(line[i]);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -78,49 +81,45 @@ KDFAST_INLINE void normalise(const uint8_t* line, const Shared& shared, float* v
   for (; i < count; ++i) encode_one(out + i, values[i] * scale[i] + bias[i]);
 }
 
-template <int W, class T>
-KDFAST_INLINE void cut_images(const Shared& shared, int64_t begin, int64_t end) {
-  const ShiftViews& args = shared.args;
-  const int64_t row = args.width * kChannels;
-  std::vector<uint8_t> buffers(static_cast<size_t>(2 * (row + 16)));
-  std::vector<float> values(static_cast<size_t>(row));
-  uint8_t *source = buffers.data(), *line = source + row + 16;
-  for (int64_t index = begin; index < end; ++index) {
-    const int32_t* move = args.moves + index * 3;
-    const uint8_t* image = args.images + index * args.height * row;
-    T* out = static_cast<T*>(args.out) + index * args.height * row;
-    for (int64_t y = 0; y < args.height; ++y, out += row) {
-      const int64_t from = y + move[0] - args.pad;
-      if (from < 0 || from >= args.height) {
-        std::memset(line, 0, static_cast<size_t>(row));
-      } else {
-        std::memcpy(source, image + from * row, static_cast<size_t>(row));
-        cut_row(source, line, args.width, move[1] - args.pad, move[2] != 0);
+template <class T>
+struct CutImages {
+  template <int W>
+  KDFAST_INLINE static void run(const BatchContext& batch, int64_t begin, int64_t end) {
+    const ShiftViews& args = batch.args;
+    const int64_t row = args.width * kChannels;
+    std::vector<uint8_t> buffers(static_cast<size_t>(2 * (row + 16)));
+    std::vector<float> values(static_cast<size_t>(row));
+    uint8_t *source = buffers.data(), *line = source + row + 16;
+    for (int64_t index = begin; index < end; ++index) {
+      const int32_t* move = args.moves + index * 3;
+      const uint8_t* image = args.images + index * args.height * row;
+      T* out = static_cast<T*>(args.out) + index * args.height * row;
+      for (int64_t y = 0; y < args.height; ++y, out += row) {
+        const int64_t from = y + move[0] - args.pad;
+        if (from < 0 || from >= args.height) {
+          std::memset(line, 0, static_cast<size_t>(row));
+        } else {
+          std::memcpy(source, image + from * row, static_cast<size_t>(row));
+          cut_row(source, line, args.width, move[1] - args.pad, move[2] != 0);
+        }
+        normalise<W>(line, batch, values.data(), out, row);
       }
-      normalise<W>(line, shared, values.data(), out, row);
     }
   }
+};
+
+// By dtype code.
+struct Kernels {
+  void (*cut_images[3])(const BatchContext&, int64_t, int64_t);
+};
+
+template <class Isa>
+constexpr Kernels make_kernels() {
+  return {{Isa::template run<CutImages<float>>, Isa::template run<CutImages<BFloat16>>,
+           Isa::template run<CutImages<Float16>>}};
 }
 
-using Kernel = void (*)(const Shared&, int64_t, int64_t);
-
-#define KDFAST_CUT_IMAGES(suffix, width, attribute)                                      \
-  template <class T>                                                                     \
-  attribute void cut_images_##suffix(const Shared& shared, int64_t begin, int64_t end) { \
-    cut_images<width, T>(shared, begin, end);                                            \
-  }
-KDFAST_FOR_EACH_ISA(KDFAST_CUT_IMAGES)
-#undef KDFAST_CUT_IMAGES
-
-template <class T>
-Kernel kernel_for(int level) {
-  const Kernel base = cut_images_base<T>;
-#ifdef KDFAST_X86
-  return level >= 2 ? cut_images_v4<T> : level == 1 ? cut_images_v3<T> : base;
-#else
-  return static_cast<void>(level), base;
-#endif
-}
+constexpr Kernels kKernels[] = KDFAST_FOR_EACH_ISA(make_kernels);
 
 }  // namespace
 
@@ -135,14 +134,11 @@ void shift_views(const ShiftViews& args) {
       throw std::invalid_argument("shift_views: a move leaves the padded image");
     }
   }
-  const Shared shared(args);
-  const int level = isa_level(args.isa_limit);
-  const Kernel kernel = args.dtype == kFloat32    ? kernel_for<float>(level)
-                        : args.dtype == kBFloat16 ? kernel_for<BFloat16>(level)
-                                                  : kernel_for<Float16>(level);
-  // About a third of a nanosecond for a pixel's three values, memory included.
+  const BatchContext batch(args);
+  const auto kernel = kKernels[isa_level(args.isa_limit)].cut_images[args.dtype];
+  // A pixel's three values take about a third of a nanosecond, memory access included.
   const int64_t cost = args.height * args.width / 3;
-  parallel_rows(args.batch, cost, args.threads, [&](int64_t begin, int64_t end) { kernel(shared, begin, end); });
+  parallel_rows(args.batch, cost, args.threads, [&](int64_t begin, int64_t end) { kernel(batch, begin, end); });
 }
 
 }  // namespace kdfast

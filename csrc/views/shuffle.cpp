@@ -1,10 +1,10 @@
-// Elements of random permutations, one key each: the numpy function kdfast.data.stateless_random.shuffled_at says what
-// and why.
+// Elements of random permutations, one permutation per key, by 32 rounds of the swap-or-not shuffle (Hoang, Morris and
+// Rogaway 2012). The NumPy function kdfast.data.stateless_random.shuffled_at is the reference and explains the method.
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/core.h"
 #include "common/parallel.h"
+#include "views/views.h"
 
 namespace kdfast {
 namespace {
