@@ -156,11 +156,12 @@ def verify(
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.cache import TeacherCache
+    from kdfast.teacher.verify import verify_cache
 
     source = open_source(data, size=size)
     model = load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
-    found = opened.verify(source, model, samples=samples, seed=seed, device=resolve_device(device))
+    found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))
     print(
         f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "
         f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max"

@@ -22,22 +22,12 @@ import torch
 
 from kdfast.data.source import Source, epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_write, check_writable, sha256_file, sha256_json, write_sealed
+from kdfast.files import FolderLock, check_writable, sha256_json
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.checks import check_intact
-from kdfast.teacher.evaluate import evaluate
-from kdfast.teacher.manifest import (
-    BUILDING,
-    COVERAGE,
-    FEATURES,
-    IDENTITY,
-    MANIFEST,
-    TIMING,
-    read_manifest,
-    read_sealed_json,
-    shard_file,
-)
-from kdfast.teacher.plan import accuracy, check_cache_folder, check_same_plan, make_plan, write_or_check_plan
+from kdfast.teacher.finish import write_manifest
+from kdfast.teacher.manifest import BUILDING, MANIFEST, TIMING, read_manifest, read_sealed_json
+from kdfast.teacher.plan import check_cache_folder, check_same_plan, make_plan, write_or_check_plan
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat, TopK
 from kdfast.teacher.shards import ShardBuilder
@@ -263,7 +253,7 @@ def _finish(
         return _finished_by_another(builder.folder, plan, computed, kept) or unfinished
     try:
         with FolderLock(builder.folder / BUILDING):
-            seconds = _write_manifest(builder, plan, source, model)
+            seconds = write_manifest(builder, plan, source, model)
     except OutputError:
         # Another rank holds the lock, or has completed the cache and removed the locked folder.
         if alone:
@@ -277,41 +267,3 @@ def _finished_by_another(folder: Path, plan: dict[str, Any], computed: int, kept
     if not (folder / MANIFEST).exists():
         return None
     return CacheBuild(folder, True, computed, kept, _reuse_finished(folder, plan).seconds)
-
-
-def _write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, model: Model) -> float:
-    """Concatenate the parts of the shards, and write the manifest last; return the seconds spent on all shards."""
-    folder, coverage = builder.folder, builder.coverage
-    records = [record for shard in range(builder.shard_count) if (record := builder.read_record(shard)) is not None]
-    digests = {shard_file(shard): record["files"][shard_file(shard)] for shard, record in enumerate(records)}
-    _concatenate_parts(builder, "features", FEATURES)
-    _concatenate_parts(builder, "identity", IDENTITY)
-    names = [FEATURES, IDENTITY]
-    if not plan["coverage"]["whole"]:
-        with atomic_write(folder / COVERAGE) as file:
-            np.save(file, coverage)
-        names.append(COVERAGE)
-    digests |= {name: sha256_file(folder / name) for name in names}
-    identity = np.load(folder / IDENTITY, mmap_mode="r")
-    test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
-    results = {
-        "train_top1": accuracy(identity, source.train.labels[coverage]),
-        "test_top1": test["top1"],
-        "features": int(np.load(folder / FEATURES, mmap_mode="r").shape[1]),
-        "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},
-    }
-    seconds = sum(float(record["seconds"]) for record in records)
-    images = len(coverage) * builder.n_views
-    write_sealed(folder / TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
-    write_sealed(folder / MANIFEST, plan | results)
-    return seconds
-
-
-def _concatenate_parts(builder: ShardBuilder, kind: str, name: str) -> None:
-    """Write the shards' parts one after another as one array, with at most one of them in memory."""
-    width = np.load(builder.part_path(kind, 0), mmap_mode="r").shape[1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(builder.coverage), width)}
-    with atomic_write(builder.folder / name) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for shard in range(builder.shard_count):
-            file.write(np.load(builder.part_path(kind, shard)).data)

@@ -38,7 +38,6 @@ from kdfast.teacher.manifest import (
 )
 from kdfast.teacher.plan import accuracy
 from kdfast.teacher.row_format import RowFormat
-from kdfast.teacher.verify import Verification, recompute_logits
 
 
 class TeacherCache:
@@ -229,43 +228,6 @@ class TeacherCache:
     def identity_logits(self) -> npt.NDArray[np.float32]:
         """Return the identity view's logits in float32, (n, classes) in the order of `coverage`, memory-mapped."""
         return self._load_array(IDENTITY)
-
-    def verify(
-        self,
-        source: Source,
-        model: Model,
-        samples: int = 64,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> Verification:
-        """Recompute the teacher's logits on random views of random samples and compare them with the cache.
-
-        Args:
-            source: The data.
-            model: The teacher.
-            samples: Number of samples to draw, without repetition.
-            seed: Seed of the draw.
-            device: Where to compute.
-
-        Raises:
-            CacheMismatch: The cache was made by another teacher or from other data, or logits differ by more than
-                rounding explains.
-        """
-        check_match(self.path, self.manifest, source, model)
-        draw = np.random.default_rng(seed)
-        ids = np.sort(draw.choice(self.coverage, size=min(samples, len(self.coverage)), replace=False))
-        view_indices = draw.integers(0, self.n_views, size=len(ids))
-        views = view_table(self.spec, self.view_seed, ids, self.n_views)[np.arange(len(ids)), view_indices]
-        fresh = recompute_logits(source, model, ids, views, torch.device(device))
-        stored = self.lookup(ids, view_indices) if self.top_k is None else self.lookup_top_k(ids, view_indices)
-        report = Verification.compare(stored, fresh, self.manifest["precision"], self.top_k)
-        if not report.passed:
-            worst = int(ids[report.worst_row])
-            raise CacheMismatch(
-                f"{self.path}: logits of {len(ids)} samples were recomputed and differ by up to "
-                f"{report.largest_difference:.4g} (sample {worst}), allowed {report.allowed:.4g}: build the cache again"
-            )
-        return report
 
     def _positions(self, ids: IntArray) -> IntArray:
         """Return the positions of the samples in `coverage`."""

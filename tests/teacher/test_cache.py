@@ -13,6 +13,7 @@ from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, Sh
 from kdfast.nets import logits_and_features
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.verify import verify_cache
 
 SHARD_BYTES = 9 * 4 * 2 * 13  # 13 samples per shard: five shards for 60 samples
 
@@ -219,7 +220,7 @@ def test_rejects_invalid_view_indices(full):
 
 
 def test_verify_recomputes_and_detects_changed_logits(full, copied, source, teacher, new_teacher):
-    report = TeacherCache.open(full).verify(source, teacher, samples=40)
+    report = verify_cache(TeacherCache.open(full), source, teacher, samples=40)
     assert report.rows == 40
     assert report.agreement > 90
     assert 0 < report.largest_difference <= report.allowed
@@ -228,9 +229,9 @@ def test_verify_recomputes_and_detects_changed_logits(full, copied, source, teac
         logits[:, ::3, 1] += np.float16(0.5)
         np.save(file, logits)
     with pytest.raises(CacheMismatch, match=r"differ by up to 0\.5"):
-        TeacherCache.open(copied, check_files=False).verify(source, teacher, samples=60)
+        verify_cache(TeacherCache.open(copied, check_files=False), source, teacher, samples=60)
     with pytest.raises(CacheMismatch, match=r"teacher\.digest"):
-        TeacherCache.open(full).verify(source, new_teacher(seed=1))
+        verify_cache(TeacherCache.open(full), source, new_teacher(seed=1))
 
 
 def test_bfloat16_arithmetic_is_recorded_and_approximate(source, teacher, full, tmp_path):
@@ -245,7 +246,7 @@ def test_bfloat16_arithmetic_is_recorded_and_approximate(source, teacher, full, 
     error = (exact - approximate).abs().max()
     assert 0.001 < error < 0.03 * exact.abs().max()
     assert (cache.identity_logits() == TeacherCache.open(full).identity_logits()).mean() > 0.5
-    assert cache.verify(source, teacher).passed
+    assert verify_cache(cache, source, teacher).passed
 
 
 def test_memory_does_not_grow_with_the_rows_read(teacher, new_source, tmp_path):

@@ -14,6 +14,7 @@ from kdfast.errors import CacheMismatch, UsageError
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TopK
+from kdfast.teacher.verify import verify_cache
 
 SHARD_BYTES = 9 * (2 * 6 + 4) * 13  # 13 samples per shard: five shards for 60 samples
 IDS, VIEW_INDICES = np.arange(60)[::-1].copy(), np.arange(60) % 9
@@ -89,7 +90,7 @@ def test_does_not_confuse_top_k_caches_with_caches_of_all_classes(source, teache
 
 
 def test_verify_passes_and_detects_changes(source, teacher, built, tmp_path):
-    assert TeacherCache.open(built).verify(source, teacher, samples=60).passed
+    assert verify_cache(TeacherCache.open(built), source, teacher, samples=60).passed
     for field, change in (("values", 0.5), ("tail", 0.2), ("classes", 1)):
         copy = shutil.copytree(built, tmp_path / field)
         for path in copy.glob("logits-*.npy"):
@@ -97,7 +98,7 @@ def test_verify_passes_and_detects_changes(source, teacher, built, tmp_path):
             rows[field] = (rows[field] + change) % 4 if field == "classes" else rows[field] + change
             np.save(path, rows)
         with pytest.raises(CacheMismatch, match="differ by up to"):
-            TeacherCache.open(copy, check_files=False).verify(source, teacher, samples=60)
+            verify_cache(TeacherCache.open(copy, check_files=False), source, teacher, samples=60)
 
 
 def test_rejects_a_shard_of_another_format(built, tmp_path):

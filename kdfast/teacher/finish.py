@@ -1,0 +1,67 @@
+"""Finish a cache whose shards are done: concatenate their parts, evaluate the teacher, and write the manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdfast.data.source import Source
+from kdfast.files import atomic_write, sha256_file, write_sealed
+from kdfast.nets.checkpoint import Model
+from kdfast.teacher.evaluate import evaluate
+from kdfast.teacher.manifest import COVERAGE, FEATURES, IDENTITY, MANIFEST, TIMING, shard_file
+from kdfast.teacher.plan import accuracy
+from kdfast.teacher.shards import ShardBuilder
+
+
+def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, model: Model) -> float:
+    """Write the arrays of a cache whose shards are done, and the manifest last.
+
+    Args:
+        builder: Builder of the shards.
+        plan: The cache's plan, which the manifest extends.
+        source: The data; the teacher is evaluated on its test split.
+        model: The teacher.
+
+    Returns:
+        Seconds spent on all shards.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    folder, coverage = builder.folder, builder.coverage
+    records = [record for shard in range(builder.shard_count) if (record := builder.read_record(shard)) is not None]
+    digests = {shard_file(shard): record["files"][shard_file(shard)] for shard, record in enumerate(records)}
+    _concatenate_parts(builder, "features", FEATURES)
+    _concatenate_parts(builder, "identity", IDENTITY)
+    names = [FEATURES, IDENTITY]
+    if not plan["coverage"]["whole"]:
+        with atomic_write(folder / COVERAGE) as file:
+            np.save(file, coverage)
+        names.append(COVERAGE)
+    digests |= {name: sha256_file(folder / name) for name in names}
+    identity = np.load(folder / IDENTITY, mmap_mode="r")
+    test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
+    results = {
+        "train_top1": accuracy(identity, source.train.labels[coverage]),
+        "test_top1": test["top1"],
+        "features": int(np.load(folder / FEATURES, mmap_mode="r").shape[1]),
+        "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},
+    }
+    seconds = sum(float(record["seconds"]) for record in records)
+    images = len(coverage) * builder.n_views
+    write_sealed(folder / TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
+    write_sealed(folder / MANIFEST, plan | results)
+    return seconds
+
+
+def _concatenate_parts(builder: ShardBuilder, kind: str, name: str) -> None:
+    """Write the shards' parts one after another as one array, with at most one of them in memory."""
+    width = np.load(builder.part_path(kind, 0), mmap_mode="r").shape[1]
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(builder.coverage), width)}
+    with atomic_write(builder.folder / name) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in range(builder.shard_count):
+            file.write(np.load(builder.part_path(kind, shard)).data)
