@@ -46,20 +46,22 @@ def scores(
     """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
     from kdfast.data.readers.registry import open_source
     from kdfast.report.page import check_page_path
-    from kdfast.report.score_page import open_page
+    from kdfast.report.score_data import read_score_page_data
+    from kdfast.report.score_page import write_score_page
 
     check_page_path(out)
-    page = open_page(
+    content = read_score_page_data(
         open_source(data, size=size),
         file,
         others=others or [],
         subsets=subset or [],
         cache=cache,
-        few=classes,
-        each=each,
+        sample_classes=classes,
+        samples_per_end=each,
         fraction=fraction,
     )
-    print(f"wrote {out}: {page.write(out) / 1e6:.1f} MB, {len(page.scored.scores)} {page.scored.method} scores")
+    megabytes = write_score_page(content, out) / 1e6
+    print(f"wrote {out}: {megabytes:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores")
 
 
 @app.command("if-beta")

@@ -1,4 +1,4 @@
-"""Plots and pages that show what was computed."""
+"""Plots of runs and self-contained HTML pages about scores and subsets."""
 
 from kdfast.report.runs import plot_runs
 

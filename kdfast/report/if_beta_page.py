@@ -1,7 +1,8 @@
-"""The page about a learned sampling policy, made from idx.json alone: one file that loads nothing and runs nothing."""
+"""The page of a learned sampling policy: one self-contained HTML file, made from idx.json alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,137 +10,140 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import DataError
-from kdfast.files import atomic_write, check_writable, read_json
+from kdfast.files import read_json
 from kdfast.report import charts
-from kdfast.report.curves import curves
-from kdfast.report.markup import Safe, render, table, tag
-from kdfast.report.page import check_page_path, document
+from kdfast.report.markup import Safe, render, statistics_list, table, tag
+from kdfast.report.page import check_page_path, document, write_page
 
 METHOD = "if-beta"
 _CURVE_POINTS = 200
+# The density of an extreme policy is cut off here, so that the rest stays visible.
+_MAX_DENSITY = 12
 
 
 def write_if_beta_page(provenance: Path, out: Path) -> int:
-    """Read what `kdfast prune --method if-beta` wrote beside its subset, and draw it.
+    """Write the page of a subset selected by IF-Beta.
 
     Args:
-        provenance: idx.json.
-        out: The .html file; its folder is made when missing.
+        provenance: idx.json, written beside the subset by `kdfast prune`.
+        out: The .html file; its folder is created if missing.
 
     Returns:
-        The page's size in bytes.
+        Size of the page in bytes.
 
     Raises:
         UsageError: `out` does not end in .html.
-        DataError: The file is missing, or no provenance of that method.
+        DataError: The file is missing, or is not the provenance of an IF-Beta subset.
         OutputError: The page cannot be written.
     """
     check_page_path(out)
     content = read_json(provenance)
     if not isinstance(content, dict) or content.get("method") != METHOD or METHOD not in content:
         raise DataError(
-            f"{provenance} is no provenance of `kdfast prune --method {METHOD}`: give the .json beside idx.npy"
+            f"{provenance} is not the provenance of a subset selected by {METHOD}: pass the .json file beside idx.npy"
         )
     try:
-        text = _page(content).encode()
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{provenance} lacks a part ({type(error).__name__}: {error}): prune anew") from error
-    check_writable(out.parent)
-    with atomic_write(out) as file:
-        file.write(text)
-    return len(text)
+        html = _render_page(content)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise DataError(
+            f"{provenance} is incomplete ({type(error).__name__}: {error}): write it again with kdfast prune"
+        ) from error
+    return write_page(html, out)
 
 
-def _page(content: dict[str, Any]) -> str:
-    about = content[METHOD]
-    parts = [
-        ("density", "The policy over the ranks", _density(about)),
-        ("path", "How it was found", _path(about)),
-        ("scores", "Scores of the samples kept", _scores(about)),
-        ("balance", "Class balance", _balance(about)),
-        ("ends", "Highest and lowest samples kept", _ends(about)),
-        ("cost", "Cost", _cost(about)),
+def _render_page(content: dict[str, Any]) -> str:
+    record = content[METHOD]
+    sections = [
+        ("density", "Policy over the ranks", _render_density(record)),
+        ("path", "Search", _render_path(record)),
+        ("scores", "Scores of the kept samples", _render_scores(record)),
+        ("balance", "Class balance", _render_balance(record)),
+        ("ends", "Kept samples of highest and lowest score", _render_extremes(record)),
+        ("cost", "Cost", _render_cost(record)),
     ]
     title = f"IF-Beta, {content['parameters']['fraction']:g} of the data, seed {content['seed']}"
-    return document(title, _facts(about), parts)
+    return document(title, _render_statistics(record), sections)
 
 
-def _facts(about: dict[str, Any]) -> Safe:
-    gain = about["gain"]
-    verdict = "yes" if gain["difference"] > gain["half_width"] else "no: the uniform policy was kept"
-    pairs = [
-        ("a, b", f"{about['a']:.2f}, {about['b']:.2f}"),
-        ("Better than uniform on the proxy", verdict),
-        ("Reward against uniform", f"{gain['difference']:+.4f} ± {gain['half_width']:.4f}"),
-        ("Accuracy on the held-out part", f"{gain['accuracy']:.2%} (uniform {gain['baseline_accuracy']:.2%})"),
-        ("Proxies trained", f"{about['trials']:,}"),
-        ("Of one distillation", f"{about['percent_of_distillation']:.2g}%"),
-    ]
-    return tag("dl", (tag("div", tag("dt", what), tag("dd", value)) for what, value in pairs), class_="facts")
+def _render_statistics(record: dict[str, Any]) -> Safe:
+    gain = record["gain"]
+    better = "yes" if gain["difference"] > gain["half_width"] else "no; the uniform policy was used"
+    return statistics_list(
+        [
+            ("a, b", f"{record['a']:.2f}, {record['b']:.2f}"),
+            ("Better than uniform on the proxies", better),
+            ("Reward minus that of uniform", f"{gain['difference']:+.4f} ± {gain['half_width']:.4f}"),
+            ("Held-out accuracy of the proxies", f"{gain['accuracy']:.2%} (uniform {gain['baseline_accuracy']:.2%})"),
+            ("Proxies trained", f"{record['trials']:,}"),
+            ("Cost relative to one distillation", f"{record['percent_of_distillation']:.2g}%"),
+        ]
+    )
 
 
-def _density(about: dict[str, Any]) -> Safe:
+def _render_density(record: dict[str, Any]) -> Safe:
     u = (np.arange(_CURVE_POINTS) + 0.5) / _CURVE_POINTS
     lines = {}
-    for name, (a, b) in {"learned": about["learned"], "uniform": (1.0, 1.0)}.items():
+    for name, (a, b) in {"learned": record["learned"], "uniform": (1.0, 1.0)}.items():
         log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + (a - 1) * np.log(u) + (b - 1) * np.log1p(-u)
-        lines[name] = np.minimum(np.exp(log), 12)
-    chart = curves(u, lines, "rank u of the score (0 easiest, 1 hardest)", "Beta density over the ranks")
-    everything, kept = (np.array(about["ranks"][name], np.int64) for name in ("all", "kept"))
-    shares = kept / np.maximum(everything, 1)
-    edges = np.array(about["ranks"]["edges"])
-    titles = [
-        f"ranks {low:.3g} to {high:.3g}: {share:.1%} kept"
-        for low, high, share in zip(edges, edges[1:], shares, strict=False)
-    ]
-    level = float(kept.sum() / everything.sum())
-    drawn = charts.columns(shares.tolist(), titles, (), level, "Share kept of the samples of each rank")
-    note = "Above: the density that weighs the draw. Below: the share kept of the samples of each rank; dashed: of all."
-    return render([tag("p", note, class_="note"), tag("figure", chart), tag("figure", drawn)])
-
-
-def _path(about: dict[str, Any]) -> Safe:
-    a, b = np.array(about["path"]).T
-    steps = np.arange(len(a), dtype=float)
-    path = curves(steps, {"a": a, "b": b}, "step", "a and b at each step")
-    reward = {"reward": np.array(about["rewards"])}
-    rewards = curves(
-        steps[: len(about["rewards"])], reward, "step", "Mean reward of the proxies at each step", zero=False
+        lines[name] = np.minimum(np.exp(log), _MAX_DENSITY)
+    density = charts.line_chart(u, lines, "rank u of the score (0 easiest, 1 hardest)", "Beta density over the ranks")
+    edges = np.array(record["ranks"]["edges"])
+    names = [f"ranks {low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
+    shares = _render_shares(record["ranks"], names, "Share of the samples kept, by rank")
+    note = (
+        "Above: the density that weights the draw. Below: the share of the samples kept, by rank; the dashed line is "
+        "the share of all samples."
     )
-    return render([tag("figure", path), tag("figure", rewards)])
+    return render([tag("p", note, class_="note"), tag("figure", density), shares])
 
 
-def _scores(about: dict[str, Any]) -> Safe:
-    bins = charts.Bins(np.array(about["scores"]["edges"]), log=False)
-    everything, kept = (np.array(about["scores"][name], np.int64) for name in ("all", "kept"))
-    return tag("figure", charts.histogram(everything, kept, bins, "Scores of all samples and of those kept"))
+def _render_path(record: dict[str, Any]) -> Safe:
+    a, b = np.array(record["path"]).T
+    steps = np.arange(len(a), dtype=float)
+    path = charts.line_chart(steps, {"a": a, "b": b}, "step", "a and b at each step")
+    rewards = {"reward": np.array(record["rewards"])}
+    label = "Mean reward of the proxies at each step"
+    reward = charts.line_chart(steps[: len(record["rewards"])], rewards, "step", label, from_zero=False)
+    return render([tag("figure", path), tag("figure", reward)])
 
 
-def _balance(about: dict[str, Any]) -> Safe:
-    everything, kept = (np.array(about["classes"][name]) for name in ("all", "kept"))
-    shares = kept / np.maximum(everything, 1)
-    titles = [f"class {c}: {k} of {n} kept" for c, (k, n) in enumerate(zip(kept, everything, strict=True))]
-    level = float(kept.sum() / everything.sum())
-    return tag("figure", charts.columns(shares.tolist(), titles, (), level, "Share kept of each class"))
+def _render_scores(record: dict[str, Any]) -> Safe:
+    bins = charts.Bins(np.array(record["scores"]["edges"]), log=False)
+    all_counts, kept = (np.array(record["scores"][name], np.int64) for name in ("all", "kept"))
+    return tag("figure", charts.histogram(all_counts, kept, bins, "Scores of all and of the kept samples"))
 
 
-def _ends(about: dict[str, Any]) -> Safe:
-    def rows(name: str) -> list[list[str]]:
-        return [[str(r["id"]), str(r["label"]), f"{r['score']:.4g}", f"{r['u']:.4f}"] for r in about["ends"][name]]
-
-    titles = ["sample", "class", "score", "u"]
-    both = (table(f"{name.capitalize()} scores kept", titles, rows(name)) for name in ("highest", "lowest"))
-    return tag("div", both, class_="side")
+def _render_balance(record: dict[str, Any]) -> Safe:
+    names = [f"class {c}" for c in range(len(record["classes"]["all"]))]
+    return _render_shares(record["classes"], names, "Share kept of each class")
 
 
-def _cost(about: dict[str, Any]) -> Safe:
-    whole = about["distillation"]
-    rows = [
-        ["Scores", f"{about['score_seconds']:.1f}"],
-        ["Search", f"{about['search_seconds']:.1f}"],
-        [
-            f"One distillation of {whole['student']}, {whole['epochs']} epochs, from a few timed steps",
-            f"{whole['seconds']:.0f}",
-        ],
+def _render_shares(counts: dict[str, Any], names: list[str], label: str) -> Safe:
+    """Render the kept share of each group, with the share of all samples as a dashed line."""
+    sizes, kept = (np.array(counts[name], np.int64) for name in ("all", "kept"))
+    shares = (kept / np.maximum(sizes, 1)).tolist()
+    titles = [
+        f"{name}: {k} of {n} kept ({share:.1%})" for name, k, n, share in zip(names, kept, sizes, shares, strict=True)
     ]
-    return table(f"The search costs {about['percent_of_distillation']:.2g}% of the distillation", ["", "seconds"], rows)
+    return tag("figure", charts.column_chart(shares, titles, (), float(kept.sum() / sizes.sum()), label))
+
+
+def _render_extremes(record: dict[str, Any]) -> Safe:
+    def rows(name: str) -> list[list[str]]:
+        return [[str(r["id"]), str(r["label"]), f"{r['score']:.4g}", f"{r['u']:.4f}"] for r in record["ends"][name]]
+
+    titles = ["sample", "class", "score", "rank u"]
+    tables = (table(f"{name.capitalize()} scores", titles, rows(name)) for name in ("highest", "lowest"))
+    return tag("div", tables, class_="side")
+
+
+def _render_cost(record: dict[str, Any]) -> Safe:
+    distillation = record["distillation"]
+    student, epochs = distillation["student"], distillation["epochs"]
+    rows = [
+        ["Scores", f"{record['score_seconds']:.1f}"],
+        ["Search", f"{record['search_seconds']:.1f}"],
+        [f"One distillation of {student}, {epochs} epochs (estimated)", f"{distillation['seconds']:.0f}"],
+    ]
+    caption = f"Scores and search take {record['percent_of_distillation']:.2g}% of the time of one distillation"
+    return table(caption, ["", "seconds"], rows)

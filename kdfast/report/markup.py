@@ -1,4 +1,4 @@
-"""HTML that cannot be broken by what it shows: text is escaped unless it was made here."""
+"""HTML with automatic escaping: every string is escaped unless it was built by these functions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _VOID = frozenset({"br", "img", "meta", "rect", "line", "path"})
 
 
 class Safe(str):
-    """Markup. Any other string is text, and is escaped when it comes into markup."""
+    """Markup. Any other string is text and is escaped when inserted into markup."""
 
     __slots__ = ()
 
 
 def render(child: object) -> Safe:
-    """Markup of a child: Safe as it is, None as nothing, lists one after the other, all else as escaped text."""
+    """Convert to markup: Safe unchanged, None to nothing, an iterable to its concatenated items, else escaped text."""
     if child is None:
         return Safe()
     if isinstance(child, Safe):
@@ -26,20 +26,20 @@ def render(child: object) -> Safe:
 
 
 def tag(element: str, /, *children: object, **attributes: object) -> Safe:
-    """An element.
+    """Build an element.
 
     Args:
-        element: Its name.
-        children: Safe markup, text, None, or iterables of those.
-        attributes: By name, with `_` for `-` and a trailing `_` taken off (`class_`); None and False leave one out,
-            True gives one without a value.
+        element: Name of the element.
+        children: Safe markup, text, None, or iterables of these.
+        attributes: By name, with `_` for `-` and a trailing `_` removed (`class_`). None and False omit the attribute,
+            True writes it without a value.
     """
     parts = [element]
     for key, value in attributes.items():
         if value is None or value is False:
             continue
-        shown = key.rstrip("_").replace("_", "-")
-        parts.append(shown if value is True else f'{shown}="{html.escape(str(value))}"')
+        name = key.rstrip("_").replace("_", "-")
+        parts.append(name if value is True else f'{name}="{html.escape(str(value))}"')
     opening = f"<{' '.join(parts)}>"
     if element in _VOID:
         return Safe(opening[:-1] + "/>")
@@ -47,12 +47,17 @@ def tag(element: str, /, *children: object, **attributes: object) -> Safe:
 
 
 def table(caption: object, titles: Iterable[object], rows: Iterable[Iterable[object]], **attributes: object) -> Safe:
-    """A table whose first column heads its rows; a cell that is a `td` stays as it is."""
+    """Build a table whose first column holds the row headers; a cell that is already a `td` is used unchanged."""
     head = tag("thead", tag("tr", (tag("th", title, scope="col") for title in titles)))
     body = (tag("tr", tag("th", cells[0], scope="row"), map(_cell, cells[1:])) for cells in map(list, rows))
-    whole = tag("table", tag("caption", caption), head, tag("tbody", body), **attributes)
-    # What is wider than the page scrolls, also by the keyboard.
-    return tag("div", whole, class_="scroll", tabindex="0", role="group")
+    content = tag("table", tag("caption", caption), head, tag("tbody", body), **attributes)
+    # tabindex lets keyboard users scroll a table that is wider than the page.
+    return tag("div", content, class_="scroll", tabindex="0", role="group")
+
+
+def statistics_list(pairs: Iterable[tuple[str, str]]) -> Safe:
+    """Build the list of named numbers at the top of a page."""
+    return tag("dl", (tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_="stats")
 
 
 def _cell(content: object) -> Safe:

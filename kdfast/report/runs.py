@@ -11,18 +11,19 @@ from kdfast.files import atomic_path, read_json
 
 
 def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
-    """Draw the loss and, where it was recorded, the test accuracy of groups of runs over the steps.
+    """Plot the training loss and, where recorded, the test accuracy of groups of runs against the step.
 
-    Each run is a thin line in the colour of its group; the final accuracies stand beside the group's name.
+    Each run is a thin line in the color of its group. The legend shows the mean final accuracy of each group.
 
     Args:
-        groups: Name of a group to the folders of its runs.
-        out: The .png to write.
+        groups: Folders of the runs, by name of the group.
+        out: The .png file to write.
 
     Raises:
-        DataError: If a folder holds no finished run.
-        OutputError: If the file cannot be written.
+        DataError: A folder holds no finished run.
+        OutputError: The file cannot be written.
     """
+    # matplotlib is slow to import and only needed here.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,10 +34,9 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
         finals = [read_json(folder / "result.json")["test_top1"] for folder in folders]
         label = f"{name}: {sum(finals) / len(finals):.1f}% (n = {len(finals)})"
         for folder in folders:
-            rows = _metrics(folder)
-            left.plot(*_column(rows, "loss"), color=f"C{number}", linewidth=1, label=label)
-            steps, accuracy = _column(rows, "test_top1")
-            right.plot(steps, accuracy, color=f"C{number}", linewidth=1, label=label)
+            rows = _read_metrics(folder)
+            left.plot(*_series(rows, "loss"), color=f"C{number}", linewidth=1, label=label)
+            right.plot(*_series(rows, "test_top1"), color=f"C{number}", linewidth=1, label=label)
             label = "_"
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="test top-1 (%)")
@@ -45,10 +45,11 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _column(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    there = [row for row in rows if name in row]
-    return [row["step"] for row in there], [row[name] for row in there]
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of the rows that have the metric."""
+    present = [row for row in rows if name in row]
+    return [row["step"] for row in present], [row[name] for row in present]

@@ -1,244 +1,237 @@
-"""The sections of the page about scores; each gives markup, or None where there is nothing to show."""
+"""Sections of the score page. Each returns markup, or None if there is nothing to show."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import Subset
 from kdfast.report import charts
-from kdfast.report.markup import Safe, render, table, tag
-from kdfast.report.score_facts import (
+from kdfast.report.markup import Safe, render, statistics_list, table, tag
+from kdfast.report.score_data import ScorePageData
+from kdfast.report.score_statistics import (
     Example,
-    Table,
-    class_shares,
-    examples,
-    extremes,
-    hardest,
+    Matrix,
+    class_counts,
+    classes_by_mean_score,
+    extreme_samples,
+    highest_samples,
+    load_examples,
+    overlaps,
     rank_correlations,
-    shared,
-    telling_classes,
 )
 
-if TYPE_CHECKING:
-    from kdfast.report.score_page import ScorePage
-
-# Small histograms shown at most: of more classes, those of highest and lowest mean score.
-_MOST_CLASSES = 100
-# Columns of classes that have room for a name below.
-_NAMED_COLUMNS = 12
-# Probability below which a class is no prediction worth a line.
-_NEGLIGIBLE = 0.005
-# What a subset's provenance need not say here: the data above, and a digest that the file was checked with.
-_SAID = ("data", "ids")
+# Maximum number of small histograms; with more classes, those of highest and lowest mean score are shown.
+_MAX_HISTOGRAMS = 100
+# Maximum number of columns with names below them.
+_MAX_NAMED_COLUMNS = 12
+# Predictions below this probability are omitted, except the first.
+_MIN_PROBABILITY = 0.005
+# Keys of a subset's provenance that the page omits: it shows the data elsewhere, and the digest was checked on reading.
+_OMITTED = ("data", "ids")
 
 
-def facts(page: ScorePage) -> Safe:
-    """The numbers at the top."""
-    scores = page.scored.scores
+def render_statistics(data: ScorePageData) -> Safe:
+    """Render the numbers at the top."""
+    scores = data.scored.scores
     pairs = [
         ("Training samples", f"{len(scores):,}"),
-        ("Classes", f"{len(page.source.classes):,}"),
-        ("Method", page.scored.method),
+        ("Classes", f"{len(data.source.classes):,}"),
+        ("Method", data.scored.method),
         ("Median score", f"{np.median(scores):.3g}"),
         ("Range", f"{scores.min():.2g} to {scores.max():.2g}"),
-        ("Scoring took", f"{page.scored.seconds:.3g} s"),
+        ("Scoring time", f"{data.scored.seconds:.3g} s"),
     ]
-    pairs += [
-        (f"Kept in {name}", f"{len(s.ids):,} ({len(s.ids) / len(scores):.1%})") for name, s in page.subsets.items()
-    ]
-    return tag("dl", (tag("div", tag("dt", what), tag("dd", value)) for what, value in pairs), class_="facts")
+    for name, subset in data.subsets.items():
+        pairs.append((f"Kept in {name}", f"{len(subset.ids):,} ({len(subset.ids) / len(scores):.1%})"))
+    return statistics_list(pairs)
 
 
-def histograms(page: ScorePage) -> Safe:
-    """One large histogram of all samples, a small one for each class."""
-    scores, labels = page.scored.scores, page.source.train.labels
-    bins, small = charts.Bins.of(scores), charts.Bins.of(scores, 28)
-    name, kept = _first_subset(page)
+def render_histograms(data: ScorePageData) -> Safe:
+    """Render a large histogram of all samples and a small one per class."""
+    scores, labels = data.scored.scores, data.source.train.labels
+    bins = charts.Bins.of(scores)
+    name, kept = _first_subset(data)
     legend = render([tag("span", class_="key all"), "all samples"])
     if kept is not None:
         legend = render([legend, tag("span", class_="key kept"), f"kept in {name}"])
-    large = tag(
-        "figure",
-        charts.histogram(
-            bins.count(scores),
-            _kept(scores, kept, bins),
-            bins,
-            f"Histogram of {page.scored.method} scores of all samples",
-        ),
-        tag("figcaption", legend, ". The outermost bins also hold the 0.5% of samples beyond them."),
-    )
-    shown, note = _shown_classes(page)
+    label = f"Histogram of {data.scored.method} scores of all samples"
+    chart = charts.histogram(bins.count(scores), _count_kept(scores, kept, bins), bins, label)
+    caption = tag("figcaption", legend, ". The outer bins include the 0.5% of samples beyond each end.")
+    small_bins = charts.Bins.of(scores, 28)
+    shown, note = _histogram_classes(data)
     figures = []
-    for label in shown:
-        mine = labels == label
-        kept_here = None if kept is None else kept[labels[kept] == label]
-        title = page.source.classes[label]
-        mean = float(scores[mine].mean())
-        drawing = charts.small_histogram(
-            small.count(scores[mine]),
-            _kept(scores, kept_here, small),
+    for label_id in shown:
+        members = labels == label_id
+        kept_members = None if kept is None else kept[labels[kept] == label_id]
+        title, mean = data.source.classes[label_id], float(scores[members].mean())
+        small = charts.small_histogram(
+            small_bins.count(scores[members]),
+            _count_kept(scores, kept_members, small_bins),
             f"Scores of class {title}, mean {mean:.3g}",
         )
-        size = f"{int(mine.sum()):,} samples"
-        caption = tag("figcaption", tag("strong", title), tag("br"), f"mean {mean:.3g}", tag("br"), size)
-        figures.append(tag("figure", drawing, caption))
-    heading = tag("h3", "Each class, on the same axis, hardest first")
-    return render([large, heading, note, tag("div", figures, class_="smalls")])
+        lines = [tag("strong", title), tag("br"), f"mean {mean:.3g}", tag("br"), f"{int(members.sum()):,} samples"]
+        figures.append(tag("figure", small, tag("figcaption", lines)))
+    heading = tag("h3", "Per class, on the same axis, hardest first")
+    return render([tag("figure", chart, caption), heading, note, tag("div", figures, class_="small-multiples")])
 
 
-def samples(page: ScorePage) -> Safe:
-    """The samples of highest and lowest score of a few classes, with the teacher's predictions."""
-    scores, labels = page.scored.scores, page.source.train.labels
-    parts: list[Safe] = []
-    if page.cache is not None:
-        text = "Under each image: its score, and the teacher's likeliest classes. A red frame: the teacher's first "
-        parts.append(tag("p", text + "choice is not the label.", class_="note"))
-    else:
-        parts.append(
-            tag("p", "Under each image: its score. A teacher's cache would add its predictions.", class_="note")
+def render_samples(data: ScorePageData) -> Safe:
+    """Render the samples of highest and lowest score of a few classes, with the teacher's predictions."""
+    scores, labels = data.scored.scores, data.source.train.labels
+    note = "Below each image: its score. With a teacher's cache, the page also shows the teacher's predictions."
+    if data.cache is not None:
+        note = (
+            "Below each image: its score and the teacher's most probable classes. A red frame marks images whose first "
+            "prediction differs from the label."
         )
-    for label in telling_classes(scores, labels, page.few):
-        parts.append(tag("h3", f"Label: {page.source.classes[label]}"))
-        ends = extremes(scores, labels, label, page.each)
+    parts = [tag("p", note, class_="note")]
+    for label in classes_by_mean_score(scores, labels, data.sample_classes):
+        name = data.source.classes[label]
+        parts.append(tag("h3", f"Label: {name}"))
+        ends = extreme_samples(scores, labels, label, data.samples_per_end)
         for title, ids in zip(("Highest scores", "Lowest scores"), ends, strict=True):
-            found = examples(ids, scores, page.source.train, page.cache)
-            cells = [_sample(page, example, label) for example in found]
-            name = f"{title} of class {page.source.classes[label]}"
+            examples = load_examples(ids, scores, data.source.train, data.cache)
+            items = [_render_example(data, example, label) for example in examples]
             parts.append(tag("p", title, class_="note"))
-            parts.append(tag("ul", cells, class_="samples", aria_label=name))
+            parts.append(tag("ul", items, class_="samples", aria_label=f"{title} of class {name}"))
     return render(parts)
 
 
-def balance(page: ScorePage) -> Safe | None:
-    """What share of each class every subset keeps."""
-    parts: list[Safe] = []
-    classes = page.source.classes
-    for name, subset in page.subsets.items():
-        sizes, kept = class_shares(page.source.train.labels, subset.ids, len(classes))
-        share = kept / np.maximum(sizes, 1)
-        level = len(subset.ids) / len(page.source.train)
-        order = np.argsort(-share, kind="stable")
-        titles = [f"{classes[i]}: {kept[i]:,} of {sizes[i]:,} ({share[i]:.1%})" for i in order]
-        least, most = int(order[-1]), int(order[0])
-        spread = f"of {classes[least]} {share[least]:.1%}, of {classes[most]} {share[most]:.1%}"
-        text = f"{name} keeps {level:.1%} of all samples; " + (
-            "of every class alike" if share[least] == share[most] else spread
-        )
-        under = [classes[i] for i in order] if len(classes) <= _NAMED_COLUMNS else []
-        chart = charts.columns(share[order].tolist(), titles, under, level, f"Share kept of each class in {name}")
-        rows = [[classes[i], f"{sizes[i]:,}", f"{kept[i]:,}", f"{share[i]:.1%}"] for i in range(len(classes))]
-        numbers = table(f"Class balance of {name}", ["class", "in the data", "kept", "share kept"], rows)
-        caption = tag("figcaption", text, ". One column a class; the dashed line is the share of the whole.")
-        parts.append(tag("h3", name))
-        parts.append(tag("figure", chart, caption))
-        parts.append(tag("details", tag("summary", "As a table"), numbers))
+def render_balance(data: ScorePageData) -> Safe | None:
+    """Render the share of each class that every subset keeps."""
+    parts = [_render_class_shares(data, name, subset) for name, subset in data.subsets.items()]
     return render(parts) if parts else None
 
 
-def overlap(page: ScorePage) -> Safe | None:
-    """How much the scores agree, and the subsets."""
+def render_overlap(data: ScorePageData) -> Safe | None:
+    """Render the agreement of the scores and the overlap of the subsets."""
     parts: list[Safe] = []
-    scores = {page.scored.method: page.scored.scores, **{name: other.scores for name, other in page.others.items()}}
+    scores = {data.scored.method: data.scored.scores, **{name: other.scores for name, other in data.others.items()}}
     if len(scores) > 1:
-        tops = {name: hardest(values, page.fraction) for name, values in scores.items()}
-        part = f"{page.fraction:.3g}"
-        text = (
-            f"Share of the samples of highest score ({part} of all) that two methods have in common; by chance {part}"
+        highest = {name: highest_samples(values, data.fraction) for name, values in scores.items()}
+        share = f"{data.fraction:.3g}"
+        caption = (
+            f"Share of the highest-scoring samples ({share} of all) that two methods have in common; {share} by chance"
         )
-        parts.append(_matrix(text, list(scores), shared(tops), "{:.0%}"))
-        text = "Rank correlation of the scores (Spearman)"
-        parts.append(_matrix(text, list(scores), rank_correlations(scores), "{:.2f}"))
-    if len(page.subsets) > 1:
-        sets = {name: subset.ids for name, subset in page.subsets.items()}
-        parts.append(_matrix("Share of the row's subset that the column's has too", list(sets), shared(sets), "{:.0%}"))
+        parts.append(_render_matrix(caption, list(scores), overlaps(highest), "{:.0%}"))
+        caption = "Rank correlation of the scores (Spearman)"
+        parts.append(_render_matrix(caption, list(scores), rank_correlations(scores), "{:.2f}"))
+    if len(data.subsets) > 1:
+        sets = {name: subset.ids for name, subset in data.subsets.items()}
+        caption = "Share of the row's subset that is also in the column's subset"
+        parts.append(_render_matrix(caption, list(sets), overlaps(sets), "{:.0%}"))
     return tag("div", parts, class_="side") if parts else None
 
 
-def provenance(page: ScorePage) -> Safe:
-    """Where everything comes from."""
-    rows = [
-        ["Data", f"{page.source.path} ({page.source.kind})"],
-        ["Fingerprint of the data", _code(page.source.fingerprint)],
+def render_provenance(data: ScorePageData) -> Safe:
+    """Render the origin of the data, scores, subsets and predictions."""
+    rows: list[list[object]] = [
+        ["Data", f"{data.source.path} ({data.source.kind})"],
+        ["Data fingerprint", tag("code", data.source.fingerprint)],
     ]
-    for name, scored in {page.scored.method: page.scored, **page.others}.items():
-        rows.append([f"Scores: {name}", _listed({**scored.parameters, "seconds": round(scored.seconds, 3)})])
-        rows.append(["Digest", _code(scored.digest)])
-        rows += [[f"Made from the {what} with digest", _code(digest)] for what, digest in scored.sources.items()]
-    for name, subset in page.subsets.items():
-        about = subset.provenance
+    for name, scored in {data.scored.method: data.scored, **data.others}.items():
+        rows.append([f"Scores: {name}", _format_mapping({**scored.parameters, "seconds": round(scored.seconds, 3)})])
+        rows.append(["Digest", tag("code", scored.digest)])
+        rows += [[f"Digest of the {what} used", tag("code", digest)] for what, digest in scored.sources.items()]
+    for name, subset in data.subsets.items():
+        content: object = "no idx.json beside it"
+        if subset.provenance is not None:
+            content = _format_mapping({k: v for k, v in subset.provenance.items() if k not in _OMITTED})
+        rows.append([f"Subset: {name}", content])
+    if data.cache is not None:
+        teacher = data.cache.manifest["teacher"]
         rows.append(
-            [
-                f"Subset: {name}",
-                "no idx.json beside it"
-                if about is None
-                else _listed({k: v for k, v in about.items() if k not in _SAID}),
-            ]
+            ["Teacher", _format_mapping({k: v for k, v in teacher.items() if isinstance(v, str | int | float)})]
         )
-    if page.cache is not None:
-        teacher = page.cache.manifest["teacher"]
-        rows.append(["Teacher", _listed({k: v for k, v in teacher.items() if isinstance(v, str | int | float)})])
-        rows.append(["Its accuracy on the training split", f"{page.cache.manifest['train_top1']:.2f}%"])
-    return table("What the page was made from", ["what", "value"], rows, class_="provenance")
+        rows.append(["Teacher's training accuracy", f"{data.cache.manifest['train_top1']:.2f}%"])
+    return table("Inputs of this page", ["input", "value"], rows, class_="provenance")
 
 
-def _sample(page: ScorePage, example: Example, label: int) -> Safe:
-    classes = page.source.classes
+# Sections in the order of the page: heading and function by anchor.
+SECTIONS: dict[str, tuple[str, Callable[[ScorePageData], Safe | None]]] = {
+    "scores": ("Scores by class", render_histograms),
+    "samples": ("Highest and lowest samples", render_samples),
+    "balance": ("Class balance", render_balance),
+    "overlap": ("Overlap between methods", render_overlap),
+    "provenance": ("Provenance", render_provenance),
+}
+
+
+def _render_class_shares(data: ScorePageData, name: str, subset: Subset) -> Safe:
+    classes = data.source.classes
+    sizes, kept = class_counts(data.source.train.labels, subset.ids, len(classes))
+    share = kept / np.maximum(sizes, 1)
+    level = len(subset.ids) / len(data.source.train)
+    order = np.argsort(-share, kind="stable")
+    titles = [f"{classes[i]}: {kept[i]:,} of {sizes[i]:,} ({share[i]:.1%})" for i in order]
+    least, most = int(order[-1]), int(order[0])
+    spread = "the same share of every class"
+    if share[least] != share[most]:
+        spread = f"from {share[least]:.1%} of {classes[least]} to {share[most]:.1%} of {classes[most]}"
+    names = [classes[i] for i in order] if len(classes) <= _MAX_NAMED_COLUMNS else []
+    label = f"Share kept of each class in {name}"
+    chart = charts.column_chart(share[order].tolist(), titles, names, level, label)
+    caption = f"{name} keeps {level:.1%} of all samples: {spread}. The dashed line is the share of all samples."
+    rows = [[classes[i], f"{sizes[i]:,}", f"{kept[i]:,}", f"{share[i]:.1%}"] for i in range(len(classes))]
+    numbers = table(f"Class balance of {name}", ["class", "in the data", "kept", "share kept"], rows)
+    figure = tag("figure", chart, tag("figcaption", caption))
+    return render([tag("h3", name), figure, tag("details", tag("summary", "As a table"), numbers)])
+
+
+def _render_example(data: ScorePageData, example: Example, label: int) -> Safe:
+    classes = data.source.classes
     lines = []
-    for place, (guess, odds) in enumerate(example.predictions):
-        if place and odds < _NEGLIGIBLE:
+    for place, (predicted, probability) in enumerate(example.predictions):
+        if place and probability < _MIN_PROBABILITY:
             break
-        kind = "right" if guess == label else "wrong" if place == 0 else "other"
-        mark = "✓ " if guess == label else "✗ " if place == 0 else ""
-        lines.append(tag("span", f"{mark}{classes[guess]} {odds:.0%}", class_=kind))
+        kind = "right" if predicted == label else "wrong" if place == 0 else "other"
+        mark = "✓ " if predicted == label else "✗ " if place == 0 else ""
+        lines.append(tag("span", f"{mark}{classes[predicted]} {probability:.0%}", class_=kind))
     differs = bool(example.predictions) and example.predictions[0][0] != label
     alt = f"Sample {example.id}, label {classes[label]}, score {example.score:.3g}"
-    picture = tag("img", src=example.picture, alt=alt, title=f"sample {example.id}", loading="lazy")
+    image = tag("img", src=example.image, alt=alt, title=f"sample {example.id}", loading="lazy")
     score = tag("span", f"{example.score:.3g}", class_="score")
-    return tag("li", picture, score, lines, class_="differs" if differs else None)
+    return tag("li", image, score, lines, class_="differs" if differs else None)
 
 
-def _first_subset(page: ScorePage) -> tuple[str, IntArray | None]:
-    for name, subset in page.subsets.items():
+def _first_subset(data: ScorePageData) -> tuple[str, IntArray | None]:
+    for name, subset in data.subsets.items():
         return name, subset.ids
     return "", None
 
 
-def _kept(scores: charts.Floats, ids: IntArray | None, bins: charts.Bins) -> charts.Counts | None:
+def _count_kept(scores: charts.Floats, ids: IntArray | None, bins: charts.Bins) -> charts.Counts | None:
     return None if ids is None else bins.count(scores[ids])
 
 
-def _shown_classes(page: ScorePage) -> tuple[list[int], Safe | None]:
-    """Classes by mean score, hardest first, and a note where some are left out."""
-    order = telling_classes(page.scored.scores, page.source.train.labels, len(page.source.classes))
-    if len(order) <= _MOST_CLASSES:
+def _histogram_classes(data: ScorePageData) -> tuple[list[int], Safe | None]:
+    """Return the classes by mean score, hardest first, and a note if some are omitted."""
+    order = classes_by_mean_score(data.scored.scores, data.source.train.labels, len(data.source.classes))
+    if len(order) <= _MAX_HISTOGRAMS:
         return order, None
-    half = _MOST_CLASSES // 2
-    text = f"The {half} classes of highest and the {half} of lowest mean score, of {len(order)}."
+    half = _MAX_HISTOGRAMS // 2
+    text = f"The {half} classes with the highest and the {half} with the lowest mean score, out of {len(order)}."
     return [*order[:half], *order[-half:]], tag("p", text, class_="note")
 
 
-def _matrix(caption: str, names: Sequence[str], values: Table, form: str) -> Safe:
+def _render_matrix(caption: str, names: Sequence[str], values: Matrix, form: str) -> Safe:
     rows = []
     for name, numbers in zip(names, values, strict=True):
-        cells = [tag("td", form.format(v), style=f"background: rgb(var(--heat) / {_tint(v)})") for v in numbers]
+        cells = [tag("td", form.format(v), style=f"background: rgb(var(--heat) / {_opacity(v)})") for v in numbers]
         rows.append([name, *cells])
     return table(caption, ["", *names], rows)
 
 
-def _tint(value: float) -> str:
-    """Opacity of a cell's colour: never so strong that the text would lack contrast."""
+def _opacity(value: float) -> str:
+    """Return the opacity of a cell's color, low enough to keep the text readable."""
     return f"{0.45 * min(max(value, 0.0), 1.0):.2f}" if np.isfinite(value) else "0"
 
 
-def _code(text: str) -> Safe:
-    return tag("code", text)
-
-
-def _listed(values: dict[str, object]) -> Safe:
-    """A mapping in one line of text."""
+def _format_mapping(values: dict[str, object]) -> Safe:
+    """Format a mapping as one line of text."""
     parts = [f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
     return render("; ".join(parts))

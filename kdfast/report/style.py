@@ -1,43 +1,43 @@
-"""The style sheet of pages: two colour schemes by the reader's preference, one column on narrow screens."""
+"""Style sheet of the pages: light and dark by the reader's preference, one column on narrow screens."""
 
 STYLE = """
 :root { color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #16202c; --soft: #51606f; --line: #d9dfe6;
+  --page: #f6f7f9; --panel: #ffffff; --ink: #16202c; --soft: #51606f; --line: #d9dfe6;
   --all: #b9c4d0; --kept: #1f5fd0; --good: #0b6e3e; --bad: #b3261e; --heat: 31 95 208; }
 @media (prefers-color-scheme: dark) { :root {
-  --page: #10151b; --card: #19212a; --ink: #e8edf2; --soft: #a3b1bf; --line: #33404d;
+  --page: #10151b; --panel: #19212a; --ink: #e8edf2; --soft: #a3b1bf; --line: #33404d;
   --all: #4b5a69; --kept: #7fb0ff; --good: #6fd39b; --bad: #ff9a92; --heat: 127 176 255; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 .skip { position: absolute; left: -999px; }
-.skip:focus { left: 1rem; top: 1rem; background: var(--card); padding: .5rem 1rem; }
+.skip:focus { left: 1rem; top: 1rem; background: var(--panel); padding: .5rem 1rem; }
 header, main, footer { max-width: 1080px; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2.5rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 0 0 .25rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; } .note, figcaption, caption, footer { color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+section { background: var(--panel); border: 1px solid var(--line); border-radius: 12px;
   padding: 1.25rem 1.4rem; margin: 1.25rem 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; list-style: none; padding: 0; margin: .8rem 0 0; }
 a { color: var(--kept); }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: .8rem; margin: 1.4rem 0 0; }
-dl.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .9rem; }
+dl.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: .8rem; margin: 1.4rem 0 0; }
+dl.stats div { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .9rem; }
 dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; font-size: 1.05rem; font-weight: 600;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 figure { margin: 0; overflow-x: auto; } svg.wide { min-width: 620px; }
 svg { display: block; width: 100%; height: auto; }
 .all { fill: var(--all); } .kept { fill: var(--kept); } .grid { stroke: var(--line); }
-.level { stroke: var(--ink); stroke-dasharray: 4 3; }
+.reference { stroke: var(--ink); stroke-dasharray: 4 3; }
 .tick, .axis { fill: var(--soft); font-size: 12px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em;
   margin: 0 .3em 0 .8em; }
 .key.all { background: var(--all); } .key.kept { background: var(--kept); }
-.smalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .9rem 1.1rem;
+.small-multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .9rem 1.1rem;
   margin-top: 1rem; }
-.smalls figcaption { font-size: .82rem; border-top: 1px solid var(--line); padding-top: .15rem; }
-.smalls strong { color: var(--ink); overflow-wrap: anywhere; }
+.small-multiples figcaption { font-size: .82rem; border-top: 1px solid var(--line); padding-top: .15rem; }
+.small-multiples strong { color: var(--ink); overflow-wrap: anywhere; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: .6rem; list-style: none;
   padding: 0; margin: .4rem 0 1rem; }
 .samples li { font-size: .76rem; line-height: 1.35; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }

@@ -1,3 +1,5 @@
+"""Plots of runs."""
+
 import json
 from pathlib import Path
 
@@ -16,15 +18,15 @@ def run_folder(path: Path, top1: float) -> Path:
     return path
 
 
-def test_the_plot_is_an_image_with_a_colour_for_each_group(tmp_path: Path) -> None:
+def test_plot_has_a_color_per_group(tmp_path: Path) -> None:
     groups = {"KD": [run_folder(tmp_path / "a", 80.0)], "no KD": [run_folder(tmp_path / "b", 70.0)]}
     plot_runs(groups, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors
 
 
-def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unfinished_run(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "a", 80.0)
     (folder / "result.json").unlink()
     with pytest.raises(DataError, match=r"result\.json"):
@@ -32,7 +34,7 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
+def test_rejects_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         plot_runs({"KD": [run_folder(tmp_path / "a", 80.0)]}, tmp_path / "file" / "curves.png")

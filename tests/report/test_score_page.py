@@ -1,4 +1,4 @@
-"""The page about scores: what it holds, that it needs nothing else, and that names cannot break it."""
+"""The score page: content, self-containment, accessibility, and escaping of names."""
 
 import dataclasses
 import re
@@ -12,12 +12,13 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
 from kdfast.data.subset import Subset, write_subset
 from kdfast.errors import DataError, OutputError, SubsetError, UsageError
-from kdfast.prune.rules.registry import choose
+from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.score_file import ScoreFile, write_scores
 from kdfast.report.charts import Bins
 from kdfast.report.markup import Safe, render, tag
-from kdfast.report.score_facts import extremes, rank_correlations, shared, telling_classes
-from kdfast.report.score_page import ScorePage, open_page
+from kdfast.report.score_data import ScorePageData, read_score_page_data
+from kdfast.report.score_page import render_score_page, write_score_page
+from kdfast.report.score_statistics import classes_by_mean_score, extreme_samples, overlaps, rank_correlations
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def files(source: Source, tmp_path: Path) -> dict[str, Path]:
     first, second = scored(source), scored(source, "grand", 1)
     write_scores(tmp_path / "el2n.npz", first)
     write_scores(tmp_path / "grand.npz", second)
-    ids = choose(first.scores, source.train.labels, 0.1)
+    ids = select_subset(first.scores, source.train.labels, 0.1).ids
     write_subset(tmp_path / "hard.npy", ids, {"data": source.fingerprint, "method": "el2n"})
     np.save(tmp_path / "own.npy", np.arange(100))
     return {name: tmp_path / name for name in ("el2n.npz", "grand.npz", "hard.npy", "own.npy")}
 
 
 class Reader(HTMLParser):
-    """Collects elements, and fails on markup that is not well formed."""
+    """Collects elements and fails on malformed markup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,15 +77,18 @@ def read(html: str) -> Reader:
 @pytest.fixture
 def html(source: Source, files: dict[str, Path]) -> str:
     subsets = [files["hard.npy"], files["own.npy"]]
-    return open_page(source, files["el2n.npz"], others=[files["grand.npz"]], subsets=subsets, few=3).html()
+    data = read_score_page_data(
+        source, files["el2n.npz"], others=[files["grand.npz"]], subsets=subsets, sample_classes=3
+    )
+    return render_score_page(data)
 
 
-def test_the_page_holds_what_it_should(html: str, source: Source) -> None:
+def test_page_has_all_sections_images_and_charts(html: str, source: Source) -> None:
     page = read(html)
     titles = ["Scores by class", "Highest and lowest samples", "Class balance", "Overlap between methods", "Provenance"]
     assert all(title in page.text for title in titles)
-    pictures = [attributes for name, attributes in page.seen if name == "img"]
-    assert len(pictures) == 3 * 2 * 10, "ten at either end of three classes"
+    images = [attributes for name, attributes in page.seen if name == "img"]
+    assert len(images) == 3 * 2 * 10, "ten at either end of three classes"
     charts = [attributes["aria-label"] for name, attributes in page.seen if name == "svg"]
     assert len(charts) == 1 + len(source.classes) + 2
     assert sum("Histogram" in text for text in charts) == 1
@@ -94,7 +98,7 @@ def test_the_page_holds_what_it_should(html: str, source: Source) -> None:
     assert "144 (10.0%)" in page.text
 
 
-def test_the_page_opens_without_any_other_resource(html: str) -> None:
+def test_page_needs_no_other_resource(html: str) -> None:
     page = read(html)
     for name, attributes in page.seen:
         assert name not in ("script", "link", "iframe", "object", "embed", "base")
@@ -107,7 +111,7 @@ def test_the_page_opens_without_any_other_resource(html: str) -> None:
     assert policy["content"].startswith("default-src 'none'")
 
 
-def test_the_page_is_accessible(html: str) -> None:
+def test_page_is_accessible(html: str) -> None:
     page = read(html)
     names = [name for name, _ in page.seen]
     assert next(attributes for name, attributes in page.seen if name == "html")["lang"] == "en"
@@ -127,13 +131,11 @@ def test_the_page_is_accessible(html: str) -> None:
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
 
-def test_names_of_classes_methods_and_files_are_text(source: Source) -> None:
+def test_names_of_classes_methods_and_files_are_escaped(source: Source) -> None:
     evil = dataclasses.replace(source, classes=tuple(f"{EVIL}{i}" for i in range(10)), path=EVIL)
     subset = Subset(np.arange(50), {"data": "x", EVIL: EVIL}, None)
-    page = ScorePage(
-        evil, dataclasses.replace(scored(source), method=EVIL), {EVIL + "2": scored(source)}, {EVIL: subset}
-    )
-    html = page.html()
+    scores = dataclasses.replace(scored(source), method=EVIL)
+    html = render_score_page(ScorePageData(evil, scores, {EVIL + "2": scored(source)}, {EVIL: subset}))
     reader = read(html)
     assert "<script" not in html
     assert "onerror=alert(2)>" not in html
@@ -147,7 +149,7 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     assert tag("p", "x", class_='"', hidden=True, title=None) == '<p class="&quot;" hidden>x</p>'
 
 
-def test_the_teachers_predictions_stand_below_the_images(source: Source) -> None:
+def test_page_shows_the_teachers_predictions(source: Source) -> None:
     n = len(source.train)
 
     class Cache:
@@ -159,40 +161,41 @@ def test_the_teachers_predictions_stand_below_the_images(source: Source) -> None
             logits[:, 7] = 2.0
             return logits
 
-    reader = read(ScorePage(source, scored(source), cache=Cache(), few=10).html())  # type: ignore[arg-type]
-    odds = f"{np.exp(2) / (9 + np.exp(2)):.0%}"
-    assert f"✓ 7 {odds}" in reader.text
-    assert f"✗ 7 {odds}" in reader.text
+    data = ScorePageData(source, scored(source), cache=Cache(), sample_classes=10)  # type: ignore[arg-type]
+    reader = read(render_score_page(data))
+    probability = f"{np.exp(2) / (9 + np.exp(2)):.0%}"
+    assert f"✓ 7 {probability}" in reader.text
+    assert f"✗ 7 {probability}" in reader.text
     framed = sum(attributes.get("class") == "differs" for name, attributes in reader.seen if name == "li")
-    assert 0 < framed < 200, "uncovered samples have no predictions, covered ones of other classes differ"
+    assert 0 < framed < 200, "uncovered samples have no predictions; covered ones of other classes differ"
     assert "12.50%" in reader.text
 
 
-def test_classes_are_those_from_hardest_to_easiest() -> None:
+def test_classes_span_the_ranking_by_mean_score() -> None:
     labels = np.repeat(np.arange(5), 4)
     scores = np.array([3.0, 1.0, 5.0, 2.0, 4.0])[labels]
-    assert telling_classes(scores, labels, 3) == [2, 0, 1]
-    assert telling_classes(scores, labels, 9) == [2, 4, 0, 3, 1]
+    assert classes_by_mean_score(scores, labels, 3) == [2, 0, 1]
+    assert classes_by_mean_score(scores, labels, 9) == [2, 4, 0, 3, 1]
 
 
-def test_extremes_of_a_class() -> None:
+def test_extreme_samples_of_a_class() -> None:
     scores, labels = np.arange(20.0), np.arange(20) % 2
-    highest, lowest = extremes(scores, labels, 1, 3)
+    highest, lowest = extreme_samples(scores, labels, 1, 3)
     assert highest.tolist() == [19, 17, 15]
     assert lowest.tolist() == [1, 3, 5]
-    assert extremes(scores, labels, 1, 50)[0].tolist() == list(range(19, 0, -2))
+    assert extreme_samples(scores, labels, 1, 50)[0].tolist() == list(range(19, 0, -2))
 
 
-def test_agreement_of_scores_and_overlap_of_sets() -> None:
+def test_rank_correlations_and_overlaps() -> None:
     from scipy.stats import spearmanr
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=100), rng.integers(0, 5, 100).astype(float)
     assert rank_correlations({"a": a, "b": b})[0, 1] == pytest.approx(spearmanr(a, b).statistic)
-    assert shared({"a": np.array([1, 2, 3, 4]), "b": np.array([3, 4])}).tolist() == [[1, 0.5], [1, 1]]
+    assert overlaps({"a": np.array([1, 2, 3, 4]), "b": np.array([3, 4])}).tolist() == [[1, 0.5], [1, 1]]
 
 
-def test_bins_hold_every_sample_and_take_a_logarithmic_axis_for_a_long_tail() -> None:
+def test_bins_count_every_sample_and_are_logarithmic_for_a_long_tail() -> None:
     rng = np.random.default_rng(0)
     for values, log in ((rng.normal(size=999), False), (10 ** rng.normal(-5, 3, 999), True), (np.full(9, 2.0), False)):
         bins = Bins.of(values)
@@ -201,30 +204,30 @@ def test_bins_hold_every_sample_and_take_a_logarithmic_axis_for_a_long_tail() ->
         assert (np.diff(bins.edges) > 0).all()
 
 
-def test_files_of_other_data_are_refused(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
+def test_rejects_files_of_other_data(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
     other = dataclasses.replace(scored(source), data="0" * 64)
     write_scores(tmp_path / "other.npz", other)
     with pytest.raises(DataError, match="other data"):
-        open_page(source, tmp_path / "other.npz")
+        read_score_page_data(source, tmp_path / "other.npz")
     with pytest.raises(DataError, match="other data"):
-        open_page(source, files["el2n.npz"], others=[tmp_path / "other.npz"])
+        read_score_page_data(source, files["el2n.npz"], others=[tmp_path / "other.npz"])
     np.save(tmp_path / "far.npy", np.array([10**6]))
     with pytest.raises(SubsetError, match="past the end"):
-        open_page(source, files["el2n.npz"], subsets=[tmp_path / "far.npy"])
+        read_score_page_data(source, files["el2n.npz"], subsets=[tmp_path / "far.npy"])
 
 
-def test_equal_names_are_told_apart(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
+def test_equal_names_become_distinct(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     write_scores(tmp_path / "b" / "el2n.npz", scored(source, seed=2))
-    page = open_page(source, files["el2n.npz"], others=[tmp_path / "b" / "el2n.npz", files["el2n.npz"]])
-    assert list(page.others) == ["el2n (el2n)", "el2n (el2n, 2)"]
+    data = read_score_page_data(source, files["el2n.npz"], others=[tmp_path / "b" / "el2n.npz", files["el2n.npz"]])
+    assert list(data.others) == ["el2n (el2n)", "el2n (el2n, 2)"]
 
 
-def test_a_page_that_cannot_be_written(source: Source, tmp_path: Path) -> None:
-    page = ScorePage(source, scored(source))
-    with pytest.raises(UsageError, match=r"named \.html"):
-        page.write(tmp_path / "page.txt")
+def test_rejects_a_path_that_cannot_be_written(source: Source, tmp_path: Path) -> None:
+    data = ScorePageData(source, scored(source))
+    with pytest.raises(UsageError, match=r"not an \.html file"):
+        write_score_page(data, tmp_path / "page.txt")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        page.write(tmp_path / "file" / "page.html")
+        write_score_page(data, tmp_path / "file" / "page.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

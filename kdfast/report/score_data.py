@@ -1,0 +1,91 @@
+"""Data of the score page: the scores, and what to compare them with, checked against the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdfast.data.source import Source
+from kdfast.data.subset import Subset, read_subset
+from kdfast.prune.score_file import ScoreFile, read_scores
+from kdfast.teacher.cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class ScorePageData:
+    """Everything that the score page shows.
+
+    Attributes:
+        source: The data.
+        scored: The scores that the page is about.
+        others: Further scores of the same data to compare with, by name.
+        subsets: Subsets of the same data, by name.
+        cache: A teacher's cache for its predictions, or None.
+        sample_classes: Number of classes of which to show samples.
+        samples_per_end: Number of samples to show at either end of a class.
+        fraction: Share of the highest scores whose overlap to compare.
+    """
+
+    source: Source
+    scored: ScoreFile
+    others: Mapping[str, ScoreFile] = field(default_factory=dict)
+    subsets: Mapping[str, Subset] = field(default_factory=dict)
+    cache: TeacherCache | None = None
+    sample_classes: int = 5
+    samples_per_end: int = 10
+    fraction: float = 0.1
+
+
+def read_score_page_data(
+    source: Source,
+    scores: Path,
+    *,
+    others: Sequence[Path] = (),
+    subsets: Sequence[Path] = (),
+    cache: Path | None = None,
+    sample_classes: int = 5,
+    samples_per_end: int = 10,
+    fraction: float = 0.1,
+) -> ScorePageData:
+    """Read the files of a score page and check that they belong to the data.
+
+    Args:
+        source: The data.
+        scores: The score file that the page is about.
+        others: Further score files.
+        subsets: Subset files.
+        cache: Folder of a teacher's cache, or None.
+        sample_classes: As in `ScorePageData`, like the following arguments.
+        samples_per_end: Likewise.
+        fraction: Likewise.
+
+    Raises:
+        DataError, SubsetError, CacheMismatch: A file is missing, damaged, or belongs to other data.
+    """
+    n, fingerprint = len(source.train), source.fingerprint
+    score_files = [read_scores(path, n=n, fingerprint=fingerprint) for path in (scores, *others)]
+    names = _unique_names([file.method for file in score_files], [path.stem for path in (scores, *others)])
+    subset_names = _unique_names([path.stem for path in subsets], [str(path) for path in subsets])
+    read = [read_subset(path, n=n, fingerprint=fingerprint) for path in subsets]
+    first, *more = score_files
+    return ScorePageData(
+        source,
+        first,
+        dict(zip(names[1:], more, strict=True)),
+        dict(zip(subset_names, read, strict=True)),
+        None if cache is None else TeacherCache.open(cache, source=source),
+        sample_classes,
+        samples_per_end,
+        fraction,
+    )
+
+
+def _unique_names(names: list[str], details: list[str]) -> list[str]:
+    """Return distinct names: a repeated name gets its detail in parentheses, and a number if that repeats too."""
+    unique: list[str] = []
+    for name, detail in zip(names, details, strict=True):
+        numbered = (f"{name} ({detail}, {number})" for number in range(2, len(names) + 2))
+        choices = (name, f"{name} ({detail})", *numbered)
+        unique.append(next(choice for choice in choices if choice not in unique))
+    return unique
