@@ -1,16 +1,16 @@
-"""Per-sample gradient norms of whole networks: kdfast against opacus and torch.func.
+"""Per-sample gradient norms of whole networks: kdfast compared with opacus and torch.func.
 
     python bench/bench_grad_norms.py [--rounds 7] [--threads N] [--nets resnet18 depthwise] [--part network layers]
                                      [--device cuda]
 
-Every contender gets the same network, batch and loss, and returns the norm of each sample's gradient over all
-parameters; each one is checked against float64 autograd before it is timed. Contenders take turns; a ratio is the
-median over rounds, with quartiles. The peers are opacus (`ghost`: its fast gradient clipping, one backward pass, norms
-without clipping; `per-sample`: its gradients) and `torch.func` (vmap over grad, in chunks that fit). `network` times
-forward, backward and norms; `layers` times what comes after them: from each convolution's input and output gradient to
-its norms, opacus by its own registered function. Peak memory is the rise of the resident set during one call, in a
-process of its own; on a GPU, of the allocated memory. Networks and batches are the same on both, TF32 is off, and the
-bars are for a CPU. opacus refuses batch norm, so the networks have group norm.
+Every contender receives the same network, batch and loss, and returns the norm of each sample's gradient over all
+parameters. Each one is checked against float64 autograd before it is timed. Contenders are timed in turn; a ratio is
+the median over rounds, with quartiles. The contenders are opacus (`ghost`: its fast gradient clipping, one backward
+pass, norms without clipping; `per-sample`: its materialized gradients) and `torch.func` (vmap over grad, in chunks that
+fit). `network` times forward, backward and norms. `layers` times only the norms of the convolutions, from their inputs
+and output gradients; for opacus, by its registered function. Peak memory is the increase of the resident set during one
+call in a separate process; on a GPU, of the allocated memory. Networks and batches are the same on both devices, TF32
+is off, and the thresholds apply to a CPU. opacus does not support batch norm, so the networks use group norm.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import cuda_peak, interleave, machine, table, write_results
 
 Call = Callable[[], Tensor]
-# Least ratios to opacus on a CPU, of the part that is the norms' own.
+# Minimum speedup over opacus on a CPU, for the norms alone.
 BARS = {("resnet18", "layers"): 2.0, ("resnet18-imagenet", "layers"): 2.0, ("depthwise", "layers"): 5.0}
 
 
 class Block(nn.Module):
-    """The basic block of a ResNet, with group norm."""
+    """Basic block of a ResNet, with group norm."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Separable(nn.Sequential):
-    """A depthwise 3x3 convolution and a pointwise one, as in MobileNet."""
+    """Depthwise 3x3 and pointwise convolution, as in MobileNet."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class Separable(nn.Sequential):
 
 
 def resnet18(imagenet: bool) -> nn.Module:
-    """The 18-layer ResNet, for 32x32 or for large images."""
+    """Build an 18-layer ResNet for 32x32 or for large images."""
     stem: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.GroupNorm(32, 64),
@@ -91,14 +91,14 @@ def resnet18(imagenet: bool) -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-    """MobileNet's pattern on 32x32 images."""
+    """Build a network of depthwise separable convolutions for 32x32 images."""
     stages = [(64, 128, 1), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1), (512, 512, 1)]
     stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
     return nn.Sequential(*stem, *(Separable(*stage) for stage in stages), *pool)
 
 
-# Maker, side of an image, batch.
+# Builder, image side length, batch size.
 NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (lambda: resnet18(False), 32, 16),
     "depthwise": (depthwise, 32, 16),
@@ -107,15 +107,15 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 def build(name: str, device: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """Network, images and labels, the same every time and on every device."""
+    """Return network, images and labels, equal for every call and device."""
     torch.manual_seed(0)
     maker, side, n = NETS[name]
-    model = maker().train()  # opacus captures in training mode only; nothing here behaves differently in it
+    model = maker().train()  # opacus records in training mode only; no layer here depends on the mode
     return model.to(device), torch.randn(n, 3, side, side).to(device), torch.randint(0, 10, (n,)).to(device)
 
 
 def contenders(name: str, device: str) -> dict[str, Call]:
-    """Name to a call that returns the norms; the first is ours."""
+    """Return calls that compute the norms, by name; kdfast comes first."""
     model, x, y = build(name, device)
     found: dict[str, Call] = {"kdfast": lambda: kdfast.grad_norms(model, x, y)}
     found |= opacus_contenders(name, device)
@@ -124,7 +124,7 @@ def contenders(name: str, device: str) -> dict[str, Call]:
 
 
 def opacus_contenders(name: str, device: str) -> dict[str, Call]:
-    """Opacus' two ways, when it is installed."""
+    """Return the two methods of opacus, if it is installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,7 +152,7 @@ def opacus_contenders(name: str, device: str) -> dict[str, Call]:
 
 
 def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
-    """torch.func: gradients of single samples under vmap, a quarter of a gigabyte (GPU: four) of them at a time."""
+    """Return a call that uses torch.func: vmap over grad, with 0.25 GiB (GPU: 4 GiB) of gradients at a time."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(q: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
 
 
 def truth(name: str) -> Tensor:
-    """Norms by autograd in float64, one sample after another, of the first two samples; always on the CPU."""
+    """Compute the norms of the first two samples by float64 autograd on the CPU, one sample at a time."""
     model, x, y = build(name, "cpu")
     model.double()
     out = []
@@ -179,19 +179,21 @@ def truth(name: str) -> Tensor:
 
 
 def check(calls: dict[str, Call], expected: Tensor, device: str) -> dict[str, float]:
-    """Relative errors of the first samples; raises when one is no rounding error, in float32 and over many layers."""
+    """Return the relative errors of the first samples; raise if one exceeds float32 rounding over many layers."""
     errors = {
         name: ((call()[: len(expected)].cpu() - expected).abs() / expected).max().item() for name, call in calls.items()
     }
-    limit = 1e-5 if device == "cpu" else 1e-4  # cuDNN may take algorithms that round more, such as Winograd's
+    limit = 1e-5 if device == "cpu" else 1e-4  # cuDNN may select less accurate algorithms, such as Winograd's
     for name, error in errors.items():
         if not error < (limit if name == "kdfast" else 1e-3):
             raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
     return errors
 
 
-def captured(name: str, keep: Callable[[nn.Conv2d], bool], device: str) -> list[tuple[nn.Conv2d, Tensor, Tensor]]:
-    """Convolutions with their input and output gradient."""
+def recorded_convolutions(
+    name: str, keep: Callable[[nn.Conv2d], bool], device: str
+) -> list[tuple[nn.Conv2d, Tensor, Tensor]]:
+    """Return the convolutions with their inputs and output gradients."""
     model, x, y = build(name, device)
     seen: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
@@ -209,12 +211,14 @@ def captured(name: str, keep: Callable[[nn.Conv2d], bool], device: str) -> list[
 
 
 def layer_contenders(name: str, device: str) -> tuple[dict[str, Call], Tensor]:
-    """From captured tensors to the convolutions' norms: ours and opacus' function; and the truth, in float64."""
-    calls = captured(name, (lambda layer: layer.groups > 1) if name == "depthwise" else (lambda layer: True), device)
-    parts = [LAYERS[nn.Conv2d](*call)["weight"] for call in calls]
+    """Return calls that compute the convolutions' norms from recorded tensors, and the float64 norms."""
+    calls = recorded_convolutions(
+        name, (lambda layer: layer.groups > 1) if name == "depthwise" else (lambda layer: True), device
+    )
+    factors = [LAYERS[nn.Conv2d](*call)["weight"] for call in calls]
     exact = [LAYERS[nn.Conv2d](layer, a[:2].double(), b[:2].double())["weight"]() for layer, a, b in calls]
-    expected = torch.stack([reference.squared_norms(part, "direct") for part in exact]).sum(0).sqrt().cpu()
-    found: dict[str, Call] = {"kdfast": lambda: torch.stack([squared_norms(part()) for part in parts]).sum(0).sqrt()}
+    expected = torch.stack([reference.squared_norms(each, "direct") for each in exact]).sum(0).sqrt().cpu()
+    found: dict[str, Call] = {"kdfast": lambda: torch.stack([squared_norms(each()) for each in factors]).sum(0).sqrt()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -245,7 +249,7 @@ print((read("VmHWM") - before) / 2**20)
 
 
 def peak(name: str, what: str, call: Call, device: str) -> str:
-    """Rise of the memory in use in MB, during a call that is not the first."""
+    """Return the increase in memory use in MB during a call after the first."""
     if device == "cuda":
         return f"{cuda_peak(call) / 2**20:.0f}"
     if not sys.platform.startswith("linux"):
@@ -256,7 +260,7 @@ def peak(name: str, what: str, call: Call, device: str) -> str:
 
 
 def measure(name: str, part: str, rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row of the table for each contender."""
+    """Return one table row per contender."""
     whole = part == "network"
     calls, expected = (contenders(name, device), truth(name)) if whole else layer_contenders(name, device)
     errors = check(calls, expected, device)
@@ -291,10 +295,10 @@ def main() -> None:
     parser.add_argument("--nets", nargs="*", default=["resnet18", "depthwise", "resnet18-imagenet"], choices=list(NETS))
     parser.add_argument("--part", nargs="*", default=["network", "layers"], choices=["network", "layers"])
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # opacus warns of full backward hooks
+    warnings.simplefilter("ignore")  # opacus warns about full backward hooks
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device == "cuda":  # convolutions have TF32 on otherwise, and in some containers products too
+    if options.device == "cuda":  # on by default for convolutions, in some containers also for matrix products
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     topic = "grad_norms" if options.device == "cpu" else "grad_norms_cuda"
     rows: list[dict[str, Any]] = []
@@ -303,13 +307,13 @@ def main() -> None:
             found = measure(name, part, options.rounds, options.device)
             print(table(found), flush=True)
             rows += found
-            # After each part: a run that is ended early leaves what it has.
+            # Write after each part, so that an interrupted run keeps its results.
             path = write_results(topic, rows, rounds=options.rounds, opacus=opacus_version())
     print(f"\n{table(rows)}\n{machine()}\n{path}")
 
 
 def opacus_version() -> str | None:
-    """The peer's version; None when it is not installed."""
+    """Return the installed version of opacus, or None."""
     from importlib import metadata
 
     try:

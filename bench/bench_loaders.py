@@ -1,14 +1,14 @@
-"""Images per second of the loaders, against torch's DataLoader and against FFCV's own augmentation.
+"""Images per second of the loaders, compared with PyTorch's DataLoader and with FFCV's own augmentation.
 
     python bench/bench_loaders.py --data PATH-TO-CIFAR-10
 
-(a) an epoch of the ffcv loader over a subset, decoding only, after compiling;
-(b) ffcv loader + views, to a normalised float batch, against torch's DataLoader over PIL images with the same pad,
-    crop, flip and normalisation;
-(c) resident loader + views against FFCV's own flip + translate + normalise pipeline.
+(a) one epoch of the ffcv loader over a subset, decoding only, after compilation;
+(b) ffcv loader + views to a normalized float batch, compared with PyTorch's DataLoader over PIL images with the same
+    pad, crop, flip and normalization;
+(c) resident loader + views, compared with FFCV's own flip + translate + normalize pipeline.
 
-Every pipeline's output is checked first: each image must be one of the 162 views of its original. The two sides of a
-ratio take turns, so that other work on the machine hits both; the ratio is the median over the rounds.
+The output of every pipeline is checked first: each image must be one of the 162 views of its original. The two sides of
+a ratio are timed in turn, so that other load on the machine affects both; the ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdfast.data.ffcv.read import BetonLoader, load_ffcv, worker_count
 from kdfast.data.ffcv.write import convert
-from kdfast.data.readers.registry import Source, normalization_of, open_source
+from kdfast.data.readers.registry import open_source
 from kdfast.data.resident import ResidentLoader
-from kdfast.data.views import Normalization, apply_views, draw_slots
+from kdfast.data.source import Source, normalization_of
+from kdfast.data.views import Normalization, apply_views, draw_view_indices
 
 BATCH = 256
 KEEP = 0.5
@@ -43,7 +44,7 @@ Epoch = Callable[[], Iterator[Tensor]]
 
 
 class PilImages(Dataset):
-    """The usual training set: a PIL image per item, augmented and normalised one by one."""
+    """The usual training set: PIL images, augmented and normalized one at a time."""
 
     def __init__(self, images: np.ndarray, norm: Normalization) -> None:
         self.images = images
@@ -63,18 +64,18 @@ class PilImages(Dataset):
 
 
 def with_views(loader: ResidentLoader | BetonLoader, source: Source, ids: np.ndarray, norm: Normalization) -> Epoch:
-    """An epoch of kdfast's: decoded batches, then the views that the seed draws for them."""
+    """Return an epoch of kdfast: decoded batches, then the views drawn for them."""
 
     def epoch() -> Iterator[Tensor]:
-        views = draw_slots(0, 0, ids, source.views.count)
+        views = draw_view_indices(0, 0, ids, source.view_spec.count)
         for start, batch in zip(range(0, len(ids), BATCH), loader.batches(ids, BATCH), strict=True):
-            yield apply_views(batch, views[start : start + BATCH], source.views, norm)
+            yield apply_views(batch, views[start : start + BATCH], source.view_spec, norm)
 
     return epoch
 
 
 def ffcv_pipeline(path: Path, ids: np.ndarray, norm: Normalization) -> Epoch:
-    """An epoch of FFCV's own: flip, translate and normalise, compiled and fused with the decoding."""
+    """Return an epoch of FFCV's own pipeline: flip, translate and normalize, compiled together with the decoding."""
     ffcv = load_ffcv()
     mean, std = (np.array(values) * 255 for values in (norm.mean, norm.std))
     loader = ffcv.Loader(
@@ -101,18 +102,18 @@ def ffcv_pipeline(path: Path, ids: np.ndarray, norm: Normalization) -> Epoch:
 
 
 def check(epoch: Epoch, source: Source, ids: np.ndarray, norm: Normalization, what: str) -> None:
-    """Require each of the first images to be one of the views of the image it stands for; compiles on the way."""
+    """Check that each of the first images is a view of its original; also compiles the pipeline."""
     batches = [batch[:8].clone() for batch in epoch()]
-    every = torch.arange(source.views.count)
+    every = torch.arange(source.view_spec.count)
     for index, image in enumerate(batches[0]):
         original = torch.from_numpy(source.train.read(ids[index : index + 1])).expand(len(every), -1, -1, -1)
-        gaps = (apply_views(original.contiguous(), every, source.views, norm) - image).abs().amax((1, 2, 3))
+        gaps = (apply_views(original.contiguous(), every, source.view_spec, norm) - image).abs().amax((1, 2, 3))
         if gaps.min() > 1e-4:
             raise SystemExit(f"{what}: image {index} of the first batch is no view of sample {ids[index]}")
 
 
 def rate(epoch: Epoch, count: int) -> tuple[float, float]:
-    """Images per second of one epoch, and per second of this process's processor time; batches are only looked at."""
+    """Return the images per second of one epoch, by wall-clock time and by CPU time of this process."""
     start, used = time.perf_counter(), time.process_time()
     seen = sum(len(batch) for batch in epoch())
     seconds, used = time.perf_counter() - start, time.process_time() - used
@@ -122,9 +123,10 @@ def rate(epoch: Epoch, count: int) -> tuple[float, float]:
 
 
 def compare(ours: Epoch, theirs: Epoch, count: int, rounds: int) -> dict[str, object]:
-    """Rates of both sides, taken in turns, and the median of the rounds' ratios with its range.
+    """Return the rates of both sides, measured in turn, and the median ratio over the rounds with its range.
 
-    The ratio of processor times hardly feels other work on the machine, but does not see a DataLoader's processes.
+    The ratio of CPU times is nearly independent of other load on the machine, but excludes the worker processes of a
+    DataLoader.
     """
     pairs = [(rate(ours, count), rate(theirs, count)) for _ in range(rounds)]
     ratios = sorted(one[0] / two[0] for one, two in pairs)
@@ -139,10 +141,10 @@ def compare(ours: Epoch, theirs: Epoch, count: int, rounds: int) -> dict[str, ob
 
 
 def measure(source: Source, folder: Path, rounds: int) -> dict[str, object]:
-    """All three comparisons, in the order of the module's text."""
+    """Run the three comparisons in the order of the module docstring."""
     norm = normalization_of(source.train)
     ids = np.random.default_rng(0).permutation(len(source.train))[: int(KEEP * len(source.train))].astype(np.int64)
-    # Its worker processes are forked before FFCV starts threads.
+    # Create the DataLoader first: its workers must be forked before FFCV starts threads.
     pil = DataLoader(
         PilImages(source.train.read(ids), norm), BATCH, num_workers=WORKERS, persistent_workers=True, shuffle=False
     )

@@ -1,7 +1,7 @@
-"""Augmenting and normalising a batch: kdfast's operator, its reference, and the same done by slicing in plain torch.
+"""Augmentation and normalization of a batch: kdfast's operator, its reference, and slicing in plain PyTorch.
 
-`pytest bench/bench_views.py --benchmark-only`; images per second are in extra_info. The draws' cost for one epoch of
-CIFAR is a group of its own.
+Run `pytest bench/bench_views.py --benchmark-only`; extra_info holds the images per second. A separate group measures
+the random draws for one epoch of CIFAR.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_slots, view_table
+from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_view_indices, view_table
 from kdfast.ops.views import shift_views_reference
 
 NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -27,7 +27,7 @@ def reference(images, moves, dtype):
 
 
 def sliced(images, moves, dtype):
-    """Normalise, pad, then one slice for each shift that occurs, rows and columns apart, and a masked flip."""
+    """Normalize and pad, then copy one slice per row shift and per column shift, then apply a masked flip."""
     padded = F.pad(images.permute(0, 3, 1, 2), (4, 4, 4, 4)).to(dtype)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) * 255 for v in (NORM.mean, NORM.std))
     padded = (padded - mean) / std
@@ -65,7 +65,7 @@ def test_views_of_a_batch(benchmark, size, dtype, implementation):
 
 @pytest.mark.parametrize(
     ("draw", "limit"),
-    [(lambda: draw_slots(0, 3, IDS, 162), 0.1), (lambda: view_table(SPEC, 0, IDS, 20), 0.2)],
+    [(lambda: draw_view_indices(0, 3, IDS, 162), 0.1), (lambda: view_table(SPEC, 0, IDS, 20), 0.2)],
     ids=["slots-of-162", "table-of-20"],
 )
 def test_draws_for_one_epoch(benchmark, draw, limit):

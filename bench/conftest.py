@@ -1,4 +1,4 @@
-"""pytest-benchmark's files carry the same description of the machine as the tables' JSON."""
+"""Add the machine description used by all benchmarks to pytest-benchmark's result files."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved timing, the machine's description, and result files."""
+"""Shared by the benchmarks: interleaved timing, machine description, and result files."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ RESULTS = Path(os.environ.get("KDFAST_RESULTS") or Path(__file__).parent / "resu
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one contender: seconds a call, one entry a round."""
+    """Times of one contender: seconds per call, one entry per round."""
 
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median in seconds per call."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """First and third quartile."""
+        """First and third quartile in seconds per call."""
         if len(self.seconds) < 2:
             return self.seconds[0], self.seconds[0]
         quartiles = statistics.quantiles(self.seconds, n=4)
         return quartiles[0], quartiles[2]
 
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
-        """Median, first and third quartile of other / self, round by round: how many times faster this one is."""
+        """Return median, first and third quartile of other / self over the rounds: the speedup of this contender."""
         ratios = Timing([b / a for a, b in zip(self.seconds, other.seconds, strict=True)])
         return ratios.median, *ratios.spread
 
@@ -47,13 +47,13 @@ class Timing:
 def interleave(
     contenders: dict[str, Callable[[], Any]], rounds: int = 21, *, target: float = 0.005, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Time functions in turn, so that whatever disturbs the machine disturbs all of them.
+    """Time functions in turn, so that load on the machine affects all of them equally.
 
     Args:
-        contenders: Name to function without arguments; each is called a few times first.
-        rounds: How often each is timed.
-        target: Seconds that one timing should last; fast functions are called several times for it.
-        device: "cuda" waits for the device around each timing.
+        contenders: Functions without arguments, by name; each is first called a few times to warm up.
+        rounds: Number of timings of each function.
+        target: Minimum duration of one timing in seconds; fast functions are called repeatedly to reach it.
+        device: "cuda" synchronizes before and after each timing.
     """
     counts = {}
     for name, function in contenders.items():
@@ -75,7 +75,7 @@ def interleave(
 
 
 def cuda_peak(call: Callable[[], Any]) -> int:
-    """Bytes by which the memory allocated on the GPU rises at most during a call."""
+    """Return the peak increase in allocated GPU memory during a call, in bytes."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -83,7 +83,7 @@ def cuda_peak(call: Callable[[], Any]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on: processor, threads, load, versions, commit."""
+    """Describe what a result depends on: processor, threads, load, versions, commit."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -105,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where files other than results differ; "unknown" outside a checkout."""
+    """Return the current commit, with "+" if files other than results have changed; "unknown" outside a checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -121,7 +121,7 @@ def commit() -> str:
 
 
 def write_results(topic: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Write <topic>.json with the machine's description to bench/results, or $KDFAST_RESULTS; returns its path."""
+    """Write <topic>.json with the machine description to bench/results or $KDFAST_RESULTS; return its path."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{topic}.json"
     path.write_text(json.dumps({"machine": machine(), **extra, "rows": rows}, indent=1) + "\n")
@@ -129,7 +129,7 @@ def write_results(topic: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text columns, titles from the first row."""
+    """Format rows as aligned text columns, with titles from the first row."""
     titles = list(rows[0])
     cells = [titles, *[[str(row.get(title, "")) for title in titles] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(titles))]
@@ -137,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def copy_bandwidth(bytes_moved: int = 2**28, device: str = "cpu", rounds: int = 9) -> float:
-    """Bytes a second (read plus written) of copying one tensor to another, median over rounds."""
+    """Return the bytes per second (read plus written) of copying one tensor to another, median over rounds."""
     a = torch.ones(bytes_moved // 8, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
     return bytes_moved / interleave({"copy": lambda: b.copy_(a)}, rounds, device=device)["copy"].median
