@@ -1,12 +1,14 @@
-"""Dynamics for memorization on the planted set, by a network that is small enough for two cores and memorises.
+"""Record training dynamics for the memorization score on the planted set, with a small network that memorizes.
 
     python bench/record_memorization.py --data noisy10 --out mem [--runs 6] [--keep 0.67] [--only RUN]
 
-A network that never learns a wrong label cannot show that it learned it, so the scores need one that ends near 100% on
-what it trains on: four convolutions and a wide hidden layer (1.4 million weights, half of resnet8's time), no
-augmentation, no weight decay. The same command goes on where it stood; several processes may take a run each (--only).
-The table is bench_planted.py's.
+A network that never fits wrong labels cannot show memorization, so the score needs one that ends near 100% accuracy on
+its own training samples: four convolutions and a wide hidden layer (1.4 million weights, half of resnet8's time), no
+augmentation, no weight decay. Run the same command again to continue; several processes may each record one run
+(--only). bench_planted.py makes the table.
 """
+
+from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -25,7 +27,7 @@ from kdfast.nets import NETS
 
 
 def small_vgg(classes: int) -> nn.Module:
-    """Four 3x3 convolutions on 32x32 images, a hidden layer of 256 and the classifier."""
+    """Build four 3x3 convolutions for 32x32 images, a hidden layer of 256, and the classifier."""
 
     def block(width_in: int, width: int, stride: int = 1) -> list[nn.Module]:
         convolution = nn.Conv2d(width_in, width, 3, padding=1, stride=stride, bias=False)
@@ -46,6 +48,7 @@ def small_vgg(classes: int) -> nn.Module:
 
 
 def main() -> None:
+    """Record the runs and print their accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -56,7 +59,7 @@ def main() -> None:
     parser.add_argument("--only", type=int)
     arguments = parser.parse_args()
     NETS["vgg_small"] = small_vgg
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # several processes record at the same time
     source = open_source(arguments.data)
     inputs = LoadedInputs(source, make_loader(source.train), normalization_of(source.train), TeacherTargets())
     config = RunConfig(

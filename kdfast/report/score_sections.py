@@ -147,7 +147,7 @@ def render_provenance(data: ScorePageData) -> Safe:
         rows.append(
             ["Teacher", _format_mapping({k: v for k, v in teacher.items() if isinstance(v, str | int | float)})]
         )
-        rows.append(["Teacher's training accuracy", f"{data.cache.manifest['train_top1']:.2f}%"])
+        rows.append(["Teacher accuracy on the training split", f"{data.cache.manifest['train_top1']:.2f}%"])
     return table("Inputs of this page", ["input", "value"], rows, class_="provenance")
 
 
