@@ -12,7 +12,7 @@ from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.dispatch import METHODS, costs, select_algorithm, squared_norms
 from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, Sizes
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # relative, of a squared norm
 
 
 def truth(factors):
@@ -157,10 +157,8 @@ def test_rejects_inconsistent_sizes():
 
 
 def test_auto_selects_the_cheapest_algorithm():
-    assert (
-        select_algorithm(Sizes(16, 4608, 512, 9)) == "pixel"
-    )  # the last stage of a ResNet: few positions, many weights
-    assert select_algorithm(Sizes(1024, 576, 64, 9)) == "direct"  # its first stage
+    assert select_algorithm(Sizes(16, 4608, 512, 9)) == "pixel"  # last stage of a ResNet: few positions
+    assert select_algorithm(Sizes(1024, 576, 64, 9)) == "direct"  # first stage of a ResNet: many positions
     assert select_algorithm(Sizes(196, 768, 768, 256, 256)) == "gram"  # patches that do not overlap
     assert select_algorithm(Sizes(128, 768, 768)) == "gram"  # a sequence
     assert select_algorithm(Sizes(1024, 9, 1, 9)) == "direct"  # depthwise
