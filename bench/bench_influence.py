@@ -1,19 +1,23 @@
-"""The softmax head's gradient norms, Hessian products and influence: against opacus, torch.func, and bare products.
+"""Benchmark of the softmax head's gradient norms, Hessian products and influence.
 
     python bench/bench_influence.py speed [--rounds 11] [--threads N] [--device cuda]
     python bench/bench_influence.py planted --data cifar-10-batches-py --cache cache [--share 0.05] [--seed 0]
 
-`speed`: every contender is first checked against float64. `norms`: from features and weights to the norm of each
-sample's gradient; opacus materialises the gradients (`per-sample`) or does not (`ghost`), `vmap` is torch.func's.
-`hvp`: K products with the Hessian; torch.func's `jvp(grad)` and `grad(grad . v)`, under vmap for K > 1; `+ logits`
-computes the logits too, which the others do each time and kdfast takes as given; `bare` is the two matrix products
-that are unavoidable, over all samples at once. Contenders take turns; a ratio is the median over rounds, with
-quartiles. Peak memory is the rise of the resident set during one call, in a process of its own; on a GPU, of the
-allocated memory. Inputs are the same on both, TF32 is off, and the bars are for a CPU.
+`speed` first checks every contender against float64.
 
-`planted`: flips a share of the training labels, scores all samples on the teacher's cached features, and reports how
-well the scores find the flipped ones (AUC), once with the teacher's own head and once with a head that Newton's method
-has fitted to the flipped labels.
+- `norms`: the norm of each sample's gradient, from features and weights. Contenders: opacus with materialised gradients
+  (`per-sample`) and without (`ghost`), and `vmap` of torch.func.
+- `hvp`: K products with the Hessian. Contenders: torch.func's `jvp(grad)` and `grad(grad . v)`, under vmap for K > 1.
+  They compute the logits in each call, which kdfast receives; `kdfast + logits` includes them. `bare` is the two
+  matrix products that no method avoids, over all samples at once.
+
+Contenders run in turn; ratios are medians over rounds, with quartiles. Peak memory is the increase of the resident set
+during one call in a separate process; on a GPU, of the allocated memory. CPU and GPU get the same inputs, TF32 is off,
+and the targets apply to CPUs.
+
+`planted` flips a share of the training labels, scores all samples on the teacher's cached features, and reports how
+well the scores find the flipped labels (AUC): with the teacher's own head, and with a head fitted to the flipped labels
+by Newton's method.
 """
 
 from __future__ import annotations
@@ -41,17 +45,17 @@ from harness import cuda_peak, interleave, machine, table, write_results
 
 Call = Callable[[], Tensor]
 BATCH = 1024
-# N, D, C; and N, D, C, K.
+# Sizes (N, D, C) of norms and (N, D, C, K) of products.
 NORMS = [(1024, 512, 100), (1024, 64, 10)]
 PRODUCTS = [(20_000, 512, 100, 1), (4096, 512, 100, 64), (50_000, 64, 10, 1), (20_000, 64, 10, 64)]
-# Ratios kdfast must reach, and for `bare` the share of it that kdfast may take.
-NORM_BARS = {(512, 100, "opacus per-sample"): 20.0, (512, 100, "vmap"): 20.0}
-PRODUCT_BARS = {(512, 100, 1, "jvp(grad)"): 5.0, (512, 100, 64, "jvp(grad)"): 1.5}
-OVERHEAD = 1.3
+# Targets: times that kdfast must be faster, and times the seconds of `bare` that it may need.
+NORM_TARGETS = {(512, 100, "opacus per-sample"): 20.0, (512, 100, "vmap"): 20.0}
+PRODUCT_TARGETS = {(512, 100, 1, "jvp(grad)"): 5.0, (512, 100, 64, "jvp(grad)"): 1.5}
+MAX_OVERHEAD = 1.3
 
 
-def head(n: int, d: int, c: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, weights (C, D + 1), labels and logits, the same every time and on every device."""
+def make_head(n: int, d: int, c: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return features, weights (C, D + 1), labels and logits, equal in each call and on each device."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=generator)
     w = torch.randn(c, d + 1, generator=generator) * 2 / d**0.5
@@ -61,7 +65,7 @@ def head(n: int, d: int, c: int, device: str) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Opacus' two ways from a batch to norms, when it is installed."""
+    """Return opacus' two methods to compute norms of a batch; empty if it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,76 +80,78 @@ def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
             linear.bias.copy_(w[:, -1])
         return linear
 
-    # Nothing here needs the gradient of the features, which the hook would like to see.
+    # The hook warns because the features need no gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    full = GradSampleModule(layer(), loss_reduction="sum")
+    materialised = GradSampleModule(layer(), loss_reduction="sum")
     ghost = GradSampleModuleFastGradientClipping(layer(), loss_reduction="sum", max_grad_norm=1.0)
 
     def per_sample(x: Tensor, y: Tensor) -> Tensor:
-        F.cross_entropy(full(x), y, reduction="sum").backward()
-        out = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in full.parameters()]).norm(dim=0)
-        full.zero_grad()
+        F.cross_entropy(materialised(x), y, reduction="sum").backward()
+        out = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in materialised.parameters()]).norm(dim=0)
+        materialised.zero_grad()
         return out
 
-    def norms(x: Tensor, y: Tensor) -> Tensor:
+    def ghost_norms(x: Tensor, y: Tensor) -> Tensor:
         F.cross_entropy(ghost(x), y, reduction="sum").backward()
         out: Tensor = ghost.get_norm_sample()
         ghost.zero_grad()
         return out
 
-    return {"opacus per-sample": per_sample, "opacus ghost": norms}
+    return {"opacus per-sample": per_sample, "opacus ghost": ghost_norms}
 
 
 def norm_contenders(n: int, d: int, c: int, *, device: str) -> tuple[dict[str, Call], Tensor]:
-    """Name to call, and the norms by autograd in float64."""
-    x, w, y, _ = head(n, d, c, device)
+    """Return the calls by name, and the norms of the first samples by autograd in float64."""
+    x, w, y, _ = make_head(n, d, c, device)
 
     def loss(w: Tensor, row: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy((row @ w[:, :-1].mT + w[:, -1])[None], label[None])
 
-    each = vmap(grad(loss), (None, 0, 0))
-    found: dict[str, Call] = {"kdfast": lambda: kdfast.head_grad_norms(kdfast.head_logits(x, w), y, x)}
-    found |= {name: lambda f=f: f(x, y) for name, f in opacus_gradients(w).items()}  # type: ignore[misc]
-    found["vmap"] = lambda: each(w, x, y).flatten(1).norm(dim=1)
-    few = slice(0, 16)
-    return found, each(w.double(), x[few].double(), y[few]).flatten(1).norm(dim=1)
+    sample_gradients = vmap(grad(loss), (None, 0, 0))
+    calls: dict[str, Call] = {"kdfast": lambda: kdfast.head_grad_norms(kdfast.head_logits(x, w), y, x)}
+    calls |= {name: lambda f=f: f(x, y) for name, f in opacus_gradients(w).items()}  # type: ignore[misc]
+    calls["vmap"] = lambda: sample_gradients(w, x, y).flatten(1).norm(dim=1)
+    return calls, sample_gradients(w.double(), x[:16].double(), y[:16]).flatten(1).norm(dim=1)
 
 
 def product_contenders(n: int, d: int, c: int, k: int, *, device: str) -> tuple[dict[str, Call], Tensor]:
-    """Name to call, and the products by torch.func in float64. Without a bias, which all but kdfast would pad."""
-    x, w, y, _ = head(n, d, c, device)
+    """Return the calls by name, and the first product by torch.func in float64.
+
+    The head has no bias: all contenders but kdfast would need a feature for it.
+    """
+    x, w, y, _ = make_head(n, d, c, device)
     w = w[:, :-1].contiguous()
     z = x @ w.mT
     v = torch.randn(k, c, d, generator=torch.Generator().manual_seed(1)).to(device)
     flat = v.flatten(0, 1)
-    chunk = 16 if device == "cpu" else None  # a GPU is fastest with all of them at once, which fit there
+    chunk = 16 if device == "cpu" else None  # a GPU is fastest with all vectors at once
 
-    def forward(w: Tensor, x: Tensor, one: Tensor) -> Tensor:
-        return jvp(grad(lambda w: F.cross_entropy(x @ w.mT, y)), (w,), (one,))[1]
+    def forward_over_reverse(w: Tensor, x: Tensor, vector: Tensor) -> Tensor:
+        return jvp(grad(lambda w: F.cross_entropy(x @ w.mT, y)), (w,), (vector,))[1]
 
-    def reverse(one: Tensor) -> Tensor:
-        return grad(lambda w: (grad(lambda w: F.cross_entropy(x @ w.mT, y))(w) * one).sum())(w)
+    def reverse_over_reverse(vector: Tensor) -> Tensor:
+        return grad(lambda w: (grad(lambda w: F.cross_entropy(x @ w.mT, y))(w) * vector).sum())(w)
 
-    def many(f: Callable[[Tensor], Tensor]) -> Call:
+    def over_vectors(f: Callable[[Tensor], Tensor]) -> Call:
         return (lambda: f(v[0])[None]) if k == 1 else (lambda: vmap(f, chunk_size=chunk)(v))
 
-    found: dict[str, Call] = {
+    calls: dict[str, Call] = {
         "kdfast": lambda: kdfast.head_hvp(x, z, v, bias=False),
         "kdfast + logits": lambda: kdfast.head_hvp(x, x @ w.mT, v, bias=False),
-        "jvp(grad)": many(lambda one: forward(w, x, one)),
-        "grad(grad . v)": many(reverse),
+        "jvp(grad)": over_vectors(lambda vector: forward_over_reverse(w, x, vector)),
+        "grad(grad . v)": over_vectors(reverse_over_reverse),
         "bare": lambda: (x @ flat.mT).mT @ x,
     }
-    return found, forward(w.double(), x.double(), v[0].double())
+    return calls, forward_over_reverse(w.double(), x.double(), v[0].double())
 
 
 def measure(name: str, sizes: tuple[int, ...], rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row of the table for each contender."""
+    """Check and time every contender; return a row of the table for each."""
     norms = name == "norms"
     calls, truth = (norm_contenders if norms else product_contenders)(*sizes, device=device)
     for who, call in calls.items():
-        found = call()[: len(truth)] if norms else call()[0]
-        error = float((found.double() - truth).norm() / truth.norm())
+        result = call()[: len(truth)] if norms else call()[0]
+        error = float((result.double() - truth).norm() / truth.norm())
         if who != "bare" and not error < 1e-4:
             raise AssertionError(f"{who} is wrong: relative error {error:.1e}")
     timings = interleave(calls, rounds, device=device)
@@ -167,12 +173,12 @@ def measure(name: str, sizes: tuple[int, ...], rounds: int, device: str) -> list
 
 
 def verdict(name: str, sizes: tuple[int, ...], who: str, ratio: float) -> str:
-    """The bar of a row and whether it is met; empty without one."""
+    """Return the target of a row and whether it is met; empty if it has none."""
     if who == "bare" and sizes[1:3] == (512, 100):
-        return f">= {1 / OVERHEAD:.2f}x {'met' if ratio >= 1 / OVERHEAD else 'MISSED'}"
-    bars: dict[tuple[Any, ...], float] = dict(NORM_BARS if name == "norms" else PRODUCT_BARS)  # type: ignore[arg-type]
-    bar = bars.get((*sizes[1:], who))
-    return "" if bar is None else f">= {bar:g}x {'met' if ratio >= bar else 'MISSED'}"
+        return f">= {1 / MAX_OVERHEAD:.2f}x {'met' if ratio >= 1 / MAX_OVERHEAD else 'MISSED'}"
+    targets: dict[tuple[Any, ...], float] = dict(NORM_TARGETS if name == "norms" else PRODUCT_TARGETS)  # type: ignore[arg-type]
+    target = targets.get((*sizes[1:], who))
+    return "" if target is None else f">= {target:g}x {'met' if ratio >= target else 'MISSED'}"
 
 
 PEAK = """
@@ -192,7 +198,7 @@ print(read("VmHWM") - before)
 
 
 def peak(name: str, sizes: tuple[int, ...], who: str, call: Call, device: str) -> float:
-    """Megabytes by which the memory in use rises during one call; NaN where the system does not say."""
+    """Return the megabytes by which memory in use rises during one call; NaN if the system does not report it."""
     if device == "cuda":
         return cuda_peak(call) / 2**20
     if not sys.platform.startswith("linux"):
@@ -202,7 +208,7 @@ def peak(name: str, sizes: tuple[int, ...], who: str, call: Call, device: str) -
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Print the table and write bench/results/influence*.json."""
+    """Measure everything, print the table and write bench/results/influence*.json."""
     topic = "influence" if options.device == "cpu" else "influence_cuda"
     rows: list[dict[str, Any]] = []
     for name, grid in (("norms", NORMS), ("hvp", PRODUCTS)):
@@ -210,24 +216,24 @@ def speed(options: argparse.Namespace) -> None:
             first = len(rows)
             rows += measure(name, sizes, options.rounds, options.device)
             print(table(rows[first:]), flush=True)
-            # After each size: a run that is ended early leaves what it has.
+            # Written after each size, so that an interrupted run keeps its results.
             path = write_results(topic, rows, rounds=options.rounds)
     print(f"\n{table(rows)}\n{machine()}\n{path}")
 
 
 def planted(options: argparse.Namespace) -> None:
-    """Print AUC and seconds and write bench/results/influence_planted*.json."""
+    """Measure AUC and seconds, print them and write bench/results/influence_planted*.json."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import flip_labels
     from kdfast.teacher.cache import TeacherCache
 
     source = open_source(options.data)
     cache = TeacherCache.open(options.cache)
-    true = source.train.labels
-    noisy = flip_labels(true, options.share, options.seed, len(source.classes))
+    labels = source.train.labels
+    noisy = flip_labels(labels, options.share, options.seed, len(source.classes))
     arrays = (cache.features(), cache.identity_logits(), noisy)
     x, z, y = (torch.from_numpy(np.array(a)).to(options.device) for a in arrays)
-    flipped = noisy != true
+    flipped = noisy != labels
     rows = []
     for head_name in ("teacher's", "refitted"):
         fit = 0.0
@@ -243,7 +249,7 @@ def planted(options: argparse.Namespace) -> None:
 
 
 def timed(call: Call, device: str) -> tuple[Tensor, float]:
-    """What a call returns, and its seconds; on a GPU those of the second one, as the first loads libraries."""
+    """Return the result of a call and its seconds; on a GPU those of a second call, since the first loads libraries."""
     if device == "cuda":
         call()
         torch.cuda.synchronize()
@@ -255,7 +261,7 @@ def timed(call: Call, device: str) -> tuple[Tensor, float]:
 
 
 def score_rows(name: str, x: Tensor, z: Tensor, y: Tensor, flipped: Any, l2: float, fit: float) -> list[dict[str, Any]]:
-    """AUC and seconds of both scores for one head."""
+    """Return a row with AUC and seconds for each score of one head."""
     from sklearn.metrics import roc_auc_score
 
     scores: dict[str, Call] = {
@@ -283,7 +289,7 @@ def score_rows(name: str, x: Tensor, z: Tensor, y: Tensor, flipped: Any, l2: flo
 
 
 def against_opacus(x: Tensor, y: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same gradient norms by opacus, in batches of `BATCH`, logits included on both sides."""
+    """Time gradient norms against opacus in batches of `BATCH`; all contenders compute the logits."""
     w = kdfast.head_newton(x, y, l2=options.l2).float()
     calls: dict[str, Call] = {"kdfast": lambda: kdfast.head_grad_norms(kdfast.head_logits(x, w), y, x)}
     for name, f in opacus_gradients(w).items():
@@ -312,22 +318,22 @@ def against_opacus(x: Tensor, y: Tensor, options: argparse.Namespace) -> list[di
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the part named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["speed", "planted"], nargs="?", default="speed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--data", help="planted: a labelled source, such as cifar-10-batches-py")
-    parser.add_argument("--cache", help="planted: the teacher's cache of it")
-    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--data", help="planted: data with labels, such as cifar-10-batches-py")
+    parser.add_argument("--cache", help="planted: the teacher's cache of the data")
+    parser.add_argument("--share", type=float, default=0.05, help="planted: share of labels to flip")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--l2", type=float, default=1e-4)
+    parser.add_argument("--l2", type=float, default=1e-4, help="planted: weight of the head's penalty")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False  # some containers turn it on
+        torch.backends.cuda.matmul.allow_tf32 = False  # some containers enable it
     if options.part == "planted" and not (options.data and options.cache):
         parser.error("planted needs --data and --cache")
     (planted if options.part == "planted" else speed)(options)

@@ -1,13 +1,14 @@
-"""A planted set: how well each score finds training labels that were flipped on purpose.
+"""How well each score finds training labels that were flipped on purpose.
 
     kdfast data flip cifar-10-batches-py noisy10 --share 0.1 --seed 0
     kdfast dynamics --data noisy10 --net resnet8 --epochs 15 --features-every 5 ... --out dyn
     python bench/bench_planted.py --data noisy10 --dynamics dyn --cache c10 [--memorization mem]
 
-The cache is that of a teacher trained on the true labels, its logits and features held against the flipped ones. AUC:
-the probability that a flipped label's score is higher than a true one's; lower for the influence of removal, which is
-negative for harmful samples. Top: the share of flipped labels among as many samples of the highest (lowest) scores.
-Seconds are those of the score from opened inputs. Prints a table, writes bench/results/planted.json.
+The cache is that of a teacher trained on the true labels; scores combine its logits and features with the flipped
+labels. AUC is the probability that a flipped sample scores higher than another one (lower for the influence of removal,
+which is negative for harmful samples). "top" is the share of flipped samples among the highest (lowest) scores, as many
+as there are flipped samples. "seconds" excludes opening the inputs. Prints a table and writes
+bench/results/planted.json.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from kdfast.data.readers.registry import open_source
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import KdfastError
 from kdfast.files import read_json
-from kdfast.prune.scores.registry import ScoreInputs, score
+from kdfast.prune.scores.base import ScoreInputs
+from kdfast.prune.scores.registry import compute_score
 from kdfast.teacher.cache import TeacherCache
 
-BAR = 0.85
-# Method, options, which input, whether the bar holds for it, whether flipped labels are expected at the lower end.
+TARGET_AUC = 0.85
+# Method, options, input, whether the target applies, whether flipped labels should have the lowest scores.
 ROWS = (
     ("random", {}, None, False, False),
     ("forgetting", {}, "dynamics", True, False),
@@ -50,43 +52,43 @@ ROWS = (
 
 
 def auc(values: np.ndarray, planted: np.ndarray) -> float:
-    """P[value of a planted sample > value of another], ties counting one half."""
+    """Return P[value of a planted sample > value of another], with ties counted as one half."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    hits = int(planted.sum())
-    return float((ranks[planted].sum() - hits * (hits + 1) / 2) / (hits * (len(planted) - hits)))
+    count = int(planted.sum())
+    return float((ranks[planted].sum() - count * (count + 1) / 2) / (count * (len(planted) - count)))
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse_arguments()
     source = open_source(arguments.data)
-    true = open_source(read_json(Path(arguments.data) / "relabelled.json")["data"])
-    planted = source.train.labels != true.train.labels
+    original = open_source(read_json(Path(arguments.data) / "relabelled.json")["data"])
+    planted = source.train.labels != original.train.labels
     base = {"labels": source.train.labels, "seed": arguments.seed}
-    held: dict[str | None, ScoreInputs] = {None: ScoreInputs(**base)}
+    inputs: dict[str | None, ScoreInputs] = {None: ScoreInputs(**base)}
     if arguments.cache:
-        cache = TeacherCache.open(arguments.cache, source=true)
-        held["cache"] = ScoreInputs(**base, logits=cache.identity_logits(), features=cache.features())
+        cache = TeacherCache.open(arguments.cache, source=original)
+        inputs["cache"] = ScoreInputs(**base, logits=cache.identity_logits(), features=cache.features())
     for name in ("dynamics", "memorization"):
         if path := getattr(arguments, name):
             opened = Dynamics.open(path, labels=source.train.labels, fingerprint=source.fingerprint)
-            held[name] = ScoreInputs(**base, dynamics=opened)
-    rows = [measure(row, held[row[2]], planted) for row in ROWS if row[2] in held]
+            inputs[name] = ScoreInputs(**base, dynamics=opened)
+    rows = [measure(row, inputs[row[2]], planted) for row in ROWS if row[2] in inputs]
     print(table(rows))
-    facts = {name: describe(inputs) for name, inputs in held.items() if inputs.dynamics}
-    path = write_results("planted", rows, planted=int(planted.sum()), samples=len(planted), recorded=facts)
+    recorded = {name: describe(given.dynamics) for name, given in inputs.items() if given.dynamics}
+    path = write_results("planted", rows, planted=int(planted.sum()), samples=len(planted), recorded=recorded)
     print(f"\n{int(planted.sum())} of {len(planted)} labels flipped; written to {path}")
     if low := [f"{row['method']} {row['options']}" for row in rows if row["bar"] and float(row["AUC"]) < row["bar"]]:
-        sys.exit(f"below {BAR}: {', '.join(low)}")
+        sys.exit(f"below the target AUC of {TARGET_AUC}: {', '.join(low)}")
 
 
 def measure(row: tuple, inputs: ScoreInputs, planted: np.ndarray) -> dict:
-    """One line of the table."""
-    method, options, origin, barred, lower = row
-    given = ScoreInputs(**{**vars(inputs), "options": options})
+    """Compute one score and return its row of the table."""
+    method, options, origin, has_target, lower = row
+    inputs = ScoreInputs(**{**vars(inputs), "options": options})
     started = time.perf_counter()
     try:
-        values = score(method, given).values
+        values = compute_score(method, inputs).values
     except KdfastError as error:
         sys.exit(f"{method} {options}: {error}")
     seconds = time.perf_counter() - started
@@ -99,14 +101,13 @@ def measure(row: tuple, inputs: ScoreInputs, planted: np.ndarray) -> dict:
         "flipped at": "low end" if lower else "high end",
         "AUC": f"{auc(signed, planted):.4f}",
         "top": f"{planted[top].mean():.3f}",
-        "bar": BAR if barred else "",
+        "bar": TARGET_AUC if has_target else "",
         "seconds": f"{seconds:.2f}",
     }
 
 
-def describe(inputs: ScoreInputs) -> dict:
-    """Runs, epochs and settings of dynamics."""
-    dynamics = inputs.dynamics
+def describe(dynamics: Dynamics) -> dict:
+    """Return the number of runs and epochs, and the training settings."""
     training = dynamics.facts.get("training", {})
     kept = ("student", "epochs", "batch_size", "lr", "weight_decay", "schedule", "views", "precision", "seed")
     return {
@@ -117,12 +118,12 @@ def describe(inputs: ScoreInputs) -> dict:
     }
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="written by `kdfast data flip`")
-    parser.add_argument("--dynamics", help="of a run on it")
-    parser.add_argument("--memorization", help="dynamics of runs with --keep")
+    parser.add_argument("--dynamics", help="dynamics of a run on the data")
+    parser.add_argument("--memorization", help="dynamics of runs with --keep on the data")
     parser.add_argument("--cache", help="a teacher's cache of the data with the true labels")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

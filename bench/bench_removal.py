@@ -1,11 +1,11 @@
-"""Predicted against true effects of removing training samples, on a teacher's cached features.
+"""Predicted and true effects of removing training samples, on a teacher's cached features.
 
     python bench/bench_removal.py --data cifar-10-batches-py --cache cache [--samples 2000] [--removed 200]
 
-A head is fitted by Newton's method to some samples, of which a share has wrong labels; then each of the removed ones
-is left out in turn and the head fitted again, to a gradient of 1e-8. The effect is the change of the mean validation
-loss, on other samples with their own labels. Printed are Spearman's correlation of predicted and true effects, and the
-root mean square of the corrected prediction's error over that of the plain one's, each as the mean over seeds and every
+Newton's method fits a head to some samples, a share of them with wrong labels. Then it fits the head again without each
+of the removed samples in turn, to a gradient norm of 1e-8. The effect is the change of the mean validation loss, on
+other samples with true labels. The table has Spearman's correlation of predicted and true effects, and the corrected
+prediction's root mean square error divided by that of the first-order (plain) prediction: the mean over seeds and each
 seed's value.
 """
 
@@ -34,15 +34,15 @@ from harness import machine, table, write_results
 
 SETTINGS = [(l2, share) for l2 in (1e-3, 1e-2) for share in (0.0, 0.05)]
 VALIDATION = 1000
-BARS = "bars: plain >= .98; corrected >= plain, its error <= .85 of plain's"
+TARGETS = "targets: plain >= .98; corrected >= plain, its error <= .85 of plain's"
 
 
-class Fitted:
-    """A head at its optimum, its validation loss, and what is predicted and true of removals.
+class FittedHead:
+    """A head at its optimum, with predicted and true effects of removals on its validation loss.
 
     Args:
         x: (N, D) float64 features.
-        y: (N,) labels, some of them wrong.
+        y: (N,) labels, some wrong.
         val_x: (M, D) float64 features.
         val_y: (M,) labels.
         l2: Weight of the penalty.
@@ -54,52 +54,52 @@ class Fitted:
         self.w = kdfast.head_newton(x, y, l2=l2, classes=self.classes)
 
     def loss(self, w: Tensor) -> Tensor:
-        """Mean cross-entropy of the validation samples."""
+        """Return the mean cross-entropy of the validation samples."""
         return F.cross_entropy(kdfast.head_logits(self.val_x, w), self.val_y)
 
-    def predicted(self, corrected: bool, count: int) -> Tensor:
-        """Effects (count,) of removing each of the first samples."""
+    def predict_effects(self, corrected: bool, count: int) -> Tensor:
+        """Predict the effects (count,) of removing each of the first samples."""
         z, val_z = (kdfast.head_logits(x, self.w) for x in (self.x, self.val_x))
-        found = kdfast.head_influence(
+        effects = kdfast.head_influence(
             self.x, z, self.y, self.val_x, val_z, self.val_y, l2=self.l2, corrected=corrected, tol=1e-9
         )
-        return found[:count]
+        return effects[:count]
 
-    def true(self, count: int) -> Tensor:
-        """The same, by fitting again without it; the penalty stays against 1/N times the other losses."""
+    def retrain_effects(self, count: int) -> Tensor:
+        """Measure the effects (count,) by fitting again without each of the first samples."""
         n, effects = len(self.y), []
         for i in range(count):
             keep = torch.arange(n) != i
-            l2 = self.l2 * n / (n - 1)
+            l2 = self.l2 * n / (n - 1)  # relative to the other losses the penalty keeps its weight with 1/N
             w = kdfast.head_newton(self.x[keep], self.y[keep], l2=l2, classes=self.classes, init=self.w)
             effects.append(self.loss(w) - self.loss(self.w))
         return torch.stack(effects)
 
 
-def fitted(source: Any, cache: TeacherCache, samples: int, share: float, l2: float, seed: int) -> Fitted:
-    """A head on samples drawn by a seed; validated on others of the training split."""
-    true = source.train.labels
-    noisy = flip_labels(true, share, seed, len(source.classes)) if share else true
-    ids = np.random.default_rng(seed).choice(len(true), samples + VALIDATION, replace=False)
+def fit_head(source: Any, cache: TeacherCache, samples: int, share: float, l2: float, seed: int) -> FittedHead:
+    """Fit a head to samples drawn by a seed; others of the training split validate it."""
+    labels = source.train.labels
+    noisy = flip_labels(labels, share, seed, len(source.classes)) if share else labels
+    ids = np.random.default_rng(seed).choice(len(labels), samples + VALIDATION, replace=False)
     x = torch.from_numpy(np.array(cache.features()[np.sort(ids)])).double()[np.argsort(np.argsort(ids))]
-    y, val_y = torch.from_numpy(noisy[ids[:samples]]), torch.from_numpy(true[ids[samples:]])
-    return Fitted(x[:samples], y, x[samples:], val_y, l2)
+    y, val_y = torch.from_numpy(noisy[ids[:samples]]), torch.from_numpy(labels[ids[samples:]])
+    return FittedHead(x[:samples], y, x[samples:], val_y, l2)
 
 
-def compare(head: Fitted, removed: int) -> dict[str, float]:
-    """Correlations and the ratio of errors for one head."""
-    truth = head.true(removed)
-    plain, corrected = (head.predicted(way, removed) for way in (False, True))
-    errors = [float((found - truth).square().mean().sqrt()) for found in (plain, corrected)]
-    ranks = [float(spearmanr(found, truth).statistic) for found in (plain, corrected)]
-    return {"plain": ranks[0], "corrected": ranks[1], "error": errors[1] / errors[0]}
+def compare(head: FittedHead, removed: int) -> dict[str, float]:
+    """Return both correlations and the ratio of errors for one head."""
+    truth = head.retrain_effects(removed)
+    predictions = [head.predict_effects(corrected, removed) for corrected in (False, True)]
+    errors = [float((predicted - truth).square().mean().sqrt()) for predicted in predictions]
+    correlations = [float(spearmanr(predicted, truth).statistic) for predicted in predictions]
+    return {"plain": correlations[0], "corrected": correlations[1], "error": errors[1] / errors[0]}
 
 
-def summary(l2: float, share: float, found: list[dict[str, float]]) -> dict[str, Any]:
-    """A row of the table."""
+def summarize(l2: float, share: float, comparisons: list[dict[str, float]]) -> dict[str, Any]:
+    """Return a row of the table: mean and values over seeds."""
     row: dict[str, Any] = {"l2": l2, "wrong labels": share}
     for name, title in (("plain", "Spearman plain"), ("corrected", "corrected"), ("error", "error / plain's")):
-        values = [one[name] for one in found]
+        values = [comparison[name] for comparison in comparisons]
         row[title] = f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
     return row
 
@@ -117,12 +117,12 @@ def main() -> None:
     source, cache = open_source(options.data), TeacherCache.open(options.cache)
     started, rows = time.perf_counter(), []
     for l2, share in SETTINGS:
-        heads = (fitted(source, cache, options.samples, share, l2, seed) for seed in options.seeds)
-        rows.append(summary(l2, share, [compare(head, options.removed) for head in heads]))
+        heads = (fit_head(source, cache, options.samples, share, l2, seed) for seed in options.seeds)
+        rows.append(summarize(l2, share, [compare(head, options.removed) for head in heads]))
         print(f"{table(rows)}\n", flush=True)
     seconds = round(time.perf_counter() - started)
     settings = {"samples": options.samples, "removed": options.removed, "seeds": options.seeds, "seconds": seconds}
-    print(BARS, machine(), write_results("removal", rows, fingerprint=source.fingerprint, **settings), sep="\n")
+    print(TARGETS, machine(), write_results("removal", rows, fingerprint=source.fingerprint, **settings), sep="\n")
 
 
 if __name__ == "__main__":
