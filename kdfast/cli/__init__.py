@@ -48,7 +48,7 @@ def main() -> None:
     """Run the command line; turn errors into one line on stderr and an exit code of `kdfast.errors`."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name=app.info.name)
         if code == _PARSER_INTERRUPT:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -64,9 +64,10 @@ def dynamics(
     from kdfast.data.source import normalization_of
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
-    from kdfast.distill.plan import Opened
-    from kdfast.distill.record_dynamics import Recording, record
-    from kdfast.distill.teacher_targets import TeacherSide
+    from kdfast.distill.plan import LoadedInputs
+    from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
+    from kdfast.distill.targets import TeacherTargets
+    from kdfast.nets.registry import build_net
 
     settings = RunConfig(
         student=net,
@@ -81,17 +82,22 @@ def dynamics(
         precision=precision,
         seed=seed,
     )
-    recording = Recording(runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every)
+    recording = RecordingConfig(
+        runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every
+    )
     place = resolve_device(device)
     source = open_source(data, size=size)
     if dry_run:
+        build_net(net, len(source.classes))
         bits = len(source.train) * (epochs // record_every) * runs * (3 * 16 + 1)
         print(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
-    opened = Opened(source, make_loader(source.train, loader, place), normalization_of(source.train), TeacherSide())
+    inputs = LoadedInputs(
+        source, make_loader(source.train, loader, place), normalization_of(source.train), TeacherTargets()
+    )
     with progress(f"dynamics {net}") as report:
-        results = record(
-            opened, settings, recording, out, device=place, checkpoint_seconds=checkpoint_seconds, advance=report
+        results = record_dynamics(
+            inputs, settings, recording, out, device=place, checkpoint_seconds=checkpoint_seconds, progress=report
         )
     mean = sum(result["test_top1"] for result in results) / len(results)
     print(

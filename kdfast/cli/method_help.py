@@ -13,9 +13,7 @@ from kdfast.cli.command import Command
 from kdfast.errors import look_up
 
 if TYPE_CHECKING:
-    from kdfast.prune.rules.base import Option
-
-HELP_OPTIONS = "Print every option of --method and --rule with its default and meaning, and exit; without them, of all."
+    from kdfast.prune.options import Option
 
 
 class Entry(NamedTuple):
@@ -37,7 +35,7 @@ class ScoreCommand(Command):
             with formatter.section(title):
                 formatter.write_dl([(name, entry.summary) for name, entry in entries.items()])
         formatter.write_paragraph()
-        formatter.write_text(f"Options of each: {ctx.command_path} --method NAME --help-options")
+        formatter.write_text(f"To print the options of one: {ctx.command_path} --method NAME --help-options")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; --help-options needs none of the required options."""
@@ -95,7 +93,7 @@ def scores(flag: str) -> dict[str, Entry]:
     from kdfast.prune.scores.registry import SCORES
 
     return {
-        name: Entry(f"Score {name}", f"{method.doc}{_inputs(method.needs)}", flag, method.options)
+        name: Entry(f"Score {name}", f"{method.summary}{_inputs(method.needs)}", flag, method.options)
         for name, method in SCORES.items()
     }
 
@@ -118,11 +116,12 @@ def write_options(formatter: Any, entry: Entry) -> None:
     """Write the options of an entry as a section."""
     with formatter.section(entry.title):
         formatter.write_text(entry.summary)
-        rows = [(f"{entry.flag} {name}={_values(option)}", _meaning(option)) for name, option in entry.options.items()]
-        if rows:
-            formatter.write_dl(rows, col_max=44)
-        else:
-            formatter.write_text("It has no options.")
+        if not entry.options:
+            formatter.write_text("No options.")
+            return
+        formatter.write_text(f"Options, each as {entry.flag} NAME=VALUE:")
+        with formatter.indentation():
+            formatter.write_dl([(f"{name}={_values(o)}", _meaning(o)) for name, o in entry.options.items()])
 
 
 def _inputs(needs: frozenset[str]) -> str:
@@ -130,13 +129,13 @@ def _inputs(needs: frozenset[str]) -> str:
 
 
 def _values(option: Option) -> str:
-    return "|".join(option.choices) or ("INTEGER" if option.whole else "NUMBER")
+    return "|".join(option.choices) or ("INTEGER" if option.integer else "NUMBER")
 
 
 def _meaning(option: Option) -> str:
     """Return the summary with the default and the range."""
-    facts = [] if option.default is None else [f"default: {option.default}"]
+    facts = [f"default: {'automatic' if option.default is None else option.default}"]
     low, high = (f"{bound:g}" for bound in (option.low, option.high))
     if (low, high) != ("-inf", "inf"):
         facts.append(f"from {low}" if high == "inf" else f"{low} to {high}" if low != "-inf" else f"up to {high}")
-    return f"{option.summary}  [{'; '.join(facts)}]" if facts else option.summary
+    return f"{option.summary}  [{'; '.join(facts)}]"

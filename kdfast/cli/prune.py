@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.progress import progress
-from kdfast.cli.score import Cache, Dynamics, HelpOptions
+from kdfast.cli.score import Cache, Dynamics
 from kdfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ def prune(
     data: options.Data,
     fraction: Annotated[
         list[float],
-        typer.Option("--fraction", help="Share of the training split to keep, above 0 and at most 1; repeatable."),
+        typer.Option(
+            "--fraction",
+            help="Share of the training split to keep, above 0 and at most 1; repeatable.",
+            metavar="NUMBER",
+        ),
     ],
     out: Annotated[
         Path,
@@ -66,15 +71,20 @@ def prune(
         list[str] | None,
         typer.Option("--score-option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
     ] = None,
-    help_options: HelpOptions = False,
+    help_options: Annotated[
+        bool,
+        typer.Option(
+            "--help-options",
+            help="Print every option of --method and --rule and exit; without both, the options of all.",
+        ),
+    ] = False,
     balance: Annotated[
         str | None,
         typer.Option(
             "--balance",
             help="How the budget is divided among the classes. proportional: in proportion to their sizes; equal: the "
-            "same number of each; none: select from all samples together.",
+            "same number of each; none: select from all samples together. Default: proportional.",
             metavar="proportional|equal|none",
-            show_default="proportional",
         ),
     ] = None,
     balanced: Annotated[bool | None, typer.Option("--balanced/--unbalanced", hidden=True)] = None,
@@ -95,45 +105,36 @@ def prune(
     from kdfast.data.subset import check_subset_path
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
-    from kdfast.prune.scores.compute import parse_options
-    from kdfast.prune.select import Request, out_paths
-    from kdfast.prune.selectors import SELECTORS
+    from kdfast.prune.options import parse_options
+    from kdfast.prune.request import PruneRequest, subset_paths
 
-    paths = out_paths(out, fraction)
+    paths = subset_paths(out, fraction)
     for path in paths:
         check_subset_path(path)
-    request = Request(
+    request = PruneRequest(
         fractions=tuple(fraction),
+        method=method,
+        scores=scores,
+        rule=rule,
+        options=parse_options(option or []),
+        score_options=parse_options(score_option or []),
         balance=_balance(balance, balanced, equal),
         seed=seed,
         device=str(resolve_device(device)),
         cache=cache,
         dynamics=dynamics,
-        rule=rule,
-        options=parse_options(option or []),
-        score_options=parse_options(score_option or []),
     )
-    if method in SELECTORS:
-        if scores is not None:
-            raise UsageError(
-                f"--scores and --method {method} exclude each other: {method} needs no scores, omit --scores"
-            )
-        states = [None if dry_run else path.with_suffix(".search.json") for path in paths]
-        source = open_source(data, size=size)
-        if not dry_run:
-            for folder in {path.parent for path in paths}:
-                check_writable(folder)
-        with progress(method) as report:
-            selections = []
-            for path, selection in zip(paths, request.choose_by(method, source, states, report), strict=True):
-                selections.append(selection)
-                if not dry_run:
-                    _write(path, selection)
-    else:
-        request.check(scores, method)
-        selections = request.choose_from(scores, method, source := open_source(data, size=size))
-        if not dry_run:
-            for path, selection in zip(paths, selections, strict=True):
+    request.check()
+    source = open_source(data, size=size)
+    if request.uses_selector and not dry_run:
+        for folder in {path.parent for path in paths}:
+            check_writable(folder)
+    states = [None if dry_run else path.with_suffix(".search.json") for path in paths]
+    selections = []
+    with progress(method) if request.uses_selector else nullcontext() as report:
+        for path, selection in zip(paths, request.run(source, states, report), strict=True):
+            selections.append(selection)
+            if not dry_run:
                 _write(path, selection)
     for selection in selections:
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))

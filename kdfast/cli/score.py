@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.method_help import HELP_OPTIONS
 
 Cache = Annotated[Path | None, typer.Option("--cache", help="Teacher's cache, for its logits and features.")]
 Dynamics = Annotated[Path | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")]
-HelpOptions = Annotated[bool, typer.Option("--help-options", help=HELP_OPTIONS)]
 
 
 def score(
@@ -28,7 +26,12 @@ def score(
         list[str] | None,
         typer.Option("--option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
     ] = None,
-    help_options: HelpOptions = False,
+    help_options: Annotated[
+        bool,
+        typer.Option(
+            "--help-options", help="Print every option of --method and exit; without --method, of all scores."
+        ),
+    ] = False,
     size: options.Size = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -38,21 +41,20 @@ def score(
     """Score every training sample from a teacher's cache or recorded dynamics; a higher score means harder."""
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
+    from kdfast.prune.options import complete_options, parse_options
     from kdfast.prune.score_file import check_score_path, write_scores
-    from kdfast.prune.scores.compute import compute, open_inputs, parse_options
-    from kdfast.prune.scores.registry import method_named
+    from kdfast.prune.scores.compute import ScoreSources
+    from kdfast.prune.scores.registry import get_score
 
     check_score_path(out)
-    given = method_named(method).complete(parse_options(option or []))
+    score_options = complete_options(method, get_score(method).options, parse_options(option or []))
     place = str(resolve_device(device))
     source = open_source(data, size=size)
-    inputs, digests = open_inputs(
-        source, seed=seed, cache=cache, dynamics=dynamics, teacher=teacher, options=given, device=place
-    )
+    sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
-        print(f"would score {len(source.train)} samples by {method} from {', '.join(digests) or 'the labels'}")
+        print(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")
         return
-    content = compute(method, inputs, digests, source.fingerprint)
+    content = sources.score(method, seed=seed, options=score_options, device=place)
     write_scores(out, content)
     low, high = content.scores.min(), content.scores.max()
     print(

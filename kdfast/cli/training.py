@@ -77,19 +77,19 @@ def run(
 ) -> dict[str, Any]:
     """Claim the run folder and train, with a progress bar. Return the content of result.json."""
     from kdfast.distill.folder import RunFolder
-    from kdfast.distill.train import Watch, train
+    from kdfast.distill.train import Monitoring, train
 
     with (
-        progress(label, shown=plan.ranks.main) as report,
-        plan.ranks.group(plan.device),
-        RunFolder(out, plan.identity, facts=plan.facts, resume=resume, writes=plan.ranks.main) as folder,
+        progress(label, shown=plan.distributed.is_main) as report,
+        plan.distributed.process_group(plan.device),
+        RunFolder(out, plan.identity, facts=plan.facts, resume=resume, writes=plan.distributed.is_main) as folder,
         contextlib.ExitStack() as stack,
     ):
         writer = None
-        if tensorboard and plan.ranks.main:
+        if tensorboard and plan.distributed.is_main:
             writer = _writer(out)
             stack.callback(writer.close)
-        return train(plan, folder, Watch(log_every, eval_every, checkpoint_seconds, writer, report))
+        return train(plan, folder, Monitoring(log_every, eval_every, checkpoint_seconds, writer, report))
 
 
 def _writer(out: Path) -> Any:

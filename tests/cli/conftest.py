@@ -20,7 +20,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def kdfast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: arguments -> exit code, stdout, stderr."""
+    """Return a function that runs the command in this process: arguments -> exit code, stdout, stderr."""
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kdfast", *map(str, arguments)])
@@ -57,13 +57,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher trained on the tiny data."""
     from kdfast.device import resolve_device
+    from kdfast.distill.config import RunConfig
     from kdfast.distill.folder import RunFolder
-    from kdfast.distill.plan import Inputs, prepare
+    from kdfast.distill.plan import InputPaths, plan_run
     from kdfast.distill.train import train
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    settings = {"student": "resnet8", "epochs": 3, "batch_size": 20, "lr": 0.05, "schedule": "cosine"}
-    plan = prepare(Inputs(str(tiny)), settings, alpha="0", device=resolve_device("cpu"))
+    config = RunConfig("resnet8", epochs=3, batch_size=20, lr=0.05, schedule="cosine")
+    plan = plan_run(InputPaths(str(tiny)), config, device=resolve_device("cpu"))
     with RunFolder(folder, plan.identity) as claimed:
         train(plan, claimed)
     return folder / "student.pt"
@@ -71,7 +72,7 @@ def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That teacher's cache of three views of every sample."""
+    """A cache of that teacher with three views of every sample."""
     from kdfast.data.readers.registry import open_source
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.build import build_cache

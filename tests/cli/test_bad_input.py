@@ -1,4 +1,4 @@
-"""Every bad input ends in one clear line, the documented exit code, and nothing lost or overwritten."""
+"""Bad input: one clear line, the documented exit code, and no file lost or overwritten."""
 
 import json
 import os
@@ -42,36 +42,36 @@ SUBSETS = {
 
 
 @pytest.mark.parametrize("name", SUBSETS)
-def test_subset_files_that_are_refused(kdfast, tiny: Path, tmp_path: Path, name: str) -> None:
+def test_rejects_invalid_subset_files(kdfast, tiny: Path, tmp_path: Path, name: str) -> None:
     ids, pattern = SUBSETS[name]
     np.save(tmp_path / "idx.npy", ids)
     expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, pattern)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unsorted_subset_is_fine(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_accepts_an_unsorted_subset(kdfast, tiny: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.arange(40)[::-1].copy())
     assert distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy").code == 0
 
 
-def test_a_subset_of_other_data(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_a_subset_of_other_data(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert kdfast("prune", "--data", "digits", "--fraction", 0.05, "--out", tmp_path / "idx.npy").code == 0
     expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, "other data|another data")
 
 
-def test_a_subset_that_is_a_pickle(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_a_pickled_subset(kdfast, tiny: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.array([{}], dtype=object), allow_pickle=True)
     expect(distill(kdfast, tiny, tmp_path / "run", "--subset", tmp_path / "idx.npy"), 3, r"idx\.npy")
 
 
-def test_data_that_is_missing_or_truncated(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_missing_or_truncated_data(kdfast, tiny: Path, tmp_path: Path) -> None:
     expect(distill(kdfast, tmp_path / "nowhere", tmp_path / "run"), 3, "nowhere")
     cut = tmp_path / "cut.npz"
     cut.write_bytes(tiny.read_bytes()[:2000])
     expect(distill(kdfast, cut, tmp_path / "run"), 3, r"cut\.npz")
 
 
-def test_labels_out_of_range(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_negative_labels(kdfast, tiny: Path, tmp_path: Path) -> None:
     arrays = dict(np.load(tiny))
     arrays["train_labels"] = arrays["train_labels"] - 1
     np.savez(tmp_path / "bad.npz", **arrays)
@@ -86,7 +86,7 @@ class Bomb:
         return (os.mkdir, (str(self.path),))
 
 
-def test_a_malicious_pickle_as_teacher(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_runs_no_code_from_a_teacher_file(kdfast, tiny: Path, tmp_path: Path) -> None:
     trap, bomb = tmp_path / "executed", tmp_path / "bomb.pt"
     torch.save({"state_dict": Bomb(trap)}, bomb)
     outcome = distill(kdfast, tiny, tmp_path / "run", "--teacher", bomb, alpha="1")
@@ -99,7 +99,7 @@ def test_a_malicious_pickle_as_teacher(kdfast, tiny: Path, tmp_path: Path) -> No
     assert not (tmp_path / "t.pt").exists()
 
 
-def test_a_malicious_pickle_as_cifar_archive(kdfast, tmp_path: Path) -> None:
+def test_runs_no_code_from_a_cifar_archive(kdfast, tmp_path: Path) -> None:
     folder, trap = tmp_path / "cifar-10-batches-py", tmp_path / "executed"
     folder.mkdir()
     for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
@@ -108,7 +108,9 @@ def test_a_malicious_pickle_as_cifar_archive(kdfast, tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_a_checkpoint_of_another_architecture_or_class_count(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_of_another_network_or_class_count(
+    kdfast, tiny: Path, teacher: Path, tmp_path: Path
+) -> None:
     weights = torch.load(teacher, weights_only=True)["state_dict"]
     torch.save(weights, tmp_path / "foreign.pt")
     command = (
@@ -128,7 +130,7 @@ def test_a_checkpoint_of_another_architecture_or_class_count(kdfast, tiny: Path,
     expect(distill(kdfast, "digits", tmp_path / "run", "--teacher", teacher, alpha="1"), 3, "classes")
 
 
-def test_a_cache_of_other_data_or_another_teacher(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_rejects_a_cache_of_other_data_or_another_teacher(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     expect(distill(kdfast, "digits", tmp_path / "run", "--cache", cache, alpha="1"), 3, "data")
     other = tmp_path / "other.pt"
     assert kdfast("teacher", "train", "--data", tiny, "--net", "resnet8", "--epochs", 1, "--out", other).code == 0
@@ -137,7 +139,7 @@ def test_a_cache_of_other_data_or_another_teacher(kdfast, tiny: Path, cache: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_every_flipped_byte_in_a_cache_is_detected(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_detects_a_flipped_bit_in_every_cache_file(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = sorted(f.name for f in cache.iterdir() if f.is_file() and not f.name.startswith("."))
     assert {"manifest.json", "features.npy"} <= set(names)
@@ -152,7 +154,7 @@ def test_every_flipped_byte_in_a_cache_is_detected(kdfast, tiny: Path, cache: Pa
         shutil.rmtree(copy)
 
 
-def test_a_cache_that_does_not_cover_the_run(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_rejects_a_cache_that_does_not_cover_the_run(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.arange(40))
     made = kdfast("cache", "--data", tiny, "--teacher", teacher, "--subset", tmp_path / "idx.npy", "--views", 2,
                   "--out", tmp_path / "cache")  # fmt: skip
@@ -160,12 +162,12 @@ def test_a_cache_that_does_not_cover_the_run(kdfast, tiny: Path, teacher: Path, 
     expect(distill(kdfast, tiny, tmp_path / "run", "--cache", tmp_path / "cache", alpha="1"), 3, "80")
 
 
-def test_more_views_than_cached(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_rejects_more_views_than_cached(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     outcome = distill(kdfast, tiny, tmp_path / "run", "--cache", cache, "--views", 9, alpha="1")
     expect(outcome, 2, "--views is 9, but the cache holds 3")
 
 
-def test_a_teacher_that_says_nan(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_rejects_a_teacher_with_nan_outputs(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     content = torch.load(teacher, weights_only=True)
     content["state_dict"]["fc.bias"][0] = float("nan")
     torch.save(content, tmp_path / "nan.pt")
@@ -196,13 +198,15 @@ def test_a_teacher_that_says_nan(kdfast, tiny: Path, teacher: Path, tmp_path: Pa
         (("--resume", "maybe"), "--resume"),
     ],
 )
-def test_options_out_of_range(kdfast, tiny: Path, tmp_path: Path, flags: tuple[str, str], pattern: str) -> None:
+def test_rejects_options_out_of_range(kdfast, tiny: Path, tmp_path: Path, flags: tuple[str, str], pattern: str) -> None:
     expect(distill(kdfast, tiny, tmp_path / "run", *flags), 2, pattern)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("fraction", ["0", "-1", "1.5", "nan", "0.005", "0.01"])
-def test_fractions_that_keep_nothing_or_leave_a_class_empty(kdfast, tiny: Path, tmp_path: Path, fraction: str) -> None:
+def test_rejects_fractions_that_keep_nothing_or_empty_a_class(
+    kdfast, tiny: Path, tmp_path: Path, fraction: str
+) -> None:
     outcome = kdfast("prune", "--data", tiny, "--fraction", fraction, "--out", tmp_path / "idx.npy")
     expect(outcome, 3, "fraction|class")
     assert list(tmp_path.iterdir()) == []
@@ -218,14 +222,14 @@ def test_fractions_that_keep_nothing_or_leave_a_class_empty(kdfast, tiny: Path, 
         (("teacher", "import"), "checkpoint.*see kdfast teacher import --help"),
     ],
 )
-def test_wrong_usage_is_one_line(kdfast, arguments, message: str) -> None:
+def test_wrong_usage_prints_one_line(kdfast, arguments, message: str) -> None:
     expect(kdfast(*arguments), 2, message)
 
 
-def test_a_hand_made_subset_is_not_replaced(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_does_not_replace_a_subset_it_did_not_write(kdfast, tiny: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "mine.npy", np.arange(7))
     command = ("prune", "--data", tiny, "--fraction", 0.5, "--out")
-    expect(kdfast(*command, tmp_path / "mine.npy"), 4, "mine.npy is there already and kdfast did not write it")
+    expect(kdfast(*command, tmp_path / "mine.npy"), 4, "mine.npy exists, and kdfast did not write it")
     assert np.load(tmp_path / "mine.npy").tolist() == list(range(7))
     for seed in (0, 1):  # its own it does replace
         assert kdfast(*command, tmp_path / "own.npy", "--seed", seed).code == 0
@@ -233,22 +237,22 @@ def test_a_hand_made_subset_is_not_replaced(kdfast, tiny: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "student.pt", "result.json", "checkpoints/x"])
 @pytest.mark.parametrize("dry", [False, True])
-def test_the_folder_of_somebody_else(kdfast, tiny: Path, tmp_path: Path, name: str, dry: bool) -> None:
+def test_rejects_a_folder_with_foreign_files(kdfast, tiny: Path, tmp_path: Path, name: str, dry: bool) -> None:
     file = tmp_path / "mine" / name
     file.parent.mkdir(parents=True)
     file.write_text('{"mine": 1}')
     outcome = distill(kdfast, tiny, tmp_path / "mine", *(["--dry-run"] if dry else []))
-    expect(outcome, 4, f"holds {name.split('/')[0]}, which no run has written there")
+    expect(outcome, 4, f"holds {name.split('/')[0]}, which was not written by a run")
     assert file.read_text() == '{"mine": 1}'
     assert [f for f in (tmp_path / "mine").rglob("*") if f.is_file() and f.name != ".kdfast.lock"] == [file]
 
 
-def test_the_result_of_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_never_overwrites_the_result_of_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert distill(kdfast, tiny, run).code == 0
     before = (run / "result.json").read_bytes()
     (run / "config.json").rename(run / "config.bak")
-    expect(distill(kdfast, tiny, run, student="resnet14"), 4, "which no run has written there")
+    expect(distill(kdfast, tiny, run, student="resnet14"), 4, "which was not written by a run")
     assert (run / "result.json").read_bytes() == before
     (run / "config.bak").rename(run / "config.json")
     (run / "student.pt").rename(tmp_path / "student.pt")
@@ -256,18 +260,18 @@ def test_the_result_of_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
     digests = [torch.load(f, weights_only=True)["digest"] for f in (run / "student.pt", tmp_path / "student.pt")]
     assert digests[0] == digests[1], "the student is written again, from the last checkpoint"
     (run / "result.json").write_text('{"accuracy": 5}')
-    expect(distill(kdfast, tiny, run), 3, "is no run's outcome")
+    expect(distill(kdfast, tiny, run), 3, "is not the result of a run")
 
 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--views", "1000"), 2, "1000 views per sample: this data has"),
+        (("--views", "1000"), 2, "1000 views per sample, but the data has"),
         (("--device", "cuda:99"), 2, "cuda"),
         (("--out", "{run}"), 4, "not part of a cache"),
     ],
 )
-def test_a_rehearsed_cache_is_refused_too(kdfast, tiny, teacher, tmp_path, more, code, message) -> None:
+def test_dry_run_of_cache_rejects_what_the_run_rejects(kdfast, tiny, teacher, tmp_path, more, code, message) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     more = [str(word).replace("{run}", str(tmp_path / "run")) for word in more]
@@ -275,7 +279,7 @@ def test_a_rehearsed_cache_is_refused_too(kdfast, tiny, teacher, tmp_path, more,
     expect(outcome, code, message)
 
 
-def test_a_finished_cache_that_is_damaged(kdfast, tiny, teacher, cache, tmp_path: Path) -> None:
+def test_rejects_a_damaged_finished_cache(kdfast, tiny, teacher, cache, tmp_path: Path) -> None:
     copied = shutil.copytree(cache, tmp_path / "c")
     manifest = json.loads((copied / "manifest.json").read_text())
     options = ("--views", manifest["views"]["n_views"], "--view-seed", manifest["views"]["view_seed"])
@@ -285,7 +289,7 @@ def test_a_finished_cache_that_is_damaged(kdfast, tiny, teacher, cache, tmp_path
     expect(kdfast(*command), 3, "logits-00000.npy")
 
 
-def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
+def test_rejects_invalid_config_files(kdfast, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     for text, pattern in (
         ("studnet: x", "studnet"),
@@ -294,13 +298,13 @@ def test_config_files_that_are_refused(kdfast, tmp_path: Path) -> None:
         ("epochs: true", "epochs is True"),
         ("dry-run: 3", "dry-run is 3"),
         ("epochs: null", "epochs is None"),
-        ("student: [resnet8]", "student is .'resnet8'., and that option takes a single value"),
+        ("student: [resnet8]", "student is .'resnet8'., but that option has a single value"),
     ):
         config.write_text(text)
         expect(kdfast("distill", "--config", config), 2, pattern)
 
 
-def test_another_run_in_the_folder(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_a_folder_with_another_run(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert distill(kdfast, tiny, tmp_path / "run").code == 0
     before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
     expect(distill(kdfast, tiny, tmp_path / "run", "--seed", 1), 2, "seed was 0, is 1")
@@ -308,24 +312,24 @@ def test_another_run_in_the_folder(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_divergence_names_the_step_and_keeps_the_checkpoint(kdfast, tiny: Path, tmp_path: Path) -> None:
     outcome = distill(kdfast, tiny, tmp_path / "run", "--lr", "1e30", "--checkpoint-seconds", 0, "--log-every", 1)
     expect(outcome, 5, "not finite at step [1-9]")
     step = int(re.search(r"at step (\d+)", outcome.err)[1])
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
-    assert kept, "the last good checkpoint"
+    assert kept, "the last good checkpoint is kept"
     assert torch.load(kept[-1], weights_only=True)["step"] == step
     assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
 
 
 def unwritable(tmp_path: Path) -> Path:
-    """A path no user can write below, not even root: under a file."""
+    """Return a path below a file, which nobody can write, not even root."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "out"
 
 
 @pytest.mark.parametrize("command", ["distill", "prune", "cache", "train", "import"])
-def test_output_that_cannot_be_written(kdfast, command: str, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_reports_output_that_cannot_be_written(kdfast, command: str, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     out = unwritable(tmp_path)
     arguments = {
         "distill": ("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--out", out),
@@ -339,8 +343,8 @@ def test_output_that_cannot_be_written(kdfast, command: str, tiny: Path, teacher
     expect(kdfast(*arguments), 4, "cannot write")
 
 
-def test_a_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
-    """A file-size limit stands for the full disk: writes fail with an error in the middle of a file."""
+def test_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A file-size limit stands for the full disk: a write fails in the middle of a file."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "kdfast", "distill", "--data", tiny, "--student", "resnet8", "--alpha", "0",
                "--epochs", "2", "--batch-size", "20", "--out", run]  # fmt: skip
@@ -355,7 +359,7 @@ def test_a_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_refusals_come_within_five_seconds(tiny: Path, tmp_path: Path) -> None:
+def test_rejects_bad_input_within_five_seconds(tiny: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.array([0, 10**9]))
     started = time.perf_counter()
     outcome = subprocess.run(
@@ -367,12 +371,12 @@ def test_refusals_come_within_five_seconds(tiny: Path, tmp_path: Path) -> None:
 
 
 def stopped_run(kdfast, command: tuple[object, ...], out: Path) -> None:
-    """A run that has saved a checkpoint and no result."""
+    """Make a run with a checkpoint and no result."""
     assert kdfast(*command, "--out", out).code == 0
     (out / "result.json").unlink()
 
 
-def test_a_run_does_not_go_on_with_another_teacher(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_does_not_resume_with_another_teacher(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pt"
     content = torch.load(teacher, weights_only=True)
     content["mean"] = [0.1, 0.2, 0.3]
@@ -383,9 +387,7 @@ def test_a_run_does_not_go_on_with_another_teacher(kdfast, tiny: Path, teacher: 
     assert kdfast(*command, "--teacher", teacher, "--out", tmp_path / "run").code == 0
 
 
-def test_a_run_does_not_go_on_with_another_cache(
-    kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_does_not_resume_with_another_cache(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
     made = kdfast(
         "cache", "--data", tiny, "--teacher", teacher, "--views", 3, "--dtype", "float32", "--out", tmp_path / "c"
     )
@@ -395,9 +397,7 @@ def test_a_run_does_not_go_on_with_another_cache(
     expect(kdfast(*command, "--cache", tmp_path / "c", "--out", tmp_path / "run"), 2, "other settings .teacher")
 
 
-def test_the_view_seed_is_the_caches_and_another_is_refused_before_the_folder(
-    kdfast, tiny: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_uses_the_view_seed_of_the_cache_and_rejects_another(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     cached = ("--view-seed", 4, "--out", tmp_path / "c")
     assert kdfast("cache", "--data", tiny, "--teacher", teacher, "--views", 3, *cached).code == 0
     run = tmp_path / "run"
@@ -408,7 +408,7 @@ def test_the_view_seed_is_the_caches_and_another_is_refused_before_the_folder(
     assert '"view_seed": 4' in (run / "config.json").read_text()
 
 
-def test_weights_that_are_not_finite_are_never_saved(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_never_saves_weights_that_are_not_finite(kdfast, tiny: Path, tmp_path: Path) -> None:
     flags = ("--lr", "1e38", "--weight-decay", "100", "--batch-size", 120, "--checkpoint-seconds", 0)
     outcome = kdfast("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--epochs", 1, *flags, "--out",
                      tmp_path / "run")  # fmt: skip
@@ -416,11 +416,11 @@ def test_weights_that_are_not_finite_are_never_saved(kdfast, tiny: Path, tmp_pat
     assert not list((tmp_path / "run").rglob("*.pt"))
 
 
-def test_a_model_with_other_classes_is_not_scored(kdfast, teacher: Path) -> None:
+def test_does_not_evaluate_a_model_with_other_classes(kdfast, teacher: Path) -> None:
     expect(kdfast("eval", "--data", "digits", "--model", teacher), 3, "class")
 
 
-def test_a_last_batch_of_one_that_batch_norm_cannot_take(kdfast, tmp_path: Path) -> None:
+def test_rejects_a_last_batch_of_one_with_batch_norm(kdfast, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 255, (33, 4, 4, 3), dtype=np.uint8), np.arange(33) % 2
     np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
@@ -430,7 +430,7 @@ def test_a_last_batch_of_one_that_batch_norm_cannot_take(kdfast, tmp_path: Path)
     assert kdfast(*command, "--batch-size", 11, "--out", tmp_path / "run").code == 0
 
 
-def test_models_are_not_overwritten(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_does_not_overwrite_models(kdfast, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "t.pt").write_text("mine")
     common = ("--data", tiny, "--net", "resnet8", "--out", tmp_path / "t.pt")
     expect(kdfast("teacher", "train", *common), 4, "exists")
@@ -438,19 +438,19 @@ def test_models_are_not_overwritten(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "t.pt").read_text() == "mine"
 
 
-def test_what_nobody_foresaw_is_one_line_too(
-    kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_error_prints_one_line(kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("kdfast.prune.select.decide", fail)
+    monkeypatch.setattr("kdfast.prune.select.select_subset", fail)
     outcome = kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
-    expect(outcome, 1, "unforeseen ZeroDivisionError: oh .KDFAST_DEBUG=1")
+    expect(outcome, 1, "unexpected ZeroDivisionError: oh .KDFAST_DEBUG=1")
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "2"}])
-def test_a_broken_launcher(kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment) -> None:
+def test_rejects_an_inconsistent_launcher_environment(
+    kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     expect(distill(kdfast, tiny, tmp_path / "run"), 2, "WORLD_SIZE")

@@ -1,4 +1,4 @@
-"""The main job through the command line, on small data."""
+"""All commands from data to student, on small data."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_the_whole_job(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_all_steps_from_data_to_student(kdfast, tiny: Path, tmp_path: Path) -> None:
     teacher, cache, subset = tmp_path / "t.pt", tmp_path / "cache", tmp_path / "idx.npy"
     short = ("--epochs", 2, "--batch-size", 10, "--lr", 0.05)
     outcome = kdfast("teacher", "train", "--data", tiny, "--net", "resnet8", *short, "--out", teacher)
@@ -55,7 +55,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "student.pt", weights_only=True)["state_dict"]
 
 
-def test_a_cached_teacher_is_the_online_teacher(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
+def test_cached_and_online_teacher_give_the_same_losses(
+    kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
     common = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 2, "--batch-size", 30, "--views", 3)
     assert kdfast(*common, "--alpha", 1, "--cache", cache, "--out", tmp_path / "cached").code == 0
     assert kdfast(*common, "--alpha", 1, "--teacher", teacher, "--out", tmp_path / "online").code == 0
@@ -68,7 +70,7 @@ def test_a_cached_teacher_is_the_online_teacher(kdfast, tiny: Path, teacher: Pat
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_alpha_0_needs_neither_teacher_nor_cache_and_alpha_changes_the_weights(
+def test_alpha_0_needs_no_teacher_and_alpha_changes_the_weights(
     kdfast, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     common = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 30, "--views", 3)
@@ -78,7 +80,7 @@ def test_alpha_0_needs_neither_teacher_nor_cache_and_alpha_changes_the_weights(
     assert not torch.equal(weights(tmp_path / "plain")["fc.weight"], weights(tmp_path / "kd")["fc.weight"])
 
 
-def test_the_loaders_give_the_same_weights(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_all_loaders_give_the_same_weights(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
     assert kdfast("data", "convert", tiny, tmp_path / "betons").code == 0
     common = ("distill", "--student", "resnet8", "--epochs", 2, "--batch-size", 25, "--cache", cache)
@@ -90,7 +92,7 @@ def test_the_loaders_give_the_same_weights(kdfast, tiny: Path, cache: Path, tmp_
         assert torch.equal(weight, weights(tmp_path / "b")[name])
 
 
-def test_config_gives_defaults_and_flags_override(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_config_file_sets_defaults_and_options_override_it(kdfast, tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(f"data: {tiny}\nstudent: resnet8\nbatch-size: 30\nepochs: 1\nalpha: 0\nseed: 3\n")
     outcome = kdfast("distill", "--config", config, "--seed", 5, "--out", tmp_path / "run")
@@ -122,13 +124,13 @@ def commands(group, prefix: tuple[str, ...] = ()):
 
 
 @pytest.mark.parametrize("words", sorted(commands(app)), ids=" ".join)
-def test_every_command_explains_itself(kdfast, words: tuple[str, ...]) -> None:
+def test_every_command_has_help(kdfast, words: tuple[str, ...]) -> None:
     outcome = kdfast(*words, "--help")
     assert outcome.code == 0
     assert len(outcome.out.split("\n\n")[1].split()) >= 4, "a sentence about what it does"
 
 
-def test_doctor(kdfast) -> None:
+def test_doctor_prints_the_backend_of_kd_loss(kdfast) -> None:
     outcome = kdfast("doctor")
     assert outcome.code == 0
     assert "kd_loss, cpu -> native" in outcome.out
@@ -144,7 +146,7 @@ def test_mixed_precision_trains(kdfast, tiny: Path, cache: Path, tmp_path: Path,
     assert losses[-1] < losses[0]
 
 
-def test_tensorboard_when_asked_for(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_writes_tensorboard_events_on_request(kdfast, tiny: Path, tmp_path: Path) -> None:
     outcome = kdfast("distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--epochs", 1, "--batch-size", 30,
                      "--tensorboard", "--out", tmp_path / "run")  # fmt: skip
     if importlib.util.find_spec("tensorboard") is None:
@@ -155,7 +157,9 @@ def test_tensorboard_when_asked_for(kdfast, tiny: Path, tmp_path: Path) -> None:
         assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
-def test_a_cache_of_the_most_probable_classes(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
+def test_distills_from_a_cache_of_the_most_probable_classes(
+    kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
     top = tmp_path / "top"
     command = ("cache", "--data", tiny, "--teacher", teacher, "--views", 3, "--temperature", 2)
     assert "0 MB" in kdfast(*command, "--top-k", 2, "--out", top, "--dry-run").out
@@ -171,7 +175,7 @@ def test_a_cache_of_the_most_probable_classes(kdfast, tiny: Path, teacher: Path,
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "kept")
     )
-    # Fewer outcomes tell less: the divergence is a lower bound of the whole one.
+    # Merging outcomes loses information: the divergence is a lower bound of that over all classes.
     assert 0 < kept[0] < whole[0]
     refused = kdfast(*common, "--cache", top, "--out", tmp_path / "other")
     assert refused.code == 3

@@ -1,4 +1,4 @@
-"""`kdfast prune --method if-beta` and `kdfast report if-beta`: files, resuming, refusals that leave nothing."""
+"""`kdfast prune --method if-beta` and `kdfast report if-beta`: files, resuming, rejected commands."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
-    """Ctrl-C in the search step of that number, counted over all searches from 1; the list grows with each step."""
+    """Interrupt the search step with this number, counted from 1 over all searches; return a list of the steps."""
     from kdfast.prune.if_beta import learner
 
     take_step, calls = learner.take_step, []
@@ -40,7 +40,7 @@ def command(tiny: Path, cache: Path, out: Path, fraction: float = 0.25) -> tuple
     return (*head, "--seed", 3, "--out", out, *QUICK)
 
 
-def test_a_subset_its_provenance_and_its_page(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_writes_subset_provenance_and_page(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "idx.npy"
     outcome = kdfast(*command(tiny, cache, out))
     assert outcome.code == 0, outcome.err
@@ -68,7 +68,7 @@ def test_a_subset_its_provenance_and_its_page(kdfast, tiny: Path, cache: Path, t
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)", html)
 
 
-def test_an_interrupted_search_goes_on(
+def test_resumes_an_interrupted_search(
     kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = tmp_path / "whole.npy", tmp_path / "parts.npy"
@@ -89,13 +89,13 @@ def test_an_interrupted_search_goes_on(
     assert new["path"] == old["path"]
 
 
-def test_several_fractions(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_selects_several_fractions(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     outcome = kdfast(*command(tiny, cache, tmp_path / "idx-{fraction}.npy"), "--fraction", 0.5)
     assert outcome.code == 0, outcome.err
     assert [len(np.load(tmp_path / f"idx-{f}.npy")) for f in ("0.25", "0.5")] == [30, 60]
 
 
-def test_a_dry_run_leaves_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     outcome = kdfast(*command(tiny, cache, tmp_path / "no" / "idx.npy"), "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "would keep 30" in outcome.out
@@ -103,7 +103,7 @@ def test_a_dry_run_leaves_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("more", "code", "message"),
     [
         (("--fraction", "1"), 3, "nothing to choose"),
         (("--option", "score=nosuch"), 2, "must be one of"),
@@ -112,19 +112,21 @@ def test_a_dry_run_leaves_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Pat
         (("--rule", "hard"), 2, "do not apply"),
     ],
 )
-def test_refusals(kdfast, tiny: Path, cache: Path, tmp_path: Path, more: tuple[str, str], code: int, said: str) -> None:
+def test_rejects_bad_options(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, more: tuple[str, str], code: int, message: str
+) -> None:
     arguments = list(command(tiny, cache, tmp_path / "idx.npy"))
     if more[0] == "--fraction":
         arguments[arguments.index("--fraction") + 1] = more[1]
         more = ()
     outcome = kdfast(*arguments, *more)
     assert outcome.code == code, outcome.err
-    assert said in outcome.err
+    assert message in outcome.err
     assert "Traceback" not in outcome.err
     assert not list(tmp_path.glob("idx*"))
 
 
-def test_caches_that_cannot_serve(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
+def test_rejects_unusable_caches(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
     from kdfast.nets.checkpoint import load_model
 
     part = tmp_path / "part"
@@ -145,7 +147,7 @@ def test_caches_that_cannot_serve(kdfast, tiny: Path, teacher: Path, cache: Path
     assert not list(tmp_path.glob("idx*"))
 
 
-def test_pages_of_other_files_are_refused(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_report_rejects_other_files(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy").code == 0
     outcome = kdfast("report", "if-beta", tmp_path / "idx.json", "--out", tmp_path / "page.html")
     assert outcome.code == 3
@@ -153,17 +155,17 @@ def test_pages_of_other_files_are_refused(kdfast, tiny: Path, tmp_path: Path) ->
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize(("bad", "said"), [(1, "nothing to choose"), (0.01, "class")])
-def test_a_bad_fraction_among_several_is_found_before_any_search(
-    kdfast, tiny: Path, cache: Path, tmp_path: Path, bad: float, said: str
+@pytest.mark.parametrize(("bad", "message"), [(1, "nothing to choose"), (0.01, "class")])
+def test_rejects_a_bad_fraction_before_any_search(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, bad: float, message: str
 ) -> None:
     outcome = kdfast(*command(tiny, cache, tmp_path / "idx-{fraction}.npy"), "--fraction", bad)
     assert outcome.code == 3
-    assert said in outcome.err
+    assert message in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_fraction_is_kept_when_the_next_is_interrupted(
+def test_keeps_a_finished_fraction_when_the_next_is_interrupted(
     kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_step(monkeypatch, 5)
@@ -172,7 +174,7 @@ def test_a_finished_fraction_is_kept_when_the_next_is_interrupted(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["idx-0.25.json", "idx-0.25.npy", "idx-0.5.search.json"]
 
 
-def test_a_sweep_refuses_a_fraction_that_cannot_be_learned(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_sweep_rejects_a_fraction_of_one(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     outcome = kdfast("sweep", "--data", tiny, "--cache", cache, "--student", "resnet8", "--batch-size", 20,
                      "--methods", "if-beta", "--fractions", "0.5,1", "--out", tmp_path / "s", "--dry-run")  # fmt: skip
     assert outcome.code == 3

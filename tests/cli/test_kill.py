@@ -1,4 +1,4 @@
-"""kill -9 at random moments, the same command again: the same bytes; nothing half-written is accepted."""
+"""After kill -9 at random moments, the same command writes the same bytes and accepts no partial file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def start(command: list[object]) -> subprocess.Popen:
 
 
 def finish(command: list[object]) -> float:
-    """Run to the end; seconds taken."""
+    """Run the command to the end and return the seconds it took."""
     started = time.perf_counter()
     process = start(command)
     _, err = process.communicate(timeout=300)
@@ -34,7 +34,7 @@ def finish(command: list[object]) -> float:
 
 
 def end_with_kills(command: list[object], most: int, seconds: float, rng: random.Random) -> int:
-    """Start the command until it ends by itself, killing it up to `most` times after a share of its usual time."""
+    """Start the command until it ends by itself; kill it up to `most` times after a share of its usual time."""
     kills = 0
     while kills < most:
         process = start(command)
@@ -52,7 +52,7 @@ def end_with_kills(command: list[object], most: int, seconds: float, rng: random
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """What must not depend on kills."""
+    """Return the files that must not depend on kills."""
     found: dict[str, object] = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
@@ -71,7 +71,7 @@ def state_of(folder: Path) -> dict[str, object]:
 
 
 def check(make, tmp_path: Path, kills: int, same) -> None:
-    """Kill `kills` times in all, in as many runs from start to end as that takes; each must end like the whole one."""
+    """Kill `kills` times in total; every resumed run must end like the uninterrupted one."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     seconds = finish(make(whole))
     rng = random.Random(kills)
@@ -81,7 +81,7 @@ def check(make, tmp_path: Path, kills: int, same) -> None:
         shutil.rmtree(cut)
         kills -= hits
         if not hits:
-            seconds *= 0.7  # the machine is quicker now than it was the first time
+            seconds *= 0.7  # The machine is faster than in the first run.
 
 
 def same_files(whole: Path, cut: Path) -> None:
@@ -164,7 +164,7 @@ def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> 
     assert json.loads(status.read_text())["state"] == "finished"
 
 
-def test_a_signal_while_the_last_step_is_logged_stops_the_command(kdfast, tiny, tmp_path, monkeypatch) -> None:
+def test_signal_during_the_last_step_interrupts_the_command(kdfast, tiny, tmp_path, monkeypatch) -> None:
     from kdfast.distill import train
 
     def command(out: Path) -> list[object]:

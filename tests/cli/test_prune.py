@@ -1,4 +1,4 @@
-"""`kdfast prune` and `kdfast report scores` from the command line: files, provenance, refusals that leave nothing."""
+"""`kdfast prune` and `kdfast report scores` from the command line: files, provenance, rejected commands."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ import torch
 from kdfast.data.readers.registry import open_source
 from kdfast.nets import logits_and_features
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.rules.registry import RULES, choose
+from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.rules.registry import RULES
 from kdfast.prune.score_file import ScoreFile, write_scores
 
 
@@ -26,7 +27,7 @@ def scores(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_every_rule_from_a_file_of_scores(
+def test_applies_every_rule_to_a_score_file(
     kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path, rule: str
 ) -> None:
     arguments = ("prune", "--data", tiny, "--scores", scores, "--cache", cache, "--rule", rule, "--fraction", 0.25)
@@ -44,13 +45,11 @@ def test_every_rule_from_a_file_of_scores(
     features = np.load(cache / "features.npy")
     labels = open_source(tiny).train.labels
     extras = {"mean_p": held["extra.mean_p"]}
-    expected = choose(held["scores"], labels, 0.25, rule=rule, seed=3, features=features, extras=extras)
+    expected = select_subset(held["scores"], labels, 0.25, rule=rule, seed=3, features=features, extras=extras).ids
     assert (np.load(tmp_path / "idx.npy") == expected).all()
 
 
-def test_the_methods_published_rule_is_the_default(
-    kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_default_rule_is_the_published_one(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
     assert (
         kdfast("prune", "--data", tiny, "--scores", scores, "--fraction", 0.25, "--out", tmp_path / "a.npy").code == 0
     )
@@ -62,10 +61,8 @@ def test_the_methods_published_rule_is_the_default(
     assert set(about["sources"]) == {"cache"}
 
 
-def test_d2_does_not_measure_distances_on_images_that_were_not_normalised(
-    tiny: Path, teacher: Path, cache: Path
-) -> None:
-    """The features that the rule is given are the teacher's on images normalised as it was trained."""
+def test_cached_features_come_from_normalized_images(tiny: Path, teacher: Path, cache: Path) -> None:
+    """D2 measures distances between the teacher's features of images normalized as in its training."""
     model, images = load_model(teacher), open_source(tiny).train.read(np.arange(20))
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.normalization.mean, model.normalization.std))
@@ -76,7 +73,7 @@ def test_d2_does_not_measure_distances_on_images_that_were_not_normalised(
     assert np.abs(held - wrong).max() > 0.1
 
 
-def test_several_fractions_in_one_call(kdfast, tiny: Path, scores: Path, tmp_path: Path) -> None:
+def test_selects_several_fractions_in_one_call(kdfast, tiny: Path, scores: Path, tmp_path: Path) -> None:
     out = tmp_path / "idx-{fraction}.npy"
     command = ("prune", "--data", tiny, "--scores", scores, "--rule", "hard")
     outcome = kdfast(*command, "--fraction", 0.1, "--fraction", 0.5, "--out", out)
@@ -88,7 +85,7 @@ def test_several_fractions_in_one_call(kdfast, tiny: Path, scores: Path, tmp_pat
     assert (np.load(tmp_path / "one.npy") == small).all()
 
 
-def test_options_of_rule_and_score(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
+def test_passes_options_to_rule_and_score(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
     command = ("prune", "--data", tiny, "--method", "moderate", "--cache", cache, "--fraction", 0.25, "--rule", "beta")
     options = ("--option", "a=3", "--option", "b=1.5", "--score-option", "fidelity=code")
     assert kdfast(*command, *options, "--out", tmp_path / "idx.npy").code == 0
@@ -97,7 +94,7 @@ def test_options_of_rule_and_score(kdfast, tiny: Path, scores: Path, cache: Path
     assert parameters["score"]["fidelity"] == "code"
 
 
-def test_fractions_from_a_config_file(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_reads_the_fraction_from_a_config_file(kdfast, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data: {tiny}\nfraction: 0.25\nout: {tmp_path / 'idx.npy'}\n")
     outcome = kdfast("prune", "--config", tmp_path / "c.yaml")
     assert outcome.code == 0, outcome.err
@@ -120,7 +117,7 @@ def test_fractions_from_a_config_file(kdfast, tiny: Path, tmp_path: Path) -> Non
         (("--fraction", "1.5"), 3, "above 0 and at most 1"),
     ],
 )
-def test_refusals_leave_nothing(
+def test_rejected_commands_write_nothing(
     kdfast, tiny: Path, scores: Path, tmp_path: Path, flags, code: int, message: str
 ) -> None:
     before = sorted(tmp_path.iterdir())
@@ -131,13 +128,13 @@ def test_refusals_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_bad_fraction_among_good_ones_leaves_nothing(kdfast, tiny: Path, scores: Path, tmp_path: Path) -> None:
+def test_bad_fraction_among_good_ones_writes_nothing(kdfast, tiny: Path, scores: Path, tmp_path: Path) -> None:
     command = ("prune", "--data", tiny, "--scores", scores, "--fraction", 0.5, "--fraction", 0.001)
     assert kdfast(*command, "--out", tmp_path / "idx-{fraction}.npy").code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_scores_of_other_data_of_another_length_or_not_a_number(kdfast, tiny: Path, tmp_path: Path) -> None:
+def test_rejects_foreign_or_invalid_score_files(kdfast, tiny: Path, tmp_path: Path) -> None:
     n, fingerprint = 120, open_source(tiny).fingerprint
     write_scores(tmp_path / "data.npz", ScoreFile(np.ones(n), "el2n", "0" * 64))
     write_scores(tmp_path / "length.npz", ScoreFile(np.ones(n - 1), "el2n", fingerprint))
@@ -153,7 +150,7 @@ def test_scores_of_other_data_of_another_length_or_not_a_number(kdfast, tiny: Pa
         assert not (tmp_path / "idx.npy").exists()
 
 
-def test_a_page_about_scores(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
+def test_writes_a_page_about_scores(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
     assert (
         kdfast("prune", "--data", tiny, "--scores", scores, "--fraction", 0.25, "--out", tmp_path / "idx.npy").code == 0
     )
@@ -162,13 +159,13 @@ def test_a_page_about_scores(kdfast, tiny: Path, scores: Path, cache: Path, tmp_
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "Its accuracy on the training split" in page
+    assert "Teacher accuracy on the training split" in page
     outcome = kdfast(*command, "--out", tmp_path / "page.pdf")
     assert outcome.code == 2
     assert ".html" in outcome.err
 
 
-def test_a_rule_that_reads_features_names_their_cache(kdfast, tiny, cache, tmp_path) -> None:
+def test_provenance_names_the_cache_of_the_features(kdfast, tiny, cache, tmp_path) -> None:
     scores, idx = tmp_path / "s.npz", tmp_path / "idx.npy"
     assert kdfast("score", "--data", tiny, "--method", "random", "--out", scores).code == 0
     ran = kdfast("prune", "--data", tiny, "--scores", scores, "--cache", cache, "--rule", "d2", "--fraction", 0.5,

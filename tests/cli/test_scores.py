@@ -1,4 +1,4 @@
-"""`kdfast dynamics` and `kdfast score`, from the data to a file of scores."""
+"""`kdfast dynamics` and `kdfast score`: from data to a score file."""
 
 import json
 import random
@@ -72,7 +72,7 @@ def arrays_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_from_the_command_line(kdfast, tiny, cache, dynamics, tmp_path, method) -> None:
+def test_computes_every_score(kdfast, tiny, cache, dynamics, tmp_path, method) -> None:
     out = tmp_path / "s.npz"
     ran = kdfast("score", "--data", tiny, "--cache", cache, "--dynamics", dynamics, "--method", method,
                  *METHODS[method], "--out", out)  # fmt: skip
@@ -86,7 +86,7 @@ def test_every_method_from_the_command_line(kdfast, tiny, cache, dynamics, tmp_p
     assert re.search(r"scored 120 samples by \w+ in [\d.]+ s", ran.out)
 
 
-def test_memorization_from_masked_runs(kdfast, tiny, tmp_path) -> None:
+def test_computes_memorization_from_masked_runs(kdfast, tiny, tmp_path) -> None:
     assert kdfast(*dynamics_command(tiny, tmp_path / "d", "--runs", 2, "--keep", 0.5, epochs=1)).code == 0
     masks = [np.unpackbits(np.load(tmp_path / "d" / f"run-0{run}" / "mask.npy")) for run in (0, 1)]
     assert np.array_equal(masks[0] + masks[1], np.ones(120))
@@ -97,14 +97,14 @@ def test_memorization_from_masked_runs(kdfast, tiny, tmp_path) -> None:
         assert (held["extra.stderr"] > 0).all()
 
 
-def test_grand_of_a_teachers_full_network(kdfast, tiny, teacher, tmp_path) -> None:
+def test_computes_grand_of_a_full_network(kdfast, tiny, teacher, tmp_path) -> None:
     arguments = ("score", "--data", tiny, "--method", "grand", "--option", "network=full", "--out", tmp_path / "s.npz")
     expect(kdfast(*arguments), 2, "kdfast teacher train .* --teacher")
     ran = kdfast(*arguments, "--teacher", teacher)
     assert ran.code == 0, ran.err
 
 
-def test_scoring_leaves_the_same_file_twice_but_for_the_seconds(kdfast, tiny, dynamics, tmp_path) -> None:
+def test_scoring_is_deterministic_but_for_the_seconds(kdfast, tiny, dynamics, tmp_path) -> None:
     abouts = []
     for name in ("a", "b"):
         kdfast("score", "--data", tiny, "--dynamics", dynamics, "--method", "aum", "--out", tmp_path / f"{name}.npz")
@@ -113,7 +113,7 @@ def test_scoring_leaves_the_same_file_twice_but_for_the_seconds(kdfast, tiny, dy
     assert abouts[0]["digest"] == abouts[1]["digest"]
 
 
-def test_a_finished_recording_is_not_trained_again(kdfast, tiny, dynamics) -> None:
+def test_does_not_repeat_a_finished_recording(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
     ran = kdfast(*dynamics_command(tiny, dynamics, "--runs", 2, "--features-every", 1))
     assert ran.code == 0
@@ -122,14 +122,14 @@ def test_a_finished_recording_is_not_trained_again(kdfast, tiny, dynamics) -> No
     assert not list(dynamics.rglob("checkpoints"))
 
 
-def test_recording_in_mixed_precision(kdfast, tiny, tmp_path) -> None:
+def test_records_in_mixed_precision(kdfast, tiny, tmp_path) -> None:
     from kdfast.dynamics.reader import Dynamics
 
     assert kdfast(*dynamics_command(tiny, tmp_path / "d", "--precision", "bf16")).code == 0
     assert Dynamics.open(tmp_path / "d").correct(0)[-1].mean() > 0.9
 
 
-def test_recording_every_other_epoch(kdfast, tiny, tmp_path) -> None:
+def test_records_every_other_epoch(kdfast, tiny, tmp_path) -> None:
     from kdfast.dynamics.reader import Dynamics
 
     for name, more in (("all", []), ("half", ["--record-every", 2])):
@@ -141,7 +141,7 @@ def test_recording_every_other_epoch(kdfast, tiny, tmp_path) -> None:
     assert not (tmp_path / "odd").exists()
 
 
-def test_processes_can_share_the_runs(kdfast, tiny, dynamics, tmp_path) -> None:
+def test_processes_can_share_runs(kdfast, tiny, dynamics, tmp_path) -> None:
     for run in (1, 0):
         assert not (tmp_path / "d" / "manifest.json").exists()
         command = dynamics_command(tiny, tmp_path / "d", "--runs", 2, "--features-every", 1, "--only", run)
@@ -150,7 +150,7 @@ def test_processes_can_share_the_runs(kdfast, tiny, dynamics, tmp_path) -> None:
     expect(kdfast(*dynamics_command(tiny, tmp_path / "d", "--runs", 2, "--only", 2)), 2, "0 to 1")
 
 
-def test_runs_differ_and_depend_on_the_seed(dynamics, kdfast, tiny, tmp_path) -> None:
+def test_run_r_uses_seed_plus_r(dynamics, kdfast, tiny, tmp_path) -> None:
     from kdfast.dynamics.reader import Dynamics
 
     both = Dynamics.open(dynamics)
@@ -182,17 +182,17 @@ BAD_SCORES = {
 
 
 @pytest.mark.parametrize("case", BAD_SCORES)
-def test_bad_score_commands(kdfast, tiny, tmp_path, case) -> None:
+def test_rejects_bad_score_commands(kdfast, tiny, tmp_path, case) -> None:
     more, code, pattern = BAD_SCORES[case]
     expect(kdfast("score", "--data", tiny, "--out", tmp_path / "s.npz", *more), code, pattern)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_suffix_is_refused_before_the_work(kdfast, tiny, tmp_path) -> None:
+def test_rejects_another_suffix_before_the_work(kdfast, tiny, tmp_path) -> None:
     expect(kdfast("score", "--data", tiny, "--out", tmp_path / "s.npy", "--method", "random"), 2, r"named \.npz")
 
 
-def test_foreign_and_stale_inputs(kdfast, tiny, cache, dynamics, tmp_path) -> None:
+def test_rejects_foreign_and_stale_inputs(kdfast, tiny, cache, dynamics, tmp_path) -> None:
     out = tmp_path / "s.npz"
     expect(kdfast("score", "--data", "digits", "--dynamics", dynamics, "--method", "aum", "--out", out), 3,
            "other data")  # fmt: skip
@@ -204,7 +204,7 @@ def test_foreign_and_stale_inputs(kdfast, tiny, cache, dynamics, tmp_path) -> No
     assert not out.exists()
 
 
-def test_a_cache_of_a_part_is_refused(kdfast, tiny, teacher, tmp_path) -> None:
+def test_rejects_a_partial_cache(kdfast, tiny, teacher, tmp_path) -> None:
     np.save(tmp_path / "idx.npy", np.arange(50))
     assert kdfast("cache", "--data", tiny, "--teacher", teacher, "--views", 1, "--subset", tmp_path / "idx.npy",
                   "--out", tmp_path / "cache").code == 0  # fmt: skip
@@ -212,14 +212,14 @@ def test_a_cache_of_a_part_is_refused(kdfast, tiny, teacher, tmp_path) -> None:
                   tmp_path / "s.npz"), 3, "lacks 70 of the samples")  # fmt: skip
 
 
-def test_unfinished_dynamics(kdfast, tiny, dynamics, tmp_path) -> None:
+def test_rejects_unfinished_dynamics(kdfast, tiny, dynamics, tmp_path) -> None:
     shutil.copytree(dynamics, tmp_path / "d")
     (tmp_path / "d" / "manifest.json").unlink()
     expect(kdfast("score", "--data", tiny, "--dynamics", tmp_path / "d", "--method", "aum", "--out",
                   tmp_path / "s.npz"), 3, "is unfinished")  # fmt: skip
 
 
-def test_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
+def test_rejects_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
     expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2)), 2, "dynamics of other")
     expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2)), 2, "dynamics of other")
@@ -227,14 +227,14 @@ def test_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--keep", 0), ("--keep", 1.5), ("--keep", 0.05), ("--net", "resnet9")])
-def test_bad_recordings_write_nothing(kdfast, tiny, tmp_path, flag, value) -> None:
+def test_rejected_recordings_write_nothing(kdfast, tiny, tmp_path, flag, value) -> None:
     ran = kdfast(*dynamics_command(tiny, tmp_path / "d", flag, value))
     assert ran.code == 2, ran.err
     assert ran.err.count("\n") == 1
     assert not (tmp_path / "d").exists()
 
 
-def test_divergence_ends_in_one_line(kdfast, tiny, tmp_path) -> None:
+def test_divergence_prints_one_line(kdfast, tiny, tmp_path) -> None:
     expect(kdfast(*dynamics_command(tiny, tmp_path / "d", "--lr", 1e12)), 5, "not finite")
 
 
@@ -265,10 +265,10 @@ def test_recording_survives_kill_9(tiny: Path, tmp_path: Path, kills: int) -> No
         shutil.rmtree(tmp_path / "cut")
         kills -= hits
         if not hits:
-            seconds *= 0.7  # the machine is quicker now than it was the first time
+            seconds *= 0.7  # The machine is faster than in the first run.
 
 
-def test_sigterm_ends_with_75_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
+def test_sigterm_exits_75_and_the_same_command_resumes(tiny: Path, tmp_path: Path) -> None:
     command = dynamics_command(tiny, tmp_path / "d", epochs=60)
     process = start(command)
     status = tmp_path / "d" / "run-00" / "training" / "status.json"

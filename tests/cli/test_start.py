@@ -1,4 +1,4 @@
-"""Start-up is quick: heavy packages are imported where they are used."""
+"""Start-up is fast because heavy packages are imported only where they are used."""
 
 import statistics
 import subprocess

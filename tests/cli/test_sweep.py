@@ -1,4 +1,4 @@
-"""`kdfast sweep`: a grid of runs, resumable and shared between processes, in one table."""
+"""`kdfast sweep`: a resumable grid of runs that processes share, in one table."""
 
 import functools
 import json
@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DivergedError
-from kdfast.prune.rules.base import Option
-from kdfast.prune.selectors import CHOOSERS, Chooser
+from kdfast.prune.options import Option
+from kdfast.prune.selector import SubsetSelector
+from kdfast.prune.selectors import SELECTORS
 from kdfast.sweep import session as sessions
 
 GRID = ("--student", "resnet8", "--steps", 6, "--batch-size", 10, "--lr", 0.05)
@@ -33,13 +34,13 @@ def places(out: Path) -> list[tuple]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start the command as a process of its own session; what still runs at the end of the test is killed."""
+    """Start the command as a process in its own session; kill it at the end of the test."""
     started: list[subprocess.Popen] = []
 
     def begin(*command: object) -> subprocess.Popen:
         words = [sys.executable, "-m", "kdfast", "sweep", *map(str, command)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # A shell starts background jobs with Ctrl-C ignored, and that is inherited: as from a terminal, it is not.
+        # A shell starts background jobs with SIGINT ignored, which children inherit: restore it, as from a terminal.
         heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         started.append(subprocess.Popen(words, start_new_session=True, preexec_fn=heard, **pipes))
         return started[-1]
@@ -50,7 +51,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
-def test_a_grid_becomes_rows_a_table_and_a_plot(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_writes_rows_table_and_plot(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--out", out)
     axes = ("--methods", "random,el2n,moderate", "--fractions", ".25,.5", "--kd", "both", "--seeds", "4")
@@ -84,7 +85,7 @@ def test_a_grid_becomes_rows_a_table_and_a_plot(kdfast, tiny: Path, cache: Path,
     assert list((out / "runs").iterdir()) == []
 
 
-def test_a_row_is_what_prune_and_distill_make(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_row_equals_prune_and_distill(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     out, idx = tmp_path / "sweep", tmp_path / "idx.npy"
     outcome = kdfast("sweep", "--data", tiny, "--cache", cache, *GRID, "--methods", "random", "--fractions", 0.25,
                      "--seeds", 3, "--keep-runs", "--out", out)  # fmt: skip
@@ -101,9 +102,7 @@ def test_a_row_is_what_prune_and_distill_make(kdfast, tiny: Path, cache: Path, t
     assert len(list(out.glob("runs/*/student.pt"))) == 2
 
 
-def test_the_same_command_runs_nothing_again_and_a_changed_one_only_what_is_new(
-    kdfast, tiny: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_runs_only_what_has_no_row(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--kd", "on", "--out", tmp_path)
     assert kdfast(*command, "--fractions", 0.25).code == 0
     first = (tmp_path / "results.jsonl").read_bytes()
@@ -124,7 +123,7 @@ def test_the_same_command_runs_nothing_again_and_a_changed_one_only_what_is_new(
     assert (tmp_path / "table.md").read_text() == table
 
 
-def test_inputs_are_opened_once(kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_opens_inputs_and_computes_scores_once(kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
     opened = []
     real = sessions.open_source
     monkeypatch.setattr(sessions, "open_source", lambda *a, **k: opened.append(a) or real(*a, **k))
@@ -142,7 +141,7 @@ def test_inputs_are_opened_once(kdfast, tiny: Path, cache: Path, tmp_path: Path,
     assert sorted(scored) == ["el2n", "random"]
 
 
-def test_score_files_are_methods(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_score_files_serve_as_methods(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     scores = tmp_path / "s.npz"
     assert kdfast("score", "--data", tiny, "--cache", cache, "--method", "el2n", "--out", scores).code == 0
     outcome = kdfast("sweep", "--data", tiny, "--cache", cache, *GRID, "--kd", "off", "--fractions", 0.25,
@@ -182,7 +181,7 @@ def content(out: Path) -> bytes:
     return (out / "results.jsonl").read_bytes() if (out / "results.jsonl").exists() else b""
 
 
-def test_calls_at_once_share_the_rows(start, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_concurrent_calls_share_the_rows(start, tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = ("--data", tiny, "--cache", cache, *GRID, "--steps", 30, "--fractions", "0.25,0.5", "--seeds", "0,1",
                "--out", tmp_path)  # fmt: skip
     calls = [start(*command), start(*command, "--jobs", 2)]
@@ -194,7 +193,7 @@ def test_calls_at_once_share_the_rows(start, tiny: Path, cache: Path, tmp_path: 
         assert "| random |" in out
 
 
-def test_ctrl_c_keeps_what_is_finished(start, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_finished_rows(start, tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = ("--data", tiny, "--cache", cache, *GRID, "--steps", 3000, "--seeds", "0,1,2", "--fractions", 0.5)
     for jobs in (1, 2):
         out = tmp_path / str(jobs)
@@ -206,10 +205,10 @@ def test_ctrl_c_keeps_what_is_finished(start, tiny: Path, cache: Path, tmp_path:
         assert process.returncode == 75, err
         assert err.count("\n") == 1, err
         assert "Traceback" not in err
-        assert list(out.glob("runs/*/checkpoints/latest.json")), "the runs go on from where they were"
+        assert list(out.glob("runs/*/checkpoints/latest.json")), "interrupted runs can be resumed"
 
 
-def test_a_run_that_diverges_stops_no_other(kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_diverged_run_does_not_stop_others(kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
     real = sessions.train
 
     def train(plan, folder, watch):
@@ -267,7 +266,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Path, name: str) -> None:
+def test_rejects_bad_input_in_one_line_and_writes_nothing(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, name: str
+) -> None:
     options, code, pattern = BAD[name]
     command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--fractions", 0.5, "--out", tmp_path / "out")
     outcome = kdfast(*command, *options)
@@ -277,9 +278,9 @@ def test_bad_input_is_one_line_and_writes_nothing(kdfast, tiny: Path, cache: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_said(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_names_missing_inputs(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for command, said in (
+    for command, message in (
         (("--out", out), "needs --data and --student"),
         (("--data", tiny, *GRID, "--out", out), "need --cache"),
         (("--data", tiny, *GRID, "--kd", "off", "--methods", "moderate", "--out", out), "kdfast cache --data"),
@@ -288,12 +289,12 @@ def test_what_is_missing_is_said(kdfast, tiny: Path, cache: Path, tmp_path: Path
     ):
         outcome = kdfast("sweep", *command)
         assert outcome.code in (2, 3), outcome.err
-        assert said in outcome.err
+        assert message in outcome.err
         assert outcome.err.count("\n") == 1
     assert not out.exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_leaves_foreign_results_unchanged(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("my results\n")
     outcome = kdfast("sweep", "--data", tiny, "--cache", cache, *GRID, "--fractions", 0.5, "--out", tmp_path)
     assert outcome.code == 3
@@ -301,7 +302,7 @@ def test_a_folder_of_something_else_is_left_alone(kdfast, tiny: Path, cache: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
-def test_a_cache_of_a_subset_is_refused(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_rejects_a_cache_of_a_subset(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "idx.npy", np.arange(60))
     part = tmp_path / "part"
     assert kdfast("cache", "--data", tiny, "--teacher", teacher, "--subset", tmp_path / "idx.npy", "--views", 2,
@@ -312,9 +313,7 @@ def test_a_cache_of_a_subset_is_refused(kdfast, tiny: Path, teacher: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_that_chooses_by_itself_is_asked_once_for_both_runs(
-    kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_selector_runs_once_for_both_runs(kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
     asked = []
 
     def choose(inputs):
@@ -323,7 +322,9 @@ def test_a_method_that_chooses_by_itself_is_asked_once_for_both_runs(
         inputs.progress(1, 2, "half way")
         return np.arange(inputs.seed, 30 + inputs.seed), {"why": [inputs.seed]}
 
-    monkeypatch.setitem(CHOOSERS, "first", Chooser(choose, "keeps the first", {"k": Option(1, "nothing", whole=True)}))
+    monkeypatch.setitem(
+        SELECTORS, "first", SubsetSelector(choose, "keeps the first", {"k": Option(1, "nothing", integer=True)})
+    )
     command = (
         "sweep",
         "--data",
@@ -344,4 +345,4 @@ def test_a_method_that_chooses_by_itself_is_asked_once_for_both_runs(
     chosen = {(row["seed"], row["kd"]): row["chosen"] for row in rows(tmp_path) if row["method"] == "first:k=2"}
     assert chosen == {(seed, kd): {"why": [seed]} for seed in (0, 1) for kd in (True, False)}
     assert "first:k=2" in outcome.out
-    assert list((tmp_path / "runs").iterdir()) == [], "the state of a search goes when its row is there"
+    assert list((tmp_path / "runs").iterdir()) == [], "the state of a search is deleted once its row exists"
