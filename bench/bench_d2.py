@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from kdfast.prune.rules.d2 import forward, undirected
-from kdfast.prune.rules.d2_graph import nearest
-from kdfast.prune.rules.d2_greedy import select
+from kdfast.prune.rules.d2 import send_forward
+from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+from kdfast.prune.rules.d2_greedy import select_greedily
 
 LARGE = 1_281_167
 K = 5
@@ -49,7 +49,7 @@ def check_selection(u: np.ndarray, starts: np.ndarray, ends: np.ndarray, weights
         now[ends[edges]] -= weights[edges] * now[best]
         now[best] = -np.inf
         expected.append(best)
-    assert select(u, starts, ends, weights, np.arange(len(u)), count).tolist() == expected
+    assert select_greedily(u, starts, ends, weights, np.arange(len(u)), count).tolist() == expected
 
 
 def timed(function, *arguments, **keywords):
@@ -61,15 +61,15 @@ def timed(function, *arguments, **keywords):
 def measure(samples: int, depth: int, device: str) -> dict[str, object]:
     features = features_of(samples, depth)
     score = np.random.default_rng(2).random(samples)
-    warm = nearest(features[:2000], K, device=device)
-    select(score[:2000], *undirected(*warm), np.arange(2000), 100)
-    (found, distances), neighbours_s, neighbours_cpu = timed(nearest, features, K, device=device)
+    warm = nearest_neighbours(features[:2000], K, device=device)
+    select_greedily(score[:2000], *undirected_graph(*warm), np.arange(2000), 100)
+    (found, distances), neighbours_s, neighbours_cpu = timed(nearest_neighbours, features, K, device=device)
     check_neighbours(features, found, distances)
-    starts, ends, lengths = undirected(found, distances)
-    u = forward(score, starts, ends, np.exp(-lengths))
+    starts, ends, lengths = undirected_graph(found, distances)
+    u = send_forward(score, starts, ends, np.exp(-lengths))
     reverse = np.exp(-0.1 * lengths)
     check_selection(u, starts, ends, reverse)
-    _, greedy_s, _ = timed(select, u, starts, ends, reverse, np.arange(samples), samples // 10)
+    _, greedy_s, _ = timed(select_greedily, u, starts, ends, reverse, np.arange(samples), samples // 10)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "samples": samples,

@@ -1,4 +1,4 @@
-"""Training dynamics: per-sample outputs of a network, recorded after each epoch, and their reader."""
+"""Training dynamics: record a network's per-sample outputs after each epoch, and read them."""
 
 from kdfast.dynamics.reader import Dynamics
 from kdfast.dynamics.recorder import DynamicsRecorder

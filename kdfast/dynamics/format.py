@@ -1,14 +1,14 @@
-"""The folder of recorded dynamics: names, shapes and seals, shared by its writer and its reader.
+"""The folder format of recorded dynamics, shared by the recorder and the reader.
 
-- `plan.json`: what is recorded (samples, epochs, digest of the labels, fingerprint of the data); written first.
+- `plan.json`: what to record (samples, epochs, digest of the labels, fingerprint of the data); written first.
 - `labels.npy`: int64 (N,).
-- `run-00/`, one folder a training run:
+- `run-00/`, one folder per training run:
     - `p_y.npy`, `margin.npy`, `el2n.npy`: float16 (E, N).
-    - `correct.npy`: uint8 (E, ceil(N / 8)), one bit a sample.
-    - `mask.npy`: uint8 (ceil(N / 8),), one bit a sample: whether the run trained on it.
+    - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample.
+    - `mask.npy`: uint8 (ceil(N / 8),), one bit per sample: whether the run trained on it.
     - `features-0019.npy`: float32 (N, D), after that epoch.
-    - `epoch-0007.npz`: while recording, one epoch of the four arrays.
-    - `sealed.json`: size and SHA-256 of the run's files; written when all epochs are there.
+    - `epoch-0007.npz`: while recording, one epoch of the first four arrays.
+    - `sealed.json`: size and SHA-256 of the run's files; written once all epochs are recorded.
 - `manifest.json`: the plan and the seals of all runs; written last.
 """
 
@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.errors import CacheMismatch, DataError
-from kdfast.files import sha256_file
-from kdfast.teacher.manifest import read_sealed
+from kdfast.errors import DataError
+from kdfast.files import read_sealed, sha256_file
 
 FORMAT = "kdfast-dynamics"
 VERSION = 1
@@ -35,31 +34,31 @@ SEAL = "sealed.json"
 CORRECT = "correct.npy"
 MASK = "mask.npy"
 # Recorded per sample and epoch as float16.
-MEASURES = ("p_y", "margin", "el2n")
+METRICS = ("p_y", "margin", "el2n")
 
 
 def run_folder(run: int) -> str:
-    """Name of a run's folder."""
+    """Return the name of a run's folder."""
     return f"run-{run:02d}"
 
 
 def features_file(epoch: int) -> str:
-    """Name of the features after an epoch."""
+    """Return the file name of the features after an epoch, counted from 0."""
     return f"features-{epoch:04d}.npy"
 
 
 def epoch_file(epoch: int) -> str:
-    """Name of one epoch's values while recording."""
+    """Return the file name of one epoch's metrics while recording, counted from 0."""
     return f"epoch-{epoch:04d}.npz"
 
 
 def labels_digest(labels: npt.NDArray[np.int64]) -> str:
-    """SHA-256 (hexadecimal) of the labels of the training split."""
+    """Return the SHA-256 (hexadecimal) of the labels of the training split."""
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
 def seal_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files."""
+    """Return the size and SHA-256 of each file."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
 
 
@@ -67,29 +66,29 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """Read a plan, a seal or a manifest.
 
     Raises:
-        DataError: If it is missing or damaged.
+        DataError: The file is missing or damaged.
     """
     try:
         return read_sealed(path)
-    except CacheMismatch as error:
+    except (OSError, ValueError) as error:
         state = "is damaged" if path.exists() else "is missing"
-        raise DataError(f"{path} {state}; delete {path.parent} and run kdfast dynamics again") from error
+        raise DataError(f"{path} {state}: delete {path.parent} and run kdfast dynamics again") from error
 
 
 def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_sums: bool) -> None:
-    """Compare files with their seal.
+    """Compare files with their sizes and digests in a seal.
 
     Args:
-        folder: Where they lie.
-        files: What `seal_of` said of them.
-        check_sums: Compare the SHA-256 too, not the sizes alone.
+        folder: The folder of the files.
+        files: The result of `seal_of`.
+        check_sums: Compare not only sizes but also SHA-256.
 
     Raises:
-        DataError: If one is missing or has changed.
+        DataError: A file is missing or has changed.
     """
     for name, seal in files.items():
         path = folder / name
         held = path.stat().st_size if path.is_file() else None
         if held != seal["bytes"] or (check_sums and sha256_file(path) != seal["sha256"]):
             found = "missing" if held is None else "damaged"
-            raise DataError(f"{path} is {found}; delete {folder.parent} and run kdfast dynamics again")
+            raise DataError(f"{path} is {found}: delete {folder.parent} and run kdfast dynamics again")

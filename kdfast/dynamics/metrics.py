@@ -1,38 +1,63 @@
-"""What is recorded of a network's logits, computed on the device they are on."""
+"""Per-sample metrics of a network's logits, computed on their device."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_HALF_LIMIT = 65504.0  # the largest float16
+_FLOAT16_MAX = 65504.0
+
+Array = TypeVar("Array", Tensor, npt.NDArray[np.float64])
 
 
-def measures(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any]]:
-    """What trajectory scores need of a batch.
+def el2n(probabilities: Array, labels: Any) -> Array:
+    """Return ||p - onehot(y)||_2 of each sample, in the precision of the probabilities.
+
+    NumPy and torch each sum in their own order, so the two differ in the last bits. Recordings need the torch form,
+    which runs on the device of the logits; scores of a teacher's cache need the NumPy form in float64.
+
+    Args:
+        probabilities: (N, C), a torch tensor or a NumPy array; overwritten.
+        labels: int64 (N,), of the same kind and on the same device.
+
+    Returns:
+        (N,), of the same kind.
+
+    Source:
+        Paul et al., Deep Learning on a Data Diet, NeurIPS 2021, definition 2.
+    """
+    if isinstance(probabilities, Tensor):
+        probabilities[torch.arange(len(labels), device=probabilities.device), labels] -= 1
+        return torch.linalg.vector_norm(probabilities, dim=1)
+    probabilities[np.arange(len(labels)), labels] -= 1
+    squares = np.square(probabilities, out=probabilities)
+    return np.sqrt(squares.sum(axis=1))
+
+
+def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any]]:
+    """Compute what trajectory scores need of a batch.
 
     Args:
         logits: float32 (B, C), raw.
         labels: int64 (B,), on the same device.
 
     Returns:
-        float16 (B,) `p_y` (probability of the class), `margin` (logit of the class minus the largest other one, within
-        the range of float16) and `el2n` (length of probabilities minus one-hot), and bool (B,) `correct`.
+        float16 (B,) each: `p_y` (probability of the label), `margin` (logit of the label minus the largest other logit,
+        clamped to the range of float16) and `el2n` (see `el2n`); and bool (B,) `correct`.
     """
-    probabilities = torch.softmax(logits, dim=1)
     rows = torch.arange(len(labels), device=logits.device)
     others = logits.clone()
     others[rows, labels] = -torch.inf
-    residual = probabilities.clone()
-    residual[rows, labels] -= 1
+    probabilities = torch.softmax(logits, dim=1)
     values = {
         "p_y": probabilities[rows, labels],
-        "margin": (logits[rows, labels] - others.amax(dim=1)).clamp(-_HALF_LIMIT, _HALF_LIMIT),
-        "el2n": residual.norm(dim=1),
+        "margin": (logits[rows, labels] - others.amax(dim=1)).clamp(-_FLOAT16_MAX, _FLOAT16_MAX),
+        "el2n": el2n(probabilities, labels),
     }
-    halves: dict[str, npt.NDArray[Any]] = {name: value.half().cpu().numpy() for name, value in values.items()}
-    halves["correct"] = (logits.argmax(dim=1) == labels).cpu().numpy()
-    return halves
+    metrics: dict[str, npt.NDArray[Any]] = {name: value.half().cpu().numpy() for name, value in values.items()}
+    metrics["correct"] = (logits.argmax(dim=1) == labels).cpu().numpy()
+    return metrics

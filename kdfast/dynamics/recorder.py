@@ -1,4 +1,4 @@
-"""Recording the dynamics of a training run, from inside whatever loop trains."""
+"""Record the dynamics of a training run, from inside any training loop."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ from torch import Tensor
 from kdfast.data.source import integer_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
-from kdfast.dynamics.metrics import measures
+from kdfast.dynamics.metrics import compute_metrics
 from kdfast.errors import DataError, OutputError, ShapeError, UsageError
-from kdfast.files import FolderLock, atomic_write, check_writable, remove_stale
-from kdfast.teacher.manifest import write_sealed
-
-_SAME = ("format", "version", "samples", "epochs", "labels", "fingerprint", "feature_epochs", "facts")
+from kdfast.files import FolderLock, atomic_write, check_writable, remove_stale, write_sealed
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
 
 
 class DynamicsRecorder:
-    """Writes what a network says of every training sample after every epoch.
+    """Record a network's outputs for every training sample after every epoch.
 
         with DynamicsRecorder("dyn", len(labels), labels, epochs=30) as recorder:
             for epoch in range(recorder.epoch, 30):
@@ -39,29 +36,29 @@ class DynamicsRecorder:
                     recorder.update(ids, net(images))
                 recorder.end_epoch()
 
-    Each ended epoch is on the disk for good; a killed recording goes on where it stood, at `recorder.epoch`. After the
-    last epoch of the last run the folder is complete and `Dynamics.open` reads it.
+    Each ended epoch is on disk; a recording that was killed resumes at `recorder.epoch`. After the last epoch of the
+    last run the folder is complete and `Dynamics.open` reads it.
 
     Args:
-        path: The folder; made when missing. Runs of the same data and length share it.
+        path: The folder; created if missing. Runs of the same data and length share it.
         n: Number of training samples, N.
         labels: Integers (N,), their classes.
         epochs: Epochs to record.
-        run: Which run this is, from 0.
-        runs: How many runs there are to be; with the last one recorded the folder counts as complete.
-        mask: bool (N,), the samples that this run trains on; all when not given. The others are recorded too.
-        fingerprint: Of the data, where it is a kdfast source; the labels are compared in any case.
-        feature_epochs: Epochs (from 0) after which `update` wants features as well.
-        facts: More to keep: JSON values. A folder recorded with other facts is refused.
+        run: Index of this run, from 0.
+        runs: Number of runs; once all are recorded the folder is complete.
+        mask: bool (N,), the samples that this run trains on; by default all. The others are recorded too.
+        fingerprint: Fingerprint of the data, if it is a kdfast source. The labels are compared in any case.
+        feature_epochs: Epochs (from 0) after which `update` also needs features.
+        facts: Further JSON values to store. A folder recorded with other facts raises an error.
 
     Attributes:
-        epoch: The epoch to be recorded next.
-        folder: Where this run's files are.
+        epoch: The epoch to record next.
+        folder: The folder of this run's files.
 
     Raises:
-        UsageError: Arguments out of range, or the folder holds other dynamics.
-        DataError: Labels or mask do not fit.
-        OutputError: The folder cannot be written, holds something else, or another process records this run.
+        UsageError: An argument is out of range, or the folder holds other dynamics.
+        DataError: The labels or the mask do not fit.
+        OutputError: The folder cannot be written, holds other files, or another process records this run.
     """
 
     def __init__(
@@ -79,16 +76,18 @@ class DynamicsRecorder:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if epochs < 1 or not 0 <= run < runs:
-            raise UsageError(f"{epochs} epochs, run {run} of {runs}: needed: an epoch or more, and runs from 0")
+            raise UsageError(
+                f"`epochs` is {epochs}, run {run} of {runs}: pass at least one epoch, and a run from 0 to {runs - 1}"
+            )
         if not all(0 <= epoch < epochs for epoch in feature_epochs):
-            raise UsageError(f"features after the epochs {list(feature_epochs)} of {epochs}: needed: 0 to {epochs - 1}")
+            raise UsageError(f"feature_epochs is {list(feature_epochs)}: pass epochs from 0 to {epochs - 1}")
         self.path = Path(path)
         self._labels = integer_labels(labels, n, "dynamics")
         if n < 1 or int(self._labels.min()) < 0:
-            raise DataError("dynamics need at least one sample, and labels from 0 on")
+            raise DataError("dynamics need at least one sample, and labels from 0 on: check the labels")
         self._mask = np.ones(n, np.bool_) if mask is None else np.asarray(mask)
         if self._mask.shape != (n,) or self._mask.dtype != np.bool_ or not self._mask.any():
-            raise DataError(f"the mask is {self._mask.dtype} {self._mask.shape}; needed: bool ({n},), not all False")
+            raise DataError(f"the mask is {self._mask.dtype} {self._mask.shape}: pass bool ({n},), not all False")
         self._epochs, self._runs = epochs, runs
         self._feature_epochs = sorted(set(feature_epochs))
         plan = {
@@ -109,7 +108,7 @@ class DynamicsRecorder:
             undo.enter_context(self._lock)
             self._resume()
             undo.pop_all()
-        self._begin()
+        self._allocate()
 
     @property
     def finished(self) -> bool:
@@ -118,53 +117,54 @@ class DynamicsRecorder:
 
     @property
     def wants_features(self) -> bool:
-        """Whether features are to be given in the current epoch."""
+        """Whether `update` needs features in the current epoch."""
         return self.epoch in self._feature_epochs
 
     def update(self, sample_ids: SampleIds, logits: Values, features: Values | None = None) -> None:
-        """Take the logits of some samples; a sample that comes twice in an epoch keeps what came last.
+        """Record the logits of some samples; of a sample given twice in an epoch, the last values count.
 
         Args:
             sample_ids: Integers (B,), indices into the training split.
-            logits: (B, C), floating point, of the network as it stands; on any device.
-            features: (B, D), what entered the classifier; needed where `wants_features`, else ignored.
+            logits: (B, C), floating point, of the current network; on any device.
+            features: (B, D), inputs of the classifier; needed if `wants_features`, else ignored.
 
         Raises:
-            ShapeError: Shapes do not fit.
-            DataError: Ids out of range, logits that are not finite, or features missing.
-            UsageError: All epochs are recorded already.
+            ShapeError: The shapes do not fit.
+            DataError: Ids are out of range, logits are not finite, or features are missing.
+            UsageError: All epochs are recorded.
         """
         if self.finished:
-            raise UsageError(f"{self.folder} has all {self._epochs} epochs; end the loop, or record with more epochs")
+            raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop, or record more `epochs`")
         ids = self._check_ids(sample_ids)
         scores = torch.as_tensor(logits).detach().float()
         if scores.ndim != 2 or len(scores) != len(ids) or scores.shape[1] <= int(self._labels.max()):
             raise ShapeError(
-                f"logits {tuple(scores.shape)} for {len(ids)} samples; needed: (B, C) with a column for each of the "
+                f"logits {tuple(scores.shape)} for {len(ids)} samples: pass (B, C) with a column for each of the "
                 f"{int(self._labels.max()) + 1} classes"
             )
         if not bool(torch.isfinite(scores).all()):
-            raise DataError(f"logits that are not finite in epoch {self.epoch}: the training diverged; lower its rate")
+            raise DataError(f"logits are not finite in epoch {self.epoch}: training diverged; lower its learning rate")
         if self.wants_features:
-            self._take_features(ids, features)
-        for name, values in measures(scores, torch.from_numpy(self._labels[ids]).to(scores.device)).items():
+            self._record_features(ids, features)
+        for name, values in compute_metrics(scores, torch.from_numpy(self._labels[ids]).to(scores.device)).items():
             self._values[name][ids] = values
         self._seen[ids] = True
 
     def end_epoch(self) -> None:
-        """Write the epoch to the disk; after the last one complete the run.
+        """Write the epoch to disk; after the last epoch, complete the run.
 
         Raises:
-            DataError: If some samples were not given in this epoch.
-            OutputError: If it cannot be written.
+            DataError: Some samples were not given in this epoch.
+            UsageError: All epochs are recorded.
+            OutputError: The epoch cannot be written.
         """
         if self.finished:
-            raise UsageError(f"{self.folder} has all {self._epochs} epochs already")
+            raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop")
         if not self._seen.all():
             missing = np.flatnonzero(~self._seen)
             raise DataError(
                 f"epoch {self.epoch}: {len(missing)} of {len(self._seen)} samples were never given (for example "
-                f"{missing[0]}); give every training sample, also those the run does not train on"
+                f"{missing[0]}): give every training sample, including those the run does not train on"
             )
         if self._features is not None:
             with atomic_write(self.folder / layout.features_file(self.epoch)) as file:
@@ -173,25 +173,27 @@ class DynamicsRecorder:
         with atomic_write(self.folder / layout.epoch_file(self.epoch)) as file:
             np.savez(file, **packed)
         self.epoch += 1
-        self._begin()
+        self._allocate()
         if self.epoch == self._epochs:
             self._seal()
 
     def rewind(self, epoch: int) -> None:
-        """Forget the epochs from `epoch` on, for training that resumed from an older checkpoint.
+        """Discard the epochs from `epoch` on, for training that resumed from an older checkpoint.
 
         Raises:
-            UsageError: If there are not that many epochs, or the run is complete.
+            UsageError: There are fewer epochs, or the run is complete.
         """
         if not 0 <= epoch <= self.epoch or self.finished:
-            raise UsageError(f"{self.folder} has {self.epoch} epochs; it cannot go back to {epoch}")
+            raise UsageError(
+                f"{self.folder} has {self.epoch} epochs and cannot go back to {epoch}: rewind an unfinished run"
+            )
         self.epoch = epoch
         for later in range(epoch, self._epochs):
             (self.folder / layout.epoch_file(later)).unlink(missing_ok=True)
-        self._begin()
+        self._allocate()
 
     def close(self) -> None:
-        """Let other processes record this run; what is written stays."""
+        """Release the run to other processes; keep what is written."""
         self._lock.__exit__(None, None, None)
 
     def __enter__(self) -> DynamicsRecorder:
@@ -203,27 +205,27 @@ class DynamicsRecorder:
         self.close()
 
     def _claim(self, plan: dict[str, Any]) -> None:
-        """Write the plan, or make sure that the folder's is the same."""
+        """Write the plan, or check that the folder has the same plan."""
         folder = check_writable(self.path)
         with FolderLock(folder):
             remove_stale(folder)
             if (folder / layout.PLAN).exists():
                 held = layout.read_sealed_json(folder / layout.PLAN)
-                changed = [name for name in _SAME if held.get(name) != plan[name]]
+                changed = [name for name, value in plan.items() if held.get(name) != value]
                 if changed:
                     raise UsageError(
-                        f"{folder} holds dynamics of other {', '.join(changed)}; give another folder, or the same data "
-                        "and settings"
+                        f"{folder} holds dynamics of other {', '.join(changed)}: choose another folder, or the same "
+                        "data and settings"
                     )
                 return
             if any(entry.name != ".kdfast.lock" for entry in folder.iterdir()):
-                raise OutputError(f"{folder} is not empty and holds no dynamics; choose another folder")
+                raise OutputError(f"{folder} is not empty and holds no dynamics: choose another folder")
             with atomic_write(folder / layout.LABELS) as file:
                 np.save(file, self._labels)
             write_sealed(folder / layout.PLAN, plan)
 
     def _resume(self) -> None:
-        """Find out how far this run is."""
+        """Find the first epoch that is not recorded."""
         remove_stale(self.folder)
         if (self.folder / layout.SEAL).exists():
             self.epoch = self._epochs
@@ -234,7 +236,7 @@ class DynamicsRecorder:
             with _readable(self.folder / layout.MASK) as file:
                 same = np.array_equal(np.load(file), mask)
             if not same:
-                raise UsageError(f"{self.folder} was begun with another mask; choose another folder")
+                raise UsageError(f"{self.folder} was started with another mask: choose another folder")
         else:
             with atomic_write(self.folder / layout.MASK) as file:
                 np.save(file, mask)
@@ -243,10 +245,10 @@ class DynamicsRecorder:
         if self.finished:
             self._seal()
 
-    def _begin(self) -> None:
-        """Room for one epoch."""
+    def _allocate(self) -> None:
+        """Allocate the arrays of one epoch."""
         n = 0 if self.finished else len(self._labels)
-        self._values: dict[str, npt.NDArray[Any]] = {name: np.zeros(n, np.float16) for name in layout.MEASURES}
+        self._values: dict[str, npt.NDArray[Any]] = {name: np.zeros(n, np.float16) for name in layout.METRICS}
         self._values["correct"] = np.zeros(n, np.bool_)
         self._seen = np.zeros(n, np.bool_)
         self._features: npt.NDArray[np.float32] | None = None
@@ -254,42 +256,40 @@ class DynamicsRecorder:
     def _check_ids(self, sample_ids: SampleIds) -> IntArray:
         given = sample_ids.detach().cpu().numpy() if isinstance(sample_ids, Tensor) else np.asarray(sample_ids)
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not len(given):
-            raise ShapeError(f"sample ids are {given.dtype} {given.shape}; needed: integers (B,), at least one")
+            raise ShapeError(f"sample ids are {given.dtype} {given.shape}: pass integers (B,), at least one")
         if given.min() < 0 or given.max() >= len(self._labels):
-            raise DataError(
-                f"sample ids from {given.min()} to {given.max()}; the data has {len(self._labels)} samples, from 0"
-            )
+            raise DataError(f"sample ids go from {given.min()} to {given.max()}: pass 0 to {len(self._labels) - 1}")
         return given.astype(np.int64)
 
-    def _take_features(self, ids: IntArray, features: Values | None) -> None:
+    def _record_features(self, ids: IntArray, features: Values | None) -> None:
         if features is None:
-            raise DataError(f"features are to be recorded after epoch {self.epoch}; give them to update()")
+            raise DataError(f"features of epoch {self.epoch} are missing: pass `features` to update()")
         rows = torch.as_tensor(features).detach().float().cpu().numpy()
         if rows.ndim != 2 or len(rows) != len(ids):
-            raise ShapeError(f"features {rows.shape} for {len(ids)} samples; needed: (B, D)")
+            raise ShapeError(f"features {rows.shape} for {len(ids)} samples: pass (B, D)")
         if self._features is None:
             self._features = np.zeros((len(self._labels), rows.shape[1]), np.float32)
         if rows.shape[1] != self._features.shape[1] or not np.isfinite(rows).all():
-            raise DataError(f"features of epoch {self.epoch} change their width or are not finite; check the network")
+            raise DataError(f"features of epoch {self.epoch} change their width or are not finite: check the network")
         self._features[ids] = rows
 
     def _seal(self) -> None:
-        """Put the epochs together, then write the seal, then remove the parts."""
+        """Join the epochs into the final arrays, write the seal, then remove the epochs' files."""
         parts = [self.folder / layout.epoch_file(epoch) for epoch in range(self._epochs)]
-        for name in (*layout.MEASURES, "correct"):
+        for name in (*layout.METRICS, "correct"):
             rows = []
             for part in parts:
                 with _readable(part) as file, np.load(file) as held:
                     rows.append(held[name])
             with atomic_write(self.folder / f"{name}.npy") as file:
                 np.save(file, np.stack(rows))
-        names = [f"{name}.npy" for name in layout.MEASURES] + [layout.CORRECT, layout.MASK]
+        names = [f"{name}.npy" for name in layout.METRICS] + [layout.CORRECT, layout.MASK]
         names += [layout.features_file(epoch) for epoch in self._feature_epochs]
         write_sealed(self.folder / layout.SEAL, {"files": layout.seal_of(self.folder, names)})
         self._complete()
 
     def _complete(self) -> None:
-        """Remove the parts; with all runs sealed, write the manifest."""
+        """Remove the epochs' files; once all runs are sealed, write the manifest."""
         for epoch in range(self._epochs):
             (self.folder / layout.epoch_file(epoch)).unlink(missing_ok=True)
         seals = [self.path / layout.run_folder(run) / layout.SEAL for run in range(self._runs)]
@@ -303,9 +303,9 @@ class DynamicsRecorder:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[BinaryIO]:
-    """A file of a run under way, whose damage is said in words."""
+    """Open a file of an unfinished run; raise DataError if it is damaged."""
     try:
         with path.open("rb") as file:
             yield file
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged ({error}): remove {path.parent} to record that run anew") from error
+        raise DataError(f"{path} is damaged ({error}): remove {path.parent} to record that run again") from error

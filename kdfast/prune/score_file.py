@@ -1,4 +1,4 @@
-"""scores.npz: a score a training sample, with what it was computed by and from."""
+"""scores.npz: one score per training sample, with its provenance."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import kdfast
 from kdfast.errors import DataError, UsageError
 from kdfast.files import atomic_write, check_writable
 from kdfast.prune.rules.base import FloatArray
-from kdfast.prune.scores.base import require_sound
+from kdfast.prune.scores.base import check_values
 
 _FORMAT = "kdfast scores 1"
 _SCORES, _ABOUT, _EXTRA = "scores", "about", "extra."
 _KEYS = {"format", "method", "parameters", "data", "sources", "seconds", "digest"}
-_AGAIN = "score this data again with kdfast score"
+_SCORE_AGAIN = "score this data again with kdfast score"
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class ScoreFile:
 
     Attributes:
         scores: float64 (N,), in the order of the training split; higher = harder.
-        method: A key of `kdfast.prune.scores.registry.SCORES`, or any name.
+        method: A key of `kdfast.prune.scores.registry.SCORES`, or another name.
         data: Fingerprint of the data.
-        extras: Further numbers a sample, float64 (N,) each.
+        extras: Further values per sample, float64 (N,) each.
         parameters: The method's options and the seed.
-        sources: Digests of what the scores were computed from, by name: cache, dynamics, teacher.
-        seconds: Time it took.
+        sources: Digests of the inputs by name: cache, dynamics, teacher.
+        seconds: Time of the computation.
     """
 
     scores: FloatArray
@@ -48,7 +48,7 @@ class ScoreFile:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of scores, extras, method and parameters; not of the seconds."""
+        """SHA-256 (hexadecimal) of everything but the seconds."""
         head = {"method": self.method, "data": self.data, "parameters": self.parameters, "sources": self.sources}
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         for name, values in [("", self.scores), *sorted(self.extras.items())]:
@@ -57,32 +57,32 @@ class ScoreFile:
 
 
 def check_score_path(path: str | os.PathLike[str]) -> None:
-    """Refuse a place that `write_scores` would refuse, before the work.
+    """Check a path before the scores are computed.
 
     Raises:
         UsageError: `path` does not end in .npz.
     """
     if Path(path).suffix != ".npz":
-        raise UsageError(f"{path}: a file of scores is named .npz; give such a name")
+        raise UsageError(f"{path}: a score file must be named .npz")
 
 
 def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
     """Write scores.npz atomically; plain numpy reads it: `np.load(path)["scores"]`.
 
     Args:
-        path: The .npz file; its folder is made when missing.
-        content: What to write.
+        path: The .npz file; its folder is created if missing.
+        content: The content.
 
     Raises:
         UsageError: `path` does not end in .npz.
-        DataError: Scores or extras are not one finite number a sample.
+        DataError: Scores or extras are not one finite value per sample.
         OutputError: The file cannot be written.
     """
     check_score_path(path)
     n = len(content.scores)
     arrays = {_SCORES: content.scores, **{f"{_EXTRA}{name}": values for name, values in content.extras.items()}}
     for name, values in arrays.items():
-        require_sound(values, n, name)
+        check_values(values, n, name)
     about = {
         "format": _FORMAT,
         "method": content.method,
@@ -100,29 +100,29 @@ def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
 
 
 def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> ScoreFile:
-    """Read scores.npz and make sure that it belongs to the data.
+    """Read scores.npz, and check that it belongs to the data.
 
     Args:
         path: The file.
-        n: Training samples of the data.
-        fingerprint: Of the data.
+        n: Number of training samples of the data.
+        fingerprint: Fingerprint of the data.
 
     Raises:
-        DataError: It is missing or damaged, no file of scores, of another length or other data, or not finite.
+        DataError: The file is missing, damaged, not a score file, of another length, of other data, or not finite.
     """
-    arrays = _arrays(Path(path))
-    about = _about(arrays, path)
+    arrays = _read_arrays(Path(path))
+    about = _pop_about(arrays, path)
     scores = arrays.pop(_SCORES)
     if scores.shape != (n,):
-        raise DataError(f"{path} holds {len(scores)} scores, this data has {n} training samples; {_AGAIN}")
+        raise DataError(f"{path} holds {len(scores)} scores, this data has {n} training samples: {_SCORE_AGAIN}")
     if about["data"] != fingerprint:
         raise DataError(
-            f"{path} was made of other data (fingerprint {str(about['data'])[:12]}; this data has {fingerprint[:12]}); "
-            f"{_AGAIN}"
+            f"{path} was made from other data (fingerprint {str(about['data'])[:12]}; this data has {fingerprint[:12]}): "
+            f"{_SCORE_AGAIN}"
         )
     extras = {name.removeprefix(_EXTRA): values for name, values in arrays.items() if name.startswith(_EXTRA)}
     for name, values in {_SCORES: scores, **extras}.items():
-        require_sound(values, n, f"{path}: {name}")
+        check_values(values, n, f"{path}: {name}")
     content = ScoreFile(
         scores.astype(np.float64),
         about["method"],
@@ -133,12 +133,12 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         about["seconds"],
     )
     if content.digest != about["digest"]:
-        raise DataError(f"{path} has changed since it was written: its digest does not match; {_AGAIN}")
+        raise DataError(f"{path} has changed since it was written: its digest does not match: {_SCORE_AGAIN}")
     return content
 
 
-def _arrays(path: Path) -> dict[str, Any]:
-    """All arrays of an .npz."""
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """Read all arrays of an .npz file."""
     arrays: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -146,18 +146,18 @@ def _arrays(path: Path) -> dict[str, Any]:
                 with archive.open(name) as file:
                     arrays[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as error:
-        raise DataError(f"there is no {path}; make it with kdfast score") from error
+        raise DataError(f"there is no {path}: make it with kdfast score") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged or no .npz ({error}); {_AGAIN}") from error
+        raise DataError(f"{path} is damaged or not an .npz file ({error}): {_SCORE_AGAIN}") from error
     return arrays
 
 
-def _about(arrays: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description in the file, taken out of its arrays."""
+def _pop_about(arrays: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Remove the description from the arrays and return it."""
     try:
         about = json.loads(str(arrays.pop(_ABOUT)))
     except (KeyError, ValueError):
         about = None
     if _SCORES not in arrays or not isinstance(about, dict) or not about.keys() >= _KEYS or about["format"] != _FORMAT:
-        raise DataError(f"{path} is no file of scores that this kdfast wrote; {_AGAIN}")
+        raise DataError(f"{path} is not a score file of this version of kdfast: {_SCORE_AGAIN}")
     return about

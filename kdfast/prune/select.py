@@ -1,30 +1,69 @@
-"""From scores to subset files: one selection a fraction, with what idx.json says about it."""
+"""Select subsets: the one pipeline behind `kdfast prune` and `kdfast sweep`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
-from kdfast.data.subset import class_budgets, subset_size
+from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
-from kdfast.prune.rules.base import OptionValue
-from kdfast.prune.rules.registry import decide, rule_named
-from kdfast.prune.score_file import ScoreFile, read_scores
-from kdfast.prune.scores.base import MAKE_CACHE, unknown
-from kdfast.prune.scores.compute import compute, open_inputs
-from kdfast.prune.scores.registry import SCORES, method_named
-from kdfast.prune.selectors import CHOOSERS, ChooserInputs
-from kdfast.teacher.cache import TeacherCache
+from kdfast.prune.options import OptionValue, complete_options
+from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.rules.class_budget import check_budgets
+from kdfast.prune.rules.registry import get_rule
+from kdfast.prune.score_file import ScoreFile
+from kdfast.prune.scores.base import HOW_TO_GET
+from kdfast.prune.scores.compute import ScoreSources
+from kdfast.prune.scores.registry import SCORES, get_score
+from kdfast.prune.selector import SelectorInputs
+from kdfast.prune.selectors import SELECTORS
+from kdfast.teacher.build import Progress
 
-FIELD = "{fraction}"
+Options: TypeAlias = tuple[tuple[str, OptionValue], ...]
+
+
+def published_rule(score: str) -> str:
+    """Return the rule a score was published with; `hard` for scores of other origin."""
+    return SCORES[score].rule if score in SCORES else "hard"
+
+
+@dataclass(frozen=True)
+class SelectionMethod:
+    """How to select a subset: by a score and a rule, or by a selector.
+
+    Attributes:
+        name: The name of a score file, or a key of `SCORES` or `SELECTORS`.
+        options: Options of the score or the selector.
+        rule: A key of `RULES`; None for a selector.
+        rule_options: Options of the rule.
+    """
+
+    name: str
+    options: Options = ()
+    rule: str | None = None
+    rule_options: Options = ()
+
+    def check(self, files: Collection[str] = ()) -> None:
+        """Check names and options.
+
+        Args:
+            files: Names of score files; they take precedence over scores of the same name.
+
+        Raises:
+            UsageError: A name or an option does not exist (the nearest is suggested), or a value is not allowed.
+        """
+        if self.rule is None:
+            complete_options(self.name, SELECTORS[self.name].options, dict(self.options))
+            return
+        if self.name not in files:
+            complete_options(self.name, get_score(self.name).options, dict(self.options))
+        elif self.options:
+            raise UsageError(f"scores of a file have no option {self.options[0][0]!r}: omit it")
+        complete_options(f"rule {self.rule!r}", get_rule(self.rule).options, dict(self.rule_options))
 
 
 @dataclass(frozen=True)
@@ -33,194 +72,164 @@ class Selection:
 
     Attributes:
         fraction: The fraction.
-        ids: int64 (m,), indices into the training split, ascending.
-        provenance: What idx.json is to say.
+        ids: int64 (m,), ascending indices into the training split.
+        provenance: The content of idx.json.
+        details: What a selector reports about its selection, JSON values; empty for a rule.
+        seconds: Time of the selection, including that of a score computed for it.
     """
 
     fraction: float
     ids: IntArray
     provenance: dict[str, Any]
+    details: dict[str, Any]
+    seconds: float
 
     def __str__(self) -> str:
-        """Method, rule, balance and seed, for a line of output."""
+        """Return method, rule, balance and seed on one line."""
         parameters = self.provenance["parameters"]
         rule = parameters.get("rule", "hard")
-        how = "" if rule == "hard" else f" by {rule}"
-        return f"{self.provenance['method']}{how}, {parameters['balance']}, seed {self.provenance['seed']}"
+        by_rule = "" if rule == "hard" else f" by {rule}"
+        return f"{self.provenance['method']}{by_rule}, {parameters['balance']}, seed {self.provenance['seed']}"
 
 
-def out_paths(out: Path, fractions: Sequence[float]) -> list[Path]:
-    """Where the subset of each fraction goes.
+class SubsetPipeline:
+    """Select subsets by any method, from inputs opened once.
+
+    A score is computed once per seed, and the last selection is kept, so that runs which differ in other settings share
+    it.
 
     Args:
-        out: The path given, with `{fraction}` in its name where there are several fractions.
-        fractions: The fractions.
-
-    Raises:
-        UsageError: Fractions would share a file.
-    """
-    names = [f"{fraction:g}" for fraction in fractions]
-    if len(set(names)) < len(names):
-        raise UsageError(f"fractions {', '.join(names)}: one comes twice; give each once")
-    if len(names) > 1 and FIELD not in out.name:
-        raise UsageError(f"--out {out} for {len(names)} fractions: put {FIELD} into the name, as in idx-{FIELD}.npy")
-    return [out.with_name(out.name.replace(FIELD, name)) for name in names]
-
-
-def published_rule(method: str) -> str:
-    """The rule that a score was published with; `hard` for scores of another origin."""
-    return SCORES[method].rule if method in SCORES else "hard"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be chosen, and from what.
-
-    Attributes:
-        fractions: Shares of the training split to keep, one selection each.
-        balance: As in `kdfast.prune.rules.registry.decide`.
-        seed: Seed of scores, tie-breaks and draws.
-        device: Where heavy work runs.
-        cache: Folder of a teacher's cache, or None.
-        dynamics: Folder of training dynamics, or None.
-        rule: A key of `kdfast.prune.rules.registry.RULES`; None for the one published with the score.
-        options: Options of the rule, or of the method that chooses the subset itself.
-        score_options: Options of the score.
+        sources: The data, and what scores are computed from.
+        files: Score files by name.
+        balance: One of `kdfast.prune.rules.class_budget.BALANCE`.
+        device: Device for heavy work.
     """
 
-    fractions: tuple[float, ...]
-    balance: str = "balanced"
-    seed: int = 0
-    device: str = "cpu"
-    cache: Path | None = None
-    dynamics: Path | None = None
-    rule: str | None = None
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
-    score_options: Mapping[str, OptionValue] = field(default_factory=dict)
-
-    def check(self, scores: Path | None, method: str | None) -> None:
-        """Refuse names and options that cannot be right, before anything is read.
-
-        Raises:
-            UsageError: A name or an option is unknown, or scores and a method are both given.
-        """
-        if scores is not None:
-            if method is not None or self.score_options:
-                raise UsageError("--scores excludes --method and --score-option: the file says how it was scored")
-        else:
-            if (method or "random") not in SCORES:
-                unknown("no pruning method is named", str(method), {**SCORES, **CHOOSERS})
-            method_named(method or "random").complete(self.score_options)
-        rule = self.rule or (published_rule(method or "random") if scores is None else None)
-        if rule is not None:
-            rule_named(rule).complete(rule, self.options)
-
-    def choose_from(self, scores: Path | None, method: str | None, source: Source) -> list[Selection]:
-        """Score, or read scores, and apply the rule.
-
-        Args:
-            scores: A file of scores, or None.
-            method: Otherwise a key of `SCORES`; None for `random`.
-            source: The data.
-
-        Raises:
-            DataError, SubsetError, UsageError, CacheMismatch: As those of scoring and `choose`.
-        """
-        inputs, digests = open_inputs(
-            source,
-            seed=self.seed,
-            cache=self.cache,
-            dynamics=self.dynamics,
-            options=self.score_options,
-            device=self.device,
-        )
-        if scores is not None:
-            scored = read_scores(scores, n=len(source.train), fingerprint=source.fingerprint)
-        else:
-            scored = compute(method or "random", inputs, digests, source.fingerprint)
-        rule = self.rule or published_rule(scored.method)
-        used = {"cache": digests["cache"]} if "features" in rule_named(rule).needs and "cache" in digests else {}
-        return [self._select(source, scored, rule, fraction, inputs.features, used) for fraction in self.fractions]
-
-    def choose_by(
+    def __init__(
         self,
-        method: str,
-        source: Source,
-        states: Sequence[Path | None] | None = None,
-        progress: Callable[[int, int, str], None] | None = None,
-    ) -> Iterator[Selection]:
-        """Let a method of `CHOOSERS` choose, fraction by fraction; all are checked before the first.
+        sources: ScoreSources,
+        files: Mapping[str, ScoreFile] | None = None,
+        *,
+        balance: str = "balanced",
+        device: str = "cpu",
+    ) -> None:
+        self._sources, self._files = sources, files or {}
+        self._balance, self._device = balance, device
+        self._scores: dict[tuple[str, Options, int], ScoreFile] = {}
+        self._last: tuple[tuple[SelectionMethod, float, int], Selection] | None = None
 
-        Args:
-            method: Its name.
-            source: The data.
-            states: For each fraction the file that holds long work under way, see `ChooserInputs`; None: nowhere.
-            progress: Called with (done, in all, note) as the work advances.
+    def check(self, method: SelectionMethod, fraction: float) -> None:
+        """Check that a fraction can be selected, before any work.
 
         Raises:
-            UsageError: There is no cache, an option is unknown, or a rule or an option of a score is given.
-            CacheMismatch: The cache is of other data or does not cover all of it.
-            SubsetError: A fraction cannot be chosen.
+            SubsetError: The fraction keeps no sample, leaves a class empty or short, or the selector does not allow it.
         """
-        chooser = CHOOSERS[method]
-        if self.rule is not None or self.score_options:
-            raise UsageError(f"{method} chooses the subset itself: --rule and --score-option do not apply to it")
-        if self.cache is None:
-            raise UsageError(f"{method} needs a teacher's cache: make one with {MAKE_CACHE}")
-        options = chooser.complete(method, self.options)
-        cache = TeacherCache.open(self.cache, source=source)
-        cache.require(np.arange(len(source.train), dtype=np.int64))
-        for fraction in self.fractions:
-            chooser.check(fraction)
-            samples = subset_size(len(source.train), fraction)
-            if self.balance == "balanced":
-                class_budgets(source.train.labels, samples)
-        for fraction, state in zip(self.fractions, states or [None] * len(self.fractions), strict=True):
-            started = time.perf_counter()
-            inputs = ChooserInputs(
-                source, cache, fraction, self.balance, self.seed, options, self.device, state, progress
-            )
-            ids, about = chooser.choose(inputs)
-            head = {"fraction": fraction, "balance": self.balance, "options": options}
-            provenance = {"method": method, "parameters": head, "scores": None, method: about}
-            yield self._selection(source, fraction, ids, provenance, time.perf_counter() - started)
+        labels = self._sources.source.train.labels
+        if method.rule is None:
+            SELECTORS[method.name].check_fraction(fraction)
+        check_budgets(labels, subset_size(len(labels), fraction), self._balance)
 
-    def _select(
+    def select(
         self,
-        source: Source,
-        scored: ScoreFile,
-        rule: str,
+        method: SelectionMethod,
         fraction: float,
-        features: npt.NDArray[np.float32] | None,
-        used: Mapping[str, str],
+        seed: int,
+        *,
+        state: Path | None = None,
+        progress: Progress | None = None,
     ) -> Selection:
+        """Select the samples to keep.
+
+        Args:
+            method: A checked method.
+            fraction: Share of the training split to keep.
+            seed: Seed of scores, tie-breaks and random draws.
+            state: File in which a selector saves long work, to resume from; it stays in place.
+            progress: Called by a selector with (done, total, note).
+
+        Raises:
+            UsageError, DataError, SubsetError: As `compute_score` and `select_subset`.
+        """
+        key = (method, fraction, seed)
+        if self._last is None or self._last[0] != key:
+            if method.rule is None:
+                selection = self._by_selector(method, fraction, seed, state, progress)
+            else:
+                selection = self._by_rule(method, method.rule, fraction, seed)
+            self._last = (key, selection)
+        return self._last[1]
+
+    def _by_rule(self, method: SelectionMethod, rule: str, fraction: float, seed: int) -> Selection:
         started = time.perf_counter()
-        choice = decide(
+        scored = self._score(method, seed)
+        selecting = time.perf_counter()
+        sources = self._sources
+        cache = sources.cache if "features" in get_rule(rule).needs else None
+        result = select_subset(
             scored.scores,
-            source.train.labels,
+            sources.source.train.labels,
             fraction,
             rule=rule,
-            balance=self.balance,
-            seed=self.seed,
-            features=features,
+            balance=self._balance,
+            seed=seed,
+            features=None if cache is None else cache.features(),
             extras=scored.extras,
-            options=self.options,
-            device=self.device,
+            options=dict(method.rule_options),
+            device=self._device,
         )
-        options = dict(choice.options)
-        head = {"fraction": fraction, "rule": rule, "balance": self.balance, "options": options}
+        ended = time.perf_counter()
+        parameters = {"fraction": fraction, "rule": rule, "balance": self._balance, "options": dict(result.options)}
         provenance = {
+            "data": sources.source.fingerprint,
+            "seed": seed,
+            "seconds": scored.seconds + ended - selecting,
             "method": scored.method,
-            "parameters": {**head, "score": scored.parameters},
+            "parameters": {**parameters, "score": scored.parameters},
             "scores": scored.digest,
-            "sources": {**scored.sources, **used},
+            "sources": {**scored.sources, **({} if cache is None else {"cache": sources.digests["cache"]})},
             "score_seconds": scored.seconds,
         }
-        seconds = scored.seconds + time.perf_counter() - started
-        return self._selection(source, fraction, choice.ids, provenance, seconds)
+        return Selection(fraction, result.ids, provenance, {}, ended - started)
 
-    def _selection(
-        self, source: Source, fraction: float, ids: IntArray, provenance: dict[str, Any], seconds: float
+    def _by_selector(
+        self, method: SelectionMethod, fraction: float, seed: int, state: Path | None, progress: Progress | None
     ) -> Selection:
-        always = {"data": source.fingerprint, "seed": self.seed, "seconds": seconds}
-        return Selection(fraction, ids, {**always, **provenance})
+        sources, selector = self._sources, SELECTORS[method.name]
+        if sources.cache is None:
+            raise UsageError(f"{method.name} needs {HOW_TO_GET['cache']}")
+        options = complete_options(method.name, selector.options, dict(method.options))
+        started = time.perf_counter()
+        ids, details = selector.select(
+            SelectorInputs(
+                source=sources.source,
+                cache=sources.cache,
+                fraction=fraction,
+                balance=self._balance,
+                seed=seed,
+                options=options,
+                device=self._device,
+                state=state,
+                progress=progress,
+            )
+        )
+        seconds = time.perf_counter() - started
+        provenance = {
+            "data": sources.source.fingerprint,
+            "seed": seed,
+            "seconds": seconds,
+            "method": method.name,
+            "parameters": {"fraction": fraction, "balance": self._balance, "options": options},
+            "scores": None,
+            method.name: details,
+        }
+        return Selection(fraction, ids, provenance, details, seconds)
+
+    def _score(self, method: SelectionMethod, seed: int) -> ScoreFile:
+        if method.name in self._files:
+            return self._files[method.name]
+        key = (method.name, method.options, seed)
+        if key not in self._scores:
+            self._scores[key] = self._sources.score(
+                method.name, seed=seed, options=dict(method.options), device=self._device
+            )
+        return self._scores[key]

@@ -1,4 +1,4 @@
-"""What a method is that chooses the subset itself, instead of a score from which a rule chooses."""
+"""Interface of methods that select a subset directly, without a score and a rule."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
-from kdfast.prune.rules.base import Option, OptionValue, complete
+from kdfast.prune.options import Option, OptionValue
 from kdfast.teacher.cache import TeacherCache
 
 
 @dataclass(frozen=True)
-class ChooserInputs:
-    """What such a method is given.
+class SelectorInputs:
+    """Inputs of a selector.
 
     Attributes:
         source: The data.
-        cache: The teacher's cache of all of it.
+        cache: The teacher's cache of every training sample.
         fraction: Share of the training split to keep.
-        balance: `balanced`, `unbalanced` or `equal`, as in `kdfast.prune.rules.registry.decide`.
-        seed: Seed of everything it draws.
-        options: All its options with their values.
-        device: Where to compute.
-        state: File that holds long work while it is under way; the same choice goes on from it. The method leaves it
-            there, and who has saved the result removes it. None keeps nothing.
-        progress: Called with (done, in all, note) as the work advances.
+        balance: `balanced`, `unbalanced` or `equal`, see `kdfast.prune.rules.class_budget`.
+        seed: Seed of every random draw.
+        options: Every option with its value.
+        device: Device to compute on.
+        state: File in which the selector saves long work, to resume the same selection from. The selector leaves the
+            file in place; the caller removes it once the result is saved. None: save nothing.
+        progress: Called with (done, total, note) as the work advances.
     """
 
     source: Source
@@ -42,21 +42,17 @@ class ChooserInputs:
 
 
 @dataclass(frozen=True)
-class Chooser:
-    """One such method.
+class SubsetSelector:
+    """A method that selects a subset directly.
 
     Attributes:
-        choose: Returns int64 (m,) indices into the training split, ascending, and JSON values for idx.json.
+        select: Return int64 (m,) ascending indices into the training split, and JSON values for idx.json.
         summary: One line for help.
-        options: Its options by name.
-        check: Raises a SubsetError for a fraction that it cannot choose.
+        options: Options by name.
+        check_fraction: Raise SubsetError for a fraction that cannot be selected.
     """
 
-    choose: Callable[[ChooserInputs], tuple[IntArray, dict[str, Any]]]
+    select: Callable[[SelectorInputs], tuple[IntArray, dict[str, Any]]]
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
-    check: Callable[[float], None] = lambda fraction: None
-
-    def complete(self, name: str, given: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
-        """All options with their values; as `kdfast.prune.rules.base.complete`."""
-        return complete(name, self.options, given)
+    check_fraction: Callable[[float], None] = lambda fraction: None

@@ -1,10 +1,8 @@
-"""Methods that choose the subset themselves, instead of a score from which a rule chooses."""
+"""The registry of selectors: methods that select a subset directly, without a score and a rule."""
 
 from __future__ import annotations
 
 from kdfast.prune.if_beta.command import IF_BETA
-from kdfast.prune.selector import Chooser, ChooserInputs
+from kdfast.prune.selector import SubsetSelector
 
-__all__ = ["CHOOSERS", "Chooser", "ChooserInputs"]
-
-CHOOSERS: dict[str, Chooser] = {"if-beta": IF_BETA}
+SELECTORS: dict[str, SubsetSelector] = {"if-beta": IF_BETA}

@@ -1,141 +1,114 @@
-"""From a method as written to a recipe: which score, which rule, which options, made from which inputs."""
+"""Resolve a method as written to a recipe: score, rule, options, and the inputs it is computed from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdfast.errors import UsageError, did_you_mean
-from kdfast.prune.rules.registry import RULES, rule_named
+from kdfast.errors import UsageError, unknown_name
+from kdfast.prune.rules.registry import RULES, get_rule
 from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores.registry import MAKE_CACHE, MAKE_DYNAMICS, SCORES
-from kdfast.prune.select import published_rule
-from kdfast.prune.selectors import CHOOSERS
-from kdfast.sweep.spec import MethodSpec, Options
+from kdfast.prune.scores.base import HOW_TO_GET
+from kdfast.prune.scores.registry import SCORES
+from kdfast.prune.select import Options, SelectionMethod, published_rule
+from kdfast.prune.selectors import SELECTORS
+from kdfast.sweep.spec import MethodSpec
 
-# What a rule that stands alone, such as beta:a=2,b=2, ranks the samples by.
+# The score that a rule alone, such as beta:a=2,b=2, ranks the samples by.
 SCORE_OF_A_RULE = ("influence", (("kind", "self"),))
-
-_MAKE = {"cache": MAKE_CACHE, "dynamics": MAKE_DYNAMICS}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method whose names and options have been looked up.
+    """A method whose names and options are resolved.
 
     Attributes:
-        label: The shortest way to write it; equal recipes have equal labels.
-        score: A key of `SCORES`, the name of a score file, or a key of `CHOOSERS`.
-        options: Its options.
-        rule: A key of `RULES`; empty for a method that chooses the subset itself.
-        rule_options: The rule's options.
-        inputs: What it is made from: `cache`, `dynamics`, or `scores NAME` for a score file.
+        label: The shortest spelling; equal recipes have equal labels.
+        method: How to select the subset.
+        inputs: What it is computed from: `cache`, `dynamics`, or `scores NAME` for a score file.
     """
 
     label: str
-    score: str
-    options: Options
-    rule: str
-    rule_options: Options
+    method: SelectionMethod
     inputs: frozenset[str]
 
     def __str__(self) -> str:
-        """The label."""
+        """Return the label."""
         return self.label
 
 
 def make_recipe(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozenset[str]) -> Recipe:
-    """Look a method's names and options up.
+    """Resolve the names and options of a method.
 
     Args:
-        spec: As written. A score alone has the rule it was published with, and its options may be the rule's; a rule
-            alone ranks by `SCORE_OF_A_RULE`.
-        files: Score files by name; they go before computed scores.
+        spec: The method as written. A score alone has the rule it was published with, and its options may include the
+            rule's; a rule alone ranks by `SCORE_OF_A_RULE`.
+        files: Score files by name; they take precedence over scores of the same name.
         given: Which of `cache` and `dynamics` there are.
 
     Raises:
-        UsageError: If a name or an option is unknown (the nearest is suggested), a value is out of range, or an input
-            is missing (the command that makes it is named).
+        UsageError: A name or an option does not exist (the nearest is suggested), a value is out of range, or an input
+            is missing (the message names the command that makes it).
     """
-    if spec.name in CHOOSERS and spec.name not in files:
-        return _chooser(spec, given)
+    if spec.name in SELECTORS and spec.name not in files:
+        return _selector_recipe(spec, given)
     if spec.name in RULES and spec.name not in SCORES and spec.name not in files and spec.rule is None:
         spec = MethodSpec(*SCORE_OF_A_RULE, spec.name, spec.options)
     if spec.name not in SCORES and spec.name not in files:
-        raise UsageError(f"--methods: {_unknown(spec.name, [*files, *SCORES, *CHOOSERS, *RULES])}")
-    kind = files[spec.name].method if spec.name in files else spec.name
-    published = published_rule(kind)
+        known = dict.fromkeys([*files, *SCORES, *SELECTORS, *RULES])
+        raise unknown_name("`methods`: no method is named", spec.name, known)
+    score = files[spec.name].method if spec.name in files else spec.name
+    published = published_rule(score)
     rule = spec.rule or published
     options, rule_options = spec.options, spec.rule_options
-    known = frozenset() if spec.name in files else frozenset(SCORES[spec.name].options)
     if spec.rule is None:
-        rule_options = tuple(o for o in options if o[0] not in known and o[0] in rule_named(rule).options)
+        score_options = frozenset() if spec.name in files else frozenset(SCORES[spec.name].options)
+        rule_options = tuple(o for o in options if o[0] not in score_options and o[0] in get_rule(rule).options)
         options = tuple(o for o in options if o not in rule_options)
-    _check_options(spec, files, options, rule, rule_options)
-    shown = MethodSpec(spec.name, options, rule, rule_options)
+    method = SelectionMethod(spec.name, options, rule, rule_options)
+    _check(method, spec, files)
+    label = MethodSpec(spec.name, options, rule, rule_options)
     if rule == published and not rule_options:
-        shown = MethodSpec(spec.name, options)
-    _check_extras(shown, kind, rule, published)
-    inputs = _inputs(shown, files, options, rule, given)
-    return Recipe(str(shown), spec.name, options, rule, rule_options, inputs)
-
-
-def _chooser(spec: MethodSpec, given: frozenset[str]) -> Recipe:
-    if spec.rule is not None:
-        raise UsageError(f"--methods: {spec.name} chooses the subset itself and takes no rule; leave out /{spec.rule}")
-    if "cache" not in given:
-        raise UsageError(f"--methods: {spec.name} needs --cache: make one with {MAKE_CACHE}")
-    try:
-        CHOOSERS[spec.name].complete(spec.name, dict(spec.options))
-    except UsageError as error:
-        raise UsageError(f"--methods, {spec}: {error}") from error
-    return Recipe(str(spec), spec.name, spec.options, "", (), frozenset({"cache"}))
-
-
-def _check_options(
-    spec: MethodSpec, files: Mapping[str, ScoreFile], options: Options, rule: str, rule_options: Options
-) -> None:
-    try:
-        if spec.name in files:
-            if options:
-                raise UsageError(f"scores of a file have no option {options[0][0]!r}")
-        else:
-            SCORES[spec.name].complete(dict(options))
-        rule_named(rule).complete(rule, dict(rule_options))
-    except UsageError as error:
-        raise UsageError(f"--methods, {spec}: {error}") from error
-
-
-def _check_extras(shown: MethodSpec, kind: str, rule: str, published: str) -> None:
-    lacking = RULES[rule].needs - {"features"}
-    if lacking and rule != published:
+        label = MethodSpec(spec.name, options)
+    missing = RULES[rule].needs - {"features"}
+    if missing and rule != published:
         raise UsageError(
-            f"--methods, {shown}: the rule {rule!r} needs {', '.join(sorted(lacking))}, which the score {kind!r} does "
-            "not come with; take another rule"
+            f"`methods`, {label}: the rule {rule!r} needs {', '.join(sorted(missing))}, which the score {score!r} does "
+            "not have: use another rule"
         )
+    return Recipe(str(label), method, _inputs(label, rule, options, files, given))
+
+
+def _selector_recipe(spec: MethodSpec, given: frozenset[str]) -> Recipe:
+    if spec.rule is not None:
+        raise UsageError(f"`methods`: {spec.name} selects the subset directly and takes no rule: omit /{spec.rule}")
+    if "cache" not in given:
+        raise UsageError(f"`methods`: {spec.name} needs {HOW_TO_GET['cache']}")
+    method = SelectionMethod(spec.name, spec.options)
+    _check(method, spec, {})
+    return Recipe(str(spec), method, frozenset({"cache"}))
+
+
+def _check(method: SelectionMethod, spec: MethodSpec, files: Mapping[str, ScoreFile]) -> None:
+    try:
+        method.check(files)
+    except UsageError as error:
+        raise UsageError(f"`methods`, {spec}: {error}") from error
 
 
 def _inputs(
-    shown: MethodSpec, files: Mapping[str, ScoreFile], options: Options, rule: str, given: frozenset[str]
+    label: MethodSpec, rule: str, options: Options, files: Mapping[str, ScoreFile], given: frozenset[str]
 ) -> frozenset[str]:
-    """What the recipe is made from, of what is given."""
-    if shown.name in files:
-        used = {f"scores {shown.name}"}
+    """Return what the recipe is computed from, out of what is given."""
+    if label.name in files:
+        used = {f"scores {label.name}"}
     else:
-        needs = SCORES[shown.name].needs
-        asked = dict(options).get("use")
-        wanted = needs & {str(asked)} if asked is not None else needs
-        if needs and not wanted & given:
-            makers = "; or ".join(f"make one with {_MAKE[need]}" for need in sorted(wanted))
-            raise UsageError(f"--methods: {shown} needs {' or '.join(f'--{n}' for n in sorted(wanted))}: {makers}")
-        used = set(wanted & given)
+        usable = SCORES[label.name].usable_inputs(dict(options))
+        if usable and not usable & given:
+            raise UsageError(f"`methods`: {label} needs {' or '.join(HOW_TO_GET[name] for name in sorted(usable))}")
+        used = set(usable & given)
     if "features" in RULES[rule].needs:
         if "cache" not in given:
-            raise UsageError(f"--methods: {shown} needs --cache, for the features: make it with {_MAKE['cache']}")
+            raise UsageError(f"`methods`: {label} needs {HOW_TO_GET['cache']} for the features")
         used.add("cache")
     return frozenset(used)
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    hint = did_you_mean(name, known)
-    return f"no method is named {name!r}: {hint}known: {', '.join(dict.fromkeys(known))}"

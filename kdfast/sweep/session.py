@@ -16,20 +16,21 @@ from kdfast.data.source import normalization_of
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
-from kdfast.distill.distributed import Ranks
+from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import Opened, Plan, assemble, check_student
+from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.schedule import parse_alpha
-from kdfast.distill.teacher_targets import TeacherSide
-from kdfast.distill.train import Advance, Watch, train
+from kdfast.distill.targets import TeacherTargets
+from kdfast.distill.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import check_writable
 from kdfast.prune.score_file import ScoreFile, read_scores
-from kdfast.prune.selectors import CHOOSERS
+from kdfast.prune.scores.compute import ScoreSources
+from kdfast.prune.select import SubsetPipeline
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.recipes import Recipe, make_recipe
-from kdfast.sweep.subsets import Subsets
+from kdfast.teacher.build import Progress
 from kdfast.teacher.cache import TeacherCache
 
 RUNS = "runs"
@@ -61,25 +62,24 @@ class Session:
         }
         given = frozenset(name for name in ("cache", "dynamics") if getattr(config, name) is not None)
         self._recipes = _recipes(config, files, given)
-        for recipe in self._recipes:
-            if not recipe.rule:
-                for fraction in config.fractions:
-                    CHOOSERS[recipe.score].check(fraction)
         cache = None if config.cache is None else TeacherCache.open(config.cache, source=source)
         if cache is not None and (True in config.kd or any("cache" in r.inputs for r in self._recipes)):
             cache.require(np.arange(len(labels), dtype=np.int64))
         dynamics = None
         if config.dynamics is not None:
             dynamics = Dynamics.open(config.dynamics, labels=labels, fingerprint=fingerprint)
-        self._subsets = Subsets(source, cache, dynamics, files, str(self._device))
+        self._pipeline = SubsetPipeline(ScoreSources(source, cache, dynamics), files, device=str(self._device))
+        for recipe in self._recipes:
+            for fraction in config.fractions:
+                self._pipeline.check(recipe.method, fraction)
         loader = make_loader(source.train, config.loader, self._device)
-        plain = Opened(source, loader, normalization_of(source.train), TeacherSide())
-        self._opened = {False: plain, True: dataclasses.replace(plain, side=TeacherSide(cache))}
+        plain = LoadedInputs(source, loader, normalization_of(source.train), TeacherTargets())
+        self._inputs = {False: plain, True: dataclasses.replace(plain, teacher=TeacherTargets(cache))}
         for kd in config.kd:
             # Refuse more views than exist.
-            assemble(self._opened[kd], config.run_config(1, seed=0), np.arange(1), device=self._device)
+            self._inputs[kd].plan(config.run_config(1, seed=0), np.arange(1), device=self._device)
         self._digests: dict[str, Any] = {
-            "cache": self._opened[True].side.identity(),
+            "cache": self._inputs[True].teacher.identity(),
             "dynamics": None if dynamics is None else dynamics.digest,
             **{f"scores {name}": file.digest for name, file in files.items()},
         }
@@ -94,7 +94,7 @@ class Session:
                     f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
                     f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
-            check_student(self.config.run_config(samples, seed=0), samples, self._source, Ranks())
+            check_student(self.config.run_config(samples, seed=0), samples, self._source, Distributed())
 
     def runs(self) -> list[SweepRun]:
         """Return the grid in the order it is run: seed by seed, so that a complete table exists early."""
@@ -123,7 +123,7 @@ class Session:
             **({"scores": {name: self._digests[name] for name in sorted(recipe.inputs)}} if recipe.inputs else {}),
         }
 
-    def execute(self, run: SweepRun, out: Path, *, on_progress: Advance | None = None) -> dict[str, Any]:
+    def execute(self, run: SweepRun, out: Path, *, on_progress: Progress | None = None) -> dict[str, Any]:
         """Select the subset, train the student on it and evaluate it; resume the run if it was interrupted.
 
         Args:
@@ -141,12 +141,12 @@ class Session:
         """
         runs = check_writable(out / RUNS)
         state = runs / f"{run.key[:16]}.search"
-        chosen = self._subsets.choose(run.recipe, run.fraction, run.seed, state=state, progress=on_progress)
-        plan = self._plan(run, chosen.ids)
+        selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=on_progress)
+        plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
         folder = runs / f"{run.key[:16]}-{plan.identity['subset'][:8]}"
         with RunFolder(folder, identity, facts=plan.facts) as claimed:
-            result = train(plan, claimed, Watch(advance=on_progress))
+            result = train(plan, claimed, Monitoring(progress=on_progress))
         return {
             "key": run.key,
             "method": str(run.recipe),
@@ -157,8 +157,8 @@ class Session:
             "epochs": plan.config.epochs,
             **{name: result[name] for name in _FROM_RESULT},
             "subset": plan.identity["subset"],
-            "subset_seconds": round(chosen.seconds, 3),
-            **({"chosen": chosen.facts} if chosen.facts else {}),
+            "subset_seconds": round(selection.seconds, 3),
+            **({"chosen": selection.details} if selection.details else {}),
             "settings": run.settings,
             "kdfast": kdfast.__version__,
         }
@@ -180,7 +180,7 @@ class Session:
     def _plan(self, run: SweepRun, ids: IntArray) -> Plan:
         alpha = parse_alpha(self.config.alpha, len(ids) / len(self._source.train)) if run.kd else 0.0
         config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha)
-        return assemble(self._opened[run.kd], config, ids, device=self._device)
+        return self._inputs[run.kd].plan(config, ids, device=self._device)
 
 
 def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[Recipe]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.dynamics.reader import Dynamics, DynamicsRecorder
+from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, OutputError, ShapeError, UsageError
 
 N, C, D = 37, 4, 5
@@ -20,7 +20,7 @@ def features_of(run, epoch):
     return np.random.default_rng((run, epoch, 1)).normal(0, 1, (N, D)).astype(np.float32)
 
 
-def give(recorder, run, epoch, batch=10):
+def update_all(recorder, run, epoch, batch=10):
     order = np.random.default_rng((run, epoch, 2)).permutation(N)
     for start in range(0, N, batch):
         ids = order[start : start + batch]
@@ -32,12 +32,12 @@ def record(path, runs=2, epochs=3, **more):
     for run in range(runs):
         with DynamicsRecorder(path, N, LABELS, epochs=epochs, run=run, runs=runs, **more) as recorder:
             for epoch in range(recorder.epoch, epochs):
-                give(recorder, run, epoch)
+                update_all(recorder, run, epoch)
                 recorder.end_epoch()
     return path
 
 
-def test_what_is_read_is_what_plain_loops_compute(tmp_path):
+def test_metrics_match_plain_loops(tmp_path):
     dynamics = Dynamics.open(record(tmp_path / "dyn", feature_epochs=(0, 2)), labels=LABELS)
     assert (dynamics.runs, dynamics.epochs, dynamics.n) == (2, 3, N)
     for run in range(2):
@@ -64,7 +64,7 @@ def test_correctness_is_stored_as_bits(tmp_path):
     assert np.load(tmp_path / "dyn" / "run-00" / "correct.npy").shape == (3, -(-N // 8))
 
 
-def test_a_sample_given_twice_keeps_the_last(tmp_path):
+def test_last_values_of_a_sample_given_twice_count(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1) as recorder:
         recorder.update(np.arange(N), torch.zeros(N, C))
         sure = torch.zeros(1, C)
@@ -76,34 +76,34 @@ def test_a_sample_given_twice_keeps_the_last(tmp_path):
     assert p[4] == 0.25
 
 
-def test_missing_samples_are_an_error_that_says_so(tmp_path):
+def test_rejects_an_epoch_with_missing_samples(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=2) as recorder:
         recorder.update(np.arange(N - 2), torch.zeros(N - 2, C))
         with pytest.raises(DataError, match=rf"epoch 0: 2 of {N} samples were never given \(for example {N - 2}\)"):
             recorder.end_epoch()
 
 
-def test_missing_epochs_are_an_error_that_says_so(tmp_path):
+def test_rejects_missing_epochs(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3) as recorder:
-        give(recorder, 0, 0)
+        update_all(recorder, 0, 0)
         recorder.end_epoch()
     with pytest.raises(DataError, match=r"run-00 has 1 of 3 epochs"):
         Dynamics.open(tmp_path / "dyn")
 
 
-def test_missing_runs_are_an_error_that_says_so(tmp_path):
+def test_rejects_missing_runs(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1, run=0, runs=2) as recorder:
-        give(recorder, 0, 0)
+        update_all(recorder, 0, 0)
         recorder.end_epoch()
     with pytest.raises(DataError, match="unfinished"):
         Dynamics.open(tmp_path / "dyn")
 
 
-def test_a_recording_goes_on_where_it_stood(tmp_path):
+def test_recording_resumes_at_its_epoch(tmp_path):
     for epoch in range(3):
         with DynamicsRecorder(tmp_path / "cut", N, LABELS, epochs=3) as recorder:
             assert recorder.epoch == epoch
-            give(recorder, 0, epoch)
+            update_all(recorder, 0, epoch)
             recorder.end_epoch()
             assert recorder.finished == (epoch == 2)
     record(tmp_path / "whole", runs=1)
@@ -113,14 +113,14 @@ def test_a_recording_goes_on_where_it_stood(tmp_path):
     assert not list((tmp_path / "cut").rglob("epoch-*"))
 
 
-def test_rewinding_records_again(tmp_path):
+def test_rewind_discards_epochs(tmp_path):
     with DynamicsRecorder(tmp_path / "cut", N, LABELS, epochs=3) as recorder:
         for epoch in (7, 8):
-            give(recorder, 0, epoch)
+            update_all(recorder, 0, epoch)
             recorder.end_epoch()
         recorder.rewind(0)
         for epoch in range(3):
-            give(recorder, 0, epoch)
+            update_all(recorder, 0, epoch)
             recorder.end_epoch()
         with pytest.raises(UsageError, match="cannot go back"):
             recorder.rewind(1)
@@ -128,19 +128,19 @@ def test_rewinding_records_again(tmp_path):
     assert (tmp_path / "cut/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
-def test_killed_between_the_last_epoch_and_the_seal(tmp_path):
+def test_resumes_a_kill_between_the_last_epoch_and_the_seal(tmp_path):
     record(tmp_path / "whole", runs=1)
     with DynamicsRecorder(tmp_path / "cut", N, LABELS, epochs=3) as recorder:
         recorder._seal = lambda: None
         for epoch in range(3):
-            give(recorder, 0, epoch)
+            update_all(recorder, 0, epoch)
             recorder.end_epoch()
     with DynamicsRecorder(tmp_path / "cut", N, LABELS, epochs=3) as recorder:
         assert recorder.finished
     assert (tmp_path / "cut/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
-def test_more_runs_can_follow_later(tmp_path):
+def test_runs_can_be_added_later(tmp_path):
     record(tmp_path / "dyn", runs=1)
     first = Dynamics.open(tmp_path / "dyn").p_y(0).copy()
     record(tmp_path / "dyn", runs=2)
@@ -149,7 +149,7 @@ def test_more_runs_can_follow_later(tmp_path):
     assert np.array_equal(both.p_y(0), first)
 
 
-def test_masks_are_kept(tmp_path):
+def test_mask_is_stored(tmp_path):
     mask = np.random.default_rng(0).random(N) < 0.7
     record(tmp_path / "dyn", runs=1, mask=mask)
     assert np.array_equal(Dynamics.open(tmp_path / "dyn").mask(0), mask)
@@ -158,7 +158,7 @@ def test_masks_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run-00/p_y.npy", "run-01/correct.npy", "labels.npy", "manifest.json"])
-def test_one_changed_byte_is_noticed(tmp_path, name):
+def test_detects_one_changed_byte(tmp_path, name):
     path = record(tmp_path / "dyn") / name
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -167,13 +167,13 @@ def test_one_changed_byte_is_noticed(tmp_path, name):
         Dynamics.open(tmp_path / "dyn")
 
 
-def test_a_missing_file_is_noticed(tmp_path):
+def test_detects_a_missing_file(tmp_path):
     (record(tmp_path / "dyn") / "run-01" / "margin.npy").unlink()
     with pytest.raises(DataError, match="missing"):
         Dynamics.open(tmp_path / "dyn", check_files=False)
 
 
-def test_other_data_is_refused(tmp_path):
+def test_rejects_other_data(tmp_path):
     record(tmp_path / "dyn", fingerprint="a" * 64)
     Dynamics.open(tmp_path / "dyn", labels=LABELS, fingerprint="a" * 64)
     with pytest.raises(DataError, match="other data"):
@@ -184,17 +184,17 @@ def test_other_data_is_refused(tmp_path):
         Dynamics.open(tmp_path / "dyn", labels=LABELS[:-1])
 
 
-def test_folders_of_others_are_refused(tmp_path):
+def test_rejects_foreign_folders(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(OutputError, match="holds no dynamics"):
         DynamicsRecorder(tmp_path / "mine", N, LABELS, epochs=1)
     assert [f.name for f in (tmp_path / "mine").iterdir() if f.name[0] != "."] == ["thesis.txt"]
-    with pytest.raises(DataError, match="holds no dynamics; make them with kdfast dynamics"):
+    with pytest.raises(DataError, match="holds no dynamics: record them with kdfast dynamics"):
         Dynamics.open(tmp_path / "mine")
 
 
-def test_two_writers_of_a_run_are_refused(tmp_path):
+def test_rejects_a_second_writer(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1), pytest.raises(OutputError, match="in use"):
         DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1)
 
@@ -207,14 +207,14 @@ BAD_UPDATES = {
     "another length": (([1, 2], torch.zeros(1, C)), ShapeError, "2 samples"),
     "too few classes": (([1], torch.zeros(1, C - 1)), ShapeError, "4 classes"),
     "NaN": (([1], torch.full((1, C), torch.nan)), DataError, "not finite in epoch 0"),
-    "no features": (([1], torch.zeros(1, C)), DataError, "features are to be recorded"),
+    "no features": (([1], torch.zeros(1, C)), DataError, "pass `features` to update"),
     "features of another length": (([1], torch.zeros(1, C), torch.zeros(2, D)), ShapeError, "1 samples"),
     "features that are not finite": (([1], torch.zeros(1, C), torch.full((1, D), torch.inf)), DataError, "finite"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_UPDATES)
-def test_bad_updates(tmp_path, case):
+def test_rejects_bad_updates(tmp_path, case):
     arguments, kind, message = BAD_UPDATES[case]
     recorder = DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1, feature_epochs=(0,))
     with recorder, pytest.raises(kind, match=message):
@@ -238,7 +238,7 @@ def test_bad_arguments_write_nothing(tmp_path, change, kind):
     assert not (tmp_path / "dyn").exists()
 
 
-def test_too_many_epochs(tmp_path):
+def test_rejects_epochs_after_the_last(tmp_path):
     record(tmp_path / "dyn", runs=1)
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3) as recorder:
         with pytest.raises(UsageError, match="all 3 epochs"):
@@ -248,10 +248,10 @@ def test_too_many_epochs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mask.npy", "epoch-000"])
-def test_a_damaged_part_of_a_run_under_way_is_named(tmp_path, name):
+def test_error_names_a_damaged_file_of_an_unfinished_run(tmp_path, name):
     def one_epoch(epoch):
         with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=2, run=0, runs=1) as recorder:
-            give(recorder, 0, epoch)
+            update_all(recorder, 0, epoch)
             recorder.end_epoch()
 
     one_epoch(0)
@@ -261,7 +261,7 @@ def test_a_damaged_part_of_a_run_under_way_is_named(tmp_path, name):
         one_epoch(1)
 
 
-def test_features_that_were_not_kept(tmp_path):
+def test_rejects_reading_features_that_were_not_recorded(tmp_path):
     dynamics = Dynamics.open(record(tmp_path / "dyn", feature_epochs=(1,)))
     with pytest.raises(UsageError, match="after 2 epochs of training, not after 3"):
         dynamics.features(0, 2)
@@ -269,8 +269,8 @@ def test_features_that_were_not_kept(tmp_path):
         dynamics.p_y(2)
 
 
-def test_another_version_is_refused(tmp_path):
-    from kdfast.teacher.manifest import read_sealed, write_sealed
+def test_rejects_another_version(tmp_path):
+    from kdfast.files import read_sealed, write_sealed
 
     path = record(tmp_path / "dyn") / "manifest.json"
     write_sealed(path, {**read_sealed(path), "version": 2})
@@ -279,6 +279,6 @@ def test_another_version_is_refused(tmp_path):
     assert json.loads(path.read_text())["version"] == 2
 
 
-def test_a_copied_folder_opens(tmp_path):
+def test_copied_folder_opens(tmp_path):
     shutil.copytree(record(tmp_path / "dyn"), tmp_path / "copy")
     assert Dynamics.open(tmp_path / "copy").digest == Dynamics.open(tmp_path / "dyn").digest

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DataError, UsageError
+from kdfast.prune.options import parse_options
 from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
-from kdfast.prune.scores.compute import parse_options
 
-PRINT = "a" * 64
+FINGERPRINT = "a" * 64
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def content():
     return ScoreFile(
         scores=rng.normal(size=20),
         method="el2n",
-        data=PRINT,
+        data=FINGERPRINT,
         extras={"stderr": rng.random(20)},
         parameters={"epoch": 3, "use": None, "seed": 0},
         sources={"dynamics": "b" * 64},
@@ -24,22 +24,22 @@ def content():
     )
 
 
-def test_a_file_comes_back_as_it_was(tmp_path, content):
+def test_read_returns_what_was_written(tmp_path, content):
     write_scores(tmp_path / "new" / "s.npz", content)
-    back = read_scores(tmp_path / "new" / "s.npz", n=20, fingerprint=PRINT)
+    back = read_scores(tmp_path / "new" / "s.npz", n=20, fingerprint=FINGERPRINT)
     assert np.array_equal(back.scores, content.scores)
     assert np.array_equal(back.extras["stderr"], content.extras["stderr"])
     for name in ("method", "data", "parameters", "sources", "seconds", "digest"):
         assert getattr(back, name) == getattr(content, name)
 
 
-def test_plain_numpy_reads_the_scores(tmp_path, content):
+def test_numpy_reads_the_scores(tmp_path, content):
     write_scores(tmp_path / "s.npz", content)
     with np.load(tmp_path / "s.npz") as held:
         assert np.array_equal(held["scores"], content.scores)
 
 
-def test_the_digest_is_of_all_that_decides_but_the_seconds(content):
+def test_digest_covers_everything_but_the_seconds(content):
     same = dataclasses.replace(content, seconds=99.0)
     assert same.digest == content.digest
     for change in (
@@ -52,16 +52,16 @@ def test_the_digest_is_of_all_that_decides_but_the_seconds(content):
         assert dataclasses.replace(content, **change).digest != content.digest
 
 
-def test_another_length_or_other_data(tmp_path, content):
+def test_rejects_another_length_and_other_data(tmp_path, content):
     write_scores(tmp_path / "s.npz", content)
     with pytest.raises(DataError, match="holds 20 scores, this data has 21"):
-        read_scores(tmp_path / "s.npz", n=21, fingerprint=PRINT)
-    with pytest.raises(DataError, match="made of other data"):
+        read_scores(tmp_path / "s.npz", n=21, fingerprint=FINGERPRINT)
+    with pytest.raises(DataError, match="made from other data"):
         read_scores(tmp_path / "s.npz", n=20, fingerprint="d" * 64)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, content, value):
+def test_rejects_values_that_are_not_finite(tmp_path, content, value):
     bad = content.scores.copy()
     bad[3] = value
     with pytest.raises(DataError, match="1 of 20 are not finite"):
@@ -72,20 +72,20 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, cont
         arrays = dict(held)
     np.savez(tmp_path / "s.npz", **{**arrays, "scores": bad})
     with pytest.raises(DataError, match="1 of 20 are not finite"):
-        read_scores(tmp_path / "s.npz", n=20, fingerprint=PRINT)
+        read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
 
 
-def test_scores_that_were_edited_are_refused(tmp_path, content):
+def test_rejects_edited_scores(tmp_path, content):
     write_scores(tmp_path / "s.npz", content)
     with np.load(tmp_path / "s.npz") as held:
         arrays = dict(held)
     np.savez(tmp_path / "s.npz", **{**arrays, "scores": arrays["scores"] + 1})
     with pytest.raises(DataError, match="digest does not match"):
-        read_scores(tmp_path / "s.npz", n=20, fingerprint=PRINT)
+        read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "text", "half", "npy", "foreign"])
-def test_files_that_are_no_scores(tmp_path, content, damage):
+def test_rejects_files_that_are_not_score_files(tmp_path, content, damage):
     path = tmp_path / "s.npz"
     write_scores(path, content)
     if damage == "absent":
@@ -98,15 +98,15 @@ def test_files_that_are_no_scores(tmp_path, content, damage):
     else:
         path.write_bytes({"empty": b"", "text": b"hello", "half": path.read_bytes()[:300]}[damage])
     with pytest.raises(DataError, match="kdfast score"):
-        read_scores(path, n=20, fingerprint=PRINT)
+        read_scores(path, n=20, fingerprint=FINGERPRINT)
 
 
-def test_another_suffix(tmp_path, content):
+def test_rejects_another_suffix(tmp_path, content):
     with pytest.raises(UsageError, match=r"named \.npz"):
         write_scores(tmp_path / "s.npy", content)
 
 
-def test_options_from_the_command_line():
+def test_options_parse_from_name_value_texts():
     assert parse_options(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
     for bad in ("a", "=1", "a="):
         with pytest.raises(UsageError, match="name=value"):

@@ -1,13 +1,16 @@
+import re
+
 import numpy as np
 import pytest
 
 from kdfast.errors import UsageError
 from kdfast.prune import selectors
-from kdfast.prune.rules.base import Option
+from kdfast.prune.options import Option
 from kdfast.prune.rules.registry import RULES
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.selectors import Chooser
+from kdfast.prune.select import SelectionMethod
+from kdfast.prune.selector import SubsetSelector
 from kdfast.sweep.recipes import Recipe, make_recipe
 from kdfast.sweep.spec import parse_methods
 
@@ -21,17 +24,17 @@ def recipe(text: str, given: frozenset[str] = ALL) -> Recipe:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_every_score_comes_with_its_published_rule(name: str) -> None:
+def test_score_alone_has_its_published_rule(name: str) -> None:
     made = recipe(name)
-    assert (made.score, made.rule, made.label) == (name, SCORES[name].rule, name)
-    assert recipe(f"{name}/{made.rule}") == made
+    assert (made.method.name, made.method.rule, made.label) == (name, SCORES[name].rule, name)
+    assert recipe(f"{name}/{made.method.rule}") == made
     assert made.inputs >= SCORES[name].needs
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - set(SCORES)))
-def test_a_rule_alone_ranks_by_the_influence_on_itself(name: str) -> None:
+def test_rule_alone_ranks_by_self_influence(name: str) -> None:
     if not RULES[name].needs:
-        assert (recipe(name).score, recipe(name).rule) == ("influence", name)
+        assert (recipe(name).method.name, recipe(name).method.rule) == ("influence", name)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_a_rule_alone_ranks_by_the_influence_on_itself(name: str) -> None:
         ("theirs/beta:b=3,a=2", "theirs/beta:a=2,b=3"),
     ],
 )
-def test_options_go_where_they_belong_and_the_label_is_read_back_alike(text: str, label: str) -> None:
+def test_options_are_split_between_score_and_rule_and_labels_parse_to_the_same_recipe(text: str, label: str) -> None:
     made = recipe(text)
     assert made.label == label
     assert recipe(label) == made
@@ -67,37 +70,46 @@ def test_options_go_where_they_belong_and_the_label_is_read_back_alike(text: str
         ("theirs/d2", ALL, {"scores theirs", "cache"}),
     ],
 )
-def test_the_inputs_are_those_it_may_be_made_from(text: str, given: frozenset[str], inputs: set[str]) -> None:
+def test_inputs_are_the_given_ones_that_the_method_can_use(text: str, given: frozenset[str], inputs: set[str]) -> None:
     assert recipe(text, given).inputs == inputs
 
 
 @pytest.mark.parametrize(
-    ("text", "given", "said"),
+    ("text", "given", "message"),
     [
-        ("forgetting", frozenset({"cache"}), "needs --dynamics: make one with kdfast dynamics"),
-        ("el2n:use=dynamics", frozenset({"cache"}), "needs --dynamics"),
-        ("el2n", frozenset(), "needs --cache or --dynamics"),
-        ("forgetting/d2", frozenset({"dynamics"}), "needs --cache, for the features"),
+        ("forgetting", frozenset({"cache"}), "needs training dynamics (record them with kdfast dynamics"),
+        ("el2n:use=dynamics", frozenset({"cache"}), "needs training dynamics"),
+        (
+            "el2n",
+            frozenset(),
+            "needs a teacher's cache (make one with kdfast cache and pass `cache`) or training dynamics",
+        ),
+        (
+            "forgetting/d2",
+            frozenset({"dynamics"}),
+            "needs a teacher's cache (make one with kdfast cache and pass `cache`) for the features",
+        ),
         ("mine:kind=self", ALL, "scores of a file have no option 'kind'"),
         ("mein", ALL, "did you mean 'mine'"),
         ("el2n/bata", ALL, "did you mean 'beta'"),
     ],
 )
-def test_what_cannot_be_made_says_what_to_do(text: str, given: frozenset[str], said: str) -> None:
-    with pytest.raises(UsageError) as caught:
+def test_rejects_unknown_names_and_missing_inputs(text: str, given: frozenset[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
         recipe(text, given)
-    assert said in str(caught.value)
 
 
-def test_a_method_that_chooses_the_subset_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser = Chooser(lambda inputs: (np.arange(2), {}), "keeps two", {"steps": Option(3, "of its search", whole=True)})
-    monkeypatch.setitem(selectors.CHOOSERS, "twins", chooser)
+def test_selector_takes_options_but_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    selector = SubsetSelector(
+        lambda inputs: (np.arange(2), {}), "keeps two", {"steps": Option(3, "of its search", integer=True)}
+    )
+    monkeypatch.setitem(selectors.SELECTORS, "twins", selector)
     made = recipe("twins:steps=4")
-    assert (made.score, made.rule, made.label, made.inputs) == ("twins", "", "twins:steps=4", {"cache"})
-    for text, given, said in (
+    assert made == Recipe("twins:steps=4", SelectionMethod("twins", (("steps", 4),)), frozenset({"cache"}))
+    for text, given, message in (
         ("twins/hard", ALL, "takes no rule"),
-        ("twins", frozenset(), "needs --cache"),
+        ("twins", frozenset(), "needs a teacher's cache"),
         ("twins:stops=4", ALL, "did you mean 'steps'"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             recipe(text, frozenset(given))

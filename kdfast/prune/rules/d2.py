@@ -1,86 +1,69 @@
-"""D2 pruning: scores flow along a graph of neighbours, then each sample that is kept lowers its neighbours."""
+"""D2 pruning: scores spread along a graph of neighbours, then each kept sample lowers its neighbours' scores."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from kdfast.data.stateless_random import IntArray
-from kdfast.prune.rules.base import FloatArray, Option, OptionValue, RuleInputs, drop_hardest, need_features
+from kdfast.prune.options import Option, OptionValue
+from kdfast.prune.rules.base import FloatArray, RuleInputs, drop_hardest, require_features
 
 OPTIONS = {
-    "k": Option(5, "neighbours of a sample in the graph, before it is made undirected", low=1, high=1000, whole=True),
+    "k": Option(5, "neighbours per sample, before the graph is made undirected", low=1, high=1000, integer=True),
     "gamma": Option(1.0, "decay of the forward messages with distance", low=0, high=1e6),
     "gamma_r": Option(0.1, "decay of the reverse messages with distance", low=0, high=1e6),
     "cut": Option(
-        None, "share of the hardest dropped first; by default 0 from f = .5 on, rising to .4 at f = .1", low=0, high=1
+        None,
+        "share of the hardest samples to drop first; automatic: 0 from f = .5 on, rising to .4 at f = .1",
+        low=0,
+        high=1,
     ),
     "fidelity": Option(
-        "code", "messages decay as exp(-gamma d) (code) or exp(-gamma d^2) (paper)", choices=("paper", "code")
+        "code", "decay of messages: exp(-gamma d) (public code) or exp(-gamma d^2) (paper)", choices=("paper", "code")
     ),
 }
 
 
 def default_cut(fraction: float) -> float:
-    """The share of the hardest samples that is dropped when `fraction` of all is kept: .4 at .1, 0 from .5 on."""
+    """Return the share of the hardest samples to drop when `fraction` of all is kept: .4 at .1, 0 from .5 on."""
     return float(np.interp(fraction, (0.1, 0.5), (0.4, 0.0)))
 
 
-def settle(inputs: RuleInputs) -> dict[str, OptionValue]:
-    """The default cut at this fraction."""
+def resolve_defaults(inputs: RuleInputs) -> dict[str, OptionValue]:
+    """Return the default cut at this fraction."""
     return {"cut": default_cut(inputs.fraction)}
 
 
 def d2(inputs: RuleInputs) -> IntArray:
-    """Drop the hardest `cut` share of the group, then select on the graph of the rest.
+    """Drop the hardest `cut` share of the group, then select on the graph of the remaining samples.
 
-    Scores below zero are shifted so that the lowest is 0: messages add up importance, and none is negative.
-    The time is that of the neighbours: N^2 D multiplications, where N is the group's size. With class budgets the graph
-    is that of one class.
+    Negative scores are shifted so that the lowest is 0, since messages add up importance. Finding the neighbours takes
+    most of the time: N^2 D multiplications for a group of size N. With class budgets there is one graph per class.
 
     Source:
         Maharana et al. 2023, D2 pruning: message passing for balancing diversity and difficulty in data pruning. The
         paper's messages decay with the squared distance, the public code's with the distance.
     """
-    from kdfast.prune.rules.d2_graph import nearest
-    from kdfast.prune.rules.d2_greedy import select
+    # Imported here: numba takes a second to import.
+    from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+    from kdfast.prune.rules.d2_greedy import select_greedily
 
     if not inputs.count:
         return np.zeros(0, np.int64)
-    left = drop_hardest(inputs, inputs.number("cut"))
-    neighbours, distances = nearest(need_features(inputs)[left], int(inputs.number("k")), device=inputs.device)
-    starts, ends, lengths = undirected(neighbours, distances)
+    remaining = drop_hardest(inputs, inputs.number("cut"))
+    features = require_features(inputs)[remaining]
+    neighbours, distances = nearest_neighbours(features, int(inputs.number("k")), device=inputs.device)
+    starts, ends, lengths = undirected_graph(neighbours, distances)
     if inputs.options["fidelity"] == "paper":
         lengths = np.square(lengths)
-    scores = inputs.scores[left] - min(0.0, float(inputs.scores[left].min()))
-    reached = forward(scores, starts, ends, np.exp(-inputs.number("gamma") * lengths))
-    ranks = np.argsort(np.argsort(inputs.ties[left]))
-    return left[select(reached, starts, ends, np.exp(-inputs.number("gamma_r") * lengths), ranks, inputs.count)]
+    scores = inputs.scores[remaining] - min(0.0, float(inputs.scores[remaining].min()))
+    importance = send_forward(scores, starts, ends, np.exp(-inputs.number("gamma") * lengths))
+    reverse_weights = np.exp(-inputs.number("gamma_r") * lengths)
+    ranks = np.argsort(np.argsort(inputs.ties[remaining]))
+    return remaining[select_greedily(importance, starts, ends, reverse_weights, ranks, inputs.count)]
 
 
-def undirected(neighbours: IntArray, distances: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
-    """The graph in which two samples are joined when either is a neighbour of the other, in compressed rows.
-
-    Args:
-        neighbours: int64 (N, k).
-        distances: float64 (N, k).
-
-    Returns:
-        Where each sample's edges start, int64 (N + 1,); the samples they lead to, int64 (E,), ascending for each
-        sample; and their lengths, float64 (E,).
-    """
-    n, k = neighbours.shape
-    here = np.repeat(np.arange(n, dtype=np.int64), k)
-    there = neighbours.ravel()
-    low, high = np.minimum(here, there), np.maximum(here, there)
-    edges, first = np.unique(low * n + high, return_index=True)
-    low, high, lengths = edges // n, edges % n, distances.ravel()[first]
-    source, target = np.concatenate((low, high)), np.concatenate((high, low))
-    order = np.lexsort((target, source))
-    starts = np.searchsorted(source[order], np.arange(n + 1))
-    return starts, target[order], np.concatenate((lengths, lengths))[order]
-
-
-def forward(scores: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray) -> FloatArray:
-    """u_i = s_i + sum over the neighbours j of w_ij s_j, float64 (N,)."""
+def send_forward(scores: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray) -> FloatArray:
+    """Return u_i = s_i + sum over the neighbours j of w_ij s_j, float64 (N,)."""
     source = np.repeat(np.arange(len(scores)), np.diff(starts))
     return scores + np.bincount(source, weights * scores[ends], minlength=len(scores))

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours without an N x N matrix: a block of rows at a time, on any device."""
+"""The graph of exact nearest neighbours, computed without an N x N matrix: block by block, on any device."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.prune.rules.base import FloatArray
 
-# Candidates beyond k: the next distances prove that rounding has hidden no neighbour.
+# Candidates beyond k: their distances prove that rounding has hidden no neighbour.
 _SPARE = 8
-# Bytes of one block of float32 distances, and of one of float64 differences.
+# Size of a block of float32 distances, and of a block of float64 differences.
 _BLOCK_BYTES = 1 << 27
-# Columns of a block whose minimum is taken first.
+# Columns per piece, of which only the minimum is compared at first.
 _PIECE = 32
 
 
-def nearest(
+def nearest_neighbours(
     features: npt.NDArray[np.float32], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
 ) -> tuple[IntArray, FloatArray]:
-    """The k nearest other samples of each sample, by Euclidean distance.
+    """Find the k nearest other samples of each sample, by Euclidean distance.
 
-    A matrix product in float32 finds k + 8 candidates, whose distances are then computed in float64. Where the bound of
-    the product's rounding error does not exclude every other sample, the whole row is computed in float64. So the
-    result is that of float64 throughout, on every device. Time grows as N^2 D, memory as N D plus one block.
+    A float32 matrix product finds k + 8 candidates, whose distances are then computed in float64. If the error bound of
+    the product does not exclude every other sample, the whole row is computed in float64. So the result equals that of
+    float64 throughout, on every device. Time grows as N^2 D, memory as N D plus one block.
 
     Args:
         features: float32 (N, D), finite.
-        k: Neighbours a sample; fewer where there are fewer than k other samples.
-        device: Where to compute.
+        k: Neighbours per sample; all others if there are fewer than k.
+        device: Device to compute on.
         block_bytes: Size of one block of distances.
 
     Returns:
-        Neighbours int64 (N, min(k, N - 1)), nearest first and the lower index at equal distance, and their distances,
-        float64 of the same shape.
+        Neighbours int64 (N, min(k, N - 1)), nearest first and the lower index first at equal distance, and their
+        distances, float64 of the same shape.
     """
     n, depth = features.shape
     k = min(k, n - 1)
     if k < 1:
         return np.zeros((n, 0), np.int64), np.zeros((n, 0))
-    # Distances do not change when the mean goes, but rounding errors, which grow with the norms, do.
+    # Subtracting the mean changes no distance but lowers the norms, and with them the rounding errors.
     points = torch.from_numpy(features - features.mean(0, dtype=np.float64).astype(np.float32)).to(device)
     norms = points.double().square().sum(1)
-    # One product gives |y|^2 - 2 x.y, and no further pass over the block is needed.
+    # The extra column makes one product yield |y|^2 - 2 x.y, without another pass over the block.
     right = torch.cat((points, norms.float()[:, None]), dim=1).T.contiguous()
     slack = 4 * (depth + 4) * torch.finfo(torch.float32).eps * float(norms.max())
     neighbours, distances = np.empty((n, k), np.int64), np.empty((n, k))
@@ -64,10 +64,33 @@ def nearest(
     return neighbours, distances
 
 
-def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
-    """Neighbours (B, k) of some rows and their squared distances, from `rough` (B, N), the squares less the row's norm.
+def undirected_graph(neighbours: IntArray, distances: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+    """Connect two samples if either is a neighbour of the other; return the graph in compressed sparse rows.
 
-    `slack` bounds the rounding error of an entry.
+    Args:
+        neighbours: int64 (N, k).
+        distances: float64 (N, k).
+
+    Returns:
+        Where each sample's edges start, int64 (N + 1,); the samples at their other ends, int64 (E,), ascending for each
+        sample; and their lengths, float64 (E,).
+    """
+    n, k = neighbours.shape
+    here = np.repeat(np.arange(n, dtype=np.int64), k)
+    there = neighbours.ravel()
+    low, high = np.minimum(here, there), np.maximum(here, there)
+    edges, first = np.unique(low * n + high, return_index=True)
+    low, high, lengths = edges // n, edges % n, distances.ravel()[first]
+    source, target = np.concatenate((low, high)), np.concatenate((high, low))
+    order = np.lexsort((target, source))
+    starts = np.searchsorted(source[order], np.arange(n + 1))
+    return starts, target[order], np.concatenate((lengths, lengths))[order]
+
+
+def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+    """Return the neighbours (B, k) of the rows (B,) and their squared distances.
+
+    `rough` (B, N) holds the squared distances minus the row's squared norm; `slack` bounds its rounding error.
     """
     n = len(points)
     spread = min(k + _SPARE, n - 1)
@@ -85,9 +108,9 @@ def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int,
 
 
 def _lowest(rough: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` lowest entries of each row (B, N) and their columns, in any order.
+    """Return the `count` lowest entries of each row (B, N) and their columns, in any order.
 
-    They lie in the `count` pieces of lowest minimum: one pass for the minima, and few entries to sort.
+    They lie in the `count` pieces with the lowest minima, so one pass finds the minima and few entries are sorted.
     """
     whole = rough.shape[1] // _PIECE * _PIECE
     if whole // _PIECE < 2 * count:
@@ -103,7 +126,7 @@ def _lowest(rough: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _squares(points: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
-    """Squared distances of rows (B,) to candidates (B, m) in float64, a few candidates at a time."""
+    """Return the squared distances of rows (B,) to candidates (B, m) in float64, a few candidates at a time."""
     step = max(1, _BLOCK_BYTES // (16 * points.shape[1] * len(rows)))
     own = points[rows][:, None].double()
     parts = range(0, candidates.shape[1], step)
@@ -111,7 +134,7 @@ def _squares(points: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _smallest(squares: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row (B, m), the lower candidate at equal value: values and candidates (B, k)."""
+    """Return the k smallest of each row (B, m), the lower candidate first on ties: values and candidates (B, k)."""
     by_index = candidates.argsort(dim=1)
     squares, candidates = squares.gather(1, by_index), candidates.gather(1, by_index)
     order = squares.argsort(dim=1, stable=True)[:, :k]
@@ -120,7 +143,7 @@ def _smallest(squares: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tens
 
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Matrix products of CUDA in full float32 within the block: TF32 would void the bound."""
+    """Turn off TF32 on CUDA within the block: it would void the error bound."""
     if device.type != "cuda":
         yield
         return

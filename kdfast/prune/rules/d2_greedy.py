@@ -1,4 +1,4 @@
-"""Greedy selection on a graph with a lazy heap, compiled by numba."""
+"""Greedy selection on a graph, with a lazy heap compiled by numba."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.prune.rules.base import FloatArray
 
 
-def select(
-    reached: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray, ranks: IntArray, count: int
+def select_greedily(
+    importance: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray, ranks: IntArray, count: int
 ) -> IntArray:
-    """Keep the highest u again and again, each time lowering its neighbours: u_j -= w_ij u_i.
+    """Repeatedly keep the sample i of highest u and lower its neighbours: u_j -= w_ij u_i.
 
-    A heap holds for each sample one entry that is not below its u. An entry found stale at the top goes back with the
-    present value, so the whole costs O((N + count * degree) log N) where a scan each time costs O(N count).
+    The heap holds an entry per sample that is not below its u. A stale entry at the top is pushed again with
+    its current value, so the cost is O((N + count * degree) log N); a scan for every kept sample would cost O(N count).
 
     Args:
-        reached: float64 (N,), u after the forward messages.
+        importance: float64 (N,), u after the forward messages.
         starts: int64 (N + 1,), where each sample's edges start.
-        ends: int64 (E,), the samples they lead to.
+        ends: int64 (E,), the samples at their other ends.
         weights: float64 (E,), w_ij in [0, 1].
-        ranks: int64 (N,), the lower goes first among equal u.
-        count: How many to keep, at most N.
+        ranks: int64 (N,), the lower first among equal u.
+        count: Samples to keep, at most N.
 
     Returns:
-        int64 (count,), in the order in which they were kept.
+        int64 (count,), positions in the order kept.
     """
-    kept: IntArray = _select(reached.copy(), starts, ends, weights, ranks, count)
+    kept: IntArray = _select(importance.copy(), starts, ends, weights, ranks, count)
     return kept
 
 
@@ -64,6 +64,6 @@ def _select(
             j = ends[edge]
             if not taken[j]:
                 u[j] -= weights[edge] * u[i]
-                if u[i] < 0:  # it rose: its entry must not lie below it
+                if u[i] < 0:  # u[j] rose, and its entry must not lie below it
                     heapq.heappush(heap, (-u[j], ranks[j], j))
     return kept

@@ -1,4 +1,4 @@
-"""Scores: one number a training sample, higher = harder = kept first by the `hard` rule.
+"""The registry of scores: one value per training sample, higher = harder = kept first by the rule `hard`.
 
 A new score is one function and one entry in SCORES.
 """
@@ -9,125 +9,121 @@ import dataclasses
 
 import numpy as np
 
-from kdfast.data.stateless_random import Purpose, hash64, unit
-from kdfast.prune.rules.base import Option
-from kdfast.prune.scores import hardness, influence, trajectory
-from kdfast.prune.scores.base import (
-    MAKE_CACHE,
-    MAKE_DYNAMICS,
-    Method,
-    Scored,
-    ScoreInputs,
-    require_fit,
-    require_sound,
-    unknown,
-)
+from kdfast.data.stateless_random import Purpose, hash64, uniform
+from kdfast.errors import look_up
+from kdfast.prune.options import Option, complete_options
+from kdfast.prune.scores import el2n_grand, influence, moderate, trajectory
+from kdfast.prune.scores.base import Score, ScoreInputs, ScoreResult, check_inputs, check_values
 
-__all__ = ["MAKE_CACHE", "MAKE_DYNAMICS", "SCORES", "Method", "ScoreInputs", "Scored", "method_named", "score"]
-
-CACHE, DYNAMICS = frozenset({"cache"}), frozenset({"dynamics"})
+_CACHE, _DYNAMICS = frozenset({"cache"}), frozenset({"dynamics"})
 
 
-def random_score(inputs: ScoreInputs) -> Scored:
-    """Independent uniform numbers: keeping the highest draws a random subset.
+def random(inputs: ScoreInputs) -> ScoreResult:
+    """Independent uniform numbers: keeping the highest is drawing a random subset.
 
-    A sample's number depends on the seed and its index alone, so subsets of growing size are nested.
+    A sample's number depends only on the seed and its index, so larger subsets contain the smaller ones.
     """
-    return Scored(unit(hash64(Purpose.SCORE, inputs.seed, np.arange(len(inputs.labels), dtype=np.int64))))
+    return ScoreResult(uniform(hash64(Purpose.SCORE, inputs.seed, np.arange(len(inputs.labels), dtype=np.int64))))
 
 
-def d2(inputs: ScoreInputs) -> Scored:
-    """The score that D2's graph starts from; the graph is in the rule `d2`.
+def d2(inputs: ScoreInputs) -> ScoreResult:
+    """The score that D2 starts from; the rule `d2` adds the graph.
 
     Source:
         Maharana et al., D2 Pruning: Message Passing for Balancing Diversity and Difficulty in Data Pruning, ICLR 2024,
-        which takes forgetting, the area under the margin or others as the data needs.
+        which starts from forgetting, the area under the margin or other scores, depending on the data.
     """
-    chosen = SCORES[str(inputs.options["score"])]
-    return chosen.compute(dataclasses.replace(inputs, options=chosen.complete({})))
+    name = str(inputs.options["score"])
+    options = complete_options(name, SCORES[name].options, {})
+    return SCORES[name].compute(dataclasses.replace(inputs, options=options))
 
 
-_METHODS = (
-    Method("random", random_score, frozenset(), "hard", "independent uniform numbers"),
-    Method(
-        "forgetting",
+SCORES: dict[str, Score] = {
+    "random": Score(random, "independent uniform numbers"),
+    "forgetting": Score(
         trajectory.forgetting,
-        DYNAMICS,
-        "hard",
-        "how often a sample went from right to wrong",
-        trajectory.FORGETTING_OPTIONS,
+        "how often a sample changed from correct to wrong during training",
+        _DYNAMICS,
+        options=trajectory.FORGETTING_OPTIONS,
     ),
-    Method("grand", hardness.grand, CACHE | DYNAMICS, "hard", "norm of the sample's gradient", hardness.GRAND_OPTIONS),
-    Method("el2n", hardness.el2n, CACHE | DYNAMICS, "hard", "length of the error of p", hardness.EL2N_OPTIONS),
-    Method(
-        "memorization",
+    "grand": Score(
+        el2n_grand.grand,
+        "norm of the gradient of the sample's loss",
+        _CACHE | _DYNAMICS,
+        options=el2n_grand.GRAND_OPTIONS,
+    ),
+    "el2n": Score(
+        el2n_grand.el2n_score,
+        "L2 norm of the error vector: predicted probabilities minus one-hot label",
+        _CACHE | _DYNAMICS,
+        options=el2n_grand.EL2N_OPTIONS,
+    ),
+    "memorization": Score(
         trajectory.memorization,
-        DYNAMICS,
-        "hard",
-        "accuracy with the sample in training minus without it",
-        trajectory.MEMORIZATION_OPTIONS,
+        "accuracy of runs that trained on the sample minus accuracy of runs that did not",
+        _DYNAMICS,
+        options=trajectory.MEMORIZATION_OPTIONS,
     ),
-    Method(
-        "moderate",
-        hardness.moderate,
-        CACHE | DYNAMICS,
-        "moderate",
-        "distance of the features to the class's centre",
-        hardness.MODERATE_OPTIONS,
+    "moderate": Score(
+        moderate.moderate,
+        "distance of the features to the centre of their class",
+        _CACHE | _DYNAMICS,
+        rule="moderate",
+        options=moderate.OPTIONS,
     ),
-    Method(
-        "d2",
+    "d2": Score(
         d2,
-        CACHE | DYNAMICS,
-        "d2",
-        "a score for D2's graph",
-        {"score": Option("el2n", "which score to start from", choices=("el2n", "aum", "forgetting"))},
+        "another score, as the start of the rule d2",
+        _CACHE | _DYNAMICS,
+        rule="d2",
+        options={"score": Option("el2n", "score to start from", choices=("el2n", "aum", "forgetting"))},
     ),
-    Method("dual", trajectory.dual, DYNAMICS, "dual", "difficulty times uncertainty early on", trajectory.DUAL_OPTIONS),
-    Method("ccs", trajectory.aum, DYNAMICS, "strata", "minus the area under the margin, for strata"),
-    Method("aum", trajectory.aum, DYNAMICS, "hard", "minus the area under the margin"),
-    Method(
-        "influence",
+    "dual": Score(
+        trajectory.dual,
+        "difficulty times uncertainty early in training",
+        _DYNAMICS,
+        rule="dual",
+        options=trajectory.DUAL_OPTIONS,
+    ),
+    "ccs": Score(trajectory.aum, "the same as aum, but selected by the rule strata", _DYNAMICS, rule="strata"),
+    "aum": Score(trajectory.aum, "minus the area under the margin", _DYNAMICS),
+    "influence": Score(
         influence.influence,
-        CACHE,
-        "hard",
-        "change of the validation loss when the sample is removed",
-        influence.OPTIONS,
+        "change of a loss when the sample is removed from training, without retraining",
+        _CACHE,
+        options=influence.OPTIONS,
     ),
-)
-SCORES: dict[str, Method] = {method.name: method for method in _METHODS}
+}
 
 
-def method_named(name: str) -> Method:
-    """A method of SCORES.
+def get_score(name: str) -> Score:
+    """Return a score by name.
 
     Raises:
-        UsageError: If there is no such method; the nearest name is suggested.
+        UsageError: There is no such score; the nearest name is suggested.
     """
-    if name not in SCORES:
-        unknown("no pruning method is named", name, SCORES)
-    return SCORES[name]
+    return look_up(SCORES, name, "score")
 
 
-def score(method: str, inputs: ScoreInputs) -> Scored:
-    """Compute one score by name.
+def compute_score(name: str, inputs: ScoreInputs) -> ScoreResult:
+    """Compute a score.
 
     Args:
-        method: A key of `SCORES`.
-        inputs: What it is computed from.
+        name: A key of `SCORES`.
+        inputs: What to compute it from.
 
     Returns:
-        The score, with the options it used.
+        The scores, with the value of every option.
 
     Raises:
-        UsageError: If there is no such method or option (the nearest name is suggested), a value is out of range, or
-            an input is missing (the command that makes it is named).
-        DataError: If inputs do not fit each other or are not finite, or dynamics lack what the score needs.
+        UsageError: The score or an option does not exist (the nearest name is suggested), a value is out of range, or
+            an input is missing (the message names the command that makes it).
+        DataError: The inputs do not fit each other or are not finite, or the dynamics lack what the score needs.
     """
-    chosen = method_named(method)
-    options = chosen.complete(inputs.options)
-    require_fit(inputs)
-    scored = chosen.compute(dataclasses.replace(inputs, options=options))
-    for name, values in {method: scored.values, **scored.extras}.items():
-        require_sound(values, len(inputs.labels), name)
-    return dataclasses.replace(scored, used={**options, **scored.used})
+    score = get_score(name)
+    options = complete_options(name, score.options, inputs.options)
+    check_inputs(inputs)
+    result = score.compute(dataclasses.replace(inputs, options=options))
+    for what, values in {name: result.values, **result.extras}.items():
+        check_values(values, len(inputs.labels), what)
+    return dataclasses.replace(result, used={**options, **result.used})

@@ -1,4 +1,4 @@
-"""D2 against dense brute force: neighbours, graph, messages, and the greedy selection."""
+"""D2 matches dense brute force: neighbours, graph, messages and greedy selection."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdfast.prune.rules.d2 import default_cut, forward, undirected
-from kdfast.prune.rules.d2_graph import nearest
-from kdfast.prune.rules.d2_greedy import select
-from kdfast.prune.rules.registry import choose
+from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.rules.d2 import default_cut, send_forward
+from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+from kdfast.prune.rules.d2_greedy import select_greedily
 
 RNG = np.random.default_rng(0)
 
@@ -25,9 +25,9 @@ def neighbours_by_hand(x: np.ndarray, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "depth", "k"), [(300, 8, 5), (2000, 4, 3), (40, 3, 10), (5, 2, 9), (2, 2, 1)])
-def test_neighbours_against_brute_force(n: int, depth: int, k: int) -> None:
+def test_neighbours_match_brute_force(n: int, depth: int, k: int) -> None:
     x = RNG.normal(size=(n, depth)).astype(np.float32) * 3 + 40
-    found, distances = nearest(x, k, block_bytes=4 * n * 37)
+    found, distances = nearest_neighbours(x, k, block_bytes=4 * n * 37)
     k = min(k, n - 1)
     expected = neighbours_by_hand(x - x.mean(0, dtype=np.float64).astype(np.float32), k)
     assert (found == expected).all()
@@ -35,18 +35,18 @@ def test_neighbours_against_brute_force(n: int, depth: int, k: int) -> None:
 
 
 def test_neighbours_of_duplicates_and_of_far_clusters_are_exact() -> None:
-    """Rounding of the fast product hides these: thirty copies of each point, clusters far from the origin."""
+    """Thirty copies of each point, in clusters far from the origin, are hidden by rounding in the fast product."""
     centres = RNG.normal(size=(40, 16)) * 1000
     x = (np.repeat(centres, 30, axis=0) + RNG.normal(size=(1200, 16)) * 1e-3).astype(np.float32)
     x[::3] = x[0]
     centred = x - x.mean(0, dtype=np.float64).astype(np.float32)
-    found, _ = nearest(x, 5)
+    found, _ = nearest_neighbours(x, 5)
     assert (found == neighbours_by_hand(centred, 5)).all()
 
 
-def test_neighbours_do_not_depend_on_the_block() -> None:
+def test_neighbours_do_not_depend_on_the_block_size() -> None:
     x = RNG.normal(size=(500, 6)).astype(np.float32)
-    first, second = nearest(x, 4, block_bytes=1), nearest(x, 4)
+    first, second = nearest_neighbours(x, 4, block_bytes=1), nearest_neighbours(x, 4)
     assert (first[0] == second[0]).all()
     assert (first[1] == second[1]).all()
 
@@ -62,21 +62,21 @@ def test_no_dense_matrix_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch, "mm", watch)
-    nearest(RNG.normal(size=(3000, 4)).astype(np.float32), 5, block_bytes=4 * 3000 * 100)
+    nearest_neighbours(RNG.normal(size=(3000, 4)).astype(np.float32), 5, block_bytes=4 * 3000 * 100)
     assert 0 < largest <= 3000 * 100
 
 
 def graph_by_hand(x: np.ndarray, k: int) -> np.ndarray:
-    """Dense adjacency: joined when either is among the other's k nearest."""
+    """Return the dense adjacency: connected if either is among the other's k nearest."""
     joined = np.zeros((len(x), len(x)), bool)
     for i, others in enumerate(neighbours_by_hand(x, k)):
         joined[i, others] = True
     return joined | joined.T
 
 
-def test_the_graph_is_undirected_and_without_double_edges() -> None:
+def test_graph_is_undirected_without_double_edges() -> None:
     x = RNG.normal(size=(200, 5)).astype(np.float32)
-    starts, ends, lengths = undirected(*nearest(x, 4))
+    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, 4))
     joined = np.zeros((200, 200), bool)
     for i in range(200):
         mine = ends[starts[i] : starts[i + 1]]
@@ -87,7 +87,7 @@ def test_the_graph_is_undirected_and_without_double_edges() -> None:
 
 
 def d2_by_hand(scores, x, ties, count, *, k=5, gamma=1.0, gamma_r=0.1, cut=0.0, power=1) -> set[int]:
-    """Dense matrices and a scan for each sample that is kept."""
+    """Select with dense matrices and one scan per kept sample."""
     order = np.lexsort((ties, -scores))
     left = order[min(round(cut * len(scores)), len(scores) - count) :]
     s, x, ties = scores[left] - min(0, scores[left].min()), x[left], ties[left]
@@ -107,7 +107,7 @@ def d2_by_hand(scores, x, ties, count, *, k=5, gamma=1.0, gamma_r=0.1, cut=0.0, 
 @pytest.mark.parametrize("labels", [np.arange(240) % 4, np.repeat(np.arange(3), [200, 20, 20])], ids=["equal", "1:10"])
 @pytest.mark.parametrize("fidelity", ["paper", "code"])
 @pytest.mark.parametrize(("fraction", "shift"), [(0.1, 0.0), (0.5, 0.0), (0.3, -5.0), (0.95, 0.0)])
-def test_d2_against_brute_force(labels, fidelity: str, fraction: float, shift: float) -> None:
+def test_d2_matches_brute_force(labels, fidelity: str, fraction: float, shift: float) -> None:
     labels = labels.astype(np.int64)
     scores, x = RNG.random(240) + shift, RNG.normal(size=(240, 3)).astype(np.float32)
     options = {"fidelity": fidelity, "k": 4, "gamma": 0.7, "gamma_r": 0.2}
@@ -118,23 +118,23 @@ def test_d2_against_brute_force(labels, fidelity: str, fraction: float, shift: f
         "cut": default_cut(fraction),
         "power": 2 if fidelity == "paper" else 1,
     }
-    kept = choose(scores, labels, fraction, rule="d2", features=x, options=options)
+    kept = select_subset(scores, labels, fraction, rule="d2", features=x, options=options).ids
     for label in range(labels.max() + 1):
         members = np.flatnonzero(labels == label)
         mine = set(kept[labels[kept] == label].tolist())
         expected = d2_by_hand(scores[members], x[members], np.zeros(len(members)), len(mine), **plain)
         assert mine == {int(members[i]) for i in expected}
-    everyone = choose(scores, labels, fraction, rule="d2", balance="unbalanced", features=x, options=options)
+    everyone = select_subset(scores, labels, fraction, rule="d2", balance="unbalanced", features=x, options=options).ids
     assert set(everyone.tolist()) == d2_by_hand(scores, x, np.zeros(240), len(everyone), **plain)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 6))
-def test_the_lazy_heap_against_a_scan(seed: int, n: int, k: int) -> None:
-    """Strong messages make u negative and let neighbours rise again; values of few kinds make ties."""
+def test_lazy_heap_matches_a_scan(seed: int, n: int, k: int) -> None:
+    """Strong messages make u negative, so that neighbours rise again; few distinct values make ties."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 2)).astype(np.float32)
-    starts, ends, lengths = undirected(*nearest(x, k))
+    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, k))
     weights = rng.choice([0.25, 0.5, 1.0], len(lengths))
     u = rng.choice([0.0, 1.0, 2.0, -1.0], n)
     ranks = rng.permutation(n)
@@ -146,39 +146,39 @@ def test_the_lazy_heap_against_a_scan(seed: int, n: int, k: int) -> None:
         expected.append(int(best))
         edges = slice(starts[best], starts[best + 1])
         now[ends[edges]] -= weights[edges] * now[best]
-    assert select(u, starts, ends, weights, ranks, count).tolist() == expected
+    assert select_greedily(u, starts, ends, weights, ranks, count).tolist() == expected
 
 
-def test_messages_forward() -> None:
+def test_forward_messages_match_dense_sums() -> None:
     x = RNG.normal(size=(60, 3)).astype(np.float32)
-    starts, ends, lengths = undirected(*nearest(x, 5))
+    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, 5))
     s = RNG.random(60)
     expected = s + np.where(graph_by_hand(x, 5), np.exp(-dense_distances(x)), 0) @ s
-    np.testing.assert_allclose(forward(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
+    np.testing.assert_allclose(send_forward(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
 
 
-def test_kept_samples_are_more_varied_than_the_hardest() -> None:
-    """Two tight clusters of hard samples: by score alone one cluster takes all, by messages both are kept."""
+def test_d2_is_more_diverse_than_hard() -> None:
+    """Of two tight clusters, the score alone keeps one and D2 keeps both."""
     x = np.concatenate((RNG.normal(size=(100, 4)), RNG.normal(size=(100, 4)) + 30)).astype(np.float32)
     scores = np.concatenate((1.2 + RNG.random(100) * 0.1, 1.0 + RNG.random(100) * 0.1))
     labels = np.zeros(200, np.int64)
-    hard = choose(scores, labels, 0.2, rule="hard")
-    varied = choose(scores, labels, 0.2, rule="d2", features=x, options={"cut": 0, "gamma_r": 0})
+    hard = select_subset(scores, labels, 0.2, rule="hard").ids
+    varied = select_subset(scores, labels, 0.2, rule="d2", features=x, options={"cut": 0, "gamma_r": 0}).ids
     assert (hard >= 100).sum() == 0
     assert (varied >= 100).sum() >= 10
 
 
-def test_the_cut_is_hard_first() -> None:
+def test_cut_drops_the_hardest() -> None:
     assert default_cut(0.1) == pytest.approx(0.4)
     assert default_cut(0.7) == 0
     x = RNG.normal(size=(100, 3)).astype(np.float32)
-    kept = choose(np.arange(100.0), np.zeros(100, np.int64), 0.1, rule="d2", features=x)
+    kept = select_subset(np.arange(100.0), np.zeros(100, np.int64), 0.1, rule="d2", features=x).ids
     assert kept.max() < 60
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_neighbours_on_a_gpu_are_those_of_the_cpu() -> None:
+def test_neighbours_on_gpu_equal_those_on_cpu() -> None:
     x = RNG.normal(size=(3000, 32)).astype(np.float32)
-    here, there = nearest(x, 5), nearest(x, 5, device="cuda")
+    here, there = nearest_neighbours(x, 5), nearest_neighbours(x, 5, device="cuda")
     assert (here[0] == there[0]).all()

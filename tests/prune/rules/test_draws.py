@@ -1,4 +1,4 @@
-"""Strata and the rules that draw with weights: against plain loops, and against the distributions they promise."""
+"""Strata match plain loops, and weighted draws follow their distributions."""
 
 import itertools
 import math
@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.base import RuleInputs
+from kdfast.prune.rules.beta import mid_ranks
 from kdfast.prune.rules.ccs import default_cut, stratum_budgets
-from kdfast.prune.rules.rank import mid_ranks, weighted_draw
-from kdfast.prune.rules.registry import choose
+from kdfast.prune.rules.draw import weighted_draw
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [300, 150, 60, 30])).astype(np.int64)
 SCORES = np.random.default_rng(1).gamma(2.0, size=len(LABELS))
 
 
 def water_level(sizes: list[int], total: int) -> list[int]:
-    """One sample at a time to a stratum that has had least and has some left: the levels equal parts must reach."""
+    """Give one sample at a time to the stratum with the fewest so far that has some left; return the sorted counts."""
     taken = [0] * len(sizes)
     for _ in range(total):
         open_ones = [i for i in range(len(sizes)) if taken[i] < sizes[i]]
@@ -27,7 +28,7 @@ def water_level(sizes: list[int], total: int) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.data())
-def test_budgets_of_strata_are_equal_with_the_leftover_spread(sizes: list[int], data) -> None:
+def test_stratum_budgets_are_as_equal_as_possible(sizes: list[int], data) -> None:
     total = data.draw(st.integers(0, sum(sizes)))
     budgets = stratum_budgets(np.array(sizes), total)
     assert budgets.sum() == total
@@ -36,7 +37,7 @@ def test_budgets_of_strata_are_equal_with_the_leftover_spread(sizes: list[int], 
 
 
 def strata_by_hand(scores: np.ndarray, count: int, cut: float, number: int) -> tuple[set[int], list[int]]:
-    """The samples that may be kept, and how many of each stratum: CCS as its paper tells it."""
+    """Return the samples that may be kept and the strata, following the CCS paper."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     left = order[min(round(cut * len(scores)), len(scores) - count) :]
     low, high = min(scores[left]), max(scores[left])
@@ -49,9 +50,9 @@ def strata_by_hand(scores: np.ndarray, count: int, cut: float, number: int) -> t
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
 @pytest.mark.parametrize("balance", ["balanced", "unbalanced", "equal"])
-def test_strata_against_plain_loops(fraction: float, balance: str) -> None:
+def test_strata_match_plain_loops(fraction: float, balance: str) -> None:
     labels = LABELS if balance != "equal" else np.arange(len(LABELS)) % 4
-    kept = choose(SCORES, labels, fraction, rule="strata", balance=balance, options={"strata": 7})
+    kept = select_subset(SCORES, labels, fraction, rule="strata", balance=balance, options={"strata": 7}).ids
     groups = [labels >= 0] if balance == "unbalanced" else [labels == label for label in range(4)]
     for group in groups:
         members = np.flatnonzero(group)
@@ -61,25 +62,25 @@ def test_strata_against_plain_loops(fraction: float, balance: str) -> None:
         assert sorted(len(mine & set(b)) for b in bins) == water_level([len(b) for b in bins], len(mine))
 
 
-def test_class_balance_of_ccs_is_each_classes_own_and_not_the_last_ones() -> None:
-    kept = choose(SCORES, LABELS, 0.1, rule="strata")
+def test_strata_budget_each_class_by_its_own_size() -> None:
+    kept = select_subset(SCORES, LABELS, 0.1, rule="strata").ids
     assert np.bincount(LABELS[kept]).tolist() == [30, 15, 6, 3]
 
 
-def test_the_hardest_are_cut_first_and_never_too_many() -> None:
+def test_strata_cut_the_hardest_but_keep_enough() -> None:
     labels = np.zeros(100, np.int64)
     scores = np.arange(100.0)
-    assert choose(scores, labels, 0.1, rule="strata").max() < 70, "a cut of .3 at f = .1"
-    assert choose(scores, labels, 0.5, rule="strata").max() > 90, "no cut from f = .5 on"
-    everything_else = choose(scores, labels, 0.2, rule="strata", options={"cut": 0.95})
+    assert select_subset(scores, labels, 0.1, rule="strata").ids.max() < 70, "a cut of .3 at f = .1"
+    assert select_subset(scores, labels, 0.5, rule="strata").ids.max() > 90, "no cut from f = .5 on"
+    everything_else = select_subset(scores, labels, 0.2, rule="strata", options={"cut": 0.95}).ids
     assert everything_else.tolist() == list(range(20)), "20 are to be kept: 80 may be cut, not 95"
 
 
-def test_strata_of_equal_scores_are_one_stratum() -> None:
-    assert len(choose(np.full(60, 3.0), np.zeros(60, np.int64), 0.5, rule="strata")) == 30
+def test_equal_scores_form_one_stratum() -> None:
+    assert len(select_subset(np.full(60, 3.0), np.zeros(60, np.int64), 0.5, rule="strata").ids) == 30
 
 
-def test_ranks_share_ties_and_lie_inside_the_interval() -> None:
+def test_mid_ranks_share_ties_and_lie_inside_the_interval() -> None:
     scores = np.array([5.0, 1.0, 5.0, 2.0])
     assert mid_ranks(scores).tolist() == [0.75, 0.125, 0.75, 0.375]
     from scipy.stats import rankdata
@@ -98,8 +99,8 @@ def drawn_pairs(weights: np.ndarray, draws: int) -> dict[frozenset[int], float]:
     return counts
 
 
-def test_the_draw_is_without_replacement_and_in_proportion_to_what_is_left() -> None:
-    """Frequencies of all pairs against the probabilities of successive draws, enumerated."""
+def test_weighted_draw_follows_successive_draws_without_replacement() -> None:
+    """Frequencies of all pairs agree with the enumerated probabilities of successive draws."""
     weights = np.array([1.0, 2.0, 3.0, 6.0])
     draws = 20_000
     expected: dict[frozenset[int], float] = {}
@@ -111,30 +112,30 @@ def test_the_draw_is_without_replacement_and_in_proportion_to_what_is_left() -> 
         assert abs(seen.get(pair, 0) - p) < 4 * math.sqrt(p * (1 - p) / draws)
 
 
-def test_unseeded_sampling_is_not_what_happens() -> None:
-    """The draw depends on the arguments alone, whatever numpy's global generator holds."""
+def test_draws_ignore_the_global_generator() -> None:
+    """NumPy's global generator has no effect on the draw."""
     np.random.seed(1)  # noqa: NPY002
-    first = choose(SCORES, LABELS, 0.2, rule="beta", options={"a": 2})
+    first = select_subset(SCORES, LABELS, 0.2, rule="beta", options={"a": 2}).ids
     np.random.seed(2)  # noqa: NPY002
-    assert (first == choose(SCORES, LABELS, 0.2, rule="beta", options={"a": 2})).all()
+    assert (first == select_subset(SCORES, LABELS, 0.2, rule="beta", options={"a": 2}).ids).all()
 
 
-def test_beta_moves_the_mass_where_its_density_lies() -> None:
+def test_beta_draw_has_the_mean_of_its_density() -> None:
     n = 20_000
     scores, labels = np.arange(float(n)), np.zeros(n, np.int64)
     for a, b in ((1.0, 1.0), (2.0, 4.0), (6.0, 2.0)):
-        ids = choose(scores, labels, 0.01, rule="beta", options={"a": a, "b": b})
+        ids = select_subset(scores, labels, 0.01, rule="beta", options={"a": a, "b": b}).ids
         deviation = math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)) / len(ids))
         assert abs(ids.mean() / n - a / (a + b)) < 4 * deviation
 
 
-def test_beta_of_one_and_one_is_uniform_over_the_samples_whatever_their_scores() -> None:
-    first = choose(SCORES, LABELS, 0.2, rule="beta")
-    assert (first == choose(SCORES[::-1], LABELS, 0.2, rule="beta")).all()
+def test_beta_one_one_ignores_the_scores() -> None:
+    first = select_subset(SCORES, LABELS, 0.2, rule="beta").ids
+    assert (first == select_subset(SCORES[::-1], LABELS, 0.2, rule="beta").ids).all()
 
 
-def test_draws_belong_to_samples_and_not_to_positions_in_a_group() -> None:
-    """A sample's noise is the same whatever group it is drawn from."""
+def test_draws_depend_on_samples_not_on_the_group() -> None:
+    """A sample has the same noise in every group."""
     flat = np.zeros(len(LABELS))
     inputs = RuleInputs(flat, flat, 50, 0.1, 3, np.arange(len(LABELS)))
     everyone = weighted_draw(inputs, flat)

@@ -1,4 +1,4 @@
-"""Every rule: exact sizes, budgets, seeds, refusals; the plain ones against brute force."""
+"""Every rule: sizes, budgets, seeds and errors; rank rules also match brute force."""
 
 from dataclasses import replace
 
@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from kdfast.data.subset import class_budgets
 from kdfast.errors import DataError, SubsetError, UsageError
+from kdfast.prune.options import complete_options
+from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.registry import BALANCE, RULES, choose, decide
-from kdfast.prune.scores.registry import ScoreInputs, score
+from kdfast.prune.rules.class_budget import BALANCE
+from kdfast.prune.rules.registry import RULES
+from kdfast.prune.scores.base import ScoreInputs
+from kdfast.prune.scores.registry import compute_score
 
 BALANCED = np.tile(np.arange(5), 40).astype(np.int64)
 UNBALANCED = np.repeat(np.arange(4), [300, 150, 60, 30]).astype(np.int64)  # 10 : 1
@@ -30,7 +34,7 @@ def inputs_of(labels: np.ndarray, seed: int = 0) -> dict:
 
 def pick(labels: np.ndarray, fraction: float, **changes) -> np.ndarray:
     arguments = {**inputs_of(labels), **changes}
-    return choose(arguments.pop("scores"), labels, fraction, **arguments)
+    return select_subset(arguments.pop("scores"), labels, fraction, **arguments).ids
 
 
 @pytest.fixture(params=sorted(SHUFFLED))
@@ -52,7 +56,7 @@ def test_sizes_are_exact(labels, rule: str, balance: str, fraction: float) -> No
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("balance", ["balanced", "equal"])
-def test_class_balance_is_right_on_unbalanced_sets(labels, rule: str, balance: str) -> None:
+def test_class_budgets_are_met_on_unbalanced_data(labels, rule: str, balance: str) -> None:
     ids = pick(labels, 0.1, rule=rule, balance=balance)
     sizes, total = np.bincount(labels), len(ids)
     exact = total * sizes / len(labels) if balance == "balanced" else np.full(len(sizes), total / len(sizes))
@@ -61,15 +65,15 @@ def test_class_balance_is_right_on_unbalanced_sets(labels, rule: str, balance: s
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("balance", BALANCE)
-def test_all_and_nearly_all_can_be_kept(labels, rule: str, balance: str) -> None:
+def test_keeps_all_or_nearly_all_samples(labels, rule: str, balance: str) -> None:
     if balance == "equal":
-        labels = BALANCED  # other classes cannot give all they have in equal parts
+        labels = BALANCED  # unbalanced classes cannot all be kept with equal budgets
     assert (pick(labels, 1.0, rule=rule, balance=balance) == np.arange(len(labels))).all()
     assert len(pick(labels, 0.95, rule=rule, balance=balance)) == round(0.95 * len(labels))
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_one_subset_for_every_seed_is_not_what_rules_that_draw_give(labels, rule: str) -> None:
+def test_only_drawing_rules_depend_on_the_seed(labels, rule: str) -> None:
     first, again, other = (pick(labels, 0.2, rule=rule, seed=seed) for seed in (1, 1, 2))
     assert (first == again).all()
     if rule in ("random", "strata", "beta", "dual"):
@@ -80,7 +84,7 @@ def test_one_subset_for_every_seed_is_not_what_rules_that_draw_give(labels, rule
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_ties_are_broken_by_the_seed_not_by_the_index(rule: str) -> None:
+def test_ties_are_broken_by_seed_not_by_index(rule: str) -> None:
     n = 400
     constant = {"scores": np.ones(n), "features": np.ones((n, 2), np.float32), "extras": {"mean_p": np.full(n, 0.5)}}
     labels = np.zeros(n, np.int64)
@@ -91,37 +95,39 @@ def test_ties_are_broken_by_the_seed_not_by_the_index(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["hard", "easy", "moderate", "strata", "d2"])
-def test_rules_go_by_order_and_scale_of_scores_alone(labels, rule: str) -> None:
+def test_rules_are_invariant_to_a_factor(labels, rule: str) -> None:
     plain = inputs_of(labels)
     scaled = {**plain, "scores": plain["scores"] * 64}  # exact in binary
     assert (pick(labels, 0.2, rule=rule, **plain) == pick(labels, 0.2, rule=rule, **scaled)).all()
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_the_options_that_are_told_choose_the_same_again(labels, rule: str) -> None:
+def test_returned_options_reproduce_the_selection(labels, rule: str) -> None:
     inputs = inputs_of(labels)
     scores = inputs.pop("scores")
-    choice = decide(scores, labels, 0.2, rule=rule, **inputs)
+    choice = select_subset(scores, labels, 0.2, rule=rule, **inputs)
     assert set(choice.options) == set(RULES[rule].options)
     assert None not in choice.options.values()
-    again = decide(scores, labels, 0.2, rule=rule, options=choice.options, **inputs)
+    again = select_subset(scores, labels, 0.2, rule=rule, options=choice.options, **inputs)
     assert (again.ids == choice.ids).all()
     assert again.options == choice.options
 
 
-def test_options_left_open_are_told_with_the_values_they_had(labels) -> None:
+def test_automatic_options_are_returned_with_their_values(labels) -> None:
     inputs = inputs_of(labels)
     scores = inputs.pop("scores")
-    told = {rule: decide(scores, labels, 0.1, rule=rule, **inputs).options for rule in ("strata", "d2", "dual")}
-    assert told["strata"]["cut"] == pytest.approx(0.3)
-    assert told["d2"]["cut"] == pytest.approx(0.4)
-    assert told["dual"]["c"] == 5.5
-    assert told["dual"]["mu"] == pytest.approx(inputs["extras"]["mean_p"][np.argsort(-scores)[:10]].mean())
-    assert decide(scores, labels, 0.1, rule="dual", options={"mu": 0.25}, **inputs).options["mu"] == 0.25
+    options = {
+        rule: select_subset(scores, labels, 0.1, rule=rule, **inputs).options for rule in ("strata", "d2", "dual")
+    }
+    assert options["strata"]["cut"] == pytest.approx(0.3)
+    assert options["d2"]["cut"] == pytest.approx(0.4)
+    assert options["dual"]["c"] == 5.5
+    assert options["dual"]["mu"] == pytest.approx(inputs["extras"]["mean_p"][np.argsort(-scores)[:10]].mean())
+    assert select_subset(scores, labels, 0.1, rule="dual", options={"mu": 0.25}, **inputs).options["mu"] == 0.25
 
 
 def brute(scores: np.ndarray, count: int, rule: str) -> set[int]:
-    """By repeated search instead of a sort."""
+    """Select by repeated search instead of a sort."""
     left = dict(enumerate(scores.tolist()))
     if rule in ("hard", "easy"):
         return set(_best(left, count, max if rule == "hard" else min))
@@ -144,7 +150,7 @@ def _best(table: dict[int, float], count: int, best) -> list[int]:
 
 @pytest.mark.parametrize("rule", ["hard", "easy", "moderate"])
 @pytest.mark.parametrize("fraction", [0.1, 0.33, 0.5])
-def test_ranks_against_brute_force_in_every_class(labels, rule: str, fraction: float) -> None:
+def test_rank_rules_match_brute_force_in_every_class(labels, rule: str, fraction: float) -> None:
     scores = inputs_of(labels)["scores"]
     kept = pick(labels, fraction, rule=rule)
     budgets = class_budgets(labels, len(kept))
@@ -156,22 +162,22 @@ def test_ranks_against_brute_force_in_every_class(labels, rule: str, fraction: f
     assert set(everyone.tolist()) == brute(scores, len(everyone), rule)
 
 
-def test_saved_ids_are_the_kept_ones_and_the_middle_not_the_tails() -> None:
+def test_moderate_keeps_the_middle() -> None:
     scores = np.arange(100.0)
-    ids = choose(scores, np.zeros(100, np.int64), 0.2, rule="moderate")
+    ids = select_subset(scores, np.zeros(100, np.int64), 0.2, rule="moderate").ids
     assert ids.tolist() == list(range(40, 60))
 
 
-def test_random_is_the_score_random_kept_by_hard_and_nested(labels) -> None:
-    by_score = score("random", ScoreInputs(labels, 3)).values
-    assert (choose(by_score, labels, 0.2, seed=3) == pick(labels, 0.2, rule="random", seed=3)).all()
+def test_random_rule_equals_the_random_score_and_nests(labels) -> None:
+    by_score = compute_score("random", ScoreInputs(labels, 3)).values
+    assert (select_subset(by_score, labels, 0.2, seed=3).ids == pick(labels, 0.2, rule="random", seed=3)).all()
     small, large = (set(pick(labels, f, rule="random", seed=3).tolist()) for f in (0.1, 0.3))
     assert small < large
 
 
-def test_random_differs_between_seeds_and_is_uniform() -> None:
+def test_random_score_is_uniform_and_differs_between_seeds() -> None:
     n = 20_000
-    first, second = (score("random", ScoreInputs(np.zeros(n, np.int64), s)).values for s in (0, 1))
+    first, second = (compute_score("random", ScoreInputs(np.zeros(n, np.int64), s)).values for s in (0, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
     counts = np.histogram(first, bins=20, range=(0, 1))[0]
     assert ((counts - n / 20) ** 2 / (n / 20)).sum() < 50  # chi-square, 19 degrees of freedom: p ~ 1e-4
@@ -179,7 +185,7 @@ def test_random_differs_between_seeds_and_is_uniform() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_scores_labels_and_fraction(data) -> None:
+def test_keeps_the_exact_number_for_any_scores_and_labels(data) -> None:
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int64)
     n = len(labels)
@@ -190,7 +196,7 @@ def test_any_scores_labels_and_fraction(data) -> None:
     fraction = data.draw(st.floats(1 / n, 1))
     extras = {"mean_p": np.linspace(0, 1, n)}
     try:
-        ids = choose(scores, labels, fraction, rule=rule, balance=balance, extras=extras)
+        ids = select_subset(scores, labels, fraction, rule=rule, balance=balance, extras=extras).ids
     except SubsetError:
         assert balance != "unbalanced" or round(fraction * n) == 0
         return
@@ -201,8 +207,8 @@ def test_any_scores_labels_and_fraction(data) -> None:
         assert np.delete(scores, ids).min(initial=99) >= scores[ids].max()
 
 
-def test_a_group_is_chosen_from_alone(labels) -> None:
-    """What a class keeps depends on its own samples, not on the others'."""
+def test_classes_are_selected_independently(labels) -> None:
+    """What a class keeps depends only on its own samples."""
     plain = inputs_of(labels)
     other = np.where(labels == 0, plain["scores"], plain["scores"][::-1])
     for rule in sorted(set(RULES) - {"dual"}):
@@ -210,7 +216,7 @@ def test_a_group_is_chosen_from_alone(labels) -> None:
         assert (first[labels[first] == 0] == second[labels[second] == 0]).all(), rule
 
 
-def test_refusals(labels) -> None:
+def test_rejects_bad_scores_features_fractions_and_balance(labels) -> None:
     scores = inputs_of(labels)["scores"]
     n = len(labels)
     with pytest.raises(DataError, match=f"3 of {n} scores are not finite"):
@@ -229,7 +235,7 @@ def test_refusals(labels) -> None:
         pick(labels, 0.1, balance="fair")
 
 
-def test_a_class_with_fewer_samples_than_its_equal_share() -> None:
+def test_rejects_equal_budgets_above_the_size_of_a_class() -> None:
     with pytest.raises(SubsetError, match="class 3 has 30 samples and equal budgets need"):
         pick(UNBALANCED, 0.4, balance="equal")
 
@@ -239,7 +245,7 @@ def test_a_class_with_fewer_samples_than_its_equal_share() -> None:
     [
         ({"rule": "strat"}, "did you mean 'strata'"),
         ({"rule": "strata", "options": {"srata": 3}}, "no option 'srata': did you mean 'strata'"),
-        ({"rule": "hard", "options": {"k": 3}}, "its options: none"),
+        ({"rule": "hard", "options": {"k": 3}}, "no option 'k': known: none"),
         ({"rule": "strata", "options": {"strata": 2.5}}, "whole number"),
         ({"rule": "strata", "options": {"cut": "much"}}, "must be a number"),
         ({"rule": "strata", "options": {"cut": 1.5}}, "from 0 to 1"),
@@ -249,7 +255,7 @@ def test_a_class_with_fewer_samples_than_its_equal_share() -> None:
         ({"rule": "dual", "extras": {}}, "needs the mean probability"),
     ],
 )
-def test_wrong_names_options_and_lacking_inputs(changes: dict, message: str) -> None:
+def test_rejects_unknown_names_bad_options_and_missing_inputs(changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         pick(BALANCED, 0.1, **changes)
 
@@ -261,8 +267,8 @@ def test_options_as_text_are_options_as_numbers() -> None:
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_the_rule_itself_takes_a_group_and_gives_positions(rule: str) -> None:
-    """The interface of one rule, as `decide` and other callers use it."""
+def test_rule_returns_distinct_positions_in_its_group(rule: str) -> None:
+    """A rule maps a group to positions in it, as `select_subset` expects."""
     n = 50
     given = inputs_of(np.zeros(n, np.int64))
     inputs = RuleInputs(
@@ -274,10 +280,10 @@ def test_the_rule_itself_takes_a_group_and_gives_positions(rule: str) -> None:
         ids=np.arange(1000, 1000 + n),
         features=given["features"],
         extras=given["extras"],
-        options=RULES[rule].complete(rule, {}),
+        options=complete_options(rule, RULES[rule].options, {}),
     )
     chosen = RULES[rule]
-    inputs = chosen.settled(inputs)
+    inputs = chosen.with_defaults(inputs)
     positions = chosen(inputs)
     assert positions.dtype == np.int64
     assert len(np.unique(positions)) == 20

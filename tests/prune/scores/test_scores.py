@@ -1,4 +1,4 @@
-"""Every score against plain loops over the recorded numbers."""
+"""Every score matches plain loops over the recorded values."""
 
 import dataclasses
 import inspect
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.source import ArraySplit, Source, generic_views
-from kdfast.dynamics.reader import Dynamics, DynamicsRecorder
+from kdfast.data.source import ArraySplit, Source, default_view_spec
+from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, UsageError
 from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.registry import SCORES, ScoreInputs, score
+from kdfast.prune.scores.base import ScoreInputs
+from kdfast.prune.scores.registry import SCORES, compute_score
 
 N, C, D, EPOCHS, RUNS = 60, 3, 4, 12, 5
 LABELS = np.random.default_rng(5).permutation(np.arange(N) % C).astype(np.int64)
@@ -19,7 +20,7 @@ LABELS = np.random.default_rng(5).permutation(np.arange(N) % C).astype(np.int64)
 
 @pytest.fixture(scope="module")
 def dynamics(tmp_path_factory):
-    """Five runs of 12 epochs; each run leaves 12 of the samples out, each sample is left out once."""
+    """Five runs of 12 epochs. Each run leaves out 12 samples, and each sample is left out once."""
     path = tmp_path_factory.mktemp("dynamics") / "dyn"
     rng = np.random.default_rng(0)
     easy = rng.normal(0, 1, (N, 1))
@@ -36,7 +37,7 @@ def dynamics(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher():
-    """Logits and features of a teacher, float32."""
+    """Return logits and features of a teacher, float32."""
     rng = np.random.default_rng(1)
     features = rng.normal(0, 1, (N, D)).astype(np.float32)
     weights = rng.normal(0, 1, (C, D + 1)).astype(np.float32)
@@ -57,7 +58,7 @@ def trained_on(run):
 
 
 def averaged(of_run):
-    """Mean over the runs that trained on a sample of of_run(run, i)."""
+    """Return for each sample i the mean of of_run(run, i) over the runs that trained on it."""
     return [np.mean([of_run(run, i) for run in range(RUNS) if i % RUNS != run]) for i in range(N)]
 
 
@@ -66,7 +67,7 @@ def softmax(z):
     return e / e.sum()
 
 
-def error_length(z, y):
+def error_norm(z, y):
     p = softmax(z)
     return float(np.sqrt(sum((p[k] - (k == y)) ** 2 for k in range(C))))
 
@@ -80,30 +81,30 @@ def test_forgetting(inputs, dynamics):
                 return never
             return sum(correct[t - 1] and not correct[t] for t in range(1, EPOCHS))
 
-        found = score("forgetting", inputs(options={"never_learned": setting})).values
+        found = compute_score("forgetting", inputs(options={"never_learned": setting})).values
         np.testing.assert_allclose(found, averaged(events))
 
 
 @pytest.mark.parametrize("method", ["aum", "ccs"])
 def test_aum(inputs, dynamics, method):
     expected = averaged(lambda run, i: -np.mean([float(dynamics.margin(run)[t, i]) for t in range(EPOCHS)]))
-    np.testing.assert_allclose(score(method, inputs()).values, expected)
+    np.testing.assert_allclose(compute_score(method, inputs()).values, expected)
 
 
-def test_el2n_of_dynamics(inputs, dynamics):
+def test_el2n_from_dynamics(inputs, dynamics):
     for asked, epoch in ((None, EPOCHS), (4, 4)):
-        found = score("el2n", inputs(options={} if asked is None else {"epoch": asked}))
+        found = compute_score("el2n", inputs(options={} if asked is None else {"epoch": asked}))
         np.testing.assert_allclose(found.values, averaged(lambda run, i, e=epoch: float(dynamics.el2n(run)[e - 1, i])))
         assert found.used["epoch"] == epoch
 
 
-def test_el2n_of_the_teacher(inputs, teacher):
-    expected = [error_length(z, y) for z, y in zip(teacher[0], LABELS, strict=True)]
+def test_el2n_from_the_teacher(inputs, teacher):
+    expected = [error_norm(z, y) for z, y in zip(teacher[0], LABELS, strict=True)]
     for given in ({"dynamics": None}, {"options": {"use": "cache"}}):
-        np.testing.assert_allclose(score("el2n", inputs(**given)).values, expected, rtol=1e-6)
+        np.testing.assert_allclose(compute_score("el2n", inputs(**given)).values, expected, rtol=1e-6)
 
 
-def test_grand_is_the_norm_of_the_gradient_that_autograd_finds(inputs, teacher):
+def test_grand_matches_autograd(inputs, teacher):
     logits, features = (torch.from_numpy(a).double() for a in teacher)
     expected = []
     for z, h, y in zip(logits, features, LABELS, strict=True):
@@ -112,17 +113,17 @@ def test_grand_is_the_norm_of_the_gradient_that_autograd_finds(inputs, teacher):
         loss = torch.nn.functional.cross_entropy((z + weight @ h + bias)[None], torch.tensor([int(y)]))
         gradients = torch.autograd.grad(loss, [weight, bias])
         expected.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
-    np.testing.assert_allclose(score("grand", inputs(dynamics=None)).values, expected, rtol=1e-5)
+    np.testing.assert_allclose(compute_score("grand", inputs(dynamics=None)).values, expected, rtol=1e-5)
 
 
-def test_grand_of_dynamics(inputs, dynamics):
+def test_grand_from_dynamics(inputs, dynamics):
     for asked, epoch in ((None, 12), (4, 4)):
 
         def norm(run, i, epoch=epoch):
             h = dynamics.features(run, epoch - 1)[i].astype(np.float64)
             return float(dynamics.el2n(run)[epoch - 1, i]) * np.sqrt(1 + sum(x * x for x in h))
 
-        found = score("grand", inputs(options={} if asked is None else {"epoch": asked}))
+        found = compute_score("grand", inputs(options={} if asked is None else {"epoch": asked}))
         np.testing.assert_allclose(found.values, averaged(norm))
         assert found.used["epoch"] == epoch
 
@@ -133,14 +134,14 @@ def test_grand_of_the_full_network(inputs):
 
     images = np.random.default_rng(3).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
     split = ArraySplit(images, LABELS, "images")
-    source = Source("memory", "npz", ("a", "b", "c"), split, split, generic_views(split.shape, flip=False))
+    source = Source("memory", "npz", ("a", "b", "c"), split, split, default_view_spec(split.shape, flip=False))
     from kdfast.data.views import Normalization
 
     torch.manual_seed(0)
     net = build_net("resnet8", C).eval()
     statistics = Normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     model = Model(net, "resnet8", C, source.classes, statistics, {})
-    found = score("grand", inputs(options={"network": "full"}, source=source, network=model)).values
+    found = compute_score("grand", inputs(options={"network": "full"}, source=source, network=model)).values
     expected = []
     for image, y in zip(images, LABELS, strict=True):
         x = (torch.from_numpy(image).float() / 255 - torch.tensor(statistics.mean)) / torch.tensor(statistics.std)
@@ -154,7 +155,7 @@ def test_memorization(inputs, dynamics):
     for measure in ("correct", "p_y"):
         for asked, epoch in ((None, EPOCHS), (5, 5)):
             options = {"measure": measure} | ({} if asked is None else {"epoch": asked})
-            found = score("memorization", inputs(options=options))
+            found = compute_score("memorization", inputs(options=options))
             of_run = dynamics.correct if measure == "correct" else dynamics.p_y
             for i in range(N):
                 inside = [float(of_run(run)[epoch - 1, i]) for run in range(RUNS) if i in trained_on(run)]
@@ -164,9 +165,9 @@ def test_memorization(inputs, dynamics):
                 assert found.extras["outside"][i] == pytest.approx(np.mean(outside))
 
 
-def test_memorization_reports_its_standard_error(inputs, dynamics):
-    found = score("memorization", inputs()).extras["stderr"]
-    soft = score("memorization", inputs(options={"measure": "p_y"})).extras["stderr"]
+def test_memorization_standard_error(inputs, dynamics):
+    found = compute_score("memorization", inputs()).extras["stderr"]
+    soft = compute_score("memorization", inputs(options={"measure": "p_y"})).extras["stderr"]
     for i in range(N):
         total = 0.0
         for side in (True, False):
@@ -185,11 +186,11 @@ def trained_runs(i):
 
 def test_moderate(inputs, teacher, dynamics):
     for fidelity, centre in (("paper", np.mean), ("code", np.median)):
-        found = score("moderate", inputs(options={"fidelity": fidelity})).values
+        found = compute_score("moderate", inputs(options={"fidelity": fidelity})).values
         for i, y in enumerate(LABELS):
             middle = centre(np.array([h for h, other in zip(teacher[1], LABELS, strict=True) if other == y]), axis=0)
             assert found[i] == pytest.approx(np.sqrt(((teacher[1][i] - middle) ** 2).sum()), rel=1e-5)
-    recorded = score("moderate", inputs(logits=None, features=None)).values
+    recorded = compute_score("moderate", inputs(logits=None, features=None)).values
 
     def distance(run, i):
         rows = dynamics.features(run, 11).astype(np.float64)
@@ -209,27 +210,27 @@ def test_dual(inputs, dynamics):
         def mean_p(run, i, first=first):
             return np.mean([float(dynamics.p_y(run)[t, i]) for t in range(first)])
 
-        found = score("dual", inputs(options=options))
+        found = compute_score("dual", inputs(options=options))
         np.testing.assert_allclose(found.values, averaged(uncertainty))
         np.testing.assert_allclose(found.extras["mean_p"], averaged(mean_p))
 
 
 @pytest.mark.parametrize("name", ["el2n", "aum", "forgetting"])
-def test_d2_starts_from_another_score(inputs, name):
-    found = score("d2", inputs(options={"score": name})).values
-    assert np.array_equal(found, score(name, inputs()).values)
+def test_d2_returns_the_score_to_start_from(inputs, name):
+    found = compute_score("d2", inputs(options={"score": name})).values
+    assert np.array_equal(found, compute_score(name, inputs()).values)
 
 
-def test_random_depends_on_seed_and_index_alone(inputs):
-    first = score("random", inputs()).values
-    assert np.array_equal(first, score("random", inputs()).values)
-    assert not np.array_equal(first, score("random", inputs(seed=1)).values)
+def test_random_depends_only_on_seed_and_index(inputs):
+    first = compute_score("random", inputs()).values
+    assert np.array_equal(first, compute_score("random", inputs()).values)
+    assert not np.array_equal(first, compute_score("random", inputs(seed=1)).values)
     part = ScoreInputs(labels=LABELS[:10], seed=0)
-    assert np.array_equal(first[:10], score("random", part).values)
+    assert np.array_equal(first[:10], compute_score("random", part).values)
 
 
 def newton_head(features, labels, l2):
-    """The optimum of a softmax head with a bias, by plain Newton steps; and its Hessian."""
+    """Return inputs with bias, the optimal softmax head by plain Newton steps, and its Hessian."""
     x = np.hstack([features.astype(np.float64), np.ones((len(features), 1))])
     n, d = x.shape
     w = np.zeros((C, d))
@@ -253,7 +254,7 @@ def test_self_influence(inputs, teacher):
     for row, y in zip(x, LABELS, strict=True):
         g = sample_gradient(w, row, y)
         expected.append(g @ np.linalg.solve(hessian, g) / N)
-    found = score("influence", inputs(options={"kind": "self", "l2": 0.05})).values
+    found = compute_score("influence", inputs(options={"kind": "self", "l2": 0.05})).values
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
@@ -271,20 +272,20 @@ def removal_effect(teacher, halves, l2):
 
 
 def test_removal_and_absolute_influence(inputs, teacher):
-    from kdfast.prune.scores.influence import held_out
+    from kdfast.prune.scores.influence import draw_holdout
 
     options = {"l2": 0.05, "holdout": 0.2}
-    halves = held_out(LABELS, 0.2, 0)
+    halves = draw_holdout(LABELS, 0.2, 0)
     assert [np.bincount(LABELS[half]).tolist() for half in halves] == [[2, 2, 2], [2, 2, 2]]
     assert not set(halves[0]) & set(halves[1])
     expected = removal_effect(teacher, halves, 0.05)
-    found = score("influence", inputs(options=options)).values
+    found = compute_score("influence", inputs(options=options)).values
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-8)
-    size = score("influence", inputs(options={**options, "kind": "absolute"})).values
+    size = compute_score("influence", inputs(options={**options, "kind": "absolute"})).values
     np.testing.assert_allclose(size, np.abs(expected), rtol=1e-3, atol=1e-8)
 
 
-def test_influence_of_the_teachers_own_head(inputs, teacher):
+def test_self_influence_of_the_teachers_own_head(inputs, teacher):
     l2 = 0.05
     x = np.hstack([teacher[1].astype(np.float64), np.ones((N, 1))])
     hessian = l2 * np.eye(C * (D + 1))
@@ -295,13 +296,13 @@ def test_influence_of_the_teachers_own_head(inputs, teacher):
     for row, q, y in zip(x, probabilities, LABELS, strict=True):
         g = np.outer(q - np.eye(C)[y], row).ravel()
         expected.append(g @ np.linalg.solve(hessian, g) / N)
-    found = score("influence", inputs(options={"kind": "self", "l2": l2, "polish": "no"})).values
+    found = compute_score("influence", inputs(options={"kind": "self", "l2": l2, "polish": "no"})).values
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", SCORES)
-def test_every_score_is_sound_and_repeats(inputs, method):
-    first, second = (score(method, inputs()) for _ in range(2))
+def test_score_is_finite_and_repeatable(inputs, method):
+    first, second = (compute_score(method, inputs()) for _ in range(2))
     assert first.values.dtype == np.float64
     assert first.values.shape == (N,)
     assert np.isfinite(first.values).all()
@@ -309,25 +310,25 @@ def test_every_score_is_sound_and_repeats(inputs, method):
     assert len(np.unique(first.values)) > N / 10
     assert set(SCORES[method].options) <= first.used.keys()
     assert SCORES[method].rule in RULES
-    assert SCORES[method].name == method
+    assert SCORES[method].summary
     assert inspect.getdoc(SCORES[method].compute)
 
 
 @pytest.mark.parametrize("method", [name for name, entry in SCORES.items() if entry.needs])
-def test_a_lacking_input_names_the_command_that_makes_it(method):
+def test_error_about_a_missing_input_names_its_command(method):
     with pytest.raises(UsageError) as caught:
-        score(method, ScoreInputs(LABELS, 0))
+        compute_score(method, ScoreInputs(LABELS, 0))
     for need in SCORES[method].needs:
-        assert f"kdfast {need} --" in str(caught.value)
+        assert f"kdfast {need} and pass `{need}`" in str(caught.value)
 
 
-def test_a_typo_suggests_the_nearest_name(inputs):
+def test_error_about_a_typo_suggests_the_nearest_name(inputs):
     with pytest.raises(UsageError, match="'forgeting': did you mean 'forgetting'"):
-        score("forgeting", inputs())
+        compute_score("forgeting", inputs())
     with pytest.raises(UsageError, match="'nevr_learned': did you mean 'never_learned'"):
-        score("forgetting", inputs(options={"nevr_learned": "max"}))
+        compute_score("forgetting", inputs(options={"nevr_learned": "max"}))
     with pytest.raises(UsageError, match="must be one of max, zero"):
-        score("forgetting", inputs(options={"never_learned": "least"}))
+        compute_score("forgetting", inputs(options={"never_learned": "least"}))
 
 
 BAD = {
@@ -341,45 +342,45 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_inputs_that_do_not_fit(inputs, case):
+def test_rejects_inputs_that_do_not_fit(inputs, case):
     method, changes, message = BAD[case]
     with pytest.raises(DataError, match=message):
-        score(method, inputs(**changes))
+        compute_score(method, inputs(**changes))
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("el2n", {"epoch": 13}, "after the epochs 1 to 12, not 13"),
-        ("grand", {"epoch": 5}, r"after the epochs \[4, 8, 12\], not 5"),
+        ("el2n", {"epoch": 13}, "after epochs 1 to 12, not 13"),
+        ("grand", {"epoch": 5}, r"after epochs \[4, 8, 12\], not 5"),
         ("memorization", {"epoch": 13}, "has 12 epochs, not 13"),
-        ("dual", {"window": 20}, "windows of 20 epochs, and there are 12"),
+        ("dual", {"window": 20}, "20 epochs for a window, but there are 12"),
         ("influence", {"holdout": 0.5, "kind": "absolute", "l2": -1}, "l2=-1"),
         ("grand", {"network": "full"}, "kdfast teacher train"),
     ],
 )
-def test_options_that_cannot_be_met(inputs, method, options, message):
+def test_rejects_options_that_the_inputs_cannot_meet(inputs, method, options, message):
     with pytest.raises(UsageError, match=message):
-        score(method, inputs(options=options))
+        compute_score(method, inputs(options=options))
 
 
-def test_scores_that_need_another_sort_of_dynamics(tmp_path):
+def test_rejects_dynamics_with_too_few_epochs_or_runs(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1, mask=np.arange(N) > 0) as recorder:
         recorder.update(np.arange(N), torch.zeros(N, C))
         recorder.end_epoch()
     inputs = ScoreInputs(LABELS, 0, dynamics=Dynamics.open(tmp_path / "dyn"))
     with pytest.raises(UsageError, match="forgetting compares epochs"):
-        score("forgetting", inputs)
+        compute_score("forgetting", inputs)
     with pytest.raises(DataError, match=r"trained on 1 of 60 samples \(for example 0\)"):
-        score("aum", inputs)
+        compute_score("aum", inputs)
     with pytest.raises(DataError, match="never inside"):
-        score("memorization", inputs)
+        compute_score("memorization", inputs)
 
 
-def test_inputs_are_not_changed(inputs):
+def test_inputs_are_not_modified(inputs):
     given = inputs()
     before = {f.name: np.array(getattr(given, f.name)) for f in dataclasses.fields(given) if f.name != "dynamics"}
     for method in SCORES:
-        score(method, given)
+        compute_score(method, given)
     for name in ("labels", "logits", "features"):
         assert np.array_equal(before[name], getattr(given, name))

@@ -1,4 +1,4 @@
-"""What goes wrong in public implementations of the scores, a test by name for each."""
+"""Mistakes found in public implementations of the scores, one test each."""
 
 import dataclasses
 import tracemalloc
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.dynamics.reader import Dynamics, DynamicsRecorder
-from kdfast.prune.rules.registry import choose
-from kdfast.prune.scores.hardness import residual_norms
-from kdfast.prune.scores.registry import ScoreInputs, score
+from kdfast.dynamics import Dynamics, DynamicsRecorder
+from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.scores.base import ScoreInputs
+from kdfast.prune.scores.el2n_grand import el2n_of_logits
+from kdfast.prune.scores.registry import compute_score
 
 
 def recorded(path, logits, labels, orders=None, features=None):
-    """Dynamics of one run from logits (E, N, C), given in each epoch's own order."""
+    """Record dynamics of one run from logits (E, N, C), given in each epoch's own order."""
     with DynamicsRecorder(path, len(labels), labels, epochs=len(logits),
                           feature_epochs=range(len(logits)) if features is not None else ()) as recorder:  # fmt: skip
         for epoch, rows in enumerate(logits):
@@ -33,57 +34,62 @@ def random_logits():
 LABELS = np.arange(50) % 4
 
 
-def test_random_one_subset_reused_for_every_seed():
-    subsets = [choose(score("random", ScoreInputs(LABELS, seed)).values, LABELS, 0.2, seed=seed) for seed in range(4)]
+def test_random_subsets_differ_between_seeds():
+    subsets = [
+        select_subset(compute_score("random", ScoreInputs(LABELS, seed)).values, LABELS, 0.2, seed=seed).ids
+        for seed in range(4)
+    ]
     assert len({tuple(ids) for ids in subsets}) == 4
 
 
-def test_forgetting_never_learned_samples_pruned_first(tmp_path):
+def test_forgetting_ranks_never_learned_samples_hardest(tmp_path):
     logits = np.zeros((6, 50, 4), np.float32)
     logits[:, np.arange(50), LABELS] = 5
-    logits[:, 7] = -logits[:, 7]  # never right
-    logits[::2, 9] *= -1  # right every second epoch
+    logits[:, 7] = -logits[:, 7]  # never correct
+    logits[::2, 9] *= -1  # correct every second epoch
     dynamics = recorded(tmp_path / "dyn", logits, LABELS)
-    values = score("forgetting", ScoreInputs(LABELS, 0, dynamics=dynamics)).values
+    values = compute_score("forgetting", ScoreInputs(LABELS, 0, dynamics=dynamics)).values
     assert values.argmax() == 7
     assert values[7] > values[9] > values[0]
-    zero = score("forgetting", ScoreInputs(LABELS, 0, dynamics=dynamics, options={"never_learned": "zero"})).values
+    zero = compute_score(
+        "forgetting", ScoreInputs(LABELS, 0, dynamics=dynamics, options={"never_learned": "zero"})
+    ).values
     assert zero[7] == 0
     assert zero.argmax() == 9
 
 
-def test_forgetting_ties_are_broken_by_the_seed_and_not_by_the_index(tmp_path):
+def test_forgetting_ties_are_broken_by_seed_not_by_index(tmp_path):
     labels = np.zeros(400, np.int64)
     dynamics = recorded(tmp_path / "dyn", np.tile([1.0, 0.0], (3, 400, 1)).astype(np.float32), labels)
-    values = score("forgetting", ScoreInputs(labels, 0, dynamics=dynamics)).values
+    values = compute_score("forgetting", ScoreInputs(labels, 0, dynamics=dynamics)).values
     assert len(np.unique(values)) == 1
-    first, second = (choose(values, labels, 0.5, seed=seed) for seed in (0, 1))
+    first, second = (select_subset(values, labels, 0.5, seed=seed).ids for seed in (0, 1))
     assert not np.array_equal(first, second)
-    assert np.array_equal(first, choose(values, labels, 0.5, seed=0))
+    assert np.array_equal(first, select_subset(values, labels, 0.5, seed=0).ids)
     assert 60 < (first < 200).sum() < 140
 
 
-def test_grand_batch_mean_inflates_the_short_last_batch(random_logits):
-    """A sample's norm does not depend on what it shares a batch with: all samples alone, or together."""
+def test_grand_does_not_depend_on_the_batch(random_logits):
+    """The norm of a sample is the same alone and in a batch."""
     features = np.random.default_rng(1).normal(0, 1, (50, 8)).astype(np.float32)
-    whole = score("grand", ScoreInputs(LABELS, 0, logits=random_logits[0], features=features)).values
+    whole = compute_score("grand", ScoreInputs(LABELS, 0, logits=random_logits[0], features=features)).values
     for i in (0, 48, 49):
         alone = ScoreInputs(LABELS[i : i + 1], 0, logits=random_logits[0, i : i + 1], features=features[i : i + 1])
-        assert score("grand", alone).values[0] == whole[i]
+        assert compute_score("grand", alone).values[0] == whole[i]
 
 
-def test_grand_softmax_applied_twice(random_logits):
+def test_grand_applies_softmax_once(random_logits):
     labels = torch.from_numpy(LABELS)
     logits = torch.from_numpy(random_logits[0]).double()
     once = (logits.softmax(1) - torch.nn.functional.one_hot(labels, 4)).norm(dim=1).numpy()
     twice = (logits.softmax(1).softmax(1) - torch.nn.functional.one_hot(labels, 4)).norm(dim=1).numpy()
-    found = residual_norms(random_logits[0], LABELS)
+    found = el2n_of_logits(random_logits[0], LABELS)
     np.testing.assert_allclose(found, once, rtol=1e-6)
     assert np.median(np.abs(found - twice)) > 0.05
 
 
-def test_grand_materialises_every_gradient():
-    """N x C x D numbers would be 1.6 GB here."""
+def test_grand_does_not_materialise_gradients():
+    """N x C x D values would take 800 MB here."""
     n, classes, width = 4000, 100, 512
     rng = np.random.default_rng(0)
     inputs = ScoreInputs(
@@ -93,41 +99,45 @@ def test_grand_materialises_every_gradient():
         features=rng.normal(size=(n, width)).astype(np.float32),
     )
     tracemalloc.start()
-    score("grand", inputs)
+    compute_score("grand", inputs)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6
 
 
-def test_el2n_indices_in_another_data_order(tmp_path, random_logits):
+def test_el2n_does_not_depend_on_the_order_of_updates(tmp_path, random_logits):
     shuffled = [np.random.default_rng(epoch).permutation(50) for epoch in range(6)]
     straight = recorded(tmp_path / "a", random_logits, LABELS)
     mixed = recorded(tmp_path / "b", random_logits, LABELS, shuffled)
     for method in ("el2n", "aum", "forgetting"):
-        values = [score(method, ScoreInputs(LABELS, 0, dynamics=dynamics)).values for dynamics in (straight, mixed)]
+        values = [
+            compute_score(method, ScoreInputs(LABELS, 0, dynamics=dynamics)).values for dynamics in (straight, mixed)
+        ]
         assert np.array_equal(*values)
-    assert score("el2n", ScoreInputs(LABELS, 0, dynamics=mixed)).values[3] == pytest.approx(
-        residual_norms(random_logits[5, 3:4], LABELS[3:4])[0], rel=1e-3
+    assert compute_score("el2n", ScoreInputs(LABELS, 0, dynamics=mixed)).values[3] == pytest.approx(
+        el2n_of_logits(random_logits[5, 3:4], LABELS[3:4])[0], rel=1e-3
     )
 
 
-def test_memorization_without_a_standard_error(tmp_path, random_logits):
+def test_memorization_has_a_standard_error(tmp_path, random_logits):
     for run in range(3):
         mask = np.arange(50) % 3 != run
         with DynamicsRecorder(tmp_path / "dyn", 50, LABELS, epochs=1, run=run, runs=3, mask=mask) as recorder:
             recorder.update(np.arange(50), random_logits[run])
             recorder.end_epoch()
-    found = score("memorization", ScoreInputs(LABELS, 0, dynamics=Dynamics.open(tmp_path / "dyn")))
+    found = compute_score("memorization", ScoreInputs(LABELS, 0, dynamics=Dynamics.open(tmp_path / "dyn")))
     assert (found.extras["stderr"] > 0).all()
     assert (found.extras["stderr"] <= 1).all()
 
 
-def test_moderate_saved_ids_are_the_dropped_ones_or_both_tails():
+def test_moderate_keeps_the_middle_not_the_tails():
     rng = np.random.default_rng(0)
     labels = np.zeros(101, np.int64)
     features = rng.normal(0, 1, (101, 6)).astype(np.float32)
-    values = score("moderate", ScoreInputs(labels, 0, logits=np.zeros((101, 1), np.float32), features=features)).values
-    kept = choose(values, labels, 0.3, rule="moderate")
+    values = compute_score(
+        "moderate", ScoreInputs(labels, 0, logits=np.zeros((101, 1), np.float32), features=features)
+    ).values
+    kept = select_subset(values, labels, 0.3, rule="moderate").ids
     dropped = np.setdiff1d(np.arange(101), kept)
     median = np.median(values)
     assert np.abs(values[kept] - median).max() <= np.abs(values[dropped] - median).max()
@@ -136,7 +146,7 @@ def test_moderate_saved_ids_are_the_dropped_ones_or_both_tails():
 
 
 def head_problem(n=160, seed=0):
-    """Features of three overlapping classes, some labels wrong."""
+    """Return features and labels of three overlapping classes, and the indices of wrong labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     features = (rng.normal(0, 1, (n, 5)) + 1.5 * np.eye(3, 5)[labels]).astype(np.float32)
@@ -145,22 +155,22 @@ def head_problem(n=160, seed=0):
     return features, labels, wrong
 
 
-def test_influence_without_the_inverse_hessian_and_of_unknown_sign():
-    """Against retraining without the sample: the change of the held-out loss, size and sign."""
+def test_influence_matches_retraining():
+    """Predicted changes of the held-out loss agree in size and sign with retraining without the sample."""
     from kdfast.ops.softmax_head import head_newton
-    from kdfast.prune.scores.influence import held_out
+    from kdfast.prune.scores.influence import draw_holdout
 
     l2 = 0.02
     features, labels, _ = head_problem()
     options = {"l2": l2, "holdout": 0.3}
     inputs = ScoreInputs(labels, 0, logits=np.zeros((160, 3), np.float32), features=features, options=options)
-    found = score("influence", inputs).values
-    first, second = held_out(labels, 0.3, 0)
+    found = compute_score("influence", inputs).values
+    first, second = draw_holdout(labels, 0.3, 0)
     x = torch.from_numpy(features).double()
     y = torch.from_numpy(labels)
 
     def held_loss(trained, held):
-        """A removed sample leaves the sum over the others divided by the same count: rescaled penalty."""
+        """Train without a sample but divide by the old count, which is the same as rescaling the penalty."""
         scale = len(trained) / (160 - len(held))
         w = head_newton(x[trained], y[trained], l2=l2 / scale)
         return float(torch.nn.functional.cross_entropy(x[held] @ w[:, :-1].T + w[:, -1], y[held]))
@@ -179,20 +189,20 @@ def test_influence_without_the_inverse_hessian_and_of_unknown_sign():
     assert (np.sign(np.array(changes)[large]) == np.sign(found[checked][large])).all()
 
 
-def test_influence_of_mislabelled_samples():
+def test_influence_separates_mislabelled_samples():
     features, labels, wrong = head_problem(n=600)
     clean = np.setdiff1d(np.arange(600), wrong)
     base = {"labels": labels, "seed": 0, "logits": np.zeros((600, 3), np.float32), "features": features}
-    removal = score("influence", ScoreInputs(**base, options={"l2": 0.02})).values
-    own = score("influence", ScoreInputs(**base, options={"l2": 0.02, "kind": "self"})).values
+    removal = compute_score("influence", ScoreInputs(**base, options={"l2": 0.02})).values
+    own = compute_score("influence", ScoreInputs(**base, options={"l2": 0.02, "kind": "self"})).values
     assert removal[wrong].mean() < 0 < removal[clean].mean()
     assert np.median(own[wrong]) > np.quantile(own[clean], 0.8)
 
 
-def test_influence_validated_on_the_test_split(tmp_path):
-    """Its validation samples come from the training split alone: a test split that nobody may touch."""
-    from kdfast.data.source import ArraySplit, Source, generic_views
-    from kdfast.prune.scores.compute import open_inputs
+def test_influence_does_not_read_the_test_split(tmp_path):
+    """Influence never reads the test split."""
+    from kdfast.data.source import ArraySplit, Source, default_view_spec
+    from kdfast.prune.scores.compute import ScoreSources
 
     class Untouchable:
         shape = (8, 8, 3)
@@ -202,11 +212,11 @@ def test_influence_validated_on_the_test_split(tmp_path):
             raise AssertionError("the test split was read")
 
         def __len__(self):
-            raise AssertionError("the test split was looked at")
+            raise AssertionError("the length of the test split was read")
 
     features, labels, _ = head_problem()
     split = ArraySplit(np.zeros((160, 8, 8, 3), np.uint8), labels, "images")
-    source = Source("memory", "npz", ("a", "b", "c"), split, Untouchable(), generic_views((8, 8, 3), flip=False))
-    opened, _ = open_inputs(source, seed=0, options={"l2": 0.02})
-    inputs = dataclasses.replace(opened, logits=np.zeros((160, 3), np.float32), features=features)
-    assert np.isfinite(score("influence", inputs).values).all()
+    source = Source("memory", "npz", ("a", "b", "c"), split, Untouchable(), default_view_spec((8, 8, 3), flip=False))
+    given = ScoreSources.open(source).inputs("influence", seed=0, options={"l2": 0.02})
+    inputs = dataclasses.replace(given, logits=np.zeros((160, 3), np.float32), features=features)
+    assert np.isfinite(compute_score("influence", inputs).values).all()

@@ -1,0 +1,66 @@
+"""Split the number of samples to keep over the classes, and apply a rule class by class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import class_budgets
+from kdfast.prune.rules.base import Rule, RuleInputs
+
+# balanced: each class keeps its share of the data (largest remainder); equal: every class keeps the same number;
+# unbalanced: all samples are ranked together.
+BALANCE = ("balanced", "unbalanced", "equal")
+
+
+def check_budgets(labels: IntArray, total: int, balance: str) -> None:
+    """Check that the classes can give `total` samples.
+
+    Raises:
+        SubsetError: A class would be empty, or has too few samples for equal budgets.
+    """
+    if balance != "unbalanced":
+        _budgets(labels, total, balance)
+
+
+def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: str) -> IntArray:
+    """Apply a rule to each class, or to all samples together.
+
+    Args:
+        rule: The rule.
+        inputs: All samples as one group.
+        labels: int64 (N,).
+        balance: One of `BALANCE`.
+
+    Returns:
+        int64 (count,), ascending positions.
+
+    Raises:
+        SubsetError: A class would be empty, or has too few samples for equal budgets.
+    """
+    if balance == "unbalanced":
+        return np.sort(rule(inputs))
+    budgets = _budgets(labels, inputs.count, balance)
+    kept = []
+    for label in np.flatnonzero(budgets):
+        members = np.flatnonzero(labels == label)
+        kept.append(members[rule(_class_inputs(inputs, members, int(budgets[label])))])
+    return np.sort(np.concatenate(kept))
+
+
+def _budgets(labels: IntArray, total: int, balance: str) -> IntArray:
+    return class_budgets(labels, total, "equal" if balance == "equal" else "proportional")
+
+
+def _class_inputs(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
+    return replace(
+        inputs,
+        scores=inputs.scores[members],
+        ties=inputs.ties[members],
+        count=count,
+        ids=members,
+        features=None if inputs.features is None else inputs.features[members],
+        extras={name: values[members] for name, values in inputs.extras.items()},
+    )
