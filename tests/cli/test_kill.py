@@ -171,16 +171,16 @@ def test_signal_during_the_last_step_interrupts_the_command(kdfast, tiny, tmp_pa
         return ["distill", "--data", tiny, "--student", "resnet8", "--epochs", 2, "--batch-size", 20, "--alpha", 0,
                 "--out", out]  # fmt: skip
 
-    log = train._Run.log
+    log = train._TrainingLoop.log
 
-    def signalled(run, epoch_ended: bool) -> None:
-        log(run, epoch_ended)
-        if run.trainer.step == run.trainer.total_steps:
+    def signalled(loop, epoch_ended: bool) -> None:
+        log(loop, epoch_ended)
+        if loop.trainer.step == loop.trainer.total_steps:
             os.kill(os.getpid(), signal.SIGINT)
 
     assert kdfast(*command(tmp_path / "whole")).code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "log", signalled)
+        patch.setattr(train._TrainingLoop, "log", signalled)
         ran = kdfast(*command(tmp_path / "cut"))
     assert ran.code == 75
     assert "stopped by SIGINT after step 12 of 12" in ran.err
