@@ -18,12 +18,12 @@ from kdfast.ops.kd_loss import kd_loss
 from kdfast.prune.if_beta.estimators import ESTIMATORS
 from kdfast.prune.if_beta.inputs import check_fraction
 from kdfast.prune.if_beta.learner import Balance, IFBeta, IFBetaResult
-from kdfast.prune.if_beta.policy import FloatArray
 from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, Proxy, TrainingBudget
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, mean_logits
 from kdfast.prune.if_beta.search import Schedule
 from kdfast.prune.options import Option
+from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.selector import SelectorInputs, SubsetSelector
 from kdfast.teacher.cache import TeacherCache
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from kdfast.errors import UsageError
-from kdfast.prune.if_beta.policy import FloatArray
+from kdfast.prune.rules.base import FloatArray
 
 
 class Trial(NamedTuple):

@@ -12,9 +12,10 @@ import torch
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DivergedError
 from kdfast.prune.if_beta.estimators import Outcome, Trial
-from kdfast.prune.if_beta.policy import FloatArray, StratifiedSampler
+from kdfast.prune.if_beta.policy import StratifiedSampler
 from kdfast.prune.if_beta.proxy import Proxy, ProxyData, TrainingBudget, train_proxies
 from kdfast.prune.if_beta.reward import Reward, accuracy_reward, mean_rewards
+from kdfast.prune.rules.base import FloatArray
 
 _PAIRS = 16
 # 97.5% quantile of Student's t with _PAIRS - 1 = 15 degrees of freedom.

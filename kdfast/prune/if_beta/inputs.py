@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError, ShapeError, SubsetError
-from kdfast.prune.if_beta.policy import FloatArray
+from kdfast.prune.rules.base import FloatArray
 
 
 def check_fraction(fraction: float) -> None:

@@ -23,11 +23,12 @@ from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
 from kdfast.prune.if_beta.inputs import check_fraction, check_inputs, check_scores, hold_out
-from kdfast.prune.if_beta.policy import FloatArray, StratifiedSampler, average_ranks
+from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, TrainingBudget
 from kdfast.prune.if_beta.reward import REWARDS, Reward
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, SampleScore
 from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
+from kdfast.prune.rules.base import FloatArray
 
 Balance: TypeAlias = Literal["balanced", "equal", "unbalanced"]
 Progress: TypeAlias = Callable[[int, int, str], None]

@@ -1,9 +1,9 @@
 """The sampling policy: draw samples without replacement, weighted by a Beta density over the ranks of their scores.
 
 A sample of rank u in (0, 1) has the log-weight (a - 1) ln u + (b - 1) ln(1 - u). Each stratum (a class, or the whole
-data set) keeps its samples of largest log-weight + Gumbel noise, which draws without replacement with probability
-proportional to the weights of the remaining samples (Plackett-Luce). The noise is a hash of (seed, step, draw, sample),
-so any draw of any step can be computed alone, and two policies can be compared under the same noise.
+data set) is drawn from separately, by `kdfast.prune.rules.draw.gumbel_top_m`. The Gumbel noise is a hash of (seed,
+step, draw, sample), so any draw of any step can be computed alone, and two policies can be compared under the same
+noise.
 
 The sequence j_1, j_2, ... has probability prod_k w(j_k) / (sum of w over the samples remaining at k). With
 s = (ln u, ln(1 - u)), its logarithm has the gradient
@@ -13,9 +13,8 @@ s = (ln u, ln(1 - u)), its logarithm has the gradient
 where E_k is the weighted mean over the samples remaining at k, j_k included. Sums over these are suffix sums over the
 drawn samples plus one sum over the samples never drawn.
 
-Sources: Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them", ICML 2019, section 2,
-https://arxiv.org/abs/1903.06059; Plackett 1975, "The analysis of permutations"; Williams 1992 for the gradient
-estimator.
+Sources: Plackett 1975, "The analysis of permutations"; Kool, van Hoof and Welling, "Stochastic Beams and Where to Find
+Them", ICML 2019, section 2, https://arxiv.org/abs/1903.06059; Williams 1992 for the gradient's use in an estimator.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import class_budgets
+from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.rules.beta import mid_ranks
-
-FloatArray = NDArray[np.float64]
+from kdfast.prune.rules.draw import gumbel_noise, gumbel_top_m
 
 # Beyond these bounds the density is a spike that a draw of a few per cent cannot resolve, and the log-weights dwarf the
 # noise.
@@ -101,8 +99,8 @@ class StratifiedSampler:
 
     def gumbel(self, seed: int, step: int, draw: int) -> FloatArray:
         """Return standard Gumbel noise for one draw of one step, float64 (n,)."""
-        draws = uniform(hash64(Purpose.RULE, seed, step, draw, self.ids))
-        return -np.log(-np.log(np.maximum(draws, 2.0**-54)))
+        uniforms = uniform(hash64(Purpose.RULE, seed, step, draw, self.ids))
+        return gumbel_noise(np.maximum(uniforms, 2.0**-54))
 
     def draw(self, a: float, b: float, noise: FloatArray) -> IntArray:
         """Draw samples without replacement.
@@ -115,10 +113,7 @@ class StratifiedSampler:
         Returns:
             int64 (total,), positions into `ids`: stratum by stratum, each in the order drawn.
         """
-        keys = self.log_weights(a, b) + noise
-        order = np.lexsort((-keys, self.strata))
-        starts = np.concatenate([[0], np.cumsum(np.bincount(self.strata))[:-1]])
-        return np.concatenate([order[s : s + m] for s, m in zip(starts, self.counts, strict=True)])
+        return gumbel_top_m(self.log_weights(a, b), noise, self.counts, self.strata)
 
     def log_probability_gradient(self, drawn: IntArray, a: float, b: float) -> FloatArray:
         """Return the gradient of ln p(drawn) in phi = (ln a, ln b).

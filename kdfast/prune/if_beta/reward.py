@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss import kd_loss_terms
-from kdfast.prune.if_beta.policy import FloatArray
 from kdfast.prune.if_beta.proxy import Proxy, ProxyData
+from kdfast.prune.rules.base import FloatArray
 
 
 class Reward(Protocol):

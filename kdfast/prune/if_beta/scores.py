@@ -19,7 +19,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_logits, head_newton, head_self_influence
-from kdfast.prune.if_beta.policy import FloatArray
+from kdfast.prune.rules.base import FloatArray
 
 # Weight of the penalty (l2 / 2) ||W||^2 on the head, whose Hessian is singular without it. The default of the score
 # `influence` is larger because noise of the validation samples dominates removal effects at a small value; the default

@@ -14,7 +14,8 @@ import numpy as np
 
 from kdfast.errors import DivergedError, UsageError
 from kdfast.prune.if_beta.estimators import Estimate
-from kdfast.prune.if_beta.policy import MAX_PARAMETER, MIN_PARAMETER, FloatArray
+from kdfast.prune.if_beta.policy import MAX_PARAMETER, MIN_PARAMETER
+from kdfast.prune.rules.base import FloatArray
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.99, 1e-12
 _PATIENCE = 5
