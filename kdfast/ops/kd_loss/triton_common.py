@@ -1,19 +1,22 @@
-"""What the Triton kernels of ``kd_loss`` share: exponentials, and what belongs to a row besides its logits."""
+"""Functions shared by the Triton kernels of ``kd_loss``: exponentials, and the weights, labels and teacher rows."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "LOG2E", "finite", "picked_rows", "raised", "row_factors"]
+__all__ = ["LN2", "LOG2E", "exp_at_one", "finite_or_zero", "row_factors", "row_indices"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def raised(e, d, log2e_t, temperature, POWER: tl.constexpr):
-    """exp(d) from e = exp(d / T): by squaring for T = 2 and 4 (POWER 1, 2), as it is for T = 1 (0), else on its own."""
+def exp_at_one(e, d, log2e_t, temperature, POWER: tl.constexpr):
+    """Return exp(d) from e = exp(d / T).
+
+    POWER is 0 for T = 1, 1 and 2 for T = 2 and 4, where e is squared, and 3 for any other T.
+    """
     if POWER == 1:
         e = e * e
     elif POWER == 2:
@@ -25,14 +28,14 @@ def raised(e, d, log2e_t, temperature, POWER: tl.constexpr):
 
 
 @triton.jit
-def finite(m):
-    """The maximum of a row without any finite logit, -inf, must not be subtracted from itself."""
+def finite_or_zero(m):
+    """Return 0 for -inf, the maximum of a row without a finite logit, which must not be subtracted from itself."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS: tl.constexpr, HAS_MASS: tl.constexpr):
-    """Factor of each row's loss in the result: its weight over the mass of all counted rows."""
+    """Return the factor of each row in the result: its weight, divided for a mean by the mass of all counted rows."""
     factor = tl.where(live, 1.0, 0.0)
     if HAS_WEIGHTS:
         factor = tl.load(weights_ptr + r, mask=live, other=0.0).to(tl.float32)
@@ -43,7 +46,7 @@ def row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS: tl.constexpr, HAS_M
 
 
 @triton.jit
-def picked_rows(
+def row_indices(
     r,
     live,
     label_ptr,
@@ -57,7 +60,7 @@ def picked_rows(
     HAS_LABELS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
-    """Which rows count, which name something out of range, and the label and teacher row of each, clamped."""
+    """Return which rows count, which have an index out of range, and the clamped label and teacher row of each."""
     bad = r < 0
     label = r * 0
     if HAS_LABELS:
@@ -65,10 +68,10 @@ def picked_rows(
         live = live & (label != ignore_index)
         bad = live & ((label < 0) | (label >= c))
         label = tl.minimum(tl.maximum(label, 0), c - 1)
-    source = r
+    teacher_row = r
     if USE_KL:
         if HAS_ROWS:
-            source = tl.load(rows_ptr + r * rows_stride, mask=live, other=0)
-        bad = bad | (live & ((source < 0) | (source >= m)))
-        source = tl.minimum(tl.maximum(source, 0), m - 1)
-    return live, bad, label, source
+            teacher_row = tl.load(rows_ptr + r * rows_stride, mask=live, other=0)
+        bad = bad | (live & ((teacher_row < 0) | (teacher_row >= m)))
+        teacher_row = tl.minimum(tl.maximum(teacher_row, 0), m - 1)
+    return live, bad, label, teacher_row

@@ -1,11 +1,14 @@
-"""Triton kernel of ``kd_loss`` for teachers with all classes: losses and gradient in one launch, over tiles.
+"""Triton kernel of ``kd_loss`` for teachers with all classes: losses and gradient in one launch.
 
-Three shapes of work:
+The number of classes decides how rows are split into tiles:
 
-- up to 256 classes: many rows a program, so that a tile fills it;
-- up to 16,384 classes: a row is one tile, read once and kept in registers for its gradient;
-- more: a row is swept twice, first for the running maxima and sums, then from its end back, where the last tiles are
-  still in the cache, for the gradient.
+- up to 256: a tile has several rows;
+- up to 16,384: a tile is one row, read once and kept in registers for its gradient;
+- more: a row is swept twice, forward for the running maxima and sums, then backward for the gradient, so that it starts
+  with the tiles that are still in the cache.
+
+Names: z and t are the logits of student and teacher; e = exp((z - max z) / T), u = exp((t - max t) / T) and
+e1 = exp(z - max z) are the terms of their softmaxes, the last one at temperature 1.
 """
 
 from __future__ import annotations
@@ -13,21 +16,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton_common import LN2, LOG2E, finite, picked_rows, raised, row_factors
+from kdfast.ops.kd_loss.triton_common import LN2, LOG2E, exp_at_one, finite_or_zero, row_factors, row_indices
 
 __all__ = ["dense_kernel", "tile_shape"]
 
 
 @triton.jit
-def advance(
+def accumulate(
     z,
     t,
     max_z,
     max_t,
-    base,
-    sum_1,
-    sum_z,
-    sum_t,
+    origin,
+    sum_e1,
+    sum_e,
+    sum_u,
     cross,
     scale,
     temperature,
@@ -36,55 +39,60 @@ def advance(
     REVERSE: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """Take a tile of both rows into their maxima and sums.
+    """Add a tile of both rows to their maxima and sums.
 
-    ``cross`` sums p (the divergence's first distribution) times the gap of log q and log p. The student's logarithms
-    count from its maximum, the teacher's from ``base``: its maximum, or for the reverse divergence its logit of the
-    class where the student's maximum is. So gaps are small where p is large, however far the logits spread.
+    ``cross`` sums the first distribution of the divergence times the gap between the logarithms of both. Student logits
+    are relative to their maximum, teacher logits to ``origin``: their maximum, or for the reverse divergence the logit
+    of the class with the student's maximum. The gaps are then small where the first distribution is large, even if the
+    logits are far apart.
     """
-    top_z = tl.maximum(max_z, tl.max(z, 1))
-    d = z - finite(top_z)[:, None]
+    new_max_z = tl.maximum(max_z, tl.max(z, 1))
+    d = z - finite_or_zero(new_max_z)[:, None]
     e = tl.exp2(d * scale)
-    lost = max_z - finite(top_z)
-    shrink = tl.exp2(lost * scale)
+    d_max = max_z - finite_or_zero(new_max_z)
+    factor_e = tl.exp2(d_max * scale)
     if USE_KL:
-        top_t = tl.maximum(max_t, tl.max(t, 1))
-        u = tl.exp2((t - finite(top_t)[:, None]) * scale)
-        shrink_t = tl.exp2((max_t - finite(top_t)) * scale)
-        to = top_t
+        new_max_t = tl.maximum(max_t, tl.max(t, 1))
+        u = tl.exp2((t - finite_or_zero(new_max_t)[:, None]) * scale)
+        factor_u = tl.exp2((max_t - finite_or_zero(new_max_t)) * scale)
+        new_origin = new_max_t
         if REVERSE:
-            there = tl.max(tl.where(z == top_z[:, None], t, float("-inf")), 1)
-            to = tl.where(top_z > max_z, there, base)
-        moved = ((finite(to) - finite(base)) - (finite(top_z) - finite(max_z))) * scale
-        gap = ((t - finite(to)[:, None]) - d) * scale
+            t_at_max = tl.max(tl.where(z == new_max_z[:, None], t, float("-inf")), 1)
+            new_origin = tl.where(new_max_z > max_z, t_at_max, origin)
+        shift = (
+            (finite_or_zero(new_origin) - finite_or_zero(origin)) - (finite_or_zero(new_max_z) - finite_or_zero(max_z))
+        ) * scale
+        gap = ((t - finite_or_zero(new_origin)[:, None]) - d) * scale
         weight = e if REVERSE else u
-        smaller = shrink if REVERSE else shrink_t
-        cross -= (sum_z if REVERSE else sum_t) * moved
-        # A class of probability zero adds nothing, even where the other side's logarithm is infinite.
-        cross = tl.where(smaller == 0.0, 0.0, cross * smaller) + tl.sum(tl.where(weight == 0.0, 0.0, gap * weight), 1)
-        sum_t = sum_t * shrink_t + tl.sum(u, 1)
-        max_t = top_t
-        base = to
+        factor_cross = factor_e if REVERSE else factor_u
+        cross -= (sum_e if REVERSE else sum_u) * shift
+        # A class of probability zero adds nothing, even if its other probability has an infinite logarithm.
+        cross = tl.where(factor_cross == 0.0, 0.0, cross * factor_cross) + tl.sum(
+            tl.where(weight == 0.0, 0.0, gap * weight), 1
+        )
+        sum_u = sum_u * factor_u + tl.sum(u, 1)
+        max_t = new_max_t
+        origin = new_origin
     if USE_CE:
-        gone = raised(shrink, lost, scale, temperature, POWER)
-        sum_1 = sum_1 * gone + tl.sum(raised(e, d, scale, temperature, POWER), 1)
-    sum_z = sum_z * shrink + tl.sum(e, 1)
-    return top_z, max_t, base, sum_1, sum_z, sum_t, cross
+        factor_e1 = exp_at_one(factor_e, d_max, scale, temperature, POWER)
+        sum_e1 = sum_e1 * factor_e1 + tl.sum(exp_at_one(e, d, scale, temperature, POWER), 1)
+    sum_e = sum_e * factor_e + tl.sum(e, 1)
+    return new_max_z, max_t, origin, sum_e1, sum_e, sum_u, cross
 
 
 @triton.jit
-def slope(
+def gradient(
     z,
     t,
     max_z,
     max_t,
-    base,
-    sum_1,
-    sum_z,
-    sum_t,
+    origin,
+    sum_e1,
+    sum_e,
+    sum_u,
     cross,
-    hard,
-    soft,
+    ce_slope,
+    kl_slope,
     scale,
     temperature,
     USE_CE: tl.constexpr,
@@ -92,20 +100,20 @@ def slope(
     REVERSE: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """Gradient of a tile, but for the label's element; arguments as ``advance`` left them at the end of the row."""
-    d = z - finite(max_z)[:, None]
+    """Return the gradient of a tile without the one-hot term, from what ``accumulate`` returned for the last tile."""
+    d = z - finite_or_zero(max_z)[:, None]
     e = tl.exp2(d * scale)
     g = e * 0.0
     if USE_CE:
-        g += raised(e, d, scale, temperature, POWER) * (hard / sum_1)[:, None]
+        g += exp_at_one(e, d, scale, temperature, POWER) * (ce_slope / sum_e1)[:, None]
     if USE_KL:
-        p = e * (soft / sum_z)[:, None]
+        p = e * (kl_slope / sum_e)[:, None]
         if REVERSE:
-            gap = ((t - finite(base)[:, None]) - d) * scale
-            g += tl.where(e == 0.0, 0.0, p * (LN2 * ((cross / sum_z)[:, None] - gap)))
+            gap = ((t - finite_or_zero(origin)[:, None]) - d) * scale
+            g += tl.where(e == 0.0, 0.0, p * (LN2 * ((cross / sum_e)[:, None] - gap)))
         else:
-            u = tl.exp2((t - finite(max_t)[:, None]) * scale)
-            g += p - u * (soft / sum_t)[:, None]
+            u = tl.exp2((t - finite_or_zero(max_t)[:, None]) * scale)
+            g += p - u * (kl_slope / sum_u)[:, None]
     return g
 
 
@@ -114,9 +122,9 @@ def dense_kernel(
     z_ptr,  # (N, C) student logits, strides z_row, z_col
     t_ptr,  # (M, C) teacher logits, strides t_row, t_col
     label_ptr,  # (N,) int64
-    rows_ptr,  # (N,) int64 rows of the teacher
+    rows_ptr,  # (N,) int64 teacher row of each sample
     weights_ptr,  # (N,) float
-    mass_ptr,  # () float32, what a mean divides by
+    mass_ptr,  # () float32, divisor of a mean
     loss_ptr,  # (N,) float32, out
     grad_ptr,  # (N, C) contiguous, out
     n,
@@ -132,7 +140,7 @@ def dense_kernel(
     temperature,
     ce_factor,
     kl_factor,
-    hold,
+    grad_scale,
     USE_CE: tl.constexpr,
     USE_KL: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -148,24 +156,24 @@ def dense_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses and gradient of ROWS rows. SINGLE: a row is one tile; WIDE: a column's offset may exceed 31 bits.
+    """Compute losses and gradient of ROWS rows.
 
-    ALIGN divides C and the row strides.
+    SINGLE: a row is one tile. WIDE: the offset of a column may exceed 31 bits. ALIGN divides C and the row strides.
     """
     NEG: tl.constexpr = float("-inf")
-    # No change of value: it tells the compiler that whole vectors of ALIGN elements may be loaded.
+    # The values do not change, but the compiler learns that it may load vectors of ALIGN elements.
     c = c // ALIGN * ALIGN
     z_row = z_row // ALIGN * ALIGN
     t_row = t_row // ALIGN * ALIGN
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = r < n
     factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
-    live, bad, label, source = picked_rows(
+    live, bad, label, teacher_row = row_indices(
         r, live, label_ptr, rows_ptr, label_stride, rows_stride, ignore_index, c, m, USE_KL, HAS_LABELS, HAS_ROWS
     )
     factor = tl.where(bad, float("nan"), tl.where(live, factor, 0.0))
     z_base = z_ptr + r[:, None] * z_row
-    t_base = t_ptr + source[:, None] * t_row
+    t_base = t_ptr + teacher_row[:, None] * t_row
     scale = LOG2E / temperature if USE_KL else LOG2E
     columns = tl.arange(0, BLOCK)[None, :]
     if WIDE:
@@ -173,10 +181,10 @@ def dense_kernel(
 
     max_z = tl.full((ROWS,), NEG, tl.float32)
     max_t = tl.full((ROWS,), NEG, tl.float32)
-    base = tl.full((ROWS,), NEG, tl.float32)
-    sum_1 = tl.zeros((ROWS,), tl.float32)
-    sum_z = tl.zeros((ROWS,), tl.float32)
-    sum_t = tl.zeros((ROWS,), tl.float32)
+    origin = tl.full((ROWS,), NEG, tl.float32)
+    sum_e1 = tl.zeros((ROWS,), tl.float32)
+    sum_e = tl.zeros((ROWS,), tl.float32)
+    sum_u = tl.zeros((ROWS,), tl.float32)
     cross = tl.zeros((ROWS,), tl.float32)
     z = tl.full((ROWS, BLOCK), NEG, tl.float32)
     t = tl.full((ROWS, BLOCK), NEG, tl.float32)
@@ -187,25 +195,25 @@ def dense_kernel(
         z = tl.load(z_base + col * z_col, mask=mask, other=NEG, eviction_policy="evict_last").to(tl.float32)
         if USE_KL:
             t = tl.load(t_base + col * t_col, mask=mask, other=NEG, eviction_policy="evict_last").to(tl.float32)
-        max_z, max_t, base, sum_1, sum_z, sum_t, cross = advance(
-            z, t, max_z, max_t, base, sum_1, sum_z, sum_t, cross, scale, temperature, USE_CE, USE_KL, REVERSE, POWER
+        max_z, max_t, origin, sum_e1, sum_e, sum_u, cross = accumulate(
+            z, t, max_z, max_t, origin, sum_e1, sum_e, sum_u, cross, scale, temperature, USE_CE, USE_KL, REVERSE, POWER
         )
 
     loss = tl.zeros((ROWS,), tl.float32)
     if USE_CE:
         z_label = tl.load(z_ptr + r * z_row + label * z_col, mask=live, other=0.0).to(tl.float32)
-        loss += ce_factor * (LN2 * tl.log2(sum_1) - (z_label - max_z))
+        loss += ce_factor * (LN2 * tl.log2(sum_e1) - (z_label - max_z))
     if USE_KL:
-        # log2 of the student's over the teacher's normaliser, counted as the gaps are. Of their quotient: at a high
-        # temperature it is near one, and two logarithms would leave their own rounding.
-        ratio = tl.log2(sum_z / sum_t) + (finite(base) - finite(max_t)) * scale
-        kl = -cross / sum_z - ratio if REVERSE else cross / sum_t + ratio
+        # log2 of the ratio of the normalisers, relative to the same values as the gaps. Not the difference of two
+        # logarithms: at a high temperature the ratio is close to 1, and their rounding errors would remain.
+        ratio = tl.log2(sum_e / sum_u) + (finite_or_zero(origin) - finite_or_zero(max_t)) * scale
+        kl = -cross / sum_e - ratio if REVERSE else cross / sum_u + ratio
         loss += kl_factor * (LN2 * kl)
     tl.store(loss_ptr + r, tl.where(live, loss * factor, 0.0), mask=r < n)
 
     if GRAD:
-        hard = factor * hold * ce_factor if USE_CE else factor * 0.0
-        soft = factor * hold * kl_factor / temperature if USE_KL else factor * 0.0
+        ce_slope = factor * grad_scale * ce_factor if USE_CE else factor * 0.0
+        kl_slope = factor * grad_scale * kl_factor / temperature if USE_KL else factor * 0.0
         for j in range(0, 1 if SINGLE else tiles):
             col = (0 if SINGLE else tiles - 1 - j) * BLOCK + columns
             mask = live[:, None] & (col < c)
@@ -214,22 +222,23 @@ def dense_kernel(
                 if USE_KL:
                     t = tl.load(t_base + col * t_col, mask=mask, other=NEG, eviction_policy="evict_first")
                     t = t.to(tl.float32)
-            g = slope(
-                z, t, max_z, max_t, base, sum_1, sum_z, sum_t, cross, hard, soft, scale, temperature,
+            g = gradient(
+                z, t, max_z, max_t, origin, sum_e1, sum_e, sum_u, cross, ce_slope, kl_slope, scale, temperature,
                 USE_CE, USE_KL, REVERSE, POWER,
             )  # fmt: skip
             if USE_CE:
-                g -= tl.where(col == label[:, None], hard[:, None], 0.0)
+                g -= tl.where(col == label[:, None], ce_slope[:, None], 0.0)
             g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
             at = grad_ptr + r[:, None] * c + col
             tl.store(at, g, mask=(r[:, None] < n) & (col < c), eviction_policy="evict_first")
 
 
 def tile_shape(n: int, c: int) -> dict[str, int]:
-    """Tile of ``dense_kernel`` for N rows of C classes, and warps for it; N only separates small from large batches.
+    """Return the tile shape and the warps of ``dense_kernel`` for N rows of C classes.
 
-    Eight elements a thread where possible, though that be fewer rows than would fit: with more, ptxas spills (sm_90).
-    Above 8,192 classes a tile has sixteen, and up to 28 bytes a thread spill.
+    N only separates small from large batches. A thread has eight elements if possible, even if more rows would fit,
+    since with more elements ptxas spills registers (sm_90). Above 8,192 classes it has sixteen, of which up to 28 bytes
+    spill.
     """
     block = max(16, triton.next_power_of_2(c))
     if block > 16384:

@@ -34,7 +34,7 @@ POINTERS = {
     "loss_ptr": "*fp32",
     "factor_ptr": "*fp32",
 }
-FLOATS = {"temperature", "ce_factor", "kl_factor", "hold", "scale"}
+FLOATS = {"temperature", "ce_factor", "kl_factor", "grad_scale", "scale"}
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +122,11 @@ def test_tiles_cover_a_row_or_stream_it():
 
 
 def test_wide_offsets_and_alignment():
-    from kdfast.ops.kd_loss.triton_launch import _alignment, _wide
+    from kdfast.ops.kd_loss.triton_launch import _alignment, _needs_wide_offsets
 
     wide = torch.empty_strided((4, 2**16), (1, 2**15), device="meta")
-    assert _wide(torch.zeros(4, 8), wide)
-    assert not _wide(torch.zeros(4, 8))
+    assert _needs_wide_offsets(torch.zeros(4, 8), wide)
+    assert not _needs_wide_offsets(torch.zeros(4, 8))
     assert _alignment(torch.zeros(4, 100), torch.zeros(4, 100)) == 4
     assert _alignment(torch.zeros(4, 48)[:, :32], torch.zeros(4, 32)) == 16
     assert _alignment(torch.zeros(4, 33)[:, :32]) == 1
