@@ -109,7 +109,7 @@ def test_dry_run_writes_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Path)
         (("--option", "score=nosuch"), 2, "must be one of"),
         (("--option", "stepps=3"), 2, "did you mean 'steps'"),
         (("--option", "alpha=2"), 2, "from 0 to 1"),
-        (("--rule", "hard"), 2, "do not apply"),
+        (("--rule", "hard"), 2, "omit --rule and --score-option"),
     ],
 )
 def test_rejects_bad_options(

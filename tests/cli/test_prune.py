@@ -106,7 +106,7 @@ def test_reads_the_fraction_from_a_config_file(kdfast, tiny: Path, tmp_path: Pat
     [
         (("--fraction", "0.25", "--rule", "hrad"), 2, "did you mean 'hard'"),
         (("--fraction", "0.25", "--rule", "beta", "--option", "c=1"), 2, "no option 'c'"),
-        (("--fraction", "0.25", "--rule", "beta", "--option", "a"), 2, "give name=value"),
+        (("--fraction", "0.25", "--rule", "beta", "--option", "a"), 2, "write it as name=value"),
         (("--fraction", "0.25", "--rule", "d2"), 2, "--cache"),
         (("--fraction", "0.25", "--method", "el2n"), 2, "--scores excludes --method"),
         (("--fraction", "0.25", "--fraction", "0.5"), 2, "put {fraction} into the name"),

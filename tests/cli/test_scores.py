@@ -174,8 +174,8 @@ BAD_SCORES = {
     "an option's typo": (["--method", "dual", "--option", "windw=2"], 2, "did you mean 'window'"),
     "an option without a value": (["--method", "dual", "--option", "window"], 2, "name=value"),
     "an option out of range": (["--method", "dual", "--option", "window=1"], 2, "from 2 to"),
-    "no dynamics": (["--method", "aum"], 2, "kdfast dynamics --data"),
-    "no cache": (["--method", "influence"], 2, "kdfast cache --data"),
+    "no dynamics": (["--method", "aum"], 2, "with kdfast dynamics and pass --dynamics"),
+    "no cache": (["--method", "influence"], 2, "with kdfast cache and pass --cache"),
     "neither": (["--method", "el2n"], 2, "kdfast dynamics .* kdfast cache"),
     "no folder": (["--method", "aum", "--dynamics", "absent"], 3, "holds no dynamics"),
 }
@@ -197,10 +197,12 @@ def test_rejects_foreign_and_stale_inputs(kdfast, tiny, cache, dynamics, tmp_pat
     expect(kdfast("score", "--data", "digits", "--dynamics", dynamics, "--method", "aum", "--out", out), 3,
            "other data")  # fmt: skip
     expect(kdfast("score", "--data", "digits", "--cache", cache, "--method", "el2n", "--out", out), 3,
-           "not made for this")  # fmt: skip
+           "belongs to other data")  # fmt: skip
     assert kdfast("data", "flip", tiny, tmp_path / "noisy").code == 0
     for more in (["--cache", cache, "--method", "el2n"], ["--dynamics", dynamics, "--method", "aum"]):
-        expect(kdfast("score", "--data", tmp_path / "noisy", *more, "--out", out), 3, "other data|not made for this")
+        expect(
+            kdfast("score", "--data", tmp_path / "noisy", *more, "--out", out), 3, "other data|belongs to other data"
+        )
     assert not out.exists()
 
 
@@ -278,7 +280,7 @@ def test_sigterm_exits_75_and_the_same_command_resumes(tiny: Path, tmp_path: Pat
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "goes on" in err
+    assert "run the same command again" in err
     assert json.loads(status.read_text())["state"] == "interrupted"
     finish(command)
     assert (tmp_path / "d" / "manifest.json").exists()

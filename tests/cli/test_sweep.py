@@ -17,6 +17,7 @@ import pytest
 
 from kdfast.errors import DivergedError
 from kdfast.prune.options import Option
+from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.selector import SubsetSelector
 from kdfast.prune.selectors import SELECTORS
 from kdfast.sweep import session as sessions
@@ -127,11 +128,9 @@ def test_opens_inputs_and_computes_scores_once(kdfast, tiny: Path, cache: Path, 
     opened = []
     real = sessions.open_source
     monkeypatch.setattr(sessions, "open_source", lambda *a, **k: opened.append(a) or real(*a, **k))
-    scored = []
-    from kdfast.sweep import subsets
-
+    scored, score = [], ScoreSources.score
     monkeypatch.setattr(
-        subsets, "score", lambda name, inputs, real=subsets.score: scored.append(name) or real(name, inputs)
+        ScoreSources, "score", lambda sources, name, **how: scored.append(name) or score(sources, name, **how)
     )
     outcome = kdfast("sweep", "--data", tiny, "--cache", cache, *GRID, "--methods", "random,el2n", "--fractions",
                      "0.25,0.5", "--out", tmp_path)  # fmt: skip
@@ -244,22 +243,22 @@ BAD = {
     "option value": (("--methods", "el2n/beta:a=-1"), 2, "a=-1"),
     "score option": (("--methods", "influence:kinds=self"), 2, "did you mean 'kind'"),
     "method twice": (("--methods", "el2n,el2n/hard"), 2, "names el2n twice"),
-    "no dynamics": (("--methods", "forgetting"), 2, "kdfast dynamics --data"),
+    "no dynamics": (("--methods", "forgetting"), 2, "with kdfast dynamics and pass --dynamics"),
     "mean p": (("--methods", "el2n/dual"), 2, "needs mean_p"),
     "fraction too small": (("--fractions", "0.001"), 3, "keeps none"),
     "fraction empties classes": (("--fractions", "0.01"), 3, "leaves 2 classes empty"),
     "fraction under a batch": (("--fractions", "0.05"), 3, "fewer than one batch of 10"),
-    "fraction over 1": (("--fractions", "0.1,1.5"), 2, "--fractions has 1.5"),
+    "fraction over 1": (("--fractions", "0.1,1.5"), 2, "--fractions contains 1.5"),
     "fraction no number": (("--fractions", "0.1,x"), 2, "--fractions is '0.1,x'"),
-    "fraction twice": (("--fractions", "0.5,0.50"), 2, "needed: distinct numbers"),
-    "seeds": (("--seeds", "0,-1"), 2, "--seed is -1"),
+    "fraction twice": (("--fractions", "0.5,0.50"), 2, "pass distinct numbers"),
+    "seeds": (("--seeds", "0,-1"), 2, "--seeds is -1"),
     "kd": (("--kd", "maybe"), 2, "--kd is 'maybe'"),
-    "alpha 0": (("--alpha", 0), 2, "--kd off"),
+    "alpha 0": (("--alpha", 0), 2, "set --kd to off"),
     "alpha": (("--alpha", "much"), 2, "--alpha is 'much'"),
     "views": (("--views", 9), 2, "the cache holds 3"),
     "student": (("--student", "resnet9"), 2, "did you mean 'resnet"),
     "precision": (("--precision", "fp8"), 2, "--precision is 'fp8'"),
-    "scores": (("--scores", "mine"), 2, "needed: NAME=FILE"),
+    "scores": (("--scores", "mine"), 2, "pass NAME=FILE"),
     "score file": (("--scores", "mine=/nowhere.npz"), 3, "there is no /nowhere.npz"),
     "dynamics": (("--dynamics", "/nowhere"), 3, "/nowhere"),
 }
@@ -283,9 +282,12 @@ def test_names_missing_inputs(kdfast, tiny: Path, cache: Path, tmp_path: Path) -
     for command, message in (
         (("--out", out), "needs --data and --student"),
         (("--data", tiny, *GRID, "--out", out), "need --cache"),
-        (("--data", tiny, *GRID, "--kd", "off", "--methods", "moderate", "--out", out), "kdfast cache --data"),
-        (("--data", tiny, *GRID, "--kd", "off", "--methods", "d2", "--out", out), "kdfast cache --data"),
-        (("--report-only", "--out", out), "holds no row"),
+        (
+            ("--data", tiny, *GRID, "--kd", "off", "--methods", "moderate", "--out", out),
+            "with kdfast cache and pass --cache",
+        ),
+        (("--data", tiny, *GRID, "--kd", "off", "--methods", "d2", "--out", out), "with kdfast cache and pass --cache"),
+        (("--report-only", "--out", out), "has no row"),
     ):
         outcome = kdfast("sweep", *command)
         assert outcome.code in (2, 3), outcome.err
