@@ -1,1 +1,1 @@
-"""kd_loss at home in other trainers: each module is one runnable program, ``python -m kdfast.examples.NAME``."""
+"""kdfast in other trainers: each module is a program, run by ``python -m kdfast.examples.NAME``."""

@@ -1,4 +1,4 @@
-"""What the image examples share: scikit-learn's digits, a small network, and a teacher's cached logits."""
+"""Parts shared by the image examples: scikit-learn's digits, a small network, and a teacher's cached logits."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Digits(NamedTuple):
 
     @property
     def indexed(self) -> TensorDataset:
-        """Training samples as (image, class, index); a subset of them keeps the index of the whole set."""
+        """Training samples as (image, class, index); a subset keeps the indices of the full set."""
         return TensorDataset(self.x, self.y, torch.arange(len(self.x)))
 
 
 def digits(train: int = 1400) -> Digits:
-    """The first ``train`` images to train on, the other ones to test on."""
+    """Load the digits: the first ``train`` images for training, the others for testing."""
     images, labels = load_digits(return_X_y=True)
     x, y = torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
     return Digits(x[:train], y[:train], x[train:], y[train:])
 
 
 def mlp(width: int) -> nn.Sequential:
-    """A network of one hidden layer: (N, 64) -> (N, 10)."""
+    """Build a network with one hidden layer: (N, 64) -> (N, 10)."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, CLASSES))
 
 
 def cached_logits(data: Digits, steps: int = 150) -> Tensor:
-    """Train a teacher and return its logits for each training sample: (N, 10) float16, row i for sample i."""
+    """Train a teacher and return its logits for the training samples: (N, 10) float16, row i for sample i."""
     torch.manual_seed(0)
     teacher = mlp(256)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
@@ -55,5 +55,5 @@ def cached_logits(data: Digits, steps: int = 150) -> Tensor:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the images that the network puts into their class."""
+    """Return the share of images classified correctly."""
     return float((net(x).argmax(1) == y).float().mean())

@@ -1,10 +1,10 @@
-"""kd_loss under DistributedDataParallel: two processes compute the gradient of one.
+"""kd_loss under DistributedDataParallel: two processes compute the same gradient as one.
 
     python -m kdfast.examples.ddp
 
-DistributedDataParallel averages the processes' gradients. That is the gradient of the whole batch only if each loss is
-divided by what the whole batch counts: with ignored rows or weights the shards differ, and a mean of their means is
-not the mean. So each process sums over its shard and divides by the count of all, times the number of processes.
+DistributedDataParallel averages the processes' gradients. If labels are ignored, shards have different numbers of
+rows that count, so the average of their mean losses is not the mean loss of the batch. Therefore each process sums its
+losses, divides by the number of rows that count in the whole batch, and multiplies by the number of processes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ IGNORE = -100
 
 
 class Result(NamedTuple):
-    """Largest gradient, and largest difference between the processes' gradient and that of a single process."""
+    """Largest gradient entry, and largest difference between the gradients of several processes and of one."""
 
     largest: float
     difference: float
 
 
 class Batch(NamedTuple):
-    """Inputs (N, 16), labels (N,) of which some are ignored, teacher logits (M, 10), the teacher's rows (N,)."""
+    """Inputs (N, 16), labels (N,) with some ignored, teacher logits (M, 10), and each sample's row in them (N,)."""
 
     x: Tensor
     labels: Tensor
@@ -44,43 +44,45 @@ class Batch(NamedTuple):
 
 
 def make_batch(size: int = 24) -> Batch:
-    """Random data, the same in each process; most rows that do not count belong to the first process."""
-    draw = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (size,), generator=draw)
+    """Generate random data, equal in each process; most ignored rows belong to the first process."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (size,), generator=generator)
     labels[: size // 2 : 2] = IGNORE
     labels[-1] = IGNORE
-    teacher = 3 * torch.randn(100, 10, generator=draw)
-    return Batch(torch.randn(size, 16, generator=draw), labels, teacher, torch.randint(100, (size,), generator=draw))
+    teacher = 3 * torch.randn(100, 10, generator=generator)
+    x = torch.randn(size, 16, generator=generator)
+    return Batch(x, labels, teacher, torch.randint(100, (size,), generator=generator))
 
 
 def make_net() -> nn.Sequential:
-    """The student, the same in each process."""
+    """Build the student, equal in each process."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def shard_loss(net: nn.Module, batch: Batch, shard: slice) -> Tensor:
-    """This process's part of the loss: its rows' sum over the mean number of rows that a process counts."""
+    """Return this process's loss: the sum over its rows divided by the mean number of rows that count per process."""
     labels = batch.labels[shard]
-    counted = (labels != IGNORE).sum().float()
-    dist.all_reduce(counted)
-    # The teacher's table stays whole: rows point into it.
+    count = (labels != IGNORE).sum().float()
+    dist.all_reduce(count)
+    # Only the rows are sharded: they are indices into the full table of teacher logits.
     total: Tensor = kdfast.kd_loss(
         net(batch.x[shard]), labels, batch.teacher, batch.rows[shard], ignore_index=IGNORE, reduction="sum"
     )
-    return total * dist.get_world_size() / counted.clamp_min(1)  # a batch in which nothing counts has loss 0
+    return total * dist.get_world_size() / count.clamp_min(1)  # the loss is 0 if every row is ignored
 
 
-def work(rank: int, processes: int, folder: str) -> None:
-    """One process: its shard, one step's gradient; under torchrun, rank and meeting place come by themselves."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+def run_worker(rank: int, processes: int, folder: str) -> None:
+    """Compute the gradient of one step on this process's shard, and save it in the first process."""
+    # Under torchrun, init_process_group("gloo") suffices.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     batch = make_batch()
     net = DistributedDataParallel(make_net())
     size = len(batch.x) // processes
     shard_loss(net, batch, slice(rank * size, (rank + 1) * size)).backward()
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], f"{folder}/gradients.pt")
-    dist.barrier()  # neither closes its connections while the other still uses them
+    dist.barrier()  # no process closes its connections while another uses them
     dist.destroy_process_group()
 
 
@@ -88,21 +90,21 @@ def main(processes: int = 2) -> Result:
     """Compare the gradient of several processes with that of one.
 
     Args:
-        processes: How many share the batch; it must divide 24.
+        processes: Number of processes that share the batch; it must divide 24.
 
     Returns:
-        The largest gradient and the largest difference.
+        Largest gradient entry and largest difference.
     """
-    if processes < 1 or len(make_batch().x) % processes:
-        raise typer.BadParameter(f"{processes} processes do not share {len(make_batch().x)} rows evenly")
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(work, args=(processes, folder), nprocs=processes)
-        shared = torch.load(Path(folder) / "gradients.pt")
     batch, net = make_batch(), make_net()
+    if processes < 1 or len(batch.x) % processes:
+        raise typer.BadParameter(f"{len(batch.x)} rows do not divide evenly among {processes} processes")
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(run_worker, args=(processes, folder), nprocs=processes)
+        distributed = torch.load(Path(folder) / "gradients.pt")
     kdfast.kd_loss(net(batch.x), batch.labels, batch.teacher, batch.rows, ignore_index=IGNORE).backward()
-    alone = [p.grad for p in net.parameters() if p.grad is not None]
-    gaps = [float((a - b).abs().max()) for a, b in zip(alone, shared, strict=True)]
-    result = Result(max(float(g.abs().max()) for g in alone), max(gaps))
+    single = [p.grad for p in net.parameters() if p.grad is not None]
+    differences = [float((a - b).abs().max()) for a, b in zip(single, distributed, strict=True)]
+    result = Result(max(float(g.abs().max()) for g in single), max(differences))
     print(f"{processes} processes: {result}")
     return result
 

@@ -1,11 +1,11 @@
-"""kd_loss in a plain PyTorch loop: part of the data, a cached teacher, mixed precision.
+"""kd_loss in a plain PyTorch loop: a subset of the data, cached teacher logits, mixed precision.
 
     python -m kdfast.examples.plain_loop
     python -m kdfast.examples.plain_loop --device cuda --amp fp16 --compile-model
 
-The teacher ran once: its logits lie in one float16 table, a row for each sample of the whole training set. The student
-trains on a tenth of that set. Its loader hands out, beside image and class, the sample's index in the whole set, and
-that index is the teacher's row: nothing is gathered, and no second data set is kept in step with the first.
+The teacher runs once and stores its logits in a float16 table with one row per sample of the full training set. The
+student trains on a tenth of that set. Its loader yields image, class and the sample's index in the full set, which is
+the sample's row in the table: ``kd_loss`` reads the row there, so no teacher logits are copied into batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Result(NamedTuple):
-    """Mean loss of the first and of the last epoch, and the share of test images that are classified correctly."""
+    """Mean losses of the first and the last epoch, and the share of test images classified correctly."""
 
     first_loss: float
     last_loss: float
@@ -40,15 +40,15 @@ def main(
     device: str = "cpu",
     compile_model: bool = False,
 ) -> Result:
-    """Distill a student on part of the digits, and print how well it does.
+    """Distill a student on a subset of the digits, and print its accuracy.
 
     Args:
         epochs: Passes over the kept samples.
-        alpha: Weight of the teacher against the labels, as in ``kdfast.kd_loss``.
+        alpha: Weight of the teacher, as in ``kdfast.kd_loss``.
         keep: Share of the training samples to keep.
-        amp: "none", "bf16" or "fp16": what autocast computes in.
+        amp: Autocast dtype: "none", "bf16" or "fp16".
         device: "cpu" or "cuda".
-        compile_model: Whether the student goes through ``torch.compile``; the loss may also be compiled with it.
+        compile_model: Whether to compile the student by ``torch.compile``, which supports ``kd_loss``, too.
 
     Returns:
         Losses and accuracy.
@@ -57,13 +57,13 @@ def main(
         raise typer.BadParameter(f"--amp must be one of {', '.join(AMP)}, and --keep lie in (0, 1]")
     data = digits()
     teacher_logits = cached_logits(data).to(device)
-    kept = (torch.arange(max(1, round(keep * len(data.x)))) / keep).long()  # `kdfast prune` writes such to idx.npy
+    kept = (torch.arange(max(1, round(keep * len(data.x)))) / keep).long()  # or idx.npy of `kdfast prune`
     loader = DataLoader(Subset(data.indexed, kept.tolist()), batch_size=32, shuffle=True)
 
     student = mlp(32).to(device)
     forward = torch.compile(student) if compile_model else student
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
-    # float16 gradients need a scaled loss; for the other types the scaler does nothing.
+    # float16 gradients need loss scaling; the scaler is disabled for other dtypes.
     scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
     losses = []
     for _ in range(epochs):

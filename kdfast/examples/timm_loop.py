@@ -1,10 +1,10 @@
-"""KDLoss as the criterion of timm's training loop: its model, optimizer, schedule and loss scaler.
+"""KDLoss as the criterion of timm's training loop, with its models, optimizers, schedules and loss scaler.
 
     python -m kdfast.examples.timm_loop
 
-Needs ``timm`` and the ``torchvision`` that fits the installed torch. Two things change in timm's loop: the loader also
-yields each sample's index, and the criterion gets the teacher's logits and that index. Leave mixup and cutmix off: they
-mix two images into one that the cached teacher never saw.
+Needs ``timm`` and the ``torchvision`` for the installed torch. Two changes to timm's loop suffice: the loader also
+yields each sample's index, and the criterion receives the teacher logits and that index. Disable mixup and cutmix: the
+cached logits do not cover mixed images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Result", "main"]
 
 
 class Result(NamedTuple):
-    """Mean loss and learning rate of each epoch, and the share of the training images classified correctly."""
+    """Mean loss and learning rate of each epoch, and the share of training images classified correctly."""
 
     losses: list[float]
     rates: list[float]
@@ -35,18 +35,18 @@ class Result(NamedTuple):
 
 
 def as_images(x: Tensor) -> Tensor:
-    """Digits as images of 32 x 32 in three channels: (N, 64) -> (N, 3, 32, 32)."""
+    """Convert digits (N, 64) to images (N, 3, 32, 32)."""
     images = x.reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1)
     return torch.nn.functional.interpolate(images, size=32)
 
 
 def main(epochs: int = 4, samples: int = 256, model_name: str = "test_resnet", alpha: float = 0.9) -> Result:
-    """Distill one of timm's networks on some of the digits.
+    """Distill one of timm's networks on a subset of the digits.
 
     Args:
         epochs: Passes over the kept samples.
-        samples: How many training samples to keep.
-        model_name: Any name of ``timm.list_models()``.
+        samples: Number of training samples to keep.
+        model_name: A name from ``timm.list_models()``.
         alpha: Weight of the teacher, as in ``kdfast.kd_loss``.
 
     Returns:

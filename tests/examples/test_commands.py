@@ -1,4 +1,4 @@
-"""Each example as a reader starts it: ``python -m kdfast.examples.NAME``."""
+"""Each example as a user runs it: ``python -m kdfast.examples.NAME``."""
 
 import importlib
 import os
@@ -19,19 +19,19 @@ NEEDS = {
 }
 
 
-def test_every_example_is_found():
+def test_finds_all_examples():
     assert NAMES == ["ddp", "hf_trainer", "lightning", "plain_loop", "timm_loop", "vit_scores"]
 
 
 @pytest.fixture(params=NAMES)
 def name(request):
-    """An example whose libraries import here."""
+    """An example whose libraries are installed."""
     for package in NEEDS.get(request.param, []):
         pytest.importorskip(package, exc_type=(ImportError, RuntimeError))
     return request.param
 
 
-def test_the_command_runs_and_leaves_nothing_behind(name, tmp_path):
+def test_command_runs_and_leaves_no_files(name, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-m", f"kdfast.examples.{name}"],
@@ -42,7 +42,7 @@ def test_the_command_runs_and_leaves_nothing_behind(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_option_is_explained(name):
+def test_docstring_explains_every_option(name):
     main = importlib.import_module(f"kdfast.examples.{name}").main
     for argument in main.__annotations__.keys() - {"return"}:
         assert f"{argument}:" in main.__doc__

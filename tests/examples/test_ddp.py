@@ -9,19 +9,19 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was 
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_share_a_batch_as_one_would_take_it(processes):
+def test_gradient_of_processes_equals_that_of_one(processes):
     result = ddp.main(processes)
     assert result.largest > 0.05
     assert result.difference < 1e-6 * result.largest
 
 
 @pytest.mark.parametrize("processes", [0, 5])
-def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(processes):
+def test_rejects_processes_that_do_not_divide_batch(processes):
     with pytest.raises(typer.BadParameter, match="evenly"):
         ddp.main(processes)
 
 
-def test_a_batch_in_which_nothing_counts_has_loss_zero(monkeypatch):
+def test_loss_is_zero_if_all_labels_are_ignored(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda x: None)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     batch = ddp.make_batch()
@@ -29,8 +29,8 @@ def test_a_batch_in_which_nothing_counts_has_loss_zero(monkeypatch):
     assert ddp.shard_loss(ddp.make_net(), batch, slice(None)).item() == 0
 
 
-def test_the_shards_count_unevenly_so_that_a_mean_of_means_would_differ():
+def test_shards_have_different_numbers_of_ignored_labels():
     labels = ddp.make_batch().labels
     first, second = labels.chunk(2)
     assert (first != ddp.IGNORE).sum() < 0.7 * (second != ddp.IGNORE).sum()
-    assert torch.equal(labels, ddp.make_batch().labels), "every process must draw the same batch"
+    assert torch.equal(labels, ddp.make_batch().labels), "every process must generate the same batch"

@@ -1,13 +1,13 @@
 import pytest
 
 
-def test_the_student_learns_on_timms_schedule():
+def test_student_learns_with_timm_schedule():
     for package in ("torchvision", "timm"):
-        # A torchvision that was built for another torch fails with a RuntimeError.
+        # A torchvision built for another torch raises a RuntimeError.
         pytest.importorskip(package, exc_type=(ImportError, RuntimeError))
     from kdfast.examples import timm_loop
 
     result = timm_loop.main(epochs=5)
     assert result.losses[-1] < 0.75 * result.losses[0]
     assert result.accuracy > 0.4
-    assert result.rates[-1] < 0.1 * max(result.rates), "the cosine must have come down"
+    assert result.rates[-1] < 0.1 * max(result.rates), "the cosine schedule must end near 0"

@@ -1,4 +1,4 @@
-"""The vision transformer's scores against autograd, and against the labels that were changed."""
+"""Scores of the vision transformer against autograd and against the changed labels."""
 
 import pytest
 import torch
@@ -9,21 +9,21 @@ pytest.importorskip("transformers", reason="needs transformers (pip install 'kdf
 from kdfast.examples import vit_scores
 
 
-def test_scores_are_the_norms_of_each_samples_gradient():
-    model = vit_scores.transformer(width=16, layers=1).double().eval()
+def test_scores_match_autograd():
+    model = vit_scores.make_model(width=16, layers=1).double().eval()
     images, labels = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (5,))
-    found = vit_scores.scores(model, images, labels, batch_size=2)
+    scores = vit_scores.compute_scores(model, images, labels, batch_size=2)
     for i in range(5):
         loss = functional.cross_entropy(model(pixel_values=images[i : i + 1]).logits, labels[i : i + 1])
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
-        torch.testing.assert_close(found[i], norm, rtol=1e-10, atol=0)
+        torch.testing.assert_close(scores[i], norm, rtol=1e-10, atol=0)
 
 
-def test_wrong_labels_are_found(capsys):
+def test_finds_wrong_labels(capsys):
     result = vit_scores.main()
     assert result.auc > 0.93
-    assert result.precision > 0.35  # by chance, 0.05
+    assert result.precision > 0.35  # 0.05 by chance
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["sample", "label", "true", "label", "gradient", "norm"]
     assert "50 of 1000 labels are wrong" in lines[-1]
