@@ -1,42 +1,41 @@
-// kd_loss called with torch's tensors, looked at through DLPack's C functions: torch is not linked.
+// A shortcut for the plainest calls of kd_loss: takes PyTorch's tensors apart through DLPack's C interface, so that
+// PyTorch is not linked, checks the arguments and runs the kernel.
 //
-// At a hundred classes the kernel takes less time than the interpreter needs to check a call and to take its tensors
-// apart. So the plainest calls are checked here; whatever is unusual is left to kdfast.ops.kd_loss, which takes any
-// call and says what is wrong with it.
+// At a hundred classes the kernel takes less time than Python needs to check and unpack the arguments; for what this
+// saves, see kdfast/ops/kd_loss/fast_path.py. A call that is unusual or wrong is declined, and kdfast.ops.kd_loss.api
+// then takes the general path, which accepts every valid call and explains what is wrong with others.
 #include <pybind11/pybind11.h>
 
-#include <cmath>
 #include <cstdlib>
 
-#include "common/core.h"
 #include "common/dlpack.h"
 #include "common/dtype.h"
 #include "common/simd.h"
+#include "kd_loss/kd_loss.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace kdfast {
 namespace {
 
-// What is needed of torch at each call; set once by `learn_torch`, and kept for good.
-struct Torch {
-  py::handle tensor, parameter;  // types, compared by identity
-  py::handle scalar;             // a tensor: float32, on the CPU
-  py::handle empty_like, grad_enabled, transforms_active, dispatch_modes, tracing_state;
-  py::handle tensor_like;  // of kdfast.ops.kd_loss.gradient_buffer
-  decltype(dlpack::ExchangeApi::view_of_object) view = nullptr;
+// Handles to PyTorch, set once by init_torch_handles and never released.
+struct TorchHandles {
+  py::handle tensor_type, parameter_type;  // compared by identity
+  py::handle scalar;                       // a float32 CPU tensor without dimensions, the model of every loss
+  py::handle empty_like, is_grad_enabled, transforms_active, dispatch_mode_count, tracing_state;
+  py::handle new_gradient;  // of kdfast.ops.kd_loss.gradient_buffer
+  decltype(dlpack::ExchangeApi::view_of_object) view_of_object = nullptr;
 } torch;
 
-constexpr int64_t kLarge =
-    1 << 20;  // bytes from which on memory is worth using again: see kdfast.ops.kd_loss.gradient_buffer
+// Gradients of this many bytes and more come from gradient_buffer, whose MIN_BYTES this is.
+constexpr int64_t kMinBufferBytes = 1 << 20;
 
-// Python objects that calls need again and again.
+// Attribute names, interned once.
 struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* native = PyUnicode_InternFromString("native");
-  PyObject* one = PyFloat_FromDouble(1);
 };
 
 const Names& names() {
@@ -44,9 +43,9 @@ const Names& names() {
   return interned;
 }
 
-py::object checked(PyObject* fresh) {
-  if (!fresh) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(fresh);
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
 }
 
 py::object call(py::handle function) { return checked(PyObject_CallNoArgs(function.ptr())); }
@@ -55,7 +54,7 @@ py::object call(py::handle function, py::handle argument) {
   return checked(PyObject_CallOneArg(function.ptr(), argument.ptr()));
 }
 
-void* data_of(py::handle x) {
+void* data_ptr(py::handle x) {
   return PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(x.ptr(), names().data_ptr)).ptr());
 }
 
@@ -63,32 +62,32 @@ bool is_true(py::handle x) { return x.is(py::handle(Py_True)); }
 
 bool requires_grad(py::handle x) { return is_true(checked(PyObject_GetAttr(x.ptr(), names().requires_grad))); }
 
-// Whether its elements are those in memory with the other sign.
+// Whether the tensor is a lazily negated view of its memory.
 bool is_negated(py::handle x) { return is_true(checked(PyObject_CallMethodNoArgs(x.ptr(), names().is_neg))); }
 
-// A CPU tensor of one or two dimensions, taken apart.
+// A CPU tensor with one or two dimensions.
 struct Operand {
   void* data;
   dlpack::Type type;
   int64_t sizes[2], strides[2];
 
-  // Of dtype.h, or -1.
-  int code() const {
+  // Code of dtype.h, or -1.
+  int dtype() const {
     if (type.code == dlpack::kBfloat && type.bits == 16) return kBFloat16;
     if (type.code != dlpack::kFloat) return -1;
     return type.bits == 32 ? kFloat32 : type.bits == 16 ? kFloat16 : -1;
   }
-  Matrix matrix() const { return {data, sizes[0], sizes[1], strides[0], strides[1], code()}; }
+  Matrix matrix() const { return {data, sizes[0], sizes[1], strides[0], strides[1], dtype()}; }
   bool contiguous() const { return strides[1] == 1 && strides[0] == sizes[1]; }
-  int64_t bytes() const { return sizes[0] * sizes[1] * size_of(code()); }
+  int64_t bytes() const { return sizes[0] * sizes[1] * size_of(dtype()); }
 };
 
-// False if it is not a plain CPU tensor with that many dimensions.
+// Returns false if it is not a plain CPU tensor with that many dimensions.
 bool read(py::handle x, int dims, Operand* out) {
   const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())));
-  if (!type.is(torch.tensor) && !type.is(torch.parameter)) return false;
+  if (!type.is(torch.tensor_type) && !type.is(torch.parameter_type)) return false;
   dlpack::Tensor view;
-  if (torch.view(x.ptr(), &view) != 0) {  // one without strides, such as a sparse one
+  if (torch.view_of_object(x.ptr(), &view) != 0) {  // a tensor without strides, such as a sparse one
     PyErr_Clear();
     return false;
   }
@@ -102,7 +101,7 @@ bool read(py::handle x, int dims, Operand* out) {
   return true;
 }
 
-// (n,) int64, or None.
+// Reads (n,) int64, or None.
 bool read_indices(py::handle x, int64_t n, const int64_t** data, int64_t* stride) {
   if (x.is_none()) return true;
   Operand indices;
@@ -124,91 +123,97 @@ bool read_options(py::handle alpha, py::handle temperature, py::handle t_squared
   if (!PyFloat_CheckExact(alpha.ptr()) || !PyFloat_CheckExact(temperature.ptr()) || !PyBool_Check(t_squared.ptr()) ||
       !PyLong_CheckExact(ignore_index.ptr()))
     return false;
-  const double share = PyFloat_AS_DOUBLE(alpha.ptr()), t = PyFloat_AS_DOUBLE(temperature.ptr());
+  const double weight = PyFloat_AS_DOUBLE(alpha.ptr()), t = PyFloat_AS_DOUBLE(temperature.ptr());
   int overflow = 0;
   a->reduction = reduction_of(reduction);
   a->ignore_index = PyLong_AsLongLongAndOverflow(ignore_index.ptr(), &overflow);
   a->reverse = equal(direction, "reverse");
   a->temperature = t;
-  a->use_ce = share < 1;
-  a->use_kl = share > 0;
-  a->ce_factor = 1 - share;
-  a->kl_factor = is_true(t_squared) ? share * (t * t) : share;
-  return overflow == 0 && share >= 0 && share <= 1 && t >= 1e-15 && t <= 1e15 && a->reduction >= 0 &&
+  a->use_ce = weight < 1;
+  a->use_kl = weight > 0;
+  a->ce_factor = 1 - weight;
+  a->kl_factor = is_true(t_squared) ? weight * (t * t) : weight;
+  return overflow == 0 && weight >= 0 && weight <= 1 && t >= 1e-15 && t <= 1e15 && a->reduction >= 0 &&
          (a->reverse || equal(direction, "forward"));
 }
 
-// A contiguous tensor like the logits, for their gradient.
-py::object gradient_of(py::handle logits, const Operand& z) {
-  if (z.contiguous() && z.bytes() < kLarge) return call(torch.empty_like, logits);
-  return torch.tensor_like(logits, py::make_tuple(z.sizes[0], z.sizes[1]));
+// An uninitialised contiguous tensor for the gradient of the logits.
+py::object new_gradient(py::handle logits, const Operand& z) {
+  if (z.contiguous() && z.bytes() < kMinBufferBytes) return call(torch.empty_like, logits);
+  return torch.new_gradient(logits, py::make_tuple(z.sizes[0], z.sizes[1]));
 }
 
-// Whether no transform, mode or trace wants to see what is called, and nothing but the native kernel was asked for.
-bool undisturbed(py::handle backend) {
-  return torch.view && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") &&
-         !is_true(call(torch.transforms_active)) && PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 &&
+// Whether the native kernel may run without the dispatcher: no transform, mode or trace is active, and no other backend
+// was asked for.
+bool is_plain(py::handle backend) {
+  return torch.view_of_object && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") &&
+         !is_true(call(torch.transforms_active)) && PyLong_AsLong(call(torch.dispatch_mode_count).ptr()) == 0 &&
          call(torch.tracing_state).is_none();
 }
 
-// The loss, and what the backward pass needs: its gradient, the name of this backend and the power of two that the
-// gradient is held by, which is one; or None in its place when nothing is to be differentiated. Both tensors are fresh.
-// None when the call is not a plain one: a mean or a sum over CPU tensors in float32 or bfloat16, with a full teacher
-// and without weights.
-py::object kd_loss_of_tensors(py::handle logits, py::handle labels, py::handle teacher, py::handle rows,
-                              py::handle alpha, py::handle temperature, py::handle t_squared, py::handle ignore_index,
-                              py::handle reduction, py::handle backend, py::handle direction, int threads) {
+// Returns None for a call that is not plain, else the loss and its gradient (None if nothing is differentiated). Plain
+// is a mean or a sum over CPU tensors with float32 or bfloat16 logits and a teacher with all classes, without weights.
+// float16 is left out because its gradient is stored scaled (KDCall.grad_scale).
+py::object fast_kd_loss(py::handle logits, py::handle labels, py::handle teacher, py::handle rows, py::handle alpha,
+                        py::handle temperature, py::handle t_squared, py::handle ignore_index, py::handle reduction,
+                        py::handle direction, py::handle backend, int threads) {
   KdLoss a{};
   Operand z, t;
-  if (!undisturbed(backend)) return py::none();
+  if (!is_plain(backend)) return py::none();
   if (!read_options(alpha, temperature, t_squared, ignore_index, reduction, direction, &a)) return py::none();
   if (!read(logits, 2, &z) || !read(teacher, 2, &t) || requires_grad(teacher)) return py::none();
   if (is_negated(logits) || is_negated(teacher)) return py::none();
   const bool fits = z.sizes[1] == t.sizes[1] && z.sizes[1] > 0 && (!rows.is_none() || t.sizes[0] == z.sizes[0]) &&
                     !(labels.is_none() && a.use_ce);
-  // float16 gradients are held (see hold_of); other types run on the reference.
-  if (!fits || t.code() < 0 || z.code() < 0 || z.code() == kFloat16) return py::none();
+  if (!fits || t.dtype() < 0 || z.dtype() < 0 || z.dtype() == kFloat16) return py::none();
   if (!read_indices(labels, z.sizes[0], &a.labels, &a.labels_stride)) return py::none();
   if (!read_indices(rows, z.sizes[0], &a.rows, &a.rows_stride)) return py::none();
   a.logits = z.matrix();
   a.teacher = t.matrix();
-  a.hold = 1;
+  a.grad_scale = 1;
   a.threads = threads;
   a.isa_limit = kWidestIsa;
   const py::object loss = call(torch.empty_like, torch.scalar);
-  a.loss = static_cast<float*>(data_of(loss));
-  py::object kept = py::none();
-  if (requires_grad(logits) && is_true(call(torch.grad_enabled))) {
-    const py::object grad = gradient_of(logits, z);
-    a.grad = data_of(grad);
-    kept = checked(PyTuple_Pack(3, grad.ptr(), names().native, names().one));
+  a.loss = static_cast<float*>(data_ptr(loss));
+  py::object grad = py::none();
+  if (requires_grad(logits) && is_true(call(torch.is_grad_enabled))) {
+    grad = new_gradient(logits, z);
+    a.grad = data_ptr(grad);
   }
   {
     py::gil_scoped_release release;
     kd_loss(a);
   }
-  return checked(PyTuple_Pack(2, loss.ptr(), kept.ptr()));
+  return checked(PyTuple_Pack(2, loss.ptr(), grad.ptr()));
+}
+
+void init_torch_handles(const py::object& tensor_type, const py::object& parameter_type, const py::object& scalar,
+                        const py::object& empty_like, const py::object& is_grad_enabled,
+                        const py::object& transforms_active, const py::object& dispatch_mode_count,
+                        const py::object& tracing_state, const py::object& new_gradient) {
+  torch.tensor_type = tensor_type.inc_ref();
+  torch.parameter_type = parameter_type.inc_ref();
+  torch.scalar = scalar.inc_ref();
+  torch.empty_like = empty_like.inc_ref();
+  torch.is_grad_enabled = is_grad_enabled.inc_ref();
+  torch.transforms_active = transforms_active.inc_ref();
+  torch.dispatch_mode_count = dispatch_mode_count.inc_ref();
+  torch.tracing_state = tracing_state.inc_ref();
+  torch.new_gradient = new_gradient.inc_ref();
+  if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;  // PyTorch before 2.10: no call is plain
+  const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(capsule.get_pointer());
+  while (api && api->major != dlpack::kMajor) api = api->older;
+  if (api) torch.view_of_object = api->view_of_object;
 }
 
 }  // namespace
 
-void bind_kd_call(py::module_& m) {
-  m.def("learn_torch",
-        [](const py::object& tensor, const py::object& parameter, const py::object& scalar, const py::list& functions) {
-          py::handle* const known[] = {&torch.empty_like,     &torch.grad_enabled,  &torch.transforms_active,
-                                       &torch.dispatch_modes, &torch.tracing_state, &torch.tensor_like};
-          torch.tensor = tensor.inc_ref();
-          torch.parameter = parameter.inc_ref();
-          torch.scalar = scalar.inc_ref();
-          size_t i = 0;
-          for (const py::handle function : functions) *known[i++] = function.inc_ref();
-          if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;  // torch before 2.10: no call is a plain one
-          const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-          const auto* api = static_cast<const dlpack::ExchangeApi*>(capsule.get_pointer());
-          while (api && api->major != dlpack::kMajor) api = api->older;
-          if (api) torch.view = api->view_of_object;
-        });
-  m.def("kd_loss_of_tensors", &kd_loss_of_tensors);
+void bind_kd_loss_fast(py::module_& m) {
+  m.def("init_torch_handles", &init_torch_handles, py::kw_only(), "tensor_type"_a, "parameter_type"_a, "scalar"_a,
+        "empty_like"_a, "is_grad_enabled"_a, "transforms_active"_a, "dispatch_mode_count"_a, "tracing_state"_a,
+        "new_gradient"_a, "Functions and types of PyTorch that fast_kd_loss needs.");
+  m.def("fast_kd_loss", &fast_kd_loss, "Loss and gradient of a plain call, or None.");
 }
 
 }  // namespace kdfast

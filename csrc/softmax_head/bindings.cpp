@@ -36,11 +36,16 @@ void bind_softmax_head(py::module_& m) {
   m.def("head_residuals",
         [](const py::tuple& head, uintptr_t labels, uintptr_t teacher, int64_t teacher_stride, uintptr_t features,
            int64_t width, int64_t features_stride, double extra, uintptr_t residuals, uintptr_t norms, int64_t stream) {
-          const Residuals args{make_logits(head),        pointer<const int64_t>(labels),
-                               pointer<const void>(teacher),  teacher_stride,
-                               pointer<const void>(features), width,
-                               features_stride,          extra,
-                               pointer<void>(residuals),      pointer<void>(norms)};
+          const Residuals args{make_logits(head),
+                               pointer<const int64_t>(labels),
+                               pointer<const void>(teacher),
+                               teacher_stride,
+                               pointer<const void>(features),
+                               width,
+                               features_stride,
+                               extra,
+                               pointer<void>(residuals),
+                               pointer<void>(norms)};
           py::gil_scoped_release release;
 #ifdef KDFAST_WITH_CUDA
           if (stream >= 0) return compute_residuals_cuda(args, pointer<void>(static_cast<uintptr_t>(stream)));
@@ -65,9 +70,15 @@ void bind_softmax_head(py::module_& m) {
   m.def("head_products_fit", &hessian_products_fit);
   m.def("head_products", [](const py::tuple& head, uintptr_t features, int64_t width, int64_t features_stride,
                             bool bias, uintptr_t v, int64_t vectors, double scale, uintptr_t out) {
-    const HessianProducts args{
-        make_logits(head), pointer<const float>(features), width, features_stride, bias, pointer<const float>(v), vectors, scale,
-        pointer<float>(out)};
+    const HessianProducts args{make_logits(head),
+                               pointer<const float>(features),
+                               width,
+                               features_stride,
+                               bias,
+                               pointer<const float>(v),
+                               vectors,
+                               scale,
+                               pointer<float>(out)};
     py::gil_scoped_release release;
     add_hessian_products(args);
   });

@@ -16,6 +16,8 @@
 namespace kdfast::softmax_head {
 namespace {
 
+#ifdef KDFAST_X86
+
 constexpr int64_t kGroup = 96;           // samples whose features and products fit the second-level cache
 constexpr int64_t kGroupsInFloats = 64;  // groups summed in floats before the sums are added to doubles
 constexpr int64_t kMaxFloats = 1 << 17;  // of the vectors, so that they fit that cache too
@@ -36,8 +38,6 @@ class AlignedFloats {
 };
 
 int64_t round_up_to_vector(int64_t n) { return round_up(n, kLanes); }
-
-#ifdef KDFAST_X86
 
 // What all threads read: the sizes, and the vectors transposed. by_feature has blocks of up to kMaxColumns registers of
 // products, each block (width, columns) contiguous and padded with zeros; bias has the bias of each product. The last
@@ -123,7 +123,7 @@ class PartSum {
         __builtin_prefetch(static_cast<const float*>(h.data) + i * h.stride + j);
   }
 
-  // A = X V^T, then transposed to (products, kGroup).
+  // A = X V^T, then transposed to (product_count, kGroup).
   KDFAST_INLINE void forward(const float* x, int64_t stride, int64_t n) {
     const int64_t padded = plan_.padded;
     for (int64_t i = 0; i < n; ++i) std::copy_n(plan_.bias.data(), padded, products_.data() + i * padded);
@@ -142,7 +142,7 @@ class PartSum {
     }
   }
 
-  // out += B^T X.
+  // sums += B^T X.
   KDFAST_INLINE void backward(const float* x, int64_t stride, int64_t n) {
     for (int64_t from = 0; from < plan_.padded_width; from += kMaxColumns * kLanes) {
       const int64_t columns = std::min<int64_t>(kMaxColumns * kLanes, plan_.padded_width - from);

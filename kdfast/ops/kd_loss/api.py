@@ -1,10 +1,14 @@
 """Knowledge-distillation loss: cross-entropy with the labels plus temperature-scaled KL divergence from a teacher.
 
-For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = softmax(t / T), a row's loss is
+For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = softmax(t / T), the loss of a row is
 
     (1 - alpha) CE(softmax(z), y) + alpha T^2 KL(q_T || p_T)
 
-and its gradient (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
+and its gradient is (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
+
+Every call takes one way: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch`` chooses the
+backend, and ``autograd`` runs its kernel and connects the result with the logits. ``fast_path`` is a shortcut for plain
+calls on a CPU.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2,
 https://arxiv.org/abs/1503.02531.
@@ -12,27 +16,25 @@ https://arxiv.org/abs/1503.02531.
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from kdfast.errors import ShapeError
-from kdfast.ops import backends
-from kdfast.ops.kd_loss.autograd import FunctionalKDLoss, kd_loss_op, tie_to_logits
-from kdfast.ops.kd_loss.dispatch import Operands, Options, hold_of, kernels, launch, plain_eager
+from kdfast.ops._torch_compat import is_plain_eager
+from kdfast.ops.kd_loss.autograd import differentiable_loss
+from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
+from kdfast.ops.kd_loss.dispatch import choose_backend, kernels
+from kdfast.ops.kd_loss.fast_path import try_kd_loss
 from kdfast.ops.kd_loss.reference import inverse_of, reference_loss, reference_terms
 from kdfast.ops.kd_loss.validation import (
-    TopKTeacher,
-    check_call,
+    as_float,
     check_teacher_logits,
     check_temperature,
     check_values,
-    number,
-    whole,
+    make_call,
 )
 
 __all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
@@ -56,64 +58,71 @@ def kd_loss(
 ) -> Tensor:
     """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
 
-    Reads float32, bfloat16 or float16, sums in float32 and wider, returns float32; the gradient has the dtype of
-    ``logits``. Autocast changes nothing. ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated
-    once. float64 logits run on the reference implementation. The gradient is computed with the loss; a factor that
-    comes in the backward pass rounds a half-precision one once more, unless it is a power of two.
+    Logits may be float32, bfloat16 or float16; sums are taken in float32 or wider, the loss is float32, and the
+    gradient has the dtype of ``logits``. float64 logits run on the reference implementation. Autocast has no effect.
+    ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated once. The gradient is computed together
+    with the loss. In half precision, a factor applied to the loss rounds it again, unless it is a power of two.
 
-    A class with logit -inf is masked: it has probability zero. Where the student masks a class that the teacher gives
-    mass, the forward divergence is infinite, as it is in the mathematics; NaN logits give a NaN loss.
+    A class whose logit is -inf is masked: its probability is zero. If the student masks a class to which the teacher
+    gives probability, the forward divergence is infinite. NaN logits give a NaN loss.
 
     Args:
         logits: (N, C) student logits, any strides.
-        labels: (N,) int64 classes; None is allowed when ``alpha`` is 1.
-        teacher: (M, C) raw teacher logits, any floating dtype the student may have (float64 ones are converted whole at
-            each call), on the device of ``logits``; or a ``TopKTeacher``, which holds k classes a row.
-        rows: (N,) int64, the teacher's row for each sample, in any order and with repetitions; None: row i for sample
-            i, which needs M = N.
-        alpha: Weight of the divergence, in [0, 1]; the cross-entropy has 1 - alpha. At 0 the teacher is not read, but
-            rows are checked.
-        temperature: T > 0, for the divergence only.
-        t_squared: Whether the divergence is multiplied by T^2, which keeps its gradient's size independent of T.
-        ignore_index: Rows with this label have loss and gradient zero, and do not count in the mean.
-        weights: (N,) factors of the rows; a mean divides by the sum of the counted ones.
-        reduction: "mean", "sum" or "none". A mean over no row at all is 0.
-        backend: "auto", or an implementation named in ``kdfast.ops.backends.TABLE``.
+        labels: (N,) int64 classes; may be None if ``alpha`` is 1.
+        teacher: (M, C) raw teacher logits on the device of ``logits``, in any floating dtype (float64 is converted to
+            float32 at each call); or a ``TopKTeacher``, which holds k classes per row.
+        rows: (N,) int64, the teacher's row for each sample, in any order, repeats allowed. None: row i for sample i,
+            which requires M = N.
+        alpha: Weight of the divergence, in [0, 1]; the weight of the cross-entropy is 1 - alpha. At 0 the teacher is
+            not read, but ``rows`` is still checked.
+        temperature: T > 0; applies to the divergence only.
+        t_squared: Whether to multiply the divergence by T^2, which makes the size of its gradient independent of T.
+        ignore_index: Rows with this label have zero loss and gradient and are not counted in the mean.
+        weights: (N,) sample weights; the mean divides by the sum of those that count.
+        reduction: "mean", "sum" or "none". The mean over no rows is 0.
+        backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: Also check on a GPU that labels, rows and class ids lie in their ranges, which waits for the device.
-            On a CPU they are always checked, class ids in the rows that are picked. Without the check they are clamped,
-            and such rows get NaN: on a GPU, and from the reference implementation when it is compiled or under a
-            transform. Has no place in compiled code or under ``torch.func.vmap``.
+        validate: On a GPU, also check that labels, rows and class ids are in range, which waits for the device. On a
+            CPU they are always checked (class ids only in the rows that are used). Where they are not checked (on a
+            GPU, and in the reference implementation when compiled or transformed) they are clamped, and their rows
+            get NaN. Not available in compiled code or under ``torch.func.vmap``.
 
     Returns:
-        The loss: a scalar, or (N,) for "none"; float32 (float64 for float64 logits).
+        The loss: a scalar, or (N,) for "none"; float32, or float64 for float64 logits.
 
     Raises:
-        ShapeError: If shapes do not fit, or alpha or the temperature lies outside its range.
+        ShapeError: If shapes do not fit, or alpha or the temperature is out of range.
         TypeError: If a dtype or a device does not fit, or the teacher requires a gradient.
-        IndexError: If a label, a row or a class id lies outside its range.
+        IndexError: If a label, a row or a class id is out of range.
         BackendUnavailable: If a named backend cannot run here.
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if weights is None and not torch.compiler.is_compiling() and forward_ad._current_level < 0 and _native_runs():
-        plain = kernels("native").plain_kd_loss(
-            logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, backend, direction,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if plain is not None:
-            loss: Tensor = plain[0] if plain[1] is None else tie_to_logits(logits, plain)
+    if weights is None:
+        loss = try_kd_loss(
+            logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend
+        )
+        if loss is not None:
             return loss
-    alpha, temperature = number("alpha", alpha), number("temperature", temperature)
-    ignore_index = whole("ignore_index", ignore_index)
-    options = Options(alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
-    operands = check_call(logits, labels, teacher, rows, weights, options, direction)
-    name = _backend_of(logits.device.type, logits.dtype, backend)
-    if validate or (name == "reference" and _readable(operands)):
-        check_values(operands, options, validate)
+    call = make_call(
+        logits,
+        labels,
+        teacher,
+        rows,
+        weights,
+        alpha=alpha,
+        temperature=temperature,
+        t_squared=t_squared,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        direction=direction,
+    )
+    backend = choose_backend(logits.device.type, logits.dtype, backend)
+    if validate or (backend == "reference" and _values_are_readable(call)):
+        check_values(call, thorough=validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-        return _weighted(operands, options, name)
-    return _dispatch(operands, options, name)
+        return _differentiable_in_weights(call, backend)
+    return _run(call, backend)
 
 
 def kd_loss_terms(
@@ -127,7 +136,7 @@ def kd_loss_terms(
     backend: str = "auto",
     direction: str = "forward",
 ) -> tuple[Tensor, Tensor]:
-    """Each row's cross-entropy and divergence, for logging: without weights, alpha and T^2, and without a gradient.
+    """Cross-entropy and divergence of each row, for logging: without gradient, weights, alpha and T^2.
 
     Args:
         logits: (N, C) student logits.
@@ -135,55 +144,57 @@ def kd_loss_terms(
         teacher: (M, C) raw teacher logits, or a ``TopKTeacher``.
         rows: (N,) int64 teacher rows, or None.
         temperature: T > 0.
-        ignore_index: Rows with this label are 0 in both.
+        ignore_index: Rows with this label are 0 in both terms.
         backend: As in ``kd_loss``.
         direction: As in ``kd_loss``.
 
     Returns:
-        Two tensors (N,), in nats.
+        Two float32 tensors (N,), in nats; float64 for float64 logits.
 
     Raises:
         ShapeError, TypeError, IndexError, BackendUnavailable: As ``kd_loss``.
     """
-    temperature, ignore_index = number("temperature", temperature), whole("ignore_index", ignore_index)
     if labels is None:
-        raise ShapeError("labels are None: kd_loss_terms gives each row's cross-entropy with them")
-    options = Options(0.5, temperature, True, ignore_index, "none", direction == "reverse")
-    operands = check_call(logits, labels, teacher, rows, None, options, direction)
-    operands = operands._replace(logits=logits.detach())
-    name = _backend_of(logits.device.type, logits.dtype, backend)
-    if name == "native" and not torch.compiler.is_compiling() and plain_eager(operands):
-        from kdfast.ops import native
-
-        each = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
-        terms = (each[0], each[1])
-        native.kd_loss(*operands, *options, 1.0, False, terms=terms)
-        return terms
-    if name == "reference":
-        if _readable(operands):
-            check_values(operands, options, False)
-        ce, kl, _ = reference_terms(
-            *operands[:6], temperature=temperature, ignore_index=ignore_index, reverse=options.reverse
-        )
-        return ce, kl
-    return (
-        _dispatch(operands, options._replace(alpha=0.0), name),
-        _dispatch(operands, options._replace(alpha=1.0, t_squared=False), name),
+        raise ShapeError("labels are None: kd_loss_terms needs them for each row's cross-entropy")
+    call = make_call(
+        logits,
+        labels,
+        teacher,
+        rows,
+        None,
+        alpha=0.5,
+        temperature=temperature,
+        t_squared=True,
+        ignore_index=ignore_index,
+        reduction="none",
+        direction=direction,
     )
+    call = call._replace(logits=logits.detach())
+    backend = choose_backend(logits.device.type, logits.dtype, backend)
+    if backend == "native" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors):
+        both = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+        kernels("native").kd_loss(call, need_grad=False, terms=(both[0], both[1]))
+        return both[0], both[1]
+    if backend == "reference":
+        if _values_are_readable(call):
+            check_values(call, thorough=False)
+        ce, kl, _ = reference_terms(call)
+        return ce, kl
+    return _run(call._replace(alpha=0.0), backend), _run(call._replace(alpha=1.0, t_squared=False), backend)
 
 
 class KDLoss(nn.Module):
-    """``kd_loss`` as a module; the arguments that stay the same are given once.
+    """``kd_loss`` as a module that holds the options.
 
     Args:
-        alpha: As in ``kd_loss``; may be changed between calls (``loss.alpha = ...``), but ``torch.compile`` compiles
-            again for each new value, and refuses after some: keep a loss that has a schedule out of what is compiled.
+        alpha: As in ``kd_loss``. May be changed between calls (``loss.alpha = ...``), but ``torch.compile`` recompiles
+            for each new value and gives up after several: do not compile a loss whose alpha follows a schedule.
         temperature: As in ``kd_loss``.
         **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction`` and ``validate``, as in
             ``kd_loss``.
 
     Raises:
-        TypeError: On an option that ``kd_loss`` does not have.
+        TypeError: If ``kd_loss`` has no such option.
     """
 
     def __init__(self, alpha: float = 0.5, temperature: float = 4.0, **options: Any) -> None:
@@ -205,38 +216,38 @@ class KDLoss(nn.Module):
         rows: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``kd_loss``; shapes as there."""
+        """Return the loss; shapes as in ``kd_loss``."""
         options: dict[str, Any] = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
         return kd_loss(logits, labels, teacher, rows, weights=weights, **options)
 
     def extra_repr(self) -> str:
-        """The arguments, for ``repr``."""
+        """Return the options, for ``repr``."""
         shown = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
-    """Keep the k largest classes of each row of full teacher logits.
+    """Keep the k largest classes of each row of teacher logits.
 
-    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C that is a lower
-    bound of the full divergence: the teacher no longer says how the rest is spread.
+    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C it is a lower
+    bound of the full divergence, since the teacher's distribution over the other classes is lost.
 
     Args:
         teacher: (M, C) raw logits.
         k: Classes to keep, 1 <= k <= C.
-        temperature: The T that the loss will use; the mass of the rest depends on it.
+        temperature: The T of the loss; the mass of the other classes depends on it.
 
     Raises:
-        ShapeError: If the teacher is no (M, C), k lies outside [1, C], or the temperature outside its range.
-        TypeError: If the teacher is no tensor of a floating dtype, or k is no whole number.
+        ShapeError: If the teacher is not (M, C), or k or the temperature is out of range.
+        TypeError: If the teacher is not a floating-point tensor, or k is not an integer.
     """
     check_teacher_logits("teacher", teacher)
-    temperature = number("temperature", temperature)
+    temperature = as_float("temperature", temperature)
     check_temperature(temperature)
     try:
         k = operator.index(k)
     except TypeError:
-        raise TypeError(f"k is {k!r}: a whole number is needed") from None
+        raise TypeError(f"k is {k!r}: an integer is needed") from None
     if not 1 <= k <= teacher.shape[1]:
         raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)
@@ -244,57 +255,24 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())
 
 
-def _backend_of(device: str, dtype: torch.dtype, backend: str) -> str:
-    return backends.resolve("kd_loss", device, str(dtype).removeprefix("torch."), backend)
+def _run(call: KDCall, backend: str) -> Tensor:
+    return reference_loss(call) if backend == "reference" else differentiable_loss(call, backend)
 
 
-# What torch.compiler.assume_constant_result does, which imports torch._dynamo: a second, at every start.
-_backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _values_are_readable(call: KDCall) -> bool:
+    """Whether values can be read without waiting for a device and without disturbing a trace or a transform."""
+    return call.logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors)
 
 
-@functools.cache
-def _native_runs() -> bool:
-    return backends.runs("kd_loss", "cpu", "native")
-
-
-def _readable(operands: Operands) -> bool:
-    """Whether values can be looked at without waiting for a device and without disturbing a trace or a transform."""
-    return operands.logits.device.type == "cpu" and not torch.compiler.is_compiling() and plain_eager(operands)
-
-
-def _dispatch(operands: Operands, options: Options, backend: str) -> Tensor:
-    if backend == "reference":
-        return reference_loss(*operands, **options._asdict())
-    logits = operands.logits
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
-        raise RuntimeError("kd_loss has no forward-mode derivative: for one, pass backend='reference'")
-    if not torch.compiler.is_compiling() and plain_eager(operands):
-        if torch.is_grad_enabled() and logits.requires_grad:
-            loss, grad = launch(backend, operands._replace(logits=logits.detach()), options, need_grad=True)
-            hold = hold_of(logits.dtype, options, operands.weights is not None)
-            return tie_to_logits(logits, (loss, (grad, backend, hold)))
-        return launch(backend, operands, options, need_grad=False)[0]
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # A wrapped tensor does not say whether an outer transform differentiates it.
-        need_grad = torch.is_grad_enabled()
-        result = FunctionalKDLoss.apply(*operands, *options, backend, need_grad)  # type: ignore[no-untyped-call]
-    else:
-        # Nor does one inside of torch.func.vmap that is compiled.
-        need_grad = torch.is_grad_enabled() and (logits.requires_grad or torch._C._are_functorch_transforms_active())
-        result = kd_loss_op(*operands, *options, backend, need_grad)
-    tied: Tensor = result[0]
-    return tied
-
-
-def _weighted(operands: Operands, options: Options, backend: str) -> Tensor:
-    """The loss when the weights are to get a gradient too: rows from the kernel, the rest in PyTorch."""
-    assert operands.weights is not None
-    weights, labels = operands.weights.to(torch.promote_types(operands.weights.dtype, torch.float32)), operands.labels
-    if labels is not None:
-        weights = torch.where(labels != options.ignore_index, weights, 0)
-    loss = _dispatch(operands._replace(weights=None), options._replace(reduction="none"), backend) * weights
-    if options.reduction == "none":
+def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
+    """The loss if the weights need a gradient too: the kernel computes rows, PyTorch weights and reduces them."""
+    assert call.weights is not None
+    weights = call.weights.to(torch.promote_types(call.weights.dtype, torch.float32))
+    if call.labels is not None:
+        weights = torch.where(call.labels != call.ignore_index, weights, 0)
+    loss = _run(call._replace(weights=None, reduction="none"), backend) * weights
+    if call.reduction == "none":
         return loss
-    if options.reduction == "sum":
+    if call.reduction == "sum":
         return loss.sum()
     return loss.sum() * inverse_of(weights.sum())

@@ -1,16 +1,16 @@
-"""How PyTorch sees ``kdfast.kd_loss``: an opaque custom op, and autograd functions for eager mode and ``torch.func``.
+"""How PyTorch sees ``kd_loss``: the one file in which eager mode, ``torch.func`` and ``torch.compile`` differ.
 
-The forward kernel writes the losses and the gradient together; the gradient waits for the backward pass, which
-multiplies it by the incoming factor, or hands it on as it is when that factor is one. Three ways lead to the kernels:
+A kernel computes the loss and the gradient of the logits in one pass. The gradient is stored until the backward pass,
+which multiplies it by the incoming factor. ``differentiable_loss`` picks the mechanism that stores it:
 
-- ``tie_to_logits`` for plain tensors in eager mode: it goes around the dispatcher, whose cost exceeds the kernel's at
-  small sizes, and may scale the gradient in place;
-- ``FunctionalKDLoss`` under the transforms of ``torch.func``, which custom ops with a gradient do not support;
-- ``torch.ops.kdfast.kd_loss`` for ``torch.compile``, ``torch.export`` and other dispatch modes. What is compiled scales
-  by PyTorch's own multiplication: the compiler fuses it with its neighbours and lets it write over the stored gradient.
+- eager mode: ``EagerKDLoss`` attaches a gradient to plain tensors. It bypasses the dispatcher, which costs more than
+  the kernel at small sizes, and may scale the gradient in place.
+- ``torch.func``: ``FunctionalKDLoss``, since the transforms do not support custom operators with a gradient.
+- ``torch.compile``, ``torch.export`` and dispatch modes: the custom operator ``kdfast::kd_loss``. Compiled code scales
+  by PyTorch's multiplication, which the compiler can fuse and write over the stored gradient.
 
-The loss can be differentiated once. The scaling in the backward pass is therefore a function of the loss as well, so
-that a second derivative meets it and raises; otherwise it would be zero without a word.
+The loss can be differentiated once. A function that raises when differentiated scales the gradient, with the loss among
+its inputs: a second derivative then raises instead of being silently zero.
 """
 
 from __future__ import annotations
@@ -22,65 +22,113 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import UsageError
-from kdfast.ops.kd_loss.dispatch import Operands, Options, hold_of, launch, scale_rows
+from kdfast.ops import _torch_compat
+from kdfast.ops.kd_loss.call import KDCall
+from kdfast.ops.kd_loss.dispatch import run_kernel, scale_rows
 from kdfast.ops.kd_loss.reference import inverse_of
 
-__all__ = ["FunctionalKDLoss", "kd_loss_op", "scale_op", "tie_to_logits"]
+__all__ = ["attach_gradient", "differentiable_loss", "kd_loss_op", "scale_op"]
 
-Result = tuple[Tensor, Tensor]
-Kept = tuple[Tensor, str, float]
-"""Gradient, the backend that scales it, and the power of two that it is held by."""
+LossAndGrad = tuple[Tensor, Tensor]
+Result = tuple[Tensor, Tensor, str, float]
+"""Loss, gradient of the logits, the backend that scales it, and the scale it is stored at."""
 
 
-@torch.library.custom_op("kdfast::kd_loss", mutates_args=())
-def kd_loss_op(
-    logits: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor,
-    rows: Tensor | None,
-    classes: Tensor | None,
-    tail: Tensor | None,
-    weights: Tensor | None,
-    alpha: float,
-    temperature: float,
-    t_squared: bool,
-    ignore_index: int,
-    reduction: str,
-    reverse: bool,
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss and stored gradient; ``backend`` is "native" or "triton"."""
-    operands = Operands(logits, labels, teacher, rows, classes, tail, weights)
-    options = Options(alpha, temperature, t_squared, ignore_index, reduction, reverse)
-    return launch(backend, operands, options, need_grad)
+def differentiable_loss(call: KDCall, backend: str) -> Tensor:
+    """Run a kernel and connect its loss with the logits.
+
+    Raises:
+        RuntimeError: If the logits have a forward-mode tangent.
+    """
+    logits = call.logits
+    if _torch_compat.has_tangent(logits):
+        raise RuntimeError("kd_loss has no forward-mode derivative: for one, pass backend='reference'")
+    if torch.compiler.is_compiling():
+        # Inside a compiled torch.func.vmap, a tensor does not tell whether it requires a gradient.
+        need_grad = torch.is_grad_enabled() and (logits.requires_grad or _torch_compat.transforms_active())
+        loss, _ = kd_loss_op(*call, backend, need_grad)
+    elif _torch_compat.is_plain_eager(call.tensors):
+        if not (torch.is_grad_enabled() and logits.requires_grad):
+            return run_kernel(backend, call, need_grad=False)[0]
+        loss, grad = run_kernel(backend, call._replace(logits=logits.detach()), need_grad=True)
+        return attach_gradient(logits, (loss, grad, backend, call.grad_scale()))
+    elif _torch_compat.transforms_active():
+        # A wrapped tensor does not tell whether an outer transform differentiates it.
+        loss, _ = FunctionalKDLoss.apply(*call, backend, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    else:
+        loss, _ = kd_loss_op(*call, backend, torch.is_grad_enabled() and logits.requires_grad)
+    return loss
+
+
+# Eager mode.
+
+
+class EagerKDLoss(torch.autograd.Function):
+    """Connects a computed loss with plain logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, result: Result) -> Tensor:
+        """Store the gradient as an attribute: ``save_for_backward`` would cost a tenth of a small call."""
+        loss, *ctx.stored = result
+        ctx.save_for_backward(loss)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        """Scale the stored gradient: in place if no other backward pass can follow."""
+        return EagerKDLoss._scaled(ctx, grad_loss), None
+
+    @staticmethod
+    def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
+        if ctx.stored is None:
+            _ = ctx.saved_tensors  # raises PyTorch's own error about a graph that was freed
+        grad, backend, grad_scale = ctx.stored
+        if torch.compiler.is_compiling():  # compiled autograd
+            return _multiply(grad, grad_loss / grad_scale)
+        if _is_grad_enabled():  # create_graph=True
+            (loss,) = ctx.saved_tensors
+            scaled: Tensor = FunctionalScale.apply(grad, grad_loss, loss, 1 / grad_scale, backend)  # type: ignore[no-untyped-call]
+            return scaled
+        is_last = not _torch_compat.backward_keeps_graph()
+        if is_last:
+            ctx.stored = None
+        if _torch_compat.is_legacy_batched(grad_loss):  # is_grads_batched=True: several factors at once
+            return _multiply(grad, grad_loss / grad_scale)
+        if is_last and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == grad_scale:
+            return grad  # what scale_rows would return, without the calls that lead to it
+        return scale_rows(backend, grad, grad_loss, 1 / grad_scale, in_place=is_last)
+
+
+_is_grad_enabled = torch.is_grad_enabled
+
+attach_gradient: Callable[[Tensor, Result], Tensor] = _torch_compat.without_functorch_check(EagerKDLoss)
+"""Connect a loss with the logits it was computed from; no transform may be active."""
+
+
+# torch.compile and dispatch modes.
+
+_TENSORS = "Tensor logits, Tensor? labels, Tensor teacher, Tensor? rows, Tensor? classes, Tensor? tail, Tensor? weights"
+_NUMBERS = "float alpha, float temperature, bool t_squared, SymInt ignore_index, str reduction, bool reverse"
+_SCHEMA = f"({_TENSORS}, {_NUMBERS}, str backend, bool need_grad) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("kdfast::kd_loss", mutates_args=(), schema=_SCHEMA)
+def kd_loss_op(*args: Any) -> LossAndGrad:
+    """Loss and stored gradient. Arguments: the fields of ``KDCall``, "native" or "triton", and whether to store one."""
+    *call, backend, need_grad = args
+    return run_kernel(backend, KDCall(*call), need_grad)
 
 
 @kd_loss_op.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor,
-    rows: Tensor | None,
-    classes: Tensor | None,
-    tail: Tensor | None,
-    weights: Tensor | None,
-    alpha: float,
-    temperature: float,
-    t_squared: bool,
-    ignore_index: int,
-    reduction: str,
-    reverse: bool,
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(logits.shape[:1] if reduction == "none" else (), dtype=torch.float32)
-    return loss, logits.new_empty(logits.shape if need_grad else (0,))
+def _(*args: Any) -> LossAndGrad:
+    *fields, _, need_grad = args
+    call = KDCall(*fields)
+    return call.new_loss(), call.logits.new_empty(call.logits.shape if need_grad else (0,))
 
 
 @torch.library.custom_op("kdfast::scale_rows", mutates_args=())
 def scale_op(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
-    """``grad * factor * scale`` in new memory; ``loss`` only ties the result to what it is the gradient of."""
+    """``grad * factor * scale`` in new memory; ``loss`` connects the result with what it is the gradient of."""
     return scale_rows(backend, grad, factor, scale, in_place=False)
 
 
@@ -89,108 +137,62 @@ def _(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) ->
     return torch.empty_like(grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: LossAndGrad) -> None:
+    *fields, ctx.backend, ctx.need_grad = inputs
+    ctx.scale = 1 / KDCall(*fields).grad_scale()
     loss, grad = output
-    ctx.backend, ctx.need_grad = inputs[13], inputs[14]
-    ctx.scale = 1 / hold_of(inputs[0].dtype, Options(*inputs[7:13]), inputs[6] is not None)
     ctx.mark_non_differentiable(grad)
     ctx.save_for_backward(grad, loss)
 
 
 def _backward(scale: Callable[..., Tensor], ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.need_grad:
-        raise UsageError("kdfast::kd_loss ran with need_grad=False and kept no gradient: call kdfast.kd_loss instead")
+        raise UsageError("kdfast::kd_loss ran with need_grad=False and stored no gradient: call kdfast.kd_loss instead")
     grad, loss = ctx.saved_tensors
-    if torch.compiler.is_compiling():  # nothing can be differentiated twice there
-        return (_times(grad, grad_loss * ctx.scale), *([None] * 14))
-    return (scale(grad, grad_loss, loss, ctx.scale, ctx.backend), *([None] * 14))
+    if torch.compiler.is_compiling():
+        grad = _multiply(grad, grad_loss * ctx.scale)
+    else:
+        grad = scale(grad, grad_loss, loss, ctx.scale, ctx.backend)
+    return grad, *([None] * (len(KDCall._fields) + 1))
 
 
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
+def _multiply(grad: Tensor, factor: Tensor) -> Tensor:
     """What ``scale_rows`` computes, in PyTorch."""
     return (grad * factor.expand(grad.shape[:1]).unsqueeze(1)).to(grad.dtype)
 
 
-def _refuse(ctx: Any, *_: Tensor) -> None:
+def _raise_on_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("kd_loss can be differentiated once: for a second derivative, pass backend='reference'")
 
 
 kd_loss_op.register_autograd(lambda ctx, g, _: _backward(scale_op, ctx, g), setup_context=_setup_context)
-scale_op.register_autograd(_refuse)
-
-
-def _batched(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The tensor with its batch dimension first, repeated where it had none."""
-    if x is None:
-        return None
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-def _vmap(call: Callable[..., Result], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, Any]:
-    """All batches as rows of one call; a mean is taken outside, since each batch divides by its own mass."""
-    size, options = info.batch_size, Options(*args[7:13])
-    backend, need_grad = args[13:]
-    logits, labels, rows, weights = (_batched(args[i], in_dims[i], size) for i in (0, 1, 3, 6))
-    assert logits is not None
-    n, c = logits.shape[1:]
-    if rows is None:
-        rows = torch.arange(n, device=logits.device).expand(size, n)
-    sources = [args[i] for i in (2, 4, 5)]
-    if any(in_dims[i] is not None for i in (2, 4, 5)):
-        first = torch.arange(size, device=logits.device).unsqueeze(1)
-        stacked = [_batched(args[i], in_dims[i], size) for i in (2, 4, 5)]
-        m = stacked[0].shape[1]  # type: ignore[union-attr]
-        # A row that its own teacher does not have must not be found in the next one.
-        rows = torch.where((rows < 0) | (rows >= m), -1, rows + first * m)
-        sources = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in stacked]
-    teacher, classes, tail = sources
-    flat = [None if x is None else x.reshape(-1) for x in (labels, rows, weights)]
-    operands = Operands(logits.reshape(-1, c), flat[0], teacher, flat[1], classes, tail, flat[2])
-    loss, grad = call(*operands, *options._replace(reduction="none"), backend, need_grad)
-    loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
-    if options.reduction == "mean":
-        mass = loss.new_ones(size, n) if weights is None else weights.to(loss.dtype)
-        inverse = inverse_of((mass if labels is None else torch.where(labels != options.ignore_index, mass, 0)).sum(1))
-        loss = loss.sum(1) * inverse
-        if need_grad:
-            held = [hold_of(grad.dtype, x, weights is not None) for x in (options, options._replace(reduction="none"))]
-            grad = (grad * (inverse * held[0] / held[1])[:, None, None]).to(logits.dtype)
-    elif options.reduction == "sum":
-        loss = loss.sum(1)
-    return (loss, grad), (0, 0)
-
-
-def _vmap_scale(call: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    grad, factor, loss = (_batched(args[i], in_dims[i], info.batch_size) for i in range(3))
-    assert grad is not None
-    assert factor is not None
-    if factor.dim() == 1:
-        factor = factor.unsqueeze(1).expand(grad.shape[:2])
-    return call(grad.reshape(-1, grad.shape[-1]), factor.reshape(-1), loss, *args[3:]).view(grad.shape), 0
-
-
+scale_op.register_autograd(_raise_on_second_derivative)
 kd_loss_op.register_vmap(lambda info, in_dims, *args: _vmap(kd_loss_op, info, in_dims, *args))
 scale_op.register_vmap(lambda info, in_dims, *args: _vmap_scale(scale_op, info, in_dims, *args))
 
 
+# torch.func.
+
+
 class FunctionalKDLoss(torch.autograd.Function):
-    """The operator for ``torch.func``: the arguments of ``kd_loss_op``, its loss and its gradient."""
+    """The operator for ``torch.func``: arguments and results of ``kd_loss_op``."""
 
     @staticmethod
-    def forward(*args: Any) -> Result:
+    def forward(*args: Any) -> LossAndGrad:
         """Run the kernel."""
-        return launch(args[13], Operands(*args[:7]), Options(*args[7:13]), args[14])
+        *call, backend, need_grad = args
+        return run_kernel(backend, KDCall(*call), need_grad)
 
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the kept gradient."""
+        """Scale the stored gradient."""
         return _backward(FunctionalScale.apply, ctx, grad_loss)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, Any]:
-        """All batches as rows of one call."""
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[LossAndGrad, Any]:
+        """Compute all batches as rows of one call."""
         return _vmap(FunctionalKDLoss.apply, info, in_dims, *args)
 
 
@@ -199,54 +201,83 @@ class FunctionalScale(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
-        """Run the kernel, into new memory."""
+        """Scale into new memory."""
         return scale_rows(backend, grad, factor, scale, in_place=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
-    backward = staticmethod(_refuse)
+    backward = staticmethod(_raise_on_second_derivative)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        """All batches as rows of one call."""
+        """Scale all batches as rows of one call."""
         return _vmap_scale(FunctionalScale.apply, info, in_dims, *args)
 
 
-class EagerKDLoss(torch.autograd.Function):
-    """Ties a loss that is computed already to plain logits in eager mode."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, result: tuple[Tensor, Kept]) -> Tensor:
-        """Keep the gradient: as an attribute, since saving a tensor and asking for it costs a tenth of a small call."""
-        loss, ctx.kept = result
-        ctx.save_for_backward(loss)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        """Scale the kept gradient: in its own memory when this is the only backward pass through the graph."""
-        kept = ctx.kept
-        if kept is not None and torch.compiler.is_compiling():  # by compiled autograd
-            return _times(kept[0], grad_loss / kept[2]), None
-        if kept is None or _is_grad_enabled():  # the latter is create_graph=True
-            (loss,) = ctx.saved_tensors  # raises in a second pass through a graph that was not retained
-            grad, backend, hold = kept
-            return FunctionalScale.apply(grad, grad_loss, loss, 1 / hold, backend), None  # type: ignore[no-untyped-call]
-        last = not _keeps_graph()
-        if last:
-            ctx.kept = None
-        grad, backend, hold = kept
-        if _is_batch(grad_loss):  # is_grads_batched=True: several factors at once
-            return _times(grad, grad_loss / hold), None
-        if last and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == hold:
-            return grad, None  # as scale_rows would, without the calls on the way to it
-        return scale_rows(backend, grad, grad_loss, 1 / hold, last), None
+def _vmap(
+    run: Callable[..., LossAndGrad], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[LossAndGrad, Any]:
+    """Compute all batches as rows of one call; means are taken afterwards, since each batch has its own divisor."""
+    *fields, backend, need_grad = args
+    call, dims, size = KDCall(*fields), KDCall(*in_dims[:-2]), info.batch_size
+    n, c = _batch_first(call.logits, dims.logits, size).shape[1:]
+    flat = _flatten_batches(call, dims, size)
+    loss, grad = run(*flat._replace(reduction="none"), backend, need_grad)
+    loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
+    if call.reduction == "none":
+        return (loss, grad), (0, 0)
+    if call.reduction == "sum":
+        return (loss.sum(1), grad), (0, 0)
+    weights = loss.new_ones(size, n) if flat.weights is None else flat.weights.view(size, n).to(loss.dtype)
+    if flat.labels is not None:
+        weights = torch.where(flat.labels.view(size, n) != call.ignore_index, weights, 0)
+    factor = inverse_of(weights.sum(1))
+    if need_grad:
+        rescale = call.grad_scale() / call._replace(reduction="none").grad_scale()
+        grad = (grad * (factor * rescale)[:, None, None]).to(grad.dtype)
+    return (loss.sum(1) * factor, grad), (0, 0)
 
 
-_is_grad_enabled = torch.is_grad_enabled
-_is_batch = torch._C._functorch.is_legacy_batchedtensor
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-# Without the wrapper that looks for transforms of torch.func: callers have made sure that there are none.
-tie_to_logits: Callable[[Tensor, tuple[Tensor, Kept]], Tensor] = super(torch.autograd.Function, EagerKDLoss).apply
+def _flatten_batches(call: KDCall, dims: KDCall, size: int) -> KDCall:
+    """The call over all batches' rows: its tensors with the batch dimension flattened into the rows."""
+    logits = _batch_first(call.logits, dims.logits, size)
+    n, c = logits.shape[1:]
+    rows = _batch_first(call.rows, dims.rows, size)
+    if rows is None:
+        rows = torch.arange(n, device=logits.device).expand(size, n)
+    teacher, classes, tail = call.teacher, call.classes, call.tail
+    if not (dims.teacher is dims.classes is dims.tail is None):
+        m = _batch_first(teacher, dims.teacher, size).shape[1]
+        # A row outside its own teacher must not be found in the next batch's.
+        offsets = torch.arange(size, device=logits.device).unsqueeze(1) * m
+        rows = torch.where((rows < 0) | (rows >= m), -1, rows + offsets)
+        teacher, classes, tail = (
+            None if x is None else _batch_first(x, dim, size).flatten(0, 1)
+            for x, dim in ((teacher, dims.teacher), (classes, dims.classes), (tail, dims.tail))
+        )
+    labels, weights = _batch_first(call.labels, dims.labels, size), _batch_first(call.weights, dims.weights, size)
+    return call._replace(
+        logits=logits.reshape(-1, c),
+        labels=None if labels is None else labels.reshape(-1),
+        teacher=teacher,
+        rows=rows.reshape(-1),
+        classes=classes,
+        tail=tail,
+        weights=None if weights is None else weights.reshape(-1),
+    )
+
+
+def _batch_first(x: Any, dim: Any, size: int) -> Any:
+    """The tensor with its batch dimension first, repeated if it had none; None stays None."""
+    if x is None:
+        return None
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _vmap_scale(run: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    grad, factor, loss = (_batch_first(args[i], in_dims[i], info.batch_size) for i in range(3))
+    if factor.dim() == 1:
+        factor = factor.unsqueeze(1).expand(grad.shape[:2])
+    return run(grad.reshape(-1, grad.shape[-1]), factor.reshape(-1), loss, *args[3:]).view(grad.shape), 0

@@ -1,59 +1,67 @@
-"""Memory of the last large gradient, used again once nobody holds that gradient any more.
+"""Reuse the memory of the last large gradient once nothing refers to it.
 
-The system hands out memory page by page, zeroed, at its first touch. For a gradient of some megabytes that takes as
-long as computing it, and a training loop frees it at each step, so it would be paid at each step.
+The allocator returns freed blocks of some megabytes to the system, which hands out fresh pages zeroed at their first
+touch. For a gradient of 1 to 64 MiB that takes about as long as computing it, at every training step. So the storage of
+the last such gradient is kept and used again.
+
+It is used again only if this module holds the sole reference: the Python object has no other reference and the C++
+storage no other owner. A gradient that a caller still holds in any form (``.grad``, a view, a saved tensor, a NumPy
+array, a DLPack capsule, shared memory) has one and is never touched. Two threads never receive the same storage, since
+taking it removes it from the list, which the interpreter lock makes atomic. Only CPU memory is reused, so captured CUDA
+graphs are not affected.
+
+``KDFAST_REUSE_GRADIENT=0`` switches this off, at the cost that ``docs/design/kernels.md`` reports.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 
-import torch
 from torch import Tensor, UntypedStorage
 
-__all__ = ["LEAST_BYTES", "MOST_BYTES", "release", "tensor_like"]
+from kdfast.ops._torch_compat import storage_use_count
 
-LEAST_BYTES = 1 << 20
-"""Smaller tensors come from the allocator, which keeps what is freed of them."""
-MOST_BYTES = 64 << 20
-"""Larger ones are given back to the system."""
+__all__ = ["MAX_BYTES", "MIN_BYTES", "new_gradient", "release"]
+
+MIN_BYTES = 1 << 20
+"""Smaller gradients come from the allocator, which caches blocks of that size itself."""
+MAX_BYTES = 64 << 20
+"""Larger gradients are returned to the system."""
 
 _kept: list[UntypedStorage] = []
-_users = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def tensor_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised contiguous CPU tensor of a shape, with the dtype of x and no gradient.
-
-    Its memory may have been that of an earlier result that has been freed since. At most one such piece is kept, of at
-    most ``MOST_BYTES``.
-    """
-    size = math.prod(shape) * x.itemsize
-    if _users is None or not LEAST_BYTES <= size <= MOST_BYTES:
-        return x.new_empty(shape)
+def new_gradient(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return an uninitialised contiguous tensor with the dtype of ``logits``, maybe in the last gradient's memory."""
+    size = math.prod(shape) * logits.itemsize
+    if not MIN_BYTES <= size <= MAX_BYTES or os.environ.get("KDFAST_REUSE_GRADIENT") == "0":
+        return logits.new_empty(shape)
     storage = _take(size)
     if storage is None:
-        storage = x.new_empty(shape).untyped_storage()
-    _kept[:] = [storage]
+        storage = logits.new_empty(shape).untyped_storage()
+    if storage_use_count(storage) > 0:
+        _kept[:] = [storage]
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    tensor: Tensor = x.new_empty((0,)).set_(storage, 0, shape, strides)
+    tensor: Tensor = logits.new_empty((0,)).set_(storage, 0, shape, strides)
     return tensor
 
 
 def release() -> None:
-    """Give the kept memory back."""
+    """Free the kept memory."""
     _kept.clear()
 
 
 def _take(size: int) -> UntypedStorage | None:
-    """The kept memory when it fits and is free. Removed from where it is kept: no other thread takes it too."""
+    """Remove the kept storage from the list and return it if it has the right size and no other owner."""
     try:
         storage = _kept.pop()
     except IndexError:
         return None
-    # Counted are this object, which the variable alone refers to, and nothing of a tensor.
-    free = sys.getrefcount(storage) == 2 and _users is not None and _users(storage._cdata) == 1
-    # Another process may hold memory that a queue of torch.multiprocessing has moved to where it is shared.
-    free = free and not storage.is_shared()
-    return storage if free and size == storage.nbytes() else None
+    # Two Python references: the local variable and the argument of getrefcount.
+    unreferenced = sys.getrefcount(storage) == 2 and storage_use_count(storage) == 1
+    # A shared storage may be mapped by another process, which has no reference here.
+    if unreferenced and not storage.is_shared() and size == storage.nbytes():
+        return storage
+    return None

@@ -1,8 +1,8 @@
-"""``kd_loss`` on GPUs: launches the kernels of ``kd_dense_triton`` and ``kd_topk_triton``.
+"""``kd_loss`` on a GPU: launch the Triton kernels of ``triton_dense`` and ``triton_topk``.
 
-Nothing waits for the device. A label, a teacher row or a class id outside its range is clamped, and its row's loss and
-gradient become NaN. ``KDFAST_AUTOTUNE=1`` times a few numbers of warps at the first call of each number of classes;
-without it nothing is ever timed (inside a CUDA graph's capture, for example).
+No call waits for the device. A label, a teacher row or a class id out of range is clamped, and the loss and gradient of
+its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number of classes.
+Without it nothing is timed, so that the first call may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
 from kdfast.ops.kd_loss.triton_topk import topk_kernel
 
@@ -36,7 +37,7 @@ def mass_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum of the weights of the counted rows; one program, so that the order of the additions is always the same."""
+    """Sum the weights of the counted rows, in one program, so that the order of additions is fixed."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         r = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -63,7 +64,7 @@ def scale_kernel(
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write grad * factor * scale to out; leaves at once, decided on the device, when that changes nothing."""
+    """Write grad * factor * scale to out; in place, return at once if the product of the factors is one."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     if PER_ROW:
@@ -77,103 +78,94 @@ def scale_kernel(
             tl.store(out_ptr + at, (g * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def kd_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor,
-    rows: Tensor | None,
-    classes: Tensor | None,
-    tail: Tensor | None,
-    weights: Tensor | None,
-    alpha: float,
-    temperature: float,
-    t_squared: bool,
-    ignore_index: int,
-    reduction: str,
-    reverse: bool,
-    hold: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss (scalar, or (N,) for "none") in float32 and its gradient times ``hold``; arguments as ``native.kd_loss``."""
-    logits, teacher = logits.resolve_neg(), teacher.resolve_neg()
+def kd_loss(call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """Compute the loss and the gradient of the logits; arguments and results as ``native.kd_loss``."""
+    call = call._replace(
+        logits=call.logits.resolve_neg(),
+        teacher=call.teacher.resolve_neg(),
+        weights=None if call.weights is None else call.weights.resolve_neg().contiguous(),
+    )
+    row_losses = call.logits.new_empty(call.logits.shape[0], dtype=torch.float32)
+    grad = call.logits.new_empty(call.logits.shape if need_grad else (0,))
+    if call.logits.shape[0] > 0:
+        with device_of(call.logits):
+            _launch(call, row_losses, grad if need_grad else None)
+    return (row_losses if call.reduction == "none" else row_losses.sum()), grad
+
+
+def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
+    logits, teacher, labels, rows = call.logits, call.teacher, call.labels, call.rows
     n, c = logits.shape
-    row_losses = logits.new_empty(n, dtype=torch.float32)
-    grad = logits.new_empty(logits.shape if need_grad else (0,))
-    weights = None if weights is None else weights.resolve_neg().contiguous()
-    if n == 0:
-        return (row_losses if reduction == "none" else row_losses.sum()), grad
-    with device_of(logits):
-        mass = _mass(labels, weights, logits, ignore_index) if reduction == "mean" else None
-        pointers = [row_losses if x is None else x for x in (labels, rows, weights, mass)]
-        numbers = [
-            logits.stride(0), logits.stride(1), teacher.stride(0), teacher.stride(1),
-            0 if labels is None else labels.stride(0), 0 if rows is None else rows.stride(0), ignore_index,
-            float(temperature), 1.0 - alpha, float(alpha * temperature**2 if t_squared else alpha), hold,
-        ]  # fmt: skip
-        use_ce, use_kl = alpha < 1, alpha > 0
-        flags = {
-            "USE_CE": use_ce, "REVERSE": reverse, "GRAD": need_grad, "HAS_LABELS": labels is not None,
-            "HAS_ROWS": rows is not None, "HAS_WEIGHTS": weights is not None, "HAS_MASS": mass is not None,
-            "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(temperature), 3) if use_ce and use_kl else 0,
-        }  # fmt: skip
-        out = (row_losses, grad if need_grad else row_losses)
-        if classes is None or tail is None or not use_kl:
-            shape = tile_shape(n, c)
-            grid = (triton.cdiv(n, shape["ROWS"]),)
-            kernel = _tuned(dense_kernel, tuple(shape.items()))
-            flags |= {"USE_KL": use_kl, "WIDE": _wide(logits, teacher), "ALIGN": _alignment(logits, teacher)}
-            kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
-        else:
-            k = teacher.shape[1]
-            block = min(4096, max(16, triton.next_power_of_2(c)))
-            shape = {"BLOCK": block, "K_BLOCK": triton.next_power_of_2(k), "num_warps": max(4, block // 512)}
-            sizes = (n, c, teacher.shape[0], k)
-            operands = (logits, teacher, classes.contiguous(), tail.resolve_neg().contiguous(), *pointers)
-            topk_kernel[(n,)](*operands, *out, *sizes, *numbers, **flags, **shape)
-    return (row_losses if reduction == "none" else row_losses.sum()), grad
+    mass = _weight_sum(call) if call.reduction == "mean" else None
+    pointers = [row_losses if x is None else x for x in (labels, rows, call.weights, mass)]
+    numbers = [
+        logits.stride(0), logits.stride(1), teacher.stride(0), teacher.stride(1),
+        0 if labels is None else labels.stride(0), 0 if rows is None else rows.stride(0), call.ignore_index,
+        float(call.temperature), 1.0 - call.alpha, float(call.kl_factor), call.grad_scale(),
+    ]  # fmt: skip
+    flags = {
+        "USE_CE": call.use_ce, "REVERSE": call.reverse, "GRAD": grad is not None, "HAS_LABELS": labels is not None,
+        "HAS_ROWS": rows is not None, "HAS_WEIGHTS": call.weights is not None, "HAS_MASS": mass is not None,
+        "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(call.temperature), 3) if call.use_ce and call.use_kl else 0,
+    }  # fmt: skip
+    out = (row_losses, row_losses if grad is None else grad)
+    if call.classes is None or call.tail is None or not call.use_kl:
+        shape = tile_shape(n, c)
+        kernel = _tuned(dense_kernel, tuple(shape.items()))
+        flags |= {"USE_KL": call.use_kl, "WIDE": _needs_wide_offsets(logits, teacher)}
+        flags |= {"ALIGN": _alignment(logits, teacher)}
+        grid = (triton.cdiv(n, shape["ROWS"]),)
+        kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
+    else:
+        k = teacher.shape[1]
+        block = min(4096, max(16, triton.next_power_of_2(c)))
+        shape = {"BLOCK": block, "K_BLOCK": triton.next_power_of_2(k), "num_warps": max(4, block // 512)}
+        operands = (logits, teacher, call.classes.contiguous(), call.tail.resolve_neg().contiguous(), *pointers)
+        topk_kernel[(n,)](*operands, *out, n, c, teacher.shape[0], k, *numbers, **flags, **shape)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
-    """``grad * factor * scale``, rounded once; as ``native.scale_rows``, but the device finds out what is one."""
-    single = factor.dim() == 0 or factor.stride(0) == 0
+    """Return ``grad * factor * scale``, rounded once; as ``native.scale_rows``, but without reading the factor."""
+    is_scalar = factor.dim() == 0 or factor.stride(0) == 0
     out = grad if in_place else torch.empty_like(grad)
     size = grad.numel()
     if size:
-        stride = 0 if single else factor.stride(0)
+        stride = 0 if is_scalar else factor.stride(0)
         block = 4096
         with device_of(grad):
             scale_kernel[(triton.cdiv(size, block),)](
                 grad, out, factor, size, grad.shape[1], stride, scale,
-                PER_ROW=not single, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+                PER_ROW=not is_scalar, IN_PLACE=in_place, BLOCK=block, num_warps=8,
             )  # fmt: skip
     return out
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The device to launch on; nothing for the interpreter's CPU tensors."""
+    """Select the tensor's device for launches; do nothing for the CPU tensors of Triton's interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _wide(*matrices: Tensor) -> bool:
-    """Whether a column's offset may need more than 31 bits."""
+def _needs_wide_offsets(*matrices: Tensor) -> bool:
+    """Whether the offset of a column may need more than 31 bits."""
     return any(x.shape[1] * x.stride(1) >= 2**31 for x in matrices)
 
 
 def _alignment(*matrices: Tensor) -> int:
-    """Largest power of two up to 16 that divides the number of classes and the rows' strides."""
+    """Largest power of two up to 16 that divides the number of classes and the row strides."""
     common = math.gcd(16, *(x.shape[1] for x in matrices), *(x.stride(0) for x in matrices))
     return common & -common
 
 
-def _mass(labels: Tensor | None, weights: Tensor | None, like: Tensor, ignore_index: int) -> Tensor:
-    """What a mean divides by, on the device."""
-    n = like.shape[0]
+def _weight_sum(call: KDCall) -> Tensor:
+    """Sum of the weights of the counted rows, by which a mean divides; on the device."""
+    labels, weights, logits = call.labels, call.weights, call.logits
+    n = logits.shape[0]
     if labels is None and weights is None:
-        return like.new_full((), n, dtype=torch.float32)
-    mass = like.new_empty((), dtype=torch.float32)
+        return logits.new_full((), n, dtype=torch.float32)
+    mass = logits.new_empty((), dtype=torch.float32)
     mass_kernel[(1,)](
         mass if labels is None else labels, mass if weights is None else weights, mass, n,
-        0 if labels is None else labels.stride(0), ignore_index,
+        0 if labels is None else labels.stride(0), call.ignore_index,
         HAS_LABELS=labels is not None, HAS_WEIGHTS=weights is not None, BLOCK=1024,
     )  # fmt: skip
     return mass
@@ -181,7 +173,7 @@ def _mass(labels: Tensor | None, weights: Tensor | None, like: Tensor, ignore_in
 
 @functools.cache
 def _tuned(kernel: Any, shape: tuple[tuple[str, int], ...]) -> Any:
-    """The kernel for one tile shape, with its warps as ``tile_shape`` says or, when asked for, timed."""
+    """The kernel for one tile shape, with the warps of ``tile_shape`` or, if KDFAST_AUTOTUNE=1, the fastest number."""
     options = dict(shape)
     warps = options.pop("num_warps")
     if os.environ.get("KDFAST_AUTOTUNE") == "1" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -192,7 +184,7 @@ def _tuned(kernel: Any, shape: tuple[tuple[str, int], ...]) -> Any:
 
 
 class _Fixed:
-    """A kernel whose tile is decided, called as an autotuned one is."""
+    """A kernel with a fixed tile shape, called like an autotuned one."""
 
     def __init__(self, kernel: Any, options: dict[str, int]) -> None:
         self.kernel, self.options = kernel, options

@@ -1,42 +1,66 @@
-"""What ``kd_loss`` accepts, checked without reading a tensor's values unless asked to."""
+"""Checks the arguments of ``kd_loss`` and makes a ``KDCall`` of them, without reading tensor values unless asked to."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdfast.errors import KdfastError, ShapeError
-from kdfast.ops.kd_loss.dispatch import Operands, Options
+from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
 
-__all__ = ["TopKTeacher", "check_call", "check_teacher_logits", "check_temperature", "check_values", "number", "whole"]
+__all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "check_values", "make_call"]
 
-_LEAST_T, _MOST_T = 1e-15, 1e15
+_MIN_T, _MAX_T = 1e-15, 1e15
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class TopKTeacher(NamedTuple):
-    """A teacher's k most probable classes for each of M rows.
-
-    Attributes:
-        values: (M, k) raw logits of those classes, floating point.
-        classes: (M, k) int32 class ids, distinct within a row, in any order.
-        tail: (M,) natural logarithm of the sum of exp(t / T) over the classes left out, at the temperature T of the
-            loss; -inf when none is left out.
-    """
-
-    values: Tensor
-    classes: Tensor
-    tail: Tensor
-
-
-def number(name: str, value: object) -> float:
-    """A Python number, also from one of NumPy or a scalar tensor on the CPU.
+def make_call(
+    logits: Tensor,
+    labels: Tensor | None,
+    teacher: Tensor | TopKTeacher,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    *,
+    alpha: object,
+    temperature: object,
+    t_squared: bool,
+    ignore_index: object,
+    reduction: str,
+    direction: str,
+) -> KDCall:
+    """Check shapes, dtypes, devices and numbers, and unpack a ``TopKTeacher``; arguments as in ``kd_loss``.
 
     Raises:
-        TypeError: If it is neither, or would get a gradient.
+        ShapeError: If a shape does not fit, or a number or a name is out of range.
+        TypeError: If a type, a dtype or a device does not fit, or the teacher requires a gradient.
+    """
+    alpha, temperature = as_float("alpha", alpha), as_float("temperature", temperature)
+    ignore_index = as_int("ignore_index", ignore_index)
+    _check_options(alpha, temperature, t_squared, ignore_index, reduction, direction)
+    _check_logits(logits)
+    if labels is not None:
+        _check_index("labels", labels, logits)
+    elif alpha != 1:
+        raise ShapeError(f"labels are None, but alpha is {alpha}: give labels, or alpha=1 to leave them out")
+    if rows is not None:
+        _check_index("rows", rows, logits)
+    if weights is not None:
+        _check_weights(weights, logits)
+    if isinstance(teacher, Tensor):
+        _check_dense_teacher(teacher, rows, logits)
+        values, classes, tail = teacher, None, None
+    else:
+        values, classes, tail = _check_topk_teacher(teacher, rows, logits)
+    numbers = (alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
+    return KDCall(logits, labels, values, rows, classes, tail, weights, *numbers)
+
+
+def as_float(name: str, value: object) -> float:
+    """Return a Python number; NumPy numbers and scalar CPU tensors are converted.
+
+    Raises:
+        TypeError: If it is none of these, or requires a gradient.
     """
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
@@ -55,8 +79,8 @@ def number(name: str, value: object) -> float:
     raise TypeError(f"{name} is {value!r}: give a number")
 
 
-def whole(name: str, value: object) -> int:
-    """A whole Python number, also from one of NumPy.
+def as_int(name: str, value: object) -> int:
+    """Return a Python integer; NumPy integers are converted.
 
     Raises:
         TypeError: If it is neither.
@@ -65,125 +89,101 @@ def whole(name: str, value: object) -> int:
         return value  # type: ignore[return-value]
     if isinstance(value, np.integer):
         return int(value)
-    raise TypeError(f"{name} is {value!r}: a whole number is needed")
-
-
-def check_call(
-    logits: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor | TopKTeacher,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    options: Options,
-    direction: str,
-) -> Operands:
-    """Check shapes, dtypes, devices and numbers, and take a ``TopKTeacher`` apart.
-
-    Raises:
-        ShapeError: If a shape does not fit, or a number or a name lies outside its range.
-        TypeError: If a dtype or a device does not fit, or the teacher requires a gradient.
-    """
-    _check_options(options, direction)
-    _check_tensor("logits", logits, 2)
-    n, c = logits.shape
-    device = logits.device
-    if logits.dtype not in _FLOATS:
-        raise TypeError(f"logits are {logits.dtype}: float32, bfloat16, float16 or float64 is needed")
-    if c == 0 and n > 0:
-        raise ShapeError(f"logits have shape {(n, c)}: at least one class is needed")
-    if labels is not None:
-        _check_index("labels", labels, n, device)
-    elif options.alpha != 1:
-        raise ShapeError(f"labels are None, but alpha is {options.alpha}: give labels, or alpha=1 to leave them out")
-    if rows is not None:
-        _check_index("rows", rows, n, device)
-    if weights is not None:
-        _check_tensor("weights", weights, 1)
-        if weights.shape[0] != n:
-            raise ShapeError(f"weights have shape {tuple(weights.shape)}: ({n},) is needed, one for each row of logits")
-        if weights.dtype not in _FLOATS:
-            raise TypeError(f"weights are {weights.dtype}: a floating dtype is needed")
-        _check_device("weights", weights, device)
-    if isinstance(teacher, Tensor):
-        _check_teacher("teacher", teacher, n, rows, device)
-        if teacher.shape[1] != c:
-            raise ShapeError(
-                f"teacher has {teacher.shape[1]} classes and logits have {c}: the same ones are needed, in one order"
-            )
-        return Operands(logits, labels, teacher, rows, None, None, weights)
-    values, classes, tail = _check_topk(teacher, n, c, rows, device)
-    return Operands(logits, labels, values, rows, classes, tail, weights)
+    raise TypeError(f"{name} is {value!r}: an integer is needed")
 
 
 def check_temperature(temperature: float, *, name: str = "temperature", error: type[KdfastError] = ShapeError) -> None:
-    """Check that neither 1 / T nor T^2 leaves float32.
+    """Check that 1 / T and T^2 are representable in float32.
 
     Args:
         temperature: T.
-        name: What it is called in the message.
-        error: The kind of error to raise, for callers whose number is an option of a command.
+        name: The name to use in the message.
+        error: The class of the error to raise.
 
     Raises:
-        KdfastError: Of kind `error`: one does.
+        KdfastError: Of class `error`, if T is out of range.
     """
-    if not _LEAST_T <= temperature <= _MOST_T:
-        raise error(f"{name} is {temperature}: a positive number is needed, from {_LEAST_T} to {_MOST_T}")
+    if not _MIN_T <= temperature <= _MAX_T:
+        raise error(f"{name} is {temperature}: a positive number is needed, from {_MIN_T} to {_MAX_T}")
 
 
 def check_teacher_logits(name: str, x: Tensor) -> None:
-    """Check that these are logits (M, C), in a floating dtype.
+    """Check that a tensor holds logits: (M, C), floating point.
 
     Raises:
-        ShapeError: If the shape is another.
-        TypeError: If it is no tensor, or the dtype is another.
+        ShapeError: If it is not two-dimensional.
+        TypeError: If it is not a tensor, or its dtype is not floating point.
     """
     _check_tensor(name, x, 2)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} is {x.dtype}: raw logits in float32, bfloat16, float16 or float64 are needed")
 
 
-def check_values(operands: Operands, options: Options, thorough: bool) -> None:
-    """Check that labels, rows and class ids lie in their ranges; reads them, so on a GPU it waits.
+def check_values(call: KDCall, thorough: bool) -> None:
+    """Check that labels, rows and class ids are in range. Reads them, so on a GPU this waits for the device.
 
-    ``thorough`` also checks that the class ids of a top-k teacher are distinct within each row.
+    Args:
+        call: The call to check.
+        thorough: Check the class ids of every row of a top-k teacher, and that they are distinct within a row.
 
     Raises:
-        IndexError: If one does not.
-        ShapeError: If class ids repeat within a row.
+        IndexError: If a label, a row or a class id is out of range.
+        ShapeError: If a class id repeats within a row.
     """
-    n, c = operands.logits.shape
-    counted = torch.ones(n, dtype=torch.bool, device=operands.logits.device)
-    if operands.labels is not None:
-        counted = operands.labels != options.ignore_index
-        _check_range("labels", operands.labels, counted, c, f"or ignore_index ({options.ignore_index})")
-    if operands.rows is not None:
-        _check_range("rows", operands.rows, counted, operands.teacher.shape[0], "the teacher's rows")
-    if operands.classes is not None and (options.alpha > 0 or thorough):
-        ids = operands.classes
-        picked = counted if operands.rows is None else counted.new_zeros(ids.shape[0])
-        if thorough:
-            picked = torch.ones_like(picked)
-        elif operands.rows is not None:
-            picked[operands.rows[counted]] = True
-        _check_range("teacher.classes", ids, picked.unsqueeze(1), c, "the classes of logits")
-        if thorough:
-            ordered = ids.sort(1).values
-            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-                raise ShapeError("teacher.classes repeat a class within a row: give each class once")
+    n, c = call.logits.shape
+    counted = torch.ones(n, dtype=torch.bool, device=call.logits.device)
+    if call.labels is not None:
+        counted = call.labels != call.ignore_index
+        _check_range("labels", call.labels, counted, c, f"or ignore_index ({call.ignore_index})")
+    if call.rows is not None:
+        _check_range("rows", call.rows, counted, call.teacher.shape[0], "the teacher's rows")
+    if call.classes is None or not (call.alpha > 0 or thorough):
+        return
+    used = counted if call.rows is None else counted.new_zeros(call.classes.shape[0])
+    if thorough:
+        used = torch.ones_like(used)
+    elif call.rows is not None:
+        used[call.rows[counted]] = True
+    _check_range("teacher.classes", call.classes, used.unsqueeze(1), c, "the classes of logits")
+    if thorough:
+        ordered = call.classes.sort(1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            raise ShapeError("teacher.classes repeat a class within a row: give each class once")
 
 
-def _check_options(options: Options, direction: str) -> None:
-    if not 0 <= options.alpha <= 1:
-        raise ShapeError(f"alpha is {options.alpha}: it must lie in [0, 1], the share of the divergence in the loss")
-    check_temperature(options.temperature)
-    if not isinstance(options.t_squared, bool):
-        raise TypeError(f"t_squared is {options.t_squared!r}: True or False is needed")
-    if isinstance(options.ignore_index, int) and not -(2**63) <= options.ignore_index < 2**63:
-        raise ShapeError(f"ignore_index is {options.ignore_index}: no int64 label can be that")
-    if options.reduction not in ("mean", "sum", "none"):
-        raise ShapeError(f"reduction is {options.reduction!r}: 'mean', 'sum' or 'none' is needed")
+def _check_options(
+    alpha: float, temperature: float, t_squared: bool, ignore_index: int, reduction: str, direction: str
+) -> None:
+    if not 0 <= alpha <= 1:
+        raise ShapeError(f"alpha is {alpha}: it must lie in [0, 1], the share of the divergence in the loss")
+    check_temperature(temperature)
+    if not isinstance(t_squared, bool):
+        raise TypeError(f"t_squared is {t_squared!r}: True or False is needed")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ShapeError(f"ignore_index is {ignore_index}: it must fit into int64, like the labels")
+    if reduction not in ("mean", "sum", "none"):
+        raise ShapeError(f"reduction is {reduction!r}: 'mean', 'sum' or 'none' is needed")
     if direction not in ("forward", "reverse"):
         raise ShapeError(f"direction is {direction!r}: 'forward' or 'reverse' is needed")
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_tensor("logits", logits, 2)
+    if logits.dtype not in _FLOATS:
+        raise TypeError(f"logits are {logits.dtype}: float32, bfloat16, float16 or float64 is needed")
+    n, c = logits.shape
+    if c == 0 and n > 0:
+        raise ShapeError(f"logits have shape {(n, c)}: at least one class is needed")
+
+
+def _check_weights(weights: Tensor, logits: Tensor) -> None:
+    _check_tensor("weights", weights, 1)
+    n = logits.shape[0]
+    if weights.shape[0] != n:
+        raise ShapeError(f"weights have shape {tuple(weights.shape)}: ({n},) is needed, one for each row of logits")
+    if weights.dtype not in _FLOATS:
+        raise TypeError(f"weights are {weights.dtype}: a floating dtype is needed")
+    _check_device("weights", weights, logits)
 
 
 def _check_tensor(name: str, x: object, dim: int) -> None:
@@ -198,38 +198,50 @@ def _check_tensor(name: str, x: object, dim: int) -> None:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}: {needed} is needed; flatten leading dimensions first")
 
 
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise TypeError(f"{name} is on {x.device} and logits are on {device}: move it with .to({str(device)!r})")
+def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
+    if x.device != logits.device:
+        move = f"move it with .to({str(logits.device)!r})"
+        raise TypeError(f"{name} is on {x.device} and logits are on {logits.device}: {move}")
 
 
-def _check_index(name: str, x: Tensor, n: int, device: torch.device) -> None:
+def _check_index(name: str, x: Tensor, logits: Tensor) -> None:
     _check_tensor(name, x, 1)
+    n = logits.shape[0]
     if x.shape[0] != n:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}: ({n},) is needed, one for each row of logits")
     if x.dtype != torch.int64:
         raise TypeError(f"{name} is {x.dtype}: int64 is needed; convert it with .long()")
-    _check_device(name, x, device)
+    _check_device(name, x, logits)
 
 
-def _check_teacher(name: str, x: Tensor, n: int, rows: Tensor | None, device: torch.device) -> None:
+def _check_teacher(name: str, x: Tensor, rows: Tensor | None, logits: Tensor) -> None:
     check_teacher_logits(name, x)
     if x.requires_grad:
         raise TypeError(f"{name} requires a gradient, which kd_loss does not compute: pass {name}.detach()")
-    _check_device(name, x, device)
+    _check_device(name, x, logits)
+    n = logits.shape[0]
     if rows is not None and n > 0 and x.shape[0] == 0:
-        raise IndexError(f"{name} has no rows, so no row lies in [0, 0), the teacher's rows: give it some")
+        raise IndexError(f"{name} has no rows: give at least one")
     if rows is None and x.shape[0] != n:
         raise ShapeError(
             f"{name} has {x.shape[0]} rows and logits have {n}: give rows, the teacher's row of each sample"
         )
 
 
-def _check_topk(teacher: object, n: int, c: int, rows: Tensor | None, device: torch.device) -> TopKTeacher:
+def _check_dense_teacher(teacher: Tensor, rows: Tensor | None, logits: Tensor) -> None:
+    _check_teacher("teacher", teacher, rows, logits)
+    if teacher.shape[1] != logits.shape[1]:
+        raise ShapeError(
+            f"teacher has {teacher.shape[1]} classes and logits have {logits.shape[1]}: "
+            "both need the same classes in the same order"
+        )
+
+
+def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) -> TopKTeacher:
     if not isinstance(teacher, tuple) or len(teacher) != 3:
         raise TypeError(f"teacher is {type(teacher).__name__}: a tensor of logits (M, C) or a TopKTeacher is needed")
     values, classes, tail = teacher
-    _check_teacher("teacher.values", values, n, rows, device)
+    _check_teacher("teacher.values", values, rows, logits)
     _check_tensor("teacher.classes", classes, 2)
     _check_tensor("teacher.tail", tail, 1)
     if classes.shape != values.shape or tail.shape != values.shape[:1]:
@@ -237,22 +249,25 @@ def _check_topk(teacher: object, n: int, c: int, rows: Tensor | None, device: to
             f"teacher.values, classes and tail have shapes {tuple(values.shape)}, {tuple(classes.shape)} and "
             f"{tuple(tail.shape)}: (M, k), (M, k) and (M,) are needed"
         )
-    if not 1 <= values.shape[1] <= c:
-        raise ShapeError(f"teacher.values hold {values.shape[1]} classes a row: 1 to {c} are needed, as logits have")
+    k, c = values.shape[1], logits.shape[1]
+    if not 1 <= k <= c:
+        raise ShapeError(
+            f"teacher.values hold {k} classes a row: 1 to {c} are needed, the number of classes in logits"
+        )
     if classes.dtype != torch.int32:
         raise TypeError(f"teacher.classes is {classes.dtype}: int32 is needed; convert it with .int()")
     if tail.dtype not in _FLOATS:
         raise TypeError(f"teacher.tail is {tail.dtype}: a floating dtype is needed")
     if tail.requires_grad:
         raise TypeError("teacher.tail requires a gradient, which kd_loss does not compute: pass teacher.tail.detach()")
-    _check_device("teacher.classes", classes, device)
-    _check_device("teacher.tail", tail, device)
+    _check_device("teacher.classes", classes, logits)
+    _check_device("teacher.tail", tail, logits)
     return TopKTeacher(values, classes, tail)
 
 
-def _check_range(name: str, x: Tensor, counted: Tensor, size: int, owner: str) -> None:
+def _check_range(name: str, x: Tensor, counted: Tensor, size: int, valid: str) -> None:
     bad = ((x < 0) | (x >= size)) & counted
     if bool(bad.any()):
-        at = tuple(int(i) for i in bad.nonzero()[0])
-        place = ", ".join(str(i) for i in at)
-        raise IndexError(f"{name}[{place}] is {int(x[at])}: it must lie in [0, {size}), {owner}")
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        index = ", ".join(str(i) for i in position)
+        raise IndexError(f"{name}[{index}] is {int(x[position])}: it must lie in [0, {size}), {valid}")

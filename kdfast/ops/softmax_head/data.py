@@ -1,8 +1,7 @@
 """Features, logits, labels and teacher logits of a softmax head, validated and read one tile of rows at a time.
 
-A *block* is what the caller provides: any number of rows. A *tile* is what a function computes at once: as many rows as
-fit a processor's cache. So the data may exceed the memory: pass a memory-mapped array, or blocks that are read or
-computed on demand.
+The caller provides *blocks* of any number of rows. Functions compute one *tile* at a time, sized to fit a processor's
+cache. So the data may exceed the memory: pass a memory-mapped array, or blocks that are read or computed on demand.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Tile(NamedTuple):
 
 
 class _ReadState:
-    """What earlier passes over the rows found; shared by all ``HeadData`` of the same rows."""
+    """Results of checks in earlier passes over the rows; shared by all ``HeadData`` of the same rows."""
 
     checked = False
     label_range: tuple[int, int] | None = None
@@ -180,11 +179,11 @@ class HeadData:
             )
         return largest + 1
 
-    def require_multiple_passes(self, what: str) -> None:
+    def require_multiple_passes(self, reader: str) -> None:
         """Raise a DataError if the rows can be read only once."""
         if self.single_pass:
             raise DataError(
-                f"`{self.prefix}features` is an iterator, which can be read only once, but {what} reads the data "
+                f"`{self.prefix}features` is an iterator, which can be read only once, but {reader} reads the data "
                 "several times: pass a list, or an object whose __iter__ restarts"
             )
 
@@ -208,7 +207,7 @@ class HeadData:
 
         Args:
             width: Numbers that the caller computes per row besides features and logits; reduces the tile's rows.
-            dtype: Floating dtype of what is yielded; None: ``self.dtype``.
+            dtype: Floating dtype of the tiles; None: ``self.dtype``.
             progress: Called with (rows done, rows in total or 0 if unknown, note) after each tile.
             note: Passed on to ``progress``.
             deferred_checks: "features" and "logits", if they make the caller's result non-finite whenever they are. The
@@ -244,13 +243,13 @@ class HeadData:
             "pass"
         )
 
-    def raise_nonfinite(self, what: str, dtype: torch.dtype) -> NoReturn:
+    def raise_nonfinite(self, results: str, dtype: torch.dtype) -> NoReturn:
         """Raise a DataError for a non-finite result: it names the sample at fault, or reports an overflow."""
         if not self.single_pass:
             self._state.checked = False
             for _ in self.tiles():
                 pass
-        raise DataError(f"{what} overflow {dtype}: scale the features down, or pass float64")
+        raise DataError(f"{results} overflow {dtype}: scale the features down, or pass float64")
 
     def _check(self, tile: Tile, deferred_checks: tuple[str, ...]) -> None:
         for name, value in (("features", tile.x), ("logits", tile.z), ("teacher", tile.t)):

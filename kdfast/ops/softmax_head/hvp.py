@@ -72,7 +72,7 @@ def head_hvp(
     try:
         out = hessian_products(data, vectors.to(dtype), l2, loss, progress)
     except DataError:
-        check_vectors("v", v, data)  # names v if v is what is not finite
+        check_vectors("v", v, data)  # raises for v itself if it is not finite
         raise
     result = out.reshape(v.shape).to(v.dtype)
     if result.dtype != dtype and not bool(result.isfinite().all()):
@@ -170,5 +170,5 @@ def check_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
     """
     v = as_vectors(name, v, data)
     if not bool(v.sum().isfinite()) and not bool(v.isfinite().all()):
-        raise DataError(f"`{name}` is not finite: fix what computed it")
+        raise DataError(f"`{name}` is not finite: correct its computation")
     return v

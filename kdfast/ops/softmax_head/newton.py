@@ -110,7 +110,7 @@ def _initial_weights(data: HeadData, init: Tensor | None, classes: int | None) -
         if init.device != data.device:
             raise ShapeError(f"`init` is on {init.device}, `features` on {data.device}: move them to one device")
         if not bool(init.isfinite().all()):
-            raise DataError("`init` is not finite: fix what computed it, or omit it")
+            raise DataError("`init` is not finite: correct its computation, or omit it")
         return init.detach().double()
     if classes is None:
         classes = data.infer_num_classes()

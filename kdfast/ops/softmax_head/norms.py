@@ -87,4 +87,4 @@ def _check_weights(weights: Tensor | None, data: HeadData, l2: float) -> None:
     if tuple(weights.shape) != (data.num_classes, data.dim):
         raise ShapeError(f"`weights` has shape {tuple(weights.shape)}: pass {(data.num_classes, data.dim)}")
     if not bool(weights.isfinite().all()):
-        raise DataError("`weights` is not finite: fix what computed it")
+        raise DataError("`weights` is not finite: correct its computation")

@@ -111,7 +111,7 @@ def check_finite(name: str, value: Tensor, start: int) -> None:
     bad = (~value.isfinite()).any(1).nonzero()
     if len(bad):
         raise DataError(
-            f"`{name}` of sample {start + int(bad[0])} is not finite: remove such samples, or fix what computed them"
+            f"`{name}` of sample {start + int(bad[0])} is not finite: remove such samples, or correct their computation"
         )
 
 

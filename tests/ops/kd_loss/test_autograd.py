@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kdfast
-from kdfast.ops.kd_loss import gradient_buffer, topk_teacher
+from kdfast.ops.kd_loss import fast_path, gradient_buffer, topk_teacher
 from kdfast.ops.kd_loss.autograd import kd_loss_op, scale_op
 
 pytestmark = pytest.mark.usefixtures("no_poison")
@@ -60,12 +61,12 @@ def test_one_factor_a_row(args):
 
 
 def test_backward_hands_on_the_stored_gradient_when_the_factor_is_one(args, monkeypatch):
-    from kdfast.ops import native
+    from kdfast.ops.kd_loss import native
 
     calls = []
-    extension = native._native
-    spy = type("Spy", (), {"kd_loss": staticmethod(extension.kd_loss), "scale_rows": lambda *a: calls.append(a)})
-    monkeypatch.setattr(native, "_native", spy)
+    extension = native.extension
+    spy = type("Spy", (), {"kd_loss": staticmethod(extension.kd_loss), "scale_rows": lambda **a: calls.append(a)})
+    monkeypatch.setattr(native, "extension", spy)
     z = args[0].requires_grad_()
     kdfast.kd_loss(z, *args[1:]).backward()
     assert not calls
@@ -96,11 +97,10 @@ def test_differentiating_twice_raises(args):
 
 
 def test_no_gradient_is_computed_without_need(args, monkeypatch):
-    from kdfast.ops import native
-
     results = []
-    plain = native.plain_kd_loss
-    monkeypatch.setattr(native, "plain_kd_loss", lambda *a: results.append(plain(*a)) or results[-1])
+    run = fast_path._extension().fast_kd_loss
+    spy = SimpleNamespace(fast_kd_loss=lambda *a: results.append(run(*a)) or results[-1])
+    monkeypatch.setattr(fast_path, "_extension", lambda: spy)
     z = args[0].requires_grad_()
     with torch.no_grad():
         kdfast.kd_loss(z, *args[1:])
@@ -112,17 +112,15 @@ def test_no_gradient_is_computed_without_need(args, monkeypatch):
 
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_a_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypatch, differentiated):
-    from kdfast.ops import native
-
     seen = []
-    plain = native.plain_kd_loss
+    run = fast_path._extension().fast_kd_loss
 
     def spy(*a):
-        found = plain(*a)
-        seen.append(weakref.ref(found[1][0]))
-        return found
+        loss, grad = run(*a)
+        seen.append(weakref.ref(grad))
+        return loss, grad
 
-    monkeypatch.setattr(native, "plain_kd_loss", spy)
+    monkeypatch.setattr(fast_path, "_extension", lambda: SimpleNamespace(fast_kd_loss=spy))
     z = args[0].requires_grad_()
     gc.disable()
     try:

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from kdfast.ops import native
-from kdfast.ops.kd_loss import topk_teacher
-from kdfast.ops.kd_loss.dispatch import Options
+from kdfast.ops.kd_loss import native, topk_teacher
+from kdfast.ops.kd_loss.call import KDCall
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -32,8 +31,8 @@ def bits(isa_limit, threads=1):
         z, y, teacher, r = case(n, c, dtype)
         for sparse in (None, topk_teacher(teacher, 3, t)):
             values, classes, tail = sparse or (teacher, None, None)
-            options = Options(0.5, t, True, -100, "none", reverse)
-            found += native.kd_loss(z, y, values, r, classes, tail, None, *options, 1.0, True, isa_limit=isa_limit)
+            call = KDCall(z, y, values, r, classes, tail, None, 0.5, t, True, -100, "none", reverse)
+            found += native.kd_loss(call, need_grad=True, isa_limit=isa_limit)
     return found
 
 

@@ -17,7 +17,7 @@ def clean():
 
 
 def fresh():
-    return gradient_buffer.tensor_like(torch.zeros(()), SHAPE)
+    return gradient_buffer.new_gradient(torch.zeros(()), SHAPE)
 
 
 def test_freed_memory_is_used_again():
@@ -62,13 +62,13 @@ def test_memory_that_another_process_holds_is_left_alone():
 
 
 def test_only_middling_sizes_are_kept():
-    for elements in (gradient_buffer.LEAST_BYTES // 4 - 1, gradient_buffer.MOST_BYTES // 4 + 1):
-        gradient_buffer.tensor_like(torch.zeros(()), (elements,))
+    for elements in (gradient_buffer.MIN_BYTES // 4 - 1, gradient_buffer.MAX_BYTES // 4 + 1):
+        gradient_buffer.new_gradient(torch.zeros(()), (elements,))
         assert gradient_buffer._kept == []
     fresh()
     assert len(gradient_buffer._kept) == 1
     for rows in (SHAPE[0] + 1, SHAPE[0] - 1):
-        other = gradient_buffer.tensor_like(torch.zeros(()), (rows, SHAPE[1]))
+        other = gradient_buffer.new_gradient(torch.zeros(()), (rows, SHAPE[1]))
         assert other.untyped_storage().nbytes() == other.nbytes, "torch.save would write what is too much of it"
         del other
     assert len(gradient_buffer._kept) == 1, "at most one piece"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import kdfast
-from kdfast.ops import native
-from kdfast.ops.kd_loss.dispatch import Options
+from kdfast.ops.kd_loss import native
+from kdfast.ops.kd_loss.call import KDCall
 
-N, C, BLOCK = 3, 100_001, 4096  # csrc/kd_long.h
+N, C, BLOCK = 3, 100_001, 4096  # csrc/kd_loss/long_rows.h
 INF = math.inf
 
 
@@ -171,10 +171,8 @@ def test_every_instruction_set_gives_the_same_bits(reverse):
     z, y, t, r = plain()
     z, t = apart(z, t)
     for temperature in (3.0, 4.0):
-        options = Options(0.5, temperature, True, -100, "none", reverse)
-        widest, *others = [
-            native.kd_loss(z, y, t.half(), r, None, None, None, *options, 1.0, True, isa_limit=isa) for isa in (2, 1, 0)
-        ]
+        call = KDCall(z, y, t.half(), r, None, None, None, 0.5, temperature, True, -100, "none", reverse)
+        widest, *others = [native.kd_loss(call, need_grad=True, isa_limit=isa) for isa in (2, 1, 0)]
         for found in others:
             for a, b in zip(widest, found, strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -1,0 +1,44 @@
+// Python bindings of the views and the permutations: unpack the arguments, release the interpreter lock, call.
+#include <pybind11/pybind11.h>
+
+#include "views/views.h"
+
+namespace py = pybind11;
+
+namespace kdfast {
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+void bind_views(py::module_& m) {
+  m.def("shift_views",
+        [](uintptr_t images, uintptr_t moves, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
+           int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
+          const ShiftViews args{pointer<const uint8_t>(images),
+                                pointer<const int32_t>(moves),
+                                pointer<const float>(scale),
+                                pointer<const float>(bias),
+                                batch,
+                                height,
+                                width,
+                                pad,
+                                pointer<void>(out),
+                                dtype,
+                                threads,
+                                isa_limit};
+          py::gil_scoped_release release;
+          shift_views(args);
+        });
+  m.def("shuffled_at", [](int64_t position, int64_t size, uintptr_t keys, int64_t count, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    shuffled_at(position, size, pointer<const uint64_t>(keys), count, pointer<int64_t>(out), threads);
+  });
+}
+
+}  // namespace kdfast

@@ -1,0 +1,104 @@
+"""What a call of ``kd_loss`` consists of: its tensors and its numbers, checked once and passed on as a whole."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["KDCall", "TopKTeacher"]
+
+
+class TopKTeacher(NamedTuple):
+    """The k most probable classes of a teacher in each of M rows.
+
+    Attributes:
+        values: (M, k) raw logits of those classes, floating point.
+        classes: (M, k) int32 class ids, distinct within a row, in any order.
+        tail: (M,) log of the sum of exp(t / T) over the classes left out, at the temperature T of the loss; -inf if
+            none is left out.
+    """
+
+    values: Tensor
+    classes: Tensor
+    tail: Tensor
+
+
+class KDCall(NamedTuple):
+    """Checked arguments of one ``kd_loss`` call; made by ``validation.make_call``.
+
+    A named tuple, so that ``*call`` flattens it for the custom operator and ``KDCall(*args)`` restores it there.
+
+    Attributes:
+        logits: (N, C) student logits.
+        labels: (N,) int64, or None if alpha is 1.
+        teacher: (M, C) teacher logits; (M, k) values if ``classes`` is set.
+        rows: (N,) int64 teacher rows, or None for row i.
+        classes: (M, k) int32 class ids of a top-k teacher, or None.
+        tail: (M,) log-mass of the classes that a top-k teacher leaves out, or None.
+        weights: (N,) sample weights, or None.
+        alpha: Weight of the divergence, in [0, 1].
+        temperature: T > 0.
+        t_squared: Whether the divergence is multiplied by T^2.
+        ignore_index: Label of the rows to ignore.
+        reduction: "mean", "sum" or "none".
+        reverse: Whether the divergence is KL(student || teacher).
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    teacher: Tensor
+    rows: Tensor | None
+    classes: Tensor | None
+    tail: Tensor | None
+    weights: Tensor | None
+    alpha: float
+    temperature: float
+    t_squared: bool
+    ignore_index: int
+    reduction: str
+    reverse: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors, some of them None."""
+        return self[:7]
+
+    @property
+    def use_ce(self) -> bool:
+        """Whether the cross-entropy counts."""
+        return self.alpha < 1
+
+    @property
+    def use_kl(self) -> bool:
+        """Whether the divergence counts."""
+        return self.alpha > 0
+
+    @property
+    def kl_factor(self) -> float:
+        """Factor of the divergence in the loss: alpha T^2 or alpha."""
+        return self.alpha * self.temperature**2 if self.t_squared else self.alpha
+
+    def new_loss(self) -> Tensor:
+        """Uninitialised float32 loss: (N,) for the reduction "none", else a scalar."""
+        shape = self.logits.shape[:1] if self.reduction == "none" else ()
+        return self.logits.new_empty(shape, dtype=torch.float32)
+
+    def grad_scale(self) -> float:
+        """Power of two by which the stored gradient is multiplied; 1 except for float16.
+
+        The factor of ``torch.amp.GradScaler`` arrives only in the backward pass. Without a scale, a float16 gradient of
+        an improbable class, or one divided by many rows, would have been rounded to zero by then. A row's gradient of
+        the forward divergence is at most 1 + alpha T in magnitude, so 1024 times it stays finite up to T = 31. That of
+        the reverse divergence grows with the spread of the logits, to alpha times a quarter of it (over T^2 without
+        ``t_squared``): 4 times it stays finite for logits up to 1e4. Weighted rows have no bound in a sum or without
+        reduction.
+        """
+        if self.logits.dtype != torch.float16 or (self.weights is not None and self.reduction != "mean"):
+            return 1.0
+        if max(self.temperature, 1 / self.temperature) > 31:
+            return 1.0
+        if self.reverse and self.use_kl:
+            return 4.0 if self.t_squared or self.temperature >= 1 else 1.0
+        return 1024.0

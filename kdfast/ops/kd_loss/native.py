@@ -1,0 +1,115 @@
+"""``kd_loss`` on a CPU: pass tensors to the compiled kernels as addresses and strides, and allocate their outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.kd_loss import gradient_buffer
+from kdfast.ops.kd_loss.call import KDCall
+from kdfast.ops.native import DTYPE_CODES, WIDEST_ISA, extension
+
+__all__ = ["kd_loss", "scale_rows"]
+
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+def kd_loss(
+    call: KDCall,
+    need_grad: bool,
+    *,
+    terms: tuple[Tensor, Tensor] | None = None,
+    isa_limit: int = WIDEST_ISA,
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss and the gradient of the logits.
+
+    Args:
+        call: The checked call.
+        need_grad: Whether to compute the gradient.
+        terms: Two float32 tensors (N,) that receive each row's cross-entropy and divergence.
+        isa_limit: Widest instruction set to use (0: baseline, 1: x86-64-v3, 2: x86-64-v4), so that tests can compare
+            them.
+
+    Returns:
+        The float32 loss, and the gradient times ``call.grad_scale()`` (empty unless ``need_grad``).
+
+    Raises:
+        IndexError: If a label, a row or a class id is out of range.
+        ValueError: If sizes do not fit.
+    """
+    logits, teacher = call.logits.resolve_neg(), call.teacher.resolve_neg()
+    if teacher.dtype == torch.float64:
+        teacher = teacher.float()
+    loss = call.new_loss()
+    grad = gradient_buffer.new_gradient(logits, tuple(logits.shape) if need_grad else (0,))
+    classes = None if call.classes is None else call.classes.contiguous()
+    tail, weights = _float32_vector(call.tail), _float32_vector(call.weights)
+    extension.kd_loss(
+        logits=_matrix(logits),
+        teacher=_matrix(teacher),
+        labels=_address(call.labels),
+        labels_stride=0 if call.labels is None else call.labels.stride(0),
+        rows=_address(call.rows),
+        rows_stride=0 if call.rows is None else call.rows.stride(0),
+        classes=_address(classes),
+        tail=_address(tail),
+        weights=_address(weights),
+        use_ce=call.use_ce,
+        use_kl=call.use_kl,
+        reverse=call.reverse,
+        ce_factor=1 - call.alpha,
+        kl_factor=call.kl_factor,
+        temperature=call.temperature,
+        ignore_index=call.ignore_index,
+        reduction=_REDUCTIONS[call.reduction],
+        grad_scale=call.grad_scale(),
+        loss=loss.data_ptr(),
+        ce=0 if terms is None else terms[0].data_ptr(),
+        kl=0 if terms is None else terms[1].data_ptr(),
+        grad=grad.data_ptr() if need_grad else 0,
+        threads=torch.get_num_threads(),
+        isa_limit=isa_limit,
+    )
+    return loss, grad
+
+
+def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    """Return ``grad * factor * scale``, rounded once to the dtype of ``grad``.
+
+    Args:
+        grad: (N, C), contiguous.
+        factor: float32; a scalar, or (N,) for one factor per row.
+        scale: A factor common to all rows.
+        in_place: Whether the result may overwrite ``grad``. If so, nothing is computed for a product of one.
+    """
+    is_scalar = factor.dim() == 0 or factor.stride(0) == 0
+    if in_place and is_scalar:
+        first = factor if factor.dim() == 0 else factor[:1]
+        if grad.numel() == 0 or first.item() * scale == 1.0:
+            return grad
+    out = grad if in_place else torch.empty_like(grad)
+    extension.scale_rows(
+        grad=grad.data_ptr(),
+        out=out.data_ptr(),
+        dtype=DTYPE_CODES[grad.dtype],
+        rows=grad.shape[0],
+        cols=grad.shape[1],
+        factor=factor.data_ptr(),
+        factor_stride=0 if is_scalar else factor.stride(0),
+        scale=scale,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, rows, columns, row stride, column stride, dtype code."""
+    return x.data_ptr(), *x.shape, *x.stride(), DTYPE_CODES[x.dtype]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _float32_vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).resolve_neg().contiguous()
