@@ -32,10 +32,12 @@ def el2n(probabilities: Array, labels: Any) -> Array:
     """
     if isinstance(probabilities, Tensor):
         probabilities[torch.arange(len(labels), device=probabilities.device), labels] -= 1
-        return torch.linalg.vector_norm(probabilities, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(probabilities, dim=1)
+        return norms
     probabilities[np.arange(len(labels)), labels] -= 1
     squares = np.square(probabilities, out=probabilities)
-    return np.sqrt(squares.sum(axis=1))
+    roots: npt.NDArray[np.float64] = np.sqrt(squares.sum(axis=1))
+    return roots
 
 
 def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any]]:

@@ -1,1 +1,1 @@
-"""Pruning: scores, selection rules, subsets."""
+"""Pruning: scores, selection rules and selectors, and the pipeline from them to subsets."""

@@ -117,7 +117,7 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         raise DataError(f"{path} holds {len(scores)} scores, this data has {n} training samples: {_SCORE_AGAIN}")
     if about["data"] != fingerprint:
         raise DataError(
-            f"{path} was made from other data (fingerprint {str(about['data'])[:12]}; this data has {fingerprint[:12]}): "
+            f"{path} was made from other data (fingerprint {str(about['data'])[:12]}, this data {fingerprint[:12]}): "
             f"{_SCORE_AGAIN}"
         )
     extras = {name.removeprefix(_EXTRA): values for name, values in arrays.items() if name.startswith(_EXTRA)}

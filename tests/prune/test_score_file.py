@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.options import parse_options
 from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
 
 FINGERPRINT = "a" * 64
@@ -104,12 +103,3 @@ def test_rejects_files_that_are_not_score_files(tmp_path, content, damage):
 def test_rejects_another_suffix(tmp_path, content):
     with pytest.raises(UsageError, match=r"named \.npz"):
         write_scores(tmp_path / "s.npy", content)
-
-
-def test_options_parse_from_name_value_texts():
-    assert parse_options(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
-    for bad in ("a", "=1", "a="):
-        with pytest.raises(UsageError, match="name=value"):
-            parse_options([bad])
-    with pytest.raises(UsageError, match="twice"):
-        parse_options(["a=1", "a=2"])

@@ -42,7 +42,7 @@ OPTIONS = {
     "score": Option("self", "score to rank by", choices=tuple(SAMPLE_SCORES)),
     "proxy": Option("projection", "network trained in the inner loop", choices=tuple(PROXIES)),
     "width": Option(
-        None, "of the projection or the hidden layer; default: a quarter of the features, or 8", 1, 1e5, True
+        None, "of the projection or the hidden layer; automatic: a quarter of the features, or 8", 1, 1e5, True
     ),
     "reward": Option("kd", "measure to maximize on the held-out samples", choices=tuple(REWARDS)),
     "estimator": Option("crn", "estimator of the reward's gradient", choices=tuple(ESTIMATORS)),

@@ -1,1 +1,1 @@
-"""Selection rules: choose samples of a group by their scores."""
+"""Selection rules: select the samples of a group by their scores."""

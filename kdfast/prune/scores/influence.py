@@ -13,8 +13,8 @@ from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import Float32Array, ScoreInputs, ScoreResult, require_features, require_logits
 
 # Default weight of the head's penalty. At 1e-3, effects of removal mostly reflect which samples validate: they find
-# planted wrong labels with AUC 0.42, against 0.998 at 0.1 (bench/bench_planted.py). IF-Beta, whose default score uses no
-# validation samples, has its own value in if_beta/scores.py.
+# planted wrong labels with AUC 0.42, against 0.998 at 0.1 (bench/bench_planted.py). IF-Beta has its own value in
+# if_beta/scores.py, since its default score uses no validation samples.
 DEFAULT_L2 = 0.1
 
 OPTIONS = {

@@ -1,0 +1,59 @@
+"""Options are declared so that help can be printed from them, and are checked."""
+
+import pytest
+
+from kdfast.errors import UsageError
+from kdfast.prune.options import Option, complete_options, parse_options
+from kdfast.prune.rules.registry import RULES
+from kdfast.prune.scores.registry import SCORES
+from kdfast.prune.selectors import SELECTORS
+
+ENTRIES = {
+    f"{kind} {name}": entry
+    for kind, registry in (("score", SCORES), ("rule", RULES), ("selector", SELECTORS))
+    for name, entry in registry.items()
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_and_their_options_have_one_line_summaries_and_valid_defaults(name: str) -> None:
+    entry = ENTRIES[name]
+    for summary in (entry.summary, *(option.summary for option in entry.options.values())):
+        assert summary
+        assert "\n" not in summary
+        assert "--" not in summary
+    for key, option in entry.options.items():
+        assert option.parse(key, option.default) == option.default
+        if option.default is None:
+            assert "automatic" in option.summary
+
+
+def test_none_means_not_given() -> None:
+    options = {"steps": Option(3, "number of steps", low=1, integer=True), "width": Option(None, "automatic: 8")}
+    assert complete_options("twins", options, {}) == {"steps": 3, "width": None}
+    assert complete_options("twins", options, {"steps": None, "width": "4"}) == {"steps": 3, "width": 4.0}
+
+
+def test_rejects_unknown_options_and_bad_values() -> None:
+    options = {
+        "steps": Option(3, "number of steps", low=1, high=9, integer=True),
+        "use": Option("a", "", choices=("a",)),
+    }
+    for given, message in (
+        ({"stops": 4}, "twins has no option 'stops': did you mean 'steps'"),
+        ({"steps": 2.5}, "must be a whole number from 1 to 9"),
+        ({"steps": 10}, "must be a whole number from 1 to 9"),
+        ({"steps": "many"}, "must be a number"),
+        ({"use": "b"}, "must be one of a"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            complete_options("twins", options, given)
+
+
+def test_parses_name_value_texts() -> None:
+    assert parse_options(["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
+    for bad in ("a", "=1", "a="):
+        with pytest.raises(UsageError, match="name=value"):
+            parse_options([bad])
+    with pytest.raises(UsageError, match="twice"):
+        parse_options(["a=1", "a=2"])
