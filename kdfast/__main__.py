@@ -1,4 +1,4 @@
-"""`python -m kdfast` is the `kdfast` command."""
+"""Entry point of `python -m kdfast`, the same as the `kdfast` command."""
 
 from kdfast.cli import main
 

@@ -1,4 +1,4 @@
-"""The device a command runs on."""
+"""Selection of the device."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `--device` into a device; on CUDA, also ask for deterministic convolutions.
+    """Return the device of a name; on CUDA, also request deterministic convolutions.
 
     Args:
-        name: `auto` (a CUDA device when there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
-
-    Returns:
-        The torch device.
+        name: `auto` (a CUDA device if available, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: If the name is none of these, or there is no such device.
+        UsageError: The name is none of these, or there is no such device.
     """
-    import torch
+    import torch  # slow; the command line imports this module for its help
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise UsageError(f"--device is {name!r}; needed: auto, cpu, cuda or cuda:N")
+        raise UsageError(f"`device` is {name!r}; needed: auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
-            raise UsageError(f"--device {name}: torch sees {count} CUDA devices here; use --device cpu or auto")
-        # The same run gives the same bits only with the same convolution algorithms.
+            raise UsageError(f"`device` is {name!r}, but torch sees {count} CUDA devices; use cpu or auto")
+        # Runs are reproducible only with the same convolution algorithms.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device(name)

@@ -1,17 +1,19 @@
-"""The kinds of error kdfast raises, and the exit code each one has on the command line.
+"""Errors that kdfast raises, with their exit codes on the command line.
 
-Every message says what was given, what is needed, and what to do.
+Every message states what was given, what is needed, and what to do. Arguments are named in backticks, for example
+"`batch_size` is 0; needed: at least 1". The command line replaces such a name by its option (`--batch-size`), so the
+library never spells options.
 
 | exit code | meaning |
 |---|---|
 | 0 | all planned work ran |
-| 1 | an error kdfast did not foresee |
+| 1 | an unexpected error |
 | 2 | wrong usage of the command line |
 | 3 | bad or mismatching data, cache, subset or checkpoint |
 | 4 | the output cannot be written (read-only, full, or already in use) |
 | 5 | training diverged: the loss is not finite |
 | 6 | a solver did not reach its tolerance |
-| 75 | interrupted, resumable by the same command |
+| 75 | interrupted; run the same command again to resume |
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ T = TypeVar("T")
 
 
 class KdfastError(Exception):
-    """Base of all errors that kdfast raises on purpose."""
+    """Base class of the errors that kdfast raises."""
 
     exit_code = 1
 
 
 class UsageError(KdfastError, ValueError):
-    """Options that do not make sense, alone or together."""
+    """An option or argument is invalid, alone or in combination."""
 
     exit_code = 2
 
 
 class ShapeError(KdfastError, ValueError):
-    """A tensor has the wrong shape, or a value lies outside its range."""
+    """A tensor has the wrong shape, or a value is out of range."""
 
     exit_code = 3
 
@@ -48,19 +50,19 @@ class DataError(KdfastError, ValueError):
 
 
 class SubsetError(KdfastError, ValueError):
-    """A subset file is malformed or does not fit the data."""
+    """A subset file is malformed or does not match the data."""
 
     exit_code = 3
 
 
 class CacheMismatch(KdfastError, ValueError):
-    """A teacher's cache is damaged or belongs to other data, another teacher or other views."""
+    """A teacher's cache is damaged, or was made for other data, another teacher or other views."""
 
     exit_code = 3
 
 
 class CheckpointError(KdfastError, ValueError):
-    """A checkpoint cannot be read safely or holds another network."""
+    """A checkpoint cannot be read safely, or holds another network."""
 
     exit_code = 3
 
@@ -78,19 +80,19 @@ class DivergedError(KdfastError, RuntimeError):
 
 
 class SolveError(KdfastError, RuntimeError):
-    """A linear system or an optimum was not reached to the tolerance asked for."""
+    """A solver did not reach the requested tolerance."""
 
     exit_code = 6
 
 
 class BackendUnavailable(KdfastError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend requested by name cannot run here."""
 
     exit_code = 2
 
 
 class Interrupted(KdfastError, RuntimeError):
-    """Stopped by a signal after saving; the same command goes on from there."""
+    """A signal stopped the run after it was saved; the same command resumes it."""
 
     exit_code = 75
 

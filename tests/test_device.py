@@ -11,12 +11,12 @@ def test_auto_and_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:0", "cuda:x", "cuda:99", "mps"])
-def test_devices_that_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="--device"):
+def test_rejects_unknown_devices(name: str) -> None:
+    with pytest.raises(UsageError, match="`device` is"):
         resolve_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_a_device_says_so() -> None:
+def test_message_about_missing_cuda_counts_the_devices() -> None:
     with pytest.raises(UsageError, match="torch sees 0 CUDA devices"):
         resolve_device("cuda")

@@ -1,8 +1,9 @@
-"""Augmentation as a finite, seeded set of views, so that a teacher's answer to each can be looked up.
+"""Augmentation as a finite, seeded set of views, so that a teacher's logits on each can be cached.
 
-A view id names one outcome of the augmentation: for 32x32 images zero-pad 4 + crop + flip has 9 * 9 * 2 = 162 of them,
-and for large images a fixed number of random-resized crops is recorded per sample. Which views a sample uses, and when,
-is a hash of (seed, sample, epoch): the same on any machine, rank, batch split and loader.
+A view is one outcome of the augmentation, named by a view id: for 32x32 images zero-pad 4 + crop + flip has
+9 * 9 * 2 = 162 views, and for large images each sample has a fixed number of random resized crops. A run may use fewer
+views per sample (`n_views`); the view index, 0 to n_views - 1, is the position among them. The views of a sample and
+their order are hashes of (seed, sample, epoch): the same on any machine, rank, batch split and loader.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, shift_views
 
 _VERSION = 1
-# Wide enough for any normalisation of pixels in 0..1, too narrow for most that are meant for 0..255.
-_MEANS = (-1, 2)
-_LARGEST_STD = 2
+# Wide enough for any normalisation of pixels in 0..1, too narrow for most of those meant for 0..255.
+_MEAN_RANGE = (-1, 2)
+_MAX_STD = 2
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a network expects of its input: `(x / 255 - mean) / std` for each channel, of pixels in 0..255.
+    """Input normalisation of a network: `(x / 255 - mean) / std` for each channel, with pixels `x` in 0..255.
 
     Attributes:
-        mean: Of the red, green and blue channel, in units of 255; in -1..2.
-        std: Likewise; positive, at most 2.
+        mean: Mean of the red, green and blue channel, on the scale 0 to 1; each in -1..2.
+        std: Standard deviations, likewise; each positive, at most 2.
 
     Raises:
-        UsageError: Not three of each, or out of range, as values for pixels in 0..255 are.
+        UsageError: There are not three of each, or a value is out of range, as values on the scale 0 to 255 are.
     """
 
     mean: tuple[float, float, float]
@@ -46,18 +47,20 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
-            raise UsageError(f"normalisation {self.mean}, {self.std}: needs a mean and a std for each of 3 channels")
-        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
-            raise UsageError(f"normalisation {self.mean}, {self.std}: the means must be finite, the stds positive")
-        low, high = _MEANS
-        if not (low <= min(self.mean) and max(self.mean) <= high and max(self.std) <= _LARGEST_STD):
             raise UsageError(
-                f"normalisation {self.mean}, {self.std}: means must be in {low}..{high} and stds at most "
-                f"{_LARGEST_STD}, of pixels scaled to 0..1; these look like 0..255 values: divide them by 255"
+                f"normalisation {self.mean}, {self.std}: pass one `mean` and one `std` for each of 3 channels"
+            )
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise UsageError(f"normalisation {self.mean}, {self.std}: `mean` must be finite and `std` positive")
+        low, high = _MEAN_RANGE
+        if not (low <= min(self.mean) and max(self.mean) <= high and max(self.std) <= _MAX_STD):
+            raise UsageError(
+                f"normalisation {self.mean}, {self.std}: `mean` must be in {low}..{high} and `std` at most {_MAX_STD}, "
+                "for pixels scaled to 0..1; these look like 0..255 values: divide them by 255"
             )
 
     def affine(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The same as `pixel * scale + bias`.
+        """Return the normalisation as `pixel * scale + bias`.
 
         Args:
             dtype: float32 or float64; values are computed in float64 and rounded once.
@@ -71,18 +74,18 @@ class Normalization:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """Which views there are.
+    """The set of views of a data set.
 
     Attributes:
-        kind: "shift": crops of the zero-padded image at its own size; "crop": random-resized crops.
-        size: Height and width of a view, in pixels. For "shift" also that of the images.
-        pad: "shift": black border on each side, in pixels.
+        kind: "shift": crops of the zero-padded image at its own size; "crop": random resized crops.
+        size: Height and width of a view, in pixels; for "shift", also of the images.
+        pad: For "shift": black border on each side, in pixels.
         flip: Whether a view may be mirrored left to right.
-        crops: "crop": number of views recorded per sample, the identity included.
-        scale: "crop": least and largest area of a box, as a share of the image's.
-        ratio: "crop": least and largest width / height of a box.
-        seed: "crop": seed of the boxes.
-        version: Of the mapping from view ids to images.
+        crops: For "crop": number of views per sample, including the identity.
+        scale: For "crop": smallest and largest area of a box, as a fraction of the image's.
+        ratio: For "crop": smallest and largest width / height of a box.
+        seed: For "crop": seed of the boxes.
+        version: Version of the mapping from view ids to images.
     """
 
     kind: Literal["shift", "crop"]
@@ -97,19 +100,23 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ("shift", "crop"):
-            raise UsageError(f"view kind {self.kind!r}: must be 'shift' or 'crop'")
+            raise UsageError(f"`kind` of views is {self.kind!r}; needed: 'shift' or 'crop'")
         if self.version != _VERSION:
-            raise DataError(f"views of version {self.version}: this kdfast makes version {_VERSION}; rebuild the cache")
+            raise DataError(
+                f"views have version {self.version}; this kdfast needs version {_VERSION}; rebuild the cache"
+            )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise UsageError(f"view size {self.size}: needs a positive height and width")
+            raise UsageError(f"`size` of views is {self.size}; needed: a positive height and width")
         if not 0 <= self.pad <= min(self.size):
-            raise UsageError(f"pad {self.pad}: must be in 0..{min(self.size)} for views of size {self.size}")
+            raise UsageError(f"`pad` is {self.pad}; needed: 0 to {min(self.size)} for views of size {self.size}")
         if self.crops < 1 or (self.kind == "shift" and self.crops != 1) or (self.kind == "crop" and self.pad):
             raise UsageError(
-                f"{self.kind} views with pad {self.pad}, crops {self.crops}: pad is for shift, crops for crop"
+                f"{self.kind} views with `pad` {self.pad}, `crops` {self.crops}: pad is for shift, crops for crop"
             )
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1] < math.inf):
-            raise UsageError(f"scale {self.scale}, ratio {self.ratio}: need 0 < low <= high, and scale at most 1")
+            raise UsageError(
+                f"`scale` is {self.scale}, `ratio` {self.ratio}; needed: 0 < low <= high, and a scale of at most 1"
+            )
 
     @property
     def count(self) -> int:
@@ -118,19 +125,19 @@ class ViewSpec:
 
     @property
     def identity(self) -> int:
-        """The id of the view that leaves the image as it is (for "crop": the whole image, resized)."""
+        """Id of the view that leaves the image unchanged (for "crop": the whole image, resized)."""
         return 0 if self.kind == "crop" else self.pad * (2 * self.pad + 2) * (2 if self.flip else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ViewSpec:
-        """The spec that `to_dict` wrote.
+        """Return the spec whose fields `to_dict` returned.
 
         Raises:
-            DataError: A field is missing, unknown or of the wrong kind, or the version is another.
+            DataError: A field is missing, unknown or invalid, or the version differs.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         if set(fields) != names:
@@ -143,13 +150,13 @@ class ViewSpec:
 
 
 def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: int) -> IntArray:
-    """The view ids that each sample may use.
+    """Return the view ids of each sample, by view index.
 
-    Column 0 is the identity and the others are a seeded choice per sample without repetition, such that fewer views are
-    the first columns of more. With all views (`n_views == spec.count`) each row is `0, 1, ..., count - 1` instead.
+    Column 0 is the identity. The others are distinct and chosen per sample by the seed, so that a table of fewer views
+    is a prefix of a table of more. With all views (`n_views == spec.count`) each row is `0, 1, ..., count - 1` instead.
 
     Args:
-        spec: The views there are.
+        spec: The set of views.
         view_seed: Seed of the choice.
         sample_ids: `(n,)` original sample indices.
         n_views: Views per sample, in `[1, spec.count]`.
@@ -161,7 +168,9 @@ def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: in
         UsageError: `n_views` is out of range.
     """
     if not 1 <= n_views <= spec.count:
-        raise UsageError(f"{n_views} views per sample: there are {spec.count}; give a number from 1 to {spec.count}")
+        raise UsageError(
+            f"`n_views` is {n_views}, and this data has {spec.count} views; needed: from 1 to {spec.count}"
+        )
     if n_views == spec.count:
         return np.tile(np.arange(n_views, dtype=np.int64), (len(sample_ids), 1))
     out = np.full((len(sample_ids), n_views), spec.identity, np.int64)
@@ -171,10 +180,10 @@ def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: in
 
 
 def draw_view_indices(seed: int, epoch: int, sample_ids: IntArray, n_views: int) -> IntArray:
-    """Which of its `n_views` views each sample uses in an epoch.
+    """Draw the view index of each sample in an epoch.
 
-    In each block of `n_views` epochs (0 to n_views - 1, and so on) a sample uses each slot once, in an order drawn anew
-    for each sample and block. A draw depends on (seed, epoch, sample) alone.
+    In each block of `n_views` epochs (0 to n_views - 1, and so on) a sample uses each of its views once, in an order
+    drawn for each sample and block. A draw depends only on (seed, epoch, sample).
 
     Args:
         seed: Seed of the run.
@@ -189,7 +198,7 @@ def draw_view_indices(seed: int, epoch: int, sample_ids: IntArray, n_views: int)
         UsageError: `n_views` is less than 1 or the epoch is negative.
     """
     if n_views < 1 or epoch < 0:
-        raise UsageError(f"slots of {n_views} views in epoch {epoch}: needs at least 1 view, and epochs from 0")
+        raise UsageError(f"{n_views} views per sample in epoch {epoch}; needed: at least 1 view, and epochs from 0")
     block, position = divmod(epoch, n_views)
     keys = hash64(Purpose.VIEW_INDEX, seed, sample_ids, block)
     if resolve("draws", "cpu") == "native":
@@ -208,52 +217,52 @@ def apply_views(
     sample_ids: Tensor | IntArray | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Make the named view of each image, normalised: what the teacher and the student are fed.
+    """Apply a view to each image and normalise the result, for the teacher and the student.
 
-    The black border of a shift is laid round the uint8 image, before normalising.
+    The black border of a shift is added to the uint8 image, before normalisation.
 
     Args:
         images_u8: `(B, H, W, 3)` uint8, on any device.
-        view_ids: `(B,)` integers in `[0, spec.count)`; on the CPU (elsewhere they are copied there, a synchronisation).
-        spec: The views there are.
-        norm: Input normalisation of the network that is to see the images.
-        sample_ids: `(B,)` original sample indices; needed for "crop", whose boxes depend on them.
+        view_ids: `(B,)` integers in `[0, spec.count)`, on the CPU; copying them from another device synchronises.
+        spec: The set of views.
+        norm: Input normalisation of the network.
+        sample_ids: `(B,)` original sample indices; required for "crop", whose boxes depend on them.
         dtype: float32, bfloat16, float16 or float64.
 
     Returns:
         `(B, 3, h, w)` in `dtype`, in channels_last memory, on the images' device.
 
     Raises:
-        ShapeError: Images, ids or dtype do not fit the above.
-        DataError: Images are not uint8.
-        UsageError: "crop" views without `sample_ids`.
+        ShapeError: The images, ids or dtype do not match the above.
+        DataError: The images are not uint8.
+        UsageError: `sample_ids` is missing for "crop" views.
     """
     check_images(images_u8)
-    views = _ids(view_ids, len(images_u8), "view ids")
+    views = _as_ids(view_ids, len(images_u8), "view_ids")
     if len(views) and (views.min() < 0 or views.max() >= spec.count):
-        raise ShapeError(f"view ids from {views.min()} to {views.max()}: this spec has the ids 0 to {spec.count - 1}")
+        raise ShapeError(f"`view_ids` go from {views.min()} to {views.max()}; needed: 0 to {spec.count - 1}")
     if not dtype.is_floating_point:
-        raise ShapeError(f"views of dtype {dtype}: normalised images need a floating dtype, such as torch.float32")
+        raise ShapeError(f"`dtype` is {dtype}; needed: a floating dtype, such as torch.float32")
     affine = _affine(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
     height, width = images_u8.shape[1:3]
     if spec.kind == "crop":
         if sample_ids is None:
-            raise UsageError("crop views without sample_ids: the boxes depend on them; pass the original indices")
-        keys = hash64(Purpose.CROP, spec.seed, _ids(sample_ids, len(views), "sample ids"), views)
+            raise UsageError("`sample_ids` is missing; the boxes of crop views depend on it: pass the original indices")
+        keys = hash64(Purpose.CROP, spec.seed, _as_ids(sample_ids, len(views), "sample_ids"), views)
         boxes = crop_boxes(
             keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=views == spec.identity
         )
         return crop_views(images_u8, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
     if (height, width) != spec.size:
-        raise ShapeError(f"images of {height}x{width} pixels: these views are for {spec.size[0]}x{spec.size[1]}")
+        raise ShapeError(f"the images have {height}x{width} pixels; these views need {spec.size[0]}x{spec.size[1]}")
     return shift_views(images_u8, torch.from_numpy(shift_offsets(spec, views)), affine, pad=spec.pad, dtype=dtype)
 
 
 def shift_offsets(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Decode ids of "shift" views: `id = (top (2 pad + 1) + left) flips + flip`.
+    """Decode ids of "shift" views: `id = (top * (2 * pad + 1) + left) * flips + flip`, with 2 flips or 1.
 
     Returns:
-        `(n, 3)` int32: top and left of the window in the padded image, and flip.
+        `(n, 3)` int32: top and left of the window in the padded image, and flip (0 or 1).
     """
     shifts, flip = np.divmod(view_ids, 2 if spec.flip else 1)
     top, left = np.divmod(shifts, 2 * spec.pad + 1)
@@ -266,11 +275,9 @@ def _affine(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Te
         return norm.affine(dtype).to(device)
 
 
-def _ids(ids: Tensor | IntArray, count: int, what: str) -> IntArray:
-    """`ids` as a `(count,)` int64 array."""
+def _as_ids(ids: Tensor | IntArray, count: int, name: str) -> IntArray:
+    """Return `ids` as an int64 array `(count,)`, or raise a ShapeError that calls it `name`."""
     array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise ShapeError(
-            f"{what} are {array.dtype} {array.shape}: they must be integers ({count},), one for each image"
-        )
+        raise ShapeError(f"`{name}` is {array.dtype} {array.shape}; needed: integers ({count},), one for each image")
     return array.astype(np.int64, copy=False)

@@ -1,7 +1,7 @@
-"""kdfast's own checkpoint file, one network with all that is needed to use it, and the import of foreign ones.
+"""Checkpoint files of kdfast, one network with everything needed to use it, and the import of foreign ones.
 
-The file is what ``torch.save`` makes of a plain dict (format, version, net, classes, class_names, state_dict, mean,
-std, metadata, digest), written atomically and read with ``weights_only=True``: nothing in it can run code.
+The file is a plain dict (format, version, net, classes, class_names, state_dict, mean, std, metadata, digest) saved by
+``torch.save``, written atomically and read with ``weights_only=True``, so nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ VERSION = 1
 
 @dataclass
 class Model:
-    """A trained network together with what it must be fed and what it answers.
+    """A trained network with its input normalisation and class names.
 
     Attributes:
         net: The network.
-        name: Its architecture, as `build_net` knows it.
-        classes: Width of its output.
+        name: Its architecture, a name of `build_net`.
+        classes: Number of classes.
         class_names: One name for each class.
-        normalization: Mean and standard deviation of its inputs, channel by channel, on the scale 0 to 1.
-        metadata: Anything that JSON can hold.
+        normalization: Mean and standard deviation of its input channels, on the scale 0 to 1.
+        metadata: JSON values.
     """
 
     net: nn.Module
@@ -50,14 +50,14 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over every tensor of the state dict in the order of names: name, dtype, shape, bytes."""
+        """SHA-256 of the state dict: name, dtype, shape and bytes of each tensor, in the order of names."""
         return digest_of(self.net.state_dict())
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hexadecimal) of named tensors, whatever their order, device and memory format.
+    """Return the SHA-256 (hexadecimal) of named tensors, independent of their order, device and memory format.
 
-    Batch counters (``num_batches_tracked``) are left out: they change no output, and many checkpoints lack them.
+    Batch counters (``num_batches_tracked``) are omitted: they affect no output, and many checkpoints lack them.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -70,18 +70,20 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def save_model(path: str | os.PathLike[str], model: Model) -> None:
-    """Write a model's checkpoint, atomically.
+    """Write the checkpoint of a model, atomically.
 
     Raises:
-        UsageError: The metadata holds something JSON cannot, or the class names do not fit the number of classes.
+        UsageError: The metadata are not JSON values, or the number of class names is not the number of classes.
         OutputError: The file cannot be written.
     """
     if len(model.class_names) != model.classes:
-        raise UsageError(f"{len(model.class_names)} class names for a network with {model.classes} classes")
+        raise UsageError(
+            f"{len(model.class_names)} class names for {model.classes} classes: give one name for each class"
+        )
     try:
         metadata = json.loads(json.dumps(model.metadata))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a checkpoint's metadata must be plain JSON values: {error}") from error
+        raise UsageError(f"the metadata of a checkpoint must be plain JSON values: {error}") from error
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -103,20 +105,20 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
 
     Args:
         path: The file.
-        net: The architecture it must hold, when the caller knows.
-        classes: The number of classes it must have, when the caller knows.
+        net: The required architecture; None accepts any.
+        classes: The required number of classes; None accepts any.
 
     Returns:
         The model, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: The file is missing, damaged, carries code, is not kdfast's or of another version, or holds
-            another architecture or number of classes, or weights that are not finite.
+        CheckpointError: The file is missing or damaged, contains code, is not a checkpoint of this version of kdfast,
+            or holds another architecture, another number of classes or non-finite weights.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no kdfast checkpoint: a foreign one needs an import first (kdfast teacher import)"
+            f"{path} is not a kdfast checkpoint: import a foreign one first with kdfast teacher import"
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
@@ -129,8 +131,8 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from error
     if model.digest != content.get("digest"):
         raise CheckpointError(f"{path} is damaged: its weights do not match their digest; copy or train it again")
-    _refuse_not_finite(path, model.net.state_dict())
-    _check_wanted(Path(path), model, net, classes)
+    _check_finite(path, model.net.state_dict())
+    _check_matches(Path(path), model, net, classes)
     return model
 
 
@@ -151,23 +153,23 @@ def _model_from(content: Mapping[str, Any]) -> Model:
     )
 
 
-def _refuse_not_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if damaged:
+def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
         raise CheckpointError(
-            f"{path} holds NaN or infinite weights in {', '.join(damaged[:4])}: its training diverged; use another"
+            f"{path} holds NaN or infinite weights in {', '.join(bad[:4])}: its training diverged; use another"
         )
 
 
-def _check_wanted(path: Path, model: Model, net: str | None, classes: int | None) -> None:
+def _check_matches(path: Path, model: Model, net: str | None, classes: int | None) -> None:
     if net is not None and model.name != net:
         raise CheckpointError(
-            f"{path} holds a {model.name}, but a {net} is needed: give its own checkpoint, or ask for {model.name}"
+            f"{path} holds a {model.name}, but a {net} is needed: use another checkpoint, or set `net` to {model.name}"
         )
     if classes is not None and model.classes != classes:
         raise CheckpointError(
             f"{path} holds a network for {model.classes} classes, but {classes} are needed: "
-            "give a network trained on this data"
+            "use a network trained on this data"
         )
 
 
@@ -180,35 +182,34 @@ def import_checkpoint(
     class_names: Sequence[str] | None = None,
     key: str | None = None,
 ) -> tuple[Model, ImportReport]:
-    """Bring in a checkpoint that other code wrote, without running anything in it.
+    """Import a checkpoint that other code wrote, without running code in it.
 
     Args:
-        path: A .safetensors file, or what ``torch.save`` wrote (.pt, .pth, .th, ...): a state dict, or a dict with one
-            inside.
-        net: The architecture, as `build_net` knows it.
+        path: A .safetensors file, or a ``torch.save`` file (.pt, .pth, .th, ...) with a state dict, bare or in a dict.
+        net: The architecture, a name of `build_net`.
         classes: Number of classes.
-        normalization: What its inputs were normalised with in training. It cannot be seen from the weights, and a
-            wrong one costs accuracy silently: check with `kdfast.teacher.evaluate`.
-        class_names: One name for each class; "0", "1", ... when not given.
-        key: Where in the file's dict the weights are ("a.b" for nested dicts), if the usual places do not find them.
+        normalization: Input normalisation used in training. The weights do not reveal it, and a wrong one silently
+            costs accuracy: check with `kdfast.teacher.evaluate`.
+        class_names: One name for each class; None for "0", "1", ...
+        key: Key of the weights in the file's dict ("a.b" for nested dicts); None searches under common names.
 
     Returns:
-        The model in evaluation mode on the CPU, and a report of what was renamed.
+        The model in evaluation mode on the CPU, and a report of the matching.
 
     Raises:
-        CheckpointError: The file is missing, damaged or carries code; or its tensors do not fill the network exactly;
-            or a weight is NaN or infinite.
-        UsageError: No such network, or the number of class names is not `classes`.
+        CheckpointError: The file is missing, damaged or contains code, its tensors do not match the network exactly, or
+            a weight is NaN or infinite.
+        UsageError: There is no such network, or the number of class names is not `classes`.
     """
     names = tuple(str(index) for index in range(classes)) if class_names is None else tuple(class_names)
     if len(names) != classes:
-        raise UsageError(f"{len(names)} class names for a network with {classes} classes: give one name for each class")
+        raise UsageError(f"`class_names` has {len(names)} names for {classes} classes: pass one name for each class")
     module = build_net(net, classes)
     tensors, report = match_tensors(read_tensors(path, key), module, str(path), net, classes)
     if not report.complete:
         raise CheckpointError(report.summary().replace("\n  ", "; "))
-    _refuse_not_finite(path, tensors)
-    # Batch counters may be absent from the file; match_tensors has seen to all the rest.
+    _check_finite(path, tensors)
+    # Batch counters may be absent from the file; match_tensors has checked everything else.
     module.load_state_dict(tensors, strict=False)
     metadata = {"imported_from": Path(path).name}
     return Model(module.eval(), net, classes, names, normalization, metadata), report

@@ -1,7 +1,7 @@
-"""Reading tensor files of any origin without running anything in them, and finding the weights inside.
+"""Read tensor files of any origin without running code in them, and find the weights inside.
 
-Pickles are read by torch's restricted unpickler. On top of its own list it may build numpy scalars and
-``argparse.Namespace``, which training scripts like to store next to the weights and which hold only data.
+Pickles are read by torch's restricted unpickler. In addition to its own list it may build numpy scalars and
+``argparse.Namespace``, which hold only data and which training scripts often store beside the weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "we
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """Load a ``torch.save`` file onto the CPU, admitting tensors and plain data only.
+    """Load a ``torch.save`` file onto the CPU; accept only tensors and plain data.
 
     Raises:
-        CheckpointError: The file is missing or truncated, or its pickle wants to run code (nothing of it is run).
+        CheckpointError: The file is missing or damaged, or its pickle contains code (none of it is run).
     """
-    file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"no checkpoint at {file}: give the path of an existing file")
+    file = _existing(path)
     try:
         with torch.serialization.safe_globals(_plain_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -42,22 +40,22 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         if refusal is None:
             raise CheckpointError(_damaged(file, "not what torch.save writes")) from error
         raise CheckpointError(
-            f"{file} was refused and nothing in it was run: its pickle holds more than tensors and plain values "
-            f"({refusal[0]}). Ask for a file with the state dict alone, or for a .safetensors file"
+            f"{file} was rejected and nothing in it was run: its pickle holds more than tensors and plain values "
+            f"({refusal[0]}). Use a file with the state dict alone, or a .safetensors file"
         ) from error
     except Exception as error:  # a damaged file can fail in any part of the reader
         raise CheckpointError(_damaged(file, error)) from error
 
 
 def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
-    """The named tensors in a .safetensors file, or in a torch file, wherever in its dict they are.
+    """Read the named tensors of a .safetensors file, or of a torch file at any place in its dict.
 
     Args:
         path: The file.
-        key: Where in the dict the weights are, "a.b" for nested dicts; found by usual names when not given.
+        key: Key of the weights in the dict, "a.b" for nested dicts; None searches under common names.
 
     Raises:
-        CheckpointError: As `read_torch_file`; or no weights are found, or several and no key says which.
+        CheckpointError: As for `read_torch_file`, or no weights are found, or several sets without `key`.
     """
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(Path(path))
@@ -65,20 +63,25 @@ def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[s
     if key is not None:
         for part in key.split("."):
             if not isinstance(content, Mapping) or part not in content:
-                raise CheckpointError(f"{path} has nothing under key {key!r}: there is {_describe(content)}")
+                raise CheckpointError(f"{path} has nothing under `key` {key!r}: it holds {_describe(content)}")
             content = content[part]
     state = _find_state(content)
     if state is None:
-        raise CheckpointError(
-            f"no weights found in {path}: it holds {_describe(content)}; name their place with --key (key= in Python)"
-        )
+        raise CheckpointError(f"no weights found in {path}: it holds {_describe(content)}; pass `key` to locate them")
     return state
 
 
+def _existing(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"no checkpoint at {file}: pass the path of an existing file")
+    return file
+
+
 def _plain_globals() -> list[Any]:
-    scalar = np.float64(0).__reduce__()[0]  # numpy's scalar constructor: its module's name differs between versions
+    scalar = np.float64(0).__reduce__()[0]  # numpy's scalar constructor, whose module depends on the version
     kinds = [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
-    # numpy 1 pickles under numpy.core, numpy 2 under numpy._core.
+    # numpy 1 pickles as numpy.core, numpy 2 as numpy._core.
     return [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
@@ -89,18 +92,17 @@ def _plain_globals() -> list[Any]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    import safetensors.torch
+    import safetensors.torch  # optional format, imported on use
 
-    if not file.is_file():
-        raise CheckpointError(f"no checkpoint at {file}: give the path of an existing file")
+    _existing(file)
     try:
         return dict(safetensors.torch.load_file(file))
-    except Exception as error:  # the reader is compiled code with exception kinds of its own
+    except Exception as error:  # the compiled reader has its own exception types
         raise CheckpointError(_damaged(file, error)) from error
 
 
 def _find_state(content: Any, depth: int = 3) -> dict[str, Tensor] | None:
-    """The first mapping of names to tensors: this one, then those under usual keys, then any other single one."""
+    """Return the first mapping of names to tensors: this one, one under a common key, or else the only other one."""
     if not isinstance(content, Mapping) or not content or depth == 0:
         return None
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -122,5 +124,6 @@ def _describe(content: Any) -> str:
 def _damaged(file: Path, error: BaseException | str) -> str:
     reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
     return (
-        f"{file} cannot be read as a checkpoint: it is truncated, damaged or of another kind ({reason}); fetch it again"
+        f"{file} cannot be read as a checkpoint: it is truncated, damaged or of another kind ({reason}); "
+        "download it again"
     )

@@ -1,4 +1,4 @@
-"""The last linear layer of any network, and the features that go into it."""
+"""The classifier (last linear layer) of a network, and its input features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdfast.errors import ShapeError, UsageError
 
 
 def classifier_of(net: nn.Module) -> nn.Linear:
-    """The last ``nn.Linear`` of a network, in the order of its modules: the layer that makes the logits.
+    """Return the last ``nn.Linear`` of a network in the order of its modules, which computes the logits.
 
     Raises:
         UsageError: The network has no linear layer.
@@ -20,17 +20,15 @@ def classifier_of(net: nn.Module) -> nn.Linear:
         if isinstance(module, nn.Linear):
             last = module
     if last is None:
-        raise UsageError(
-            f"{type(net).__name__} has no nn.Linear: kdfast needs networks that end in a linear classifier"
-        )
+        raise UsageError(f"{type(net).__name__} has no nn.Linear; needed: a network that ends in a linear classifier")
     return last
 
 
 def logits_and_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward pass that also returns what entered the classifier.
+    """Run one forward pass, and also return the input of the classifier.
 
     Args:
-        net: Any network that ends in a linear layer.
+        net: A network that ends in a linear layer.
         x: Images (B, 3, h, w).
 
     Returns:
@@ -42,10 +40,10 @@ def logits_and_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     seen: list[Tensor] = []
 
-    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(inputs[0])
 
-    handle = classifier_of(net).register_forward_pre_hook(keep)
+    handle = classifier_of(net).register_forward_pre_hook(record)
     try:
         logits = net(x)
     finally:

@@ -1,8 +1,10 @@
-"""Networks by name. A new network is one builder and one entry in NETS."""
+"""Networks by name.
+
+To add a network, write a builder and an entry in NETS.
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +12,7 @@ from typing import cast
 
 from torch import nn
 
-from kdfast.errors import UsageError, did_you_mean
+from kdfast.errors import UsageError, did_you_mean, unknown_name
 from kdfast.nets.resnet import CifarResNet, Shortcut
 from kdfast.nets.wrn import WideResNet
 
@@ -28,44 +30,43 @@ NETS: dict[str, Builder] = {
     **{f"resnet{depth}a": _resnet(depth, "A") for depth in _RESNET_DEPTHS},
     "wrn_40_2": partial(WideResNet, 40, 2),
 }
-"""Name -> function of the number of classes that returns a freshly initialised network."""
+"""Name -> function of the number of classes that returns a newly initialised network."""
 
 _LIBRARIES = ("torchvision", "timm")
 
 
 def build_net(name: str, classes: int) -> nn.Module:
-    """Build a freshly initialised network.
+    """Build a newly initialised network.
 
     Args:
-        name: A key of NETS, or "torchvision:NAME" / "timm:NAME" where that package is installed.
+        name: A key of NETS, or "torchvision:NAME" / "timm:NAME" if that package is installed.
         classes: Width of the output, at least 2.
 
     Raises:
-        UsageError: No such network (the nearest name is suggested), the package is not installed, or classes < 2.
+        UsageError: There is no such network, the package is not installed, or `classes` is below 2.
     """
     if classes < 2:
-        raise UsageError(f"a classifier needs at least 2 classes; got {classes}")
+        raise UsageError(f"`classes` is {classes}; a classifier needs at least 2")
     library, colon, member = name.partition(":")
     if colon:
         return _from_library(library, member, classes)
     if name not in NETS:
-        hint = did_you_mean(name, NETS)
-        raise UsageError(f"no network is named {name!r}: {hint}known: {', '.join(NETS)}, torchvision:NAME, timm:NAME")
+        raise unknown_name("no network is named", name, [*NETS, "torchvision:NAME", "timm:NAME"])
     return NETS[name](classes)
 
 
 def _from_library(library: str, member: str, classes: int) -> nn.Module:
     if library not in _LIBRARIES:
-        raise UsageError(f"{library!r} is no library of networks: use torchvision:NAME or timm:NAME")
+        raise UsageError(f"no library of networks is named {library!r}: use torchvision:NAME or timm:NAME")
     try:
         package = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
     except ImportError as error:
         raise UsageError(f"{library}:{member} needs the package {library}: pip install {library}") from error
     names = list(package.list_models())
     if member not in names:
-        near = difflib.get_close_matches(member, names, n=3, cutoff=0.4)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise UsageError(f"{library} has no network named {member!r}{hint}")
+        raise UsageError(
+            f"{library} has no network named {member!r}: {did_you_mean(member, names)}see its list_models()"
+        )
     if library == "torchvision":
         return cast(nn.Module, package.get_model(member, weights=None, num_classes=classes))
     return cast(nn.Module, package.create_model(member, pretrained=False, num_classes=classes))

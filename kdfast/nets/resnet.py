@@ -1,7 +1,7 @@
 """Residual networks for small images: three stages of n blocks, depth 6n + 2, widths 16, 32, 64.
 
 Layer names are those of RepDistiller (option B) and of the common CIFAR-10 reproduction of the paper (option A), so
-that their weights load as they are.
+that their weights load unchanged.
 
 Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 """
@@ -20,7 +20,7 @@ Shortcut = Literal["A", "B"]
 
 
 def init_convolutions(net: nn.Module) -> None:
-    """Initialise every convolution by Kaiming's fan-out rule and every batch norm to the identity, in place."""
+    """Initialise convolutions by Kaiming's fan-out rule and batch norms to the identity, in place."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -30,12 +30,12 @@ def init_convolutions(net: nn.Module) -> None:
 
 
 def global_average(x: Tensor) -> Tensor:
-    """Mean over the spatial axes, whatever the image's size: (B, C, h, w) -> (B, C)."""
+    """Average over the spatial axes: (B, C, h, w) -> (B, C)."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 class SubsampleAndPad(nn.Module):
-    """Option A's shortcut, without parameters: every second pixel, missing channels filled with zeros on both sides."""
+    """Parameter-free shortcut of option A: subsample the pixels, and pad the channels with zeros on both sides."""
 
     def __init__(self, extra_channels: int, stride: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SubsampleAndPad(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut around both."""
+    """Two 3x3 convolutions with batch norm and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A ResNet of depth 6n + 2 for images of about 32x32; smaller and larger ones work too (the pooling adapts).
+    """ResNet of depth 6n + 2 for images of about 32x32; other sizes work too, because the pooling adapts.
 
     Args:
         depth: 6n + 2, for example 20.
         classes: Width of the output.
-        shortcut: "B", a 1x1 convolution with batch norm where shapes change, and a final layer named ``fc``; or "A",
-            parameter-free, with a final layer named ``linear``.
+        shortcut: "B": a 1x1 convolution with batch norm where the shape changes, and a classifier named ``fc``. "A":
+            parameter-free, and a classifier named ``linear``.
 
     Raises:
         UsageError: The depth is not 6n + 2.

@@ -15,7 +15,7 @@ from kdfast.nets.resnet import global_average, init_convolutions
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; a 1x1 convolution as shortcut if the width changes."""
+    """Two 3x3 convolutions, each after batch norm and ReLU; a 1x1 convolution as shortcut if the width changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        # A block that keeps its width also keeps its size, so the plain identity serves as its shortcut.
+        # A block that keeps its width also keeps its size, so its shortcut is the identity.
         self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class PreActivationBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A run of blocks of equal width; the first may shrink the image."""
+    """Blocks of equal width; the first may reduce the image."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, blocks: int) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widen, for example WRN-40-2 with ``depth=40, widen=2``.
+    """Wide ResNet WRN-depth-widen, for example WRN-40-2 with ``depth=40, widen=2``.
 
     Args:
         depth: 6n + 4.
-        widen: Factor k on the stage widths 16, 32, 64; at least 2.
+        widen: Factor k of the stage widths 16, 32, 64; at least 2.
         classes: Width of the output.
 
     Raises:

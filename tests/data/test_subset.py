@@ -24,13 +24,13 @@ def saved(tmp_path):
     return save
 
 
-def refuse(path, match, n=10, **options):
+def rejects(path, match, n=10, **options):
     with pytest.raises(SubsetError, match=match) as caught:
         read_subset(path, n=n, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_a_plain_numpy_file_is_a_subset_in_its_own_order(saved):
+def test_reads_a_plain_numpy_file_in_its_order(saved):
     path = saved(np.array([7, 0, 9]))
     subset = read_subset(path, n=10, fingerprint="anything", batch_size=3)
     assert subset.ids.tolist() == [7, 0, 9]
@@ -38,14 +38,14 @@ def test_a_plain_numpy_file_is_a_subset_in_its_own_order(saved):
     assert (subset.provenance, subset.path) == (None, path)
 
 
-def test_a_big_endian_file_is_a_subset(tmp_path, saved):
+def test_reads_a_big_endian_file(tmp_path, saved):
     write_subset(tmp_path / "idx.npy", np.array([7, 0, 9]), PROVENANCE)
     subset = read_subset(saved(np.array([7, 0, 9], dtype=">i8")), n=10)
     assert (subset.ids.tolist(), subset.ids.dtype, subset.ids.dtype.isnative) == ([7, 0, 9], np.int64, True)
     assert subset.provenance is not None
 
 
-def test_a_written_subset_reads_back_with_its_provenance(tmp_path):
+def test_subset_round_trips_with_its_provenance(tmp_path):
     path = tmp_path / "idx.npy"
     write_subset(path, np.array([7, 0, 9]), PROVENANCE)
     assert sorted(os.listdir(tmp_path)) == ["idx.json", "idx.npy"]
@@ -75,53 +75,57 @@ def test_a_written_subset_reads_back_with_its_provenance(tmp_path):
         (np.array([3, 4, 3, 4, 4]), "repeats 3 indices, such as 4"),
     ],
 )
-def test_arrays_that_are_no_subset_are_refused(saved, array, match):
-    refuse(saved(array), match)
+def test_rejects_arrays_that_are_not_a_subset(saved, array, match):
+    rejects(saved(array), match)
 
 
-def test_fewer_samples_than_a_batch_are_refused(saved):
+def test_rejects_fewer_samples_than_a_batch(saved):
     path = saved(np.arange(4))
-    refuse(path, "keeps 4 samples, fewer than one batch of 5", batch_size=5)
+    rejects(path, "keeps 4 samples, fewer than one batch of 5", batch_size=5)
     assert len(read_subset(path, n=10, batch_size=4).ids) == 4
 
 
 @pytest.mark.parametrize("cut", [1, 8, 40, 127, 135])
-def test_truncated_files_are_refused(saved, cut):
+def test_rejects_truncated_files(saved, cut):
     path = saved(np.arange(4))
     path.write_bytes(path.read_bytes()[:-cut])
-    refuse(path, "truncated or not a plain")
+    rejects(path, "truncated or not a plain")
 
 
-def test_files_that_are_no_plain_array_are_refused(tmp_path, saved):
-    refuse(saved(np.array([print, 1], object), allow_pickle=True), "pickles are not read")
+def test_rejects_files_that_are_not_a_plain_array(tmp_path, saved):
+    rejects(saved(np.array([print, 1], object), allow_pickle=True), "pickles are not read")
     for name, content in {"empty": b"", "text": b"1\n2\n3\n", "pickle": b"\x80\x04K\x01."}.items():
         (tmp_path / name).write_bytes(content)
-        refuse(tmp_path / name, "not a plain .npy array")
+        rejects(tmp_path / name, "not a plain .npy array")
     np.savez(tmp_path / "a.npz", ids=np.arange(3))
-    refuse(tmp_path / "a.npz", "npz archive")
-    refuse(tmp_path / "missing.npy", "cannot read.*No such file")
-    refuse(tmp_path, "cannot read.*directory")
+    rejects(tmp_path / "a.npz", "npz archive")
+    rejects(tmp_path / "missing.npy", "cannot read.*No such file")
+    rejects(tmp_path, "cannot read.*directory")
 
 
-def test_a_header_that_claims_more_than_memory_is_refused(saved):
+def test_rejects_a_header_that_claims_more_than_memory(saved):
     path = saved(np.arange(4))
     path.write_bytes(path.read_bytes().replace(b"(4,), }            ", b"(4000000000000000,), }"))
-    refuse(path, "truncated or not a plain")
+    rejects(path, "truncated or not a plain")
 
 
-def test_a_subset_of_other_data_is_refused(tmp_path):
+def test_rejects_a_subset_of_other_data(tmp_path):
     write_subset(tmp_path / "idx.npy", np.arange(4), PROVENANCE)
-    refuse(tmp_path / "idx.npy", "made of other data.*ffffffffffff.*000000000000", fingerprint="0" * 64)
+    rejects(tmp_path / "idx.npy", "made from other data.*ffffffffffff.*000000000000", fingerprint="0" * 64)
     assert len(read_subset(tmp_path / "idx.npy", n=10).ids) == 4
 
 
-def test_a_provenance_that_does_not_belong_to_the_indices_is_refused(tmp_path, saved):
+def test_rejects_a_provenance_of_other_indices(tmp_path, saved):
     write_subset(tmp_path / "idx.npy", np.arange(4), PROVENANCE)
     path = saved(np.arange(5))
-    refuse(path, "idx.json describes other indices")
-    for text, match in (("{", "not valid JSON"), ("[1]", "no provenance"), ('{"data": 3, "ids": ""}', "no provenance")):
+    rejects(path, "idx.json describes other indices")
+    for text, match in (
+        ("{", "not valid JSON"),
+        ("[1]", "not a provenance file"),
+        ('{"data": 3, "ids": ""}', "not a provenance file"),
+    ):
         (tmp_path / "idx.json").write_text(text)
-        refuse(path, match)
+        rejects(path, match)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +137,14 @@ def test_a_provenance_that_does_not_belong_to_the_indices_is_refused(tmp_path, s
         (np.arange(3.0), "float"),
     ],
 )
-def test_nothing_is_written_that_would_not_be_read(tmp_path, ids, match):
+def test_writes_no_file_that_would_be_rejected(tmp_path, ids, match):
     with pytest.raises(SubsetError, match=match):
         write_subset(tmp_path / "idx.npy", ids, PROVENANCE)
     assert os.listdir(tmp_path) == []
 
 
-def test_writing_needs_a_name_a_fingerprint_and_a_folder(tmp_path):
-    with pytest.raises(UsageError, match=r"named \.npy"):
+def test_writing_requires_a_name_a_fingerprint_and_a_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"not named \.npy"):
         write_subset(tmp_path / "idx", np.arange(3), PROVENANCE)
     with pytest.raises(SubsetError, match="fingerprint"):
         write_subset(tmp_path / "idx.npy", np.arange(3), {"method": "el2n"})
@@ -152,15 +156,15 @@ def test_writing_needs_a_name_a_fingerprint_and_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["idx", "idx.json", "idx.npy.gz", ".npy"])
-def test_a_name_can_be_checked_beforehand(tmp_path, name):
-    with pytest.raises(UsageError, match=r"named \.npy"):
+def test_name_can_be_checked_in_advance(tmp_path, name):
+    with pytest.raises(UsageError, match=r"not named \.npy"):
         check_subset_path(tmp_path / "new" / name)
     check_subset_path(tmp_path / "new" / "idx.npy")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ['{"mine": 1}', "[]", "{", '{"data": 3, "ids": ""}', ""])
-def test_a_foreign_json_beside_it_is_not_replaced(tmp_path, text):
+def test_does_not_replace_a_foreign_json(tmp_path, text):
     (tmp_path / "idx.json").write_text(text)
     for call in (check_subset_path, lambda path: write_subset(path, np.arange(3), PROVENANCE)):
         with pytest.raises(OutputError, match=r"idx\.json .*another name"):
@@ -169,18 +173,18 @@ def test_a_foreign_json_beside_it_is_not_replaced(tmp_path, text):
     assert (tmp_path / "idx.json").read_text() == text
 
 
-def test_a_write_broken_off_between_the_two_files_is_noticed(tmp_path):
+def test_detects_a_write_interrupted_between_the_two_files(tmp_path):
     path = tmp_path / "idx.npy"
     write_subset(path, np.arange(4), PROVENANCE)
     old = path.read_bytes()
     write_subset(path, np.arange(5), PROVENANCE)
     path.write_bytes(old)
-    refuse(path, "describes other indices")
+    rejects(path, "describes other indices")
     assert json.loads((tmp_path / "idx.json").read_text())["data"] == "f" * 64
 
 
 @given(st.integers(1, 10**6), st.floats(1e-6, 1.0))
-def test_sizes_are_the_rounded_fraction(n, fraction):
+def test_size_is_the_rounded_fraction(n, fraction):
     if round(fraction * n) == 0:
         with pytest.raises(SubsetError, match="keeps none"):
             subset_size(n, fraction)
@@ -193,7 +197,7 @@ def test_known_sizes():
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
-def test_fractions_out_of_range_are_refused(fraction):
+def test_rejects_fractions_out_of_range(fraction):
     with pytest.raises(SubsetError, match="above 0 and at most 1"):
         subset_size(100, fraction)
 
@@ -203,14 +207,14 @@ def labels_of(sizes):
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.data())
-def test_proportional_budgets_are_exact_and_within_one_of_the_quota(sizes, data):
+def test_proportional_budgets_are_within_one_of_the_quota(sizes, data):
     n = sum(sizes)
     total = data.draw(st.integers(1, n))
     quotas = [total * size / n for size in sizes]
     try:
         budgets = class_budgets(labels_of(sizes), total).tolist()
     except SubsetError:
-        # Refused only where a class's quota is below one.
+        # Rejected only if the quota of a class is below one.
         assert min(quotas) < 1
         return
     assert sum(budgets) == total
@@ -244,7 +248,7 @@ def test_equal_budgets_differ_by_at_most_one_or_a_class_is_too_small(sizes, data
     assert budgets.tolist() == needed
 
 
-def test_budgets_that_cannot_be_are_refused():
+def test_rejects_impossible_budgets():
     with pytest.raises(SubsetError, match=r"leaves 1 classes empty, the first is 1 with 1 samples"):
         class_budgets(labels_of([99, 1]), 10)
     with pytest.raises(SubsetError, match="class 1 has 3 samples and equal budgets need 5"):

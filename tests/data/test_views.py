@@ -27,17 +27,17 @@ def pixels(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("spec", "count", "identity"), [(CIFAR, 162, 80), (SVHN, 81, 40), (DIGITS, 9, 4), (LARGE, 50, 0)]
 )
-def test_numbers_of_views(spec, count, identity):
+def test_count_and_identity(spec, count, identity):
     assert (spec.count, spec.identity) == (count, identity)
 
 
 @pytest.mark.parametrize("spec", [CIFAR, DIGITS, LARGE])
-def test_a_spec_survives_its_dict(spec):
+def test_spec_round_trips_through_its_dict(spec):
     assert ViewSpec.from_dict(spec.to_dict()) == spec
     assert "(" not in str(spec.to_dict())  # plain JSON values
 
 
-def test_damaged_and_foreign_specs_are_refused():
+def test_rejects_damaged_and_foreign_specs():
     fields = CIFAR.to_dict()
     with pytest.raises(DataError, match="version 2"):
         ViewSpec.from_dict({**fields, "version": 2})
@@ -65,13 +65,13 @@ def test_damaged_and_foreign_specs_are_refused():
         {"kind": "crop", "ratio": (0.0, 1.0)},
     ],
 )
-def test_senseless_specs_are_refused(fields):
+def test_rejects_invalid_specs(fields):
     with pytest.raises(UsageError):
         ViewSpec(**{"kind": "shift", "size": (8, 8), **fields})
 
 
 @pytest.mark.parametrize("std", [(1, 1, 0), (1, 1, float("nan")), (1, 1), (1, 1, float("inf"))])
-def test_senseless_normalisations_are_refused(std):
+def test_rejects_invalid_normalisations(std):
     with pytest.raises(UsageError, match="normalisation"):
         Normalization((0, 0, 0), std)
 
@@ -87,18 +87,18 @@ def test_senseless_normalisations_are_refused(std):
         ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     ],
 )
-def test_normalisations_of_0_to_255_are_refused(mean, std):
+def test_rejects_normalisations_on_the_scale_of_255(mean, std):
     with pytest.raises(UsageError, match=r"0\.\.255.*divide .*by 255"):
         Normalization(mean, std)
 
 
 @pytest.mark.parametrize("mean", [(0, 0, 0), (0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (1, 1, 1)])
 @pytest.mark.parametrize("std", [(1, 1, 1), (0.5, 0.5, 0.5), (0.229, 0.224, 0.225), (1 / 255, 1 / 255, 1 / 255)])
-def test_usual_normalisations_are_accepted(mean, std):
+def test_accepts_common_normalisations(mean, std):
     assert Normalization(mean, std).affine().isfinite().all()
 
 
-def test_draws_are_pinned():
+def test_values_never_change():
     assert view_table(CIFAR, 0, IDS, 4).tolist() == [
         [80, 135, 125, 0],
         [80, 120, 65, 9],
@@ -117,7 +117,7 @@ def test_draws_are_pinned():
 
 @settings(max_examples=30)
 @given(st.sampled_from([CIFAR, SVHN, DIGITS, LARGE]), st.integers(0, 2**64), st.data())
-def test_tables_have_distinct_views_identity_first_and_nest(spec, seed, data):
+def test_tables_are_distinct_start_with_the_identity_and_nest(spec, seed, data):
     many = data.draw(st.integers(1, spec.count - 1))
     few = data.draw(st.integers(1, many))
     ids = np.arange(1000, 1040)
@@ -131,13 +131,13 @@ def test_tables_have_distinct_views_identity_first_and_nest(spec, seed, data):
     assert (table[7:9] == view_table(spec, seed, ids[7:9], many)).all()
 
 
-def test_a_table_of_all_views_has_slot_equal_to_view():
+def test_view_index_equals_view_id_in_a_table_of_all_views():
     assert (view_table(CIFAR, 5, IDS, 162) == np.arange(162)).all()
     assert view_table(CIFAR, 5, IDS, 1).tolist() == [[80]] * 5
     assert view_table(ViewSpec("shift", (8, 8)), 5, IDS, 1).tolist() == [[0]] * 5
 
 
-def test_a_table_uses_the_views_evenly_and_by_seed():
+def test_table_uses_views_evenly_and_depends_on_the_seed():
     table = view_table(CIFAR, 1, np.arange(50_000), 3)
     counts = np.bincount(table[:, 1:].ravel(), minlength=162)
     assert counts[80] == 0
@@ -147,13 +147,13 @@ def test_a_table_uses_the_views_evenly_and_by_seed():
 
 
 @pytest.mark.parametrize("n_views", [0, 163, -1])
-def test_impossible_numbers_of_views_are_refused(n_views):
+def test_rejects_impossible_numbers_of_views(n_views):
     with pytest.raises(UsageError, match="from 1 to 162"):
         view_table(CIFAR, 0, IDS, n_views)
 
 
 @pytest.mark.parametrize("n_views", [1, 2, 3, 9, 20, 162])
-def test_each_block_of_epochs_visits_each_slot_once(n_views):
+def test_each_block_of_epochs_uses_each_view_once(n_views):
     ids = np.arange(200)
     for block in (0, 1, 5):
         epochs = range(block * n_views, (block + 1) * n_views)
@@ -162,7 +162,7 @@ def test_each_block_of_epochs_visits_each_slot_once(n_views):
 
 
 @pytest.mark.parametrize("n_views", [4, 162])
-def test_slots_are_uniform_within_an_epoch_and_independent_between_epochs_and_seeds(n_views):
+def test_view_indices_are_uniform_within_an_epoch_and_independent_across_epochs_and_seeds(n_views):
     ids = np.arange(100_000)
     now, later = draw_view_indices(0, 2, ids, n_views), draw_view_indices(0, 2 + n_views, ids, n_views)
     other = draw_view_indices(1, 2, ids, n_views)
@@ -173,28 +173,28 @@ def test_slots_are_uniform_within_an_epoch_and_independent_between_epochs_and_se
 
 
 @given(st.permutations(range(30)), st.integers(0, 500), st.integers(1, 162))
-def test_a_slot_depends_on_its_sample_alone(order, epoch, n_views):
+def test_view_index_depends_only_on_its_sample(order, epoch, n_views):
     ids = np.arange(30)
     assert (draw_view_indices(9, epoch, ids[order], n_views) == draw_view_indices(9, epoch, ids, n_views)[order]).all()
 
 
-def test_senseless_slots_are_refused():
+def test_draw_view_indices_rejects_invalid_arguments():
     with pytest.raises(UsageError, match="at least 1 view"):
         draw_view_indices(0, 0, IDS, 0)
     with pytest.raises(UsageError, match="epochs from 0"):
         draw_view_indices(0, -1, IDS, 3)
 
 
-def test_ids_and_moves_are_one_to_one():
-    moves = shift_offsets(CIFAR, np.arange(162))
-    assert len(np.unique(moves, axis=0)) == 162
-    assert moves.min(axis=0).tolist() == [0, 0, 0]
-    assert moves.max(axis=0).tolist() == [8, 8, 1]
-    assert moves[CIFAR.identity].tolist() == [4, 4, 0]
+def test_ids_and_offsets_are_one_to_one():
+    offsets = shift_offsets(CIFAR, np.arange(162))
+    assert len(np.unique(offsets, axis=0)) == 162
+    assert offsets.min(axis=0).tolist() == [0, 0, 0]
+    assert offsets.max(axis=0).tolist() == [8, 8, 1]
+    assert offsets[CIFAR.identity].tolist() == [4, 4, 0]
 
 
 @pytest.mark.parametrize("spec", [CIFAR, SVHN, DIGITS])
-def test_every_shift_against_padding_cropping_and_flipping(spec):
+def test_every_shift_matches_padding_cropping_and_flipping(spec):
     images = pixels(spec.count, *spec.size)
     views = apply_views(images, torch.arange(spec.count), spec, NORM)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (NORM.mean, NORM.std))
@@ -211,7 +211,7 @@ def test_every_shift_against_padding_cropping_and_flipping(spec):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", [CIFAR, LARGE])
-def test_each_dtype_is_the_exact_value_to_rounding(spec, dtype):
+def test_every_dtype_is_exact_up_to_rounding(spec, dtype):
     images, ids = pixels(6, 32, 32), np.arange(6)
     view = apply_views(images, ids, spec, NORM, sample_ids=ids, dtype=dtype)
     exact = apply_views(images, ids, spec, NORM, sample_ids=ids, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_each_dtype_is_the_exact_value_to_rounding(spec, dtype):
     assert ((view.double() - exact).abs() <= unit * exact.abs() + arithmetic).all()
 
 
-def test_identity_of_a_crop_is_the_whole_image_resized():
+def test_identity_crop_is_the_whole_image_resized():
     images = pixels(3, 40, 40)
     view = apply_views(images, np.zeros(3, np.int64), LARGE, NORM, sample_ids=np.arange(3), dtype=torch.float64)
     resized = F.interpolate(images.permute(0, 3, 1, 2).double(), size=(24, 20), mode="bilinear", antialias=True)
@@ -231,7 +231,7 @@ def test_identity_of_a_crop_is_the_whole_image_resized():
     assert view.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_crops_depend_on_sample_view_and_seed_and_on_nothing_else():
+def test_crops_depend_only_on_sample_view_and_seed():
     images = pixels(1, 40, 40).expand(4, -1, -1, -1)
     ids, views = np.array([10, 10, 11, 10]), np.array([5, 6, 5, 5])
     a, b, c, d = apply_views(images, views, LARGE, NORM, sample_ids=ids)
@@ -245,12 +245,12 @@ def test_crops_depend_on_sample_view_and_seed_and_on_nothing_else():
 
 
 @pytest.mark.parametrize("spec", [CIFAR, LARGE])
-def test_an_empty_batch_gives_an_empty_batch(spec):
+def test_accepts_an_empty_batch(spec):
     none = np.zeros(0, np.int64)
     assert apply_views(pixels(0, 32, 32), none, spec, NORM, sample_ids=none).shape == (0, 3, *spec.size)
 
 
-def test_bad_input_is_refused_with_its_shape():
+def test_rejects_invalid_input_and_names_its_shape():
     images, ids = pixels(4, 32, 32), np.arange(4)
     with pytest.raises(DataError, match=r"torch\.float32"):
         apply_views(images.float(), ids, CIFAR, NORM)
@@ -272,11 +272,11 @@ def test_bad_input_is_refused_with_its_shape():
         apply_views(images, ids, LARGE, NORM, sample_ids=ids, dtype=torch.int32)
     with pytest.raises(UsageError, match="sample_ids"):
         apply_views(images, ids, LARGE, NORM)
-    with pytest.raises(ShapeError, match="sample ids"):
+    with pytest.raises(ShapeError, match="`sample_ids` is int64"):
         apply_views(images, ids, LARGE, NORM, sample_ids=ids[:2])
 
 
-def test_views_made_in_inference_mode_do_not_spoil_later_training():
+def test_views_made_in_inference_mode_do_not_affect_later_training():
     norm = Normalization((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))  # not in the cache yet
     with torch.inference_mode():
         apply_views(pixels(2, 8, 8), np.zeros(2, np.int64), DIGITS, norm)

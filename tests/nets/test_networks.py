@@ -6,7 +6,7 @@ from kdfast.nets import NETS, build_net, classifier_of, logits_and_features
 from kdfast.nets.resnet import CifarResNet, SubsampleAndPad
 from kdfast.nets.wrn import WideResNet
 
-PARAMETERS = {  # option B and wide networks at 10 / 100 classes, as published
+PARAMETERS = {  # option B and wide networks with 10 / 100 classes, as published
     "resnet8": (78_042, 83_892),
     "resnet14": (175_258, 181_108),
     "resnet20": (272_474, 278_324),
@@ -14,13 +14,13 @@ PARAMETERS = {  # option B and wide networks at 10 / 100 classes, as published
     "resnet56": (855_770, 861_620),
     "resnet110": (1_730_714, 1_736_564),
     "wrn_40_2": (2_243_546, 2_255_156),
-    "resnet20a": (269_722, 275_572),  # He et al.'s 0.27M; the projections of option B are missing
+    "resnet20a": (269_722, 275_572),  # 0.27M in He et al.; no projections, unlike option B
     "resnet56a": (853_018, 858_868),
 }
 
 
 def trained(net: torch.nn.Module) -> torch.nn.Module:
-    """Give batch norms statistics as after training, so that evaluation mode differs from the identity."""
+    """Set the statistics of the batch norms as after training, so that evaluation mode is not the identity."""
     generator = torch.Generator().manual_seed(3)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -30,14 +30,14 @@ def trained(net: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("name", "counts"), PARAMETERS.items())
-def test_parameter_counts(name, counts):
+def test_parameter_counts_match_the_publications(name, counts):
     found = tuple(sum(p.numel() for p in build_net(name, classes).parameters()) for classes in (10, 100))
     assert found == counts
 
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("size", [8, 32])
-def test_every_network_answers_on_digits_and_cifar(name, size):
+def test_every_network_runs_on_digits_and_cifar(name, size):
     net = build_net(name, 7).eval()
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_gradients_reach_every_parameter(name):
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_layer_names_are_repdistillers():
+def test_layer_names_equal_those_of_repdistiller():
     names = set(build_net("resnet8", 10).state_dict())
     expected = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"}
     assert expected <= names
@@ -81,7 +81,7 @@ def test_option_a_shortcut_subsamples_and_pads_on_both_sides():
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_40_2"])
-def test_convolutions_start_from_kaiming_fan_out(name):
+def test_convolutions_are_initialised_by_kaiming_fan_out(name):
     torch.manual_seed(0)
     net = build_net(name, 10)
     for module in net.modules():
@@ -103,29 +103,29 @@ def test_pre_activation_block_matches_its_definition():
 @pytest.mark.parametrize(
     "build", [lambda: CifarResNet(21, 10), lambda: WideResNet(38, 2, 10), lambda: WideResNet(40, 1, 10)]
 )
-def test_impossible_depths_and_widths_are_refused(build):
+def test_rejects_impossible_depths_and_widths(build):
     with pytest.raises(UsageError, match="got"):
         build()
 
 
-def test_a_typo_gets_the_nearest_name():
+def test_suggests_the_nearest_name():
     with pytest.raises(UsageError, match="did you mean 'resnet56'"):
         build_net("resnet65", 10)
 
 
 @pytest.mark.parametrize(("name", "words"), [("keras:resnet50", "torchvision:NAME"), ("resnet20", "at least 2")])
-def test_other_wrong_requests(name, words):
+def test_rejects_unknown_libraries_and_single_classes(name, words):
     with pytest.raises(UsageError, match=words):
         build_net(name, 1 if name == "resnet20" else 10)
 
 
-def test_an_absent_library_is_named(monkeypatch):
+def test_message_names_a_missing_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UsageError, match="pip install timm"):
         build_net("timm:resnet18", 10)
 
 
-def test_networks_of_a_library_are_built_by_name(monkeypatch):
+def test_builds_networks_of_a_library_by_name(monkeypatch):
     made = []
 
     class Library:
@@ -141,11 +141,11 @@ def test_networks_of_a_library_are_built_by_name(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", Library)
     assert isinstance(build_net("timm:resnet18", 6), torch.nn.Linear)
     assert made == [("resnet18", False, 6)]
-    with pytest.raises(UsageError, match="near: resnet18"):
+    with pytest.raises(UsageError, match="did you mean 'resnet18'"):
         build_net("timm:resnet81", 6)
 
 
-def test_features_of_unsuitable_networks_are_refused():
+def test_rejects_networks_without_a_suitable_classifier():
     with pytest.raises(UsageError, match=r"no nn\.Linear"):
         classifier_of(torch.nn.Conv2d(3, 4, 1))
     per_pixel = torch.nn.Sequential(torch.nn.Linear(4, 5))

@@ -1,6 +1,6 @@
-"""The structure of FFCV's .beton files, version 2: header, fields, a row a sample, and a table of where pixels lie.
+"""Structure of FFCV's .beton files, version 2: header, fields, one row per sample, and a table of the pixel data.
 
-It is read without FFCV, whose import takes seconds, and every pointer in it is checked to lie inside the file.
+It is read without FFCV, whose import takes seconds, and every pointer is checked to lie inside the file.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ TABLE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _VERSION = 2
 _INT_FIELD, _IMAGE_FIELD = 1, 2
 _RAW = 1
-_NEEDED = "needed: a file that `kdfast data convert` wrote; convert the data again"
+_NEEDED = "needed: a file that kdfast data convert wrote; convert the data again"
 
 
 def read_structure(path: Path) -> tuple[IntArray, tuple[int, int, int]]:
-    """Labels, int64 `(N,)`, and image shape, `(H, W, 3)`, of a file of one image field and one integer field.
+    """Read a file with one image field and one integer field.
+
+    Returns:
+        Labels, int64 `(N,)`, and the image shape, `(H, W, 3)`.
 
     Raises:
-        DataError: The file is missing, truncated or unfinished, has other fields, images of different sizes, or
-            pointers that lead outside of it.
+        DataError: The file is missing, truncated or unfinished, or has other fields, images of different sizes, or
+            pointers outside the file.
     """
     try:
         size = path.stat().st_size
@@ -53,7 +56,7 @@ def read_structure(path: Path) -> tuple[IntArray, tuple[int, int, int]]:
             _check_fields(path, int(header["num_fields"]), np.fromfile(file, FIELD, 2))
             count, start = int(header["num_samples"]), int(header["alloc_table_ptr"])
             if not count or size - start != count * TABLE.itemsize or file.tell() + count * SAMPLE.itemsize > start:
-                raise DataError(f"{path} is empty, truncated or was never finished; {_NEEDED}")
+                raise DataError(f"{path} is empty, truncated or unfinished; {_NEEDED}")
             samples = np.fromfile(file, SAMPLE, count)
             file.seek(start)
             table = np.fromfile(file, TABLE, count)
@@ -79,11 +82,11 @@ def _check_fields(path: Path, count: int, fields: npt.NDArray[Any]) -> None:
 def _check_pointers(path: Path, images: npt.NDArray[Any], table: npt.NDArray[Any], size: int) -> None:
     height, width = int(images["height"][0]), int(images["width"][0])
     if (images["height"] != height).any() or (images["width"] != width).any():
-        raise DataError(f"{path} has images of different sizes; convert the data with --size")
-    place = np.searchsorted(table["ptr"], images["data_ptr"])
-    found = table[np.minimum(place, len(table) - 1)]
+        raise DataError(f"{path} has images of different sizes; convert the data with `size`")
+    positions = np.searchsorted(table["ptr"], images["data_ptr"])
+    found = table[np.minimum(positions, len(table) - 1)]
     raw = images["mode"] == _RAW
-    sound = (
+    valid = (
         bool(height and width)
         and bool((found["ptr"] == images["data_ptr"]).all())
         and int(table["ptr"][-1]) <= size
@@ -92,5 +95,5 @@ def _check_pointers(path: Path, images: npt.NDArray[Any], table: npt.NDArray[Any
         and bool((found["size"][raw] == height * width * 3).all())
         and bool((images["mode"] <= _RAW).all())
     )
-    if not sound:
-        raise DataError(f"{path} has samples without whole pixel data: it is damaged or was never finished; {_NEEDED}")
+    if not valid:
+        raise DataError(f"{path} has samples without complete pixel data: it is damaged or unfinished; {_NEEDED}")

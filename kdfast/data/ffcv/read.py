@@ -1,9 +1,9 @@
-"""FFCV's .beton files: reading and loading them. The only file that imports ffcv, and only when it is needed.
+"""Read and load FFCV's .beton files. This is the only file that imports ffcv, and it does so on first use.
 
-FFCV 1.0.2 trusts its caller: a wrong index reads foreign memory, an exception in its thread leaves the main thread
-waiting for ever, a half-written file opens. Everything is therefore checked before FFCV sees it, the files by
-`kdfast.data.ffcv.format`, and its pipelines only decode; augmentation is by views, whose draws, unlike FFCV's, can be
-repeated.
+FFCV 1.0.2 does not check its input: a wrong index reads foreign memory, an exception in its thread makes the main
+thread wait forever, and an incomplete file opens. Therefore everything is checked before it reaches FFCV; the files are
+checked by `kdfast.data.ffcv.format`. The pipelines only decode. Augmentation uses views, because FFCV's random draws
+are not reproducible.
 """
 
 from __future__ import annotations
@@ -34,49 +34,52 @@ _BATCHES_AHEAD = 3
 _READ_BATCH = 1024
 _DECODING = threading.Lock()
 _INSTALL = (
-    "install libopencv-dev, libturbojpeg0-dev and pkg-config, then `pip install 'kdfast[ffcv]'`, or use another data "
+    "install libopencv-dev, libturbojpeg0-dev and pkg-config, then run pip install 'kdfast[ffcv]', or use another data "
     "format"
 )
 
 
 @functools.cache
 def load_ffcv() -> ModuleType:
-    """Import FFCV on first use; torch's thread count, which that sets to 1, is restored.
+    """Import FFCV, and restore torch's thread count, which the import sets to 1.
 
     Returns:
         The package `ffcv` with its submodules.
 
     Raises:
-        BackendUnavailable: It is not installed, or a library it needs is not.
+        BackendUnavailable: FFCV or a library it needs is not installed.
     """
     try:
-        with _torch_threads_kept():
+        with _preserved_torch_threads():
             import ffcv.loader.epoch_iterator
             import ffcv.writer
     except (ImportError, OSError) as error:
-        raise BackendUnavailable(f"betons need FFCV, which does not load here ({error}); {_INSTALL}") from error
+        raise BackendUnavailable(f"betons need FFCV, which cannot be imported ({error}); {_INSTALL}") from error
     module: ModuleType = ffcv
     return module
 
 
 def _require_installed() -> None:
-    """Say at once that FFCV is missing; importing it, which takes seconds, is left until something is decoded."""
+    """Raise if FFCV is missing, without importing it, which takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
         raise BackendUnavailable(f"betons need FFCV, which is not installed; {_INSTALL}")
 
 
 @contextlib.contextmanager
-def _torch_threads_kept() -> Iterator[None]:
+def _preserved_torch_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     try:
         yield
     finally:
-        # Unconditionally: another thread may have changed the count that new threads start with, which this sets too.
+        # Always set it, because another thread may have changed the count for new threads, which this call sets too.
         torch.set_num_threads(threads)
 
 
 def worker_count(wanted: int | None = None) -> int:
-    """Decoding threads: `wanted`, or one per core; at most the cores this process may use, for FFCV fails on more."""
+    """Return the number of decoding threads: `wanted` or one per core, limited to the cores of this process.
+
+    FFCV fails with more threads than cores.
+    """
     from numba import config
 
     allowed = min(len(os.sched_getaffinity(0)), int(config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
@@ -84,14 +87,14 @@ def worker_count(wanted: int | None = None) -> int:
 
 
 class BetonSplit:
-    """One .beton file of an image field and an integer label field, its structure checked when it is opened.
+    """Split in a .beton file with an image field and an integer label field, checked when it is opened.
 
     Args:
         path: The file.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
-        DataError: The file is missing, truncated, unfinished, or has other fields or images of different sizes.
+        DataError: The file is missing, truncated or unfinished, or has other fields or images of different sizes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -121,7 +124,7 @@ class BetonSplit:
             return out
         if self._loader is None:
             self._loader = BetonLoader(self)
-        distinct, place = np.unique(order, return_inverse=True)
+        distinct, positions = np.unique(order, return_inverse=True)
         decoded = out if len(distinct) == len(order) else np.empty((len(distinct), *self._shape), np.uint8)
         with contextlib.closing(self._loader.batches(distinct, min(_READ_BATCH, len(distinct)))) as batches:
             start = 0
@@ -129,20 +132,20 @@ class BetonSplit:
                 decoded[start : start + len(batch)] = batch.numpy()
                 start += len(batch)
         if not np.array_equal(distinct, order):
-            out = decoded[place]
+            out = decoded[positions]
         return out
 
 
 class BetonLoader:
-    """Streams batches of a beton through FFCV's decoding threads.
+    """Load batches of a beton by FFCV's decoding threads.
 
     Args:
         split: The split.
-        workers: Decoding threads; None for one per core. Clamped to the cores this process may use.
+        workers: Decoding threads, limited to the cores of this process; None for one per core.
 
     Attributes:
         name: `ffcv`.
-        compile_seconds: Time that compiling the decoder took; it is done when the loader is made, once.
+        compile_seconds: Time of compiling the decoder, in seconds; done once, at construction.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
@@ -154,7 +157,7 @@ class BetonLoader:
         ffcv = load_ffcv()
         self._count = len(split)
         start = time.perf_counter()
-        with _torch_threads_kept():
+        with _preserved_torch_threads():
             self._loader: Any = ffcv.loader.Loader(
                 str(split.path),
                 batch_size=1,
@@ -174,39 +177,39 @@ class BetonLoader:
         """Decode the samples `ids` in their order.
 
         Args:
-            ids: Integers `(n,)`, n >= 1, no id twice; copied, so changing them later has no effect.
+            ids: Distinct integers `(n,)`, n >= 1; copied, so later changes have no effect.
             batch_size: Samples per batch; the last batch may be smaller.
 
         Returns:
-            Iterator of uint8 `(b, H, W, 3)` on the CPU. A batch is valid until the next one is asked for: FFCV decodes
-            later ones into its memory. Leaving the iterator early stops the threads and frees the buffers.
+            Iterator of uint8 `(b, H, W, 3)` on the CPU. A batch is valid until the next one is requested, because FFCV
+            reuses its memory. Leaving the iterator early stops the threads and frees the buffers.
 
         Raises:
-            SubsetError: See `epoch_ids`.
+            SubsetError: The ids or the batch size are invalid, see `epoch_ids`.
             UsageError: The loader is closed.
             DataError: Decoding failed.
         """
         if self._loader is None:
-            raise UsageError("this loader is closed; make another one")
+            raise UsageError("the loader is closed; create another one")
         return self._epoch(epoch_ids(ids, self._count, batch_size), batch_size)
 
     def close(self) -> None:
-        """Give up the compiled pipeline and the mapped file."""
+        """Release the compiled pipeline and the mapped file."""
         self._loader = None
 
     def _warm_up(self) -> None:
-        """Compile by decoding one sample; with the argument types of `batches`, or it would compile again there."""
+        """Compile by decoding one sample through `batches`; other argument types would be compiled again."""
         for _ in self.batches(np.zeros(1, np.int64), 1):
             pass
 
     def _epoch(self, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
-        # FFCV sizes an epoch's buffers by this attribute; the compiled code does not depend on it.
+        # FFCV allocates the buffers of an epoch by this attribute; the compiled code does not depend on it.
         self._loader.batch_size = batch_size
         threads = torch.get_num_threads()
         epoch = _epoch_class()(self._loader, order)
         try:
             for (batch,) in epoch:
-                # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
+                # FFCV's thread sets torch's thread count when it starts, before its first batch.
                 if threads:
                     torch.set_num_threads(threads)
                     threads = 0
@@ -224,20 +227,20 @@ def _epoch_class() -> type[Any]:
     base = load_ffcv().loader.epoch_iterator.EpochIterator
 
     class Epoch(base):  # type: ignore[misc, valid-type]
-        """FFCV's thread of one epoch, which ends with an error where FFCV's own would leave its reader waiting."""
+        """FFCV's thread of one epoch, which passes an exception to the reader instead of leaving it waiting."""
 
         error: Exception | None = None
 
         def run_pipeline(self, *batch: Any) -> Any:
-            # One batch at a time takes all decoding threads anyway, and numba's simplest thread pool ends the process
-            # when two threads use it at once.
+            # One batch uses all decoding threads, and numba's simplest thread pool ends the process if two threads
+            # use it at once.
             with _DECODING:
                 return super().run_pipeline(*batch)
 
         def run(self) -> None:
             try:
                 super().run()
-            except Exception as error:  # raised again in the reader's thread
+            except Exception as error:  # raised in the reader's thread
                 self.error = error
                 self.output_queue.put(None)
 
@@ -245,7 +248,7 @@ def _epoch_class() -> type[Any]:
 
 
 def _stop(epoch: Any) -> None:
-    """End an epoch's thread, whatever it is doing: no further batches, and room in its queue until it is gone."""
+    """Stop the thread of an epoch in any state: end its batches, and empty its queue until the thread ends."""
     epoch.iter_ixes = iter(())
     epoch.close()
     while epoch.is_alive():

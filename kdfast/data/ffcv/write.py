@@ -1,8 +1,8 @@
-"""A folder of `train.beton` and `test.beton` as a source, and the conversion of any source to one.
+"""Sources in a folder of `train.beton` and `test.beton`, and the conversion of any source to one.
 
-Beside the two files lies `data.json`: class names, views, the fingerprint, and size and modification time of the files
-it speaks of. While those are unchanged its fingerprint counts; otherwise it is computed anew, and must be the same.
-While a conversion runs, `data.json` says so, and such a folder is no source.
+Beside the two files, `data.json` records the class names, the views, the fingerprint, and the size and modification
+time of the files. While those are unchanged, the recorded fingerprint is used; otherwise it is computed again and must
+be the same. During a conversion `data.json` lists no files, and the folder cannot be opened.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kdfast.files import FolderLock, atomic_path, check_writable, read_json, vis
 PARTS = ("train", "test")
 _RECORD = "data.json"
 _MARK = b"kdfast betons"
-_MARK_WITHIN = 200  # it is in the record's first line
+_MARK_WITHIN = 200  # bytes; the mark is in the first line of the record
 _FORMAT = f"{_MARK.decode()} 1"
 _RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
 _MIN_PAGE = 8 << 20
-# JPEG of this quality or better keeps an image's mean colour to a few grey levels; a missing image is far off.
-_LEAST_QUALITY = 50
+# JPEG of this quality changes the mean colour by a few grey levels; a missing image differs far more.
+_MIN_QUALITY = 50
 _MEAN_TOLERANCE = 16.0
 
 
 def is_betons(path: Path) -> bool:
-    """Whether `path` is a folder with one of the two betons, or with the record of a conversion."""
+    """Return whether `path` is a folder with one of the two betons or the record of a conversion."""
     if not path.is_dir():
         return False
     if any((path / f"{part}.beton").is_file() for part in PARTS):
@@ -46,7 +46,7 @@ def is_betons(path: Path) -> bool:
 def open_betons(path: Path) -> Source:
     """Open a folder of `train.beton` and `test.beton`.
 
-    A folder without `data.json`, written by other tools, calls its classes `0`, `1`, ... and does not flip.
+    In a folder without `data.json`, which other tools wrote, the classes are named `0`, `1`, ... and views do not flip.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
@@ -54,10 +54,10 @@ def open_betons(path: Path) -> Source:
     """
     record = _read_record(path)
     if record is not None and not record["files"]:
-        raise DataError(f"the conversion to {path} was interrupted; run the same `kdfast data convert` again")
+        raise DataError(f"the conversion to {path} was interrupted; run the same kdfast data convert again")
     missing = [f"{part}.beton" for part in PARTS if not (path / f"{part}.beton").is_file()]
     if missing:
-        raise DataError(f"{path} lacks {' and '.join(missing)}; run `kdfast data convert` again")
+        raise DataError(f"{path} lacks {' and '.join(missing)}; run kdfast data convert again")
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
         classes = inferred_classes(train.labels, str(path))
@@ -81,34 +81,34 @@ def convert(
     jpeg_quality: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Source:
-    """Write a source as betons and read every sample back.
+    """Write a source as betons and verify every sample.
 
-    The files get their names only when they are verified: pixels and labels equal in the raw mode; with JPEG equal
-    labels and, for each image, a mean colour within 16 grey levels. Killed at any time, the same call completes the
-    work; finished, it does nothing. A JPEG beton is another data set than its origin (its fingerprint is that of its
-    decoded pixels), a raw one the same.
+    The files are renamed to their final names after verification: equal pixels and labels without compression; with
+    JPEG, equal labels and a mean colour of each image within 16 grey levels. After an interruption, the same call
+    completes the conversion; if it is complete, the call does nothing. A raw beton has the fingerprint of its source. A
+    JPEG beton is a different data set, with the fingerprint of its decoded pixels.
 
     Args:
-        source: What to convert.
-        out: The folder to write; made when missing.
-        jpeg_quality: None keeps the pixels as they are; 50 to 100 compresses (for large images).
-        progress: Called with (images done, in all, what with); each image is written and read back.
+        source: The source to convert.
+        out: The folder to write; created if missing.
+        jpeg_quality: None keeps the pixels; 50 to 100 compresses, for large images.
+        progress: Called with (images done, total, "writing" or "reading back"); each image counts once for each.
 
     Returns:
         The converted source, opened.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
-        DataError: A sample cannot be read, or reads back differently.
-        OutputError: `out` cannot be written, is in use, is part of the source, or holds anything else; it is untouched.
+        DataError: A sample cannot be read, or differs after the conversion.
+        OutputError: `out` cannot be written, is in use, is part of the source or holds other files (not changed).
         UsageError: `jpeg_quality` is out of range.
     """
-    if jpeg_quality is not None and not _LEAST_QUALITY <= jpeg_quality <= 100:
-        raise UsageError(f"the JPEG quality is {jpeg_quality}; needed: {_LEAST_QUALITY} to 100")
-    check_place(Path(out), source)
+    if jpeg_quality is not None and not _MIN_QUALITY <= jpeg_quality <= 100:
+        raise UsageError(f"`jpeg_quality` is {jpeg_quality}; needed: {_MIN_QUALITY} to 100")
+    check_out_folder(Path(out), source)
     folder = check_writable(out)
     with FolderLock(folder):
-        if not _finished(folder, source, jpeg_quality):
+        if not _is_complete(folder, source, jpeg_quality):
             _convert(source, folder, jpeg_quality, progress)
         return open_betons(folder)
 
@@ -122,11 +122,11 @@ def write_beton(
 ) -> None:
     """Write a split as a beton in FFCV's format, in this process.
 
-    FFCV's own writer hands the samples to worker processes and waits for ever when one dies. Here an exception while
-    reading or writing is simply raised. The file is not complete until this returns: give a temporary path and rename.
+    FFCV's own writer passes the samples to worker processes and waits forever if one dies. Here an exception while
+    reading or writing is raised. The file is incomplete until this returns: write to a temporary path and rename it.
 
     Args:
-        split: What to write.
+        split: The split to write.
         path: The file; an existing one is overwritten.
         jpeg_quality: None stores the pixels, 1 to 100 a JPEG of each image.
         on_block: Called with each block of source pixels, uint8 `(n, H, W, 3)`, in index order.
@@ -156,29 +156,29 @@ def write_beton(
                     ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
         writer.finalize(allocator.allocations)
     finally:
-        # The shared memory cannot be closed while the array looks at it.
+        # The shared memory cannot be closed while the array refers to it.
         del metadata
         writer.metadata_sm.close()
         writer.metadata_sm.unlink()
 
 
-def check_place(folder: Path, source: Source) -> None:
-    """Refuse a folder that is part of the source, or holds anything before there is a conversion in it."""
-    place = folder.resolve()
+def check_out_folder(folder: Path, source: Source) -> None:
+    """Raise OutputError if the folder is part of the source, or holds files and no record of a conversion."""
+    resolved = folder.resolve()
     if source.kind == "folder":
         trees = [Path(source.path, name).resolve() for name in ("train", *TEST_NAMES)]
-        if any(place.is_relative_to(tree) for tree in trees):
-            raise OutputError(f"{folder} lies among the images of {source.path}; give a folder outside of them")
-    if source.kind == "beton" and place == Path(source.path).resolve():
-        raise OutputError(f"{folder} is the source itself; give another folder")
-    held = visible_entries(folder)
-    if held and not _has_record(folder):
-        found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in held) or held[0]
-        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write; give another folder")
+        if any(resolved.is_relative_to(tree) for tree in trees):
+            raise OutputError(f"{folder} is among the images of {source.path}; use another folder")
+    if source.kind == "beton" and resolved == Path(source.path).resolve():
+        raise OutputError(f"{folder} is the source itself; use another folder")
+    entries = visible_entries(folder)
+    if entries and not _has_record(folder):
+        found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in entries) or entries[0]
+        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write; use another folder")
 
 
-def _finished(folder: Path, source: Source, quality: int | None) -> bool:
-    """Whether `folder` holds this conversion already; other data there is an error."""
+def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:
+    """Return whether `folder` holds this conversion; raise OutputError if it holds another one."""
     try:
         record = _read_record(folder)
     except DataError as error:
@@ -187,7 +187,7 @@ def _finished(folder: Path, source: Source, quality: int | None) -> bool:
         return False
     same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
     if not same:
-        raise OutputError(f"{folder} holds another data set, or this one in another encoding; give another folder")
+        raise OutputError(f"{folder} holds another data set, or this one in another encoding; use another folder")
     return bool(record["files"] == _file_marks(folder))
 
 
@@ -214,7 +214,7 @@ def _convert(
             progress(done, total, note)
 
     with contextlib.ExitStack() as stack:
-        # Both temporary files are renamed when the stack unwinds without an exception, after both are verified.
+        # Both temporary files are renamed after both are verified, when the stack unwinds without an exception.
         test = stack.enter_context(atomic_path(folder / "test.beton"))
         train = stack.enter_context(atomic_path(folder / "train.beton"))
         _write_verified(source.test, test, classes, quality, advance)
@@ -225,33 +225,37 @@ def _convert(
 def _write_verified(
     split: Split, path: Path, classes: int, quality: int | None, advance: Callable[[int, str], None]
 ) -> tuple[str, str]:
-    """Write one file and read it back; fingerprints of what was given and of what the file decodes to."""
-    given = DataDigest(len(split), classes, split.shape)
+    """Write one file and read it back.
+
+    Returns:
+        Fingerprints of the split and of the decoded file.
+    """
+    original = DataDigest(len(split), classes, split.shape)
     means: list[np.ndarray[Any, np.dtype[np.float64]]] = []
 
-    def note(pixels: Pixels) -> None:
-        given.update(pixels)
+    def record_block(pixels: Pixels) -> None:
+        original.update(pixels)
         means.append(pixels.mean((1, 2)))
         advance(len(pixels), "writing")
 
-    write_beton(split, path, jpeg_quality=quality, on_block=note)
+    write_beton(split, path, jpeg_quality=quality, on_block=record_block)
     written = BetonSplit(path)
     decoded = DataDigest(len(written), classes, written.shape)
     worst = 0.0
-    for ids, wanted in zip(id_blocks(written), means, strict=True):
+    for ids, expected in zip(id_blocks(written), means, strict=True):
         pixels = written.read(ids)
         decoded.update(pixels)
-        worst = max(worst, float(np.abs(pixels.mean((1, 2)) - wanted).max()))
+        worst = max(worst, float(np.abs(pixels.mean((1, 2)) - expected).max()))
         advance(len(pixels), "reading back")
-    origin, result = given.finish(split.labels), decoded.finish(written.labels)
-    good = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
-    if not good or (quality is None and origin != result):
-        raise DataError(f"{path.name} does not read back as it was written; check the disk and convert again")
+    origin, result = original.finish(split.labels), decoded.finish(written.labels)
+    verified = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
+    if not verified or (quality is None and origin != result):
+        raise DataError(f"{path.name} does not read back as written; check the disk and convert again")
     return origin, result
 
 
 def _has_record(folder: Path) -> bool:
-    """Whether there is a record of a conversion, sound or damaged; other programs have a data.json too."""
+    """Return whether the folder has a record of a conversion, even damaged; other programs have a data.json too."""
     try:
         with open(folder / _RECORD, "rb") as file:
             return _MARK in file.read(_MARK_WITHIN)
@@ -267,12 +271,12 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != _FORMAT or set(record) != _RECORD_KEYS:
-        raise DataError(f"{path} is not a record of this version of `kdfast data convert`; convert the data again")
+        raise DataError(f"{path} is not a record of this version of kdfast data convert; convert the data again")
     return record
 
 
 def _file_marks(folder: Path) -> dict[str, list[int]]:
-    """Size in bytes and modification time in nanoseconds of the betons that are there."""
+    """Return size in bytes and modification time in nanoseconds of the betons in the folder."""
     marks = {}
     for part in PARTS:
         path = folder / f"{part}.beton"

@@ -1,1 +1,1 @@
-"""Readers: turn files of each supported kind into a `DataSource`."""
+"""Readers: open files of each supported kind as a `Source`."""

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 in their official python archives, as a folder or as the .tar.gz.
 
-The archives are pickles, and a pickle can run any code. These are read by an unpickler that knows three harmless names
-(numpy's array, its dtype, and text encoding), builds the arrays itself from their bytes, and refuses every other name
-before anything of it runs.
+The archives are pickles, and a pickle can run any code. The unpickler here accepts only three harmless names (numpy's
+array, its dtype, and text encoding), builds the arrays itself from their bytes, and rejects every other name before
+any code of it runs.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError
 
 _SIDE = 32
-_NUMBERS = "biuf"
+_NUMERIC_KINDS = "biuf"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an archive keeps its parts.
+    """File names and keys of an archive.
 
     Attributes:
         kind: Key in SOURCES.
-        folder: Name of the folder that the .tar.gz unpacks to.
+        folder: Name of the top folder in the .tar.gz.
         train: Files of the training split, in order.
         test: File of the test split.
         meta: File of the class names.
-        labels: Key of the labels in a split's file.
+        labels: Key of the labels in the file of a split.
         names: Key of the class names in the meta file.
     """
 
@@ -67,12 +67,12 @@ CIFAR100 = Layout("cifar100", "cifar-100-python", ("train",), "test", "meta", "f
 
 
 def is_cifar(path: Path, layout: Layout) -> bool:
-    """Whether `path` is, or holds, the archive that `layout` describes, complete or not."""
+    """Return whether `path` is or holds an archive of this layout, complete or not."""
     if path.is_dir():
         return (
             path.name == layout.folder
             or (path / layout.folder).is_dir()
-            # Of CIFAR-100's names one alone, such as "meta", says nothing.
+            # A single name of CIFAR-100, such as "meta", is too common.
             or sum((path / name).is_file() for name in layout.files) > 1
         )
     return path.name.endswith((".tar.gz", ".tgz", ".tar")) and _top_folder(path) == layout.folder
@@ -89,26 +89,26 @@ def open_cifar(path: Path, layout: Layout) -> Source:
         The source, its training samples in the archive's order.
 
     Raises:
-        DataError: A file is missing, truncated, not what its name says, or holds a pickle that does more than data.
+        DataError: A file is missing, damaged or of other content, or its pickle contains code.
     """
     raw = _read_folder(path, layout) if path.is_dir() else _read_tar(path, layout)
     names = _unpickle(raw[layout.meta], f"{path}: {layout.meta}").get(layout.names)
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: {layout.meta} has no list {layout.names!r}; unpack the official archive again")
-    train = [_batch(raw[name], layout, f"{path}: {name}") for name in layout.train]
-    images = np.concatenate([batch.images for batch in train])
-    labels = np.concatenate([batch.labels for batch in train])
+    train = [_read_split(raw[name], layout, f"{path}: {name}") for name in layout.train]
+    images = np.concatenate([split.images for split in train])
+    labels = np.concatenate([split.labels for split in train])
     return Source(
         path=str(path),
         kind=layout.kind,
         classes=tuple(_text(name) for name in names),
         train=ArraySplit(images, labels, f"{path}: training images"),
-        test=_batch(raw[layout.test], layout, f"{path}: {layout.test}"),
+        test=_read_split(raw[layout.test], layout, f"{path}: {layout.test}"),
         view_spec=ViewSpec(kind="shift", size=(_SIDE, _SIDE), pad=4, flip=True),
     )
 
 
-def _batch(raw: bytes, layout: Layout, name: str) -> ArraySplit:
+def _read_split(raw: bytes, layout: Layout, name: str) -> ArraySplit:
     content = _unpickle(raw, name)
     data, labels = content.get("data"), content.get(layout.labels)
     if not isinstance(data, _Array) or data.value.dtype != np.uint8 or data.value.shape[1:] != (3 * _SIDE**2,):
@@ -118,7 +118,7 @@ def _batch(raw: bytes, layout: Layout, name: str) -> ArraySplit:
     planes = data.value.reshape(-1, 3, _SIDE, _SIDE)
     try:
         return ArraySplit(planes.transpose(0, 2, 3, 1), np.asarray(labels), name)
-    except ValueError as error:  # np.asarray of a ragged list; DataError is a ValueError with its own message
+    except ValueError as error:  # np.asarray rejects a ragged list; a DataError has its own message
         raise error if isinstance(error, DataError) else DataError(f"{name}: bad {layout.labels!r}: {error}") from error
 
 
@@ -144,7 +144,7 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
                     file = archive.extractfile(member) if name and member.isfile() else None
                     if name and file:
                         found[name] = file.read()
-            # The checksum is at the very end, which the tar reader does not reach.
+            # The gzip checksum is at the end of the file, which the tar reader does not reach.
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
@@ -165,17 +165,17 @@ def _top_folder(path: Path) -> str | None:
     try:
         with _uncompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             tops = (PurePosixPath(member.name).parts[:1] for member in archive)
-            # The entry of the folder that was packed, "./", has no parts.
+            # The entry "./" has no parts.
             return next((top[0] for top in tops if top), None)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a readable tar archive ({error}); download it again") from error
 
 
 def _unpickle(raw: bytes, name: str) -> dict[str, Any]:
-    """Load a dictionary of plain containers and arrays; its keys as text."""
+    """Load a dictionary of plain containers and arrays, with its keys as text."""
     try:
         content = _DataUnpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:  # damaged bytes make the unpickler raise errors of nearly every kind
+    except Exception as error:  # the unpickler raises errors of nearly every type on damaged bytes
         raise DataError(
             f"{name} is damaged or not a CIFAR file ({error}); unpack the official archive again"
         ) from error
@@ -189,7 +189,7 @@ def _text(value: object) -> str:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: keeps the type code, takes nothing that is not a number."""
+    """Replacement for numpy.dtype that keeps the type code and accepts only numbers."""
 
     def __init__(self, code: object, *_flags: object) -> None:
         self.code = _text(code)
@@ -200,13 +200,13 @@ class _Dtype:
 
     def numpy(self) -> np.dtype[Any]:
         dtype = np.dtype(self.code)
-        if dtype.kind not in _NUMBERS:
-            raise pickle.UnpicklingError(f"an array of {dtype}, not of numbers")
+        if dtype.kind not in _NUMERIC_KINDS:
+            raise pickle.UnpicklingError(f"it holds an array of {dtype}, not of numbers")
         return dtype.newbyteorder(">") if self.order == ">" else dtype
 
 
 class _Array:
-    """Stands in for numpy.ndarray: makes its array from the pickled shape and bytes, without numpy's own unpickling."""
+    """Replacement for numpy.ndarray that builds the array from its pickled shape and bytes, without numpy's code."""
 
     def __init__(self) -> None:
         self.value: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
@@ -218,7 +218,7 @@ class _Array:
 
 def _reconstruct(kind: object, *_start: object) -> _Array:
     if kind is not _Array:
-        raise pickle.UnpicklingError("an array of an unknown kind")
+        raise pickle.UnpicklingError("it holds an array of an unknown type")
     return _Array()
 
 
@@ -229,14 +229,14 @@ def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) 
 
 
 def _encode(text: str, encoding: object) -> bytes:
-    # Python 3 writes bytes in protocol 2 as text to be encoded; other codecs could be slow or strange.
+    # In protocol 2, Python 3 writes bytes as text in latin1. Other codecs could be slow or unsafe.
     if _text(encoding) != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"it holds bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
-# numpy 2 calls the private modules numpy._core, older versions numpy.core.
-_ADMITTED = {
+# numpy 2 pickles as numpy._core, older versions as numpy.core.
+_ACCEPTED = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
@@ -248,6 +248,6 @@ _ADMITTED = {
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ADMITTED[module, name]
+            return _ACCEPTED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is code, not data") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is code, not data") from None

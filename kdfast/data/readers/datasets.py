@@ -1,4 +1,4 @@
-"""Indexed torch data sets as a source."""
+"""Indexed data sets, such as torch Datasets, as a source."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kdfast.errors import DataError
 
 
 class IndexedDataset(Protocol):
-    """Anything with a length whose items are pairs (image, label); a torch Dataset, for one."""
+    """Interface of data sets with a length and items (image, label), such as a torch Dataset."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """Sample `index` as (image, label)."""
+        """Return sample `index` as (image, label)."""
 
 
 def from_datasets(
@@ -30,29 +30,29 @@ def from_datasets(
     *,
     view_spec: ViewSpec | None = None,
 ) -> Source:
-    """Make a source of two indexed data sets, decoded into memory.
+    """Create a source from two indexed data sets, decoded into memory.
 
-    Give them without augmentation and normalisation: kdfast does both itself. For data that does not fit the memory,
-    write an image folder instead.
+    The data sets must not augment or normalise, because kdfast does both. Write data that does not fit in memory to an
+    image folder instead.
 
     Args:
         train: Items (image, label). The image is a PIL image, a uint8 array `(H, W)` or `(H, W, 3)`, a uint8 tensor
-            `(1 or 3, H, W)`, or a float tensor of that shape that is a uint8 one divided by 255; all of one size.
+            `(1 or 3, H, W)`, or a float tensor of that shape that equals a uint8 tensor / 255. All have one size.
         test: Likewise.
-        classes: Class names; None calls them `0`, `1`, ...
-        view_spec: The augmentation; None takes shifts (random resized crops from 64 pixels on) without flip.
+        classes: Class names; None for `0`, `1`, ...
+        view_spec: The augmentation; None for shifts (random resized crops from 64 pixels on) without flip.
 
     Returns:
-        The source, its samples in the data sets' order.
+        The source, its samples in the order of the data sets.
 
     Raises:
-        DataError: Images of other kinds or of different sizes, labels that are no class, or a training set that
-            augments (its first items change from one reading to the next).
+        DataError: Images have another type or different sizes, a label is not a class, or the training set augments
+            (its first items differ between two reads).
     """
     for index in range(min(3, len(train))):
         first, second = (_pixels(train[index][0], f"training sample {index}") for _ in range(2))
         if not np.array_equal(first, second):
-            raise DataError(f"training sample {index} changes from one reading to the next; give it unaugmented")
+            raise DataError(f"training sample {index} differs between two reads; pass the data without augmentation")
     splits = [_decode(data, name) for data, name in ((train, "training"), (test, "test"))]
     names = tuple(classes) if classes is not None else inferred_classes(splits[0].labels, "the data sets")
     spec = view_spec or default_view_spec(splits[0].shape, flip=False)
@@ -85,11 +85,11 @@ def _label(label: Any) -> int:
 
 
 def _pixels(image: Any, where: str) -> Pixels:
-    """uint8 (H, W, 3) of one image."""
+    """Return one image as uint8 (H, W, 3)."""
     if isinstance(image, torch.Tensor):
         array = _tensor_pixels(image, where)
     else:
-        if hasattr(image, "convert"):  # a PIL image, without importing PIL for those who have none
+        if hasattr(image, "convert"):  # a PIL image; importing PIL would require it
             image = image.convert("RGB")
         array = np.asarray(image)
     if array.ndim == 2:
@@ -106,8 +106,8 @@ def _tensor_pixels(image: torch.Tensor, where: str) -> np.ndarray[Any, Any]:
     if image.is_floating_point():
         scaled = image.double() * 255
         image = scaled.round()
-        # Also false for NaN.
+        # False for NaN too.
         if not bool(((scaled - image).abs() < 1e-3).all() and (image >= 0).all() and (image <= 255).all()):
-            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255; give it before normalisation")
+            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255; pass it before normalisation")
         image = image.to(torch.uint8)
     return image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy()

@@ -1,8 +1,8 @@
 """Image folders: one sub-folder per class under `train/`, and under `test/` or `val/`.
 
-Classes are the sub-folders of `train/` sorted by name (by code point); samples are the image files of a class sorted
-by path, classes one after the other. Images are decoded when they are read, not before. A picture's EXIF orientation
-is not applied, as in the usual training pipelines, so that teachers trained with those see the same pixels.
+Classes are the sub-folders of `train/`, sorted by name (by code point). Samples are ordered by class, then by path.
+Images are decoded on reading. EXIF orientation is not applied, as in common training pipelines, so that teachers
+trained with those see the same pixels.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 TEST_NAMES = ("test", "val")
 _CHECKED_AT_OPENING = 1000
 _DEEP_MODES = ("I", "F")
-_BATCH_FOR_THREADS = 8
+_MIN_FOR_THREADS = 8
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder with a sub-folder `train`."""
+    """Return whether `path` is a folder with a sub-folder `train`."""
     return (path / "train").is_dir()
 
 
@@ -41,19 +41,19 @@ def open_folder(path: Path, size: int | None) -> Source:
     """Open an image folder.
 
     Args:
-        path: Holds `train/<class>/...` and `test/<class>/...` (`val/` where there is no `test/`).
-        size: Give every image its shorter side `size` (bilinear, antialiased) and cut the middle `size` x `size`; None
-            when all images have one size already.
+        path: Folder with `train/<class>/...` and `test/<class>/...` (or `val/` without `test/`).
+        size: Scale the shorter side of every image to `size` pixels (bilinear, antialiased), then crop the central
+            square. None if all images have the same size.
 
     Returns:
-        The source. Views flip; images of 64 pixels and more are augmented by random resized crops.
+        The source. Views flip; images of 64 pixels or more are augmented by random resized crops.
 
     Raises:
         DataError: A split or class is missing or empty, or the images differ in size and `size` is None.
     """
     test_root = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
     if test_root is None:
-        raise DataError(f"{path} has train/ but neither test/ nor val/; put the test images there, by class")
+        raise DataError(f"{path} has train/ but neither test/ nor val/; add one with the test images by class")
     classes = _class_names(path / "train")
     unknown = set(_class_names(test_root)) - set(classes)
     if unknown:
@@ -64,7 +64,7 @@ def open_folder(path: Path, size: int | None) -> Source:
 
 
 class FolderSplit:
-    """Image files, decoded when read.
+    """Split of image files, decoded on reading.
 
     Args:
         files: Path of each sample.
@@ -72,7 +72,7 @@ class FolderSplit:
         size: See `open_folder`.
 
     Raises:
-        DataError: The images differ in size and `size` is None (up to 1,000 are looked at), or one is unreadable.
+        DataError: The images differ in size and `size` is None (up to 1,000 are checked), or one is unreadable.
     """
 
     def __init__(self, files: Sequence[str], labels: IntArray, size: int | None) -> None:
@@ -103,15 +103,15 @@ class FolderSplit:
         order = index_array(ids, len(self))
         out = np.empty((len(order), *self._shape), np.uint8)
 
-        def decode(place: int) -> None:
-            out[place] = self._decode(self._files[order[place]])
+        def decode(row: int) -> None:
+            out[row] = self._decode(self._files[order[row]])
 
-        if len(order) < _BATCH_FOR_THREADS:
-            for place in range(len(order)):
-                decode(place)
+        if len(order) < _MIN_FOR_THREADS:
+            for row in range(len(order)):
+                decode(row)
             return out
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "kdfast-images") as pool:
-            futures = [pool.submit(decode, place) for place in range(len(order))]
+            futures = [pool.submit(decode, row) for row in range(len(order))]
             try:
                 for future in futures:
                     future.result()
@@ -123,7 +123,7 @@ class FolderSplit:
     def _decode(self, file: str) -> Pixels:
         with _opened(file) as image:
             image.load()
-            # It is dropped in any case; PIL would warn of that where a palette has one.
+            # The conversion drops transparency anyway, but PIL would warn about it in a palette.
             image.info.pop("transparency", None)
             rgb = image.convert("RGB")
         if self._size:
@@ -134,11 +134,11 @@ class FolderSplit:
         return pixels
 
     def _common_shape(self) -> tuple[int, int, int]:
-        """The shape of all images, from the headers of an even sample of them; `read` checks the others."""
+        """Return the common shape of the images, from the headers of an even sample; `read` checks the others."""
         count = min(len(self._files), _CHECKED_AT_OPENING)
         shape: tuple[int, int, int] | None = None
-        for place in np.linspace(0, len(self._files) - 1, count).astype(np.int64):
-            file = self._files[place]
+        for index in np.linspace(0, len(self._files) - 1, count).astype(np.int64):
+            file = self._files[index]
             with _opened(file) as image:
                 found = (image.height, image.width, 3)
             if shape is not None and found != shape:
@@ -151,8 +151,8 @@ class FolderSplit:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Image]:
-    """The image in a file, for the body to read; what is wrong with it is a DataError that names the file."""
-    from PIL import Image
+    """Yield the image in a file; turn its errors into a DataError that names the file."""
+    from PIL import Image  # optional dependency
 
     too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
@@ -165,7 +165,7 @@ def _opened(file: str) -> Iterator[Image]:
 
 
 def _fit(image: Image, size: int) -> Image:
-    """Scale the shorter side to `size` and cut the middle square."""
+    """Scale the shorter side to `size` and crop the central square."""
     from PIL.Image import Resampling
 
     scale = size / min(image.size)
@@ -197,7 +197,7 @@ def _scan(root: Path, classes: tuple[str, ...], size: int | None, *, need_all: b
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Image files at any depth, sorted by path; hidden files are skipped. A missing class folder has none."""
+    """Return the image files at any depth, sorted by path, without hidden files; none if the folder is missing."""
     found = []
     for parent, _, names in os.walk(folder):
         found += [
@@ -217,5 +217,5 @@ def _entries(root: Path) -> list[os.DirEntry[str]]:
 def _mixed_sizes(file: str, found: Sequence[int], wanted: Sequence[int]) -> DataError:
     return DataError(
         f"{file} is {found[1]}x{found[0]}, other images are {wanted[1]}x{wanted[0]}; "
-        "give --size to bring all to one square size"
+        "set `size` to resize all to one square"
     )

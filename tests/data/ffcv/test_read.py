@@ -1,4 +1,4 @@
-"""Each hazard of FFCV 1.0.2 has a test that fails, or runs into its time limit, when its guard is taken away."""
+"""One test per hazard of FFCV 1.0.2, which fails or times out if the guard against it is removed."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def loader(opened):
 
 
 def within(seconds, work):
-    """Run `work`, but fail when it hangs."""
+    """Return the result of `work`, or fail if it takes more than `seconds`."""
     outcome = []
 
     def run():
@@ -65,20 +65,20 @@ def load(loader, ids, batch_size):
     return within(60, lambda: [batch.clone() for batch in loader.batches(ids, batch_size)])
 
 
-def test_written_and_read_pixels_are_equal(source, opened):
+def test_pixels_round_trip(source, opened):
     assert opened.shape == (8, 8, 3)
     assert np.array_equal(opened.labels, source.labels)
     assert np.array_equal(opened.read(range(COUNT)), source.images)
 
 
-def test_read_takes_any_order_and_repetition(source, opened):
+def test_read_accepts_any_order_and_repetition(source, opened):
     ids = [5, 3, 3, 599, 0]
     assert np.array_equal(opened.read(ids), source.images[ids])
     assert opened.read([]).shape == (0, 8, 8, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256, COUNT, 1000])
-def test_order_is_the_callers(source, loader, batch_size):
+def test_batches_follow_the_ids(source, loader, batch_size):
     ids = np.random.default_rng(1).permutation(COUNT)[:500]
     batches = load(loader, ids, batch_size)
     assert np.array_equal(torch.cat(batches).numpy(), source.images[ids])
@@ -87,34 +87,34 @@ def test_order_is_the_callers(source, loader, batch_size):
 
 
 @pytest.mark.parametrize("ids", [[COUNT], [10**9], [0, 2**62], np.array([2**64 - 1], np.uint64)])
-def test_index_past_the_end_is_rejected(loader, ids):
+def test_rejects_indices_past_the_end(loader, ids):
     with pytest.raises(SubsetError, match=f"0 to {COUNT - 1}"):
         loader.batches(ids, 4)
 
 
 @pytest.mark.parametrize("ids", [[-1], [3, -2]])
-def test_negative_index_is_rejected(loader, ids):
+def test_rejects_negative_indices(loader, ids):
     with pytest.raises(SubsetError, match="sample ids go from -"):
         loader.batches(ids, 4)
 
 
-def test_duplicate_index_is_rejected(loader):
+def test_rejects_duplicate_indices(loader):
     with pytest.raises(SubsetError, match="sample id 7 occurs 2 times"):
         loader.batches([7, 1, 7], 4)
 
 
 @pytest.mark.parametrize("ids", [np.ones(COUNT, bool), np.arange(4.0), np.array(["1"]), [[0, 1]]])
-def test_ids_that_are_no_integers_are_rejected(loader, ids):
+def test_rejects_ids_that_are_not_integers(loader, ids):
     with pytest.raises(SubsetError, match="needed: integers"):
         loader.batches(ids, 4)
 
 
-def test_no_index_at_all_is_rejected(loader):
+def test_rejects_empty_ids(loader):
     with pytest.raises(SubsetError, match="at least one"):
         loader.batches([], 4)
 
 
-def test_fewer_indices_than_a_batch_are_one_small_batch(source, loader):
+def test_fewer_indices_than_a_batch_make_one_small_batch(source, loader):
     (batch,) = load(loader, [4, 2, 9], 256)
     assert np.array_equal(batch.numpy(), source.images[[4, 2, 9]])
 
@@ -125,7 +125,7 @@ def test_batch_of_one_keeps_its_axis(source, loader):
     assert np.array_equal(batch.numpy(), source.images[[11]])
 
 
-def test_exception_in_ffcvs_thread_is_raised_here(loader, monkeypatch):
+def test_exception_in_the_thread_of_ffcv_is_raised(loader, monkeypatch):
     from ffcv.loader.epoch_iterator import EpochIterator
 
     whole = EpochIterator.run_pipeline
@@ -142,20 +142,20 @@ def test_exception_in_ffcvs_thread_is_raised_here(loader, monkeypatch):
     assert threading.active_count() == before
 
 
-def test_changing_the_ids_later_has_no_effect(source, loader):
+def test_later_changes_of_the_ids_have_no_effect(source, loader):
     ids = np.arange(COUNT)
     batches = loader.batches(ids, 50)
     ids[:] = 0
     assert np.array_equal(torch.cat([batch.clone() for batch in batches]).numpy(), source.images)
 
 
-def test_batch_is_valid_until_the_next_one_is_asked_for(source, loader):
+def test_batch_is_valid_until_the_next_is_requested(source, loader):
     for number, batch in enumerate(loader.batches(np.arange(COUNT), 20)):
-        time.sleep(0.01)  # FFCV decodes ahead meanwhile
+        time.sleep(0.01)  # FFCV decodes ahead in the meantime
         assert np.array_equal(batch.numpy(), source.images[20 * number : 20 * number + 20])
 
 
-def test_slots_are_reused(loader):
+def test_buffers_are_reused(loader):
     addresses = [batch.data_ptr() for batch in loader.batches(np.arange(COUNT), 20)]
     assert len(addresses) == 30
     assert len(set(addresses)) < 10
@@ -210,8 +210,8 @@ print(numba.threading_layer() if numba.get_num_threads() > 1 else "workqueue")
 """
 
 
-def test_two_epochs_at_once(opened):
-    """The thread pool that numba falls back to ends the process when two threads use it at a time."""
+def test_two_epochs_run_at_once(opened):
+    """Numba's fallback thread pool ends the process if two threads use it at once."""
     done = subprocess.run(
         [sys.executable, "-c", TWO_AT_ONCE, str(opened.path)],
         env={**os.environ, "NUMBA_THREADING_LAYER": "workqueue"},
@@ -230,7 +230,7 @@ def test_workers_are_clamped_to_the_affinity_mask(opened, source):
     assert np.array_equal(batch.numpy(), source.images[[3]])
 
 
-def test_workers_under_a_narrower_mask(opened):
+def test_workers_respect_a_narrower_affinity_mask(opened):
     code = (
         "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         "from kdfast.data.ffcv.read import BetonLoader, BetonSplit, worker_count;"
@@ -253,7 +253,7 @@ def test_torch_thread_count_is_restored(opened, threads):
         assert torch.get_num_threads() == threads
         for _ in loader.batches(np.arange(100), 10):
             assert torch.get_num_threads() == threads
-        # Threads started later take the count from a variable of the process, which FFCV's thread sets as well.
+        # New threads take the count from a variable of the process, which FFCV's thread sets too.
         thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
         thread.start()
         thread.join()
@@ -276,14 +276,14 @@ def test_pipeline_only_decodes(loader, source):
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_compile_time_is_reported_and_spent_beforehand(opened):
+def test_compile_time_is_reported_and_spent_at_construction(opened):
     loader = BetonLoader(opened)
     start = time.perf_counter()
     load(loader, np.arange(COUNT), 50)
     assert 0 < time.perf_counter() - start < loader.compile_seconds
 
 
-def test_missing_ffcv_says_what_to_install(opened, monkeypatch):
+def test_message_about_missing_ffcv_names_the_packages(opened, monkeypatch):
     beton.load_ffcv.cache_clear()
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setitem(sys.modules, "ffcv.loader.epoch_iterator", None)
@@ -291,7 +291,7 @@ def test_missing_ffcv_says_what_to_install(opened, monkeypatch):
         BetonSplit(opened.path)
 
 
-def test_closed(opened):
+def test_rejects_use_after_close(opened):
     loader = BetonLoader(opened)
     loader.close()
     with pytest.raises(UsageError, match="closed"):
@@ -299,19 +299,19 @@ def test_closed(opened):
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000, 5000, 1 << 20, -1, -24])
-def test_truncated_file(opened, tmp_path, size):
+def test_rejects_a_truncated_file(opened, tmp_path, size):
     path = tmp_path / "cut.beton"
     path.write_bytes(opened.path.read_bytes()[:size])
     with pytest.raises(DataError, match=r"cut\.beton"):
         BetonSplit(path)
 
 
-def test_missing_file(tmp_path):
+def test_rejects_a_missing_file(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         BetonSplit(tmp_path / "absent.beton")
 
 
-def test_the_format_is_ffcvs(opened):
+def test_format_equals_that_of_ffcv(opened):
     ffcv = beton.load_ffcv()
     assert ffcv.types.HeaderType == beton_format.HEADER
     assert ffcv.types.FieldDescType == beton_format.FIELD
@@ -321,7 +321,7 @@ def test_the_format_is_ffcvs(opened):
     assert (opened.labels == reader.metadata["f1"]).all()
 
 
-def test_a_file_is_opened_without_importing_ffcv(opened):
+def test_opening_a_file_does_not_import_ffcv(opened):
     code = f"""
 import sys
 from kdfast.data.ffcv.read import BetonSplit
@@ -332,7 +332,7 @@ assert "ffcv" not in sys.modules
 
 
 def damaged(opened, tmp_path, field, value, row=5):
-    """A copy whose metadata row `row` has another value."""
+    """Copy the file with another value in row `row` of the metadata."""
     raw = bytearray(opened.path.read_bytes())
     start = beton_format.HEADER.itemsize + 2 * beton_format.FIELD.itemsize
     rows = np.frombuffer(raw, beton_format.SAMPLE, COUNT, start)
@@ -346,14 +346,14 @@ def damaged(opened, tmp_path, field, value, row=5):
     ("field", "value"),
     [("data_ptr", 0), ("data_ptr", 2**63), ("data_ptr", 2**64 - 1), ("height", 0), ("width", 9), ("mode", 7)],
 )
-def test_wild_metadata_is_refused(opened, tmp_path, field, value):
+def test_rejects_invalid_metadata(opened, tmp_path, field, value):
     path = damaged(opened, tmp_path, field, value)
     with pytest.raises(DataError, match=r"damaged\.beton has"):
         BetonSplit(path)
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 9), (2, 3), (8, 0), (24, 1)])
-def test_other_headers_are_refused(opened, tmp_path, place, value):
+def test_rejects_other_headers(opened, tmp_path, place, value):
     raw = bytearray(opened.path.read_bytes())
     raw[place : place + 2] = value.to_bytes(2, "little")
     path = tmp_path / "other.beton"

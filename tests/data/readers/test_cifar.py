@@ -12,7 +12,7 @@ from kdfast.errors import DataError
 
 
 def python2_pickle(data, labels):
-    """The bytes that Python 2 and its numpy wrote, as in the official archives."""
+    """Return the bytes that Python 2 and its numpy wrote, as in the official archives."""
     text = lambda word: b"U" + bytes([len(word)]) + word  # noqa: E731
     number = lambda value: b"M" + struct.pack("<H", value)  # noqa: E731
     dtype = (
@@ -33,7 +33,7 @@ def python2_pickle(data, labels):
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_reads_what_was_written(tmp_path, cifar, kind, protocol):
+def test_pixels_and_labels_match_the_file(tmp_path, cifar, kind, protocol):
     folder = cifar(tmp_path, kind, protocol)
     source = open_source(folder)
     first = pickle.loads((folder / ("data_batch_1" if kind == "cifar10" else "train")).read_bytes())
@@ -50,7 +50,7 @@ def test_reads_what_was_written(tmp_path, cifar, kind, protocol):
     )
 
 
-def test_batches_follow_each_other_in_order(tmp_path, cifar):
+def test_files_are_concatenated_in_order(tmp_path, cifar):
     folder = cifar(tmp_path, "cifar10")
     images = open_source(folder).train.read(range(100))
     for number in range(5):
@@ -58,7 +58,7 @@ def test_batches_follow_each_other_in_order(tmp_path, cifar):
         assert np.array_equal(images[20 * number][..., 0], data[0, :1024].reshape(32, 32))
 
 
-def test_python2_pickle(tmp_path, cifar):
+def test_reads_a_python2_pickle(tmp_path, cifar):
     folder = cifar(tmp_path, "cifar10")
     data = np.random.default_rng(0).integers(0, 256, (7, 3072), dtype=np.uint8)
     raw = python2_pickle(data, range(7))
@@ -70,7 +70,7 @@ def test_python2_pickle(tmp_path, cifar):
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_outer_folder_and_tar_are_the_same_data(tmp_path, cifar, kind):
+def test_outer_folder_and_tar_have_the_same_fingerprint(tmp_path, cifar, kind):
     folder = cifar(tmp_path / "outer", kind)
     archive = tmp_path / "renamed.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -79,7 +79,7 @@ def test_outer_folder_and_tar_are_the_same_data(tmp_path, cifar, kind):
     assert len(prints) == 1
 
 
-def test_tar_of_the_current_folder(tmp_path, cifar):
+def test_reads_a_tar_of_the_current_folder(tmp_path, cifar):
     folder = cifar(tmp_path / "outer", "cifar10")
     archive = tmp_path / "dot.tar"
     with tarfile.open(archive, "w") as tar:
@@ -91,7 +91,7 @@ def test_tar_of_the_current_folder(tmp_path, cifar):
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_renamed_folder(tmp_path, cifar, kind):
+def test_recognises_a_renamed_folder(tmp_path, cifar, kind):
     folder = cifar(tmp_path, kind).rename(tmp_path / "renamed")
     assert open_source(folder).kind == kind
     (folder / "batches.meta" if kind == "cifar10" else folder / "meta").unlink()
@@ -99,7 +99,7 @@ def test_renamed_folder(tmp_path, cifar, kind):
         open_source(folder)
 
 
-def test_flipped_byte_in_a_tar(tmp_path, cifar):
+def test_detects_a_flipped_bit_in_a_tar(tmp_path, cifar):
     folder = cifar(tmp_path, "cifar10")
     archive = tmp_path / "cifar.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -112,7 +112,7 @@ def test_flipped_byte_in_a_tar(tmp_path, cifar):
 
 
 @pytest.mark.parametrize("cut", [0, 10, 1000, -5])
-def test_truncated_tar(tmp_path, cifar, cut):
+def test_rejects_a_truncated_tar(tmp_path, cifar, cut):
     folder = cifar(tmp_path, "cifar10")
     archive = tmp_path / "cifar.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -140,7 +140,7 @@ def test_truncated_file_is_named(tmp_path, cifar, size):
 
 
 class Touch:
-    """Makes a file when it is unpickled by a careless reader."""
+    """Creates a folder if an unsafe reader unpickles it."""
 
     def __init__(self, path):
         self.path = path
@@ -152,15 +152,15 @@ class Touch:
 @pytest.mark.parametrize("file", ["data_batch_2", "batches.meta"])
 def test_malicious_pickle_runs_nothing(tmp_path, cifar, file):
     folder = cifar(tmp_path, "cifar10")
-    trap = tmp_path / "trap"
-    (folder / file).write_bytes(pickle.dumps({b"data": Touch(trap), b"labels": [0]}, 2))
+    created = tmp_path / "created"
+    (folder / file).write_bytes(pickle.dumps({b"data": Touch(created), b"labels": [0]}, 2))
     with pytest.raises(DataError, match=rf"{file}.*mkdir, which is code"):
         open_source(folder)
-    assert not trap.exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize("target", ["builtins eval", "numpy load", "numpy.core.multiarray fromfile", "os system"])
-def test_no_other_name_is_admitted(tmp_path, cifar, target):
+def test_rejects_every_other_name(tmp_path, cifar, target):
     module, name = target.split()
     folder = cifar(tmp_path, "cifar10")
     (folder / "test_batch").write_bytes(b"\x80\2c" + f"{module}\n{name}\n".encode() + b"X\1\0\0\0x\x85R.")
@@ -184,14 +184,14 @@ def test_no_other_name_is_admitted(tmp_path, cifar, target):
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, -1]}, "from -1 to 0"),
     ],
 )
-def test_wrong_content(tmp_path, cifar, content, message):
+def test_rejects_wrong_content(tmp_path, cifar, content, message):
     folder = cifar(tmp_path, "cifar10")
     (folder / "test_batch").write_bytes(pickle.dumps(content, 2))
     with pytest.raises(DataError, match=message):
         open_source(folder)
 
 
-def test_both_archives_in_one_folder_are_ambiguous(tmp_path, cifar):
+def test_rejects_both_archives_in_one_folder(tmp_path, cifar):
     cifar(tmp_path, "cifar10")
     cifar(tmp_path, "cifar100")
     with pytest.raises(DataError, match=r"several kinds \(cifar10, cifar100\)"):

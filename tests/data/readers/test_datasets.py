@@ -30,7 +30,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_images(form):
+def test_accepts_every_form_of_images(form):
     data = Items(FORMS[form])
     source = from_datasets(data, data, ["a", "b", "c"])
     assert np.array_equal(source.train.read(range(6)), PIXELS)
@@ -41,21 +41,21 @@ def test_forms_of_images(form):
 @pytest.mark.parametrize(
     "make", [lambda i: PIXELS[i][..., 0], lambda i: torch.from_numpy(PIXELS[i][..., 0]), lambda i: PIXELS[i][..., :1]]
 )
-def test_grey(make):
+def test_grey_images_become_rgb(make):
     source = from_datasets(Items(make), Items(make))
     assert np.array_equal(source.train.read(range(6)), np.repeat(PIXELS[..., :1], 3, -1))
 
 
 @pytest.mark.parametrize("label", [lambda i: torch.tensor(i), lambda i: np.int32(i), lambda i: torch.tensor([i])])
-def test_forms_of_labels(label):
+def test_accepts_every_form_of_labels(label):
     data = Items(FORMS["array"], [label(i) for i in (0, 1, 1)])
     assert from_datasets(data, data).train.labels.tolist() == [0, 1, 1]
 
 
-def test_augmenting_set_is_refused():
+def test_rejects_a_set_that_augments():
     rng = np.random.default_rng(0)
     data = Items(lambda i: rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    with pytest.raises(DataError, match="changes from one reading"):
+    with pytest.raises(DataError, match="differs between two reads"):
         from_datasets(data, data)
 
 
@@ -63,7 +63,7 @@ def test_augmenting_set_is_refused():
     ("make", "labels", "message"),
     [
         (lambda i: FORMS["float tensor"](i) * 2 - 0.5, (0, 1), "before normalisation"),
-        (lambda i: torch.full((3, 8, 8), float("nan")), (0, 1), "before normalisation|changes"),
+        (lambda i: torch.full((3, 8, 8), float("nan")), (0, 1), "before normalisation|differs"),
         (lambda i: PIXELS[i].astype(np.float32), (0, 1), "float32"),
         (lambda i: PIXELS[i][: 8 - i], (0, 1), "resize all images to one size"),
         (FORMS["array"], (0, 1.5), "not a pair"),
@@ -71,12 +71,12 @@ def test_augmenting_set_is_refused():
         (FORMS["array"], (), "empty"),
     ],
 )
-def test_wrong_items(make, labels, message):
+def test_rejects_wrong_items(make, labels, message):
     with pytest.raises(DataError, match=message):
         from_datasets(Items(make, labels), Items(FORMS["array"]))
 
 
-def test_labels_outside_the_named_classes():
+def test_rejects_labels_outside_the_named_classes():
     data = Items(FORMS["array"])
     with pytest.raises(DataError, match="there are 2 classes"):
         from_datasets(data, data, ["a", "b"])

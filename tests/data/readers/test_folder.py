@@ -17,11 +17,11 @@ def test_order_is_sorted_by_class_then_path(tmp_path, image_folder):
     assert np.array_equal(source.train.read([4])[0], np.asarray(Image.open(root / "train" / "a" / "1.png")))
 
 
-def test_val_serves_as_test(tmp_path, image_folder):
+def test_val_is_used_without_test(tmp_path, image_folder):
     assert len(open_source(image_folder(tmp_path, test="val")).test) == 8
 
 
-def test_nested_and_strange_files(tmp_path, image_folder):
+def test_reads_nested_images_and_skips_other_files(tmp_path, image_folder):
     root = image_folder(tmp_path, per_class=2)
     (root / "train" / "ant" / "deep").mkdir()
     Image.new("RGB", (16, 16)).save(root / "train" / "ant" / "deep" / "x.PNG")
@@ -31,14 +31,14 @@ def test_nested_and_strange_files(tmp_path, image_folder):
     assert len(open_source(root).train) == 5
 
 
-def test_threads_read_what_one_reads(tmp_path, image_folder):
+def test_threads_read_the_same_pixels(tmp_path, image_folder):
     source = open_source(image_folder(tmp_path, per_class=20))
     order = np.random.default_rng(0).permutation(40)
     singly = np.concatenate([source.train.read([index]) for index in order])
     assert np.array_equal(source.train.read(order), singly)
 
 
-def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path, image_folder):
+def test_size_scales_the_shorter_side_and_crops_the_centre(tmp_path, image_folder):
     root = image_folder(tmp_path, sizes=[(30, 20), (20, 50), (20, 20)])
     source = open_source(root, size=20)
     assert source.train.shape == (20, 20, 3)
@@ -49,12 +49,12 @@ def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path, image_folder
     assert open_source(root, size=7).test.read(range(8)).shape == (8, 7, 7, 3)
 
 
-def test_mixed_sizes_without_size(tmp_path, image_folder):
-    with pytest.raises(DataError, match="give --size"):
+def test_rejects_mixed_sizes_without_size(tmp_path, image_folder):
+    with pytest.raises(DataError, match="set `size`"):
         open_source(image_folder(tmp_path, sizes=[(16, 16), (16, 20)]))
 
 
-def test_mixed_size_that_the_sample_missed(tmp_path, image_folder, monkeypatch):
+def test_reading_rejects_a_size_that_opening_did_not_check(tmp_path, image_folder, monkeypatch):
     monkeypatch.setattr("kdfast.data.readers.folder._CHECKED_AT_OPENING", 2)
     root = image_folder(tmp_path, per_class=5)
     Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "2.png")
@@ -74,16 +74,16 @@ def test_other_modes_become_rgb(tmp_path, image_folder, mode):
     assert np.array_equal(source.train.read([place])[0], np.asarray(image.convert("RGB")))
 
 
-def test_transparency_of_a_palette_is_ignored(tmp_path, image_folder):
+def test_ignores_the_transparency_of_a_palette(tmp_path, image_folder):
     root = image_folder(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).convert("P")
     image.save(root / "train" / "ant" / "0.png", transparency=bytes(range(256)))
     assert np.array_equal(open_source(root).train.read([0])[0], np.asarray(image.convert("RGB")))
 
 
-@pytest.mark.parametrize("limit", [150, 50])  # PIL warns from the limit on and refuses from twice the limit on
+@pytest.mark.parametrize("limit", [150, 50])  # PIL warns above the limit and raises above twice the limit
 @pytest.mark.parametrize("when", ["opening", "reading"])
-def test_image_of_too_many_pixels_is_named(tmp_path, image_folder, monkeypatch, limit, when):
+def test_message_names_an_image_of_too_many_pixels(tmp_path, image_folder, monkeypatch, limit, when):
     root = image_folder(tmp_path)
     source = open_source(root)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -91,14 +91,14 @@ def test_image_of_too_many_pixels_is_named(tmp_path, image_folder, monkeypatch, 
         _ = open_source(root) if when == "opening" else source.train.read([0])
 
 
-def test_stray_file_does_not_make_it_an_archive(tmp_path, image_folder):
+def test_stray_files_do_not_make_an_archive(tmp_path, image_folder):
     root = image_folder(tmp_path)
     for name in ("meta", "data.json"):
         (root / name).write_text("{}")
     assert open_source(root).kind == "folder"
 
 
-def test_sixteen_bits_are_refused(tmp_path, image_folder):
+def test_rejects_sixteen_bits(tmp_path, image_folder):
     root = image_folder(tmp_path)
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(root / "train" / "ant" / "0.png")
     with pytest.raises(DataError, match=r"0\.png cannot be read.*8 bits"):
@@ -119,7 +119,7 @@ def test_truncated_image_is_named(tmp_path, image_folder, cut):
         use()
 
 
-def test_structure_errors(tmp_path, image_folder):
+def test_rejects_wrong_structures(tmp_path, image_folder):
     root = image_folder(tmp_path / "no test", test="other")
     with pytest.raises(DataError, match="neither test/ nor val/"):
         open_source(root)
@@ -137,7 +137,7 @@ def test_structure_errors(tmp_path, image_folder):
         open_source(tmp_path / "flat")
 
 
-def test_file_removed_after_opening(tmp_path, image_folder):
+def test_rejects_a_file_removed_after_opening(tmp_path, image_folder):
     root = image_folder(tmp_path)
     source = open_source(root)
     (root / "train" / "ant" / "1.png").unlink()
@@ -145,13 +145,13 @@ def test_file_removed_after_opening(tmp_path, image_folder):
         source.train.read([1])
 
 
-def test_views(tmp_path, image_folder):
+def test_view_spec_depends_on_the_size(tmp_path, image_folder):
     small = open_source(image_folder(tmp_path / "small", side=32)).view_spec
     assert (small.kind, small.pad, small.flip) == ("shift", 4, True)
     large = open_source(image_folder(tmp_path / "large", side=64)).view_spec
     assert (large.kind, large.size, large.flip) == ("crop", (64, 64), True)
 
 
-def test_no_files():
+def test_rejects_an_empty_split():
     with pytest.raises(DataError, match="no image files"):
         FolderSplit([], np.zeros(0, np.int64), None)

@@ -9,7 +9,7 @@ from kdfast.errors import DataError, UsageError
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_kind_is_recognised_and_sound(make_source, kind):
+def test_recognises_every_kind(make_source, kind):
     source = open_source(make_source(kind))
     assert source.kind == kind
     for split in (source.train, source.test):
@@ -25,24 +25,24 @@ def test_every_kind_is_recognised_and_sound(make_source, kind):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_size_that_it_has_is_accepted(make_source, kind):
+def test_accepts_the_size_of_the_images(make_source, kind):
     path = make_source(kind)
     size = open_source(path).train.shape[0]
     assert open_source(path, size=size).train.shape == (size, size, 3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "folder"])
-def test_size_is_for_folders(make_source, kind):
+def test_rejects_another_size_except_for_folders(make_source, kind):
     with pytest.raises(UsageError, match="only image folders can be resized"):
         open_source(make_source(kind), size=77)
 
 
-def test_size_below_one():
+def test_rejects_a_size_below_one():
     with pytest.raises(UsageError, match="1 or more"):
         open_source("digits", size=0)
 
 
-def test_unknown_places(tmp_path):
+def test_rejects_unknown_paths(tmp_path):
     with pytest.raises(DataError, match="nothing at"):
         open_source(tmp_path / "absent")
     with pytest.raises(DataError, match=r"\(nothing\) is not a known data source"):
@@ -64,7 +64,7 @@ def test_foreign_data_json_is_not_a_conversion(tmp_path, image_folder):
     assert open_source(root).kind == "folder"
 
 
-def test_importing_imports_no_ffcv_and_keeps_torch_threads():
+def test_import_does_not_import_ffcv_or_change_torch_threads():
     code = (
         "import sys, torch; n = torch.get_num_threads();"
         "import kdfast.data.readers.registry, kdfast.data.loaders;"

@@ -8,7 +8,7 @@ from kdfast.data.readers.relabel import flip_labels, relabelled, write_flipped
 from kdfast.errors import DataError, OutputError, UsageError
 
 
-def test_flipped_labels_are_as_many_as_asked_and_always_another_class():
+def test_flips_the_requested_share_to_other_classes():
     labels = np.arange(5000) % 10
     flipped = flip_labels(labels, 0.1, 3, 10)
     changed = flipped != labels
@@ -20,7 +20,7 @@ def test_flipped_labels_are_as_many_as_asked_and_always_another_class():
     assert counts[1:].min() > 25  # 500 / 9 = 56 each
 
 
-def test_flips_are_seeded_and_pinned():
+def test_flips_depend_only_on_the_seed():
     labels = np.arange(40) % 4
     assert np.array_equal(flip_labels(labels, 0.1, 0, 4), flip_labels(labels, 0.1, 0, 4))
     assert not np.array_equal(flip_labels(labels, 0.1, 0, 4), flip_labels(labels, 0.1, 1, 4))
@@ -28,12 +28,12 @@ def test_flips_are_seeded_and_pinned():
 
 
 @pytest.mark.parametrize(("share", "classes"), [(0.0, 3), (1.0, 3), (float("nan"), 3), (0.001, 3), (0.5, 1)])
-def test_shares_that_make_no_sense(share, classes):
+def test_rejects_invalid_shares(share, classes):
     with pytest.raises(UsageError, match="share"):
         flip_labels(np.zeros(30, np.int64), share, 0, classes)
 
 
-def test_a_relabelled_source_keeps_images_and_test_split_and_has_its_own_fingerprint(tmp_path, npz):
+def test_relabelled_source_keeps_images_and_test_split_and_has_its_own_fingerprint(tmp_path, npz):
     data = npz(tmp_path / "d.npz")
     base = open_source(data)
     changed = write_flipped(base, str(data), tmp_path / "noisy", share=0.25, seed=1)
@@ -46,7 +46,7 @@ def test_a_relabelled_source_keeps_images_and_test_split_and_has_its_own_fingerp
     assert noisy.fingerprint == open_source(tmp_path / "noisy").fingerprint
 
 
-def test_labels_of_another_length_or_class(tmp_path, npz):
+def test_rejects_labels_of_another_length_or_class(tmp_path, npz):
     base = open_source(npz(tmp_path / "d.npz"))
     with pytest.raises(DataError, match="one integer per image"):
         relabelled(base, np.zeros(5, np.int64))
@@ -54,7 +54,7 @@ def test_labels_of_another_length_or_class(tmp_path, npz):
         relabelled(base, np.full(12, 7))
 
 
-def test_a_folder_in_use_is_refused(tmp_path, npz):
+def test_rejects_a_folder_that_is_not_empty(tmp_path, npz):
     data = npz(tmp_path / "d.npz")
     (tmp_path / "noisy").mkdir()
     (tmp_path / "noisy" / "mine.txt").write_text("x")
@@ -62,7 +62,7 @@ def test_a_folder_in_use_is_refused(tmp_path, npz):
         write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
 
 
-def test_images_that_changed_since_are_refused(tmp_path, npz):
+def test_rejects_images_that_have_changed(tmp_path, npz):
     data = npz(tmp_path / "d.npz")
     write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
     npz(data, train_labels=np.arange(12)[::-1] % 3)
@@ -71,12 +71,12 @@ def test_images_that_changed_since_are_refused(tmp_path, npz):
 
 
 @pytest.mark.parametrize("damage", ["record", "labels"])
-def test_damaged_files_are_refused(tmp_path, npz, damage):
+def test_rejects_damaged_files(tmp_path, npz, damage):
     data = npz(tmp_path / "d.npz")
     write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
     if damage == "record":
         (tmp_path / "noisy" / "relabelled.json").write_text(json.dumps({"format": "other"}))
     else:
         (tmp_path / "noisy" / "labels.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="run `kdfast data flip` again"):
+    with pytest.raises(DataError, match="run kdfast data flip again"):
         open_source(tmp_path / "noisy")
