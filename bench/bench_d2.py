@@ -1,8 +1,9 @@
-"""D2's selection at the size of CIFAR: time and peak memory of its neighbours and of its greedy selection.
+"""D2 at the size of CIFAR: time and peak memory of the neighbour search and of the greedy selection.
 
-`python bench/bench_d2.py` writes results/d2.json; `--samples`, `--depth`, `--device` for others. The neighbours are
-checked against scikit-learn's brute force on a part of the rows, the lazy heap against a scan on a part of the data.
-Time of neighbours grows as N^2 D: the row "stated" extrapolates to 1.28 million samples from the measured rate.
+`python bench/bench_d2.py` writes results/d2.json; `--samples`, `--depth` and `--device` change the problem. The
+neighbours of some rows are checked against scikit-learn's brute force, and the first selected samples against a scan.
+The time of the neighbour search grows as N^2 D, and rows of kind "stated" extrapolate the measured rate to 1.28 million
+samples.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LARGE = 1_281_167
 K = 5
 
 
-def features_of(samples: int, depth: int, classes: int = 10) -> np.ndarray:
-    """Clustered features, as a network's are: one centre a class."""
+def make_features(samples: int, depth: int, classes: int = 10) -> np.ndarray:
+    """Return clustered features, one centre per class, similar to those of a network."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(classes, depth)) * 2
     return (centres[rng.integers(0, classes, samples)] + rng.normal(size=(samples, depth))).astype(np.float32)
@@ -35,31 +36,31 @@ def features_of(samples: int, depth: int, classes: int = 10) -> np.ndarray:
 def check_neighbours(features: np.ndarray, found: np.ndarray, distances: np.ndarray) -> None:
     rows = np.random.default_rng(1).integers(0, len(features), 64)
     exact = NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(features.astype(np.float64))
-    lengths, ids = exact.kneighbors(features[rows].astype(np.float64))
-    np.testing.assert_allclose(distances[rows], lengths[:, 1:], rtol=1e-5)
+    expected, ids = exact.kneighbors(features[rows].astype(np.float64))
+    np.testing.assert_allclose(distances[rows], expected[:, 1:], rtol=1e-5)
     assert (found[rows] == ids[:, 1:]).mean() > 0.999
 
 
 def check_selection(u: np.ndarray, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray) -> None:
     count = min(300, len(u))
-    now, expected = u.copy(), []
+    remaining, expected = u.copy(), []
     for _ in range(count):
-        best = int(now.argmax())
+        best = int(remaining.argmax())
         edges = slice(starts[best], starts[best + 1])
-        now[ends[edges]] -= weights[edges] * now[best]
-        now[best] = -np.inf
+        remaining[ends[edges]] -= weights[edges] * remaining[best]
+        remaining[best] = -np.inf
         expected.append(best)
     assert select_greedily(u, starts, ends, weights, np.arange(len(u)), count).tolist() == expected
 
 
 def timed(function, *arguments, **keywords):
-    started, processor = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     result = function(*arguments, **keywords)
-    return result, time.perf_counter() - started, time.process_time() - processor
+    return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure(samples: int, depth: int, device: str) -> dict[str, object]:
-    features = features_of(samples, depth)
+    features = make_features(samples, depth)
     score = np.random.default_rng(2).random(samples)
     warm = nearest_neighbours(features[:2000], K, device=device)
     select_greedily(score[:2000], *undirected_graph(*warm), np.arange(2000), 100)
@@ -85,14 +86,14 @@ def measure(samples: int, depth: int, device: str) -> dict[str, object]:
     }
 
 
-def stated(row: dict[str, object], depth: int, groups: int = 1, samples: int = LARGE) -> dict[str, object]:
-    """The cost of other data at the measured rate: a group's N^2 D for the neighbours, N for the rest.
+def extrapolate(row: dict[str, object], depth: int, groups: int = 1, samples: int = LARGE) -> dict[str, object]:
+    """Return the cost for other data at the measured rate: N^2 D per group for the neighbours, N for the selection.
 
     Args:
-        row: What was measured.
+        row: The measured row.
         depth: Width of the features.
-        groups: Equal groups the samples fall into: 1, or the classes where each has its own budget.
-        samples: All samples.
+        groups: Number of equal groups of samples: 1, or the number of classes if each has its own budget.
+        samples: Number of samples in all groups.
     """
     pairs = samples**2 / groups * depth / (int(row["samples"]) ** 2 * int(row["depth"]))
     return {
@@ -117,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     row = measure(arguments.samples, arguments.depth, arguments.device)
-    rows = [row, stated(row, row["depth"]), stated(row, 2048), stated(row, 2048, groups=1000)]
+    rows = [row, extrapolate(row, row["depth"]), extrapolate(row, 2048), extrapolate(row, 2048, groups=1000)]
     print(harness.table(rows))
     print(harness.write_results("d2", rows, threads=arguments.threads))
 

@@ -1,9 +1,9 @@
-"""Peak resident memory of a training run fed by FFCV, with a cache of all 162 views memory-mapped.
+"""Peak resident memory of a training run with the FFCV loader and a memory-mapped cache of all 162 views.
 
     python bench/bench_memory.py --data cifar-100-python [--student resnet8]
 
-The cache has its full size (1.62 GB for CIFAR-100); its logits are random numbers, since whose logits they are does not
-change the memory. The run is the `kdfast distill` command in a process of its own, over one epoch of the whole split.
+The cache has its full size (1.62 GB for CIFAR-100). Its logits are random numbers, which take the same memory. The run
+is the `kdfast distill` command in its own process, for one epoch of the whole split.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from kdfast.teacher.build import build_cache
 LIMIT_BYTES = 1.5e9
 
 
-def watch(command: list[str]) -> tuple[int, float]:
-    """Run a command; its peak resident set in bytes, children included, and its seconds."""
+def measure(command: list[str]) -> tuple[int, float]:
+    """Run a command and return its peak resident memory in bytes, including children, and its time in seconds."""
     started, peak = time.perf_counter(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         try:
-            family = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(member.memory_info().rss for member in family))
+            processes = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(each.memory_info().rss for each in processes))
         except psutil.NoSuchProcess:
             continue
         time.sleep(0.05)
     if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
     return peak, time.perf_counter() - started
 
 
 def main() -> None:
-    """Build the files, run, print, write the JSON."""
+    """Build the files, run the command, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--student", default="resnet8")
@@ -62,14 +62,14 @@ def main() -> None:
         with mock.patch("kdfast.teacher.build.Predictor", RandomPredictor):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())
-        peak, seconds = watch(
+        peak, seconds = measure(
             [sys.executable, "-m", "kdfast", "distill", "--data", str(betons), "--cache", str(cache), "--student",
              options.student, "--epochs", "1", "--loader", "ffcv", "--alpha", "0.5", "--out", str(run)]
         )  # fmt: skip
         result = json.loads((run / "result.json").read_text())
     verdict = "under" if peak < LIMIT_BYTES else "OVER"
     print(
-        f"{result['images']} images of {options.data} through {result['loader']} with {size / 1e9:.2f} GB of cache "
+        f"{result['images']} images of {options.data}, loader {result['loader']}, cache of {size / 1e9:.2f} GB "
         f"({result['views']} views): peak resident memory {peak / 1e9:.2f} GB, {verdict} {LIMIT_BYTES / 1e9:.1f} GB "
         f"({seconds:.0f} s)"
     )

@@ -66,7 +66,7 @@ def test_views_of_a_batch(benchmark, size, dtype, implementation):
 @pytest.mark.parametrize(
     ("draw", "limit"),
     [(lambda: draw_view_indices(0, 3, IDS, 162), 0.1), (lambda: view_table(SPEC, 0, IDS, 20), 0.2)],
-    ids=["slots-of-162", "table-of-20"],
+    ids=["indices-of-162", "table-of-20"],
 )
 def test_draws_for_one_epoch(benchmark, draw, limit):
     benchmark.group = "views: draws for 50,000 samples"

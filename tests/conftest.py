@@ -1,4 +1,4 @@
-"""What every test shares: a seed, memory that is not accidentally zero, and the names of the backends."""
+"""Fixtures of all tests: seeds, NaN in uninitialised memory, and the backends to test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ THREADS = torch.get_num_threads()
 
 
 def pytest_collection_finish():
-    """Importing FFCV sets torch to one thread, and test modules import it; what a test trains depends on the count."""
+    """Restore torch's thread count, which affects training: test modules import FFCV, which sets it to one."""
     torch.set_num_threads(THREADS)
 
 
@@ -28,7 +28,7 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(request, monkeypatch):
-    """`torch.empty` gives NaN, so that a kernel that leaves an output unwritten fails. `no_poison` turns it off."""
+    """Fill `torch.empty` with NaN, so that a kernel with unwritten output fails; `no_poison` disables it."""
     if "no_poison" in request.fixturenames:
         return
     empty, empty_like = torch.empty, torch.empty_like
@@ -43,11 +43,11 @@ def _poisoned_empty(request, monkeypatch):
 
 @pytest.fixture
 def no_poison():
-    """Leave `torch.empty` as it is, for tests that trace or count memory."""
+    """Keep `torch.empty` unchanged, for tests that trace or count memory."""
 
 
 def pytest_generate_tests(metafunc):
-    """A `<op>_backend` argument runs a test on each CPU backend of that operator, `KDFAST_TEST_BACKENDS` permitting."""
+    """Run a test with a `<op>_backend` argument on each CPU backend of the operator in `KDFAST_TEST_BACKENDS`."""
     for op, device in backends.TABLE:
         argument = f"{op}_backend"
         if device == "cpu" and argument in metafunc.fixturenames:

@@ -125,7 +125,7 @@ def npz() -> Callable[..., Path]:
 
 @pytest.fixture
 def make_source(tmp_path) -> Callable[[str], Path | str]:
-    """Write a small source of the named kind and return its path."""
+    """Write a small source of a kind: kind -> path."""
 
     def build(kind):
         if kind == "digits":
