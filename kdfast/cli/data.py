@@ -46,13 +46,13 @@ def convert(
     dry_run: options.DryRun = False,
 ) -> None:
     """Write a source as FFCV files; they get their names only after they are read back and verified."""
-    from kdfast.data.ffcv.write import check_place
+    from kdfast.data.ffcv.write import check_out_folder
     from kdfast.data.ffcv.write import convert as convert_source
     from kdfast.data.readers.registry import open_source
 
     source = open_source(src, size=size)
     if dry_run:
-        check_place(out, source)
+        check_out_folder(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
         total = (len(source.train) + len(source.test)) * pixels
         print(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
