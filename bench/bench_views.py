@@ -17,16 +17,16 @@ SPEC = ViewSpec("shift", (32, 32), pad=4, flip=True)
 IDS = np.arange(50_000)
 
 
-def native(images, moves, dtype):
-    views = (moves[:, 0] * 9 + moves[:, 1]) * 2 + moves[:, 2]
+def native(images, offsets, dtype):
+    views = (offsets[:, 0] * 9 + offsets[:, 1]) * 2 + offsets[:, 2]
     return apply_views(images, views, SPEC, NORM, dtype=dtype)
 
 
-def reference(images, moves, dtype):
-    return shift_views_reference(images, moves, NORM.affine(), pad=4, dtype=dtype)
+def reference(images, offsets, dtype):
+    return shift_views_reference(images, offsets, NORM.affine(), pad=4, dtype=dtype)
 
 
-def sliced(images, moves, dtype):
+def sliced(images, offsets, dtype):
     """Normalize and pad, then copy one slice per row shift and per column shift, then apply a masked flip."""
     padded = F.pad(images.permute(0, 3, 1, 2), (4, 4, 4, 4)).to(dtype)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) * 255 for v in (NORM.mean, NORM.std))
@@ -34,20 +34,20 @@ def sliced(images, moves, dtype):
     rows = padded.new_empty(len(images), 3, 32, 40)
     out = padded.new_empty(len(images), 3, 32, 32)
     for shift in range(9):
-        chosen = moves[:, 0] == shift
+        chosen = offsets[:, 0] == shift
         rows[chosen] = padded[chosen, :, shift : shift + 32]
     for shift in range(9):
-        chosen = moves[:, 1] == shift
+        chosen = offsets[:, 1] == shift
         out[chosen] = rows[chosen, :, :, shift : shift + 32]
-    return torch.where(moves[:, 2].bool()[:, None, None, None], out.flip(3), out)
+    return torch.where(offsets[:, 2].bool()[:, None, None, None], out.flip(3), out)
 
 
 def batch(size):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    moves = torch.randint(0, 9, (size, 3), dtype=torch.int32, generator=generator)
-    moves[:, 2] %= 2
-    return images, moves
+    offsets = torch.randint(0, 9, (size, 3), dtype=torch.int32, generator=generator)
+    offsets[:, 2] %= 2
+    return images, offsets
 
 
 @pytest.mark.parametrize("implementation", [native, reference, sliced])
@@ -55,11 +55,11 @@ def batch(size):
 @pytest.mark.parametrize("size", [128, 512])
 def test_views_of_a_batch(benchmark, size, dtype, implementation):
     benchmark.group = f"views: {size} x 32x32 to {dtype}"
-    images, moves = batch(size)
-    expected = shift_views_reference(images, moves, NORM.affine(torch.float64), pad=4, dtype=torch.float64)
+    images, offsets = batch(size)
+    expected = shift_views_reference(images, offsets, NORM.affine(torch.float64), pad=4, dtype=torch.float64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(implementation(images, moves, dtype).double(), expected, rtol=0, atol=tolerance)
-    benchmark(implementation, images, moves, dtype)
+    torch.testing.assert_close(implementation(images, offsets, dtype).double(), expected, rtol=0, atol=tolerance)
+    benchmark(implementation, images, offsets, dtype)
     benchmark.extra_info["images_per_s"] = size / benchmark.stats.stats.median
 
 

@@ -31,19 +31,19 @@ def isa() -> str:
 
 
 def shift_views(
-    images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, isa_limit: int = WIDEST_ISA
+    images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, isa_limit: int = WIDEST_ISA
 ) -> Tensor:
     """Compute ``kdfast.ops.views.shift_views`` on a CPU, with the same bits.
 
     Raises:
         ValueError: If a move leaves the padded image.
     """
-    images, moves, affine = images.contiguous(), moves.contiguous(), affine.contiguous()
+    images, offsets, affine = images.contiguous(), offsets.contiguous(), affine.contiguous()
     batch, height, width, channels = images.shape
     out = torch.empty((batch, height, width, channels), dtype=dtype)
     extension.shift_views(
         images.data_ptr(),
-        moves.data_ptr(),
+        offsets.data_ptr(),
         affine[0].data_ptr(),
         affine[1].data_ptr(),
         batch,

@@ -15,7 +15,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def shift_views(
     images: Tensor,
-    moves: Tensor,
+    offsets: Tensor,
     affine: Tensor,
     *,
     pad: int,
@@ -31,7 +31,7 @@ def shift_views(
 
     Args:
         images: `(B, H, W, 3)` uint8, on any device.
-        moves: `(B, 3)` int32 on the CPU: top and left in `[0, 2 pad]`, flip in {0, 1}.
+        offsets: `(B, 3)` int32 on the CPU: top and left in `[0, 2 pad]`, flip in {0, 1}.
         affine: `(2, 3)`: scale and bias of each channel, in float32 or float64, which is the precision of the
             computation.
         pad: Width of the black border, in pixels.
@@ -47,25 +47,25 @@ def shift_views(
         BackendUnavailable: If a named implementation cannot run here.
     """
     if is_plain_eager((images,)) and not torch.compiler.is_compiling():
-        return _run(images, moves, affine, pad, dtype, backend)
-    out: Tensor = _shift_views(images, moves, affine, pad, dtype, backend)
+        return _run(images, offsets, affine, pad, dtype, backend)
+    out: Tensor = _shift_views(images, offsets, affine, pad, dtype, backend)
     return out
 
 
 @torch.library.custom_op("kdfast::shift_views", mutates_args=())
-def _shift_views(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
-    return _run(images, moves, affine, pad, dtype, backend)
+def _shift_views(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return _run(images, offsets, affine, pad, dtype, backend)
 
 
-def _run(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
+def _run(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
     check_images(images)
     _check_affine(affine, dtype)
-    if moves.shape != (len(images), 3) or moves.dtype != torch.int32 or moves.device.type != "cpu":
+    if offsets.shape != (len(images), 3) or offsets.dtype != torch.int32 or offsets.device.type != "cpu":
         raise ShapeError(
-            f"`moves` is {moves.dtype} {tuple(moves.shape)} on {moves.device}: pass int32 ({len(images)}, 3) on the "
+            f"`offsets` is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}: pass int32 ({len(images)}, 3) on the "
             "CPU, one (top, left, flip) per image"
         )
-    if len(moves) and (int(moves.min()) < 0 or int(moves[:, :2].max()) > 2 * pad or int(moves[:, 2].max()) > 1):
+    if len(offsets) and (int(offsets.min()) < 0 or int(offsets[:, :2].max()) > 2 * pad or int(offsets[:, 2].max()) > 1):
         raise ShapeError(
             f"a move leaves the image padded by {pad}: top and left must lie in 0..{2 * pad}, flip in 0..1"
         )
@@ -76,26 +76,26 @@ def _run(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.d
         # Deferred: the compiled extension may be missing.
         from kdfast.ops import native
 
-        return native.shift_views(images, moves, affine.cpu(), pad, dtype)
-    return shift_views_reference(images, moves, affine, pad=pad, dtype=dtype)
+        return native.shift_views(images, offsets, affine.cpu(), pad, dtype)
+    return shift_views_reference(images, offsets, affine, pad=pad, dtype=dtype)
 
 
 @_shift_views.register_fake
-def _(images: Tensor, moves: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
+def _(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, backend: str) -> Tensor:
     return images.new_empty(images.shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def shift_views_reference(
-    images: Tensor, moves: Tensor, affine: Tensor, *, pad: int, dtype: torch.dtype = torch.float32
+    images: Tensor, offsets: Tensor, affine: Tensor, *, pad: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Compute `shift_views` in plain PyTorch, without checks."""
     height, width = images.shape[1:3]
     device = images.device
-    moves = moves.to(device, non_blocking=True).long()
+    offsets = offsets.to(device, non_blocking=True).long()
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     columns = torch.arange(width, device=device)
-    columns = torch.where(moves[:, 2:] == 1, width - 1 - columns, columns) + moves[:, 1:2]  # (B, W)
-    rows = torch.arange(height, device=device) + moves[:, :1]  # (B, H)
+    columns = torch.where(offsets[:, 2:] == 1, width - 1 - columns, columns) + offsets[:, 1:2]  # (B, W)
+    rows = torch.arange(height, device=device) + offsets[:, :1]  # (B, H)
     batch = torch.arange(len(images), device=device)
     pixels = padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
     return _normalize(pixels, affine).to(dtype)
