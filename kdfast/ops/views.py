@@ -62,8 +62,8 @@ def _run(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch
     _check_affine(affine, dtype)
     if offsets.shape != (len(images), 3) or offsets.dtype != torch.int32 or offsets.device.type != "cpu":
         raise ShapeError(
-            f"`offsets` is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}: pass int32 ({len(images)}, 3) on the "
-            "CPU, one (top, left, flip) per image"
+            f"`offsets` is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}: pass int32 ({len(images)}, 3) on "
+            "the CPU, one (top, left, flip) per image"
         )
     if len(offsets) and (int(offsets.min()) < 0 or int(offsets[:, :2].max()) > 2 * pad or int(offsets[:, 2].max()) > 1):
         raise ShapeError(
