@@ -18,10 +18,10 @@ T* pointer(uintptr_t address) {
 
 void bind_views(py::module_& m) {
   m.def("shift_views",
-        [](uintptr_t images, uintptr_t moves, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
+        [](uintptr_t images, uintptr_t offsets, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
            int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
           const ShiftViews args{pointer<const uint8_t>(images),
-                                pointer<const int32_t>(moves),
+                                pointer<const int32_t>(offsets),
                                 pointer<const float>(scale),
                                 pointer<const float>(bias),
                                 batch,

@@ -91,16 +91,16 @@ struct CutImages {
     std::vector<float> values(static_cast<size_t>(row));
     uint8_t *source = buffers.data(), *line = source + row + 16;
     for (int64_t index = begin; index < end; ++index) {
-      const int32_t* move = args.moves + index * 3;
+      const int32_t* offset = args.offsets + index * 3;
       const uint8_t* image = args.images + index * args.height * row;
       T* out = static_cast<T*>(args.out) + index * args.height * row;
       for (int64_t y = 0; y < args.height; ++y, out += row) {
-        const int64_t from = y + move[0] - args.pad;
+        const int64_t from = y + offset[0] - args.pad;
         if (from < 0 || from >= args.height) {
           std::memset(line, 0, static_cast<size_t>(row));
         } else {
           std::memcpy(source, image + from * row, static_cast<size_t>(row));
-          cut_row(source, line, args.width, move[1] - args.pad, move[2] != 0);
+          cut_row(source, line, args.width, offset[1] - args.pad, offset[2] != 0);
         }
         normalise<W>(line, batch, values.data(), out, row);
       }
@@ -129,9 +129,10 @@ void shift_views(const ShiftViews& args) {
     throw std::invalid_argument("shift_views: sizes must be positive and the pad at least 0");
   }
   for (int64_t i = 0; i < args.batch; ++i) {
-    const int32_t* move = args.moves + i * 3;
-    if (move[0] < 0 || move[0] > 2 * args.pad || move[1] < 0 || move[1] > 2 * args.pad || move[2] < 0 || move[2] > 1) {
-      throw std::invalid_argument("shift_views: a move leaves the padded image");
+    const int32_t* offset = args.offsets + i * 3;
+    if (offset[0] < 0 || offset[0] > 2 * args.pad || offset[1] < 0 || offset[1] > 2 * args.pad || offset[2] < 0 ||
+        offset[2] > 1) {
+      throw std::invalid_argument("shift_views: an offset leaves the padded image");
     }
   }
   const BatchContext batch(args);

@@ -7,10 +7,10 @@ namespace kdfast {
 
 // For each image, a window of the zero-padded image, mirrored or not: out = pixel * scale + bias per channel.
 struct ShiftViews {
-  const uint8_t* images;  // (B, H, W, 3) contiguous
-  const int32_t* moves;   // (B, 3) contiguous: top and left in [0, 2 pad], flip in {0, 1}
-  const float* scale;     // (3,); the product and the sum are rounded separately
-  const float* bias;      // (3,)
+  const uint8_t* images;   // (B, H, W, 3) contiguous
+  const int32_t* offsets;  // (B, 3) contiguous: top and left in [0, 2 pad], flip in {0, 1}
+  const float* scale;      // (3,); the product and the sum are rounded separately
+  const float* bias;       // (3,)
   int64_t batch, height, width, pad;
   void* out;  // (B, H, W, 3) contiguous
   int dtype;  // of out

@@ -36,7 +36,7 @@ def shift_views(
     """Compute ``kdfast.ops.views.shift_views`` on a CPU, with the same bits.
 
     Raises:
-        ValueError: If a move leaves the padded image.
+        ValueError: If an offset leaves the padded image.
     """
     images, offsets, affine = images.contiguous(), offsets.contiguous(), affine.contiguous()
     batch, height, width, channels = images.shape

@@ -43,7 +43,7 @@ def shift_views(
 
     Raises:
         DataError: If the images are not uint8.
-        ShapeError: If another shape or dtype is not as above, or a move leaves the padded image.
+        ShapeError: If another shape or dtype is not as above, or an offset leaves the padded image.
         BackendUnavailable: If a named implementation cannot run here.
     """
     if is_plain_eager((images,)) and not torch.compiler.is_compiling():
@@ -62,12 +62,12 @@ def _run(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch
     _check_affine(affine, dtype)
     if offsets.shape != (len(images), 3) or offsets.dtype != torch.int32 or offsets.device.type != "cpu":
         raise ShapeError(
-            f"`offsets` is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}: pass int32 ({len(images)}, 3) on "
-            "the CPU, one (top, left, flip) per image"
+            f"`offsets` is {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}: pass int32 ({len(images)}, 3) "
+            "on the CPU, one (top, left, flip) per image"
         )
     if len(offsets) and (int(offsets.min()) < 0 or int(offsets[:, :2].max()) > 2 * pad or int(offsets[:, 2].max()) > 1):
         raise ShapeError(
-            f"a move leaves the image padded by {pad}: top and left must lie in 0..{2 * pad}, flip in 0..1"
+            f"an offset leaves the image padded by {pad}: top and left must lie in 0..{2 * pad}, flip in 0..1"
         )
     precision = torch.promote_types(affine.dtype, dtype)
     if backend == "auto" and precision == torch.float64:

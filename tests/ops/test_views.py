@@ -99,9 +99,9 @@ def test_float64_is_computed_by_the_reference():
 def test_rejects_move_outside_the_image_in_python_and_cpp(move):
     images, offsets, affine = make_case(3, 8, 8, 4)
     offsets[1] = torch.tensor(move, dtype=torch.int32)
-    with pytest.raises(ShapeError, match="a move leaves the image"):
+    with pytest.raises(ShapeError, match="an offset leaves the image"):
         shift_views(images, offsets, affine, pad=4)
-    with pytest.raises(ValueError, match="a move leaves the padded image"):
+    with pytest.raises(ValueError, match="leaves the padded image"):
         native.shift_views(images, offsets, affine, 4, torch.float32)
 
 
