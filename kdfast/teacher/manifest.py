@@ -66,8 +66,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     fields = read_sealed_json(folder / MANIFEST)
     if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
         raise CacheMismatch(
-            f"{folder} has cache format {fields.get('format')} {fields.get('version')}; needed: {FORMAT} {VERSION}; "
-            "build it again with this version of kdfast"
+            f"{folder} has cache format {fields.get('format')} {fields.get('version')}, this version of kdfast "
+            f"reads {FORMAT} {VERSION}: build it again"
         )
     return fields
 

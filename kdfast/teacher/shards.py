@@ -72,7 +72,7 @@ class ShardBuilder:
         return self.coverage[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def part_path(self, kind: str, shard: int) -> Path:
-        """Path of a shard's identity logits ("identity") or features ("features") until the cache is complete."""
+        """Return where a shard's "identity" logits or "features" are stored until the cache is complete."""
         return self.folder / BUILDING / f"{kind}-{shard:05d}.npy"
 
     def read_record(self, shard: int) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ class ShardBuilder:
         return record if valid else None
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard has a record and its files have not changed since."""
+        """Return whether a shard has a record and its files have not changed since."""
         record = self.read_record(shard)
         if record is None:
             return False

@@ -19,6 +19,7 @@ from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 
 VIEWS = 4
+CPU = torch.device("cpu")
 IDS = np.arange(0, 200, 2, dtype=np.int64)
 
 
@@ -42,7 +43,7 @@ def cache(source, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Tea
     return TeacherCache.open(out, source=source, teacher=model)
 
 
-def batches(source, targets, n_views: int = VIEWS, batch_size: int = 13) -> Batches:
+def make_batches(source, targets, n_views: int = VIEWS, batch_size: int = 13) -> Batches:
     return Batches(
         IDS, ResidentLoader(source.train), source.view_spec, n_views=n_views, view_seed=7, targets=targets,
         batch_size=batch_size, seed=3,
@@ -51,8 +52,8 @@ def batches(source, targets, n_views: int = VIEWS, batch_size: int = 13) -> Batc
 
 @pytest.mark.parametrize("n_views", [1, 2, VIEWS])
 def test_cached_logits_equal_online_logits(source, model: Model, cache: TeacherCache, n_views: int) -> None:
-    cached = batches(source, CachedTargets(cache, n_views, 7, torch.device("cpu")), n_views)
-    online = batches(source, OnlineTargets(model, source.view_spec, torch.device("cpu")), n_views)
+    cached = make_batches(source, CachedTargets(cache, n_views, 7, CPU), n_views)
+    online = make_batches(source, OnlineTargets(model, source.view_spec, CPU), n_views)
     seen = 0
     for epoch in range(3):
         for a, b in zip(cached.epoch(epoch), online.epoch(epoch), strict=True):
@@ -67,15 +68,15 @@ def test_cached_logits_equal_online_logits(source, model: Model, cache: TeacherC
 
 
 def test_logits_do_not_depend_on_the_window_size(source, cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [b.teacher for b in batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(1)]
+    whole = [b.teacher for b in make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(1)]
     monkeypatch.setattr(targets_module, "WINDOW_BYTES", 30 * cache.classes * 2)
-    small = [b.teacher for b in batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(1)]
+    small = [b.teacher for b in make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(1)]
     assert all(torch.equal(a, b) for a, b in zip(whole, small, strict=True))
 
 
 def test_resumed_epoch_has_the_same_batches(source, cache: TeacherCache) -> None:
-    whole = list(batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(2))
-    rest = list(batches(source, CachedTargets(cache, VIEWS, 7, torch.device("cpu"))).epoch(2, first=5))
+    whole = list(make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(2))
+    rest = list(make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(2, first=5))
     assert len(rest) == len(whole) - 5
     for a, b in zip(whole[5:], rest, strict=True):
         assert torch.equal(a.ids, b.ids)
@@ -84,7 +85,7 @@ def test_resumed_epoch_has_the_same_batches(source, cache: TeacherCache) -> None
 
 
 def test_epochs_contain_each_sample_once_and_its_views_evenly(source) -> None:
-    run = batches(source, None)
+    run = make_batches(source, None)
     assert run.per_epoch == 8
     counts = np.zeros((len(IDS), source.view_spec.count), int)
     for epoch in range(VIEWS):
@@ -97,5 +98,5 @@ def test_epochs_contain_each_sample_once_and_its_views_evenly(source) -> None:
 
 
 def test_batches_hold_the_images_of_their_samples(source) -> None:
-    for batch in batches(source, None).epoch(0):
+    for batch in make_batches(source, None).epoch(0):
         assert (batch.images.numpy() == source.train.read(batch.ids.numpy())).all()
