@@ -10,7 +10,7 @@
 
 namespace kdfast {
 
-// Must match _DTYPES in kdfast/ops/native.py.
+// Must match DTYPE_CODES in kdfast/ops/native.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct BFloat16 {

@@ -42,8 +42,8 @@ Convolution make_convolution(uintptr_t a, const Strides& a_strides, uintptr_t b,
 
 // A Convolution holds addresses: the caller must keep the tensors alive.
 void bind_grad_norms(py::module_& m) {
-  py::class_<Convolution>(m, "GhostConv").def(py::init(&make_convolution));
-  m.def("ghost_conv", [](Convolution args, uintptr_t out, int threads, int isa_limit) {
+  py::class_<Convolution>(m, "Convolution").def(py::init(&make_convolution));
+  m.def("conv_squared_norms", [](Convolution args, uintptr_t out, int threads, int isa_limit) {
     args.out = reinterpret_cast<double*>(out);
     args.threads = threads;
     args.isa_limit = isa_limit;
@@ -51,8 +51,8 @@ void bind_grad_norms(py::module_& m) {
     grad_norms::squared_norms(args);
   });
 #ifdef KDFAST_WITH_CUDA
-  m.def("ghost_parts", &grad_norms::parts);
-  m.def("ghost_conv_cuda", [](Convolution args, uintptr_t out, uintptr_t stream) {
+  m.def("conv_squared_norms_parts", &grad_norms::parts);
+  m.def("conv_squared_norms_cuda", [](Convolution args, uintptr_t out, uintptr_t stream) {
     args.out = reinterpret_cast<double*>(out);
     py::gil_scoped_release release;
     grad_norms::squared_norms_cuda(args, reinterpret_cast<void*>(stream));

@@ -49,7 +49,7 @@ def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int,
     Raises:
         ValueError: If the sizes are inconsistent.
     """
-    call = extension.GhostConv(
+    call = extension.Convolution(
         a.data_ptr(),
         a.stride(),
         b.data_ptr(),
@@ -63,12 +63,12 @@ def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int,
         algorithm,
     )
     if a.is_cuda:
-        partial = torch.empty(len(a), extension.ghost_parts(call), dtype=torch.float64, device=a.device)
+        partial = torch.empty(len(a), extension.conv_squared_norms_parts(call), dtype=torch.float64, device=a.device)
         with torch.cuda.device(a.device):
-            extension.ghost_conv_cuda(call, partial.data_ptr(), torch.cuda.current_stream().cuda_stream)
+            extension.conv_squared_norms_cuda(call, partial.data_ptr(), torch.cuda.current_stream().cuda_stream)
         return partial.sum(1)
     out = torch.empty(len(a), dtype=torch.float64)
-    extension.ghost_conv(call, out.data_ptr(), torch.get_num_threads(), isa_limit)
+    extension.conv_squared_norms(call, out.data_ptr(), torch.get_num_threads(), isa_limit)
     return out
 
 

@@ -148,7 +148,7 @@ def test_rejects_inconsistent_sizes():
     from kdfast.ops.grad_norms import native
 
     factors = convolution(6, 6, (9, 9), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1))
-    with pytest.raises(ValueError, match="one channel a group"):
+    with pytest.raises(ValueError, match="one channel per group"):
         native.conv_squared_norms(factors.a, factors.b, factors.geometry, native.DEPTHWISE)
     with pytest.raises(ValueError, match="groups must divide"):
         native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(groups=4), native.DIRECT)

@@ -1,6 +1,7 @@
-"""Kernels against float64; prints the failures of each group as JSON. Run as a program by two tests:
+"""Compare the Triton kernels with float64 and print the failures of each group of cases as JSON.
 
-test_kd_loss_triton.py, with TRITON_INTERPRET=1, and test_kd_loss_cuda.py. Arguments: the device, and groups if not all.
+test_triton.py (with TRITON_INTERPRET=1) and test_cuda.py run this file as a program. Its arguments are the device and,
+unless all groups are to run, the names of their functions.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.kd_loss.triton_launch import scale_rows
 
 torch.manual_seed(0)
-# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+# Relative rounding error. For bfloat16 that of truncation: the interpreter truncates, a GPU rounds to nearest.
 ROUNDING = {torch.float32: 1e-7, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 GROUPS: dict[str, tuple[int, list[str]]] = {}
+"""Number of checks and failures of each group."""
 
 
-def case(n, c, dtype=torch.float32, spread=3.0):
+def make_case(n, c, dtype=torch.float32, spread=3.0):
     z, t = (spread * torch.randn(n, c)).to(dtype), (spread * torch.randn(n + 2, c)).half()
     y, r = torch.randint(0, c, (n,)), torch.randint(0, n + 2, (n,))
     if n > 2:
@@ -37,7 +39,7 @@ def record(group, ok, what):
     GROUPS[group] = count + 1, failures if ok else [*failures, str(what)]
 
 
-def both(z, *args, **options):
+def run_both(z, *args, **options):
     results = []
     for x, backend in ((z, "triton"), (z.double(), "reference")):
         x = x.detach().requires_grad_()
@@ -47,8 +49,8 @@ def both(z, *args, **options):
 
 
 def check(group, z, *args, slack=5e-6, least=1e-12, **options):
-    """`least`: size of the terms whose difference a loss is, when it is smaller itself."""
-    loss, grad, true_loss, true_grad = both(z, *args, **options)
+    """Check loss and gradient; `least` is the size of the terms whose difference the loss is."""
+    loss, grad, true_loss, true_grad = run_both(z, *args, **options)
     errors = [
         ((a.double() - b).abs().max() / b.abs().max().clamp_min(floor)).item()
         for a, b, floor in ((loss, true_loss, least), (grad, true_grad, 1e-12))
@@ -62,26 +64,26 @@ def dense():
         for n, c in [(1, 1), (3, 2), (70, 10), (20, 100), (5, 257), (3, 1000), (2, 4099)]:
             for t, direction in itertools.product((1.0, 4.0, 3.0), ("forward", "reverse")):
                 slack = 2e-5 if direction == "reverse" else 5e-6
-                check("dense", *case(n, c, dtype), temperature=t, direction=direction, slack=slack)
+                check("dense", *make_case(n, c, dtype), temperature=t, direction=direction, slack=slack)
     for t, direction in ((2.0, "forward"), (3.0, "reverse")):
-        check("dense", *case(2, 20001), temperature=t, direction=direction, slack=2e-5)
-        check("dense", *case(2, 32768, torch.float16), temperature=t, direction=direction, slack=2e-5)
-    z, y, t, r = case(2, 40000)
-    t, z = t.sort(1).values, z.sort(1).values  # the maximum grows with every tile
+        check("dense", *make_case(2, 20001), temperature=t, direction=direction, slack=2e-5)
+        check("dense", *make_case(2, 32768, torch.float16), temperature=t, direction=direction, slack=2e-5)
+    z, y, t, r = make_case(2, 40000)
+    t, z = t.sort(1).values, z.sort(1).values  # the maximum increases with every tile
     check("dense", z, y, t, r)
     check("dense", 30 * z, y, t, r, temperature=1.0)
 
 
 def options():
     for alpha, squared, reduction in itertools.product((0.0, 0.3, 1.0), (True, False), ("mean", "sum", "none")):
-        check("options", *case(5, 60), alpha=alpha, t_squared=squared, reduction=reduction, temperature=2.0)
-    z, _, t, r = case(5, 60)
+        check("options", *make_case(5, 60), alpha=alpha, t_squared=squared, reduction=reduction, temperature=2.0)
+    z, _, t, r = make_case(5, 60)
     check("options", z, None, t, r, alpha=1.0)
     check("options", z, None, t[:5], None, alpha=1.0)
 
 
 def strides():
-    z, y, t, r = case(6, 100)
+    z, y, t, r = make_case(6, 100)
     check("strides", z.t().contiguous().t(), y, t.t().contiguous().t(), r)
     check("strides", z[:1].expand(6, -1), y, t[:1].expand(8, -1), r)
     check("strides", torch.cat([z, z], 1)[:, 3:103], y, t, r)
@@ -90,26 +92,26 @@ def strides():
 
 def masked():
     for c, direction in itertools.product((100, 17000), ("forward", "reverse")):
-        z, y, t, r = case(3, c)
+        z, y, t, r = make_case(3, c)
         hidden = torch.arange(c) % 3 == 0
         z[:, hidden], t[:, hidden] = -math.inf, -math.inf
         y = torch.where(y < 0, y, 1)
         check("masked", z, y, t, r, direction=direction, slack=2e-5)
-        z[:, : c // 2], t[:, : c // 2] = -math.inf, -math.inf  # a first tile without any class
+        z[:, : c // 2], t[:, : c // 2] = -math.inf, -math.inf  # all classes of the first tile are masked
         y = torch.where(y < 0, y, c // 2 + 1 + (c // 2 + 1) % 3 % 2)
         z[:, c // 2 :], t[:, c // 2 :] = torch.randn(3, c - c // 2), torch.randn(5, c - c // 2).half()
         check("masked", z, y, t, r, direction=direction, slack=2e-5)
-    z, y, t, r = case(3, 100)
+    z, y, t, r = make_case(3, 100)
     z[:, 5] = -math.inf
     y = torch.where(y < 0, y, 1)
-    record("masked", both(z, y, t, r)[0] == math.inf, "a class that only the teacher has")
+    record("masked", run_both(z, y, t, r)[0] == math.inf, "a class masked for the student only")
     z[:, 5] = math.nan
-    record("masked", both(z, y, t, r)[0].isnan(), "NaN")
+    record("masked", run_both(z, y, t, r)[0].isnan(), "NaN")
 
 
 def large():
     for c, value, direction in itertools.product((40, 17000), (1e4, -1e4), ("forward", "reverse")):
-        z, y, t, r = case(3, c)
+        z, y, t, r = make_case(3, c)
         z[:, 3], t[:, 7] = value, value
         check("large", z, y, t, r, direction=direction, slack=2e-5)
         check("large", (z + value).round(), y, t, r, direction=direction, slack=2e-5)
@@ -117,37 +119,37 @@ def large():
 
 def topk():
     for dtype, (n, c), t in itertools.product(ROUNDING, [(3, 33), (2, 5000)], (1.0, 4.0, 3.0)):
-        z, y, teacher, r = case(n, c, dtype)
+        z, y, teacher, r = make_case(n, c, dtype)
         for k, direction in ((1, "forward"), (5, "forward"), (5, "reverse"), (33, "forward")):
             sparse = topk_teacher(teacher, k, t)
             check("topk", z, y, sparse, r, temperature=t, direction=direction, slack=2e-5)
             check("topk", z, None, sparse, r, temperature=t, direction=direction, alpha=1.0, slack=2e-5, least=t**2)
         check("topk", 60 * z, y, topk_teacher(teacher, 4, t), r, temperature=t, slack=2e-5)
-    z, y, t, r = case(5, 37)
+    z, y, t, r = make_case(5, 37)
     teacher = topk_teacher(t, 5, 4.0)
     check("topk", z, y, teacher._replace(tail=torch._neg_view(-teacher.tail)), r)
 
 
 def far():
-    """Logits spread far apart, where logarithms of 1e4 meet: no worse than PyTorch in float32, and then some 1e-6."""
+    """Logits that are far apart: the error is at most that of PyTorch in float32 plus 1e-6."""
     spreads = ((10.0, 1.0), (1.0, 100.0), (100.0, 100.0), (1e4, 10.0), (1e4, 1e4))
     for (a, b), k, t, direction in itertools.product(spreads, (0, 5, 33), (1.0, 3.0), ("forward", "reverse")):
-        z, y, teacher, r = case(3, 33, spread=1.0)
+        z, y, teacher, r = make_case(3, 33, spread=1.0)
         z, teacher = z * a, teacher.float() * b
-        if k == 33:  # with a rest that has no mass, and classes that neither side has
+        if k == 33:  # the tail has no mass, and some classes are masked for both
             z[:, 3::4], teacher[:, 3::4], y = -math.inf, -math.inf, torch.where(y % 4 == 3, y - 1, y)
         args = (z, y, topk_teacher(teacher, k, t) if k else teacher, r)
-        record("far", *no_worse(*args, temperature=t, direction=direction, alpha=0.5))
-    z, y, teacher, r = case(2, 40000, spread=1e4)  # the maxima move from tile to tile
-    record("far", *no_worse(z, y, teacher, r, direction="reverse"))
-    z[:, 7], teacher[:, 7] = z.max() / 2, -math.inf  # infinite in one tile, nothing beside the next
+        record("far", *compare_with_eager(*args, temperature=t, direction=direction, alpha=0.5))
+    z, y, teacher, r = make_case(2, 40000, spread=1e4)  # the maxima change between tiles
+    record("far", *compare_with_eager(z, y, teacher, r, direction="reverse"))
+    z[:, 7], teacher[:, 7] = z.max() / 2, -math.inf  # an infinite gap in one tile, negligible after the next
     z[:, 20000] = z.max() * 2
-    record("far", *no_worse(z, y, teacher, r, direction="reverse"))
+    record("far", *compare_with_eager(z, y, teacher, r, direction="reverse"))
 
 
-def no_worse(z, *args, **options):
-    """Whether loss and gradient are as near to float64 as the reference is in float32; and what was compared."""
-    loss, grad, true_loss, true_grad = both(z, *args, **options)
+def compare_with_eager(z, *args, **options):
+    """Return whether the errors are at most those of the float32 reference, and the errors."""
+    loss, grad, true_loss, true_grad = run_both(z, *args, **options)
     x = z.detach().requires_grad_()
     eager_loss = kdfast.kd_loss(x, *args, **options, backend="reference")
     (eager_grad,) = torch.autograd.grad(eager_loss, x)
@@ -159,21 +161,21 @@ def no_worse(z, *args, **options):
 
 
 def ignored():
-    z, y, t, r = case(4, 50)
+    z, y, t, r = make_case(4, 50)
     for reduction in ("mean", "sum", "none"):
-        loss, grad, *_ = both(z * math.nan, y.fill_(-100), t, r, reduction=reduction)
+        loss, grad, *_ = run_both(z * math.nan, y.fill_(-100), t, r, reduction=reduction)
         record("ignored", bool((loss == 0).all() and (grad == 0).all()), reduction)
-    loss, grad, *_ = both(z[:0], y[:0], t, r[:0])
+    loss, grad, *_ = run_both(z[:0], y[:0], t, r[:0])
     record("ignored", bool(loss == 0) and grad.shape == (0, 50), "no rows")
 
 
 def out_of_range():
-    z, y, t, r = case(4, 50)
+    z, y, t, r = make_case(4, 50)
     y[1] = 3
     sparse = topk_teacher(t, 3, 4.0)
-    wild = sparse._replace(classes=sparse.classes.clone().fill_(77))
+    bad_ids = sparse._replace(classes=sparse.classes.clone().fill_(77))
     calls = {"rows": (y, t, torch.tensor([0, 10**12, -1, 3])), "labels": (torch.tensor([1, 50, -1, 2]), t, r)}
-    calls |= {"top-k rows": (y, sparse, torch.tensor([0, 99, -5, 3])), "class ids": (y, wild, r)}
+    calls |= {"top-k rows": (y, sparse, torch.tensor([0, 99, -5, 3])), "class ids": (y, bad_ids, r)}
     for name, (labels, teacher, rows) in calls.items():
         x = z.clone().requires_grad_()
         loss = kdfast.kd_loss(x, labels, teacher, rows, reduction="none", backend="triton")
@@ -183,13 +185,13 @@ def out_of_range():
         record("out of range", same, (name, loss, grad.isnan().all(1)))
         try:
             kdfast.kd_loss(x, labels, teacher, rows, validate=True, backend="triton")
-            record("out of range", False, f"{name}: validate let it pass")
+            record("out of range", False, f"{name}: validate=True did not raise")
         except IndexError:
             record("out of range", True, name)
 
 
-def mapped(size):
-    """The C library, and the address of fresh memory of a size, none of it in use before it is written."""
+def map_memory(size):
+    """Return the C library and the address of new memory, whose pages are allocated when they are first written."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -198,47 +200,47 @@ def mapped(size):
     return libc, libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
 
 
-def columns_far_apart():
-    """A teacher's columns 2^30 elements apart: offsets do not fit 31 bits."""
+def distant_columns():
+    """Columns of a teacher that are 2^30 elements apart, so that offsets exceed 31 bits."""
     if torch.get_default_device().type != "cpu":
         return
     step = 2**30
-    _, base = mapped(2 * (2 * step + 1))
+    _, base = map_memory(2 * (2 * step + 1))
     memory = (ctypes.c_char * (2 * (2 * step + 1))).from_address(base)
     values = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 3), (1, step))
     values.copy_(torch.randn(1, 3))
     z, y = torch.randn(1, 20), torch.tensor([4])
     classes, tail = torch.tensor([[3, 9, 4]], dtype=torch.int32), torch.zeros(1)
     results = []
-    for held in (values, values.contiguous()):
+    for teacher_values in (values, values.contiguous()):
         x = z.clone().requires_grad_()
-        loss = kdfast.kd_loss(x, y, TopKTeacher(held, classes, tail), backend="triton")
+        loss = kdfast.kd_loss(x, y, TopKTeacher(teacher_values, classes, tail), backend="triton")
         results.append((loss, torch.autograd.grad(loss, x)[0]))
     same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    record("strides", same, "columns far apart")
+    record("strides", same, "distant columns")
 
 
-def before_a_wall(rows, columns):
-    """float32 (rows, columns) at the end of a page of memory; the next page must not be read."""
+def at_page_end(rows, columns):
+    """Return a float32 tensor (rows, columns) at the end of a page, before a page that cannot be read."""
     page = mmap.PAGESIZE
-    libc, base = mapped(2 * page)
+    libc, base = map_memory(2 * page)
     assert libc.mprotect(ctypes.c_void_p(base + page), page, 0) == 0
     size = 4 * rows * columns
     memory = (ctypes.c_char * size).from_address(base + page - size)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
 
 
-def outside_of_the_logits():
-    """A class id behind the last class, but in its tile: the gradient must not be looked for there."""
+def class_id_after_the_last_class():
+    """A class id that is out of range but within the last tile must not be dereferenced."""
     if torch.get_default_device().type != "cpu":
         return
-    z, t = before_a_wall(1, 1000), torch.randn(1, 2)
+    z, t = at_page_end(1, 1000), torch.randn(1, 2)
     z.normal_().requires_grad_()
     for last, bad in ((999, False), (1015, True)):
-        wild = TopKTeacher(t, torch.tensor([[3, last]], dtype=torch.int32), torch.zeros(1))
-        loss = kdfast.kd_loss(z, torch.tensor([0]), wild, backend="triton")
+        teacher = TopKTeacher(t, torch.tensor([[3, last]], dtype=torch.int32), torch.zeros(1))
+        loss = kdfast.kd_loss(z, torch.tensor([0]), teacher, backend="triton")
         (grad,) = torch.autograd.grad(loss, z)
-        record("out of range", loss.isnan() == bad and bool(grad.isnan().all()) == bad, ("wall", last))
+        record("out of range", loss.isnan() == bad and bool(grad.isnan().all()) == bad, ("page end", last))
 
 
 def scaling():
@@ -251,11 +253,11 @@ def scaling():
                 scaled = scale_rows(source, factor, 0.5, in_place=in_place)
                 near = torch.allclose(scaled.double(), expected, rtol=1.01 * ROUNDING[dtype], atol=1e-6)
                 record("scaling", near and (scaled is source) == in_place, (dtype, factor, in_place))
-                record("scaling", in_place or torch.equal(source, grad), "wrote its input")
+                record("scaling", in_place or torch.equal(source, grad), "changed its input")
 
 
 def weights():
-    z, y, t, r = case(6, 40)
+    z, y, t, r = make_case(6, 40)
     for w, reduction in itertools.product(
         (torch.rand(6), torch.rand(6, dtype=torch.float64), torch.zeros(6)), ("mean", "none")
     ):
@@ -273,8 +275,8 @@ ALL = (
     far,
     ignored,
     out_of_range,
-    outside_of_the_logits,
-    columns_far_apart,
+    class_id_after_the_last_class,
+    distant_columns,
     scaling,
     weights,
 )
