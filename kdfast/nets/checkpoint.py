@@ -100,12 +100,11 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
         torch.save(content, file)
 
 
-def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes: int | None = None) -> Model:
+def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> Model:
     """Read a checkpoint that `save_model` wrote.
 
     Args:
         path: The file.
-        net: The required architecture; None accepts any.
         classes: The required number of classes; None accepts any.
 
     Returns:
@@ -113,7 +112,7 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
 
     Raises:
         CheckpointError: The file is missing or damaged, contains code, is not a checkpoint of this version of kdfast,
-            or holds another architecture, another number of classes or non-finite weights.
+            or holds another number of classes or non-finite weights.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -132,7 +131,11 @@ def load_model(path: str | os.PathLike[str], *, net: str | None = None, classes:
     if model.digest != content.get("digest"):
         raise CheckpointError(f"{path} is damaged: its weights do not match their digest; copy or train it again")
     _check_finite(path, model.net.state_dict())
-    _check_matches(Path(path), model, net, classes)
+    if classes is not None and model.classes != classes:
+        raise CheckpointError(
+            f"{path} holds a network for {model.classes} classes, but {classes} are needed: "
+            "use a network trained on this data"
+        )
     return model
 
 
@@ -158,18 +161,6 @@ def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     if bad:
         raise CheckpointError(
             f"{path} holds NaN or infinite weights in {', '.join(bad[:4])}: its training diverged; use another"
-        )
-
-
-def _check_matches(path: Path, model: Model, net: str | None, classes: int | None) -> None:
-    if net is not None and model.name != net:
-        raise CheckpointError(
-            f"{path} holds a {model.name}, but a {net} is needed: use another checkpoint, or set `net` to {model.name}"
-        )
-    if classes is not None and model.classes != classes:
-        raise CheckpointError(
-            f"{path} holds a network for {model.classes} classes, but {classes} are needed: "
-            "use a network trained on this data"
         )
 
 
