@@ -1,14 +1,14 @@
-"""kd_loss against what one would write: forward and backward through autograd, teacher rows picked by index.
+"""`kd_loss` against plain PyTorch and torch.compile: forward and backward, with teacher rows picked by index.
 
     python bench/bench_kd_loss.py [--rounds 21] [--threads N] [--classes 100 1000] [--teacher float16]
     pytest bench/bench_kd_loss.py --benchmark-only
 
-Each contender's loss and gradient are checked against float64 before it is timed. Contenders take turns; a ratio is
-the median over rounds, with quartiles. `of copy` is the share of the bandwidth of copying one tensor to another,
-measured in the same run, that the unavoidable traffic (student and teacher read once, gradient written once) needs in
-that time. Extra memory is the peak above the inputs during forward and backward, in gradients. The second table holds
-teacher rows in a random order, picked by index, against the same rows taken one after the other (`rows=None`), and
-rows from all over a large teacher against passing through it in order.
+The loss and the gradient of each contender are checked against float64 before it is timed. Contenders take turns; a
+ratio is the median over the rounds, with quartiles. `of copy` compares the minimal memory traffic (read student and
+teacher once, write the gradient once) with the bandwidth of copying a tensor, measured in the same run. Extra memory is
+the peak above the inputs during forward and backward, in units of the gradient. The second table compares teacher rows
+picked by index in random order with the same rows in order (`rows=None`), and rows from all over a large teacher with
+a pass through it in order.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from harness import copy_bandwidth, cuda_peak, interleave, machine, table, write
 ALPHA, TEMPERATURE = 0.5, 4.0
 CPU_GRID = {10: 128, 100: 128, 1000: 1024, 32000: 256, 131072: 64, 262144: 32}
 GPU_GRID = {10: 4096, 100: 4096, 1000: 16384, 32000: 8192, 131072: 4096, 262144: 2048}
-LARGE = 1000  # classes from which on a gather is measured: below, a call costs more than its rows
+LARGE = 1000  # fewest classes for which gathers are measured; below, the cost of a call dominates
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# A bar is a least ratio; see the README for what they are held against.
-BARS = {
+# Smallest acceptable ratios, by number of classes and contender.
+TARGETS = {
     (100, "compile"): 5.0,
     (1000, "compile"): 4.0,
     (1000, "eager"): 7.0,
@@ -48,7 +48,7 @@ BARS = {
 
 
 def eager(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """The textbook form, in float32 like ours."""
+    """The loss in plain PyTorch, in float32 like ours."""
     z, t = logits.float(), teacher[rows].float()
     kl = F.kl_div(
         F.log_softmax(z / TEMPERATURE, 1), F.log_softmax(t / TEMPERATURE, 1), log_target=True, reduction="batchmean"
@@ -62,7 +62,7 @@ def ours(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor | None) -
 
 
 def liger() -> Loss | None:
-    """Liger-Kernel's cross-entropy and KL divergence, when it is installed; it has no joint kernel without a head."""
+    """Liger-Kernel's cross-entropy plus its KL divergence, if installed; its fused loss needs the last layer."""
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
     except ImportError:
@@ -78,7 +78,7 @@ def liger() -> Loss | None:
 
 
 def contenders(device: str) -> dict[str, Loss]:
-    """Name to loss; the first is ours, as it is; "kdfast compiled" is the same under torch.compile."""
+    """Return losses by name; the first is ours, and "kdfast compiled" is ours under torch.compile."""
     torch._dynamo.reset()
     found: dict[str, Loss] = {
         "kdfast": ours,
@@ -92,7 +92,7 @@ def contenders(device: str) -> dict[str, Loss]:
 
 
 def inputs(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Student logits, labels, a teacher of several times N rows where that fits 256 MB, and random rows of it."""
+    """Return student logits, labels, a teacher with up to 50,000 rows in 256 MB (but at least N), and random rows."""
     m = max(n, min(50_000, 2**28 // (c * teacher.itemsize)))
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(min(m, 1024), c, generator=generator).mul_(3).to(teacher)
@@ -109,7 +109,7 @@ def step(loss: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> tuple[
 
 
 def check(losses: dict[str, Loss], args: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative error of each gradient against float64 on a few rows; raises when it is no rounding error."""
+    """Return each gradient's relative error against float64 on a few rows; raise if it exceeds rounding."""
     z, labels, teacher, rows = args
     few = tuple(x[:8].detach() for x in (z, labels, rows))
     exact = few[0].double().requires_grad_()
@@ -124,7 +124,7 @@ def check(losses: dict[str, Loss], args: tuple[Tensor, ...]) -> dict[str, float]
 
 
 def eager_double(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """The oracle."""
+    """The reference in float64."""
     return kdfast.kd_loss(logits, labels, teacher, rows, alpha=ALPHA, temperature=TEMPERATURE, backend="reference")
 
 
@@ -146,7 +146,7 @@ print((read("VmHWM") - before) / (args[0].numel() * args[0].itemsize))
 
 
 def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[str, Any], device: str) -> float | None:
-    """Peak above the inputs during forward and backward, in gradients; None where it drowns in the process's own."""
+    """Return the peak above the inputs in units of the gradient; None if too small to tell from the process's own."""
     gradient = args[0].numel() * args[0].itemsize
     if device == "cuda":
         return cuda_peak(lambda: step(loss, args)) / gradient
@@ -156,27 +156,27 @@ def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[st
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-GATHER_BAR = 1.02  # at most
+GATHER_TARGET = 1.02  # largest acceptable ratio
 
 
 def batches(order: Tensor, n: int) -> Iterator[Tensor]:
-    """N rows after N rows of an order of the teacher's, and from the start again."""
+    """Yield N rows at a time of an order of the teacher's rows, in an endless cycle."""
     return itertools.cycle(order[: len(order) // n * n].split(n))
 
 
 def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds: int, device: str) -> dict[str, Any]:
-    """What picking rows by index costs: among a batch's own rows, and from all over a large teacher."""
+    """Measure what picking rows by index costs: among a batch's own rows, and from all over a large teacher."""
     z, labels, bank, _ = inputs(n, c, dtype, teacher, device)
     generator = torch.Generator().manual_seed(1)
     order, whole = (torch.randperm(m, generator=generator).to(device) for m in (n, len(bank)))
     through, all_over = batches(torch.arange(len(bank), device=device), n), batches(whole, n)
-    ways = {
+    contenders = {
         "order": lambda: step(ours, (z, labels, bank[:n], None)),
         "index": lambda: step(ours, (z, labels, bank[:n], order)),
         "through": lambda: step(ours, (z, labels, bank, next(through))),
         "all over": lambda: step(ours, (z, labels, bank, next(all_over))),
     }
-    timings = interleave(ways, rounds, device=device)
+    timings = interleave(contenders, rounds, device=device)
     near, far = timings["order"].ratio_to(timings["index"]), timings["through"].ratio_to(timings["all over"])
     return {
         "C": c,
@@ -184,7 +184,7 @@ def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds
         "in order, ms": f"{timings['order'].median * 1e3:.3f}",
         "by index, ms": f"{timings['index'].median * 1e3:.3f}",
         "by index / in order": f"{near[0]:.3f}x ({near[1]:.3f}-{near[2]:.3f})",
-        "bar": f"<= {GATHER_BAR:g}x {'met' if near[0] <= GATHER_BAR else 'MISSED'}",
+        "target": f"<= {GATHER_TARGET:g}x {'met' if near[0] <= GATHER_TARGET else 'MISSED'}",
         "teacher, MB": f"{bank.numel() * bank.element_size() / 1e6:.0f}",
         "through it, ms": f"{timings['through'].median * 1e3:.3f}",
         "all over it / through it": f"{far[0]:.3f}x ({far[1]:.3f}-{far[2]:.3f})",
@@ -194,7 +194,7 @@ def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds
 def measure(
     n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds: int, device: str, copy: float
 ) -> list[Any]:
-    """One row of the table for each contender."""
+    """Return one row of the table for each contender."""
     args, losses = inputs(n, c, dtype, teacher, device), contenders(device)
     errors = check(losses, args)
     timings = interleave({name: lambda f=f: step(f, args) for name, f in losses.items()}, rounds, device=device)
@@ -204,7 +204,7 @@ def measure(
     for name, timing in timings.items():
         ratio = timings["kdfast"].ratio_to(timing)
         memory = extra_memory(name, losses[name], args, sizes, device)
-        bar = BARS.get((c, name)) if device == "cpu" else None
+        goal = TARGETS.get((c, name)) if device == "cpu" else None
         rows.append(
             {
                 "C": c,
@@ -214,7 +214,7 @@ def measure(
                 "what": name,
                 "ms": f"{timing.median * 1e3:.3f}",
                 "kdfast is faster": "" if name == "kdfast" else f"{ratio[0]:.2f}x ({ratio[1]:.2f}-{ratio[2]:.2f})",
-                "bar": "" if bar is None else f">= {bar:g}x {'met' if ratio[0] >= bar else 'MISSED'}",
+                "target": "" if goal is None else f">= {goal:g}x {'met' if ratio[0] >= goal else 'MISSED'}",
                 "GB/s": f"{traffic / timing.median / 1e9:.2f}",
                 "of copy": f"{traffic / timing.median / copy:.0%}",
                 "gradient error": f"{errors[name]:.0e}",
@@ -252,7 +252,7 @@ def main() -> None:
         print(table(rows[first:]), flush=True)
         if c >= LARGE:
             gathers.append(gather_cost(*shape))
-        # After each size: a run that is ended early leaves what it has.
+        # Written after each size, so that an interrupted run leaves its rows.
         path = write_results(topic, rows, gather=gathers, copy_bytes_per_second=copy, rounds=options.rounds)
     tables = "\n\n".join(table(part) for part in (rows, gathers) if part)
     print(f"\n{tables}\ncopy: {copy / 1e9:.1f} GB/s read plus written\n{machine()}\n{path}")

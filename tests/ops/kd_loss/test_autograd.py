@@ -32,7 +32,7 @@ def reference_grad(args, factor=1.0, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_retained_graph_gives_independent_gradients(args, dtype):
+def test_retained_graph_gives_independent_gradients(args, dtype):
     z = args[0].to(dtype).requires_grad_()
     loss = kdfast.kd_loss(z, *args[1:])
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -45,14 +45,14 @@ def test_a_retained_graph_gives_independent_gradients(args, dtype):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, -0.3, 0.0])
-def test_a_loss_that_is_scaled_or_added_to(args, factor):
+def test_scaled_loss_and_loss_in_a_sum(args, factor):
     z = args[0].requires_grad_()
     (kdfast.kd_loss(z, *args[1:]) * factor + z.sum()).backward()
     expected = reference_grad(args, factor) + 1
     torch.testing.assert_close(z.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_factor_a_row(args):
+def test_one_factor_per_row(args):
     z = args[0].requires_grad_()
     factors = torch.randn(6)
     (kdfast.kd_loss(z, *args[1:], reduction="none") * factors).sum().backward()
@@ -60,7 +60,7 @@ def test_one_factor_a_row(args):
     torch.testing.assert_close(z.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_backward_hands_on_the_stored_gradient_when_the_factor_is_one(args, monkeypatch):
+def test_backward_returns_the_stored_gradient_if_the_factor_is_one(args, monkeypatch):
     from kdfast.ops.kd_loss import native
 
     calls = []
@@ -83,7 +83,7 @@ def test_gradient_accumulates_and_logits_need_not_be_a_leaf(args):
     torch.testing.assert_close(w.grad.double(), 2 * w64.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_differentiating_twice_raises(args):
+def test_second_derivative_raises(args):
     z = args[0].requires_grad_()
     (grad,) = torch.autograd.grad(kdfast.kd_loss(z, *args[1:]), z, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
@@ -96,7 +96,7 @@ def test_differentiating_twice_raises(args):
         (grad.square().sum() + z.sum()).backward()
 
 
-def test_no_gradient_is_computed_without_need(args, monkeypatch):
+def test_computes_no_gradient_unless_needed(args, monkeypatch):
     results = []
     run = fast_path._extension().fast_kd_loss
     spy = SimpleNamespace(fast_kd_loss=lambda *a: results.append(run(*a)) or results[-1])
@@ -111,7 +111,7 @@ def test_no_gradient_is_computed_without_need(args, monkeypatch):
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_a_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypatch, differentiated):
+def test_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypatch, differentiated):
     seen = []
     run = fast_path._extension().fast_kd_loss
 
@@ -127,7 +127,7 @@ def test_a_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypat
         loss = kdfast.kd_loss(z, *args[1:])
         if differentiated:
             torch.autograd.grad(loss, z)
-            assert seen[0]() is None, "the loss holds a gradient that was handed out"
+            assert seen[0]() is None, "the loss still refers to a gradient that was returned"
         del loss
         assert seen[0]() is None
     finally:
@@ -166,7 +166,7 @@ def test_float16_gradients_survive_until_the_scaler_reaches_them():
     z.requires_grad_()
     (kdfast.kd_loss(z, labels, teacher, alpha=0.5) * scale).backward()
     expected = reference_grad((z, labels, teacher), scale, alpha=0.5)
-    # A rounding to float16, and half a unit of its subnormal numbers over 1024; without the hold it would be 2e-3.
+    # A rounding to float16, and half a unit of its subnormal numbers over 1024; without the scale it would be 2e-3.
     torch.testing.assert_close(z.grad.double(), expected, rtol=2**-10, atol=4e-6)
 
 
@@ -180,21 +180,21 @@ def test_float16_gradients_of_a_vocabulary_survive_until_the_scaler_reaches_them
         x = z.clone().requires_grad_()
         kdfast.kd_loss(x, labels, target, reduction=reduction).sum().mul(scale).backward()
         expected = reference_grad((z, labels, target), scale, reduction=reduction)
-        # Half a unit of float16's subnormal numbers, 6e-8, over 1024; without the hold some 0.1% would be zero.
+        # Half a unit of float16's subnormal numbers, 6e-8, over 1024; without the scale some 0.1% would be zero.
         torch.testing.assert_close(x.grad.double(), expected, rtol=2**-10, atol=4e-8 * scale / 1024 + 4e-8)
         assert (x.grad == 0).sum() == (expected.half() == 0).sum() == 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_held_float16_gradients_do_not_overflow(reduction):
+def test_stored_float16_gradients_do_not_overflow(reduction):
     labels, rows = torch.tensor([0, 1]), torch.arange(2)
     z, t = torch.zeros(2, 3).half(), torch.zeros(2, 3)
-    z[:, 0], t[:, 1] = 2e4, 2e4  # the farthest from each other that the student can be
+    z[:, 0], t[:, 1] = 2e4, 2e4  # as far apart as float16 allows
     for direction, temperature in (("forward", 31.0), ("reverse", 4.0), ("reverse", 1.0)):
         for student in (
             z,
             z / 4e4,
-        ):  # half of the mass here and half there gives a reverse divergence its steepest slope
+        ):  # the reverse divergence is steepest with half of the mass on each
             x = student.clone().requires_grad_()
             options = {"alpha": 1.0, "direction": direction, "temperature": temperature, "reduction": reduction}
             (grad,) = torch.autograd.grad(kdfast.kd_loss(x, labels, t, rows, **options).sum(), x)
@@ -260,7 +260,7 @@ def test_compile(args, dynamic, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
-def test_what_is_compiled_scales_the_stored_gradient_in_place(dtype, reduction):
+def test_compiled_code_scales_the_stored_gradient_in_place(dtype, reduction):
     torch._dynamo.reset()
     z, teacher, labels = torch.randn(512, 999).to(dtype), torch.randn(512, 999), torch.randint(0, 999, (512,))
 
@@ -319,7 +319,7 @@ def test_compile_of_vmap_and_of_the_terms(args):
 
 
 @pytest.mark.parametrize("what", ["labels", "rows", "classes"])
-def test_an_index_that_cannot_be_looked_at_makes_its_row_nan(args, what):
+def test_index_out_of_range_makes_its_row_nan_where_values_cannot_be_read(args, what):
     logits, labels, teacher, rows = args[0].double(), args[1].clone(), topk_teacher(args[2], 3, 4.0), args[3].clone()
     labels[4], rows[4], rows[5] = 1, 7, 6
     {"labels": labels, "rows": rows, "classes": teacher.classes}[what][{"classes": (7, 1)}.get(what, 4)] = -1
@@ -394,7 +394,7 @@ def test_opcheck_of_the_scaling():
         torch.library.opcheck(scale_op, (torch.randn(4, 7).half(), factor, torch.tensor(1.0), 0.5, "native"))
 
 
-def test_the_op_without_a_kept_gradient_says_so(args):
+def test_op_without_a_stored_gradient_says_so(args):
     z = args[0].requires_grad_()
     loss, _ = kd_loss_op(z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "native", False)
     with pytest.raises(ValueError, match="need_grad=False"):
@@ -439,7 +439,7 @@ def test_forward_mode_raises_instead_of_losing_the_tangent(args):
 @pytest.mark.parametrize(
     ("temperature", "t_squared", "spread"), [(1.0, True, 2e4), (1.0, False, 2e4), (0.1, False, 400)]
 )
-def test_reverse_float16_gradients_stay_finite_where_pytorchs_do(temperature, t_squared, spread):
+def test_reverse_float16_gradients_are_finite_where_pytorchs_are(temperature, t_squared, spread):
     z, t = torch.tensor([[-spread / 2, spread / 2]]), torch.tensor([[spread / 2, -spread / 2]])
     options = {"alpha": 1.0, "temperature": temperature, "t_squared": t_squared, "direction": "reverse"}
     for student in (z, z * 0):

@@ -1,4 +1,4 @@
-"""The native kernel's bits: equal on every instruction set and for any number of threads, rounded to nearest even."""
+"""Native kernel: equal bits on every instruction set and for any number of threads, rounding to nearest even."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def case(n, c, dtype):
 
 
 def bits(isa_limit, threads=1):
-    """Bytes of losses and gradients over odd shapes, for one instruction set."""
+    """Return the bytes of losses and gradients over odd shapes for one instruction set."""
     torch.manual_seed(1)
     torch.set_num_threads(threads)
     found = []

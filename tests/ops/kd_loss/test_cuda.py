@@ -1,4 +1,4 @@
-"""kd_loss on a CUDA device: against float64, without waiting for the device, inside a CUDA graph."""
+"""kd_loss on a CUDA device: against float64, without host synchronization, inside a CUDA graph."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_loss_and_gradient_against_float64(shape: tuple[int, int], dtype: torch.
     assert ((logits.grad.double() - exact.grad).abs() <= bound).all()
 
 
-def test_options_masks_and_far_spread_logits_as_in_the_interpreter() -> None:
+def test_options_masks_and_far_spread_logits() -> None:
     grid = Path(__file__).with_name("triton_grid.py")
     groups = ["options", "masked", "large", "far", "weights"]  # the others compile for minutes
     command = [sys.executable, "-W", "ignore", str(grid), "cuda", *groups]
@@ -92,7 +92,7 @@ def test_a_cuda_graph_replays_the_loss() -> None:
     torch.testing.assert_close(logits.grad, gradient)
 
 
-def test_indices_out_of_range_are_told_by_validate_and_marked_without() -> None:
+def test_index_out_of_range_raises_with_validate_and_gives_nan_without() -> None:
     logits, labels, teacher, rows = case(32, 100, torch.float32)
     rows[3] = 10_000
     with pytest.raises(IndexError, match="rows"):

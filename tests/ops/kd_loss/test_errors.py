@@ -1,4 +1,4 @@
-"""What kd_loss refuses, and what its messages name."""
+"""Arguments that kd_loss rejects, and the text of its messages."""
 
 from __future__ import annotations
 
@@ -120,32 +120,32 @@ BAD = {
 }
 
 
-def test_what_looks_unusual_but_is_fine(kd_loss_backend):
+def test_accepts_unusual_but_valid_arguments(kd_loss_backend):
     common = {**good(), "backend": kd_loss_backend}
     expected = kdfast.kd_loss(**common)
     torch.testing.assert_close(kdfast.kd_loss(**common, ignore_index=np.int64(-100)), expected)
     assert kdfast.kd_loss(**common, temperature=1e15, weights=torch.ones(4)).isfinite()
     teacher = sparse()
-    teacher.classes[5] = 77  # a row that no sample picks
+    teacher.classes[5] = 77  # a row that no sample uses
     assert kdfast.kd_loss(**{**common, "teacher": teacher}).isfinite()
 
 
 @pytest.mark.parametrize("name", list(BAD))
-def test_refused(kd_loss_backend, name):
+def test_rejected(kd_loss_backend, name):
     changes, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         kdfast.kd_loss(**{**good(), **changes}, backend=kd_loss_backend)
 
 
 @pytest.mark.parametrize("name", ["logits list", "labels None", "teacher classes", "row high", "temperature 0"])
-def test_the_terms_refuse_it_too(kd_loss_backend, name):
+def test_terms_reject_it_too(kd_loss_backend, name):
     changes, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         kdfast.kd_loss_terms(**{**good(), **changes}, backend=kd_loss_backend)
 
 
 @pytest.mark.parametrize("k", [0, 2])
-def test_a_float64_teacher_of_other_logits_is_taken(kd_loss_backend, k):
+def test_accepts_a_float64_teacher(kd_loss_backend, k):
     arguments = good()
     if k:
         arguments["teacher"] = topk_teacher(arguments["teacher"], k, 4.0)
@@ -155,14 +155,14 @@ def test_a_float64_teacher_of_other_logits_is_taken(kd_loss_backend, k):
     torch.testing.assert_close(kdfast.kd_loss(**arguments, backend=kd_loss_backend), expected)
 
 
-def test_ranges_do_not_matter_for_ignored_rows(kd_loss_backend):
+def test_ignored_rows_may_be_out_of_range(kd_loss_backend):
     arguments = good()
     arguments["labels"][1], arguments["rows"][1] = -100, 10**9
     assert kdfast.kd_loss(**arguments, backend=kd_loss_backend, validate=True).isfinite()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_numpys_scalars_are_numbers(kd_loss_backend, kind):
+def test_accepts_numpy_scalars(kd_loss_backend, kind):
     arguments = good()
     loss = kdfast.kd_loss(**arguments, temperature=kind(2), backend=kd_loss_backend)
     torch.testing.assert_close(loss, kdfast.kd_loss(**arguments, temperature=2.0, backend=kd_loss_backend))
@@ -171,7 +171,7 @@ def test_numpys_scalars_are_numbers(kd_loss_backend, kind):
     )
 
 
-def test_a_scalar_tensor_is_a_number(kd_loss_backend):
+def test_accepts_scalar_tensors(kd_loss_backend):
     arguments = good()
     loss = kdfast.kd_loss(**arguments, alpha=torch.tensor(0.25), temperature=torch.tensor(2.0), backend=kd_loss_backend)
     torch.testing.assert_close(loss, kdfast.kd_loss(**arguments, alpha=0.25, temperature=2.0, backend=kd_loss_backend))
@@ -190,12 +190,12 @@ def test_a_scalar_tensor_is_a_number(kd_loss_backend):
         ([[1.0]], 1, 4.0, TypeError, "teacher is list"),
     ],
 )
-def test_topk_teacher_refuses(teacher, k, temperature, kind, message):
+def test_topk_teacher_rejects(teacher, k, temperature, kind, message):
     with pytest.raises(kind, match=message):
         topk_teacher(teacher, k, temperature)
 
 
-def test_rows_of_a_batch_are_not_found_in_the_next_batchs_teacher():
+def test_vmap_checks_rows_against_their_own_teacher():
     logits, teacher = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
     labels, rows = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, 5], [0, 1, 2]])
     with pytest.raises(IndexError, match="rows"):
@@ -203,8 +203,8 @@ def test_rows_of_a_batch_are_not_found_in_the_next_batchs_teacher():
 
 
 @pytest.mark.parametrize("name", ["logits", "labels", "teacher", "rows", "weights"])
-def test_operands_that_hold_no_memory_themselves_are_dispatched(name):
-    """Reading a wrapper's address gave a crash, or the values of something else."""
+def test_wrapper_subclasses_are_dispatched(name):
+    """They have no memory of their own to pass to the kernel."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     arguments = {**good(), "weights": torch.rand(4)}
@@ -217,7 +217,7 @@ def test_operands_that_hold_no_memory_themselves_are_dispatched(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_does_not_matter(kd_loss_backend, dtype):
+def test_default_dtype_does_not_matter(kd_loss_backend, dtype):
     arguments = good()
     expected = kdfast.kd_loss_terms(**arguments, backend=kd_loss_backend)
     torch.set_default_dtype(dtype)
@@ -231,7 +231,7 @@ def test_the_default_dtype_does_not_matter(kd_loss_backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_mass_of_narrow_weights_is_not_rounded(kd_loss_backend, dtype):
+def test_sum_of_half_precision_weights_is_not_rounded(kd_loss_backend, dtype):
     n = 70_000
     logits, teacher, labels = torch.randn(n, 3), torch.randn(n, 3), torch.randint(0, 3, (n,))
     weights = torch.ones(n, dtype=dtype, requires_grad=True)

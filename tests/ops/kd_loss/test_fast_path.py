@@ -1,4 +1,4 @@
-"""The short way of plain eager calls: the same results as the general way, and it leaves alone what is not plain."""
+"""The fast path gives the bits of the general path, and declines every call that is not plain."""
 
 import subprocess
 import sys
@@ -39,13 +39,13 @@ def fast(z, labels, teacher, rows, **changed):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("dtype", "teacher_dtype"), [(torch.float32, torch.float16), (torch.bfloat16, torch.float32)])
-def test_both_ways_agree_to_the_bit(operands, dtype, teacher_dtype, alpha, reduction, direction):
+def test_fast_and_general_path_agree_to_the_bit(operands, dtype, teacher_dtype, alpha, reduction, direction):
     z, labels, teacher, rows = operands
     z, teacher = z.to(dtype), teacher.to(teacher_dtype)
     options = {"alpha": alpha, "temperature": 3.0, "reduction": reduction, "direction": direction}
     assert fast(z, labels, teacher, rows, **options) is not None
     results = []
-    for backend in ("auto", "native"):  # a backend that is named goes the general way
+    for backend in ("auto", "native"):  # naming a backend takes the general path
         x = z.clone().requires_grad_()
         loss = kdfast.kd_loss(x, labels, teacher, rows, backend=backend, **options)
         (3 * loss).backward()
@@ -56,14 +56,14 @@ def test_both_ways_agree_to_the_bit(operands, dtype, teacher_dtype, alpha, reduc
     assert results[0][1].dtype == dtype
 
 
-def test_strided_operands_and_none_for_rows_and_labels(operands):
+def test_strided_operands_and_missing_rows_and_labels(operands):
     z, _, teacher, _ = operands
     wide = torch.randn(C, 2 * N).t()[::2]
     expected = kdfast.kd_loss(wide, None, teacher[:N], alpha=1.0, backend="native")
     loss, grad = fast(wide, None, teacher[:N], None, alpha=1.0)
     assert grad is None
     assert torch.equal(loss, expected)
-    assert fast(z, None, teacher, None, alpha=1.0) is None, "a teacher of other length needs rows"
+    assert fast(z, None, teacher, None, alpha=1.0) is None, "a teacher with another number of rows needs rows"
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_strided_operands_and_none_for_rows_and_labels(operands):
     ],
     ids=str,
 )
-def test_unusual_options_are_left_alone(operands, changed):
+def test_declines_unusual_options(operands, changed):
     assert fast(*operands, **changed) is None
 
 
-def test_unusual_operands_are_left_alone(operands):
+def test_declines_unusual_operands(operands):
     z, labels, teacher, rows = operands
     assert fast(z.double(), labels, teacher, rows) is None
     assert fast(z.half(), labels, teacher, rows) is None
@@ -103,7 +103,7 @@ def test_unusual_operands_are_left_alone(operands):
     assert fast(z, labels, teacher, rows.float()) is None
 
 
-def test_what_watches_is_not_gone_around(operands, monkeypatch):
+def test_declines_under_modes_transforms_and_another_backend(operands, monkeypatch):
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert fast(*operands) is None
     assert torch.func.vmap(lambda x: torch.zeros(()) if fast(x, *operands[1:]) is None else x.sum())(
@@ -121,14 +121,14 @@ def test_indices_are_checked(operands):
         fast(z, labels.masked_fill(labels == labels[0], C), teacher, rows)
 
 
-def test_the_default_device_does_not_matter(operands):
+def test_default_device_does_not_matter(operands):
     z = operands[0].requires_grad_()
     with torch.device("meta"):
         loss, grad = fast(z, *operands[1:])
     assert loss.device.type == grad.device.type == "cpu"
 
 
-def test_tensors_whose_sign_is_not_in_memory(operands):
+def test_lazily_negated_tensors(operands):
     z, labels, teacher, rows = operands
     found = kdfast.kd_loss(torch._neg_view(z), labels, torch._neg_view(teacher), rows)
     assert torch.equal(found, kdfast.kd_loss(-z, labels, -teacher, rows))
@@ -148,7 +148,7 @@ print(type(loss).__name__, loss.device, bool(loss > 0), type(grad).__name__, boo
 
 
 @pytest.mark.parametrize("mode", ["FakeTensorMode()", "torch.device('meta')", "torch.inference_mode()"])
-def test_the_first_use_may_be_an_unusual_one(mode):
+def test_first_use_inside_a_mode(mode):
     code = FIRST_USE.format(mode=mode)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.split() == ["Tensor", "cpu", "True", "Tensor", "True"], done.stderr

@@ -1,4 +1,4 @@
-"""kd_loss against its float64 reference: values, gradients and edge cases, on the backends of the CPU."""
+"""kd_loss against its float64 reference: values, gradients and edge cases, on every CPU backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDING = {torch.float32: 6e-8, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def case(n, c, dtype=torch.float32, teacher_dtype=torch.float16, m=None, spread=3.0):
-    """Logits, labels, teacher and rows, with an ignored row and repeated teacher rows where N allows."""
+    """Return logits, labels, teacher and rows, with an ignored row and repeated teacher rows if N allows."""
     m = m or n + 3
     logits = (spread * torch.randn(n, c)).to(dtype)
     teacher = (spread * torch.randn(m, c)).to(teacher_dtype)
@@ -44,7 +44,7 @@ def exact(logits, *args, **options):
 
 
 def eager(logits, labels, teacher, rows, *, alpha=0.5, temperature=4.0, direction="forward"):
-    """What one writes in PyTorch, in the dtype given but for the float32 that autocast would use too."""
+    """The loss in plain PyTorch, in the given dtype except where autocast would use float32 too."""
     z, t = logits.float(), teacher[rows].float()
     log_p, log_q = F.log_softmax(z / temperature, 1), F.log_softmax(t / temperature, 1)
     pair = (log_p, log_q) if direction == "forward" else (log_q, log_p)
@@ -59,7 +59,7 @@ def error(value, truth):
 
 
 def close(result, truth, dtype, slack=3e-6):
-    """Slack grows where the gradient is a difference of large logarithms: reverse divergences, spread-out logits."""
+    """Larger where the gradient is a difference of large logarithms: reverse divergences and far-spread logits."""
     return error(result[0], truth[0]) < 3e-6 and error(result[1], truth[1]) < slack + ROUNDING[dtype] * 1.01
 
 
@@ -82,7 +82,7 @@ def test_matches_float64(kd_loss_backend, dtype, teacher_dtype, direction):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_error_is_no_larger_than_eager_pytorchs(dtype, direction):
+def test_error_at_most_eager_pytorchs(dtype, direction):
     for n, c, t in [
         (128, 10, 4.0),
         (128, 100, 4.0),
@@ -144,12 +144,12 @@ def test_weights_of_ignored_rows_and_weights_that_cancel(kd_loss_backend, way):
 @pytest.mark.parametrize("k", [1, 4, 33])
 def test_topk_teacher(kd_loss_backend, direction, k):
     z, y, t, r = case(6, 33)
-    # Far-spread logits leave the rest of the classes next to nothing.
+    # Far-spread logits leave the other classes almost no probability.
     spreads = (1.0, 60.0) if direction == "forward" else (1.0,)
     for temperature, alpha, spread in itertools.product((1.0, 4.0, 3.0), (0.5, 1.0), spreads):
         sparse = topk_teacher(t, k, temperature)
         if direction == "reverse" and k == 33:
-            continue  # no mass is left for a rest that does not exist: tested with the full teacher
+            continue  # no other classes are left; tested with the full teacher
         options = {"temperature": temperature, "direction": direction, "alpha": alpha}
         result = loss_and_grad(spread * z, y, sparse, r, **options, backend=kd_loss_backend)
         assert close(result, exact(spread * z, y, sparse, r, **options), torch.float32, slack=1e-5)
@@ -251,7 +251,7 @@ def test_ignore_index_and_weights_in_the_mean(kd_loss_backend):
     torch.testing.assert_close(mean, (rows * w).sum().float() / w[y != 255].sum().float())
 
 
-def test_weights_may_get_a_gradient(kd_loss_backend):
+def test_weights_get_a_gradient(kd_loss_backend):
     z, y, t, r = case(6, 11)
     for reduction in ("mean", "sum", "none"):
         z1, z2 = z.clone().requires_grad_(), z.double().requires_grad_()
@@ -318,7 +318,7 @@ def test_extra_memory_is_one_gradient():
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_training_ends_where_the_reference_does(direction):
+def test_training_reaches_the_weights_of_the_reference(direction):
     x, y = torch.randn(256, 20), torch.randint(0, 10, (256,))
     teacher = (3 * torch.randn(256, 10)).half()
     ends = []

@@ -1,4 +1,4 @@
-"""The native kernel takes rows of many classes block by block: blocks far apart, masked, of unequal weight."""
+"""Long rows of the native kernel, computed in blocks: blocks far apart, masked, or of negligible weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plain():
 
 
 def rising(z, t):
-    """Each block's logits lie above those before."""
+    """Logits increase from block to block."""
     step = torch.arange(C) // BLOCK
     return z + step, t + 2 * step
 
@@ -32,7 +32,7 @@ def falling(z, t):
 
 
 def apart(z, t):
-    """Blocks whose terms vanish beside the others'."""
+    """Some blocks have terms that vanish beside the others."""
     z[:, : 2 * BLOCK] -= 1e4
     t[:, BLOCK : 3 * BLOCK] -= 1e4
     t[:, -BLOCK:] += 100
@@ -66,7 +66,7 @@ PLACES = {"plain": lambda z, t: (z, t)} | {
 
 
 def both(z, y, t, r, dtype, teacher_dtype, **options):
-    """Losses and gradient of the kernel, and in float64, of the same operands."""
+    """Return losses and gradient, from the kernel and in float64."""
     found = []
     z, t = z.to(dtype), t.to(teacher_dtype)
     for x, backend in ((z, "native"), (z.double(), "reference")):
@@ -119,7 +119,7 @@ def test_any_strides_ignored_rows_and_weights():
 @pytest.mark.parametrize("operand", [0, 2])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_nan_and_infinity_are_not_hidden(operand, value, direction):
-    """Not even in a block whose terms vanish."""
+    """Even in a block whose terms vanish."""
     args = list(plain())
     args[operand][:, :BLOCK] -= 1e5
     args[operand][2, 7] = value
@@ -131,7 +131,7 @@ def test_nan_and_infinity_are_not_hidden(operand, value, direction):
 
 
 @pytest.mark.parametrize("operand", [0, 2])
-def test_a_side_without_any_class(operand):
+def test_one_side_with_all_classes_masked(operand):
     args = list(plain())
     args[operand][:] = -INF
     loss, grad = both(*args, torch.float32, torch.float32)[0]
@@ -139,8 +139,8 @@ def test_a_side_without_any_class(operand):
     assert grad.isnan().any(1).all()
 
 
-def test_a_class_that_only_one_side_has():
-    """Forward, an infinite divergence where only the teacher has it; reverse, where only the student has it."""
+def test_class_masked_on_one_side():
+    """Infinite forward divergence if only the student masks it, reverse if only the teacher does."""
     z, y, t, r = plain()
     y[:] = 9 * BLOCK
     for lacking, direction in ((z, "forward"), (t, "reverse")):
@@ -155,7 +155,7 @@ def test_a_class_that_only_one_side_has():
         lacking[:, :BLOCK] = kept
 
 
-def test_a_class_that_the_student_lacks_and_the_teacher_gives_no_probability():
+def test_class_masked_by_the_student_with_no_teacher_probability():
     z, y, t, r = plain()
     y[0] = 9 * BLOCK
     z[:, :BLOCK] = -INF

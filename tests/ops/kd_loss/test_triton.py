@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter in a process of its own, and compiled for sm_90."""
+"""Triton kernels without a GPU: run in Triton's interpreter in a subprocess, and compiled for sm_90."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FLOATS = {"temperature", "ce_factor", "kl_factor", "grad_scale", "scale"}
 
 @pytest.fixture(scope="module")
 def grid():
-    """Results of every group of cases: name to list of failures."""
+    """Failures of each group of cases, by name."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(GRID), "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -58,7 +58,7 @@ def test_interpreted(grid, group):
 
 
 def compiled(kernel, warps, types, **constants):
-    """PTX of a kernel for sm_90, as a launch with contiguous rows of 16 k elements would specialise it."""
+    """Return a kernel's PTX for sm_90, specialized as for contiguous rows of a multiple of 16 elements."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -83,7 +83,7 @@ def compiled(kernel, warps, types, **constants):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("student", ["*fp32", "*bf16", "*fp16"])
 @pytest.mark.parametrize("classes", [16, 128, 1024, 16384, 32000])
-def test_the_dense_kernel_compiles_to_vector_loads(student, classes):
+def test_dense_kernel_compiles_to_vector_loads(student, classes):
     from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
 
     shape = tile_shape(100_000, classes)
@@ -97,7 +97,7 @@ def test_the_dense_kernel_compiles_to_vector_loads(student, classes):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_the_other_kernels_compile():
+def test_other_kernels_compile():
     from kdfast.ops.kd_loss.triton_launch import mass_kernel, scale_kernel
     from kdfast.ops.kd_loss.triton_topk import topk_kernel
 
