@@ -40,7 +40,7 @@ def apart(z, t):
 
 
 def last_far(z, t):
-    """The last block tells where nothing should count from."""
+    """The last block is far below the others."""
     z[:, -BLOCK:] -= 50
     t[:, -BLOCK:] -= 1e4
     return z, t
