@@ -41,7 +41,7 @@ def batch_count(n: int, batch_size: int) -> int:
     if batch_size < 1:
         raise UsageError(f"`batch_size` is {batch_size}; needed: at least 1")
     if n < 1:
-        raise SubsetError(f"{n} samples make no batch of {batch_size}: keep more samples")
+        raise SubsetError(f"{n} samples do not make a batch of {batch_size}: keep more samples")
     return -(-n // batch_size)
 
 

@@ -82,9 +82,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def remove_stale(folder: str | os.PathLike[str]) -> None:
     """Remove the temporary files that killed writers left in a folder; those of running writers stay."""
-    place = Path(folder)
-    if place.is_dir():
-        _remove_unlocked(place, lambda name: name.startswith(_PREFIX))
+    path = Path(folder)
+    if path.is_dir():
+        _remove_unlocked(path, lambda name: name.startswith(_PREFIX))
 
 
 def open_temporary(target: Path) -> tuple[Path, int]:

@@ -28,23 +28,23 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: The folder cannot be created, or no file can be written to it.
     """
-    place = Path(folder)
+    path = Path(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise cannot_write(place, exc) from exc
-    probe, descriptor = open_temporary(place / "probe")
+        raise cannot_write(path, exc) from exc
+    probe, descriptor = open_temporary(path / "probe")
     try:
         # More than an inode can hold inline, and flushed, so that a full disk fails here.
         os.write(descriptor, bytes(4096))
         os.fsync(descriptor)
     except OSError as exc:
-        raise cannot_write(place, exc) from exc
+        raise cannot_write(path, exc) from exc
     finally:
         os.close(descriptor)
         with contextlib.suppress(OSError):
             probe.unlink()
-    return place
+    return path
 
 
 def visible_entries(folder: str | os.PathLike[str]) -> list[str]:

@@ -48,7 +48,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
 
 
 def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
-    """Read the named tensors of a .safetensors file, or of a torch file at any place in its dict.
+    """Read the named tensors of a .safetensors file, or of a torch file with the weights anywhere in its dict.
 
     Args:
         path: The file.

@@ -80,7 +80,7 @@ def test_rejects_invalid_arguments_before_the_first_batch(options):
 
 
 def test_rejects_an_epoch_without_batches():
-    with pytest.raises(SubsetError, match="0 samples make no batch of 8"):
+    with pytest.raises(SubsetError, match="0 samples do not make a batch of 8"):
         rank_batches(np.arange(0), 8)
     with pytest.raises(SubsetError, match="0 samples"):
         batch_count(0, 8)

@@ -101,9 +101,9 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
     """
     if size is not None and size < 1:
         raise UsageError(f"`size` is {size}; needed: 1 or more pixels")
-    place = Path(path)
-    kind = digits.NAME if os.fspath(path) == digits.NAME else _recognise(place)
-    source = SOURCES[kind].open(place, size)
+    location = Path(path)
+    kind = digits.NAME if os.fspath(path) == digits.NAME else _recognise(location)
+    source = SOURCES[kind].open(location, size)
     if size is not None and source.train.shape != (size, size, 3):
         height, width, _ = source.train.shape
         raise UsageError(
