@@ -89,7 +89,7 @@ def test_influence_ranks_true_removals(fitted):
     assert fitted.error(corrected) <= 0.3 * fitted.error(plain)
 
 
-def test_the_correction_holds_for_large_steps_too():
+def test_correction_improves_effects_of_mislabelled_samples():
     """The correction needs the third derivative: without it, effects of mislabelled samples are predicted worse."""
     fitted = Fitted(0.0, flipped=30)
     plain, corrected = fitted.influence()[:REMOVED], fitted.influence(corrected=True)[:REMOVED]
