@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,7 +130,7 @@ def prune(
             check_writable(folder)
     states = [None if dry_run else path.with_suffix(".search.json") for path in paths]
     selections = []
-    with progress(method) if request.uses_selector else nullcontext() as report:
+    with progress(method or "prune", shown=request.uses_selector) as report:
         for path, selection in zip(paths, request.run(source, states, report), strict=True):
             selections.append(selection)
             if not dry_run:
