@@ -7,11 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from kdfast.ops.native import extension
+from kdfast.ops.native import WIDEST_ISA, extension
 
 __all__ = ["add_fused_products", "can_fuse_products", "curvature_", "has_cuda", "norms", "residuals"]
-
-_WIDEST_ISA = 2
 
 
 def has_cuda() -> bool:
@@ -25,7 +23,7 @@ def residuals(
     t: Tensor | None,
     alpha: float,
     temperature: float,
-    isa_limit: int = _WIDEST_ISA,
+    isa_limit: int = WIDEST_ISA,
 ) -> Tensor:
     """Compute ``kdfast.ops.softmax_head.residuals.residuals`` in float32 or float64, on a CPU or a GPU.
 
@@ -47,7 +45,7 @@ def norms(
     extra: float,
     alpha: float,
     temperature: float,
-    isa_limit: int = _WIDEST_ISA,
+    isa_limit: int = WIDEST_ISA,
 ) -> Tensor:
     """Return the residuals' norms times sqrt(||x||^2 + ``extra``), or times 1 without ``x``; (n,).
 
@@ -59,7 +57,7 @@ def norms(
     return out
 
 
-def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = _WIDEST_ISA) -> None:
+def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = WIDEST_ISA) -> None:
     """Compute ``kdfast.ops.softmax_head.curvature.curvature_``.
 
     Raises:
@@ -92,7 +90,7 @@ def add_fused_products(
     """
     z, x, v = _dense_rows(z), _dense_rows(x), v.resolve_neg().contiguous()
     extension.head_products(
-        _logits_args(z, alpha, temperature, _WIDEST_ISA),
+        _logits_args(z, alpha, temperature, WIDEST_ISA),
         x.data_ptr(),
         x.shape[1],
         x.stride(0),
@@ -137,7 +135,9 @@ def _residuals(
         )
 
 
-def _logits_args(z: Tensor, alpha: float, temperature: float, isa_limit: int) -> tuple[object, ...]:
+def _logits_args(
+    z: Tensor, alpha: float, temperature: float, isa_limit: int
+) -> tuple[int, int, int, int, bool, float, float, int, int]:
     rows, classes = z.shape
     is_double = z.dtype == torch.float64
     return z.data_ptr(), rows, classes, z.stride(0), is_double, alpha, temperature, torch.get_num_threads(), isa_limit
