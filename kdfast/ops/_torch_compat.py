@@ -88,4 +88,5 @@ def assume_constant_result(function: F) -> F:
 
 def without_functorch_check(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its search for ``torch.func`` transforms; the caller has made sure there are none."""
-    return super(torch.autograd.Function, function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply

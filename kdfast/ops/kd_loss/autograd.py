@@ -41,6 +41,7 @@ def differentiable_loss(call: KDCall, backend: str) -> Tensor:
         RuntimeError: If the logits have a forward-mode tangent.
     """
     logits = call.logits
+    loss: Tensor
     if _torch_compat.has_tangent(logits):
         raise RuntimeError("kd_loss has no forward-mode derivative: for one, pass backend='reference'")
     if torch.compiler.is_compiling():
@@ -82,6 +83,7 @@ class EagerKDLoss(torch.autograd.Function):
     def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
         if ctx.stored is None:
             _ = ctx.saved_tensors  # raises PyTorch's own error about a graph that was freed
+        grad: Tensor
         grad, backend, grad_scale = ctx.stored
         if torch.compiler.is_compiling():  # compiled autograd
             return _multiply(grad, grad_loss / grad_scale)
@@ -221,7 +223,8 @@ def _vmap(
 ) -> tuple[LossAndGrad, Any]:
     """Compute all batches as rows of one call; means are taken afterwards, since each batch has its own divisor."""
     *fields, backend, need_grad = args
-    call, dims, size = KDCall(*fields), KDCall(*in_dims[:-2]), info.batch_size
+    call, size = KDCall(*fields), info.batch_size
+    dims: Any = KDCall(*in_dims[:-2])  # type: ignore[arg-type]
     n, c = _batch_first(call.logits, dims.logits, size).shape[1:]
     flat = _flatten_batches(call, dims, size)
     loss, grad = run(*flat._replace(reduction="none"), backend, need_grad)
@@ -240,14 +243,15 @@ def _vmap(
     return (loss.sum(1) * factor, grad), (0, 0)
 
 
-def _flatten_batches(call: KDCall, dims: KDCall, size: int) -> KDCall:
+def _flatten_batches(call: KDCall, dims: Any, size: int) -> KDCall:
     """The call over all batches' rows: its tensors with the batch dimension flattened into the rows."""
     logits = _batch_first(call.logits, dims.logits, size)
     n, c = logits.shape[1:]
     rows = _batch_first(call.rows, dims.rows, size)
     if rows is None:
         rows = torch.arange(n, device=logits.device).expand(size, n)
-    teacher, classes, tail = call.teacher, call.classes, call.tail
+    teacher: Any = call.teacher
+    classes, tail = call.classes, call.tail
     if not (dims.teacher is dims.classes is dims.tail is None):
         m = _batch_first(teacher, dims.teacher, size).shape[1]
         # A row outside its own teacher must not be found in the next batch's.
