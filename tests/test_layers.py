@@ -1,6 +1,7 @@
 """Imports point down only: cli -> sweep -> report -> distill, prune -> dynamics -> teacher -> nets, data -> ops."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import kdfast
 
 ROOT = Path(kdfast.__file__).parent
-# Lower may not import higher; distill and prune, and nets and data, do not know each other.
+# A part imports only parts with a lower number: distill and prune, and nets and data, do not import each other.
 LAYER = {
     "errors": 0,
     "files": 1,
@@ -26,13 +27,16 @@ LAYER = {
     "examples": 9,
     "__main__": 10,
 }
-# A model carries its input normalisation, which is a type of the data layer.
+# A model includes its input normalization, whose type is in the data layer.
 SIDEWAYS = {("nets", "data")}
 MODULES = sorted(ROOT.rglob("*.py"))
+PACKAGES = sorted({path.parent for path in MODULES} - {ROOT})
 
 
-# The compiled extension lies below everything; the package itself holds only the version and the lazy public names.
+# The compiled extension is below everything; the package itself holds only the version and the lazy public names.
 BELOW = {"_native", "__version__", ""}
+MAX_ENTRIES = 14  # files and folders in a package, with __init__.py
+MAX_BODY = 75  # lines of a function below its signature and docstring; Triton kernels are the longest
 
 
 def part_of(dotted: str) -> str:
@@ -53,6 +57,26 @@ def imported_parts(path: Path) -> set[str]:
     return found
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+ALL_NAMES = {module_name(path) for path in MODULES}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules that a file imports at its top level, by their full names."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "kdfast":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & ALL_NAMES or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     relative = path.relative_to(ROOT)
@@ -60,9 +84,30 @@ def test_imports_point_down(path: Path) -> None:
     if own == "__init__":
         return
     for part in imported_parts(path) - {own} - BELOW:
-        assert part in LAYER, f"{relative} imports the unknown part {part!r}"
+        assert part in LAYER, f"{relative} imports {part!r}, which has no layer"
         allowed = LAYER[part] < LAYER[own] or (own, part) in SIDEWAYS
         assert allowed, f"{relative} ({own}) may not import {part}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    names = {module_name(path): path for path in MODULES}
+    graph = {name: imported_modules(path) & set(names) - {name} for name, path in names.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.relative_to(ROOT.parent).as_posix())
+def test_packages_stay_small(package: Path) -> None:
+    entries = [p for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+    assert len(entries) <= MAX_ENTRIES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_stay_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= MAX_BODY, f"{node.name} has {lines} lines"
 
 
 def test_every_part_has_a_layer() -> None:

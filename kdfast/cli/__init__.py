@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from kdfast.cli import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
 from kdfast.cli.command import Command
+from kdfast.cli.commands import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
 from kdfast.errors import Interrupted, KdfastError

@@ -251,9 +251,7 @@ def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) ->
         )
     k, c = values.shape[1], logits.shape[1]
     if not 1 <= k <= c:
-        raise ShapeError(
-            f"teacher.values hold {k} classes a row: 1 to {c} are needed, the number of classes in logits"
-        )
+        raise ShapeError(f"teacher.values hold {k} classes a row: 1 to {c} are needed, the number of classes in logits")
     if classes.dtype != torch.int32:
         raise TypeError(f"teacher.classes is {classes.dtype}: int32 is needed; convert it with .int()")
     if tail.dtype not in _FLOATS:

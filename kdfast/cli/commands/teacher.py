@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli import options, training
+from kdfast.cli import options
 from kdfast.cli.command import Command
+from kdfast.cli.commands import training
 from kdfast.errors import UsageError
 
 app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli import options, training
+from kdfast.cli import options
+from kdfast.cli.commands import training
 from kdfast.cli.progress import progress
 
 

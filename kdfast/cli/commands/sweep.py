@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from kdfast.cli import options, training
+from kdfast.cli import options
+from kdfast.cli.commands import training
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.score import Cache
+from kdfast.cli.commands.score import Cache
 
 app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.commands.score import Cache, Dynamics
 from kdfast.cli.progress import progress
-from kdfast.cli.score import Cache, Dynamics
 from kdfast.errors import UsageError
 
 if TYPE_CHECKING:
