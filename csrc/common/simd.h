@@ -1,57 +1,15 @@
-// Vectors of sixteen floats whose results have the same bits on every instruction set, and the templates that compile a
-// kernel for each set and select one at run time.
+// Vectors of sixteen floats whose results have the same bits on every instruction set.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-#define KDFAST_INLINE inline __attribute__((always_inline))
-
-// Kernels for several instruction sets. Not with Clang, which rejects the inline assembly of an inlined function unless
-// that function's own target has the instruction.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define KDFAST_X86
-#endif
+#include "common/isa.h"
 
 #define KDFAST_EACH_PART(k) _Pragma("GCC unroll 4") for (int k = 0; k < kLanes / W; ++k)
 
 namespace kdfast {
-
-constexpr int kWidestIsa = 2;
-
-// One instruction set: Isa::run<Body>(args...) is Body::run<W>(args...) compiled for it, W being the floats that one of
-// its registers holds. Body::run must be always inlined. Unlike target_clones, this needs no ifunc, the body knows the
-// width, and a test can select a set.
-#define KDFAST_ISA(Name, width, attribute)             \
-  struct Name {                                        \
-    template <class Body, class Result, class... Args> \
-    attribute static Result run(Args... args) {        \
-      return Body::template run<width>(args...);       \
-    }                                                  \
-  };
-KDFAST_ISA(Baseline, 4, )
-#ifdef KDFAST_X86
-KDFAST_ISA(X86V3, 8, __attribute__((target("arch=x86-64-v3,prfchw"))))
-KDFAST_ISA(X86V4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
-// Initialiser of an array that isa_level indexes: make<Isa>() of each instruction set.
-#define KDFAST_FOR_EACH_ISA(make) {make<Baseline>(), make<X86V3>(), make<X86V4>()}
-#else
-#define KDFAST_FOR_EACH_ISA(make) {make<Baseline>()}
-#endif
-#undef KDFAST_ISA
-
-// 0: baseline, 1: x86-64-v3, 2: x86-64-v4; at most `limit`, but at least 0.
-inline int isa_level(int limit = kWidestIsa) {
-  int level = 0;
-#ifdef KDFAST_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) level = 1;
-  if (level == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-    level = 2;
-#endif
-  return level < limit ? level : limit < 0 ? 0 : limit;
-}
 
 // Lanes of every vector, on all hardware: the number of lanes fixes the order of every sum.
 constexpr int kLanes = 16;
