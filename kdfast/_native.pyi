@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 _Matrix = tuple[int, int, int, int, int, int]
+_Vector = tuple[int, int]
 _Logits = tuple[int, int, int, int, bool, float, float, int, int]
 
 cuda: bool
@@ -15,43 +16,31 @@ def isa() -> str: ...
 
 # kd_loss
 def kd_loss(
-    *,
     logits: _Matrix,
     teacher: _Matrix,
-    labels: int,
-    labels_stride: int,
-    rows: int,
-    rows_stride: int,
-    classes: int,
-    tail: int,
+    labels: _Vector,
+    rows: _Vector,
+    topk: tuple[int, int],
     weights: int,
-    use_ce: bool,
-    use_kl: bool,
-    reverse: bool,
-    ce_factor: float,
-    kl_factor: float,
-    temperature: float,
+    terms: tuple[bool, bool, bool, float, float, float],
     ignore_index: int,
     reduction: int,
     grad_scale: float,
-    loss: int,
-    ce: int,
-    kl: int,
-    grad: int,
+    outputs: tuple[int, int, int, int],
     threads: int,
     isa_limit: int,
+    /,
 ) -> None: ...
 def scale_rows(
-    *,
     grad: int,
     out: int,
     dtype: int,
     rows: int,
     cols: int,
-    factor: int,
-    factor_stride: int,
+    factor: _Vector,
     scale: float,
     threads: int,
+    /,
 ) -> None: ...
 def init_torch_handles(
     *,

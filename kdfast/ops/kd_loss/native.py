@@ -45,30 +45,19 @@ def kd_loss(
     classes = None if call.classes is None else call.classes.contiguous()
     tail, weights = _float32_vector(call.tail), _float32_vector(call.weights)
     extension.kd_loss(
-        logits=_matrix(logits),
-        teacher=_matrix(teacher),
-        labels=_address(call.labels),
-        labels_stride=0 if call.labels is None else call.labels.stride(0),
-        rows=_address(call.rows),
-        rows_stride=0 if call.rows is None else call.rows.stride(0),
-        classes=_address(classes),
-        tail=_address(tail),
-        weights=_address(weights),
-        use_ce=call.use_ce,
-        use_kl=call.use_kl,
-        reverse=call.reverse,
-        ce_factor=1 - call.alpha,
-        kl_factor=call.kl_factor,
-        temperature=call.temperature,
-        ignore_index=call.ignore_index,
-        reduction=_REDUCTIONS[call.reduction],
-        grad_scale=call.grad_scale(),
-        loss=loss.data_ptr(),
-        ce=0 if terms is None else terms[0].data_ptr(),
-        kl=0 if terms is None else terms[1].data_ptr(),
-        grad=grad.data_ptr() if need_grad else 0,
-        threads=torch.get_num_threads(),
-        isa_limit=isa_limit,
+        _matrix(logits),
+        _matrix(teacher),
+        _vector(call.labels),
+        _vector(call.rows),
+        (_address(classes), _address(tail)),
+        _address(weights),
+        (call.use_ce, call.use_kl, call.reverse, 1 - call.alpha, call.kl_factor, call.temperature),
+        call.ignore_index,
+        _REDUCTIONS[call.reduction],
+        call.grad_scale(),
+        (loss.data_ptr(), *((0, 0) if terms is None else map(_address, terms)), grad.data_ptr() if need_grad else 0),
+        torch.get_num_threads(),
+        isa_limit,
     )
     return loss, grad
 
@@ -89,15 +78,13 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
             return grad
     out = grad if in_place else torch.empty_like(grad)
     extension.scale_rows(
-        grad=grad.data_ptr(),
-        out=out.data_ptr(),
-        dtype=DTYPE_CODES[grad.dtype],
-        rows=grad.shape[0],
-        cols=grad.shape[1],
-        factor=factor.data_ptr(),
-        factor_stride=0 if is_scalar else factor.stride(0),
-        scale=scale,
-        threads=torch.get_num_threads(),
+        grad.data_ptr(),
+        out.data_ptr(),
+        DTYPE_CODES[grad.dtype],
+        *grad.shape,
+        (factor.data_ptr(), 0 if is_scalar else factor.stride(0)),
+        scale,
+        torch.get_num_threads(),
     )
     return out
 
@@ -105,6 +92,11 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
 def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, rows, columns, row stride, column stride, dtype code."""
     return x.data_ptr(), *x.shape, *x.stride(), DTYPE_CODES[x.dtype]
+
+
+def _vector(x: Tensor | None) -> tuple[int, int]:
+    """Address and stride."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _address(x: Tensor | None) -> int:
