@@ -9,7 +9,7 @@ CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
-.PHONY: demo test test-slow lint format bench cuda-check gpu setup clean
+.PHONY: demo test test-slow test-matrix docs lint format bench cuda-check gpu setup clean
 
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
@@ -20,6 +20,14 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m slow
+
+# Builds and tests the operators with other interpreters, torch versions and compilers; see the head of the script.
+test-matrix:
+	bash .ci/matrix.sh
+
+# Warnings are errors: a broken link or docstring fails the build.
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 lint: setup
 	$(BIN)/ruff check .
@@ -78,4 +86,4 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.ffcv
 	@touch $@
 
 clean:
-	rm -rf build $(VENV)/.installed $(VENV)/.ffcv demo
+	rm -rf build docs/_build $(VENV)/.installed $(VENV)/.ffcv demo

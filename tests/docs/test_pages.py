@@ -1,0 +1,201 @@
+"""The code of README and of the documentation runs, and prints what the pages show.
+
+Blocks ```python of a page run in order in one namespace. In ```console blocks, lines that start with `$ kdfast` run as
+commands in this process. A ```text block, or the lines below a command, must be printed in this order; `...` stands for
+any lines. Blocks ```python no-run are skipped, since they need files that the page does not make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kdfast
+from kdfast.cli import app
+from kdfast.nets import NETS
+from kdfast.ops import backends
+from kdfast.prune.rules.registry import RULES
+from kdfast.prune.scores.registry import SCORES
+from kdfast.prune.selectors import SELECTORS
+
+ROOT = Path(__file__).parents[2]
+REGISTRIES = {
+    "NETS": NETS,
+    "SCORES": SCORES,
+    "RULES": RULES,
+    "SELECTORS": SELECTORS,
+    "TABLE": backends.TABLE,
+    "DTYPES": backends.DTYPES,
+}
+# The registry that each page must add to.
+EXTENSIONS = {"network": "NETS", "score": "SCORES", "rule": "RULES", "kernel": "TABLE", "loss": None}
+DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+GUIDES = sorted(path.stem for path in (ROOT / "docs/guides").glob("*.md"))
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<info>\w.*)?$")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its info string, the text inside, and the line where it starts."""
+
+    info: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page."""
+    lines = page.read_text().splitlines()
+    start: int | None = None
+    indent = info = ""
+    for number, line in enumerate(lines):
+        match = _FENCE.match(line)
+        if start is None and match and match["info"]:
+            start, indent, info = number + 1, match["indent"], match["info"].strip()
+        elif start is not None and line.rstrip() == f"{indent}```":
+            yield Block(info, "\n".join(text.removeprefix(indent) for text in lines[start:number]), start + 1)
+            start = None
+
+
+def run_page(page: Path, *, commands: bool = False, any_number: bool = False) -> int:
+    """Run the blocks of a page in the current folder, and check what they print.
+
+    Args:
+        page: The Markdown file.
+        commands: Whether to run console blocks, too.
+        any_number: Whether printed numbers may differ from the page, as results of training do.
+
+    Returns:
+        The number of blocks that ran.
+    """
+    namespace: dict[str, object] = {"__name__": "docs"}
+    printed, ran = None, 0
+    for block in blocks(page):
+        where = f"{page.relative_to(ROOT)}:{block.line}"
+        if block.info == "python":
+            # Leading newlines make line numbers of tracebacks those of the page.
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                exec(code, namespace)
+            printed, ran = stream.getvalue(), ran + 1
+        elif block.info == "text" and printed is not None:
+            check_output(block.text, printed, where, any_number)
+            printed = None
+        elif block.info == "console" and commands:
+            for command, expected in console_commands(block.text):
+                result = CliRunner().invoke(app, shlex.split(command), catch_exceptions=False)
+                assert result.exit_code == 0, f"{where}: {command}\n{result.output}"
+                check_output(expected, result.output, where, any_number)
+                ran += 1
+    return ran
+
+
+def console_commands(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the arguments of each `$ kdfast` command, and the text below it."""
+    text = re.sub(r" *\\\n *", " ", text)
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.partition("\n")
+        if command.startswith("kdfast "):
+            yield command.removeprefix("kdfast ").partition("  #")[0], expected
+
+
+def check_output(expected: str, printed: str, where: str, any_number: bool) -> None:
+    """Check that the lines of a page are printed in this order."""
+    wanted, given = (_normalized(text, any_number) for text in (expected, printed))
+    position, adjacent = 0, False
+    for line in wanted:
+        if line == "...":
+            adjacent = False
+            continue
+        rest = given[position : position + 1] if adjacent else given[position:]
+        assert line in rest, f"{where}: {line!r} is not what was printed:\n{printed}"
+        position, adjacent = position + rest.index(line) + 1, True
+
+
+def _normalized(text: str, any_number: bool) -> list[str]:
+    """Return the lines that are not empty, each with single spaces; numbers become 0 if they may differ."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [_NUMBER.sub("0", line) if any_number else line for line in lines if line]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")  # the width of help texts
+
+
+@pytest.fixture
+def registries():
+    """The registries; entries that a page adds are removed afterwards."""
+    saved = {name: copy.copy(registry) for name, registry in REGISTRIES.items()}
+    yield REGISTRIES
+    for name, registry in REGISTRIES.items():
+        registry.clear()
+        registry.update(saved[name])
+    backends._resolve.cache_clear()
+
+
+@pytest.mark.parametrize("page", EXTENSIONS)
+def test_extension_page_adds_an_entry_and_uses_it(page, registries):
+    before = {name: set(registry) for name, registry in registries.items()}
+    assert run_page(ROOT / f"docs/extend/{page}.md") >= 2
+    changed = {name for name, registry in registries.items() if set(registry) != before[name]}
+    expected = EXTENSIONS[page]
+    assert expected in changed if expected else not changed
+
+
+def test_all_extension_pages_are_tested():
+    assert {path.stem for path in (ROOT / "docs/extend").glob("*.md")} == {"index", *EXTENSIONS}
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guide_code_runs(page):
+    run_page(ROOT / f"docs/guides/{page}.md")
+
+
+def test_readme_code_runs():
+    assert run_page(ROOT / "README.md") == 1
+
+
+def test_tutorial_prints_what_it_shows():
+    assert run_page(ROOT / "docs/tutorial.md", commands=True, any_number=True) >= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page):
+    text = page.read_text()
+    named = re.findall(r"`((?:kdfast|csrc|bench|tests|docs|\.ci)/[\w./-]+)`", text)
+    linked = re.findall(r"\]\((?!http)([\w./-]+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    missing = [name for name in named if not (ROOT / name).exists() and "row_entropy" not in name]
+    missing += [link for link in linked if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_api_reference_lists_every_public_name():
+    text = (ROOT / "docs/reference/api.md").read_text()
+    missing = {name for name in kdfast.__all__ if f":: kdfast.{name}\n" not in text}
+    assert missing == {"__version__"}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_accuracy_plot_is_drawn_from_recorded_rows():
+    command = [sys.executable, ROOT / "bench/plot_accuracy.py", "--out", "accuracy.svg"]
+    subprocess.run(command, check=True, env={**os.environ, "MPLBACKEND": "agg"})
+    assert "<svg" in Path("accuracy.svg").read_text()
