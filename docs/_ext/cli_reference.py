@@ -20,9 +20,11 @@ TYPES = {"int": "INTEGER", "float": "NUMBER", "str": "TEXT"}
 
 
 def commands_reference() -> str:
-    """Return one section per command, in Markdown."""
-    root = typer.main.get_command(app)
-    return "\n".join(line for path, command in _commands(root, ("kdfast",)) for line in _command(path, command))
+    """Return a table of all commands and one section for each, in Markdown."""
+    found = list(_commands(typer.main.get_command(app), ("kdfast",)))
+    rows = [f"| `{' '.join(path)}` | {_cell(_prose(command.help or '').splitlines()[0])} |" for path, command in found]
+    sections = [line for path, command in found for line in _command(path, command)]
+    return "\n".join(["| command | what it does |\n|---|---|", *rows, "", *sections])
 
 
 def methods_reference() -> str:
