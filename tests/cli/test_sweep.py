@@ -167,6 +167,7 @@ def test_kill_9_loses_and_repeats_no_row(start, tiny: Path, cache: Path, tmp_pat
         assert process.communicate()[1] == ""
         assert content(out).startswith(before)
         before = content(out)
+    before = b"".join(before.splitlines(keepends=True)[:5])  # leave at least one of the six rows to run
     (out / "results.jsonl").write_bytes(before + b'{"key": "torn')
     process = start(*command)
     _, err = process.communicate(timeout=900)
