@@ -1,8 +1,8 @@
 """Reuse the memory of the last large gradient once nothing refers to it.
 
-The allocator returns freed blocks of some megabytes to the system, which hands out fresh pages zeroed at their first
-touch. For a gradient of 1 to 64 MiB that takes about as long as computing it, at every training step. So the storage of
-the last such gradient is kept and used again.
+The C library returns large freed blocks to the system, always above 32 MiB and sometimes below, and the system hands
+out fresh pages zeroed at their first touch. For a gradient of 32 MiB that takes three times as long as computing it, at
+every training step. So the storage of the last gradient of 1 to 64 MiB is kept and used again.
 
 It is used again only if this module holds the sole reference: the Python object has no other reference and the C++
 storage no other owner. A gradient that a caller still holds in any form (``.grad``, a view, a saved tensor, a NumPy
@@ -26,7 +26,7 @@ from kdfast.ops._torch_compat import storage_use_count
 __all__ = ["MAX_BYTES", "MIN_BYTES", "new_gradient", "release"]
 
 MIN_BYTES = 1 << 20
-"""Smaller gradients come from the allocator, which caches blocks of that size itself."""
+"""Smaller gradients come from the allocator, which reuses blocks of that size itself."""
 MAX_BYTES = 64 << 20
 """Larger gradients are returned to the system."""
 

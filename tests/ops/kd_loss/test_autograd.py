@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,9 +97,8 @@ def test_second_derivative_raises(args):
 
 def test_computes_no_gradient_unless_needed(args, monkeypatch):
     results = []
-    run = fast_path._extension().fast_kd_loss
-    spy = SimpleNamespace(fast_kd_loss=lambda *a: results.append(run(*a)) or results[-1])
-    monkeypatch.setattr(fast_path, "_extension", lambda: spy)
+    run = fast_path._kernel()
+    monkeypatch.setattr(fast_path, "_kernel", lambda: lambda *a: results.append(run(*a)) or results[-1])
     z = args[0].requires_grad_()
     with torch.no_grad():
         kdfast.kd_loss(z, *args[1:])
@@ -113,14 +111,14 @@ def test_computes_no_gradient_unless_needed(args, monkeypatch):
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_loss_frees_its_gradient_without_the_garbage_collector(args, monkeypatch, differentiated):
     seen = []
-    run = fast_path._extension().fast_kd_loss
+    run = fast_path._kernel()
 
     def spy(*a):
         loss, grad = run(*a)
         seen.append(weakref.ref(grad))
         return loss, grad
 
-    monkeypatch.setattr(fast_path, "_extension", lambda: SimpleNamespace(fast_kd_loss=spy))
+    monkeypatch.setattr(fast_path, "_kernel", lambda: spy)
     z = args[0].requires_grad_()
     gc.disable()
     try:
