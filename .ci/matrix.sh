@@ -42,12 +42,14 @@ find_python() { # version such as 3.12
 }
 
 build_and_test() { # interpreter, torch, C++ compiler, name
-  local venv=$matrix/$4 torch=torch
+  local venv=$matrix/$4 torch=torch numpy=numpy
   [ "$2" = newest ] || torch="torch==$2"
+  # The interpreter of Triton 3.4 fails with NumPy 2.4.
+  [[ $2 != 2.8.* ]] || numpy="numpy<2.4"
   rm -rf "$venv"
   "$1" -m venv "$venv" || return 1
   "$venv/bin/pip" install -q --upgrade pip || return 1
-  "$venv/bin/pip" install -q "${pip_args[@]}" "$torch" "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja \
+  "$venv/bin/pip" install -q "${pip_args[@]}" "$torch" "$numpy" "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja \
     "pytest>=8" "pytest-benchmark>=5" "hypothesis>=6" "psutil>=6" || return 1
   CXX=$3 CMAKE_ARGS="-DKDFAST_CUDA=OFF" "$venv/bin/pip" install -q "${pip_args[@]}" --no-build-isolation \
     -C build-dir="$venv/cmake" "$root" || return 1

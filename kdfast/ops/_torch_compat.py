@@ -73,7 +73,7 @@ def has_tangent(x: Tensor) -> bool:
 
 
 def storage_use_count(storage: UntypedStorage) -> int:
-    """Number of C++ references to a storage; 0 if this PyTorch cannot tell."""
+    """Number of C++ references to a storage; 0 if this PyTorch does not expose it."""
     return 0 if _use_count is None else int(_use_count(storage._cdata))
 
 

@@ -1,7 +1,7 @@
 """Detection of layers whose first dimension is not the batch, even if it happens to have the same length.
 
 A layer that computes one row for all samples, such as position embeddings, can be scored once that row is expanded to
-one per sample. A run on a few samples tells whether the model allows this.
+one per sample. A run on a few samples shows whether the model allows this.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def expandable_layers(batch: Batch, calls: Sequence[Call]) -> set[str]:
 def layers_without_batch_axis(batch: Batch, calls: Sequence[Call], expand: Collection[str]) -> set[str]:
     """Return the names of layers whose outputs do not have one row per sample, such as those of time-first tensors.
 
-    If another dimension in the model is as long as the batch, the probe run tells them apart: fewer samples give fewer
-    rows only where rows are samples.
+    If another dimension in the model is as long as the batch, the probe run distinguishes them: fewer samples give
+    fewer rows only where rows are samples.
 
     Args:
         batch: The model and its inputs.
@@ -111,8 +111,8 @@ def _probe_calls(batch: Batch, expand: Collection[str]) -> list[Call]:
         return batch.run_probe(expand, first_only=True)[0]
     except Exception as error:
         raise ShapeError(
-            f"another dimension is as long as the batch, {batch.n}, and the run on a few samples that tells them apart "
-            f"failed ({error}): use a batch of another size"
+            f"another dimension is as long as the batch, {batch.n}, and the run on a few samples that distinguishes "
+            f"them failed ({error}): use a batch of another size"
         ) from error
 
 

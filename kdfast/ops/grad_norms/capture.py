@@ -30,7 +30,7 @@ class Call:
     Attributes:
         name: Name of the layer.
         layer: The layer.
-        x: Its input, until it is taken.
+        x: Its input; None after `take_input`.
         version: Version counter of the input at the call.
         shapes: Shapes of the input and the output.
         expanded: Whether the output had one row for all samples, which was then expanded to one row per sample.

@@ -44,7 +44,7 @@ def find_formula(module: nn.Module) -> Formula | None:
 
 
 def reject_batch_statistics(model: nn.Module) -> None:
-    """Raise if a layer normalizes by statistics of the batch, which leaves a sample without a gradient of its own.
+    """Raise if a layer normalizes by statistics of the batch, so that there is no per-sample gradient.
 
     Raises:
         UsageError: If there is such a layer; the message names it.
@@ -52,8 +52,8 @@ def reject_batch_statistics(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             raise UsageError(
-                f"layer {name!r} ({type(layer).__name__}) normalizes by statistics of the batch, so a sample has no "
-                "gradient of its own: call model.eval() first, or replace the layer by GroupNorm"
+                f"layer {name!r} ({type(layer).__name__}) normalizes by statistics of the batch, so there is no "
+                "per-sample gradient: call model.eval() first, or replace the layer by GroupNorm"
             )
 
 

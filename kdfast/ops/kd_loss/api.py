@@ -6,7 +6,7 @@ For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = 
 
 and its gradient is (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
 
-Every call takes one way: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch`` chooses the
+All calls follow the same path: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch`` chooses the
 backend, and ``autograd`` runs its kernel and connects the result with the logits. ``fast_path`` is a shortcut for plain
 calls on a CPU.
 
@@ -58,10 +58,10 @@ def kd_loss(
 ) -> Tensor:
     """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
 
-    Logits may be float32, bfloat16 or float16; sums are taken in float32 or wider, the loss is float32, and the
+    Logits may be float32, bfloat16 or float16; sums are accumulated in float32 or wider, the loss is float32, and the
     gradient has the dtype of ``logits``. float64 logits run on the reference implementation. Autocast has no effect.
     ``teacher`` and ``rows`` get no gradient, and the loss can be differentiated once. The gradient is computed together
-    with the loss. In half precision, a factor applied to the loss rounds it again, unless it is a power of two.
+    with the loss. In half precision, multiplying the loss rounds the gradient again, unless by a power of two.
 
     A class whose logit is -inf is masked: its probability is zero. If the student masks a class to which the teacher
     gives probability, the forward divergence is infinite. NaN logits give a NaN loss.
@@ -78,11 +78,11 @@ def kd_loss(
         temperature: T > 0; applies to the divergence only.
         t_squared: Whether to multiply the divergence by T^2, which makes the size of its gradient independent of T.
         ignore_index: Rows with this label have zero loss and gradient and are not counted in the mean.
-        weights: (N,) sample weights; the mean divides by the sum of those that count.
+        weights: (N,) sample weights; the mean divides by the sum of the weights of non-ignored rows.
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
         backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: On a GPU, also check that labels, rows and class ids are in range, which waits for the device. On a
+        validate: On a GPU, also check that labels, rows and class ids are in range, which synchronizes with the device. On a
             CPU they are always checked (class ids only in the rows that are used). Where they are not checked (on a
             GPU, and in the reference implementation when compiled or transformed) they are clamped, and their rows
             get NaN. Not available in compiled code or under ``torch.func.vmap``.
@@ -169,7 +169,7 @@ def kd_loss_terms(
         reduction="none",
         direction=direction,
     )
-    call = call._replace(logits=logits.detach())
+    call = call.replace(logits=logits.detach())
     backend = choose_backend(logits.device.type, logits.dtype, backend)
     if backend == "native" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors):
         both = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
@@ -180,11 +180,11 @@ def kd_loss_terms(
             check_values(call, thorough=False)
         ce, kl, _ = reference_terms(call)
         return ce, kl
-    return _run(call._replace(alpha=0.0), backend), _run(call._replace(alpha=1.0, t_squared=False), backend)
+    return _run(call.replace(alpha=0.0), backend), _run(call.replace(alpha=1.0, t_squared=False), backend)
 
 
 class KDLoss(nn.Module):
-    """``kd_loss`` as a module that holds the options.
+    """``kd_loss`` as a module with fixed options.
 
     Args:
         alpha: As in ``kd_loss``. May be changed between calls (``loss.alpha = ...``), but ``torch.compile`` recompiles
@@ -229,7 +229,7 @@ class KDLoss(nn.Module):
 def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     """Keep the k largest classes of each row of teacher logits.
 
-    The divergence is then taken over k + 1 outcomes: those classes, and "any other class". For k < C it is a lower
+    The divergence is then computed over k + 1 outcomes: those classes, and "any other class". For k < C it is a lower
     bound of the full divergence, since the teacher's distribution over the other classes is lost.
 
     Args:
@@ -265,12 +265,13 @@ def _values_are_readable(call: KDCall) -> bool:
 
 
 def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
-    """The loss if the weights need a gradient too: the kernel computes rows, PyTorch weights and reduces them."""
+    """Return the loss when the weights also need a gradient: the kernel computes rows, PyTorch weights and reduces them.
+    """
     assert call.weights is not None
     weights = call.weights.to(torch.promote_types(call.weights.dtype, torch.float32))
     if call.labels is not None:
         weights = torch.where(call.labels != call.ignore_index, weights, 0)
-    loss = _run(call._replace(weights=None, reduction="none"), backend) * weights
+    loss = _run(call.replace(weights=None, reduction="none"), backend) * weights
     if call.reduction == "none":
         return loss
     if call.reduction == "sum":

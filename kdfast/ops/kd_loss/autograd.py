@@ -1,4 +1,4 @@
-"""How PyTorch sees ``kd_loss``: the one file in which eager mode, ``torch.func`` and ``torch.compile`` differ.
+"""Autograd integration of ``kd_loss``: the one file in which eager mode, ``torch.func`` and ``torch.compile`` differ.
 
 A kernel computes the loss and the gradient of the logits in one pass. The gradient is stored until the backward pass,
 which multiplies it by the incoming factor. ``differentiable_loss`` picks the mechanism that stores it:
@@ -9,8 +9,8 @@ which multiplies it by the incoming factor. ``differentiable_loss`` picks the me
 - ``torch.compile``, ``torch.export`` and dispatch modes: the custom operator ``kdfast::kd_loss``. Compiled code scales
   by PyTorch's multiplication, which the compiler can fuse and write over the stored gradient.
 
-The loss can be differentiated once. A function that raises when differentiated scales the gradient, with the loss among
-its inputs: a second derivative then raises instead of being silently zero.
+The loss can be differentiated once. The gradient is scaled by a function that raises when differentiated and has the
+loss among its inputs, so second derivatives raise instead of being silently zero.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def differentiable_loss(call: KDCall, backend: str) -> Tensor:
     logits = call.logits
     loss: Tensor
     if _torch_compat.has_tangent(logits):
-        raise RuntimeError("kd_loss has no forward-mode derivative: for one, pass backend='reference'")
+        raise RuntimeError("kd_loss has no forward-mode derivative: pass backend='reference'")
     if torch.compiler.is_compiling():
-        # Inside a compiled torch.func.vmap, a tensor does not tell whether it requires a gradient.
+        # Inside a compiled torch.func.vmap, a tensor does not expose whether it requires a gradient.
         need_grad = torch.is_grad_enabled() and (logits.requires_grad or _torch_compat.transforms_active())
         loss, _ = kd_loss_op(*call, backend, need_grad)
     elif _torch_compat.is_plain_eager(call.tensors):
         if not (torch.is_grad_enabled() and logits.requires_grad):
             return run_kernel(backend, call, need_grad=False)[0]
-        loss, grad = run_kernel(backend, call._replace(logits=logits.detach()), need_grad=True)
+        loss, grad = run_kernel(backend, call, need_grad=True)
         return attach_gradient(logits, (loss, grad, backend, call.grad_scale()))
     elif _torch_compat.transforms_active():
-        # A wrapped tensor does not tell whether an outer transform differentiates it.
+        # A wrapped tensor does not expose whether an outer transform differentiates it.
         loss, _ = FunctionalKDLoss.apply(*call, backend, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     else:
         loss, _ = kd_loss_op(*call, backend, torch.is_grad_enabled() and logits.requires_grad)
@@ -130,7 +130,7 @@ def _(*args: Any) -> LossAndGrad:
 
 @torch.library.custom_op("kdfast::scale_rows", mutates_args=())
 def scale_op(grad: Tensor, factor: Tensor, loss: Tensor, scale: float, backend: str) -> Tensor:
-    """``grad * factor * scale`` in new memory; ``loss`` connects the result with what it is the gradient of."""
+    """``grad * factor * scale`` in new memory; passing ``loss`` keeps the result attached to the graph."""
     return scale_rows(backend, grad, factor, scale, in_place=False)
 
 
@@ -159,12 +159,12 @@ def _backward(scale: Callable[..., Tensor], ctx: Any, grad_loss: Tensor) -> tupl
 
 
 def _multiply(grad: Tensor, factor: Tensor) -> Tensor:
-    """What ``scale_rows`` computes, in PyTorch."""
+    """Compute ``scale_rows`` in plain PyTorch."""
     return (grad * factor.expand(grad.shape[:1]).unsqueeze(1)).to(grad.dtype)
 
 
 def _raise_on_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("kd_loss can be differentiated once: for a second derivative, pass backend='reference'")
+    raise RuntimeError("kd_loss can be differentiated only once: pass backend='reference' for second derivatives")
 
 
 kd_loss_op.register_autograd(lambda ctx, g, _: _backward(scale_op, ctx, g), setup_context=_setup_context)
@@ -221,13 +221,13 @@ class FunctionalScale(torch.autograd.Function):
 def _vmap(
     run: Callable[..., LossAndGrad], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[LossAndGrad, Any]:
-    """Compute all batches as rows of one call; means are taken afterwards, since each batch has its own divisor."""
+    """Compute all batches as rows of one call; means are computed afterwards, since each batch has its own divisor."""
     *fields, backend, need_grad = args
     call, size = KDCall(*fields), info.batch_size
     dims: Any = KDCall(*in_dims[:-2])  # type: ignore[arg-type]
     n, c = _batch_first(call.logits, dims.logits, size).shape[1:]
     flat = _flatten_batches(call, dims, size)
-    loss, grad = run(*flat._replace(reduction="none"), backend, need_grad)
+    loss, grad = run(*flat.replace(reduction="none"), backend, need_grad)
     loss, grad = loss.view(size, n), grad.view(size, n, c) if need_grad else grad.expand(size, 0)
     if call.reduction == "none":
         return (loss, grad), (0, 0)
@@ -238,7 +238,7 @@ def _vmap(
         weights = torch.where(flat.labels.view(size, n) != call.ignore_index, weights, 0)
     factor = inverse_of(weights.sum(1))
     if need_grad:
-        rescale = call.grad_scale() / call._replace(reduction="none").grad_scale()
+        rescale = call.grad_scale() / call.replace(reduction="none").grad_scale()
         grad = (grad * (factor * rescale)[:, None, None]).to(grad.dtype)
     return (loss.sum(1) * factor, grad), (0, 0)
 
@@ -254,7 +254,7 @@ def _flatten_batches(call: KDCall, dims: Any, size: int) -> KDCall:
     classes, tail = call.classes, call.tail
     if not (dims.teacher is dims.classes is dims.tail is None):
         m = _batch_first(teacher, dims.teacher, size).shape[1]
-        # A row outside its own teacher must not be found in the next batch's.
+        # An out-of-range row must not index the next batch's teacher.
         offsets = torch.arange(size, device=logits.device).unsqueeze(1) * m
         rows = torch.where((rows < 0) | (rows >= m), -1, rows + offsets)
         teacher, classes, tail = (
@@ -262,7 +262,7 @@ def _flatten_batches(call: KDCall, dims: Any, size: int) -> KDCall:
             for x, dim in ((teacher, dims.teacher), (classes, dims.classes), (tail, dims.tail))
         )
     labels, weights = _batch_first(call.labels, dims.labels, size), _batch_first(call.weights, dims.weights, size)
-    return call._replace(
+    return call.replace(
         logits=logits.reshape(-1, c),
         labels=None if labels is None else labels.reshape(-1),
         teacher=teacher,

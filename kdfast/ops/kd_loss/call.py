@@ -1,8 +1,8 @@
-"""What a call of ``kd_loss`` consists of: its tensors and its numbers, checked once and passed on as a whole."""
+"""Validated arguments of a ``kd_loss`` call, passed as one object."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class KDCall(NamedTuple):
     reduction: str
     reverse: bool
 
+    def replace(self, **changes: Any) -> KDCall:
+        """Return a copy with some fields replaced; ``_replace`` cannot be traced by ``torch.compile`` in torch 2.8."""
+        return KDCall(*[changes.get(name, value) for name, value in zip(KDCall._fields, self, strict=True)])
+
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, some of them None."""
@@ -67,12 +71,12 @@ class KDCall(NamedTuple):
 
     @property
     def use_ce(self) -> bool:
-        """Whether the cross-entropy counts."""
+        """Whether the cross-entropy has non-zero weight."""
         return self.alpha < 1
 
     @property
     def use_kl(self) -> bool:
-        """Whether the divergence counts."""
+        """Whether the divergence has non-zero weight."""
         return self.alpha > 0
 
     @property
@@ -81,19 +85,19 @@ class KDCall(NamedTuple):
         return self.alpha * self.temperature**2 if self.t_squared else self.alpha
 
     def new_loss(self) -> Tensor:
-        """Uninitialised float32 loss: (N,) for the reduction "none", else a scalar."""
+        """Uninitialized float32 loss: (N,) for the reduction "none", else a scalar."""
         shape = self.logits.shape[:1] if self.reduction == "none" else ()
         return self.logits.new_empty(shape, dtype=torch.float32)
 
     def grad_scale(self) -> float:
-        """Power of two by which the stored gradient is multiplied; 1 except for float16.
+        """Power of two that scales the stored gradient; 1 except for float16.
 
         The factor of ``torch.amp.GradScaler`` arrives only in the backward pass. Without a scale, a float16 gradient of
-        an improbable class, or one divided by many rows, would have been rounded to zero by then. A row's gradient of
-        the forward divergence is at most 1 + alpha T in magnitude, so 1024 times it stays finite up to T = 31. That of
-        the reverse divergence grows with the spread of the logits, to alpha times a quarter of it (over T^2 without
-        ``t_squared``): 4 times it stays finite for logits up to 1e4. Weighted rows have no bound in a sum or without
-        reduction.
+        an improbable class, or one divided by many rows, would be rounded to zero before that. A row's gradient of the
+        forward divergence is at most 1 + alpha T in magnitude, so it stays finite when scaled by 1024, up to T = 31.
+        That of the reverse divergence grows with the spread of the logits, to alpha / 4 of that spread (over T^2
+        without ``t_squared``), and stays finite when scaled by 4 for logits up to 1e4. Weighted rows have no bound in a
+        sum or without reduction.
         """
         if self.logits.dtype != torch.float16 or (self.weights is not None and self.reduction != "mean"):
             return 1.0

@@ -69,7 +69,8 @@ def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) ->
         grad: (N, C), contiguous.
         factor: float32; a scalar, or (N,) for one factor per row.
         scale: A factor common to all rows.
-        in_place: Whether the result may overwrite ``grad``. If so, nothing is computed for a product of one.
+        in_place: Whether the result may overwrite ``grad``. If so, ``grad`` is returned unchanged if factor * scale
+            is 1.
     """
     is_scalar = factor.dim() == 0 or factor.stride(0) == 0
     if in_place and is_scalar:

@@ -11,7 +11,7 @@ __all__ = ["inverse_of", "reference_loss", "reference_terms"]
 
 
 def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the cross-entropy and the divergence of each row, and which rows count.
+    """Compute the cross-entropy and the divergence of each row, and a mask of non-ignored rows.
 
     Computes in float64 for float64 logits, else in float32. Ignored rows are zero, and so is a term that is not used. A
     label, a row or a class id out of range is clamped and makes its row's term NaN.
@@ -86,7 +86,7 @@ def _clamp(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _nan_where(bad: Tensor, x: Tensor) -> Tensor:
-    """NaN where something is bad; by a factor, so that the gradient is NaN as well."""
+    """Return ``x`` with NaN where ``bad``, by multiplication, so that the gradient is NaN too."""
     return x * torch.where(bad, torch.nan, 1.0).to(x.dtype)
 
 

@@ -35,7 +35,7 @@ def finite_or_zero(m):
 
 @triton.jit
 def row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS: tl.constexpr, HAS_MASS: tl.constexpr):
-    """Return the factor of each row in the result: its weight, divided for a mean by the mass of all counted rows."""
+    """Return the factor of each row in the result: its weight, divided by the weight sum for a mean."""
     factor = tl.where(live, 1.0, 0.0)
     if HAS_WEIGHTS:
         factor = tl.load(weights_ptr + r, mask=live, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def row_indices(
     HAS_LABELS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
-    """Return which rows count, which have an index out of range, and the clamped label and teacher row of each."""
+    """Return which rows are not ignored, which have an index out of range, and each row's clamped label and teacher row."""
     bad = r < 0
     label = r * 0
     if HAS_LABELS:

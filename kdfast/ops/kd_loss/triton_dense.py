@@ -66,7 +66,7 @@ def accumulate(
         weight = e if REVERSE else u
         factor_cross = factor_e if REVERSE else factor_u
         cross -= (sum_e if REVERSE else sum_u) * shift
-        # A class of probability zero adds nothing, even if its other probability has an infinite logarithm.
+        # A class of probability zero adds nothing, even if the other distribution's log-probability is infinite.
         cross = tl.where(factor_cross == 0.0, 0.0, cross * factor_cross) + tl.sum(
             tl.where(weight == 0.0, 0.0, gap * weight), 1
         )
@@ -204,7 +204,7 @@ def dense_kernel(
         z_label = tl.load(z_ptr + r * z_row + label * z_col, mask=live, other=0.0).to(tl.float32)
         loss += ce_factor * (LN2 * tl.log2(sum_e1) - (z_label - max_z))
     if USE_KL:
-        # log2 of the ratio of the normalisers, relative to the same values as the gaps. Not the difference of two
+        # log2 of the ratio of the normalizers, relative to the same values as the gaps. Not the difference of two
         # logarithms: at a high temperature the ratio is close to 1, and their rounding errors would remain.
         ratio = tl.log2(sum_e / sum_u) + (finite_or_zero(origin) - finite_or_zero(max_t)) * scale
         kl = -cross / sum_e - ratio if REVERSE else cross / sum_u + ratio

@@ -1,6 +1,6 @@
 """``kd_loss`` on a GPU: launch the Triton kernels of ``triton_dense`` and ``triton_topk``.
 
-No call waits for the device. A label, a teacher row or a class id out of range is clamped, and the loss and gradient of
+No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and gradient of
 its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number of classes.
 Without it nothing is timed, so that the first call may be captured in a CUDA graph.
 """
@@ -80,7 +80,7 @@ def scale_kernel(
 
 def kd_loss(call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss and the gradient of the logits; arguments and results as ``native.kd_loss``."""
-    call = call._replace(
+    call = call.replace(
         logits=call.logits.resolve_neg(),
         teacher=call.teacher.resolve_neg(),
         weights=None if call.weights is None else call.weights.resolve_neg().contiguous(),
@@ -157,7 +157,7 @@ def _alignment(*matrices: Tensor) -> int:
 
 
 def _weight_sum(call: KDCall) -> Tensor:
-    """Sum of the weights of the counted rows, by which a mean divides; on the device."""
+    """Sum of the weights of non-ignored rows, the divisor of a mean; on the device."""
     labels, weights, logits = call.labels, call.weights, call.logits
     n = logits.shape[0]
     if labels is None and weights is None:

@@ -33,7 +33,7 @@ def divergence_term(log_x, log_y, shift):
 
 @triton.jit
 def divergence_slope(log_p, log_q, kl, REVERSE: tl.constexpr):
-    """Return the derivative of the divergence, in nats, by the logit of an outcome over T."""
+    """Return the derivative of the divergence, in nats, w.r.t. the logit of an outcome over T."""
     return divergence_term(log_p, log_q, kl) * LN2 if REVERSE else tl.exp2(log_p) - tl.exp2(log_q)
 
 
@@ -95,7 +95,7 @@ def divergence(
 ):
     """Compute the divergence in bits, from log2 of the probabilities of the outcomes for student (p) and teacher (q).
 
-    Also returns the teacher's log2 probability of the tail, its largest logit and log2 of its normaliser, and whether a
+    Also returns the teacher's log2 probability of the tail, its largest logit and log2 of its normalizer, and whether a
     class id is out of range.
     """
     j = tl.arange(0, K_BLOCK)
