@@ -1,8 +1,8 @@
-# make demo: set up, then the whole job on small embedded data.  make test: set up, then the tests.
+# make demo: set up, then run the full pipeline on scikit-learn's digits.  make test: set up, then run the tests.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
-# One version for everybody who develops kdfast; the package itself takes any torch >= 2.8.
+# Pinned for development; the package itself supports any torch >= 2.8.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
@@ -14,14 +14,14 @@ XDIST ?= -n 2
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
 
-# One thread a worker: torch's threads would otherwise spin against those of the other worker.
+# One thread per worker; otherwise torch's spinning threads compete with those of the other worker.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m "not slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m slow
 
-# Builds and tests the operators with other interpreters, torch versions and compilers; see the head of the script.
+# Builds and tests the operators with other interpreters, torch versions and compilers; see the top of the script.
 test-matrix:
 	bash .ci/matrix.sh
 
@@ -43,15 +43,15 @@ format: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# Compiles the CUDA sources where nvcc is, without touching the installed package; needs no GPU.
+# Compiles the CUDA sources if nvcc is installed, without touching the installed package; needs no GPU.
 cuda-check: setup
 	@if command -v nvcc >/dev/null; then \
 	  $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DKDFAST_CUDA=ON -DCMAKE_BUILD_TYPE=Release \
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
 	  $(BIN)/cmake --build build/cuda-check; \
-	else echo "cuda-check: no nvcc here, nothing compiled"; fi
+	else echo "cuda-check: nvcc is not installed; nothing was compiled"; fi
 
-# On a machine with a GPU: builds, runs the tests that need it and the benches, writes the results to $OUT.
+# On a machine with a GPU: builds, runs the tests that need it and the benchmarks, and writes the results to $OUT.
 gpu: setup
 	OUT=$${OUT:-gpu-results} PYTHON=$(BIN)/python bash bench/gpu.sh
 

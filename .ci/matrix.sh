@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build kdfast and run tests/ops for each combination of interpreter, torch and compiler that this machine has.
+# Build kdfast and run tests/ops for each available combination of interpreter, torch version and compiler.
 #
 #     bash .ci/matrix.sh
 #     PYTHONS="python3.11" TORCHES="2.13.0" COMPILERS="gcc" bash .ci/matrix.sh
@@ -10,8 +10,8 @@
 # PIP_ARGS   further arguments of pip install, such as an index with CPU builds of torch
 # TESTS      tests to run; default: tests/ops
 #
-# What is absent is named and skipped. Each combination has its own virtual environment and log in build/matrix. Exits
-# with 1 if a combination fails, or if none could run.
+# Missing tools are reported and skipped. Each combination has its own virtual environment and log in build/matrix. The
+# script exits with 1 if a combination fails, or if none could run.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 matrix=$root/build/matrix
@@ -30,7 +30,7 @@ skip() { # what, why
 
 find_python() { # version such as 3.12
   local found
-  # A shim of pyenv is on PATH but fails for a version that is not active.
+  # A pyenv shim is on PATH even for an inactive version, but fails when run.
   if "python$1" -c "" 2>/dev/null; then
     command -v "python$1"
   elif command -v uv >/dev/null && found=$(uv python find --no-python-downloads "$1" 2>/dev/null); then
@@ -68,7 +68,11 @@ else
   pythons=()
   for version in 3.10 3.11 3.12 3.13; do
     python=$(find_python "$version")
-    if [ -n "$python" ]; then pythons+=("$python"); else skip "Python $version" "not on PATH, nor known to uv or pyenv"; fi
+    if [ -n "$python" ]; then
+      pythons+=("$python")
+    else
+      skip "Python $version" "not on PATH, and unknown to uv and pyenv"
+    fi
   done
 fi
 

@@ -44,7 +44,7 @@ def test_writes_subset_provenance_and_page(kdfast, tiny: Path, cache: Path, tmp_
     out = tmp_path / "new" / "idx.npy"
     outcome = kdfast(*command(tiny, cache, out))
     assert outcome.code == 0, outcome.err
-    assert "kept 30 of 120 training samples (if-beta, balanced, seed 3); 10 to 10 a class" in outcome.out
+    assert "kept 30 of 120 training samples (if-beta, balanced, seed 3); 10 per class" in outcome.out
     assert sorted(path.name for path in out.parent.iterdir()) == ["idx.json", "idx.npy"]
     about = json.loads(out.with_suffix(".json").read_text())
     found = about["if-beta"]

@@ -137,9 +137,11 @@ def prune(
                 _write(path, selection)
     for selection in selections:
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
+        least, most = counts.min(), counts.max()
+        per_class = f"{least} to {most}" if least < most else f"{most}"
         print(
             f"{'would keep' if dry_run else 'kept'} {len(selection.ids)} of {len(source.train)} training samples "
-            f"({selection}); {counts.min()} to {counts.max()} a class"
+            f"({selection}); {per_class} per class"
         )
 
 
@@ -154,7 +156,7 @@ def _balance(balance: str | None, balanced: bool | None, equal: bool) -> str:
     """Return the library's word for --balance, or for the older flags --balanced, --unbalanced and --equal.
 
     Raises:
-        UsageError: They contradict each other, or the value is none of `BALANCES`.
+        UsageError: They contradict each other, or the value is not one of `BALANCES`.
     """
     if equal and balanced is False:
         raise UsageError("--equal and --unbalanced exclude each other: pass --balance equal or --balance none")
