@@ -45,7 +45,7 @@ def batch_count(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
-def rank_batches(
+def split_batches_by_rank(
     order: IntArray, batch_size: int, *, start: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[IntArray]:
     """Return one rank's share of each global batch of an epoch.

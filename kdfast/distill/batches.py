@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.data.loaders import Loader
-from kdfast.data.order import batch_count, epoch_order, rank_batches
+from kdfast.data.order import batch_count, epoch_order, split_batches_by_rank
 from kdfast.data.views import ViewSpec, draw_view_indices, view_table
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.targets import BatchTargets
@@ -87,7 +87,7 @@ class Batches:
         """Yield this process's share of the batches of one epoch, starting with batch `first`."""
         order = epoch_order(self._ids, self._seed, epoch)
         rank, world = self._distributed.rank, self._distributed.world_size
-        shares = list(rank_batches(order, self._batch_size, start=first, rank=rank, world=world))
+        shares = list(split_batches_by_rank(order, self._batch_size, start=first, rank=rank, world=world))
         ids = np.concatenate(shares)
         view_indices = draw_view_indices(self._seed, epoch, ids, self._n_views)
         view_ids = torch.from_numpy(self._view_ids(ids, view_indices))

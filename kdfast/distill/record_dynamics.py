@@ -39,7 +39,7 @@ class RecordingConfig:
     Attributes:
         runs: Number of training runs; run r has the seed `config.seed + r`.
         only: Train this run alone, so that processes or machines can share the runs; None: all, one after another.
-        keep: Fraction of the samples that each run trains on, in (0, 1]; see `kept_mask`.
+        keep: Fraction of the samples that each run trains on, in (0, 1]; see `draw_training_mask`.
         record_every: Epochs between two recordings; must divide the number of epochs. Readers of the dynamics count
             recorded epochs only.
         features_every: Recorded epochs between two that keep features; 0: none but the last, which always keeps them.
@@ -68,11 +68,11 @@ class RecordingConfig:
         return list(range(self.runs)) if self.only is None else [self.only]
 
 
-def kept_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[np.bool_]:
+def draw_training_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[np.bool_]:
     """Select the samples that a run trains on: each with probability `keep`, independently of the other samples.
 
     The runs are balanced rather than independent: with keep = a / b in lowest terms (b at most 20; other fractions are
-    rounded to such a one), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1, and so on.
+    rounded to the nearest such fraction), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1, and so on.
     Few runs therefore suffice to train both with and without every sample. A run's mask does not depend on how many
     runs follow.
 
@@ -127,7 +127,7 @@ def record_dynamics(
         )
     results = []
     for run in recording.selected_runs:
-        mask = kept_mask(len(inputs.source.train), recording.keep, config.seed, run)
+        mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
         run_config = dataclasses.replace(config, seed=config.seed + run)
         if len(ids) < run_config.batch_size:

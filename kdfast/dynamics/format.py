@@ -57,7 +57,7 @@ def labels_digest(labels: npt.NDArray[np.int64]) -> str:
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
-def seal_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def compute_file_digests(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the size and SHA-256 of each file."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
 
@@ -80,7 +80,7 @@ def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check
 
     Args:
         folder: The folder of the files.
-        files: The result of `seal_of`.
+        files: The result of `compute_file_digests`.
         check_sums: Compare not only sizes but also SHA-256.
 
     Raises:

@@ -49,7 +49,7 @@ class DynamicsRecorder:
         mask: bool (N,), the samples that this run trains on; by default all. The others are recorded too.
         fingerprint: Fingerprint of the data, if it is a kdfast source. The labels are compared in any case.
         feature_epochs: Epochs (from 0) after which `update` also needs features.
-        facts: Further JSON values to store. A folder recorded with other facts raises an error.
+        facts: Further JSON values to store. A folder recorded with different values raises an error.
 
     Attributes:
         epoch: The epoch to record next.
@@ -285,7 +285,7 @@ class DynamicsRecorder:
                 np.save(file, np.stack(rows))
         names = [f"{name}.npy" for name in layout.METRICS] + [layout.CORRECT, layout.MASK]
         names += [layout.features_file(epoch) for epoch in self._feature_epochs]
-        write_sealed(self.folder / layout.SEAL, {"files": layout.seal_of(self.folder, names)})
+        write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
         self._complete()
 
     def _complete(self) -> None:

@@ -1,9 +1,9 @@
 """Atomic writes: a file is either complete or absent.
 
-A write goes to a temporary file in the folder of the target, is flushed to disk, and is then renamed to the target. No
-reader, full disk or killed process ever leaves a partial file under the final name. The writer holds a lock on its
-temporary file, and the lock dies with the process, so the next writer can tell the files of a killed writer from those
-of a running one and remove them.
+A write goes to a temporary file in the folder of the target, is flushed to disk, and is then renamed to the target.
+Neither a full disk nor a killed process leaves a partial file under the final name. The writer holds a lock on its
+temporary file, which is released when the process exits, so the next writer can distinguish the files of a killed
+writer from those of a running one and remove them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             reason = _disk_error(exc, (str(target), str(temporary)), descriptor)
             if reason is None:
                 raise
-            raise cannot_write(target, reason) from exc
+            raise make_write_error(target, reason) from exc
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -97,7 +97,7 @@ def open_temporary(target: Path) -> tuple[Path, int]:
         OutputError: The file cannot be created, or `target` is a folder.
     """
     if target.is_dir():
-        raise cannot_write(target, "it is a folder")
+        raise make_write_error(target, "it is a folder")
     try:
         _remove_stale_of(target)
         while True:
@@ -110,10 +110,10 @@ def open_temporary(target: Path) -> tuple[Path, int]:
                 return temporary, descriptor
             os.close(descriptor)  # another writer removed the file between its creation and its lock
     except OSError as exc:
-        raise cannot_write(target, exc) from exc
+        raise make_write_error(target, exc) from exc
 
 
-def cannot_write(path: Path, reason: OSError | str) -> OutputError:
+def make_write_error(path: Path, reason: OSError | str) -> OutputError:
     """Return the OutputError for a path that cannot be written."""
     text = reason if isinstance(reason, str) else reason.strerror or str(reason)
     return OutputError(f"cannot write {path}: {text}; free space, repair the folder, or use another path")

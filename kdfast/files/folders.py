@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from kdfast.errors import OutputError
-from kdfast.files.atomic import cannot_write, open_temporary
+from kdfast.files.atomic import make_write_error, open_temporary
 
 _LOCK_NAME = ".kdfast.lock"
 _LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -20,7 +20,7 @@ _LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Create `folder` and its parents, and check that a file can be written there.
 
-    Call it before hours of work whose result goes to the folder.
+    Call it before long-running work that writes its result there.
 
     Returns:
         `folder` as a Path.
@@ -32,14 +32,14 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise cannot_write(path, exc) from exc
+        raise make_write_error(path, exc) from exc
     probe, descriptor = open_temporary(path / "probe")
     try:
         # More than an inode can hold inline, and flushed, so that a full disk fails here.
         os.write(descriptor, bytes(4096))
         os.fsync(descriptor)
     except OSError as exc:
-        raise cannot_write(path, exc) from exc
+        raise make_write_error(path, exc) from exc
     finally:
         os.close(descriptor)
         with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def visible_entries(folder: str | os.PathLike[str]) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as exc:
-        raise cannot_write(Path(folder), exc) from exc
+        raise make_write_error(Path(folder), exc) from exc
 
 
 class FolderLock:
@@ -87,7 +87,7 @@ class FolderLock:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as exc:
-            raise cannot_write(path, exc) from exc
+            raise make_write_error(path, exc) from exc
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdfast.data.order import batch_count, epoch_order, rank_batches
+from kdfast.data.order import batch_count, epoch_order, split_batches_by_rank
 from kdfast.errors import SubsetError, UsageError
 
 
@@ -44,7 +44,7 @@ def test_shares_join_to_the_global_batches_from_any_start(n, batch, world, data)
     whole = [order[i : i + batch].tolist() for i in range(0, n, batch)]
     assert batch_count(n, batch) == len(whole)
     start = data.draw(st.integers(0, len(whole)))
-    shares = [list(rank_batches(order, batch, start=start, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(split_batches_by_rank(order, batch, start=start, rank=rank, world=world)) for rank in range(world)]
     assert all(len(share) == len(whole) - start for share in shares)
     for step, expected in enumerate(whole[start:]):
         parts = [share[step].tolist() for share in shares]
@@ -57,7 +57,9 @@ def test_no_share_of_a_smaller_batch_is_larger():
         sizes = np.zeros((65, world), np.int64)
         for count in range(1, 65):
             order = np.arange(max(count, world) + count)
-            shares = [list(rank_batches(order, max(count, world), rank=rank, world=world)) for rank in range(world)]
+            shares = [
+                list(split_batches_by_rank(order, max(count, world), rank=rank, world=world)) for rank in range(world)
+            ]
             joined = [part for parts in zip(*shares, strict=True) for part in parts]
             assert np.array_equal(np.concatenate(joined), order)
             sizes[count] = [len(share[1]) for share in shares]
@@ -66,7 +68,7 @@ def test_no_share_of_a_smaller_batch_is_larger():
 
 
 def test_one_rank_gets_the_global_batches():
-    batches = [b.tolist() for b in rank_batches(np.arange(7), 3)]
+    batches = [b.tolist() for b in split_batches_by_rank(np.arange(7), 3)]
     assert batches == [[0, 1, 2], [3, 4, 5], [6]]
 
 
@@ -76,12 +78,12 @@ def test_one_rank_gets_the_global_batches():
 )
 def test_rejects_invalid_arguments_before_the_first_batch(options):
     with pytest.raises(UsageError):
-        rank_batches(np.arange(7), 3, **options)
+        split_batches_by_rank(np.arange(7), 3, **options)
 
 
 def test_rejects_an_epoch_without_batches():
     with pytest.raises(SubsetError, match="0 samples do not make a batch of 8"):
-        rank_batches(np.arange(0), 8)
+        split_batches_by_rank(np.arange(0), 8)
     with pytest.raises(SubsetError, match="0 samples"):
         batch_count(0, 8)
     with pytest.raises(UsageError, match="`batch_size` is 0"):

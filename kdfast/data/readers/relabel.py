@@ -86,7 +86,7 @@ class RelabelledSplit:
         return self._split.read(ids)
 
 
-def relabelled(source: Source, labels: IntArray) -> Source:
+def replace_labels(source: Source, labels: IntArray) -> Source:
     """Return the source with other training labels; its fingerprint differs.
 
     Args:
@@ -153,4 +153,4 @@ def open_relabelled(path: Path, open_base: Callable[[str], Source]) -> Source:
     base = open_base(str(record["data"]))
     if base.fingerprint != record["base"]:
         raise DataError(f"{record['data']} has changed since {path} was made from it; run kdfast data flip again")
-    return dataclasses.replace(relabelled(base, labels), path=str(path), kind="relabelled")
+    return dataclasses.replace(replace_labels(base, labels), path=str(path), kind="relabelled")

@@ -1,7 +1,7 @@
 """The sampling policy: draw samples without replacement, weighted by a Beta density over the ranks of their scores.
 
 A sample of rank u in (0, 1) has the log-weight (a - 1) ln u + (b - 1) ln(1 - u). Each stratum (a class, or the whole
-data set) is drawn from separately, by `kdfast.prune.rules.draw.gumbel_top_m`. The Gumbel noise is a hash of (seed,
+data set) is drawn from separately, by `kdfast.prune.rules.draw.gumbel_top_k`. The Gumbel noise is a hash of (seed,
 step, draw, sample), so any draw of any step can be computed alone, and two policies can be compared under the same
 noise.
 
@@ -28,7 +28,7 @@ from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import class_budgets
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.rules.beta import mid_ranks
-from kdfast.prune.rules.draw import gumbel_noise, gumbel_top_m
+from kdfast.prune.rules.draw import gumbel_noise, gumbel_top_k
 
 # Beyond these bounds the density is a spike that a draw of a few per cent cannot resolve, and the log-weights dwarf the
 # noise.
@@ -113,7 +113,7 @@ class StratifiedSampler:
         Returns:
             int64 (total,), positions into `ids`: stratum by stratum, each in the order drawn.
         """
-        return gumbel_top_m(self.log_weights(a, b), noise, self.counts, self.strata)
+        return gumbel_top_k(self.log_weights(a, b), noise, self.counts, self.strata)
 
     def log_probability_gradient(self, drawn: IntArray, a: float, b: float) -> FloatArray:
         """Return the gradient of ln p(drawn) in phi = (ln a, ln b).

@@ -7,7 +7,7 @@ import numpy as np
 from kdfast.data.stateless_random import IntArray
 from kdfast.prune.options import Option
 from kdfast.prune.rules.base import FloatArray, RuleInputs
-from kdfast.prune.rules.draw import weighted_draw
+from kdfast.prune.rules.draw import draw_weighted
 
 OPTIONS = {
     "a": Option(1.0, "first parameter of the density; a > b prefers hard samples", low=1e-3, high=1e3),
@@ -23,7 +23,7 @@ def beta(inputs: RuleInputs) -> IntArray:
     """
     u = mid_ranks(inputs.scores)
     log_weights = (inputs.number("a") - 1) * np.log(u) + (inputs.number("b") - 1) * np.log1p(-u)
-    return weighted_draw(inputs, log_weights)
+    return draw_weighted(inputs, log_weights)
 
 
 def mid_ranks(scores: FloatArray) -> FloatArray:

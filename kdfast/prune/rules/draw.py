@@ -18,12 +18,13 @@ def gumbel_noise(uniforms: FloatArray) -> FloatArray:
     return -np.log(-np.log(uniforms))
 
 
-def gumbel_top_m(
+def gumbel_top_k(
     log_weights: FloatArray, noise: FloatArray, counts: IntArray, strata: IntArray, ties: FloatArray | None = None
 ) -> IntArray:
     """Draw from each stratum without replacement, in proportion to the weights of the samples left.
 
-    The m highest values of log-weight + Gumbel noise are such a draw (Plackett-Luce). Samples of weight zero come last.
+    The k highest values of log-weight + Gumbel noise follow this distribution (Plackett-Luce). Samples of weight zero
+    come last.
 
     Args:
         log_weights: float64 (n,), up to a constant; -inf for a weight of zero.
@@ -45,8 +46,8 @@ def gumbel_top_m(
     return np.concatenate([order[start : start + count] for start, count in zip(starts, counts, strict=True)])
 
 
-def weighted_draw(inputs: RuleInputs, log_weights: FloatArray) -> IntArray:
-    """Draw `count` samples of a group with `gumbel_top_m`.
+def draw_weighted(inputs: RuleInputs, log_weights: FloatArray) -> IntArray:
+    """Draw `count` samples of a group with `gumbel_top_k`.
 
     The noise is a hash of the seed and the sample's index, so a sample has the same noise in every group.
 
@@ -56,4 +57,4 @@ def weighted_draw(inputs: RuleInputs, log_weights: FloatArray) -> IntArray:
     """
     noise = gumbel_noise(rule_uniform(inputs.seed, inputs.ids))
     one_stratum = np.zeros(len(log_weights), np.int64)
-    return gumbel_top_m(log_weights, noise, np.array([inputs.count]), one_stratum, inputs.ties)
+    return gumbel_top_k(log_weights, noise, np.array([inputs.count]), one_stratum, inputs.ties)

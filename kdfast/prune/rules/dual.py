@@ -8,7 +8,7 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
 from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray, RuleInputs, by_rank
-from kdfast.prune.rules.draw import weighted_draw
+from kdfast.prune.rules.draw import draw_weighted
 
 MEAN_P = "mean_p"
 OPTIONS = {
@@ -66,7 +66,7 @@ def dual(inputs: RuleInputs) -> IntArray:
     exponent = inputs.number("c") + (2 if inputs.options["fidelity"] == "code" else 0)
     a, b = beta_parameters(inputs.number("mu"), inputs.fraction, exponent, inputs.number("total"))
     with np.errstate(divide="ignore"):
-        return weighted_draw(inputs, np.log(inputs.scores) + (a - 1) * np.log(p) + (b - 1) * np.log1p(-p))
+        return draw_weighted(inputs, np.log(inputs.scores) + (a - 1) * np.log(p) + (b - 1) * np.log1p(-p))
 
 
 def _probabilities(inputs: RuleInputs) -> FloatArray:

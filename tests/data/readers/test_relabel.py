@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdfast.data.readers.registry import open_source
-from kdfast.data.readers.relabel import flip_labels, relabelled, write_flipped
+from kdfast.data.readers.relabel import flip_labels, replace_labels, write_flipped
 from kdfast.errors import DataError, OutputError, UsageError
 
 
@@ -49,9 +49,9 @@ def test_relabelled_source_keeps_images_and_test_split_and_has_its_own_fingerpri
 def test_rejects_labels_of_another_length_or_class(tmp_path, npz):
     base = open_source(npz(tmp_path / "d.npz"))
     with pytest.raises(DataError, match="one integer per image"):
-        relabelled(base, np.zeros(5, np.int64))
+        replace_labels(base, np.zeros(5, np.int64))
     with pytest.raises(DataError, match="classes"):
-        relabelled(base, np.full(12, 7))
+        replace_labels(base, np.full(12, 7))
 
 
 def test_rejects_a_folder_that_is_not_empty(tmp_path, npz):

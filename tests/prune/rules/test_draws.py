@@ -12,7 +12,7 @@ from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.base import RuleInputs
 from kdfast.prune.rules.beta import mid_ranks
 from kdfast.prune.rules.ccs import default_cut, stratum_budgets
-from kdfast.prune.rules.draw import weighted_draw
+from kdfast.prune.rules.draw import draw_weighted
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [300, 150, 60, 30])).astype(np.int64)
 SCORES = np.random.default_rng(1).gamma(2.0, size=len(LABELS))
@@ -94,7 +94,7 @@ def drawn_pairs(weights: np.ndarray, draws: int) -> dict[frozenset[int], float]:
     n = len(weights)
     for seed in range(draws):
         inputs = RuleInputs(np.zeros(n), np.arange(n) / n, 2, 0.5, seed, np.arange(n))
-        pair = frozenset(weighted_draw(inputs, np.log(weights)).tolist())
+        pair = frozenset(draw_weighted(inputs, np.log(weights)).tolist())
         counts[pair] = counts.get(pair, 0) + 1 / draws
     return counts
 
@@ -138,7 +138,7 @@ def test_draws_depend_on_samples_not_on_the_group() -> None:
     """A sample has the same noise in every group."""
     flat = np.zeros(len(LABELS))
     inputs = RuleInputs(flat, flat, 50, 0.1, 3, np.arange(len(LABELS)))
-    everyone = weighted_draw(inputs, flat)
+    everyone = draw_weighted(inputs, flat)
     part = np.sort(everyone)[::2]
-    again = weighted_draw(RuleInputs(flat[part], flat[part], len(part), 0.1, 3, part), flat[part])
+    again = draw_weighted(RuleInputs(flat[part], flat[part], len(part), 0.1, 3, part), flat[part])
     assert part[again].tolist() == [i for i in everyone if i in set(part)]
