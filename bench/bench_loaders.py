@@ -32,7 +32,7 @@ from kdfast.data.ffcv.read import BetonLoader, load_ffcv, worker_count
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
 from kdfast.data.resident import ResidentLoader
-from kdfast.data.source import Source, normalization_of
+from kdfast.data.source import Source, compute_normalization
 from kdfast.data.views import Normalization, apply_views, draw_view_indices
 
 BATCH = 256
@@ -142,7 +142,7 @@ def compare(ours: Epoch, theirs: Epoch, count: int, rounds: int) -> dict[str, ob
 
 def measure(source: Source, folder: Path, rounds: int) -> dict[str, object]:
     """Run the three comparisons in the order of the module docstring."""
-    norm = normalization_of(source.train)
+    norm = compute_normalization(source.train)
     ids = np.random.default_rng(0).permutation(len(source.train))[: int(KEEP * len(source.train))].astype(np.int64)
     # Create the DataLoader first: its workers must be forked before FFCV starts threads.
     pil = DataLoader(

@@ -23,7 +23,7 @@ from harness import write_results
 
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import normalization_of
+from kdfast.data.source import compute_normalization
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache
@@ -58,7 +58,7 @@ def main() -> None:
         source = convert(open_source(options.data), betons)
         classes = len(source.classes)
         model = Model(build_net("resnet8", classes).eval(), "resnet8", classes, source.classes,
-                      normalization_of(source.train))  # fmt: skip
+                      compute_normalization(source.train))  # fmt: skip
         with mock.patch("kdfast.teacher.build.Predictor", RandomPredictor):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())

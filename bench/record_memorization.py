@@ -1,4 +1,4 @@
-"""Record training dynamics for the memorization score on the planted set, with a small network that memorizes.
+"""Record training dynamics for the memorization score on the set with flipped labels, with a small network that memorizes.
 
     python bench/record_memorization.py --data noisy10 --out mem [--runs 6] [--keep 0.67] [--only RUN]
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import normalization_of
+from kdfast.data.source import compute_normalization
 from kdfast.distill.config import RunConfig
 from kdfast.distill.plan import LoadedInputs
 from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
@@ -61,7 +61,7 @@ def main() -> None:
     NETS["vgg_small"] = small_vgg
     torch.set_num_threads(1)  # several processes record at the same time
     source = open_source(arguments.data)
-    inputs = LoadedInputs(source, make_loader(source.train), normalization_of(source.train), TeacherTargets())
+    inputs = LoadedInputs(source, make_loader(source.train), compute_normalization(source.train), TeacherTargets())
     config = RunConfig(
         student="vgg_small",
         epochs=arguments.epochs,

@@ -1,5 +1,6 @@
 // Elements of random permutations, one permutation per key, by 32 rounds of the swap-or-not shuffle (Hoang, Morris and
-// Rogaway 2012). The NumPy function kdfast.data.stateless_random.shuffled_at is the reference and explains the method.
+// Rogaway 2012). The NumPy function kdfast.data.stateless_random.permutation_element is the reference and explains the
+// method.
 #include <algorithm>
 #include <stdexcept>
 

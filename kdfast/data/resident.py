@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.data.source import ArraySplit, Split, epoch_ids, id_blocks
+from kdfast.data.source import ArraySplit, Split, check_epoch_ids, id_blocks
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import UsageError
 
@@ -45,12 +45,12 @@ class ResidentLoader:
             until the next one is requested.
 
         Raises:
-            SubsetError: The ids or the batch size are invalid, see `epoch_ids`.
+            SubsetError: The ids or the batch size are invalid, see `check_epoch_ids`.
             UsageError: The loader is closed.
         """
         if self._rows is None:
             raise UsageError("the loader is closed; create another one")
-        return self._epoch(self._rows, epoch_ids(ids, len(self._rows), batch_size), batch_size)
+        return self._epoch(self._rows, check_epoch_ids(ids, len(self._rows), batch_size), batch_size)
 
     def close(self) -> None:
         """Release the memory."""

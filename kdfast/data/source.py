@@ -66,7 +66,7 @@ class ArraySplit:
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         self.images: Pixels = np.ascontiguousarray(images, dtype=np.uint8)
-        self._labels = integer_labels(labels, len(images), name)
+        self._labels = check_labels(labels, len(images), name)
 
     @property
     def labels(self) -> IntArray:
@@ -84,7 +84,7 @@ class ArraySplit:
 
     def read(self, ids: npt.ArrayLike) -> Pixels:
         """Copy the samples `ids`, integers `(n,)`, to a uint8 array `(n, H, W, 3)`."""
-        return self.images[index_array(ids, len(self))]
+        return self.images[check_sample_ids(ids, len(self))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +130,14 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the decoded training split (see `fingerprint_of`); computed on first use.
+        """Digest of the decoded training split (see `compute_fingerprint`); computed on first use.
 
         Raises:
             DataError: It differs from the recorded one.
         """
         if self.recorded is not None and self.trusted:
             return self.recorded
-        found = fingerprint_of(self.train, len(self.classes))
+        found = compute_fingerprint(self.train, len(self.classes))
         if self.recorded not in (None, found):
             raise DataError(
                 f"{self.path} does not hold the training samples that were written to it (fingerprint {found[:12]}, "
@@ -169,7 +169,7 @@ class DataDigest:
         return self._hash.hexdigest()
 
 
-def fingerprint_of(split: Split, classes: int) -> str:
+def compute_fingerprint(split: Split, classes: int) -> str:
     """Return the digest of a decoded split in index order, read in blocks.
 
     Args:
@@ -185,7 +185,7 @@ def fingerprint_of(split: Split, classes: int) -> str:
     return digest.finish(split.labels)
 
 
-def normalization_of(split: Split) -> Normalization:
+def compute_normalization(split: Split) -> Normalization:
     """Return the mean and standard deviation of each channel over all pixels of a split, on the scale 0 to 1.
 
     The sums are exact integers, so the result does not depend on the block size or the machine.
@@ -218,7 +218,7 @@ def id_blocks(split: Split) -> Iterator[IntArray]:
         yield np.arange(start, min(start + step, len(split)), dtype=np.int64)
 
 
-def index_array(ids: npt.ArrayLike, count: int) -> IntArray:
+def check_sample_ids(ids: npt.ArrayLike, count: int) -> IntArray:
     """Check sample ids and copy them to a new int64 array `(n,)`.
 
     Raises:
@@ -237,7 +237,7 @@ def index_array(ids: npt.ArrayLike, count: int) -> IntArray:
     return given.astype(np.int64, order="C")
 
 
-def epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray:
+def check_epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray:
     """Check the ids of one pass over the data and copy them, so that later changes by the caller have no effect.
 
     Args:
@@ -253,7 +253,7 @@ def epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray:
     """
     if batch_size < 1:
         raise SubsetError(f"`batch_size` is {batch_size}; needed: at least 1")
-    order = index_array(ids, count)
+    order = check_sample_ids(ids, count)
     if not order.size:
         raise SubsetError("there are no sample ids to load; needed: at least one")
     counts = np.bincount(order)
@@ -262,7 +262,7 @@ def epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray:
     return order
 
 
-def integer_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
+def check_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
     """Check that there is one integer label per image, and return the labels as int64 `(N,)`.
 
     Raises:
@@ -276,7 +276,7 @@ def integer_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
     return given.astype(np.int64)
 
 
-def inferred_classes(train: IntArray, name: str) -> tuple[str, ...]:
+def infer_class_names(train: IntArray, name: str) -> tuple[str, ...]:
     """Return class names `0`, `1`, ... for data without names, one for each label up to the largest.
 
     Raises:

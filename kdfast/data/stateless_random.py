@@ -87,7 +87,7 @@ def uniform(words: WordArray) -> npt.NDArray[np.float64]:
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def shuffled_at(positions: IntArray, size: int, keys: WordArray) -> IntArray:
+def permutation_element(positions: IntArray, size: int, keys: WordArray) -> IntArray:
     """Return the elements at given positions of a random permutation of `[0, size)` without building it.
 
     This is the swap-or-not shuffle: in each of 32 rounds the key determines a pairing `x <-> k - x (mod size)` of the
@@ -117,12 +117,12 @@ def shuffled_at(positions: IntArray, size: int, keys: WordArray) -> IntArray:
     return x
 
 
-def shuffled_prefix(count: int, size: int, keys: WordArray) -> IntArray:
+def permutation_prefix(count: int, size: int, keys: WordArray) -> IntArray:
     """Return the first `count` elements of a random permutation of `[0, size)` for each key.
 
     This is the Fisher-Yates shuffle, stopped early. It is exactly uniform, and a longer prefix begins with the shorter
-    one. The cost grows with `count`, so a single distant element is cheaper by `shuffled_at`, which is a different
-    permutation.
+    one. The cost grows with `count`, so a single distant element is cheaper by `permutation_element`, which is a
+    different permutation.
 
     Args:
         count: Number of elements, in `[0, size]`.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.crops import crop_boxes
-from kdfast.data.stateless_random import IntArray, Purpose, hash64, shuffled_at, shuffled_prefix
+from kdfast.data.stateless_random import IntArray, Purpose, hash64, permutation_element, permutation_prefix
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, shift_views
@@ -174,7 +174,7 @@ def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: in
     if n_views == spec.count:
         return np.tile(np.arange(n_views, dtype=np.int64), (len(sample_ids), 1))
     out = np.full((len(sample_ids), n_views), spec.identity, np.int64)
-    others = shuffled_prefix(n_views - 1, spec.count - 1, hash64(Purpose.VIEW_TABLE, view_seed, sample_ids))
+    others = permutation_prefix(n_views - 1, spec.count - 1, hash64(Purpose.VIEW_TABLE, view_seed, sample_ids))
     out[:, 1:] = others + (others >= spec.identity)
     return out
 
@@ -204,8 +204,8 @@ def draw_view_indices(seed: int, epoch: int, sample_ids: IntArray, n_views: int)
     if resolve("draws", "cpu") == "native":
         from kdfast.ops import native
 
-        return native.shuffled_at(position, n_views, keys)
-    return shuffled_at(np.array([position], np.int64), n_views, keys)
+        return native.permutation_element(position, n_views, keys)
+    return permutation_element(np.array([position], np.int64), n_views, keys)
 
 
 def apply_views(
@@ -276,7 +276,7 @@ def _affine(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _as_ids(ids: Tensor | IntArray, count: int, name: str) -> IntArray:
-    """Return `ids` as an int64 array `(count,)`, or raise a ShapeError that calls it `name`."""
+    """Return `ids` as an int64 array `(count,)`, or raise a ShapeError that refers to it as `name`."""
     array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise ShapeError(f"`{name}` is {array.dtype} {array.shape}; needed: integers ({count},), one for each image")

@@ -1,6 +1,6 @@
 """Plan of a run: inputs opened, checked against each other and resolved before the first step.
 
-`plan_run` leads from paths and settings to a `Plan`. Several runs on the same data share one `LoadedInputs` instead.
+`plan_run` builds a `Plan` from paths and settings. Several runs on the same data share one `LoadedInputs` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import kdfast
 from kdfast.data.loaders import Loader, make_loader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import Source, normalization_of
+from kdfast.data.source import Source, compute_normalization
 from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
@@ -68,7 +68,7 @@ class Plan:
         device: Where to train.
         distributed: This process among those of the run.
         identity: Settings and fingerprints of the inputs. Two runs are the same run if these are equal.
-        facts: Further facts for config.json: paths, device, versions.
+        facts: Further metadata for config.json: paths, device, versions.
         costs: Seconds spent in earlier stages, where known.
     """
 
@@ -120,7 +120,7 @@ class LoadedInputs:
         source: The data.
         loader: Loader of the training split's images.
         normalization: The student's input statistics.
-        teacher: The teacher, or none; used whatever alpha is.
+        teacher: The teacher, or None; used regardless of alpha.
     """
 
     source: Source
@@ -145,7 +145,7 @@ class LoadedInputs:
             ids: int64 (n,), the kept samples.
             device: Where to train.
             distributed: This process among those of the run; None for a single process.
-            facts: Further facts for config.json.
+            facts: Further metadata for config.json.
             costs: Seconds spent in earlier stages.
 
         Returns:
@@ -222,7 +222,7 @@ def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alph
         costs["prune"] = float(subset.provenance["seconds"])
     teacher = TeacherTargets() if config.alpha == 0 else _open_teacher(paths, source, subset.ids, costs)
     loader = make_loader(source.train, paths.loader, device)
-    inputs = LoadedInputs(source, loader, normalization_of(source.train), teacher)
+    inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
     facts = dataclasses.asdict(paths)
     return inputs.plan(config, subset.ids, device=device, distributed=distributed, facts=facts, costs=costs)
 
@@ -230,10 +230,10 @@ def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alph
 def check_student(config: RunConfig, samples: int, source: Source, distributed: Distributed) -> None:
     """Check that the network exists and can train on the last batch of an epoch.
 
-    Batch norm over one value per channel has no variance, so that a batch of one sample may be impossible.
+    Batch norm over one value per channel has no variance, so that a batch of one sample may fail.
 
     Raises:
-        UsageError: If it cannot.
+        UsageError: The network does not exist, or cannot train on that batch.
     """
     net = build_net(config.student, len(source.classes))
     last = samples % config.batch_size or config.batch_size
@@ -243,8 +243,8 @@ def check_student(config: RunConfig, samples: int, source: Source, distributed: 
         net.train()(torch.zeros(1, 3, *source.view_spec.size))
     except ValueError as error:
         raise UsageError(
-            f"the last batch of an epoch leaves one of {samples} samples to a process, and the network cannot train on "
-            f"one ({error}): choose a `batch_size` other than {config.batch_size}"
+            f"the last batch of an epoch gives a process a single sample (of {samples}), and the network cannot train "
+            f"on one ({error}): choose a `batch_size` other than {config.batch_size}"
         ) from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdfast.data.stateless_random import Purpose, hash64, shuffled_at
+from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distill.config import RunConfig, check_at_least
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
@@ -88,7 +88,7 @@ def draw_training_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[
     fraction = Fraction(str(keep)).limit_denominator(_MAX_CYCLE)
     cycle, position = divmod(run, fraction.denominator)
     keys = hash64(Purpose.KEEP, seed, cycle, np.arange(n, dtype=np.int64))
-    return shuffled_at(np.full(n, position), fraction.denominator, keys) < fraction.numerator
+    return permutation_element(np.full(n, position), fraction.denominator, keys) < fraction.numerator
 
 
 def record_dynamics(

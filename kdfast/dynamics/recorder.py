@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.data.source import integer_labels
+from kdfast.data.source import check_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
 from kdfast.dynamics.metrics import compute_metrics
@@ -82,7 +82,7 @@ class DynamicsRecorder:
         if not all(0 <= epoch < epochs for epoch in feature_epochs):
             raise UsageError(f"feature_epochs is {list(feature_epochs)}: pass epochs from 0 to {epochs - 1}")
         self.path = Path(path)
-        self._labels = integer_labels(labels, n, "dynamics")
+        self._labels = check_labels(labels, n, "dynamics")
         if n < 1 or int(self._labels.min()) < 0:
             raise DataError("dynamics need at least one sample, and labels from 0 on: check the labels")
         self._mask = np.ones(n, np.bool_) if mask is None else np.asarray(mask)

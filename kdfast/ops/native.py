@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast import _native
 
-__all__ = ["DTYPE_CODES", "WIDEST_ISA", "extension", "isa", "shift_views", "shuffled_at"]
+__all__ = ["DTYPE_CODES", "WIDEST_ISA", "extension", "isa", "permutation_element", "shift_views"]
 
 extension = _native
 """The compiled module."""
@@ -58,8 +58,8 @@ def shift_views(
     return out.permute(0, 3, 1, 2)
 
 
-def shuffled_at(position: int, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Compute ``kdfast.data.stateless_random.shuffled_at`` for one position and keys (n,): int64 (n,).
+def permutation_element(position: int, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Compute ``kdfast.data.stateless_random.permutation_element`` for one position and keys (n,): int64 (n,).
 
     Raises:
         ValueError: If the position or the size is out of range.

@@ -12,7 +12,7 @@ import numpy as np
 import kdfast
 from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import normalization_of
+from kdfast.data.source import compute_normalization
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
@@ -73,7 +73,7 @@ class Session:
             for fraction in config.fractions:
                 self._pipeline.check(recipe.method, fraction)
         loader = make_loader(source.train, config.loader, self._device)
-        plain = LoadedInputs(source, loader, normalization_of(source.train), TeacherTargets())
+        plain = LoadedInputs(source, loader, compute_normalization(source.train), TeacherTargets())
         self._inputs = {False: plain, True: dataclasses.replace(plain, teacher=TeacherTargets(cache))}
         for kd in config.kd:
             # Refuse more views than exist.

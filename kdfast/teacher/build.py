@@ -1,7 +1,7 @@
 """Build a teacher's cache: first its plan, then its shards, and last its manifest.
 
 Several processes can share a build. Process `rank` of `world` computes the shards rank, rank + world, rank + 2 world,
-and so on. They communicate through the folder alone: each holds a lock of its own while it works, a shard counts as
+and so on. They communicate through the folder alone: each holds its own lock while it works, a shard counts as
 done once its record exists, and the process that finds all shards done locks the folder and writes the manifest. The
 `.building` subfolder holds all of this; it is removed once the manifest exists.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdfast.data.source import Source, epoch_ids
+from kdfast.data.source import Source, check_epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
 from kdfast.files import FolderLock, check_writable, sha256_json
 from kdfast.nets.checkpoint import Model
@@ -119,7 +119,7 @@ def build_cache(
     check_build(source, model, out, n_views, dtype, precision, top_k, rank, world)
     coverage = np.arange(len(source.train), dtype=np.int64)
     if ids is not None:
-        coverage = np.sort(epoch_ids(ids, len(source.train), 1))
+        coverage = np.sort(check_epoch_ids(ids, len(source.train), 1))
     batch_size = batch_size or default_batch_size(place)
     rows = RowFormat(model.classes, np.dtype(dtype), top_k)
     per_shard = max(1, min(shard_bytes // (n_views * rows.row_bytes), _SHARD_ROWS // n_views))

@@ -8,11 +8,11 @@ from kdfast.data import source as module
 from kdfast.data.source import (
     ArraySplit,
     DataDigest,
+    check_epoch_ids,
+    check_sample_ids,
+    compute_fingerprint,
+    compute_normalization,
     default_view_spec,
-    epoch_ids,
-    fingerprint_of,
-    index_array,
-    normalization_of,
 )
 from kdfast.errors import DataError, SubsetError
 
@@ -21,14 +21,14 @@ def test_fingerprint_is_the_documented_digest(split):
     data = split(10)
     head = json.dumps({"classes": 3, "samples": 10, "shape": [8, 8, 3]}).encode()
     expected = hashlib.sha256(head + data.images.tobytes() + data.labels.tobytes()).hexdigest()
-    assert fingerprint_of(data, 3) == expected
+    assert compute_fingerprint(data, 3) == expected
 
 
 def test_fingerprint_does_not_depend_on_blocks(split, monkeypatch):
     data = split(50)
-    whole = fingerprint_of(data, 3)
+    whole = compute_fingerprint(data, 3)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 8 * 8 * 3)
-    assert fingerprint_of(data, 3) == whole
+    assert compute_fingerprint(data, 3) == whole
 
 
 @pytest.mark.parametrize("change", ["pixel", "label", "order", "classes", "count"])
@@ -45,7 +45,7 @@ def test_fingerprint_depends_on(split, change):
         classes = 4
     if change == "count":
         images, labels = images[:9], labels[:9]
-    assert fingerprint_of(ArraySplit(images, labels, "x"), classes) != fingerprint_of(data, 3)
+    assert compute_fingerprint(ArraySplit(images, labels, "x"), classes) != compute_fingerprint(data, 3)
 
 
 def test_fingerprint_depends_on_the_shape():
@@ -61,7 +61,7 @@ def test_fingerprint_depends_on_the_shape():
 def test_normalization_matches_numpy(split, monkeypatch):
     data = split(30)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 7 * 8 * 8 * 3)
-    norm = normalization_of(data)
+    norm = compute_normalization(data)
     scaled = data.images.astype(np.float64) / 255
     np.testing.assert_allclose(norm.mean, scaled.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(norm.std, scaled.std((0, 1, 2)), rtol=1e-12)
@@ -71,7 +71,7 @@ def test_rejects_a_constant_channel(split):
     data = split(5)
     data.images[..., 1] = 9
     with pytest.raises(DataError, match="constant"):
-        normalization_of(data)
+        compute_normalization(data)
 
 
 @pytest.mark.parametrize(
@@ -79,28 +79,28 @@ def test_rejects_a_constant_channel(split):
 )
 def test_index_array_rejects(ids):
     with pytest.raises(SubsetError):
-        index_array(ids, 10)
+        check_sample_ids(ids, 10)
 
 
 def test_message_about_a_mask_names_flatnonzero():
     with pytest.raises(SubsetError, match=r"np\.flatnonzero"):
-        index_array(np.ones(10, bool), 10)
+        check_sample_ids(np.ones(10, bool), 10)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, np.int64])
 def test_index_array_copies(dtype):
     given = np.array([3, 1, 2], dtype)
-    ids = index_array(given, 4)
+    ids = check_sample_ids(given, 4)
     given[:] = 0
     assert ids.dtype == np.int64
     assert ids.tolist() == [3, 1, 2]
-    assert index_array(np.arange(10, dtype=dtype)[::3], 10).flags.c_contiguous
+    assert check_sample_ids(np.arange(10, dtype=dtype)[::3], 10).flags.c_contiguous
 
 
 @pytest.mark.parametrize(("ids", "batch"), [([], 4), ([1, 2, 1], 4), ([1], 0), (np.zeros(0, np.int64), 1)])
 def test_epoch_ids_rejects(ids, batch):
     with pytest.raises(SubsetError):
-        epoch_ids(ids, 10, batch)
+        check_epoch_ids(ids, 10, batch)
 
 
 def test_default_view_spec():

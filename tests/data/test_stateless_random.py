@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdfast.data.stateless_random import Purpose, hash64, mix64, shuffled_at, shuffled_prefix, uniform, uniform_below
+from kdfast.data.stateless_random import (
+    Purpose,
+    hash64,
+    mix64,
+    permutation_element,
+    permutation_prefix,
+    uniform,
+    uniform_below,
+)
 
 WORD = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -67,8 +75,8 @@ def test_values_never_change():
     hashed = hash64(Purpose.VIEW_INDEX, -1, np.array([0, 1, 2**40]), 5)
     assert hashed.tolist() == [0x767803E6C511131A, 0xE2F60C787C845153, 0xA9159FE4A5484CE8]
     three = hash64(1, 2, np.arange(3))
-    assert shuffled_at(np.array([0, 1, 2]), 162, three).tolist() == [36, 115, 116]
-    assert shuffled_prefix(5, 161, three).tolist() == [
+    assert permutation_element(np.array([0, 1, 2]), 162, three).tolist() == [36, 115, 116]
+    assert permutation_prefix(5, 161, three).tolist() == [
         [73, 90, 50, 41, 59],
         [10, 31, 96, 159, 139],
         [52, 87, 15, 29, 7],
@@ -110,7 +118,7 @@ def test_uniform_and_uniform_below_are_uniform():
 @settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(0, WORD))
 def test_shuffled_at_matches_scalar_rounds_and_is_a_bijection(size, key):
-    positions = shuffled_at(np.arange(size), size, np.array([key], np.uint64)).tolist()
+    positions = permutation_element(np.arange(size), size, np.array([key], np.uint64)).tolist()
     assert positions == scalar_shuffle(size, key)
     assert sorted(positions) == list(range(size))
 
@@ -119,20 +127,20 @@ def test_shuffled_at_matches_scalar_rounds_and_is_a_bijection(size, key):
 @given(st.integers(1, 300), st.integers(0, WORD), st.data())
 def test_shuffled_prefix_matches_fisher_yates(size, key, data):
     count = data.draw(st.integers(0, size))
-    assert shuffled_prefix(count, size, np.array([key], np.uint64)).tolist() == [scalar_prefix(size, key)[:count]]
+    assert permutation_prefix(count, size, np.array([key], np.uint64)).tolist() == [scalar_prefix(size, key)[:count]]
 
 
 def test_prefix_does_not_depend_on_the_number_of_keys():
-    many = shuffled_prefix(3, 1000, keys(5000))  # several blocks
-    assert many[4321:4324].tolist() == shuffled_prefix(3, 1000, keys(5000)[4321:4324]).tolist()
+    many = permutation_prefix(3, 1000, keys(5000))  # several blocks
+    assert many[4321:4324].tolist() == permutation_prefix(3, 1000, keys(5000)[4321:4324]).tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_all_permutations_of_few_elements_are_equally_frequent(size):
     k = keys(60_000)
     for rows in (
-        shuffled_prefix(size, size, k),
-        np.stack([shuffled_at(np.array([i]), size, k) for i in range(size)], axis=1),
+        permutation_prefix(size, size, k),
+        np.stack([permutation_element(np.array([i]), size, k) for i in range(size)], axis=1),
     ):
         _, counts = np.unique(rows @ size ** np.arange(size), return_counts=True)
         assert len(counts) == [1, 1, 2, 6, 24][size]
@@ -143,7 +151,7 @@ def test_all_permutations_of_few_elements_are_equally_frequent(size):
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 4), (0, 8)])
 def test_single_positions_and_pairs_are_uniform(size, first, second):
     k = keys(150_000, seed=1)
-    a, b = (shuffled_at(np.array([p]), size, k) for p in (first, second))
+    a, b = (permutation_element(np.array([p]), size, k) for p in (first, second))
     assert chi_square(np.bincount(a, minlength=size)) > 1e-3
     step = np.bincount((b - a) % size, minlength=size)
     assert step[0] == 0
@@ -157,8 +165,8 @@ def test_single_positions_and_pairs_are_uniform(size, first, second):
 @pytest.mark.parametrize("size", [0, 2**32])
 def test_rejects_sizes_out_of_range(size):
     with pytest.raises(ValueError, match="elements"):
-        shuffled_at(np.array([0]), size, keys(1))
+        permutation_element(np.array([0]), size, keys(1))
     with pytest.raises(ValueError, match="elements"):
-        shuffled_prefix(0, size, keys(1))
+        permutation_prefix(0, size, keys(1))
     with pytest.raises(ValueError, match="4 of 3"):
-        shuffled_prefix(4, 3, keys(1))
+        permutation_prefix(4, 3, keys(1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.stateless_random import hash64, shuffled_at
+from kdfast.data.stateless_random import hash64, permutation_element
 from kdfast.ops import native
 
 
@@ -15,8 +15,8 @@ from kdfast.ops import native
 def test_native_equals_the_reference(size: int, count: int) -> None:
     keys = hash64(7, np.arange(count)) if count else np.empty(0, np.uint64)
     for position in {0, size // 3, size - 1}:
-        expected = shuffled_at(np.array([position]), size, keys)
-        assert (native.shuffled_at(position, size, keys) == expected).all()
+        expected = permutation_element(np.array([position]), size, keys)
+        assert (native.permutation_element(position, size, keys) == expected).all()
 
 
 def test_result_does_not_depend_on_thread_count() -> None:
@@ -26,7 +26,7 @@ def test_result_does_not_depend_on_thread_count() -> None:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(native.shuffled_at(5, 162, keys))
+            results.append(native.permutation_element(5, 162, keys))
     finally:
         torch.set_num_threads(before)
     assert all((results[0] == other).all() for other in results[1:])
@@ -35,4 +35,4 @@ def test_result_does_not_depend_on_thread_count() -> None:
 @pytest.mark.parametrize(("position", "size"), [(0, 0), (-1, 5), (5, 5), (0, 2**32)])
 def test_rejects_out_of_range_position_or_size(position: int, size: int) -> None:
     with pytest.raises(ValueError, match="shuffled_at"):
-        native.shuffled_at(position, size, np.zeros(3, np.uint64))
+        native.permutation_element(position, size, np.zeros(3, np.uint64))

@@ -19,10 +19,10 @@ Src = Annotated[str, typer.Argument(help="Source of data, as for --data of other
 def info(src: Src, size: options.Size = None) -> None:
     """Print the kind, splits, classes, views, statistics and fingerprint of a source."""
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.source import normalization_of
+    from kdfast.data.source import compute_normalization
 
     source = open_source(src, size=size)
-    normalization = normalization_of(source.train)
+    normalization = compute_normalization(source.train)
     height, width, _ = source.train.shape
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
     print(f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images")

@@ -62,7 +62,7 @@ def dynamics(
     """
     from kdfast.data.loaders import make_loader
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.source import normalization_of
+    from kdfast.data.source import compute_normalization
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.plan import LoadedInputs
@@ -94,7 +94,7 @@ def dynamics(
         print(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
     inputs = LoadedInputs(
-        source, make_loader(source.train, loader, place), normalization_of(source.train), TeacherTargets()
+        source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
     )
     with progress(f"dynamics {net}") as report:
         results = record_dynamics(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.ffcv.format import read_structure
-from kdfast.data.source import Pixels, epoch_ids, index_array
+from kdfast.data.source import Pixels, check_epoch_ids, check_sample_ids
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import BackendUnavailable, DataError, UsageError
 
@@ -118,7 +118,7 @@ class BetonSplit:
 
     def read(self, ids: npt.ArrayLike) -> Pixels:
         """Decode the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`; the first call compiles the decoder."""
-        order = index_array(ids, len(self))
+        order = check_sample_ids(ids, len(self))
         out = np.empty((len(order), *self._shape), np.uint8)
         if not len(order):
             return out
@@ -185,13 +185,13 @@ class BetonLoader:
             reuses its memory. Leaving the iterator early stops the threads and frees the buffers.
 
         Raises:
-            SubsetError: The ids or the batch size are invalid, see `epoch_ids`.
+            SubsetError: The ids or the batch size are invalid, see `check_epoch_ids`.
             UsageError: The loader is closed.
             DataError: Decoding failed.
         """
         if self._loader is None:
             raise UsageError("the loader is closed; create another one")
-        return self._epoch(epoch_ids(ids, self._count, batch_size), batch_size)
+        return self._epoch(check_epoch_ids(ids, self._count, batch_size), batch_size)
 
     def close(self) -> None:
         """Release the compiled pipeline and the mapped file."""

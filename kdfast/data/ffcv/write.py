@@ -17,7 +17,7 @@ import numpy as np
 
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
 from kdfast.data.readers.folder import TEST_NAMES
-from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, inferred_classes
+from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
@@ -60,7 +60,7 @@ def open_betons(path: Path) -> Source:
         raise DataError(f"{path} lacks {' and '.join(missing)}; run kdfast data convert again")
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
-        classes = inferred_classes(train.labels, str(path))
+        classes = infer_class_names(train.labels, str(path))
         return Source(str(path), "beton", classes, train, test, default_view_spec(train.shape, flip=False))
     return Source(
         path=str(path),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from kdfast.data.source import ArraySplit, Pixels, Source, default_view_spec, inferred_classes
+from kdfast.data.source import ArraySplit, Pixels, Source, default_view_spec, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError
 
@@ -54,7 +54,7 @@ def from_datasets(
         if not np.array_equal(first, second):
             raise DataError(f"training sample {index} differs between two reads; pass the data without augmentation")
     splits = [_decode(data, name) for data, name in ((train, "training"), (test, "test"))]
-    names = tuple(classes) if classes is not None else inferred_classes(splits[0].labels, "the data sets")
+    names = tuple(classes) if classes is not None else infer_class_names(splits[0].labels, "the data sets")
     spec = view_spec or default_view_spec(splits[0].shape, flip=False)
     return Source("datasets", "datasets", names, splits[0], splits[1], spec)
 

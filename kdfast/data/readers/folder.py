@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.source import Pixels, Source, default_view_spec, index_array
+from kdfast.data.source import Pixels, Source, check_sample_ids, default_view_spec
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
 
@@ -100,7 +100,7 @@ class FolderSplit:
         Raises:
             DataError: A file is missing, damaged, or of another size.
         """
-        order = index_array(ids, len(self))
+        order = check_sample_ids(ids, len(self))
         out = np.empty((len(order), *self._shape), np.uint8)
 
         def decode(row: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.data.source import ArraySplit, Source, default_view_spec, inferred_classes
+from kdfast.data.source import ArraySplit, Source, default_view_spec, infer_class_names
 from kdfast.errors import DataError
 
 _KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -44,7 +44,7 @@ def open_npz(path: Path) -> Source:
         ArraySplit(arrays[f"{part}_images"], _flat(arrays[f"{part}_labels"]), f"{part}_images of {path}")
         for part in ("train", "test")
     )
-    classes = inferred_classes(train.labels, str(path))
+    classes = infer_class_names(train.labels, str(path))
     return Source(str(path), "npz", classes, train, test, default_view_spec(train.shape, flip=False))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.source import Pixels, Source, Split, integer_labels
+from kdfast.data.source import Pixels, Source, Split, check_labels
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform_below
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import atomic_write, check_writable, read_json, visible_entries, write_json
@@ -66,7 +66,7 @@ class RelabelledSplit:
 
     def __init__(self, split: Split, labels: IntArray) -> None:
         self._split = split
-        self._labels = integer_labels(labels, len(split), "the new labels")
+        self._labels = check_labels(labels, len(split), "the new labels")
 
     @property
     def labels(self) -> IntArray:

@@ -11,7 +11,7 @@ import pytest
 from kdfast.data.ffcv import write as module
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import ArraySplit, Source, default_view_spec, fingerprint_of
+from kdfast.data.source import ArraySplit, Source, compute_fingerprint, default_view_spec
 from kdfast.errors import DataError, OutputError, UsageError
 
 pytest.importorskip("ffcv")
@@ -51,7 +51,7 @@ def test_conversion_keeps_the_fingerprint(make_source, tmp_path, kind):
     convert(origin, tmp_path / "out")
     result = open_source(tmp_path / "out")
     assert (result.kind, result.classes, result.view_spec) == ("beton", origin.classes, origin.view_spec)
-    assert result.fingerprint == origin.fingerprint == fingerprint_of(result.train, len(result.classes))
+    assert result.fingerprint == origin.fingerprint == compute_fingerprint(result.train, len(result.classes))
     assert same(result.train, origin.train)
     assert same(result.test, origin.test)
     assert files(tmp_path / "out") == ["data.json", "test.beton", "train.beton"]
@@ -339,7 +339,7 @@ def test_jpeg_conversion(tmp_path):
     result = convert(origin, tmp_path, jpeg_quality=95)
     close = result.train.read(range(20)).astype(int) - train.images
     assert np.abs(close).mean() < 3
-    assert result.fingerprint == fingerprint_of(result.train, 3) != origin.fingerprint
+    assert result.fingerprint == compute_fingerprint(result.train, 3) != origin.fingerprint
     assert convert(origin, tmp_path, jpeg_quality=95).fingerprint == result.fingerprint
     with pytest.raises(OutputError, match="another encoding"):
         convert(origin, tmp_path)
