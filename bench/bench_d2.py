@@ -2,8 +2,8 @@
 
 `python bench/bench_d2.py` writes results/d2.json; `--samples`, `--depth` and `--device` change the problem. The
 neighbours of some rows are checked against scikit-learn's brute force, and the first selected samples against a scan.
-The time of the neighbour search grows as N^2 D, and rows of kind "stated" extrapolate the measured rate to 1.28 million
-samples.
+The time of the neighbour search grows as N^2 D, and rows of kind "stated" are extrapolated from the measured rate to
+1.28 million samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from kdfast.prune.rules.d2 import send_forward
+from kdfast.prune.rules.d2 import pass_messages
 from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
 from kdfast.prune.rules.d2_greedy import select_greedily
 
@@ -67,7 +67,7 @@ def measure(samples: int, depth: int, device: str) -> dict[str, object]:
     (found, distances), neighbours_s, neighbours_cpu = timed(nearest_neighbours, features, K, device=device)
     check_neighbours(features, found, distances)
     starts, ends, lengths = undirected_graph(found, distances)
-    u = send_forward(score, starts, ends, np.exp(-lengths))
+    u = pass_messages(score, starts, ends, np.exp(-lengths))
     reverse = np.exp(-0.1 * lengths)
     check_selection(u, starts, ends, reverse)
     _, greedy_s, _ = timed(select_greedily, u, starts, ends, reverse, np.arange(samples), samples // 10)
@@ -87,7 +87,7 @@ def measure(samples: int, depth: int, device: str) -> dict[str, object]:
 
 
 def extrapolate(row: dict[str, object], depth: int, groups: int = 1, samples: int = LARGE) -> dict[str, object]:
-    """Return the cost for other data at the measured rate: N^2 D per group for the neighbours, N for the selection.
+    """Extrapolate a measured row to other data: time grows as N^2 D per group for the neighbors, N for the selection.
 
     Args:
         row: The measured row.

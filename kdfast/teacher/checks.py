@@ -11,7 +11,7 @@ from kdfast.data.source import Source
 from kdfast.errors import CacheMismatch, DataError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.manifest import differences
+from kdfast.teacher.manifest import compare_manifests
 
 _THREADS = 8
 
@@ -34,7 +34,7 @@ def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, t
             "mean": list(norm.mean),
             "std": list(norm.std),
         }
-    if differing := differences(manifest, needed):
+    if differing := compare_manifests(manifest, needed):
         raise CacheMismatch(
             f"{folder} belongs to other data or another teacher: {'; '.join(differing)}. Use the cache of this data "
             "and teacher, or build one"

@@ -20,7 +20,7 @@ from kdfast.teacher.manifest import (
     MANIFEST,
     PLAN,
     VERSION,
-    differences,
+    compare_manifests,
     digest_ids,
     read_sealed_json,
 )
@@ -81,7 +81,7 @@ def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
     """Raise CacheMismatch if the found plan differs, naming the fields; `what` describes it in the message."""
-    if differing := differences(found, plan):
+    if differing := compare_manifests(found, plan):
         raise CacheMismatch(
             f"{folder} holds {what} with another plan: {'; '.join(differing)}. "
             "Use the same options or another folder, or delete it"

@@ -132,11 +132,11 @@ class _Forward:
 
     Attributes:
         objective: The linearized loss.
-        scales: Norms `(N,)` of the gradients at the logits, by which the loss was divided; None if it was not.
+        scales: Norms `(N,)` of the gradients at the logits that divided the loss; None if nothing did.
         n: Number of samples.
         loss: The linearized loss, summed over the samples.
         calls: Recorded calls that the loss depends on.
-        order: ``topological_order`` of the loss.
+        order: ``sort_topologically`` of the loss.
         foreign: Names of layers whose first dimension is not the batch.
     """
 

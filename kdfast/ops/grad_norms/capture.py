@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
-from kdfast.ops.grad_norms.graph import Node, count_parameter_uses, deepest, topological_order
+from kdfast.ops.grad_norms.graph import Node, count_parameter_uses, find_deepest_nodes, sort_topologically
 
 __all__ = ["Call", "calls_in_graph", "has_batch_of_one", "record_calls", "run_backward", "used_outside_calls"]
 
@@ -128,8 +128,8 @@ def has_batch_of_one(x: torch.Size, out: torch.Size) -> bool:
 
 
 def calls_in_graph(calls: Sequence[Call], loss: Tensor) -> tuple[list[Call], list[Node]]:
-    """Return the calls that the loss depends on, and the ``topological_order`` of its graph."""
-    order = topological_order(loss)
+    """Return the calls that the loss depends on, and the ``sort_topologically`` of its graph."""
+    order = sort_topologically(loss)
     nodes = set(order)
     return [call for call in calls if call.edge.node in nodes], order
 
@@ -140,7 +140,7 @@ def used_outside_calls(
     """Return the names of parameters that the loss also depends on outside the recorded calls.
 
     Args:
-        order: ``topological_order`` of the loss.
+        order: ``sort_topologically`` of the loss.
         calls: All recorded calls in the graph.
         parameters: Candidate parameters by name.
     """
@@ -157,11 +157,11 @@ def run_backward(loss: Tensor, order: Sequence[Node], calls: Sequence[Call], rec
 
     Args:
         loss: Scalar, summed over the samples.
-        order: ``topological_order`` of the loss.
+        order: ``sort_topologically`` of the loss.
         calls: Calls of interest, all in the graph.
         receive: Called with gradients disabled, in the order of the backward pass.
     """
-    last = deepest(order, {call.edge.node for call in calls})
+    last = find_deepest_nodes(order, {call.edge.node for call in calls})
     edges = [call.edge for call in calls if call.edge.node in last]
     for call in calls:
         call.receive = receive

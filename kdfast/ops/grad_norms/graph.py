@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["count_parameter_uses", "deepest", "topological_order"]
+__all__ = ["count_parameter_uses", "find_deepest_nodes", "sort_topologically"]
 
 Node = Any  # torch.autograd.graph.Node and C++ nodes without a common Python class
 
@@ -16,7 +16,7 @@ Node = Any  # torch.autograd.graph.Node and C++ nodes without a common Python cl
 _PASS_THROUGH = ("ToCopyBackward0", "TBackward0", "TransposeBackward0")
 
 
-def topological_order(root: Tensor) -> list[Node]:
+def sort_topologically(root: Tensor) -> list[Node]:
     """Return all graph nodes that a tensor depends on, children before parents.
 
     The list keeps the nodes alive: otherwise two accesses to one node could return two Python objects.
@@ -53,7 +53,7 @@ def count_parameter_uses(order: Sequence[Node]) -> Counter[int]:
     return uses
 
 
-def deepest(order: Iterable[Node], marked: set[Node]) -> set[Node]:
+def find_deepest_nodes(order: Iterable[Node], marked: set[Node]) -> set[Node]:
     """Return the marked nodes with no marked node below them: a backward pass that reaches these visits all marked."""
     marked_below: dict[Node, bool] = {}
     found = set()

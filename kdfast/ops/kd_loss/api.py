@@ -6,9 +6,9 @@ For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = 
 
 and its gradient is (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
 
-All calls follow the same path: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch`` chooses the
-backend, and ``autograd`` runs its kernel and connects the result with the logits. ``fast_path`` is a shortcut for plain
-calls on a CPU.
+All calls follow the same path: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch``
+chooses the backend, and ``autograd`` runs its kernel and connects the result with the logits. ``fast_path`` is a
+shortcut for common calls on a CPU.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2,
 https://arxiv.org/abs/1503.02531.
@@ -28,7 +28,7 @@ from kdfast.ops.kd_loss.autograd import differentiable_loss
 from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
 from kdfast.ops.kd_loss.dispatch import choose_backend, kernels
 from kdfast.ops.kd_loss.fast_path import try_kd_loss
-from kdfast.ops.kd_loss.reference import inverse_of, reference_loss, reference_terms
+from kdfast.ops.kd_loss.reference import reference_loss, reference_terms, safe_reciprocal
 from kdfast.ops.kd_loss.validation import (
     as_float,
     check_teacher_logits,
@@ -82,9 +82,9 @@ def kd_loss(
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
         backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: On a GPU, also check that labels, rows and class ids are in range, which synchronizes with the device. On a
-            CPU they are always checked (class ids only in the rows that are used). Where they are not checked (on a
-            GPU, and in the reference implementation when compiled or transformed) they are clamped, and their rows
+        validate: On a GPU, also check that labels, rows and class ids are in range, which synchronizes with the device.
+            On a CPU they are always checked (class ids only in the rows that are used). Where they are not checked (on
+            a GPU, and in the reference implementation when compiled or transformed) they are clamped, and their rows
             get NaN. Not available in compiled code or under ``torch.func.vmap``.
 
     Returns:
@@ -265,8 +265,7 @@ def _values_are_readable(call: KDCall) -> bool:
 
 
 def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
-    """Return the loss when the weights also need a gradient: the kernel computes rows, PyTorch weights and reduces them.
-    """
+    """Return the loss when the weights also need a gradient: the kernel computes rows, PyTorch weights and reduces them."""
     assert call.weights is not None
     weights = call.weights.to(torch.promote_types(call.weights.dtype, torch.float32))
     if call.labels is not None:
@@ -276,4 +275,4 @@ def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
         return loss
     if call.reduction == "sum":
         return loss.sum()
-    return loss.sum() * inverse_of(weights.sum())
+    return loss.sum() * safe_reciprocal(weights.sum())

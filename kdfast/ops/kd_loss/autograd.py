@@ -25,7 +25,7 @@ from kdfast.errors import UsageError
 from kdfast.ops import _torch_compat
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.dispatch import run_kernel, scale_rows
-from kdfast.ops.kd_loss.reference import inverse_of
+from kdfast.ops.kd_loss.reference import safe_reciprocal
 
 __all__ = ["attach_gradient", "differentiable_loss", "kd_loss_op", "scale_op"]
 
@@ -236,7 +236,7 @@ def _vmap(
     weights = loss.new_ones(size, n) if flat.weights is None else flat.weights.view(size, n).to(loss.dtype)
     if flat.labels is not None:
         weights = torch.where(flat.labels.view(size, n) != call.ignore_index, weights, 0)
-    factor = inverse_of(weights.sum(1))
+    factor = safe_reciprocal(weights.sum(1))
     if need_grad:
         rescale = call.grad_scale() / call.replace(reduction="none").grad_scale()
         grad = (grad * (factor * rescale)[:, None, None]).to(grad.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.ops.kd_loss.call import KDCall
 
-__all__ = ["inverse_of", "reference_loss", "reference_terms"]
+__all__ = ["reference_loss", "reference_terms", "safe_reciprocal"]
 
 
 def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,10 +40,10 @@ def reference_loss(call: KDCall) -> Tensor:
     if call.reduction == "none":
         return loss * weights
     total = (loss * weights).sum()
-    return total if call.reduction == "sum" else total * inverse_of(weights.sum())
+    return total if call.reduction == "sum" else total * safe_reciprocal(weights.sum())
 
 
-def inverse_of(total: Tensor) -> Tensor:
+def safe_reciprocal(total: Tensor) -> Tensor:
     """Return 1 / total, and 0 where the total is 0: the factor of a mean over no rows. Differentiable."""
     return torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
 

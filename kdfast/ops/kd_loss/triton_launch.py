@@ -1,8 +1,8 @@
 """``kd_loss`` on a GPU: launch the Triton kernels of ``triton_dense`` and ``triton_topk``.
 
-No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and gradient of
-its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number of classes.
-Without it nothing is timed, so that the first call may be captured in a CUDA graph.
+No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and
+gradient of its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number
+of classes. Without it nothing is timed, so that the first call may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
 from kdfast.ops.kd_loss.triton_topk import topk_kernel
 
-__all__ = ["kd_loss", "mass_kernel", "scale_kernel", "scale_rows"]
+__all__ = ["kd_loss", "scale_kernel", "scale_rows", "weight_sum_kernel"]
 
 
 @triton.jit
-def mass_kernel(
+def weight_sum_kernel(
     label_ptr,  # (N,) int64
     weights_ptr,  # (N,) float
     mass_ptr,  # () float32, out
@@ -163,7 +163,7 @@ def _weight_sum(call: KDCall) -> Tensor:
     if labels is None and weights is None:
         return logits.new_full((), n, dtype=torch.float32)
     mass = logits.new_empty((), dtype=torch.float32)
-    mass_kernel[(1,)](
+    weight_sum_kernel[(1,)](
         mass if labels is None else labels, mass if weights is None else weights, mass, n,
         0 if labels is None else labels.stride(0), call.ignore_index,
         HAS_LABELS=labels is not None, HAS_WEIGHTS=weights is not None, BLOCK=1024,

@@ -33,7 +33,7 @@ def resolve_defaults(inputs: RuleInputs) -> dict[str, OptionValue]:
     return {"cut": default_cut(inputs.fraction)}
 
 
-def strata(inputs: RuleInputs) -> IntArray:
+def select_stratified(inputs: RuleInputs) -> IntArray:
     """Keep the same number from every stratum of the score, at random within a stratum.
 
     First drop the hardest `cut` share of the group, but leave at least `count` samples. The strata have equal width,

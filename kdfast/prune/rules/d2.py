@@ -57,13 +57,13 @@ def d2(inputs: RuleInputs) -> IntArray:
     if inputs.options["fidelity"] == "paper":
         lengths = np.square(lengths)
     scores = inputs.scores[remaining] - min(0.0, float(inputs.scores[remaining].min()))
-    importance = send_forward(scores, starts, ends, np.exp(-inputs.number("gamma") * lengths))
+    importance = pass_messages(scores, starts, ends, np.exp(-inputs.number("gamma") * lengths))
     reverse_weights = np.exp(-inputs.number("gamma_r") * lengths)
     ranks = np.argsort(np.argsort(inputs.ties[remaining]))
     return remaining[select_greedily(importance, starts, ends, reverse_weights, ranks, inputs.count)]
 
 
-def send_forward(scores: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray) -> FloatArray:
+def pass_messages(scores: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray) -> FloatArray:
     """Return u_i = s_i + sum over the neighbours j of w_ij s_j, float64 (N,)."""
     source = np.repeat(np.arange(len(scores)), np.diff(starts))
     return scores + np.bincount(source, weights * scores[ends], minlength=len(scores))

@@ -6,17 +6,17 @@ from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.prune.rules.base import RuleInputs, by_rank
 
 
-def hard(inputs: RuleInputs) -> IntArray:
+def select_hardest(inputs: RuleInputs) -> IntArray:
     """Keep the highest scores."""
     return by_rank(inputs.scores, inputs.ties)[: inputs.count]
 
 
-def easy(inputs: RuleInputs) -> IntArray:
+def select_easiest(inputs: RuleInputs) -> IntArray:
     """Keep the lowest scores."""
     return by_rank(-inputs.scores, inputs.ties)[: inputs.count]
 
 
-def moderate(inputs: RuleInputs) -> IntArray:
+def select_moderate(inputs: RuleInputs) -> IntArray:
     """Keep the middle of the ranking; if an odd number is dropped, the hard end loses one more.
 
     Source:
@@ -27,7 +27,7 @@ def moderate(inputs: RuleInputs) -> IntArray:
     return by_rank(-inputs.scores, inputs.ties)[start : start + inputs.count]
 
 
-def random(inputs: RuleInputs) -> IntArray:
+def select_random(inputs: RuleInputs) -> IntArray:
     """Keep random samples and ignore the scores: the same subsets as the score `random` with the rule `hard`."""
     draws = uniform(hash64(Purpose.SCORE, inputs.seed, inputs.ids))
     return by_rank(draws, inputs.ties)[: inputs.count]

@@ -7,12 +7,12 @@ from kdfast.prune.rules import beta, ccs, d2, dual, rank
 from kdfast.prune.rules.base import Rule
 
 RULES: dict[str, Rule] = {
-    "hard": Rule(rank.hard, "keep the highest scores"),
-    "easy": Rule(rank.easy, "keep the lowest scores"),
-    "moderate": Rule(rank.moderate, "keep the middle of the ranking"),
-    "random": Rule(rank.random, "keep random samples and ignore the scores"),
+    "hard": Rule(rank.select_hardest, "keep the highest scores"),
+    "easy": Rule(rank.select_easiest, "keep the lowest scores"),
+    "moderate": Rule(rank.select_moderate, "keep the middle of the ranking"),
+    "random": Rule(rank.select_random, "keep random samples and ignore the scores"),
     "strata": Rule(
-        ccs.strata,
+        ccs.select_stratified,
         "CCS: drop the hardest samples, then keep the same number from every stratum of the score",
         ccs.OPTIONS,
         resolve_defaults=ccs.resolve_defaults,

@@ -98,14 +98,14 @@ def test_dense_kernel_compiles_to_vector_loads(student, classes):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_other_kernels_compile():
-    from kdfast.ops.kd_loss.triton_launch import mass_kernel, scale_kernel
+    from kdfast.ops.kd_loss.triton_launch import scale_kernel, weight_sum_kernel
     from kdfast.ops.kd_loss.triton_topk import topk_kernel
 
     types = {"z_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "v_ptr": "*fp16"}
     assert compiled(topk_kernel, 8, types, **BASE, BLOCK=4096, K_BLOCK=64)
     for flags in ({"PER_ROW": True, "IN_PLACE": False}, {"PER_ROW": False, "IN_PLACE": True}):
         assert compiled(scale_kernel, 8, types, **flags, BLOCK=4096)
-    assert compiled(mass_kernel, 4, types, HAS_LABELS=True, HAS_WEIGHTS=True, BLOCK=1024)
+    assert compiled(weight_sum_kernel, 4, types, HAS_LABELS=True, HAS_WEIGHTS=True, BLOCK=1024)
 
 
 def test_tiles_cover_a_row_or_stream_it():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.d2 import default_cut, send_forward
+from kdfast.prune.rules.d2 import default_cut, pass_messages
 from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
 from kdfast.prune.rules.d2_greedy import select_greedily
 
@@ -154,7 +154,7 @@ def test_forward_messages_match_dense_sums() -> None:
     starts, ends, lengths = undirected_graph(*nearest_neighbours(x, 5))
     s = RNG.random(60)
     expected = s + np.where(graph_by_hand(x, 5), np.exp(-dense_distances(x)), 0) @ s
-    np.testing.assert_allclose(send_forward(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
+    np.testing.assert_allclose(pass_messages(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
 
 
 def test_d2_is_more_diverse_than_hard() -> None:
