@@ -1,8 +1,8 @@
-"""D2 at the size of CIFAR: time and peak memory of the neighbour search and of the greedy selection.
+"""D2 at the size of CIFAR: time and peak memory of the neighbor search and of the greedy selection.
 
 `python bench/bench_d2.py` writes results/d2.json; `--samples`, `--depth` and `--device` change the problem. The
-neighbours of some rows are checked against scikit-learn's brute force, and the first selected samples against a scan.
-The time of the neighbour search grows as N^2 D, and rows of kind "stated" are extrapolated from the measured rate to
+neighbors of some rows are checked against scikit-learn's brute force, and the first selected samples against a scan.
+The time of the neighbor search grows as N^2 D, and rows of kind "stated" are extrapolated from the measured rate to
 1.28 million samples.
 """
 
@@ -19,7 +19,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from kdfast.prune.rules.d2 import pass_messages
-from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
 from kdfast.prune.rules.d2_greedy import select_greedily
 
 LARGE = 1_281_167
@@ -27,13 +27,13 @@ K = 5
 
 
 def make_features(samples: int, depth: int, classes: int = 10) -> np.ndarray:
-    """Return clustered features, one centre per class, similar to those of a network."""
+    """Return clustered features, one center per class, similar to those of a network."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(classes, depth)) * 2
-    return (centres[rng.integers(0, classes, samples)] + rng.normal(size=(samples, depth))).astype(np.float32)
+    centers = rng.normal(size=(classes, depth)) * 2
+    return (centers[rng.integers(0, classes, samples)] + rng.normal(size=(samples, depth))).astype(np.float32)
 
 
-def check_neighbours(features: np.ndarray, found: np.ndarray, distances: np.ndarray) -> None:
+def check_neighbors(features: np.ndarray, found: np.ndarray, distances: np.ndarray) -> None:
     rows = np.random.default_rng(1).integers(0, len(features), 64)
     exact = NearestNeighbors(n_neighbors=K + 1, algorithm="brute").fit(features.astype(np.float64))
     expected, ids = exact.kneighbors(features[rows].astype(np.float64))
@@ -62,10 +62,10 @@ def timed(function, *arguments, **keywords):
 def measure(samples: int, depth: int, device: str) -> dict[str, object]:
     features = make_features(samples, depth)
     score = np.random.default_rng(2).random(samples)
-    warm = nearest_neighbours(features[:2000], K, device=device)
+    warm = nearest_neighbors(features[:2000], K, device=device)
     select_greedily(score[:2000], *undirected_graph(*warm), np.arange(2000), 100)
-    (found, distances), neighbours_s, neighbours_cpu = timed(nearest_neighbours, features, K, device=device)
-    check_neighbours(features, found, distances)
+    (found, distances), neighbors_s, neighbors_cpu = timed(nearest_neighbors, features, K, device=device)
+    check_neighbors(features, found, distances)
     starts, ends, lengths = undirected_graph(found, distances)
     u = pass_messages(score, starts, ends, np.exp(-lengths))
     reverse = np.exp(-0.1 * lengths)
@@ -78,8 +78,8 @@ def measure(samples: int, depth: int, device: str) -> dict[str, object]:
         "groups": 1,
         "k": K,
         "device": device,
-        "neighbours_s": round(neighbours_s, 2),
-        "neighbours_cpu_s": round(neighbours_cpu, 2),
+        "neighbours_s": round(neighbors_s, 2),
+        "neighbours_cpu_s": round(neighbors_cpu, 2),
         "greedy_s": round(greedy_s, 3),
         "peak_rss_gib": round(memory, 2),
         "kind": "measured",

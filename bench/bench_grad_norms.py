@@ -3,9 +3,9 @@
     python bench/bench_grad_norms.py [--rounds 7] [--threads N] [--nets resnet18 depthwise] [--part network layers]
                                      [--device cuda]
 
-Every contender receives the same network, batch and loss, and returns the norm of each sample's gradient over all
-parameters. Each one is checked against float64 autograd before it is timed. Contenders are timed in turn; a ratio is
-the median over rounds, with quartiles. The contenders are opacus (`ghost`: its fast gradient clipping, one backward
+Every implementation receives the same network, batch and loss, and returns the norm of each sample's gradient over all
+parameters. Each one is checked against float64 autograd before it is timed. Implementations are timed in turn; a ratio
+is the median over rounds, with quartiles. The baselines are opacus (`ghost`: its fast gradient clipping, one backward
 pass, norms without clipping; `per-sample`: its materialized gradients) and `torch.func` (vmap over grad, in chunks that
 fit). `network` times forward, backward and norms. `layers` times only the norms of the convolutions, from their inputs
 and output gradients; for opacus, by its registered function. Peak memory is the increase of the resident set during one
@@ -260,7 +260,7 @@ def peak(name: str, what: str, call: Call, device: str) -> str:
 
 
 def measure(name: str, part: str, rounds: int, device: str) -> list[dict[str, Any]]:
-    """Return one table row per contender."""
+    """Return one table row per implementation."""
     whole = part == "network"
     calls, expected = (contenders(name, device), truth(name)) if whole else layer_contenders(name, device)
     errors = check(calls, expected, device)

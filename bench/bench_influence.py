@@ -3,17 +3,17 @@
     python bench/bench_influence.py speed [--rounds 11] [--threads N] [--device cuda]
     python bench/bench_influence.py planted --data cifar-10-batches-py --cache cache [--share 0.05] [--seed 0]
 
-`speed` first checks every contender against float64.
+`speed` first checks every implementation against float64.
 
-- `norms`: the norm of each sample's gradient, from features and weights. Contenders: opacus with materialised gradients
+- `norms`: the norm of each sample's gradient, from features and weights. Baselines: opacus with materialized gradients
   (`per-sample`) and without (`ghost`), and `vmap` of torch.func.
-- `hvp`: K products with the Hessian. Contenders: torch.func's `jvp(grad)` and `grad(grad . v)`, under vmap for K > 1.
+- `hvp`: K products with the Hessian. Baselines: torch.func's `jvp(grad)` and `grad(grad . v)`, under vmap for K > 1.
   They compute the logits in each call, which kdfast receives; `kdfast + logits` includes them. `bare` is the two
   matrix products that no method avoids, over all samples at once.
 
-Contenders run in turn; ratios are medians over rounds, with quartiles. Peak memory is the increase of the resident set
-during one call in a separate process; on a GPU, of the allocated memory. CPU and GPU get the same inputs, TF32 is off,
-and the targets apply to CPUs.
+Implementations run in turn; ratios are medians over rounds, with quartiles. Peak memory is the increase of the resident
+set during one call in a separate process; on a GPU, of the allocated memory. CPU and GPU get the same inputs, TF32 is
+off, and the targets apply to CPUs.
 
 `planted` flips a share of the training labels, scores all samples on the teacher's cached features, and reports how
 well the scores find the flipped labels (AUC): with the teacher's own head, and with a head fitted to the flipped labels
@@ -48,7 +48,7 @@ BATCH = 1024
 # Sizes (N, D, C) of norms and (N, D, C, K) of products.
 NORMS = [(1024, 512, 100), (1024, 64, 10)]
 PRODUCTS = [(20_000, 512, 100, 1), (4096, 512, 100, 64), (50_000, 64, 10, 1), (20_000, 64, 10, 64)]
-# Targets: times that kdfast must be faster, and times the seconds of `bare` that it may need.
+# Minimum speedups, and maximum time relative to `bare`.
 NORM_TARGETS = {(512, 100, "opacus per-sample"): 20.0, (512, 100, "vmap"): 20.0}
 PRODUCT_TARGETS = {(512, 100, 1, "jvp(grad)"): 5.0, (512, 100, 64, "jvp(grad)"): 1.5}
 MAX_OVERHEAD = 1.3
@@ -82,13 +82,13 @@ def opacus_gradients(w: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
 
     # The hook warns because the features need no gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    materialised = GradSampleModule(layer(), loss_reduction="sum")
+    materialized = GradSampleModule(layer(), loss_reduction="sum")
     ghost = GradSampleModuleFastGradientClipping(layer(), loss_reduction="sum", max_grad_norm=1.0)
 
     def per_sample(x: Tensor, y: Tensor) -> Tensor:
-        F.cross_entropy(materialised(x), y, reduction="sum").backward()
-        out = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in materialised.parameters()]).norm(dim=0)
-        materialised.zero_grad()
+        F.cross_entropy(materialized(x), y, reduction="sum").backward()
+        out = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in materialized.parameters()]).norm(dim=0)
+        materialized.zero_grad()
         return out
 
     def ghost_norms(x: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def norm_contenders(n: int, d: int, c: int, *, device: str) -> tuple[dict[str, C
 def product_contenders(n: int, d: int, c: int, k: int, *, device: str) -> tuple[dict[str, Call], Tensor]:
     """Return the calls by name, and the first product by torch.func in float64.
 
-    The head has no bias: all contenders but kdfast would need a feature for it.
+    The head has no bias: all implementations but kdfast's would need a feature for it.
     """
     x, w, y, _ = make_head(n, d, c, device)
     w = w[:, :-1].contiguous()
@@ -146,7 +146,7 @@ def product_contenders(n: int, d: int, c: int, k: int, *, device: str) -> tuple[
 
 
 def measure(name: str, sizes: tuple[int, ...], rounds: int, device: str) -> list[dict[str, Any]]:
-    """Check and time every contender; return a row of the table for each."""
+    """Check and time every implementation; return a row of the table for each."""
     norms = name == "norms"
     calls, truth = (norm_contenders if norms else product_contenders)(*sizes, device=device)
     for who, call in calls.items():
@@ -198,7 +198,7 @@ print(read("VmHWM") - before)
 
 
 def peak(name: str, sizes: tuple[int, ...], who: str, call: Call, device: str) -> float:
-    """Return the megabytes by which memory in use rises during one call; NaN if the system does not report it."""
+    """Return the increase in memory use (MB) during one call; NaN if the system does not report it."""
     if device == "cuda":
         return cuda_peak(call) / 2**20
     if not sys.platform.startswith("linux"):
@@ -222,7 +222,7 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def planted(options: argparse.Namespace) -> None:
-    """Measure AUC and seconds, print them and write bench/results/influence_planted*.json."""
+    """Measure how well scores find flipped labels; print the table and write bench/results/influence_planted*.json."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import flip_labels
     from kdfast.teacher.cache import TeacherCache
@@ -289,7 +289,7 @@ def score_rows(name: str, x: Tensor, z: Tensor, y: Tensor, flipped: Any, l2: flo
 
 
 def against_opacus(x: Tensor, y: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time gradient norms against opacus in batches of `BATCH`; all contenders compute the logits."""
+    """Time gradient norms against opacus in batches of `BATCH`; all implementations compute the logits."""
     w = kdfast.head_newton(x, y, l2=options.l2).float()
     calls: dict[str, Call] = {"kdfast": lambda: kdfast.head_grad_norms(kdfast.head_logits(x, w), y, x)}
     for name, f in opacus_gradients(w).items():

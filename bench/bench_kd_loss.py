@@ -3,12 +3,12 @@
     python bench/bench_kd_loss.py [--rounds 21] [--threads N] [--classes 100 1000] [--teacher float16]
     pytest bench/bench_kd_loss.py --benchmark-only
 
-The loss and the gradient of each contender are checked against float64 before it is timed. Contenders take turns; a
-ratio is the median over the rounds, with quartiles. `of copy` compares the minimal memory traffic (read student and
-teacher once, write the gradient once) with the bandwidth of copying a tensor, measured in the same run. Extra memory is
-the peak above the inputs during forward and backward, in units of the gradient. The second table compares teacher rows
-picked by index in random order with the same rows in order (`rows=None`), and rows from all over a large teacher with
-a pass through it in order.
+The loss and the gradient of each implementation are checked against float64 before it is timed. Implementations run in
+turn; a ratio is the median over the rounds, with quartiles. `of copy` compares the minimal memory traffic (read student
+and teacher once, write the gradient once) with the bandwidth of copying a tensor, measured in the same run. Extra
+memory is the peak above the inputs during forward and backward, in units of the gradient. The second table compares
+teacher rows picked by index in random order with the same rows in order (`rows=None`), and random rows of a large
+teacher with a pass through it in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CPU_GRID = {10: 128, 100: 128, 1000: 1024, 32000: 256, 131072: 64, 262144: 32}
 GPU_GRID = {10: 4096, 100: 4096, 1000: 16384, 32000: 8192, 131072: 4096, 262144: 2048}
 LARGE = 1000  # fewest classes for which gathers are measured; below, the cost of a call dominates
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Smallest acceptable ratios, by number of classes and contender.
+# Smallest acceptable ratios, by number of classes and baseline.
 TARGETS = {
     (100, "compile"): 5.0,
     (1000, "compile"): 4.0,
@@ -48,7 +48,7 @@ TARGETS = {
 
 
 def eager(logits: Tensor, labels: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """The loss in plain PyTorch, in float32 like ours."""
+    """The loss in plain PyTorch, in float32 like kdfast's."""
     z, t = logits.float(), teacher[rows].float()
     kl = F.kl_div(
         F.log_softmax(z / TEMPERATURE, 1), F.log_softmax(t / TEMPERATURE, 1), log_target=True, reduction="batchmean"
@@ -78,7 +78,7 @@ def liger() -> Loss | None:
 
 
 def contenders(device: str) -> dict[str, Loss]:
-    """Return losses by name; the first is ours, and "kdfast compiled" is ours under torch.compile."""
+    """Return losses by name; the first is kdfast's, and "kdfast compiled" is the same under torch.compile."""
     torch._dynamo.reset()
     found: dict[str, Loss] = {
         "kdfast": ours,
@@ -146,7 +146,7 @@ print((read("VmHWM") - before) / (args[0].numel() * args[0].itemsize))
 
 
 def extra_memory(name: str, loss: Loss, args: tuple[Tensor, ...], sizes: dict[str, Any], device: str) -> float | None:
-    """Return the peak above the inputs in units of the gradient; None if too small to tell from the process's own."""
+    """Return the peak above the inputs in units of the gradient; None if too small to distinguish from noise."""
     gradient = args[0].numel() * args[0].itemsize
     if device == "cuda":
         return cuda_peak(lambda: step(loss, args)) / gradient
@@ -194,7 +194,7 @@ def gather_cost(n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds
 def measure(
     n: int, c: int, dtype: torch.dtype, teacher: torch.dtype, rounds: int, device: str, copy: float
 ) -> list[Any]:
-    """Return one row of the table for each contender."""
+    """Return one row of the table for each implementation."""
     args, losses = inputs(n, c, dtype, teacher, device), contenders(device)
     errors = check(losses, args)
     timings = interleave({name: lambda f=f: step(f, args) for name, f in losses.items()}, rounds, device=device)

@@ -52,7 +52,7 @@ ROWS = (
 
 
 def auc(values: np.ndarray, planted: np.ndarray) -> float:
-    """Return P[value of a planted sample > value of another], with ties counted as one half."""
+    """Return P[value of a sample with a flipped label > value of another], with ties counted as one half."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     count = int(planted.sum())

@@ -70,7 +70,7 @@ class FittedHead:
         n, effects = len(self.y), []
         for i in range(count):
             keep = torch.arange(n) != i
-            l2 = self.l2 * n / (n - 1)  # relative to the other losses the penalty keeps its weight with 1/N
+            l2 = self.l2 * n / (n - 1)  # keeps the penalty's weight relative to each sample's loss
             w = kdfast.head_newton(self.x[keep], self.y[keep], l2=l2, classes=self.classes, init=self.w)
             effects.append(self.loss(w) - self.loss(self.w))
         return torch.stack(effects)

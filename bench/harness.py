@@ -21,7 +21,7 @@ RESULTS = Path(os.environ.get("KDFAST_RESULTS") or Path(__file__).parent / "resu
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one contender: seconds per call, one entry per round."""
+    """Times of one implementation: seconds per call, one entry per round."""
 
     seconds: list[float]
 
@@ -39,7 +39,7 @@ class Timing:
         return quartiles[0], quartiles[2]
 
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
-        """Return median, first and third quartile of other / self over the rounds: the speedup of this contender."""
+        """Return median, first and third quartile of other / self over the rounds: the speedup of self."""
         ratios = Timing([b / a for a, b in zip(self.seconds, other.seconds, strict=True)])
         return ratios.median, *ratios.spread
 

@@ -1,4 +1,4 @@
-"""Record training dynamics for the memorization score on the set with flipped labels, with a small network that memorizes.
+"""Record training dynamics for the memorization score, on flipped labels, with a small network that memorizes them.
 
     python bench/record_memorization.py --data noisy10 --out mem [--runs 6] [--keep 0.67] [--only RUN]
 

@@ -1,4 +1,4 @@
-// The extension module kdfast._native. Each operator binds its functions in a file of its own.
+// The extension module kdfast._native. Each operator binds its functions in its own file.
 #include <pybind11/pybind11.h>
 
 #include "common/simd.h"

@@ -17,7 +17,7 @@ def resolve_device(name: str) -> torch.device:
         name: `auto` (a CUDA device if available, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: The name is none of these, or there is no such device.
+        UsageError: The name is not one of these, or there is no such device.
     """
     import torch  # slow; the command line imports this module for its help
 

@@ -1,8 +1,8 @@
 """Errors that kdfast raises, with their exit codes on the command line.
 
 Every message states what was given, what is needed, and what to do. Arguments are named in backticks, for example
-"`batch_size` is 0; needed: at least 1". The command line replaces such a name by its option (`--batch-size`), so the
-library never spells options.
+"`batch_size` is 0: pass at least 1". The command line replaces such a name with the option (`--batch-size`), so library
+code never mentions options.
 
 | exit code | meaning |
 |---|---|
@@ -62,7 +62,7 @@ class CacheMismatch(KdfastError, ValueError):
 
 
 class CheckpointError(KdfastError, ValueError):
-    """A checkpoint cannot be read safely, or holds another network."""
+    """A checkpoint cannot be read safely, or is for a different network."""
 
     exit_code = 3
 
@@ -98,13 +98,13 @@ class Interrupted(KdfastError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the part of a message that suggests the nearest known name, or an empty string if none is near."""
+    """Return the part of a message that suggests the closest known name, or an empty string if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a name that is not known; it suggests the nearest known name and lists all of them.
+    """Return the error for an unknown name; its message suggests the closest known name and lists all of them.
 
     Args:
         what: The start of the message, such as "no score is named".

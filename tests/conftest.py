@@ -1,4 +1,4 @@
-"""Fixtures of all tests: seeds, NaN in uninitialised memory, and the backends to test."""
+"""Fixtures of all tests: seeds, NaN in uninitialized memory, and the backends to test."""
 
 from __future__ import annotations
 

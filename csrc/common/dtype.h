@@ -75,7 +75,7 @@ KDFAST_INLINE Floats<W> decode(const Float16* p) {
 #endif
   const Words<W> h = widen<W>(&p->bits);
   const Words<W> sign = (h & words<W>(0x8000u)) << 16;
-  // The multiplication rebiases the exponent and normalises subnormal numbers.
+  // The multiplication rebiases the exponent and normalizes subnormal numbers.
   const Floats<W> magnitude = floats_from((h & words<W>(0x7fffu)) << 13) * splat<W>(0x1p112f);
   const Words<W> not_finite = (h & words<W>(0x7c00u)) == words<W>(0x7c00u);
   return floats_from(bits_of(magnitude) | (not_finite & words<W>(0x7f800000u)) | sign);

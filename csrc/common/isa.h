@@ -27,7 +27,7 @@ KDFAST_ISA(Baseline, 4, )
 #ifdef KDFAST_X86
 KDFAST_ISA(X86V3, 8, __attribute__((target("arch=x86-64-v3,prfchw"))))
 KDFAST_ISA(X86V4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
-// Initialiser of an array that isa_level indexes: make<Isa>() of each instruction set.
+// Initializer of an array that isa_level indexes: make<Isa>() of each instruction set.
 #define KDFAST_FOR_EACH_ISA(make) {make<Baseline>(), make<X86V3>(), make<X86V4>()}
 #else
 #define KDFAST_FOR_EACH_ISA(make) {make<Baseline>()}

@@ -79,7 +79,7 @@ void run_on_threads(int threads, const Work& work) {
   for (auto& worker : workers) worker.join();
 }
 
-// The unclaimed rows of one thread's share, on a cache line of its own.
+// The unclaimed rows of one thread's share, on its own cache line.
 struct alignas(64) RowQueue {
   std::atomic<int64_t> next{0};
   int64_t end = 0;

@@ -1,4 +1,4 @@
-// What all rows of one kd_loss call share, and the operands and results of a single row.
+// State shared by all rows of a kd_loss call, and the operands and results of a single row.
 #pragma once
 
 #include <cstdint>

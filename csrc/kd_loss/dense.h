@@ -90,7 +90,7 @@ inline Slopes slopes_of(const CallContext& call, const Sums& sums, double factor
 }
 
 // Stores the gradient of the label's class, with the one-hot term subtracted, from the kept terms of the classes from
-// `begin` on. Computed anew, so that the element is rounded to its dtype only once.
+// `begin` on. Recomputed, so that the element is rounded to its dtype only once.
 inline void store_label_gradient(const CallContext& call, const DenseRow& r, int64_t begin, const Slopes& slopes,
                                  float onehot) {
   const KdLoss& a = call.args;
@@ -118,8 +118,8 @@ inline void store_gradient_span(const CallContext& call, const DenseRow& r, Span
 // depend on each other.
 class DenseRows {
  public:
-  static constexpr int64_t kMaxRows = 8;          // whose two logarithms each fill a vector of sixteen
-  static constexpr int64_t kMaxFloats = 1 << 12;  // of scratch, which fit the first-level cache
+  static constexpr int64_t kMaxRows = 8;          // 8 rows x 2 logarithms fill a vector of sixteen
+  static constexpr int64_t kMaxFloats = 1 << 12;  // of scratch, which fit the L1 cache
 
   // Number of rows with `width` floats per term that are computed together.
   static int64_t capacity(int64_t width) { return std::clamp<int64_t>(kMaxFloats / (3 * width), 1, kMaxRows); }

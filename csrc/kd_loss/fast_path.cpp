@@ -137,14 +137,14 @@ bool read_options(py::handle alpha, py::handle temperature, py::handle t_squared
          (a->reverse || equal(direction, "forward"));
 }
 
-// An uninitialised contiguous tensor for the gradient of the logits.
+// An uninitialized contiguous tensor for the gradient of the logits.
 py::object new_gradient(py::handle logits, const Operand& z) {
   if (z.contiguous() && z.bytes() < kMinBufferBytes) return call(torch.empty_like, logits);
   return torch.new_gradient(logits, py::make_tuple(z.sizes[0], z.sizes[1]));
 }
 
 // Whether the native kernel may run without the dispatcher: no transform, mode or trace is active, and no other backend
-// was asked for.
+// was requested.
 bool is_plain(py::handle backend) {
   return torch.view_of_object && equal(backend, "auto") && !std::getenv("KDFAST_BACKEND") &&
          !is_true(call(torch.transforms_active)) && PyLong_AsLong(call(torch.dispatch_mode_count).ptr()) == 0 &&

@@ -1,4 +1,4 @@
-// Rows of kd_loss that exceed the nearest caches, computed one block of classes at a time. The terms of a block are
+// Rows of kd_loss that exceed the L1 and L2 caches, computed one block of classes at a time. The terms of a block are
 // relative to the block's own maxima, so that student and teacher are read once.
 #pragma once
 
@@ -109,7 +109,7 @@ class LongRows {
     return row.sums;
   }
 
-  // Starts with the last block, whose terms are still in the nearest cache.
+  // Starts with the last block, whose terms are still in the L1 cache.
   void store_gradients(DenseRow row, const Slopes& slopes, double factor) const {
     for (int64_t block = (a_.logits.cols - 1) / size_; block >= 0; --block) {
       row.s = scratch(block);

@@ -21,7 +21,7 @@ class Prefetcher {
     if (a.grad && !is_streamed(a.logits.dtype, a.logits.cols)) grad_ = {a.grad, a.logits.cols * size, size};
   }
 
-  // For row i. Advances `next` to the first counted row from there on.
+  // For row i. Advances `next` to the first counted row at or after it.
   Prefetch for_row(int64_t i, int64_t* next) const {
     while (*next < a_.logits.rows && !is_counted(a_, *next)) ++*next;
     return prefetch(*next < a_.logits.rows ? *next : i, 0, i, 0);

@@ -138,7 +138,7 @@ struct PairSums {
         e_sum.add(e);
         e1_sum.add(e1);
         u_sum.add(u);
-        // A class of probability zero adds nothing, even if its other probability has an infinite logarithm.
+        // A class of probability zero adds nothing, even if the other distribution's log-probability is infinite.
         const Floats<W> weight = kReverse ? e : u;
         const Floats<W> gap = kReverse ? b - (teacher_logits - splat<W>(origin)) * splat<W>(inv_t) : a - b;
         cross.add_product(weight, where_nonzero(weight, gap));

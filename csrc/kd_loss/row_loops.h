@@ -14,7 +14,7 @@
 
 namespace kdfast {
 
-// How e1 follows from e: it equals e (or is not needed), is e squared once or twice, or is an exponential of its own.
+// How e1 follows from e: it equals e (or is not needed), is e squared once or twice, or needs its own exp.
 enum Power : int { kPowerOne = 0, kPowerTwo = 1, kPowerFour = 2, kPowerAny = 3 };
 
 struct Sums {
@@ -33,15 +33,15 @@ struct Scratch {
   float *e, *u, *e1;
 };
 
-// Memory to prefetch while the sums of a row are computed: the sums are bound by arithmetic, the loops before and after
-// them by memory. Sizes are the bytes per class, 0 if there is nothing to prefetch.
+// Memory to prefetch while the sums of a row are computed: the sums are compute-bound, the loops before and after them
+// memory-bound. Sizes are the bytes per class, 0 if there is nothing to prefetch.
 struct Prefetch {
   const char *z, *t;  // the logits that are loaded next
   const char* grad;   // the gradient that is written next
   int64_t z_size, t_size, grad_size;
 };
 
-// Whether a row of the gradient is written around the caches, since it would evict the operands from them.
+// Whether a row of the gradient is written with non-temporal stores, since it would evict the operands from the caches.
 constexpr bool is_streamed(int dtype, int64_t n) { return dtype == kFloat32 && n >= 16384; }
 
 // Outer indices: reverse divergence or not, Power, dtype code.
@@ -53,7 +53,7 @@ struct RowKernels {
   // or the operands themselves. With `keep`, the terms e, u and, for kPowerAny, e1 are stored in the scratch.
   Sums (*student_sums[4])(const float* z, int64_t n, float max_z, float inv_t, bool keep, Scratch s,
                           const Prefetch& prefetch);
-  // `origin` is the one above; the forward divergence ignores it.
+  // `origin` as defined above; the forward divergence ignores it.
   Sums (*pair_sums[2][4])(const float* z, const float* t, int64_t n, float max_z, float max_t, float origin,
                           float inv_t, bool keep, Scratch s, const Prefetch& prefetch);
   // Writes n classes of the gradient from the kept terms; with `stream`, floats bypass the caches.

@@ -79,15 +79,15 @@ inline void teacher_outcomes(const KdLoss& a, const TopKScratch& t, int64_t row,
   rest->log_q = tail - log_normaliser;
 }
 
-// What the gradient of a row needs besides its terms.
+// Inputs of the gradient of a row other than its terms.
 struct TopKRow {
   const int32_t* ids;
   double kl, e1_sum;
-  double ce_slope, kl_slope;  // derivatives of the result by CE, and by KL over T
+  double ce_slope, kl_slope;  // derivatives of the result w.r.t. CE, and w.r.t. KL over T
   int64_t label;
 };
 
-// Derivative of the divergence by the exponent of an outcome.
+// Derivative of the divergence w.r.t. the exponent of an outcome.
 inline double divergence_slope(bool reverse, double log_p, double log_q, double kl) {
   return reverse ? divergence_term(log_p, log_q, kl) : std::exp(log_p) - std::exp(log_q);
 }

@@ -1,4 +1,4 @@
-// Shifts, mirrors and normalises a batch of uint8 images in one pass: random-crop and flip augmentation.
+// Shifts, mirrors and normalizes a batch of uint8 images in one pass: random-crop and flip augmentation.
 #include "views/views.h"
 
 #include <algorithm>
@@ -72,7 +72,7 @@ KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, 
 template <int W, class T>
 KDFAST_INLINE void normalise(const uint8_t* line, const BatchContext& batch, float* values, T* out, int64_t count) {
   const float *scale = batch.scale.data(), *bias = batch.bias.data();
-  // Compilers vectorise this loop, but would convert an explicit vector of bytes lane by lane.
+  // Compilers vectorize this loop, but would convert an explicit vector of bytes lane by lane.
   for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(line[i]);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {

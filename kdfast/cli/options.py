@@ -20,7 +20,7 @@ def one_of(flag: str, value: str, allowed: Iterable[str]) -> str:
     """Return a value that is one of several words.
 
     Raises:
-        UsageError: It is none of them; the nearest is suggested.
+        UsageError: It is not one of them; the message suggests the closest.
     """
     words = list(allowed)
     if value not in words:
@@ -32,7 +32,7 @@ def parse_precision(value: str) -> str:
     """Return a precision as fp32, bf16 or fp16, given as such or by its torch name.
 
     Raises:
-        UsageError: It is none of them.
+        UsageError: It is not one of them.
     """
     return one_of("--precision", _OTHER_WORDS.get(value, value), PRECISIONS)
 

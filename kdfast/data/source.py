@@ -27,7 +27,7 @@ _CROPS = 128  # recorded crops per sample, similar to the 162 views of padded CI
 
 
 class Split(Protocol):
-    """Interface of indexed, labelled images of one shape."""
+    """Interface of indexed, labeled images of one shape."""
 
     @property
     def labels(self) -> IntArray:
@@ -48,7 +48,7 @@ class ArraySplit:
     """A split in memory.
 
     Args:
-        images: uint8 `(N, H, W, 3)`, `(N, H, W, 1)` or `(N, H, W)`; grey images become three equal channels.
+        images: uint8 `(N, H, W, 3)`, `(N, H, W, 1)` or `(N, H, W)`; gray images become three equal channels.
         labels: Integers `(N,)`.
         name: Name of the data in error messages, for example `train_images of shapes.npz`.
 
@@ -207,7 +207,7 @@ def compute_normalization(split: Split) -> Normalization:
         for first, second in zip(sums, square_sums, strict=True)
     ]
     if 0.0 in std:
-        raise DataError("the training images have a constant channel, which cannot be normalised; check the data")
+        raise DataError("the training images have a constant channel, which cannot be normalized; check the data")
     return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 

@@ -148,7 +148,7 @@ def permutation_prefix(count: int, size: int, keys: WordArray) -> IntArray:
 
 
 def _mix32(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Mix 32-bit words by the finaliser of MurmurHash3."""
+    """Mix 32-bit words by the finalizer of MurmurHash3."""
     x = x ^ (x >> np.uint32(16))
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> np.uint32(13)

@@ -92,7 +92,7 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     if file.suffix != ".npy":
-        raise UsageError(f"{file} is not named .npy, as a subset file must be; use such a name")
+        raise UsageError(f"{file} is not a valid name of a subset file: rename it to end in .npy")
     beside = file.with_suffix(".json")
     if not beside.exists():
         if file.exists():

@@ -25,14 +25,14 @@ from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, shift_views
 
 _VERSION = 1
-# Wide enough for any normalisation of pixels in 0..1, too narrow for most of those meant for 0..255.
+# Wide enough for any normalization of pixels in 0..1, too narrow for most of those meant for 0..255.
 _MEAN_RANGE = (-1, 2)
 _MAX_STD = 2
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Input normalisation of a network: `(x / 255 - mean) / std` for each channel, with pixels `x` in 0..255.
+    """Input normalization of a network: `(x / 255 - mean) / std` for each channel, with pixels `x` in 0..255.
 
     Attributes:
         mean: Mean of the red, green and blue channel, on the scale 0 to 1; each in -1..2.
@@ -48,19 +48,19 @@ class Normalization:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
             raise UsageError(
-                f"normalisation {self.mean}, {self.std}: pass one `mean` and one `std` for each of 3 channels"
+                f"normalization {self.mean}, {self.std}: pass one `mean` and one `std` for each of 3 channels"
             )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
-            raise UsageError(f"normalisation {self.mean}, {self.std}: `mean` must be finite and `std` positive")
+            raise UsageError(f"normalization {self.mean}, {self.std}: `mean` must be finite and `std` positive")
         low, high = _MEAN_RANGE
         if not (low <= min(self.mean) and max(self.mean) <= high and max(self.std) <= _MAX_STD):
             raise UsageError(
-                f"normalisation {self.mean}, {self.std}: `mean` must be in {low}..{high} and `std` at most {_MAX_STD}, "
+                f"normalization {self.mean}, {self.std}: `mean` must be in {low}..{high} and `std` at most {_MAX_STD}, "
                 "for pixels scaled to 0..1; these look like 0..255 values: divide them by 255"
             )
 
     def affine(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the normalisation as `pixel * scale + bias`.
+        """Return the normalization as `pixel * scale + bias`.
 
         Args:
             dtype: float32 or float64; values are computed in float64 and rounded once.
@@ -217,15 +217,15 @@ def apply_views(
     sample_ids: Tensor | IntArray | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Apply a view to each image and normalise the result, for the teacher and the student.
+    """Apply a view to each image and normalize the result, for the teacher and the student.
 
-    The black border of a shift is added to the uint8 image, before normalisation.
+    The black border of a shift is added to the uint8 image, before normalization.
 
     Args:
         images_u8: `(B, H, W, 3)` uint8, on any device.
-        view_ids: `(B,)` integers in `[0, spec.count)`, on the CPU; copying them from another device synchronises.
+        view_ids: `(B,)` integers in `[0, spec.count)`, on the CPU; copying them from another device synchronizes.
         spec: The set of views.
-        norm: Input normalisation of the network.
+        norm: Input normalization of the network.
         sample_ids: `(B,)` original sample indices; required for "crop", whose boxes depend on them.
         dtype: float32, bfloat16, float16 or float64.
 

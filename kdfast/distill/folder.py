@@ -35,7 +35,7 @@ class RunFolder:
         path: The folder; created if missing.
         config: What determines the weights. A folder with a run of another config is rejected, unless that run has
             saved nothing yet.
-        facts: Further facts for config.json, which may change between start and resume: paths, device, versions.
+        facts: Further metadata for config.json, which may change between start and resume: paths, device, versions.
         resume: `auto` resumes the run in the folder, if any; `never` requires a folder without a run.
         writes: False for processes of a run that only read the folder; their writes do nothing.
 

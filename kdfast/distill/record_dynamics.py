@@ -72,9 +72,9 @@ def draw_training_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[
     """Select the samples that a run trains on: each with probability `keep`, independently of the other samples.
 
     The runs are balanced rather than independent: with keep = a / b in lowest terms (b at most 20; other fractions are
-    rounded to the nearest such fraction), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1, and so on.
-    Few runs therefore suffice to train both with and without every sample. A run's mask does not depend on how many
-    runs follow.
+    rounded to the nearest such fraction), every sample is in exactly a of the runs 0 to b - 1, of the runs b to 2b - 1,
+    and so on. Few runs therefore suffice to train both with and without every sample. A run's mask does not depend on
+    how many runs follow.
 
     Args:
         n: Number of samples, N.

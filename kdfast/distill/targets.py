@@ -79,7 +79,7 @@ class CachedTargets:
 
 
 class OnlineTargets:
-    """Logits computed by the teacher on the views that the student sees, normalised with the teacher's statistics.
+    """Logits computed by the teacher on the views that the student sees, normalized with the teacher's statistics.
 
     Args:
         model: The teacher. It moves to the device and into evaluation mode.

@@ -30,7 +30,7 @@ class Dynamics:
         labels_digest: SHA-256 of the labels.
         fingerprint: Fingerprint of the data; None if the recording loop gave none.
         feature_epochs: Epochs after which features were recorded, counted from 0.
-        facts: Further facts given to the recorder.
+        facts: Further metadata passed to the recorder.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:

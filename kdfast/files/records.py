@@ -1,7 +1,7 @@
 """JSON files and digests.
 
-A sealed file holds the digest of its own fields and is stored in one canonical form, so that any changed byte is
-detected.
+A sealed (checksummed) file contains the digest of its own fields and is stored in one canonical form, so that any
+changed byte is detected.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ VERSION = 1
 
 @dataclass
 class Model:
-    """A trained network with its input normalisation and class names.
+    """A trained network with its input normalization and class names.
 
     Attributes:
         net: The network.
@@ -179,7 +179,7 @@ def import_checkpoint(
         path: A .safetensors file, or a ``torch.save`` file (.pt, .pth, .th, ...) with a state dict, bare or in a dict.
         net: The architecture, a name of `build_net`.
         classes: Number of classes.
-        normalization: Input normalisation used in training. The weights do not reveal it, and a wrong one silently
+        normalization: Input normalization used in training. The weights do not reveal it, and a wrong one silently
             costs accuracy: check with `kdfast.teacher.evaluate`.
         class_names: One name for each class; None for "0", "1", ...
         key: Key of the weights in the file's dict ("a.b" for nested dicts); None searches under common names.

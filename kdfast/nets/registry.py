@@ -30,13 +30,13 @@ NETS: dict[str, Builder] = {
     **{f"resnet{depth}a": _resnet(depth, "A") for depth in _RESNET_DEPTHS},
     "wrn_40_2": partial(WideResNet, 40, 2),
 }
-"""Name -> function of the number of classes that returns a newly initialised network."""
+"""Name -> function of the number of classes that returns a newly initialized network."""
 
 _LIBRARIES = ("torchvision", "timm")
 
 
 def build_net(name: str, classes: int) -> nn.Module:
-    """Build a newly initialised network.
+    """Build a newly initialized network.
 
     Args:
         name: A key of NETS, or "torchvision:NAME" / "timm:NAME" if that package is installed.

@@ -20,7 +20,7 @@ Shortcut = Literal["A", "B"]
 
 
 def init_convolutions(net: nn.Module) -> None:
-    """Initialise convolutions by Kaiming's fan-out rule and batch norms to the identity, in place."""
+    """Initialize convolutions by Kaiming's fan-out rule and batch norms to the identity, in place."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -16,7 +16,7 @@ class Option:
     """One option of a score, a rule or a selector.
 
     Attributes:
-        default: Value if none is given. None: computed when the option is used, as the summary says.
+        default: Default value. None: computed when the option is used, as the summary says.
         summary: One line for help.
         low: Smallest number allowed.
         high: Largest number allowed.

@@ -1,4 +1,4 @@
-"""The arguments of `kdfast prune`, checked before the data is read, and the subsets they ask for."""
+"""The arguments of `kdfast prune`, checked before the data is read, and the subsets they specify."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def subset_paths(out: Path, fractions: Sequence[float]) -> list[Path]:
     """
     names = [f"{fraction:g}" for fraction in fractions]
     if len(set(names)) < len(names):
-        raise UsageError(f"`fractions` are {', '.join(names)}, and one comes twice: give each once")
+        raise UsageError(f"`fractions` are {', '.join(names)}, and one appears twice: pass each once")
     if len(names) > 1 and FRACTION_FIELD not in out.name:
         raise UsageError(
             f"`out` is {out} for {len(names)} fractions: put {FRACTION_FIELD} into the name, as in "
@@ -55,7 +55,7 @@ class PruneRequest:
         score_options: Options of the score.
         balance: One of `kdfast.prune.rules.class_budget.BALANCE`.
         seed: Seed of scores, tie-breaks and random draws.
-        device: Device for heavy work.
+        device: Device for expensive computations.
         cache: Folder of a teacher's cache, or None.
         dynamics: Folder of training dynamics, or None.
     """

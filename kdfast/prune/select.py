@@ -27,7 +27,7 @@ Options: TypeAlias = tuple[tuple[str, OptionValue], ...]
 
 
 def published_rule(score: str) -> str:
-    """Return the rule a score was published with; `hard` for scores of other origin."""
+    """Return the rule a score was published with; `hard` for scores not in the registry."""
     return SCORES[score].rule if score in SCORES else "hard"
 
 
@@ -62,7 +62,7 @@ class SelectionMethod:
         if self.name not in files:
             complete_options(self.name, get_score(self.name).options, dict(self.options))
         elif self.options:
-            raise UsageError(f"scores of a file have no option {self.options[0][0]!r}: omit it")
+            raise UsageError(f"scores read from a file take no options, got {self.options[0][0]!r}: omit it")
         complete_options(f"rule {self.rule!r}", get_rule(self.rule).options, dict(self.rule_options))
 
 
@@ -102,7 +102,7 @@ class SubsetPipeline:
         sources: The data, and what scores are computed from.
         files: Score files by name.
         balance: One of `kdfast.prune.rules.class_budget.BALANCE`.
-        device: Device for heavy work.
+        device: Device for expensive computations.
     """
 
     def __init__(
@@ -122,7 +122,8 @@ class SubsetPipeline:
         """Check that a fraction can be selected, before any work.
 
         Raises:
-            SubsetError: The fraction keeps no sample, leaves a class empty or short, or the selector does not allow it.
+            SubsetError: The fraction keeps no sample, leaves a class empty or with too few samples, or the selector
+                does not allow it.
         """
         labels = self._sources.source.train.labels
         if method.rule is None:
@@ -144,7 +145,7 @@ class SubsetPipeline:
             method: A checked method.
             fraction: Share of the training split to keep.
             seed: Seed of scores, tie-breaks and random draws.
-            state: File in which a selector saves long work, to resume from; it stays in place.
+            state: Checkpoint of a long-running selector, to resume from; not deleted.
             progress: Called by a selector with (done, total, note).
 
         Raises:

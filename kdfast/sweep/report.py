@@ -44,7 +44,7 @@ def table(section: Section) -> str:
     """Return a section in Markdown: a table with the teacher, one without it, and the ranking per fraction.
 
     A cell contains the mean test top-1 in percent ± its standard deviation over seeds (number of seeds), and the paired
-    difference to random with its 95% t-interval.
+    difference from random with its 95% t-interval.
     """
     facts = ", ".join(f"{name} {section.settings[name]}" for name in _SHOWN if name in section.settings)
     kept = {row["fraction"]: row["kept"] for row in section.rows}
@@ -53,7 +53,7 @@ def table(section: Section) -> str:
         fractions = [f for f in section.fractions if any((m, f, kd) in section.top1 for m in section.methods)]
         if not fractions:
             continue
-        heads = [f"{fraction:g} ({kept[fraction]} kept) | to random" for fraction in fractions]
+        heads = [f"{fraction:g} ({kept[fraction]} kept) | vs random" for fraction in fractions]
         lines.append(f"| {'with the teacher (KD)' if kd else 'without the teacher'} | " + " | ".join(heads) + " |")
         lines.append("|---|" + "---|---|" * len(fractions))
         lines += [_table_row(section, method, fractions, kd) for method in section.methods]
@@ -63,7 +63,7 @@ def table(section: Section) -> str:
 
 
 def plot(sections: Sequence[Section], out: Path) -> None:
-    """Plot accuracy against the kept fraction: one colour per method, solid with the teacher and dashed without it.
+    """Plot accuracy against the kept fraction: one color per method, solid with the teacher and dashed without it.
 
     Args:
         sections: The sections, one panel each.

@@ -1,4 +1,4 @@
-"""Statistics of rows: sections of comparable rows, and paired differences to random."""
+"""Statistics of rows: sections of comparable rows, and paired differences from random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INPUTS = ("scores",)
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of a method to random over their common seeds.
+    """Difference of a method from random over their common seeds.
 
     Attributes:
         mean: Mean difference of test top-1 in percentage points; above 0: the method is better.
@@ -66,7 +66,7 @@ class Section:
         return sorted({row["fraction"] for row in self.rows})
 
     def difference(self, method: str, fraction: float, kd: bool) -> Difference | None:
-        """Return the difference of a method to random, or None for random itself and without common seeds."""
+        """Return the difference of a method from random; None for random itself or if there are no common seeds."""
         ours, theirs = self.top1.get((method, fraction, kd)), self.top1.get((BASELINE, fraction, kd))
         common = sorted(ours.keys() & theirs.keys()) if ours and theirs else []
         if method == BASELINE or not common or ours is None or theirs is None:

@@ -47,7 +47,7 @@ class TeacherCache:
         path: The cache's folder.
         manifest: The cache's manifest, and the "seconds" that the build took.
         n_views: Views per sample.
-        view_seed: Seed of their choice (no effect with all views, or one).
+        view_seed: Seed that selects the views (no effect with all views, or one).
         spec: The data's set of views.
         classes: Number of classes, C.
         coverage: Original indices of the covered samples, ascending, int64 (n,).

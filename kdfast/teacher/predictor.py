@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.nets.checkpoint import Model
-from kdfast.nets.head import logits_and_features
+from kdfast.nets.head import forward_with_features
 from kdfast.teacher.fold import fold_batch_norms
 
 Precision = Literal["float32", "bfloat16"]
@@ -27,7 +27,7 @@ def default_batch_size(device: torch.device) -> int:
 
 
 class Predictor:
-    """Runs a model on views of raw images, normalised with the model's own statistics.
+    """Runs a model on views of raw images, normalized with the model's own statistics.
 
     Args:
         model: The model. It is copied, not changed.
@@ -61,7 +61,7 @@ class Predictor:
         views = torch.full((len(ids),), self._spec.identity)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             parts = [
-                logits_and_features(self._net, self._inputs(images[rows], views[rows], ids[rows]))
+                forward_with_features(self._net, self._inputs(images[rows], views[rows], ids[rows]))
                 for rows in self._slices(len(ids))
             ]
         logits, features = (torch.cat([part[side].float().cpu() for part in parts]) for side in (0, 1))

@@ -156,7 +156,7 @@ class ShardBuilder:
         if not np.isfinite(largest[worst]):
             raise DataError(
                 f"the teacher's logits on training sample {ids[worst]} are not finite: its weights or its "
-                "normalisation are wrong; check its accuracy first"
+                "normalization are wrong; check its accuracy first"
             )
         raise DataError(
             f"the teacher's logits on training sample {ids[worst]} reach {largest[worst]:.4g}, above {limit:.4g}, the "

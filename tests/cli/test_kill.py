@@ -34,7 +34,7 @@ def finish(command: list[object]) -> float:
 
 
 def end_with_kills(command: list[object], most: int, seconds: float, rng: random.Random) -> int:
-    """Start the command until it ends by itself; kill it up to `most` times after a share of its usual time."""
+    """Start the command until it ends on its own; kill it up to `most` times after a share of its usual time."""
     kills = 0
     while kills < most:
         process = start(command)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdfast.data.readers.registry import open_source
-from kdfast.nets import logits_and_features
+from kdfast.nets import forward_with_features
 from kdfast.nets.checkpoint import load_model
 from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.registry import RULES
@@ -67,7 +67,7 @@ def test_cached_features_come_from_normalized_images(tiny: Path, teacher: Path, 
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.normalization.mean, model.normalization.std))
     with torch.no_grad():
-        right, wrong = (logits_and_features(model.net.eval(), x)[1].numpy() for x in ((pixels - mean) / std, pixels))
+        right, wrong = (forward_with_features(model.net.eval(), x)[1].numpy() for x in ((pixels - mean) / std, pixels))
     held = np.load(cache / "features.npy")[:20]
     np.testing.assert_allclose(held, right, rtol=1e-3, atol=1e-4)
     assert np.abs(held - wrong).max() > 0.1
@@ -110,7 +110,7 @@ def test_reads_the_fraction_from_a_config_file(kdfast, tiny: Path, tmp_path: Pat
         (("--fraction", "0.25", "--rule", "d2"), 2, "--cache"),
         (("--fraction", "0.25", "--method", "el2n"), 2, "--scores excludes --method"),
         (("--fraction", "0.25", "--fraction", "0.5"), 2, "put {fraction} into the name"),
-        (("--fraction", "0.25", "--fraction", "0.25"), 2, "comes twice"),
+        (("--fraction", "0.25", "--fraction", "0.25"), 2, "appears twice"),
         (("--fraction", "0.25", "--equal", "--unbalanced"), 2, "exclude each other"),
         (("--fraction", "0.001"), 3, "keeps none"),
         (("--fraction", "0.01"), 3, "leaves 2 classes empty"),

@@ -42,7 +42,7 @@ def test_rejects_damaged_and_foreign_specs():
     with pytest.raises(DataError, match="version 2"):
         ViewSpec.from_dict({**fields, "version": 2})
     with pytest.raises(DataError, match="needs exactly"):
-        ViewSpec.from_dict({**fields, "colour": 1})
+        ViewSpec.from_dict({**fields, "color": 1})
     with pytest.raises(DataError, match="needs exactly"):
         ViewSpec.from_dict({"kind": "shift"})
     with pytest.raises(DataError, match="damaged view spec"):
@@ -71,8 +71,8 @@ def test_rejects_invalid_specs(fields):
 
 
 @pytest.mark.parametrize("std", [(1, 1, 0), (1, 1, float("nan")), (1, 1), (1, 1, float("inf"))])
-def test_rejects_invalid_normalisations(std):
-    with pytest.raises(UsageError, match="normalisation"):
+def test_rejects_invalid_normalizations(std):
+    with pytest.raises(UsageError, match="normalization"):
         Normalization((0, 0, 0), std)
 
 
@@ -87,14 +87,14 @@ def test_rejects_invalid_normalisations(std):
         ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     ],
 )
-def test_rejects_normalisations_on_the_scale_of_255(mean, std):
+def test_rejects_normalizations_on_the_scale_of_255(mean, std):
     with pytest.raises(UsageError, match=r"0\.\.255.*divide .*by 255"):
         Normalization(mean, std)
 
 
 @pytest.mark.parametrize("mean", [(0, 0, 0), (0.5, 0.5, 0.5), (0.485, 0.456, 0.406), (1, 1, 1)])
 @pytest.mark.parametrize("std", [(1, 1, 1), (0.5, 0.5, 0.5), (0.229, 0.224, 0.225), (1 / 255, 1 / 255, 1 / 255)])
-def test_accepts_common_normalisations(mean, std):
+def test_accepts_common_normalizations(mean, std):
     assert Normalization(mean, std).affine().isfinite().all()
 
 

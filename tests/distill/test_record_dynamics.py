@@ -16,8 +16,8 @@ def test_samples_are_kept_independently_of_each_other():
     n = 20_000
     masks = np.array([draw_training_mask(n, 0.7, 1, run) for run in range(6)])
     assert np.abs(masks.mean(axis=1) - 0.7).max() < 4 * np.sqrt(0.21 / n)
-    neighbours = np.corrcoef(masks[0, :-1], masks[0, 1:])[0, 1]
-    assert abs(neighbours) < 4 / np.sqrt(n)
+    neighbors = np.corrcoef(masks[0, :-1], masks[0, 1:])[0, 1]
+    assert abs(neighbors) < 4 / np.sqrt(n)
     # Seven of ten without replacement: the correlation between two runs' masks is -1 / 9.
     assert np.corrcoef(masks[0], masks[1])[0, 1] == pytest.approx(-1 / 9, abs=4 / np.sqrt(n))
 

@@ -32,7 +32,7 @@ def source():
 def model() -> Model:
     torch.manual_seed(0)
     net = build_net("resnet8", 10).eval()
-    # Not the student's normalisation: teacher and student must each get their own.
+    # Not the student's normalization: teacher and student must each get their own.
     return Model(net, "resnet8", 10, tuple("0123456789"), Normalization((0.2, 0.3, 0.4), (0.5, 0.6, 0.7)), {})
 
 

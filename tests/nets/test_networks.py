@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kdfast.errors import ShapeError, UsageError
-from kdfast.nets import NETS, build_net, classifier_of, logits_and_features
+from kdfast.nets import NETS, build_net, find_classifier, forward_with_features
 from kdfast.nets.resnet import CifarResNet, SubsampleAndPad
 from kdfast.nets.wrn import WideResNet
 
@@ -41,8 +41,8 @@ def test_every_network_runs_on_digits_and_cifar(name, size):
     net = build_net(name, 7).eval()
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        logits, features = logits_and_features(net, x)
-    head = classifier_of(net)
+        logits, features = forward_with_features(net, x)
+    head = find_classifier(net)
     assert logits.shape == (2, 7)
     torch.testing.assert_close(logits, features @ head.weight.T + head.bias)
     assert logits.isfinite().all()
@@ -81,7 +81,7 @@ def test_option_a_shortcut_subsamples_and_pads_on_both_sides():
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_40_2"])
-def test_convolutions_are_initialised_by_kaiming_fan_out(name):
+def test_convolutions_are_initialized_by_kaiming_fan_out(name):
     torch.manual_seed(0)
     net = build_net(name, 10)
     for module in net.modules():
@@ -147,8 +147,8 @@ def test_builds_networks_of_a_library_by_name(monkeypatch):
 
 def test_rejects_networks_without_a_suitable_classifier():
     with pytest.raises(UsageError, match=r"no nn\.Linear"):
-        classifier_of(torch.nn.Conv2d(3, 4, 1))
+        find_classifier(torch.nn.Conv2d(3, 4, 1))
     per_pixel = torch.nn.Sequential(torch.nn.Linear(4, 5))
     with pytest.raises(ShapeError, match=r"\(2, 3, 8, 4\)"):
-        logits_and_features(per_pixel, torch.randn(2, 3, 8, 4))
+        forward_with_features(per_pixel, torch.randn(2, 3, 8, 4))
     assert not per_pixel[0]._forward_pre_hooks

@@ -11,16 +11,16 @@ from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.select import SelectionMethod
 from kdfast.prune.selector import SubsetSelector
-from kdfast.sweep.recipes import Recipe, make_recipe
+from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.spec import parse_methods
 
 ALL = frozenset({"cache", "dynamics"})
 FILES = {"mine": ScoreFile(np.zeros(3), "ccs", "data"), "theirs": ScoreFile(np.zeros(3), "their method", "data")}
 
 
-def recipe(text: str, given: frozenset[str] = ALL) -> Recipe:
+def recipe(text: str, given: frozenset[str] = ALL) -> ResolvedMethod:
     (spec,) = parse_methods(text)
-    return make_recipe(spec, FILES, given)
+    return resolve_method(spec, FILES, given)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -89,7 +89,7 @@ def test_inputs_are_the_given_ones_that_the_method_can_use(text: str, given: fro
             frozenset({"dynamics"}),
             "needs a teacher's cache (make one with kdfast cache and pass `cache`) for the features",
         ),
-        ("mine:kind=self", ALL, "scores of a file have no option 'kind'"),
+        ("mine:kind=self", ALL, "scores read from a file take no options, got 'kind'"),
         ("mein", ALL, "did you mean 'mine'"),
         ("el2n/bata", ALL, "did you mean 'beta'"),
     ],
@@ -105,7 +105,7 @@ def test_selector_takes_options_but_no_rule(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setitem(selectors.SELECTORS, "twins", selector)
     made = recipe("twins:steps=4")
-    assert made == Recipe("twins:steps=4", SelectionMethod("twins", (("steps", 4),)), frozenset({"cache"}))
+    assert made == ResolvedMethod("twins:steps=4", SelectionMethod("twins", (("steps", 4),)), frozenset({"cache"}))
     for text, given, message in (
         ("twins/hard", ALL, "takes no rule"),
         ("twins", frozenset(), "needs a teacher's cache"),

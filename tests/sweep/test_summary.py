@@ -83,8 +83,8 @@ def test_writes_table_and_plot(tmp_path: Path) -> None:
     text = report_sweep(tmp_path)
     assert (tmp_path / "table.md").read_text() == text
     with Image.open(tmp_path / "plot.png") as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors
 
 
 def test_rejects_a_folder_without_rows(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ _MARK_WITHIN = 200  # bytes; the mark is in the first line of the record
 _FORMAT = f"{_MARK.decode()} 1"
 _RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
 _MIN_PAGE = 8 << 20
-# JPEG of this quality changes the mean colour by a few grey levels; a missing image differs far more.
+# JPEG of this quality changes the mean color by a few gray levels; a missing image differs far more.
 _MIN_QUALITY = 50
 _MEAN_TOLERANCE = 16.0
 
@@ -84,7 +84,7 @@ def convert(
     """Write a source as betons and verify every sample.
 
     The files are renamed to their final names after verification: equal pixels and labels without compression; with
-    JPEG, equal labels and a mean colour of each image within 16 grey levels. After an interruption, the same call
+    JPEG, equal labels and a mean color of each image within 16 gray levels. After an interruption, the same call
     completes the conversion; if it is complete, the call does nothing. A raw beton has the fingerprint of its source. A
     JPEG beton is a different data set, with the fingerprint of its decoded pixels.
 

@@ -32,7 +32,7 @@ def from_datasets(
 ) -> Source:
     """Create a source from two indexed data sets, decoded into memory.
 
-    The data sets must not augment or normalise, because kdfast does both. Write data that does not fit in memory to an
+    The data sets must not augment or normalize, because kdfast does both. Write data that does not fit in memory to an
     image folder instead.
 
     Args:
@@ -108,6 +108,6 @@ def _tensor_pixels(image: torch.Tensor, where: str) -> np.ndarray[Any, Any]:
         image = scaled.round()
         # False for NaN too.
         if not bool(((scaled - image).abs() < 1e-3).all() and (image >= 0).all() and (image <= 255).all()):
-            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255; pass it before normalisation")
+            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255; pass it before normalization")
         image = image.to(torch.uint8)
     return image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy()

@@ -16,7 +16,7 @@ _TEST_SHARE = 5  # one in five
 def open_digits() -> Source:
     """Read scikit-learn's 1,797 handwritten digits of 8x8 pixels.
 
-    The 17 grey levels are scaled to 0 to 255 and copied to three channels. The bundle has no test split, so the fifth
+    The 17 gray levels are scaled to 0 to 255 and copied to three channels. The bundle has no test split, so the fifth
     of each class with the smallest SHA-256 of `kdfast digits <index>` is the test split, the same on every machine.
     Both splits keep the order of the bundle. Views shift by up to 1 pixel and do not flip.
     """

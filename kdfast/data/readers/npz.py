@@ -23,7 +23,7 @@ def is_npz(path: Path) -> bool:
 def open_npz(path: Path) -> Source:
     """Read `train_images`, `train_labels`, `test_images` and `test_labels` from an .npz file.
 
-    Images are uint8 `(N, H, W, 3)` or grey `(N, H, W)`; labels are integers `(N,)` or `(N, 1)`, 0 to C - 1 without a
+    Images are uint8 `(N, H, W, 3)` or gray `(N, H, W)`; labels are integers `(N,)` or `(N, 1)`, 0 to C - 1 without a
     gap. The classes are named `0`, `1`, ... Views do not flip, because a mirrored image may be of another class.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The kinds of data sources, and the function that recognises and opens one.
+"""The kinds of data sources, and the function that recognizes and opens one.
 
 To add a kind, write a reader and an entry in SOURCES.
 """
@@ -84,7 +84,7 @@ SOURCES: dict[str, SourceKind] = {
 
 
 def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Source:
-    """Recognise and open a data source.
+    """Recognize and open a data source.
 
     Args:
         path: A path of one of the kinds in SOURCES, or the word `digits` (a folder of that name is `./digits`).
@@ -102,7 +102,7 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
     if size is not None and size < 1:
         raise UsageError(f"`size` is {size}; needed: 1 or more pixels")
     location = Path(path)
-    kind = digits.NAME if os.fspath(path) == digits.NAME else _recognise(location)
+    kind = digits.NAME if os.fspath(path) == digits.NAME else _recognize(location)
     source = SOURCES[kind].open(location, size)
     if size is not None and source.train.shape != (size, size, 3):
         height, width, _ = source.train.shape
@@ -112,7 +112,7 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
     return source
 
 
-def _recognise(path: Path) -> str:
+def _recognize(path: Path) -> str:
     if not path.exists():
         raise DataError(f"there is nothing at {path}; check the path")
     found = [kind for kind in SOURCES if kind != digits.NAME and SOURCES[kind].detect(path)]

@@ -265,7 +265,7 @@ def _values_are_readable(call: KDCall) -> bool:
 
 
 def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
-    """Return the loss when the weights also need a gradient: the kernel computes rows, PyTorch weights and reduces them."""
+    """Return the loss when the weights also need a gradient: PyTorch weights and reduces the rows of the kernel."""
     assert call.weights is not None
     weights = call.weights.to(torch.promote_types(call.weights.dtype, torch.float32))
     if call.labels is not None:

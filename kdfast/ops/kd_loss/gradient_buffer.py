@@ -34,7 +34,7 @@ _kept: list[UntypedStorage] = []
 
 
 def new_gradient(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return an uninitialized contiguous tensor of ``logits``' dtype, reusing, if possible, the last gradient's memory."""
+    """Return an uninitialized contiguous tensor of ``logits``' dtype, in the last gradient's memory if it is free."""
     size = math.prod(shape) * logits.itemsize
     if not MIN_BYTES <= size <= MAX_BYTES or os.environ.get("KDFAST_REUSE_GRADIENT") == "0":
         return logits.new_empty(shape)

@@ -60,7 +60,7 @@ def row_indices(
     HAS_LABELS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
-    """Return which rows are not ignored, which have an index out of range, and each row's clamped label and teacher row."""
+    """Return which rows are not ignored and which have an index out of range, and clamped labels and teacher rows."""
     bad = r < 0
     label = r * 0
     if HAS_LABELS:

@@ -3,7 +3,7 @@
 For features h in R^D (a 1 appended for the bias), logits z = W h and a loss of softmax(z), the gradient and the Hessian
 with respect to W factor into features and C x C curvatures, so no per-sample gradient is ever formed. ``features`` may
 be a tensor, a memory-mapped array, or an iterable of blocks; every function reads it one tile at a time, and results
-carry no gradient. On a CUDA device, validating values synchronises with the device.
+carry no gradient. On a CUDA device, validating values synchronizes with the device.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops.softmax_head.data import Features, HeadData, Progress, linear
-from kdfast.ops.softmax_head.dense_hessian import with_bias
+from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.leave_one_out import LeaveOneOut
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.validation import Array
@@ -54,7 +54,7 @@ def head_influence(
         l2: Weight of the penalty (l2 / 2) ||W||^2, > 0.
         bias: Whether the head has a bias; the penalty includes it.
         corrected: Whether to add the second-order terms in 1/N: the sample's leverage and the curvature of both losses.
-            Pass True to predict the size of effects closely, for example of mislabelled samples; False suffices for
+            Pass True to predict the size of effects closely, for example of mislabeled samples; False suffices for
             ranking. It needs H^-1 as a matrix, so up to 10,000 weights unless ``method`` is "cholesky".
         teacher: (N, C) teacher logits of the training samples, for ``alpha`` > 0.
         alpha: Weight of the divergence from the teacher in the training loss. For a head equal to the teacher the
@@ -119,7 +119,7 @@ def head_self_influence(
 ) -> Tensor:
     """Predict how much a sample's own loss rises if it is removed from training: g_i^T H^-1 g_i / N, never negative.
 
-    Large for samples that the head memorises, such as mislabelled ones.
+    Large for samples that the head memorizes, such as mislabeled ones.
 
     Args:
         features: As in ``head_influence``, and likewise for all others.
@@ -161,6 +161,6 @@ def mean_gradient(data: HeadData, loss: LossConfig) -> Tensor:
     total = torch.zeros(data.num_classes, data.dim, dtype=torch.float64, device=data.device)
     rows = 0
     for tile in data.tiles(0, torch.float64):
-        total.addmm_(residuals(tile.z, tile.y, tile.t, loss).mT, with_bias(tile, data))
+        total.addmm_(residuals(tile.z, tile.y, tile.t, loss).mT, append_bias(tile, data))
         rows += len(tile.x)
     return total / rows

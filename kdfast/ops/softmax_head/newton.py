@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.softmax_head.data import Features, HeadData, Progress, linear
-from kdfast.ops.softmax_head.dense_hessian import with_bias
+from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.solve import HeadSolver
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tensor, check_tol
@@ -34,7 +34,7 @@ def head_newton(
     tile_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Minimise F = (1/N) sum of losses + (l2 / 2) ||W||^2 until ||grad F|| <= ``tol``, in float64.
+    """Minimize F = (1/N) sum of losses + (l2 / 2) ||W||^2 until ||grad F|| <= ``tol``, in float64.
 
     Influence and leave-one-out predict retraining only at an optimum. A head trained by SGD, with augmentation, is not
     at the optimum of its cached features. The penalty includes the bias, so the optimum is unique.
@@ -123,7 +123,7 @@ def _objective(data: HeadData, w: Tensor, l2: float, loss: LossConfig) -> tuple[
     gradient = torch.zeros_like(w)
     rows = 0
     for tile in data.with_weights(w).tiles(data.num_classes, torch.float64):
-        gradient.addmm_(residuals(tile.z, tile.y, tile.t, loss).mT, with_bias(tile, data))
+        gradient.addmm_(residuals(tile.z, tile.y, tile.t, loss).mT, append_bias(tile, data))
         if loss.alpha < 1 and tile.y is not None:
             total += (1 - loss.alpha) * torch.nn.functional.cross_entropy(tile.z, tile.y, reduction="sum")
         if loss.alpha > 0 and tile.t is not None:

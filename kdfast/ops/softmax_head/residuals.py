@@ -51,7 +51,7 @@ class LossConfig(NamedTuple):
         """Raise a DataError if every gradient is zero because the head is its own teacher."""
         if self.alpha == 1 and not bool(result.any()):
             raise DataError(
-                "every gradient is zero: with alpha = 1 the teacher's logits equal the head's own, which minimises the "
+                "every gradient is zero: with alpha = 1 the teacher's logits equal the head's own, which minimizes the "
                 "divergence. Use hard labels (alpha < 1), or the logits of a proxy"
             )
 

@@ -11,7 +11,7 @@ from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.conjugate_gradients import Operator, Solution, conjugate_gradients, true_residuals
 from kdfast.ops.softmax_head.curvature import curvature_terms
 from kdfast.ops.softmax_head.data import Features, HeadData, Progress
-from kdfast.ops.softmax_head.dense_hessian import hessian, with_bias
+from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian
 from kdfast.ops.softmax_head.hvp import check_vectors, hessian_products
 from kdfast.ops.softmax_head.residuals import LossConfig
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tol
@@ -38,7 +38,7 @@ def head_solve(
 ) -> Tensor:
     """Solve H x = b for the Hessian of ``head_hvp`` and K right-hand sides.
 
-    ``HeadSolver`` does the same, keeps its factorisation for further calls, and reports the residuals it achieves.
+    ``HeadSolver`` does the same, keeps its factorization for further calls, and reports the residuals it achieves.
 
     Args:
         features: (N, D') without the bias, tensor or (memory-mapped) array; or a re-iterable of blocks
@@ -151,7 +151,7 @@ class HeadSolver:
         for tile in data.tiles(data.num_classes, torch.float64, self.progress, "preconditioner"):
             for weight, p in curvature_terms(tile.z, self.loss):
                 s.add_(torch.diag(p.sum(0)) - p.mT @ p, alpha=weight)
-            x = with_bias(tile, data)
+            x = append_bias(tile, data)
             g.addmm_(x.mT, x)
             rows += len(x)
         s_values, s_vectors = torch.linalg.eigh(s / rows)

@@ -24,7 +24,7 @@ from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
 from kdfast.prune.if_beta.inputs import check_fraction, check_inputs, check_scores, hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, TrainingBudget
+from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS, Reward
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, SampleScore
 from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
@@ -34,7 +34,7 @@ Balance: TypeAlias = Literal["balanced", "equal", "unbalanced"]
 Progress: TypeAlias = Callable[[int, int, str], None]
 
 _PARTS = ("score", "proxy", "reward", "estimator")
-# Step number of the noise of the final draws, beyond those of the search.
+# Step index of the final draws' noise, above any search step.
 _FINAL = 1 << 20
 
 
@@ -85,7 +85,7 @@ class IFBetaResult:
 
 @dataclass(frozen=True)
 class IFBeta:
-    """A learned sampling policy with replaceable parts.
+    """A learned sampling policy with pluggable components.
 
     Attributes:
         score: A key of `SAMPLE_SCORES`, or a function from `HeadInputs` to float64 (N,).
@@ -104,7 +104,7 @@ class IFBeta:
     proxy: str | Proxy = "projection"
     reward: str | Reward = "kd"
     estimator: str | Estimator = "crn"
-    budget: TrainingBudget = field(default_factory=TrainingBudget)
+    budget: ProxyTrainingConfig = field(default_factory=ProxyTrainingConfig)
     schedule: Schedule = field(default_factory=Schedule)
     balance: Balance = "balanced"
     held_share: float = 0.05

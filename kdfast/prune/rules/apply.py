@@ -62,14 +62,14 @@ def select_subset(
         features: float32 (N, D), for rules that need them.
         extras: Further values per sample, float64 (N,) each, for rules that need them.
         options: The rule's options; the others have their defaults.
-        device: Device for heavy work of the rule.
+        device: Device for expensive computations of the rule.
 
     Returns:
         Exactly round(fraction * N) samples, and the options used.
 
     Raises:
         DataError: Scores, features or extras differ from the labels in length or are not finite.
-        SubsetError: The fraction keeps no sample, or leaves a class empty or short.
+        SubsetError: The fraction keeps no sample, or leaves a class empty or with too few samples.
         UsageError: The rule, the balance or an option is unknown, or the rule lacks an input.
     """
     entry = get_rule(rule)

@@ -31,7 +31,7 @@ class RuleInputs:
         extras: Further values per sample, float64 (n,) each, that the score computed for its rule.
         options: Every option of the rule, checked.
         classes: Number of classes of the training split.
-        device: Device for heavy work.
+        device: Device for expensive computations.
     """
 
     scores: FloatArray

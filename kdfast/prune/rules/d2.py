@@ -1,4 +1,4 @@
-"""D2 pruning: scores spread along a graph of neighbours, then each kept sample lowers its neighbours' scores."""
+"""D2 pruning: scores spread along a graph of neighbors, then each kept sample lowers its neighbors' scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray, RuleInputs, drop_hardest, require_features
 
 OPTIONS = {
-    "k": Option(5, "neighbours per sample, before the graph is made undirected", low=1, high=1000, integer=True),
+    "k": Option(5, "neighbors per sample, before the graph is made undirected", low=1, high=1000, integer=True),
     "gamma": Option(1.0, "decay of the forward messages with distance", low=0, high=1e6),
     "gamma_r": Option(0.1, "decay of the reverse messages with distance", low=0, high=1e6),
     "cut": Option(
@@ -37,7 +37,7 @@ def resolve_defaults(inputs: RuleInputs) -> dict[str, OptionValue]:
 def d2(inputs: RuleInputs) -> IntArray:
     """Drop the hardest `cut` share of the group, then select on the graph of the remaining samples.
 
-    Negative scores are shifted so that the lowest is 0, since messages add up importance. Finding the neighbours takes
+    Negative scores are shifted so that the lowest is 0, since messages add up importance. Finding the neighbors takes
     most of the time: N^2 D multiplications for a group of size N. With class budgets there is one graph per class.
 
     Source:
@@ -45,15 +45,15 @@ def d2(inputs: RuleInputs) -> IntArray:
         paper's messages decay with the squared distance, the public code's with the distance.
     """
     # Imported here: numba takes a second to import.
-    from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+    from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
     from kdfast.prune.rules.d2_greedy import select_greedily
 
     if not inputs.count:
         return np.zeros(0, np.int64)
     remaining = drop_hardest(inputs, inputs.number("cut"))
     features = require_features(inputs)[remaining]
-    neighbours, distances = nearest_neighbours(features, int(inputs.number("k")), device=inputs.device)
-    starts, ends, lengths = undirected_graph(neighbours, distances)
+    neighbors, distances = nearest_neighbors(features, int(inputs.number("k")), device=inputs.device)
+    starts, ends, lengths = undirected_graph(neighbors, distances)
     if inputs.options["fidelity"] == "paper":
         lengths = np.square(lengths)
     scores = inputs.scores[remaining] - min(0.0, float(inputs.scores[remaining].min()))
@@ -64,6 +64,6 @@ def d2(inputs: RuleInputs) -> IntArray:
 
 
 def pass_messages(scores: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray) -> FloatArray:
-    """Return u_i = s_i + sum over the neighbours j of w_ij s_j, float64 (N,)."""
+    """Return u_i = s_i + sum over the neighbors j of w_ij s_j, float64 (N,)."""
     source = np.repeat(np.arange(len(scores)), np.diff(starts))
     return scores + np.bincount(source, weights * scores[ends], minlength=len(scores))

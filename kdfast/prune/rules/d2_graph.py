@@ -1,4 +1,4 @@
-"""The graph of exact nearest neighbours, computed without an N x N matrix: block by block, on any device."""
+"""The graph of exact nearest neighbors, computed without an N x N matrix: block by block, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.prune.rules.base import FloatArray
 
-# Candidates beyond k: their distances prove that rounding has hidden no neighbour.
+# Candidates beyond k: their distances prove that rounding has hidden no neighbor.
 _SPARE = 8
 # Size of a block of float32 distances, and of a block of float64 differences.
 _BLOCK_BYTES = 1 << 27
@@ -21,7 +21,7 @@ _BLOCK_BYTES = 1 << 27
 _PIECE = 32
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     features: npt.NDArray[np.float32], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
 ) -> tuple[IntArray, FloatArray]:
     """Find the k nearest other samples of each sample, by Euclidean distance.
@@ -32,12 +32,12 @@ def nearest_neighbours(
 
     Args:
         features: float32 (N, D), finite.
-        k: Neighbours per sample; all others if there are fewer than k.
+        k: Neighbors per sample; all others if there are fewer than k.
         device: Device to compute on.
         block_bytes: Size of one block of distances.
 
     Returns:
-        Neighbours int64 (N, min(k, N - 1)), nearest first and the lower index first at equal distance, and their
+        Neighbors int64 (N, min(k, N - 1)), nearest first and the lower index first at equal distance, and their
         distances, float64 of the same shape.
     """
     n, depth = features.shape
@@ -50,7 +50,7 @@ def nearest_neighbours(
     # The extra column makes one product yield |y|^2 - 2 x.y, without another pass over the block.
     right = torch.cat((points, norms.float()[:, None]), dim=1).T.contiguous()
     slack = 4 * (depth + 4) * torch.finfo(torch.float32).eps * float(norms.max())
-    neighbours, distances = np.empty((n, k), np.int64), np.empty((n, k))
+    neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k))
     step = min(n, max(1, block_bytes // (4 * n)))
     block = torch.empty(step, n, device=device)
     with _full_float32(points.device):
@@ -60,24 +60,24 @@ def nearest_neighbours(
             rough = torch.mm(left, right, out=block[: len(rows)])
             rough[torch.arange(len(rows), device=device), rows] = torch.inf
             found, squares = _resolve(rough, points, norms, rows, k, slack)
-            neighbours[start : start + step], distances[start : start + step] = found.cpu(), squares.sqrt().cpu()
-    return neighbours, distances
+            neighbors[start : start + step], distances[start : start + step] = found.cpu(), squares.sqrt().cpu()
+    return neighbors, distances
 
 
-def undirected_graph(neighbours: IntArray, distances: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
-    """Connect two samples if either is a neighbour of the other; return the graph in compressed sparse rows.
+def undirected_graph(neighbors: IntArray, distances: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
+    """Connect two samples if either is a neighbor of the other; return the graph in compressed sparse rows.
 
     Args:
-        neighbours: int64 (N, k).
+        neighbors: int64 (N, k).
         distances: float64 (N, k).
 
     Returns:
         Where each sample's edges start, int64 (N + 1,); the samples at their other ends, int64 (E,), ascending for each
         sample; and their lengths, float64 (E,).
     """
-    n, k = neighbours.shape
+    n, k = neighbors.shape
     here = np.repeat(np.arange(n, dtype=np.int64), k)
-    there = neighbours.ravel()
+    there = neighbors.ravel()
     low, high = np.minimum(here, there), np.maximum(here, there)
     edges, first = np.unique(low * n + high, return_index=True)
     low, high, lengths = edges // n, edges % n, distances.ravel()[first]
@@ -88,7 +88,7 @@ def undirected_graph(neighbours: IntArray, distances: FloatArray) -> tuple[IntAr
 
 
 def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
-    """Return the neighbours (B, k) of the rows (B,) and their squared distances.
+    """Return the neighbors (B, k) of the rows (B,) and their squared distances.
 
     `rough` (B, N) holds the squared distances minus the row's squared norm; `slack` bounds its rounding error.
     """

@@ -16,7 +16,7 @@ from kdfast.prune.rules.base import FloatArray
 def select_greedily(
     importance: FloatArray, starts: IntArray, ends: IntArray, weights: FloatArray, ranks: IntArray, count: int
 ) -> IntArray:
-    """Repeatedly keep the sample i of highest u and lower its neighbours: u_j -= w_ij u_i.
+    """Repeatedly keep the sample i of highest u and lower its neighbors: u_j -= w_ij u_i.
 
     The heap holds an entry per sample that is not below its u. A stale entry at the top is pushed again with
     its current value, so the cost is O((N + count * degree) log N); a scan for every kept sample would cost O(N count).

@@ -20,7 +20,7 @@ def select_moderate(inputs: RuleInputs) -> IntArray:
     """Keep the middle of the ranking; if an odd number is dropped, the hard end loses one more.
 
     Source:
-        Xia et al. 2023, Moderate coreset: keep the samples whose distance to the class centre is nearest the median, by
+        Xia et al. 2023, Moderate coreset: keep the samples whose distance to the class center is nearest the median, by
         rank.
     """
     start = (len(inputs.scores) - inputs.count) // 2

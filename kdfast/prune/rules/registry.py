@@ -20,7 +20,7 @@ RULES: dict[str, Rule] = {
     "beta": Rule(beta.beta, "draw with a Beta density over the ranks (0 easiest, 1 hardest)", beta.OPTIONS),
     "d2": Rule(
         d2.d2,
-        "D2: balance score and diversity by messages on a graph of nearest neighbours",
+        "D2: balance score and diversity by messages on a graph of nearest neighbors",
         d2.OPTIONS,
         frozenset({"features"}),
         d2.resolve_defaults,

@@ -38,7 +38,7 @@ class ScoreInputs:
         logits: float32 (N, C), the teacher's logits on the unaugmented samples, or None.
         features: float32 (N, D), inputs of the teacher's classifier, or None.
         dynamics: Recorded training dynamics, or None.
-        device: Device for heavy work.
+        device: Device for expensive computations.
         options: Options by name; the others have their defaults.
         source: The data, for scores that run a network on the images, or None.
         network: The network for such scores, or None.

@@ -93,7 +93,7 @@ class ScoreSources:
             name: A key of `SCORES`.
             seed: Seed of the score's random draws.
             options: Options of the score.
-            device: Device for heavy work.
+            device: Device for expensive computations.
         """
         options = dict(options or {})
         usable = get_score(name).usable_inputs(options)

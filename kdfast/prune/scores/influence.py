@@ -21,7 +21,7 @@ OPTIONS = {
     "kind": Option(
         "removal",
         "removal: rise of the validation loss without the sample, positive for helpful samples; absolute: its absolute "
-        "value; self: rise of the sample's own loss, largest for memorised and mislabelled samples",
+        "value; self: rise of the sample's own loss, largest for memorized and mislabeled samples",
         choices=("removal", "absolute", "self"),
     ),
     "l2": Option(DEFAULT_L2, "weight of the head's penalty (l2 / 2) ||W||^2", low=1e-12, high=1e6),

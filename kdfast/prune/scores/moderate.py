@@ -1,4 +1,4 @@
-"""The distance of a sample's features to the centre of its class."""
+"""The distance of a sample's features to the center of its class."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ OPTIONS = {
     ),
     "fidelity": Option(
         "paper",
-        "centre of a class: mean of the features (paper), or median of each feature (public code)",
+        "center of a class: mean of the features (paper), or median of each feature (public code)",
         choices=("paper", "code"),
     ),
 }
 
 
 def moderate(inputs: ScoreInputs) -> ScoreResult:
-    """Euclidean distance of the features to the centre of the sample's class; the rule `moderate` keeps the middle.
+    """Euclidean distance of the features to the center of the sample's class; the rule `moderate` keeps the middle.
 
     From dynamics it is the mean over runs, by default at the last epoch that has features.
 
     Source:
         Xia et al., Moderate Coreset: A Universal Method of Data Selection for Real-world Data-efficient Deep
-        Learning, ICLR 2023. The centre is the mean in the paper and the median of each feature in its code.
+        Learning, ICLR 2023. The center is the mean in the paper and the median of each feature in its code.
     """
     median = inputs.options["fidelity"] == "code"
     use = inputs.options["use"]
     if use == "cache" or (use is None and inputs.features is not None):
-        return ScoreResult(_centre_distances(require_features(inputs, "moderate"), inputs.labels, median))
+        return ScoreResult(_center_distances(require_features(inputs, "moderate"), inputs.labels, median))
     use_dynamics(inputs, "moderate")
     dynamics = require_dynamics(inputs, "moderate")
     asked = inputs.options["epoch"]
     epoch = dynamics.feature_epochs[-1] + 1 if asked is None and dynamics.feature_epochs else int(asked or 1)
 
     def distances(run: int) -> FloatArray:
-        return _centre_distances(dynamics.features(run, epoch - 1), inputs.labels, median)
+        return _center_distances(dynamics.features(run, epoch - 1), inputs.labels, median)
 
     return ScoreResult(mean_over_runs(dynamics, distances), used={"epoch": epoch})
 
 
-def _centre_distances(features: npt.NDArray[np.float32], labels: IntArray, median: bool) -> FloatArray:
+def _center_distances(features: npt.NDArray[np.float32], labels: IntArray, median: bool) -> FloatArray:
     distances = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         rows = features[members].astype(np.float64)
-        centre = np.median(rows, axis=0) if median else rows.mean(axis=0)
-        distances[members] = np.linalg.norm(rows - centre, axis=1)
+        center = np.median(rows, axis=0) if median else rows.mean(axis=0)
+        distances[members] = np.linalg.norm(rows - center, axis=1)
     return distances

@@ -66,7 +66,7 @@ SCORES: dict[str, Score] = {
     ),
     "moderate": Score(
         moderate.moderate,
-        "distance of the features to the centre of their class",
+        "distance of the features to the center of their class",
         _CACHE | _DYNAMICS,
         rule="moderate",
         options=moderate.OPTIONS,

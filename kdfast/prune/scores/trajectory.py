@@ -70,8 +70,8 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
     """Number of epochs at which a sample is wrong that was correct one epoch earlier; mean over runs.
 
     Samples that were never correct were never forgotten either. The paper ranks them as forgotten infinitely often;
-    here such a run counts E events, more than E epochs can hold. Several public codes count 0, so that they are pruned
-    first: `never_learned=zero`.
+    here such a run counts E events, more than E epochs can hold. Several public implementations count 0, so that they
+    are pruned first: `never_learned=zero`.
 
     Source:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network Learning, ICLR 2019.

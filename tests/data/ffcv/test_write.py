@@ -325,7 +325,7 @@ def test_rejects_a_folder_in_use(source, tmp_path):
 
 
 def smooth(count, side, seed):
-    """Return colour ramps, which JPEG preserves well."""
+    """Return color ramps, which JPEG preserves well."""
     rng = np.random.default_rng(seed)
     corners = rng.integers(0, 256, (count, 2, 3)).astype(float)
     ramp = np.linspace(0, 1, side)[None, :, None, None]

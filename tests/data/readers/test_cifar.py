@@ -91,7 +91,7 @@ def test_reads_a_tar_of_the_current_folder(tmp_path, cifar):
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_recognises_a_renamed_folder(tmp_path, cifar, kind):
+def test_recognizes_a_renamed_folder(tmp_path, cifar, kind):
     folder = cifar(tmp_path, kind).rename(tmp_path / "renamed")
     assert open_source(folder).kind == kind
     (folder / "batches.meta" if kind == "cifar10" else folder / "meta").unlink()

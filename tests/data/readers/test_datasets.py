@@ -41,7 +41,7 @@ def test_accepts_every_form_of_images(form):
 @pytest.mark.parametrize(
     "make", [lambda i: PIXELS[i][..., 0], lambda i: torch.from_numpy(PIXELS[i][..., 0]), lambda i: PIXELS[i][..., :1]]
 )
-def test_grey_images_become_rgb(make):
+def test_gray_images_become_rgb(make):
     source = from_datasets(Items(make), Items(make))
     assert np.array_equal(source.train.read(range(6)), np.repeat(PIXELS[..., :1], 3, -1))
 
@@ -62,8 +62,8 @@ def test_rejects_a_set_that_augments():
 @pytest.mark.parametrize(
     ("make", "labels", "message"),
     [
-        (lambda i: FORMS["float tensor"](i) * 2 - 0.5, (0, 1), "before normalisation"),
-        (lambda i: torch.full((3, 8, 8), float("nan")), (0, 1), "before normalisation|differs"),
+        (lambda i: FORMS["float tensor"](i) * 2 - 0.5, (0, 1), "before normalization"),
+        (lambda i: torch.full((3, 8, 8), float("nan")), (0, 1), "before normalization|differs"),
         (lambda i: PIXELS[i].astype(np.float32), (0, 1), "float32"),
         (lambda i: PIXELS[i][: 8 - i], (0, 1), "resize all images to one size"),
         (FORMS["array"], (0, 1.5), "not a pair"),

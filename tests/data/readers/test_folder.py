@@ -38,7 +38,7 @@ def test_threads_read_the_same_pixels(tmp_path, image_folder):
     assert np.array_equal(source.train.read(order), singly)
 
 
-def test_size_scales_the_shorter_side_and_crops_the_centre(tmp_path, image_folder):
+def test_size_scales_the_shorter_side_and_crops_the_center(tmp_path, image_folder):
     root = image_folder(tmp_path, sizes=[(30, 20), (20, 50), (20, 20)])
     source = open_source(root, size=20)
     assert source.train.shape == (20, 20, 3)

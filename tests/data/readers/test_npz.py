@@ -5,11 +5,11 @@ from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError
 
 
-def test_grey_images_become_rgb(tmp_path, npz):
-    grey = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
-    source = open_source(npz(tmp_path / "a.npz", train_images=grey))
+def test_gray_images_become_rgb(tmp_path, npz):
+    gray = np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    source = open_source(npz(tmp_path / "a.npz", train_images=gray))
     assert source.train.shape == (16, 16, 3)
-    assert np.array_equal(source.train.read([5])[0], np.stack([grey[5]] * 3, -1))
+    assert np.array_equal(source.train.read([5])[0], np.stack([gray[5]] * 3, -1))
     assert source.classes == ("0", "1", "2")
     assert (source.view_spec.pad, source.view_spec.flip) == (2, False)
 

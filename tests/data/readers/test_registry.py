@@ -9,7 +9,7 @@ from kdfast.errors import DataError, UsageError
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_recognises_every_kind(make_source, kind):
+def test_recognizes_every_kind(make_source, kind):
     source = open_source(make_source(kind))
     assert source.kind == kind
     for split in (source.train, source.test):

@@ -90,7 +90,7 @@ def test_influence_ranks_true_removals(fitted):
 
 
 def test_correction_improves_effects_of_mislabelled_samples():
-    """The correction needs the third derivative: without it, effects of mislabelled samples are predicted worse."""
+    """The correction needs the third derivative: without it, effects of mislabeled samples are predicted worse."""
     fitted = Fitted(0.0, flipped=30)
     plain, corrected = fitted.influence()[:REMOVED], fitted.influence(corrected=True)[:REMOVED]
     assert fitted.error(corrected) <= 0.5 * fitted.error(plain)

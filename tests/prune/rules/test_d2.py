@@ -1,4 +1,4 @@
-"""D2 matches dense brute force: neighbours, graph, messages and greedy selection."""
+"""D2 matches dense brute force: neighbors, graph, messages and greedy selection."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.d2 import default_cut, pass_messages
-from kdfast.prune.rules.d2_graph import nearest_neighbours, undirected_graph
+from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
 from kdfast.prune.rules.d2_greedy import select_greedily
 
 RNG = np.random.default_rng(0)
@@ -18,35 +18,35 @@ def dense_distances(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(x[:, None].astype(np.float64) - x[None].astype(np.float64)).sum(-1))
 
 
-def neighbours_by_hand(x: np.ndarray, k: int) -> np.ndarray:
+def neighbors_by_hand(x: np.ndarray, k: int) -> np.ndarray:
     distances = dense_distances(x)
     np.fill_diagonal(distances, np.inf)
     return np.argsort(distances, axis=1, kind="stable")[:, :k]
 
 
 @pytest.mark.parametrize(("n", "depth", "k"), [(300, 8, 5), (2000, 4, 3), (40, 3, 10), (5, 2, 9), (2, 2, 1)])
-def test_neighbours_match_brute_force(n: int, depth: int, k: int) -> None:
+def test_neighbors_match_brute_force(n: int, depth: int, k: int) -> None:
     x = RNG.normal(size=(n, depth)).astype(np.float32) * 3 + 40
-    found, distances = nearest_neighbours(x, k, block_bytes=4 * n * 37)
+    found, distances = nearest_neighbors(x, k, block_bytes=4 * n * 37)
     k = min(k, n - 1)
-    expected = neighbours_by_hand(x - x.mean(0, dtype=np.float64).astype(np.float32), k)
+    expected = neighbors_by_hand(x - x.mean(0, dtype=np.float64).astype(np.float32), k)
     assert (found == expected).all()
     np.testing.assert_allclose(distances, np.take_along_axis(dense_distances(x), expected, 1), rtol=1e-5)
 
 
-def test_neighbours_of_duplicates_and_of_far_clusters_are_exact() -> None:
+def test_neighbors_of_duplicates_and_of_far_clusters_are_exact() -> None:
     """Thirty copies of each point, in clusters far from the origin, are hidden by rounding in the fast product."""
-    centres = RNG.normal(size=(40, 16)) * 1000
-    x = (np.repeat(centres, 30, axis=0) + RNG.normal(size=(1200, 16)) * 1e-3).astype(np.float32)
+    centers = RNG.normal(size=(40, 16)) * 1000
+    x = (np.repeat(centers, 30, axis=0) + RNG.normal(size=(1200, 16)) * 1e-3).astype(np.float32)
     x[::3] = x[0]
-    centred = x - x.mean(0, dtype=np.float64).astype(np.float32)
-    found, _ = nearest_neighbours(x, 5)
-    assert (found == neighbours_by_hand(centred, 5)).all()
+    centered = x - x.mean(0, dtype=np.float64).astype(np.float32)
+    found, _ = nearest_neighbors(x, 5)
+    assert (found == neighbors_by_hand(centered, 5)).all()
 
 
-def test_neighbours_do_not_depend_on_the_block_size() -> None:
+def test_neighbors_do_not_depend_on_the_block_size() -> None:
     x = RNG.normal(size=(500, 6)).astype(np.float32)
-    first, second = nearest_neighbours(x, 4, block_bytes=1), nearest_neighbours(x, 4)
+    first, second = nearest_neighbors(x, 4, block_bytes=1), nearest_neighbors(x, 4)
     assert (first[0] == second[0]).all()
     assert (first[1] == second[1]).all()
 
@@ -62,21 +62,21 @@ def test_no_dense_matrix_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch, "mm", watch)
-    nearest_neighbours(RNG.normal(size=(3000, 4)).astype(np.float32), 5, block_bytes=4 * 3000 * 100)
+    nearest_neighbors(RNG.normal(size=(3000, 4)).astype(np.float32), 5, block_bytes=4 * 3000 * 100)
     assert 0 < largest <= 3000 * 100
 
 
 def graph_by_hand(x: np.ndarray, k: int) -> np.ndarray:
     """Return the dense adjacency: connected if either is among the other's k nearest."""
     joined = np.zeros((len(x), len(x)), bool)
-    for i, others in enumerate(neighbours_by_hand(x, k)):
+    for i, others in enumerate(neighbors_by_hand(x, k)):
         joined[i, others] = True
     return joined | joined.T
 
 
 def test_graph_is_undirected_without_double_edges() -> None:
     x = RNG.normal(size=(200, 5)).astype(np.float32)
-    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, 4))
+    starts, ends, lengths = undirected_graph(*nearest_neighbors(x, 4))
     joined = np.zeros((200, 200), bool)
     for i in range(200):
         mine = ends[starts[i] : starts[i + 1]]
@@ -131,10 +131,10 @@ def test_d2_matches_brute_force(labels, fidelity: str, fraction: float, shift: f
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 6))
 def test_lazy_heap_matches_a_scan(seed: int, n: int, k: int) -> None:
-    """Strong messages make u negative, so that neighbours rise again; few distinct values make ties."""
+    """Strong messages make u negative, so that neighbors rise again; few distinct values make ties."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 2)).astype(np.float32)
-    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, k))
+    starts, ends, lengths = undirected_graph(*nearest_neighbors(x, k))
     weights = rng.choice([0.25, 0.5, 1.0], len(lengths))
     u = rng.choice([0.0, 1.0, 2.0, -1.0], n)
     ranks = rng.permutation(n)
@@ -151,7 +151,7 @@ def test_lazy_heap_matches_a_scan(seed: int, n: int, k: int) -> None:
 
 def test_forward_messages_match_dense_sums() -> None:
     x = RNG.normal(size=(60, 3)).astype(np.float32)
-    starts, ends, lengths = undirected_graph(*nearest_neighbours(x, 5))
+    starts, ends, lengths = undirected_graph(*nearest_neighbors(x, 5))
     s = RNG.random(60)
     expected = s + np.where(graph_by_hand(x, 5), np.exp(-dense_distances(x)), 0) @ s
     np.testing.assert_allclose(pass_messages(s, starts, ends, np.exp(-lengths)), expected, rtol=1e-6)
@@ -178,7 +178,7 @@ def test_cut_drops_the_hardest() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_neighbours_on_gpu_equal_those_on_cpu() -> None:
+def test_neighbors_on_gpu_equal_those_on_cpu() -> None:
     x = RNG.normal(size=(3000, 32)).astype(np.float32)
-    here, there = nearest_neighbours(x, 5), nearest_neighbours(x, 5, device="cuda")
+    here, there = nearest_neighbors(x, 5), nearest_neighbors(x, 5, device="cuda")
     assert (here[0] == there[0]).all()

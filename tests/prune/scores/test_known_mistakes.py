@@ -88,7 +88,7 @@ def test_grand_applies_softmax_once(random_logits):
     assert np.median(np.abs(found - twice)) > 0.05
 
 
-def test_grand_does_not_materialise_gradients():
+def test_grand_does_not_materialize_gradients():
     """N x C x D values would take 800 MB here."""
     n, classes, width = 4000, 100, 512
     rng = np.random.default_rng(0)

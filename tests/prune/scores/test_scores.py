@@ -185,10 +185,10 @@ def trained_runs(i):
 
 
 def test_moderate(inputs, teacher, dynamics):
-    for fidelity, centre in (("paper", np.mean), ("code", np.median)):
+    for fidelity, center in (("paper", np.mean), ("code", np.median)):
         found = compute_score("moderate", inputs(options={"fidelity": fidelity})).values
         for i, y in enumerate(LABELS):
-            middle = centre(np.array([h for h, other in zip(teacher[1], LABELS, strict=True) if other == y]), axis=0)
+            middle = center(np.array([h for h, other in zip(teacher[1], LABELS, strict=True) if other == y]), axis=0)
             assert found[i] == pytest.approx(np.sqrt(((teacher[1][i] - middle) ** 2).sum()), rel=1e-5)
     recorded = compute_score("moderate", inputs(logits=None, features=None)).values
 
