@@ -32,7 +32,7 @@ from kdfast.prune.if_beta.estimators import Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
 from kdfast.prune.if_beta.inputs import hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES, ProxyData, TrainingBudget
+from kdfast.prune.if_beta.proxy import PROXIES, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
 from kdfast.teacher.cache import TeacherCache
@@ -126,7 +126,7 @@ def main() -> None:
 
     proxy = PROXIES["projection"]()
     data = ProxyData(proxy.transform(features, options.seed), y, logits)
-    evaluator = PolicyEvaluator(proxy, REWARDS["kd"], TrainingBudget(), data, held_out, options.seed)
+    evaluator = PolicyEvaluator(proxy, REWARDS["kd"], ProxyTrainingConfig(), data, held_out, options.seed)
     found = []
     for a, b in sorted({(row["a"], row["b"]) for row in rows}):
         top1 = [row["test_top1"] for row in rows if (row["a"], row["b"]) == (a, b)]

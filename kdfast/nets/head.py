@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kdfast.errors import ShapeError, UsageError
 
 
-def classifier_of(net: nn.Module) -> nn.Linear:
+def find_classifier(net: nn.Module) -> nn.Linear:
     """Return the last ``nn.Linear`` of a network in the order of its modules, which computes the logits.
 
     Raises:
@@ -24,7 +24,7 @@ def classifier_of(net: nn.Module) -> nn.Linear:
     return last
 
 
-def logits_and_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def forward_with_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run one forward pass, and also return the input of the classifier.
 
     Args:
@@ -43,7 +43,7 @@ def logits_and_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(inputs[0])
 
-    handle = classifier_of(net).register_forward_pre_hook(record)
+    handle = find_classifier(net).register_forward_pre_hook(record)
     try:
         logits = net(x)
     finally:

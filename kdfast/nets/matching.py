@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from kdfast.errors import CheckpointError
-from kdfast.nets.head import classifier_of
+from kdfast.nets.head import find_classifier
 from kdfast.nets.registry import NETS, build_net
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
@@ -110,7 +110,7 @@ def match_tensors(
     renamed = _rename(state, target)
     matched = {new: t for new, (_, t) in renamed.items() if new in target and target[new].shape == t.shape}
     mismatched = [new for new in renamed if new in target and new not in matched]
-    head = next(key for key, module in net.named_modules() if module is classifier_of(net))
+    head = next(key for key, module in net.named_modules() if module is find_classifier(net))
     file_head = renamed.get(f"{head}.weight")
     report = ImportReport(
         path=path,

@@ -11,7 +11,7 @@ from kdfast.data.order import batch_count
 from kdfast.distill.config import RunConfig
 from kdfast.distill.schedule import parse_alpha
 from kdfast.errors import UsageError
-from kdfast.sweep.recipes import Recipe
+from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec
 
 # Values of `kd`: whether to train with the teacher, without it, or both.
@@ -99,7 +99,7 @@ class SweepRun:
         settings: Everything that determines the result, including digests of the inputs; JSON values.
     """
 
-    recipe: Recipe
+    recipe: ResolvedMethod
     fraction: float
     kd: bool
     seed: int

@@ -1,4 +1,4 @@
-"""Resolve a method as written to a recipe: score, rule, options, and the inputs it is computed from."""
+"""Resolve a method as written: score, rule, options, and the inputs it is computed from."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SCORE_OF_A_RULE = ("influence", (("kind", "self"),))
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ResolvedMethod:
     """A method whose names and options are resolved.
 
     Attributes:
-        label: The shortest spelling; equal recipes have equal labels.
+        label: The shortest spelling; equal methods have equal labels.
         method: How to select the subset.
         inputs: What it is computed from: `cache`, `dynamics`, or `scores NAME` for a score file.
     """
@@ -37,7 +37,7 @@ class Recipe:
         return self.label
 
 
-def make_recipe(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozenset[str]) -> Recipe:
+def resolve_method(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozenset[str]) -> ResolvedMethod:
     """Resolve the names and options of a method.
 
     Args:
@@ -51,7 +51,7 @@ def make_recipe(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozens
             is missing (the message names the command that makes it).
     """
     if spec.name in SELECTORS and spec.name not in files:
-        return _selector_recipe(spec, given)
+        return _resolve_selector(spec, given)
     if spec.name in RULES and spec.name not in SCORES and spec.name not in files and spec.rule is None:
         spec = MethodSpec(*SCORE_OF_A_RULE, spec.name, spec.options)
     if spec.name not in SCORES and spec.name not in files:
@@ -76,17 +76,17 @@ def make_recipe(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozens
             f"`methods`, {label}: the rule {rule!r} needs {', '.join(sorted(missing))}, which the score {score!r} does "
             "not have: use another rule"
         )
-    return Recipe(str(label), method, _inputs(label, rule, options, files, given))
+    return ResolvedMethod(str(label), method, _inputs(label, rule, options, files, given))
 
 
-def _selector_recipe(spec: MethodSpec, given: frozenset[str]) -> Recipe:
+def _resolve_selector(spec: MethodSpec, given: frozenset[str]) -> ResolvedMethod:
     if spec.rule is not None:
         raise UsageError(f"`methods`: {spec.name} selects the subset directly and takes no rule: omit /{spec.rule}")
     if "cache" not in given:
         raise UsageError(f"`methods`: {spec.name} needs {HOW_TO_GET['cache']}")
     method = SelectionMethod(spec.name, spec.options)
     _check(method, spec, {})
-    return Recipe(str(spec), method, frozenset({"cache"}))
+    return ResolvedMethod(str(spec), method, frozenset({"cache"}))
 
 
 def _check(method: SelectionMethod, spec: MethodSpec, files: Mapping[str, ScoreFile]) -> None:
@@ -99,7 +99,7 @@ def _check(method: SelectionMethod, spec: MethodSpec, files: Mapping[str, ScoreF
 def _inputs(
     label: MethodSpec, rule: str, options: Options, files: Mapping[str, ScoreFile], given: frozenset[str]
 ) -> frozenset[str]:
-    """Return what the recipe is computed from, out of what is given."""
+    """Return what the method is computed from, out of what is given."""
     if label.name in files:
         used = {f"scores {label.name}"}
     else:

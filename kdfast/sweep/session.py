@@ -29,7 +29,7 @@ from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.select import SubsetPipeline
 from kdfast.sweep.grid import SweepConfig, SweepRun
-from kdfast.sweep.recipes import Recipe, make_recipe
+from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.teacher.build import Progress
 from kdfast.teacher.cache import TeacherCache
 
@@ -111,7 +111,7 @@ class Session:
         """Return how many samples a fraction keeps."""
         return subset_size(len(self._source.train), fraction)
 
-    def _settings(self, recipe: Recipe, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
+    def _settings(self, recipe: ResolvedMethod, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
         return {
             **self.config.protocol(kd),
             "data": self._source.fingerprint,
@@ -183,10 +183,10 @@ class Session:
         return self._inputs[run.kd].plan(config, ids, device=self._device)
 
 
-def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[Recipe]:
-    recipes: list[Recipe] = []
+def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[ResolvedMethod]:
+    recipes: list[ResolvedMethod] = []
     for spec in config.methods:
-        recipe = make_recipe(spec, files, given)
+        recipe = resolve_method(spec, files, given)
         if recipe in recipes:
             raise UsageError(f"`methods` names {recipe} twice, once as {spec}: name it once")
         recipes.append(recipe)

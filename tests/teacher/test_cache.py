@@ -10,7 +10,7 @@ import torch
 
 from kdfast.data.views import ViewSpec, apply_views, draw_view_indices, view_table
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, ShapeError, SubsetError, UsageError
-from kdfast.nets import logits_and_features
+from kdfast.nets import forward_with_features
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.verify import verify_cache
@@ -27,7 +27,7 @@ def compute_directly(source, teacher, ids, views):
     images = torch.from_numpy(source.train.read(ids))
     x = apply_views(images, views, source.view_spec, teacher.normalization, sample_ids=ids)
     with torch.no_grad():
-        return logits_and_features(teacher.net, x)
+        return forward_with_features(teacher.net, x)
 
 
 @pytest.fixture(scope="module")

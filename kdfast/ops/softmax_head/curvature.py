@@ -18,8 +18,8 @@ from kdfast.ops.softmax_head.residuals import LossConfig, use_native
 __all__ = [
     "add_fused_products",
     "allocate_products",
+    "apply_logit_hessian_",
     "can_fuse_products",
-    "curvature_",
     "curvature_matrices",
     "curvature_propagates_nan",
     "curvature_terms",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def allocate_products(rows: int, v: Tensor) -> Tensor:
-    """Allocate products of samples with vectors ``v`` (K, C, D): (rows, K, C), in the layout ``curvature_`` needs.
+    """Allocate products of samples with vectors ``v`` (K, C, D): (rows, K, C), as ``apply_logit_hessian_`` needs them.
 
     On a CPU samples come last in memory, so that sixteen of them fill a SIMD register for any number of classes; on a
     GPU each sample has a thread block, and samples come first. Any first rows of the result have the layout, too.
@@ -42,18 +42,18 @@ def allocate_products(rows: int, v: Tensor) -> Tensor:
     return v.new_empty(k, c, stride)[:, :, :rows].permute(2, 0, 1)
 
 
-def curvature_(a: Tensor, z: Tensor, loss: LossConfig) -> Tensor:
+def apply_logit_hessian_(a: Tensor, z: Tensor, loss: LossConfig) -> Tensor:
     """Replace ``a`` (n, K, C), allocated by ``allocate_products``, by S a for each sample."""
     if not use_native(z):
         return reference_curvature_(a, curvature_terms(z, loss))
     from kdfast.ops.softmax_head import native
 
-    native.curvature_(a, z, *loss)
+    native.apply_logit_hessian_(a, z, *loss)
     return a
 
 
 def curvature_propagates_nan(v: Tensor) -> bool:
-    """Return whether ``curvature_`` makes a sample's products NaN if one of its logits is not finite.
+    """Return whether ``apply_logit_hessian_`` makes a sample's products NaN if one of its logits is not finite.
 
     The native CPU kernel does. Elsewhere -inf can pass for a class of probability 0.
     """
@@ -126,7 +126,7 @@ def third_derivative_terms(z: Tensor, b: Tensor, loss: LossConfig) -> list[tuple
 
 
 def reference_curvature_(a: Tensor, terms: list[tuple[float, Tensor]]) -> Tensor:
-    """Compute ``curvature_`` in plain PyTorch, from ``curvature_terms``."""
+    """Compute ``apply_logit_hessian_`` in plain PyTorch, from ``curvature_terms``."""
     most_probable = terms[0][1].argmax(1)[:, None, None].expand(-1, a.shape[1], 1)
     a -= a.gather(2, most_probable)
     total = torch.zeros_like(a)

@@ -11,7 +11,7 @@ from kdfast.ops.softmax_head.curvature import curvature_terms, third_derivative_
 from kdfast.ops.softmax_head.data import HeadData, Progress, Tile, linear
 from kdfast.ops.softmax_head.residuals import LossConfig
 
-__all__ = ["hessian", "leverages", "third_derivative", "with_bias"]
+__all__ = ["append_bias", "hessian", "leverages", "third_derivative"]
 
 
 RowEntries = Callable[[int], Tensor]
@@ -75,7 +75,7 @@ def _mean_kronecker(
     h = torch.zeros(c * d, c * d, dtype=torch.float64, device=data.device)
     rows = 0
     for tile in data.tiles(c * d, torch.float64, progress, note):
-        x, entries = with_bias(tile, data), tile_rows(tile)
+        x, entries = append_bias(tile, data), tile_rows(tile)
         for k in range(c):
             s = entries(k)
             h[k * d : (k + 1) * d, k * d :].addmm_(x.mT, (s[:, :, None] * x[:, None]).flatten(1))
@@ -100,6 +100,6 @@ def leverages(x: Tensor, inverse: Tensor, num_classes: int) -> Tensor:
     return m
 
 
-def with_bias(tile: Tile, data: HeadData) -> Tensor:
+def append_bias(tile: Tile, data: HeadData) -> Tensor:
     """Return the features of a tile (n, D), with a 1 appended if the head has a bias."""
     return torch.nn.functional.pad(tile.x, (0, 1), value=1.0) if data.bias else tile.x

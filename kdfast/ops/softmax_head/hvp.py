@@ -11,8 +11,8 @@ from kdfast.errors import DataError, ShapeError
 from kdfast.ops.softmax_head.curvature import (
     add_fused_products,
     allocate_products,
+    apply_logit_hessian_,
     can_fuse_products,
-    curvature_,
     curvature_propagates_nan,
 )
 from kdfast.ops.softmax_head.data import Features, HeadData, Progress, Tile
@@ -135,7 +135,7 @@ class _UnfusedProducts:
             torch.mm(x, flat_v.mT, out=a)
         else:
             torch.addmm(flat_v[:, -1], x, flat_v[:, :-1].mT, out=a)
-        curvature_(products, tile.z, loss)
+        apply_logit_hessian_(products, tile.z, loss)
         flat_out[:, : x.shape[1]].addmm_(a.mT, x, alpha=scale)
         if x.shape[1] < d:
             flat_out[:, -1].add_(a.sum(0), alpha=scale)

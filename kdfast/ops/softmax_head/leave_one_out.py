@@ -16,7 +16,7 @@ from torch import Tensor
 from kdfast.errors import ShapeError
 from kdfast.ops.softmax_head.curvature import curvature_matrices, curvature_terms
 from kdfast.ops.softmax_head.data import Features, HeadData, Progress, Tile
-from kdfast.ops.softmax_head.dense_hessian import hessian, leverages, third_derivative, with_bias
+from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian, leverages, third_derivative
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.solve import CHOLESKY_LIMIT, HeadSolver
 from kdfast.ops.softmax_head.validation import Array, check_tensor
@@ -87,7 +87,7 @@ def head_leave_one_out(
         in_tile = ((rows >= tile.start) & (rows < tile.start + len(tile.x))).nonzero()[:, 0]
         if len(in_tile):
             selected = tile.select(rows[in_tile] - tile.start)
-            right[in_tile] = removal.weighted_residuals(selected)[:, :, None] * with_bias(selected, data)[:, None]
+            right[in_tile] = removal.weighted_residuals(selected)[:, :, None] * append_bias(selected, data)[:, None]
     return removal.divide_by_n(removal.solver.solve(right).x)
 
 
@@ -151,7 +151,7 @@ class LeaveOneOut:
         if self.corrected:
             m = self._leverages(tile)
             return (r[:, None] @ m @ self._correct(tile, r, m)[:, :, None])[:, 0, 0]
-        g = (r[:, :, None] * with_bias(tile, self.data)[:, None]).flatten(1)
+        g = (r[:, :, None] * append_bias(tile, self.data)[:, None]).flatten(1)
         if self.solver.method == "cholesky":
             half: Tensor = torch.linalg.solve_triangular(self.solver.factor, g.mT, upper=False)
             return half.square().sum(0)
@@ -167,7 +167,7 @@ class LeaveOneOut:
             weighted: (n, C), their ``weighted_residuals``.
             matrix: H^-1 A H^-1 (C D, C D), the ``second_order_matrix``.
         """
-        m = leverages(with_bias(tile, self.data), matrix, self.data.num_classes)
+        m = leverages(append_bias(tile, self.data), matrix, self.data.num_classes)
         return (weighted[:, None] @ m @ weighted[:, :, None])[:, 0, 0] / (2 * self.data.num_rows)
 
     def second_order_matrix(self, val: HeadData, u: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class LeaveOneOut:
         return result
 
     def _leverages(self, tile: Tile) -> Tensor:
-        return leverages(with_bias(tile, self.data), self.solver.inverse, self.data.num_classes)
+        return leverages(append_bias(tile, self.data), self.solver.inverse, self.data.num_classes)
 
     def _correct(self, tile: Tile, r: Tensor, m: Tensor) -> Tensor:
         """Return (I - S M / N)^-1 r."""

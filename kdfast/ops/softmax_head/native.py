@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.ops.native import WIDEST_ISA, extension
 
-__all__ = ["add_fused_products", "can_fuse_products", "curvature_", "has_cuda", "norms", "residuals"]
+__all__ = ["add_fused_products", "apply_logit_hessian_", "can_fuse_products", "has_cuda", "norms", "residuals"]
 
 
 def has_cuda() -> bool:
@@ -57,8 +57,8 @@ def norms(
     return out
 
 
-def curvature_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = WIDEST_ISA) -> None:
-    """Compute ``kdfast.ops.softmax_head.curvature.curvature_``.
+def apply_logit_hessian_(a: Tensor, z: Tensor, alpha: float, temperature: float, isa_limit: int = WIDEST_ISA) -> None:
+    """Compute ``kdfast.ops.softmax_head.curvature.apply_logit_hessian_``.
 
     Raises:
         ValueError: If ``a`` has another memory layout than that of ``allocate_products``.

@@ -18,7 +18,7 @@ from kdfast.ops.kd_loss import kd_loss
 from kdfast.prune.if_beta.estimators import ESTIMATORS
 from kdfast.prune.if_beta.inputs import check_fraction
 from kdfast.prune.if_beta.learner import Balance, IFBeta, IFBetaResult
-from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, Proxy, TrainingBudget
+from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, Proxy, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, mean_logits
 from kdfast.prune.if_beta.search import Schedule
@@ -48,9 +48,9 @@ OPTIONS = {
     "estimator": Option("crn", "estimator of the reward's gradient", choices=tuple(ESTIMATORS)),
     "steps": Option(Schedule.steps, "maximum number of steps of the search", 1, 10_000, True),
     "lr": Option(Schedule.lr, "step size of the search in (ln a, ln b)", 1e-6, 10),
-    "inner_steps": Option(TrainingBudget.steps, "training steps of each proxy", 1, 1e6, True),
-    "l2": Option(TrainingBudget.weight_decay, "penalty on the proxies' weights", 0, 1e6),
-    "alpha": Option(TrainingBudget.alpha, "weight of the teacher's term in the proxies' loss", 0, 1),
+    "inner_steps": Option(ProxyTrainingConfig.steps, "training steps of each proxy", 1, 1e6, True),
+    "l2": Option(ProxyTrainingConfig.weight_decay, "penalty on the proxies' weights", 0, 1e6),
+    "alpha": Option(ProxyTrainingConfig.alpha, "weight of the teacher's term in the proxies' loss", 0, 1),
     "held": Option(IFBeta.held_share, "share of each class to hold out", 1e-6, 0.5),
     "candidates": Option(IFBeta.candidates, "final draws; the best on the held-out samples is kept", 1, 1000, True),
 }
@@ -184,7 +184,7 @@ def _learner(inputs: SelectorInputs) -> IFBeta:
         proxy=proxy,
         reward=str(options["reward"]),
         estimator=str(options["estimator"]),
-        budget=TrainingBudget(steps=int(number("inner_steps")), weight_decay=number("l2"), alpha=number("alpha")),
+        budget=ProxyTrainingConfig(steps=int(number("inner_steps")), weight_decay=number("l2"), alpha=number("alpha")),
         schedule=Schedule(steps=int(number("steps")), lr=number("lr")),
         balance=cast(Balance, inputs.balance),
         held_share=number("held"),

@@ -13,7 +13,7 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DivergedError
 from kdfast.prune.if_beta.estimators import Outcome, Trial
 from kdfast.prune.if_beta.policy import StratifiedSampler
-from kdfast.prune.if_beta.proxy import Proxy, ProxyData, TrainingBudget, train_proxies
+from kdfast.prune.if_beta.proxy import Proxy, ProxyData, ProxyTrainingConfig, train_proxies
 from kdfast.prune.if_beta.reward import Reward, accuracy_reward, mean_rewards
 from kdfast.prune.rules.base import FloatArray
 
@@ -56,7 +56,7 @@ class PolicyEvaluator:
     """
 
     def __init__(
-        self, proxy: Proxy, reward: Reward, budget: TrainingBudget, data: ProxyData, held_out: IntArray, seed: int
+        self, proxy: Proxy, reward: Reward, budget: ProxyTrainingConfig, data: ProxyData, held_out: IntArray, seed: int
     ) -> None:
         self._proxy, self._budget, self._seed = proxy, budget, seed
         self._rewards = [reward, accuracy_reward]

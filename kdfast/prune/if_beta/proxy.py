@@ -99,7 +99,7 @@ PROXIES: dict[str, Callable[[], Proxy]] = {"projection": Projection, "bottleneck
 
 
 @dataclass(frozen=True)
-class TrainingBudget:
+class ProxyTrainingConfig:
     """Training settings of each proxy, equal for all draws of all policies.
 
     Attributes:
@@ -123,8 +123,8 @@ class TrainingBudget:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.lr <= 0:
             raise UsageError(
-                f"TrainingBudget has steps {self.steps}, batch_size {self.batch_size} and lr {self.lr}: pass positive "
-                "values"
+                f"ProxyTrainingConfig has steps {self.steps}, batch_size {self.batch_size} and lr {self.lr}: pass "
+                "positive values"
             )
 
 
@@ -152,7 +152,7 @@ class ProxyData:
 
 
 def train_proxies(
-    proxy: Proxy, data: ProxyData, draws: IntArray, budget: TrainingBudget, seed: int, step: int
+    proxy: Proxy, data: ProxyData, draws: IntArray, budget: ProxyTrainingConfig, seed: int, step: int
 ) -> list[Tensor]:
     """Train one proxy on each drawn subset.
 

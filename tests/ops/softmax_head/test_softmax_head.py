@@ -222,7 +222,7 @@ def test_instruction_sets_and_threads_are_bit_equal(dtype, classes):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             products = with_kernel_layout(a)
-            native.curvature_(products, z, 0.3, 4.0, level)
+            native.apply_logit_hessian_(products, z, 0.3, 4.0, level)
             results.append(
                 (
                     native.residuals(z, head.y, t, 0.3, 4.0, level),
@@ -247,11 +247,11 @@ def test_native_matches_reference(dtype):
             a = torch.randn(23, 3, classes, dtype=dtype)
             truth = curvature.reference_curvature_(a.double().clone(), curvature.curvature_terms(head.z, loss))
             products = with_kernel_layout(a)
-            native.curvature_(products, z, *loss)
+            native.apply_logit_hessian_(products, z, *loss)
             assert relative(products, truth) < tolerance
 
 
 def test_curvature_rejects_other_layouts():
     head = Head(23, 3, 4)
     with pytest.raises(ValueError, match="allocate_products"):
-        native.curvature_(torch.randn(23, 2, 4, dtype=torch.float64), head.z, 0.0, 4.0)
+        native.apply_logit_hessian_(torch.randn(23, 2, 4, dtype=torch.float64), head.z, 0.0, 4.0)

@@ -14,12 +14,12 @@ from kdfast.prune.if_beta.estimators import Estimate, ScoreFunction, Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
 from kdfast.prune.if_beta.inputs import hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler
-from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, TrainingBudget
+from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
 from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
 
-QUICK = IFBeta(proxy=Projection(4), budget=TrainingBudget(steps=30, batch_size=32), schedule=Schedule(steps=6))
+QUICK = IFBeta(proxy=Projection(4), budget=ProxyTrainingConfig(steps=30, batch_size=32), schedule=Schedule(steps=6))
 
 
 def fit(cloud, learner=QUICK, fraction=0.2, seed=0, **more):
@@ -33,7 +33,7 @@ def mass_above(a, b, u):
 
 
 def test_avoids_noise_in_the_top_ranks(noisy_top):
-    found = fit(noisy_top, IFBeta(proxy=Projection(8), budget=TrainingBudget(steps=60, weight_decay=0.01)))
+    found = fit(noisy_top, IFBeta(proxy=Projection(8), budget=ProxyTrainingConfig(steps=60, weight_decay=0.01)))
     assert mass_above(*found.learned, 0.8) < 0.05
     assert (found.u[found.ids] > 0.8).mean() < 0.05
     assert found.gain.difference > found.gain.half_width > 0
@@ -41,7 +41,7 @@ def test_avoids_noise_in_the_top_ranks(noisy_top):
 
 
 def test_finds_the_uniform_policy_where_it_is_best(two_halves):
-    learner = IFBeta(proxy=Projection(2), budget=TrainingBudget(steps=60), schedule=Schedule(start=(2.5, 0.6)))
+    learner = IFBeta(proxy=Projection(2), budget=ProxyTrainingConfig(steps=60), schedule=Schedule(start=(2.5, 0.6)))
     found = fit(two_halves, learner)
     assert found.learned == pytest.approx((1, 1), abs=0.3)
 
@@ -54,7 +54,7 @@ def test_keeps_the_uniform_policy_where_none_is_better(two_halves):
 
 @pytest.mark.slow
 def test_search_reaches_the_best_of_a_grid(noisy_top):
-    learner = IFBeta(proxy=Projection(8), budget=TrainingBudget(steps=60, weight_decay=0.01))
+    learner = IFBeta(proxy=Projection(8), budget=ProxyTrainingConfig(steps=60, weight_decay=0.01))
     found = fit(noisy_top, learner)
     pool, held_out = hold_out(noisy_top.labels, 3)
     strata = noisy_top.labels[pool]
@@ -253,7 +253,7 @@ def test_search_works_with_every_proxy_and_reward(cloud, proxy, reward):
 def test_search_works_with_the_score_function_estimator(noisy_top):
     learner = IFBeta(
         proxy=Projection(8),
-        budget=TrainingBudget(steps=60, weight_decay=0.01),
+        budget=ProxyTrainingConfig(steps=60, weight_decay=0.01),
         estimator=ScoreFunction(32),
         schedule=Schedule(20),
     )
