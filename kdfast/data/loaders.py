@@ -22,7 +22,7 @@ from kdfast.errors import UsageError
 
 _MEMORY_SHARE = 4  # the resident loader may use one quarter
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_CONVERT = "write betons with kdfast data convert and use that folder as the data"
+_CONVERT = "write .beton files with kdfast data convert and use that folder as the data"
 
 
 class Loader(Protocol):
@@ -49,7 +49,7 @@ class Loader(Protocol):
 
 def _ffcv_loader(split: Split, device: torch.device) -> Loader:
     if not isinstance(split, BetonSplit):
-        raise UsageError(f"the ffcv loader reads betons; {_CONVERT}, or set `loader` to resident")
+        raise UsageError(f"the ffcv loader reads .beton files; {_CONVERT}, or set `loader` to resident")
     return BetonLoader(split)
 
 
@@ -80,7 +80,7 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
                 f"{target}; {_CONVERT}, or set `loader` to resident"
             )
     if kind not in LOADERS:
-        raise UsageError(f"`loader` is {kind!r}; needed: auto, {', '.join(LOADERS)}")
+        raise UsageError(f"`loader` is {kind!r}: must be one of auto, {', '.join(LOADERS)}")
     return LOADERS[kind](split, target)
 
 

@@ -15,7 +15,7 @@ from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_write, check_writable, read_json, remove_stale, sha256_file, write_json
 
 # Key of config.json whose value is informative only; all other keys are compared before a run resumes.
-FACTS = "started_with"
+METADATA_KEY = "started_with"
 
 # Files that a run writes beside its checkpoints. A folder with one of them must have a run's config.json.
 RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
@@ -35,7 +35,7 @@ class RunFolder:
         path: The folder; created if missing.
         config: What determines the weights. A folder with a run of another config is rejected, unless that run has
             saved nothing yet.
-        facts: Further metadata for config.json, which may change between start and resume: paths, device, versions.
+        metadata: Values for config.json, which may change between start and resume: paths, device, versions.
         resume: `auto` resumes the run in the folder, if any; `never` requires a folder without a run.
         writes: False for processes of a run that only read the folder; their writes do nothing.
 
@@ -50,7 +50,7 @@ class RunFolder:
         path: str | os.PathLike[str],
         config: Mapping[str, Any],
         *,
-        facts: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         resume: str = "auto",
         writes: bool = True,
     ) -> None:
@@ -62,7 +62,7 @@ class RunFolder:
             check_writable(self.path)
         self._lock = FolderLock(self.path)
         self._config = json.loads(json.dumps(config))
-        self._facts = dict(facts or {})
+        self._metadata = dict(metadata or {})
         self.resume = resume
 
     def __enter__(self) -> RunFolder:
@@ -91,7 +91,7 @@ class RunFolder:
             checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {checkpoints}: {error.strerror}: choose another `out`") from error
-        write_json(self.path / "config.json", {**self._config, FACTS: self._facts})
+        write_json(self.path / "config.json", {**self._config, METADATA_KEY: self._metadata})
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
         """Write the state after `step` steps to a new file, point latest.json to it, and keep the previous one."""
@@ -181,7 +181,7 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
     if not (path / "checkpoints" / "latest.json").exists() and not (path / "result.json").exists():
         return False
     saved, new = read_json(file), json.loads(json.dumps(config))
-    saved.pop(FACTS)
+    saved.pop(METADATA_KEY)
     changed = sorted(k for k in {*saved, *new} if saved.get(k) != new.get(k))
     if changed:
         first = changed[0]
@@ -197,7 +197,7 @@ def _holds_run(path: Path, file: Path) -> bool:
     if not present and not any((path / "checkpoints").glob("*")):
         return False
     config = read_json(file) if file.exists() else None
-    if not isinstance(config, dict) or FACTS not in config:
+    if not isinstance(config, dict) or METADATA_KEY not in config:
         name = present[0] if present else "checkpoints"
         raise OutputError(f"{path} holds {name}, which was not written by a run: choose another `out`")
     return True

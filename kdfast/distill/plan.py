@@ -68,8 +68,8 @@ class Plan:
         device: Where to train.
         distributed: This process among those of the run.
         identity: Settings and fingerprints of the inputs. Two runs are the same run if these are equal.
-        facts: Further metadata for config.json: paths, device, versions.
-        costs: Seconds spent in earlier stages, where known.
+        metadata: Values for config.json: paths, device, versions.
+        stage_seconds: Seconds spent in earlier stages, where known.
     """
 
     config: RunConfig
@@ -81,15 +81,15 @@ class Plan:
     device: torch.device
     distributed: Distributed
     identity: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Summarize the run: settings, inputs and sizes."""
         per_epoch = self.batches().per_epoch
         return {
             **self.identity,
-            **self.facts,
+            **self.metadata,
             "samples": len(self.ids),
             "of": len(self.source.train),
             "steps": per_epoch * self.config.epochs,
@@ -135,8 +135,8 @@ class LoadedInputs:
         *,
         device: torch.device,
         distributed: Distributed | None = None,
-        facts: Mapping[str, Any] | None = None,
-        costs: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        stage_seconds: Mapping[str, float] | None = None,
     ) -> Plan:
         """Plan a run on these inputs.
 
@@ -145,8 +145,8 @@ class LoadedInputs:
             ids: int64 (n,), the kept samples.
             device: Where to train.
             distributed: This process among those of the run; None for a single process.
-            facts: Further metadata for config.json.
-            costs: Seconds spent in earlier stages.
+            metadata: Values for config.json.
+            stage_seconds: Seconds spent in earlier stages.
 
         Returns:
             The plan.
@@ -176,15 +176,15 @@ class LoadedInputs:
                 "teacher": self.teacher.identity(),
                 "processes": distributed.world_size,
             },
-            facts={
-                **(facts or {}),
+            metadata={
+                **(metadata or {}),
                 "loader": self.loader.name,
                 "device": str(device),
                 "threads": torch.get_num_threads(),
                 "kdfast": kdfast.__version__,
                 "torch": torch.__version__,
             },
-            costs={**(costs or {}), "compile loader": getattr(self.loader, "compile_seconds", 0.0)},
+            stage_seconds={**(stage_seconds or {}), "compile loader": getattr(self.loader, "compile_seconds", 0.0)},
         )
 
 
@@ -217,14 +217,16 @@ def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alph
     check_student(config, samples, source, distributed)
     if alpha is not None:
         config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train)))
-    costs = {"open data": time.perf_counter() - started}
+    stage_seconds = {"open data": time.perf_counter() - started}
     if subset.provenance and "seconds" in subset.provenance:
-        costs["prune"] = float(subset.provenance["seconds"])
-    teacher = TeacherTargets() if config.alpha == 0 else _open_teacher(paths, source, subset.ids, costs)
+        stage_seconds["prune"] = float(subset.provenance["seconds"])
+    teacher = TeacherTargets() if config.alpha == 0 else _open_teacher(paths, source, subset.ids, stage_seconds)
     loader = make_loader(source.train, paths.loader, device)
     inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
-    facts = dataclasses.asdict(paths)
-    return inputs.plan(config, subset.ids, device=device, distributed=distributed, facts=facts, costs=costs)
+    metadata = dataclasses.asdict(paths)
+    return inputs.plan(
+        config, subset.ids, device=device, distributed=distributed, metadata=metadata, stage_seconds=stage_seconds
+    )
 
 
 def check_student(config: RunConfig, samples: int, source: Source, distributed: Distributed) -> None:
@@ -257,11 +259,13 @@ def _read_subset(path: str | None, source: Source, batch_size: int) -> Subset:
     return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
 
 
-def _open_teacher(paths: InputPaths, source: Source, ids: NDArray[np.int64], costs: dict[str, float]) -> TeacherTargets:
-    """Open the cache or the teacher, and add what they cost to `costs`."""
+def _open_teacher(
+    paths: InputPaths, source: Source, ids: NDArray[np.int64], stage_seconds: dict[str, float]
+) -> TeacherTargets:
+    """Open the cache or the teacher, and add what they cost to `stage_seconds`."""
     if paths.cache is None and paths.teacher is None:
         raise UsageError(
-            "`alpha` above 0 needs `cache` or `teacher`: give one, or `alpha` 0 to train without a teacher"
+            "`alpha` above 0 needs `cache` or `teacher`: pass one, or `alpha` 0 to train without a teacher"
         )
     model = None if paths.teacher is None else load_model(paths.teacher)
     if model is not None and model.classes != len(source.classes):
@@ -273,7 +277,7 @@ def _open_teacher(paths: InputPaths, source: Source, ids: NDArray[np.int64], cos
         return TeacherTargets(model=model)
     started = time.perf_counter()
     cache = TeacherCache.open(paths.cache, source=source, teacher=model)
-    cache.require(ids)
-    costs["open cache"] = time.perf_counter() - started
-    costs["cache"] = float(cache.manifest["seconds"])
+    cache.check_covers(ids)
+    stage_seconds["open cache"] = time.perf_counter() - started
+    stage_seconds["cache"] = float(cache.manifest["seconds"])
     return TeacherTargets(cache=cache)

@@ -190,7 +190,7 @@ def _epoch_end_callback(recorder: DynamicsRecorder, every: int) -> Callable[[Tra
 
 def _train_run(plan: Plan, path: Path, monitoring: Monitoring) -> dict[str, Any]:
     """Train one run to its end, resuming from its last checkpoint."""
-    with RunFolder(path, plan.identity, facts=plan.facts) as folder:
+    with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
         result = train(plan, folder, monitoring)
         # A finished run needs no checkpoints, and there may be many runs.
         shutil.rmtree(path / "checkpoints", ignore_errors=True)

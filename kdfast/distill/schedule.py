@@ -14,7 +14,7 @@ ALPHA_ANCHORS = ((0.1, 1.0), (0.7, 0.5))
 STEP_MILESTONES = (150 / 240, 180 / 240, 210 / 240)
 
 
-def alpha_for_fraction(fraction: float) -> float:
+def compute_alpha(fraction: float) -> float:
     """Return the weight of the distillation term, which grows as the kept fraction shrinks (alpha `auto`).
 
     The source reports that alpha = 1 beats alpha = 0.5 by a wide margin when a tenth of the data is kept, and that
@@ -34,7 +34,7 @@ def alpha_for_fraction(fraction: float) -> float:
         Ben-Baruch et al., Distilling the Knowledge in Data Pruning, ICML 2025, section on the KD weight.
 
     Example:
-        >>> alpha_for_fraction(0.1), round(alpha_for_fraction(0.4), 3), alpha_for_fraction(1.0)
+        >>> compute_alpha(0.1), round(compute_alpha(0.4), 3), compute_alpha(1.0)
         (1.0, 0.75, 0.5)
     """
     if not 0 < fraction <= 1:
@@ -45,13 +45,13 @@ def alpha_for_fraction(fraction: float) -> float:
 
 
 def parse_alpha(text: str, fraction: float) -> float:
-    """Parse alpha: a number in [0, 1], or `auto` for `alpha_for_fraction`.
+    """Parse alpha: a number in [0, 1], or `auto` for `compute_alpha`.
 
     Raises:
         UsageError: If the text is neither.
     """
     if text == "auto":
-        return alpha_for_fraction(fraction)
+        return compute_alpha(fraction)
     try:
         value = float(text)
     except ValueError:
@@ -79,7 +79,7 @@ def constant(progress: float) -> float:
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {"step": step_decay, "cosine": cosine, "constant": constant}
 
 
-def learning_rate(base: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
+def compute_learning_rate(base: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
     """Return the learning rate of one step: a linear warm-up, then the schedule over the remaining steps.
 
     Args:

@@ -166,7 +166,7 @@ class _TrainingLoop:
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)
-        costs = {"train": trainer.train_seconds, "evaluate": time.perf_counter() - started}
+        stage_seconds = {"train": trainer.train_seconds, "evaluate": time.perf_counter() - started}
         result = {
             "test_top1": scores["top1"],
             "test_top5": scores["top5"],
@@ -181,7 +181,7 @@ class _TrainingLoop:
             "loader": plan.loader.name,
             "targets": None if plan.targets is None else plan.targets.name,
             "weights": model.digest,
-            "cost_seconds": plan.costs | costs,
+            "cost_seconds": plan.stage_seconds | stage_seconds,
         }
         self.folder.write_result(result)
         self.folder.write_status("finished", **self.position())

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast.data.views import apply_views
 from kdfast.distill.batches import Batch
 from kdfast.distill.plan import Plan
-from kdfast.distill.schedule import learning_rate
+from kdfast.distill.schedule import compute_learning_rate
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
@@ -92,7 +92,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """Take one step of SGD."""
         plan, config = self.plan, self.plan.config
-        rate = learning_rate(config.lr, config.schedule, self.step, self.total_steps, self.warmup_steps)
+        rate = compute_learning_rate(config.lr, config.schedule, self.step, self.total_steps, self.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs = apply_views(

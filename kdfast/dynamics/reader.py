@@ -75,7 +75,7 @@ class Dynamics:
         for run, files in enumerate(manifest["runs"]):
             layout.require_files(folder / layout.run_folder(run), files, check_sums=check_files)
         dynamics = cls(folder, manifest)
-        dynamics.require(labels, fingerprint)
+        dynamics.check_matches(labels, fingerprint)
         return dynamics
 
     @property
@@ -118,7 +118,7 @@ class Dynamics:
             )
         return self._array(run, layout.features_file(epoch), (self.n, -1), np.float32)
 
-    def require(self, labels: IntArray | None = None, fingerprint: str | None = None) -> None:
+    def check_matches(self, labels: IntArray | None = None, fingerprint: str | None = None) -> None:
         """Check that the dynamics belong to the data; None is not compared.
 
         Raises:

@@ -13,7 +13,7 @@ from kdfast.errors import DataError
 from kdfast.files import read_json
 from kdfast.report import charts
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
-from kdfast.report.page import check_page_path, document, write_page
+from kdfast.report.page import check_page_path, render_page, write_page
 
 METHOD = "if-beta"
 _CURVE_POINTS = 200
@@ -62,7 +62,7 @@ def _render_page(content: dict[str, Any]) -> str:
         ("cost", "Cost", _render_cost(record)),
     ]
     title = f"IF-Beta, {content['parameters']['fraction']:g} of the data, seed {content['seed']}"
-    return document(title, _render_statistics(record), sections)
+    return render_page(title, _render_statistics(record), sections)
 
 
 def _render_statistics(record: dict[str, Any]) -> Safe:

@@ -13,7 +13,7 @@ from PIL import Image
 _MAX_SIDE = 128
 
 
-def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
+def encode_data_uri(pixels: npt.NDArray[np.uint8]) -> str:
     """Encode uint8 (H, W, 3) pixels as a PNG data URI, scaled down to at most 128 pixels per side."""
     image = Image.fromarray(pixels)
     if max(image.size) > _MAX_SIDE:

@@ -14,7 +14,7 @@ from kdfast.report.style import STYLE
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def document(title: str, statistics: Safe, sections: Iterable[tuple[str, str, Safe | None]]) -> str:
+def render_page(title: str, statistics: Safe, sections: Iterable[tuple[str, str, Safe | None]]) -> str:
     """Build a page.
 
     Args:
@@ -52,7 +52,7 @@ def check_page_path(path: Path) -> None:
         UsageError: `path` does not end in .html.
     """
     if path.suffix != ".html":
-        raise UsageError(f"{path} is not an .html file: give the page a name that ends in .html")
+        raise UsageError(f"{path} is not an .html file: pass a name that ends in .html")
 
 
 def write_page(html: str, out: Path) -> int:

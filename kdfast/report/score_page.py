@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdfast.report.page import check_page_path, document, write_page
+from kdfast.report.page import check_page_path, render_page, write_page
 from kdfast.report.score_data import ScorePageData
 from kdfast.report.score_sections import SECTIONS, render_statistics
 
@@ -13,7 +13,7 @@ def render_score_page(data: ScorePageData) -> str:
     """Return the HTML of the page."""
     title = f"{data.scored.method} scores of {Path(data.source.path).name}"
     sections = [(anchor, heading, render(data)) for anchor, (heading, render) in SECTIONS.items()]
-    return document(title, render_statistics(data), sections)
+    return render_page(title, render_statistics(data), sections)
 
 
 def write_score_page(data: ScorePageData, out: Path) -> int:

@@ -17,10 +17,10 @@ from kdfast.report.score_statistics import (
     Matrix,
     class_counts,
     classes_by_mean_score,
+    compute_overlaps,
     extreme_samples,
     highest_samples,
     load_examples,
-    overlaps,
     rank_correlations,
 )
 
@@ -117,13 +117,13 @@ def render_overlap(data: ScorePageData) -> Safe | None:
         caption = (
             f"Share of the highest-scoring samples ({share} of all) that two methods have in common; {share} by chance"
         )
-        parts.append(_render_matrix(caption, list(scores), overlaps(highest), "{:.0%}"))
+        parts.append(_render_matrix(caption, list(scores), compute_overlaps(highest), "{:.0%}"))
         caption = "Rank correlation of the scores (Spearman)"
         parts.append(_render_matrix(caption, list(scores), rank_correlations(scores), "{:.2f}"))
     if len(data.subsets) > 1:
         sets = {name: subset.ids for name, subset in data.subsets.items()}
         caption = "Share of the row's subset that is also in the column's subset"
-        parts.append(_render_matrix(caption, list(sets), overlaps(sets), "{:.0%}"))
+        parts.append(_render_matrix(caption, list(sets), compute_overlaps(sets), "{:.0%}"))
     return tag("div", parts, class_="side") if parts else None
 
 

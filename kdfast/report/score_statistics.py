@@ -12,7 +12,7 @@ from kdfast.data.source import Split
 from kdfast.data.stateless_random import IntArray
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.rules.beta import mid_ranks
-from kdfast.report.images import data_uri
+from kdfast.report.images import encode_data_uri
 from kdfast.teacher.cache import TeacherCache
 
 Matrix = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ def load_examples(
     for i, pixels in zip(ids.tolist(), split.read(ids), strict=True):
         row = cached_rows.get(i)
         predictions = () if cache is None or row is None else _top_predictions(cache.identity_logits()[row], top)
-        examples.append(Example(i, float(scores[i]), data_uri(pixels), predictions))
+        examples.append(Example(i, float(scores[i]), encode_data_uri(pixels), predictions))
     return examples
 
 
@@ -103,7 +103,7 @@ def rank_correlations(scores: Mapping[str, FloatArray]) -> Matrix:
         return np.atleast_2d(np.corrcoef(np.stack(ranks)))
 
 
-def overlaps(sets: Mapping[str, IntArray]) -> Matrix:
+def compute_overlaps(sets: Mapping[str, IntArray]) -> Matrix:
     """Return the share of the row's samples that the column also has, float64 (m, m)."""
     lists = list(sets.values())
     return np.array([[len(np.intersect1d(a, b)) / len(a) for b in lists] for a in lists])

@@ -80,7 +80,7 @@ class SweepConfig:
         epochs = 1 if samples == 0 else max(1, round(self.steps / batch_count(samples, batch_size)))
         return RunConfig(**self.settings, epochs=epochs, seed=seed, alpha=alpha)
 
-    def protocol(self, kd: bool) -> dict[str, Any]:
+    def shared_settings(self, kd: bool) -> dict[str, Any]:
         """Return the settings that all runs with the teacher, or all runs without it, share."""
         teacher = {"alpha": self.alpha} if kd else {}
         omitted = () if kd else ("temperature",)

@@ -110,8 +110,8 @@ def _ranking_line(section: Section, fraction: float, kd: bool) -> str:
     if BASELINE not in order:
         return f"{where} {', '.join(order)}, from first to last."
     gaps = {name: section.difference(name, fraction, kd) for name in order}
-    above = [name for name, gap in gaps.items() if gap is not None and gap.clear and gap.mean > 0]
-    below = [name for name, gap in gaps.items() if gap is not None and gap.clear and gap.mean < 0]
+    above = [name for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean > 0]
+    below = [name for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean < 0]
     if all(gap is None or gap.n < 2 for gap in gaps.values()):
         return f"{where} {', '.join(order)}, from first to last (one seed: no interval)."
     alone = [name for name, gap in gaps.items() if name != BASELINE and (gap is None or gap.n < 2)]

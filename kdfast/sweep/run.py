@@ -7,7 +7,7 @@ from pathlib import Path
 from kdfast.files import check_writable
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import OnProgress, OnRow, work
+from kdfast.sweep.work import OnProgress, OnRow, run_worker
 from kdfast.sweep.workers import run_workers
 
 
@@ -43,6 +43,6 @@ def run_sweep(
     log.rows()
     check_writable(out)
     if jobs == 1:
-        work(session, runs, log, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)
+        run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)
     else:
         run_workers(session.config, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)

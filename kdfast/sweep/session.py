@@ -64,7 +64,7 @@ class Session:
         self._recipes = _recipes(config, files, given)
         cache = None if config.cache is None else TeacherCache.open(config.cache, source=source)
         if cache is not None and (True in config.kd or any("cache" in r.inputs for r in self._recipes)):
-            cache.require(np.arange(len(labels), dtype=np.int64))
+            cache.check_covers(np.arange(len(labels), dtype=np.int64))
         dynamics = None
         if config.dynamics is not None:
             dynamics = Dynamics.open(config.dynamics, labels=labels, fingerprint=fingerprint)
@@ -107,13 +107,13 @@ class Session:
             for kd in config.kd
         ]
 
-    def samples(self, fraction: float) -> int:
+    def count_samples(self, fraction: float) -> int:
         """Return how many samples a fraction keeps."""
         return subset_size(len(self._source.train), fraction)
 
     def _settings(self, recipe: ResolvedMethod, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
         return {
-            **self.config.protocol(kd),
+            **self.config.shared_settings(kd),
             "data": self._source.fingerprint,
             "method": str(recipe),
             "fraction": fraction,
@@ -145,7 +145,7 @@ class Session:
         plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
         folder = runs / f"{run.key[:16]}-{plan.identity['subset'][:8]}"
-        with RunFolder(folder, identity, facts=plan.facts) as claimed:
+        with RunFolder(folder, identity, metadata=plan.metadata) as claimed:
             result = train(plan, claimed, Monitoring(progress=on_progress))
         return {
             "key": run.key,
@@ -163,7 +163,7 @@ class Session:
             "kdfast": kdfast.__version__,
         }
 
-    def clear(self, run: SweepRun, out: Path, *, keep_runs: bool) -> None:
+    def delete_checkpoints(self, run: SweepRun, out: Path, *, keep_runs: bool) -> None:
         """Delete the files that served to resume a run, once its row is written.
 
         Args:

@@ -35,7 +35,7 @@ class Difference:
     n: int
 
     @property
-    def clear(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval excludes 0."""
         return abs(self.mean) > self.half_width
 

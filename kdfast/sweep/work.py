@@ -18,7 +18,7 @@ OnRow = Callable[[dict[str, Any]], None]
 OnProgress = Callable[[int, int, str], None]
 
 
-def work(
+def run_worker(
     session: Session,
     runs: Sequence[SweepRun],
     log: ResultsLog,
@@ -50,7 +50,7 @@ def work(
         if run.key in done:
             with log.claim(run.key) as claimed:
                 if claimed:
-                    session.clear(run, log.folder, keep_runs=keep_runs)
+                    session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
     while pending := [run for run in runs if run.key not in done | diverged.keys()]:
         worked = False
         for run in pending:
@@ -61,7 +61,7 @@ def work(
                 report = _RunProgress(runs, done, run, on_progress)
                 try:
                     log.append(session.execute(run, log.folder, on_progress=report))
-                    session.clear(run, log.folder, keep_runs=keep_runs)
+                    session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
                 except DivergedError as error:
                     diverged[run.key] = f"{run}: {error}"
                 break

@@ -18,7 +18,7 @@ from kdfast.errors import Interrupted, KdfastError
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import POLL_SECONDS, OnProgress, OnRow, report_rows, work
+from kdfast.sweep.work import POLL_SECONDS, OnProgress, OnRow, report_rows, run_worker
 
 
 def run_workers(
@@ -33,8 +33,8 @@ def run_workers(
 ) -> None:
     """Start processes that share the runs of a sweep, and wait for them.
 
-    Each opens the inputs once and calls `kdfast.sweep.work.work`. Together they use as many threads as torch would use
-    in this process.
+    Each opens the inputs once and calls `kdfast.sweep.work.run_worker`. Together they use as many threads as torch
+    would use in this process.
 
     Args:
         config: The settings of the sweep.
@@ -99,6 +99,6 @@ def _work_in_process(config: SweepConfig, folder: Path, keep_runs: bool, threads
     torch.set_num_threads(threads)
     try:
         session = Session(config)
-        work(session, session.runs(), ResultsLog(folder), keep_runs=keep_runs)
+        run_worker(session, session.runs(), ResultsLog(folder), keep_runs=keep_runs)
     except KdfastError as error:
         failures.put(error)

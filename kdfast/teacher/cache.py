@@ -36,7 +36,7 @@ from kdfast.teacher.manifest import (
     read_sealed_json,
     shard_file,
 )
-from kdfast.teacher.plan import accuracy
+from kdfast.teacher.plan import compute_accuracy
 from kdfast.teacher.row_format import RowFormat
 
 
@@ -102,7 +102,7 @@ class TeacherCache:
         manifest |= {"seconds": read_sealed_json(folder / TIMING)["seconds"]}
         cache = cls(folder, manifest)
         if source is not None:
-            top1 = accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
+            top1 = compute_accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
             if abs(top1 - manifest["train_top1"]) > 1e-9:
                 raise CacheMismatch(
                     f"{folder}: the cached logits have an accuracy of {top1:.3f}%, the manifest records "
@@ -118,7 +118,7 @@ class TeacherCache:
         """Bytes stored per view of a sample."""
         return self._rows.row_bytes
 
-    def require(self, sample_ids: IntArray) -> None:
+    def check_covers(self, sample_ids: IntArray) -> None:
         """Check that the cache covers the samples.
 
         Raises:
@@ -181,7 +181,7 @@ class TeacherCache:
         if self.top_k is not None:
             raise CacheMismatch(
                 f"{self.path} holds the {self.top_k.k} most probable of {self.classes} classes of each view, but "
-                "all are needed: build a cache without `top_k`"
+                "this use requires all: build a cache without `top_k`"
             )
         result = torch.empty((len(sample_ids), self.classes), dtype=self.dtype)
         self._read(sample_ids, view_indices, result.numpy())

@@ -12,7 +12,7 @@ from kdfast.files import atomic_write, sha256_file, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.manifest import COVERAGE, FEATURES, IDENTITY, MANIFEST, TIMING, shard_file
-from kdfast.teacher.plan import accuracy
+from kdfast.teacher.plan import compute_accuracy
 from kdfast.teacher.shards import ShardBuilder
 
 
@@ -45,7 +45,7 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
     identity = np.load(folder / IDENTITY, mmap_mode="r")
     test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
     results = {
-        "train_top1": accuracy(identity, source.train.labels[coverage]),
+        "train_top1": compute_accuracy(identity, source.train.labels[coverage]),
         "test_top1": test["top1"],
         "features": int(np.load(folder / FEATURES, mmap_mode="r").shape[1]),
         "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},

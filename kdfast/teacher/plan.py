@@ -88,6 +88,6 @@ def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], w
         )
 
 
-def accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float:
+def compute_accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float:
     """Compute the top-1 accuracy, in percent, of logits (n, C) for labels (n,)."""
     return 100 * float(np.count_nonzero(logits.argmax(1) == labels)) / len(labels)

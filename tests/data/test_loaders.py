@@ -45,7 +45,7 @@ def test_rejects_a_large_split_that_is_not_a_beton(split, monkeypatch):
 
 
 def test_ffcv_requires_a_beton(split):
-    with pytest.raises(UsageError, match="reads betons"):
+    with pytest.raises(UsageError, match=r"reads \.beton files"):
         make_loader(split(), "ffcv")
 
 

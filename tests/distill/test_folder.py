@@ -12,11 +12,11 @@ CONFIG = {"student": "resnet8", "lr": 0.1, "ids": "abc"}
 
 
 def test_entering_writes_the_config(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "run", CONFIG, facts={"device": "cpu"}) as folder:
+    with RunFolder(tmp_path / "run", CONFIG, metadata={"device": "cpu"}) as folder:
         expected = {**CONFIG, "started_with": {"device": "cpu"}}
         assert json.loads((folder.path / "config.json").read_text()) == expected
         folder.save_checkpoint({"step": 1}, 1)
-    with RunFolder(tmp_path / "run", CONFIG, facts={"device": "cuda"}):
+    with RunFolder(tmp_path / "run", CONFIG, metadata={"device": "cuda"}):
         pass
 
 

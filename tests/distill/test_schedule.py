@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from kdfast.distill.schedule import LR_SCHEDULES, alpha_for_fraction, learning_rate, parse_alpha, step_decay
+from kdfast.distill.schedule import LR_SCHEDULES, compute_alpha, compute_learning_rate, parse_alpha, step_decay
 from kdfast.errors import UsageError
 
 
@@ -11,11 +11,11 @@ from kdfast.errors import UsageError
     ("fraction", "alpha"), [(0.01, 1.0), (0.1, 1.0), (0.25, 0.875), (0.4, 0.75), (0.7, 0.5), (1.0, 0.5)]
 )
 def test_alpha_interpolates_between_its_anchors(fraction: float, alpha: float) -> None:
-    assert alpha_for_fraction(fraction) == pytest.approx(alpha)
+    assert compute_alpha(fraction) == pytest.approx(alpha)
 
 
 def test_alpha_never_grows_with_the_fraction() -> None:
-    alphas = [alpha_for_fraction(i / 100) for i in range(1, 101)]
+    alphas = [compute_alpha(i / 100) for i in range(1, 101)]
     assert all(a >= b for a, b in pairwise(alphas))
     assert len(set(alphas)) > 50
 
@@ -23,7 +23,7 @@ def test_alpha_never_grows_with_the_fraction() -> None:
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, math.nan])
 def test_alpha_rejects_fractions_out_of_range(fraction: float) -> None:
     with pytest.raises(UsageError, match=r"\(0, 1\]"):
-        alpha_for_fraction(fraction)
+        compute_alpha(fraction)
 
 
 @pytest.mark.parametrize("text", ["-0.1", "1.5", "nan", "inf", "half", ""])
@@ -46,7 +46,7 @@ def test_step_decay_drops_at_epochs_150_180_210_of_240() -> None:
 
 @pytest.mark.parametrize("schedule", sorted(LR_SCHEDULES))
 def test_learning_rate_warms_up_then_never_rises(schedule: str) -> None:
-    rates = [learning_rate(0.1, schedule, step, 100, warmup=10) for step in range(100)]
+    rates = [compute_learning_rate(0.1, schedule, step, 100, warmup=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[9] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[9:]))

@@ -18,7 +18,7 @@ from kdfast.report.charts import Bins
 from kdfast.report.markup import Safe, render, tag
 from kdfast.report.score_data import ScorePageData, read_score_page_data
 from kdfast.report.score_page import render_score_page, write_score_page
-from kdfast.report.score_statistics import classes_by_mean_score, extreme_samples, overlaps, rank_correlations
+from kdfast.report.score_statistics import classes_by_mean_score, compute_overlaps, extreme_samples, rank_correlations
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_rank_correlations_and_overlaps() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=100), rng.integers(0, 5, 100).astype(float)
     assert rank_correlations({"a": a, "b": b})[0, 1] == pytest.approx(spearmanr(a, b).statistic)
-    assert overlaps({"a": np.array([1, 2, 3, 4]), "b": np.array([3, 4])}).tolist() == [[1, 0.5], [1, 1]]
+    assert compute_overlaps({"a": np.array([1, 2, 3, 4]), "b": np.array([3, 4])}).tolist() == [[1, 0.5], [1, 1]]
 
 
 def test_bins_count_every_sample_and_are_logarithmic_for_a_long_tail() -> None:

@@ -96,12 +96,12 @@ def test_subset_cache_covers_only_the_subset(source, teacher, full, tmp_path):
     whole = TeacherCache.open(full)
     view_indices = np.array([8, 0, 2, 5, 4])
     torch.testing.assert_close(cache.lookup(ids, view_indices), whole.lookup(ids, view_indices), rtol=2**-9, atol=1e-3)
-    cache.require(ids)
+    cache.check_covers(ids)
     for bad in ([3, 4, 5], [-1, 3], [60], [0, 51, 52]):
         with pytest.raises(CacheMismatch, match=rf"lacks {len(set(bad) - set(ids))} of the samples"):
             cache.lookup(np.array(bad), np.zeros(len(bad), int))
     with pytest.raises(CacheMismatch, match="lacks 1 of the samples"):
-        whole.require(np.array([-1, 0]))
+        whole.check_covers(np.array([-1, 0]))
 
 
 @pytest.mark.parametrize("n_views", [1, 2, 5])
@@ -175,7 +175,7 @@ def test_detects_missing_and_truncated_files(copied):
     shard = copied / "logits-00002.npy"
     raw = shard.read_bytes()
     shard.write_bytes(raw[:-2])
-    with pytest.raises(CacheMismatch, match=r"logits-00002\.npy has \d+ bytes, needed"):
+    with pytest.raises(CacheMismatch, match=r"logits-00002\.npy has \d+ bytes, expected"):
         TeacherCache.open(copied)
     shard.unlink()
     with pytest.raises(CacheMismatch, match=r"logits-00002\.npy cannot be read"):
@@ -189,9 +189,9 @@ def test_rejects_other_data_teachers_and_views(full, source, teacher, new_source
         TeacherCache.open(full, source=new_source(seed=1))
     with pytest.raises(CacheMismatch, match=r"teacher\.digest is"):
         TeacherCache.open(full, source=source, teacher=new_teacher(seed=1))
-    with pytest.raises(CacheMismatch, match=r"views\.spec\.flip is false, needed true"):
+    with pytest.raises(CacheMismatch, match=r"views\.spec\.flip is false, expected true"):
         TeacherCache.open(full, source=new_source(views=ViewSpec(kind="shift", size=(8, 8), pad=1, flip=True)))
-    with pytest.raises(CacheMismatch, match=r"data\.classes is 4, needed 5"):
+    with pytest.raises(CacheMismatch, match=r"data\.classes is 4, expected 5"):
         TeacherCache.open(full, source=dataclasses.replace(source, classes=tuple("01234")))
     other = copy.copy(teacher)
     other.normalization = type(teacher.normalization)((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -277,7 +277,7 @@ class TestBuild:
     def test_rejects_a_folder_with_another_cache(self, source, teacher, copied, new_teacher):
         with pytest.raises(CacheMismatch, match=r"a finished cache with another plan: teacher\.digest"):
             build_cache(source, new_teacher(seed=1), copied, shard_bytes=SHARD_BYTES)
-        with pytest.raises(CacheMismatch, match=r"dtype is .float16., needed .float32"):
+        with pytest.raises(CacheMismatch, match=r"dtype is .float16., expected .float32"):
             build_cache(source, teacher, copied, dtype="float32", shard_bytes=SHARD_BYTES)
 
     def test_does_not_overwrite_foreign_arrays(self, source, teacher, tmp_path):
@@ -316,7 +316,7 @@ class TestBuild:
             build_cache(source, teacher, tmp_path / "c", shard_bytes=SHARD_BYTES, progress=stop)
         with pytest.raises(CacheMismatch, match="not a finished cache"):
             TeacherCache.open(tmp_path / "c")
-        with pytest.raises(CacheMismatch, match=r"unfinished cache with another plan: views\.view_seed is 0, needed 1"):
+        with pytest.raises(CacheMismatch, match=r"unfinished cache with another plan: views\.view_seed is 0, expected 1"):
             build_cache(source, teacher, tmp_path / "c", shard_bytes=SHARD_BYTES, view_seed=1)
         seen = []
         result = build_cache(

@@ -160,7 +160,7 @@ def _plan(session: Session, out: Path) -> str:
 
     done, lines, pending = ResultsLog(out).done(), [], 0
     for run in session.runs():
-        samples = session.samples(run.fraction)
+        samples = session.count_samples(run.fraction)
         epochs = session.config.run_config(samples, seed=run.seed).epochs
         lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {samples} samples, {epochs} epochs")
         pending += run.key not in done

@@ -82,7 +82,7 @@ def run(
     with (
         progress(label, shown=plan.distributed.is_main) as report,
         plan.distributed.process_group(plan.device),
-        RunFolder(out, plan.identity, facts=plan.facts, resume=resume, writes=plan.distributed.is_main) as folder,
+        RunFolder(out, plan.identity, metadata=plan.metadata, resume=resume, writes=plan.distributed.is_main) as folder,
         contextlib.ExitStack() as stack,
     ):
         writer = None

@@ -54,7 +54,7 @@ def load_ffcv() -> ModuleType:
             import ffcv.loader.epoch_iterator
             import ffcv.writer
     except (ImportError, OSError) as error:
-        raise BackendUnavailable(f"betons need FFCV, which cannot be imported ({error}); {_INSTALL}") from error
+        raise BackendUnavailable(f".beton files need FFCV, which cannot be imported ({error}); {_INSTALL}") from error
     module: ModuleType = ffcv
     return module
 
@@ -62,7 +62,7 @@ def load_ffcv() -> ModuleType:
 def _require_installed() -> None:
     """Raise if FFCV is missing, without importing it, which takes seconds."""
     if importlib.util.find_spec("ffcv") is None:
-        raise BackendUnavailable(f"betons need FFCV, which is not installed; {_INSTALL}")
+        raise BackendUnavailable(f".beton files need FFCV, which is not installed; {_INSTALL}")
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ _MIN_QUALITY = 50
 _MEAN_TOLERANCE = 16.0
 
 
-def is_betons(path: Path) -> bool:
-    """Return whether `path` is a folder with one of the two betons or the record of a conversion."""
+def is_ffcv_folder(path: Path) -> bool:
+    """Return whether `path` is a folder with one of the two .beton files or the record of a conversion."""
     if not path.is_dir():
         return False
     if any((path / f"{part}.beton").is_file() for part in PARTS):
@@ -43,7 +43,7 @@ def is_betons(path: Path) -> bool:
     return _has_record(path)
 
 
-def open_betons(path: Path) -> Source:
+def open_ffcv_folder(path: Path) -> Source:
     """Open a folder of `train.beton` and `test.beton`.
 
     In a folder without `data.json`, which other tools wrote, the classes are named `0`, `1`, ... and views do not flip.
@@ -81,7 +81,7 @@ def convert(
     jpeg_quality: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Source:
-    """Write a source as betons and verify every sample.
+    """Write a source as .beton files and verify every sample.
 
     The files are renamed to their final names after verification: equal pixels and labels without compression; with
     JPEG, equal labels and a mean color of each image within 16 gray levels. After an interruption, the same call
@@ -104,13 +104,13 @@ def convert(
         UsageError: `jpeg_quality` is out of range.
     """
     if jpeg_quality is not None and not _MIN_QUALITY <= jpeg_quality <= 100:
-        raise UsageError(f"`jpeg_quality` is {jpeg_quality}; needed: {_MIN_QUALITY} to 100")
+        raise UsageError(f"`jpeg_quality` is {jpeg_quality}: must be {_MIN_QUALITY} to 100")
     check_out_folder(Path(out), source)
     folder = check_writable(out)
     with FolderLock(folder):
         if not _is_complete(folder, source, jpeg_quality):
             _convert(source, folder, jpeg_quality, progress)
-        return open_betons(folder)
+        return open_ffcv_folder(folder)
 
 
 def write_beton(
@@ -276,7 +276,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _file_marks(folder: Path) -> dict[str, list[int]]:
-    """Return size in bytes and modification time in nanoseconds of the betons in the folder."""
+    """Return size in bytes and modification time in nanoseconds of the .beton files in the folder."""
     marks = {}
     for part in PARTS:
         path = folder / f"{part}.beton"

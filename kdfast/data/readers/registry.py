@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdfast.data.ffcv.write import is_betons, open_betons
+from kdfast.data.ffcv.write import is_ffcv_folder, open_ffcv_folder
 from kdfast.data.readers import digits
 from kdfast.data.readers.cifar import CIFAR10, CIFAR100, is_cifar, open_cifar
 from kdfast.data.readers.folder import is_folder, open_folder
@@ -71,8 +71,8 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "beton": SourceKind(
         "a folder with train.beton and test.beton, written by kdfast data convert",
-        is_betons,
-        lambda path, size: open_betons(path),
+        is_ffcv_folder,
+        lambda path, size: open_ffcv_folder(path),
     ),
     "relabelled": SourceKind(
         "a folder written by kdfast data flip: the images of another source with some training labels changed",
@@ -97,10 +97,10 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
     Raises:
         DataError: Nothing is at the path, it is of no known kind or of several, or it is damaged or incomplete.
         UsageError: `size` is below 1 or does not fit.
-        BackendUnavailable: The source is a folder of betons, and FFCV is not installed.
+        BackendUnavailable: The source is a folder of .beton files, and FFCV is not installed.
     """
     if size is not None and size < 1:
-        raise UsageError(f"`size` is {size}; needed: 1 or more pixels")
+        raise UsageError(f"`size` is {size}: pass 1 or more pixels")
     location = Path(path)
     kind = digits.NAME if os.fspath(path) == digits.NAME else _recognize(location)
     source = SOURCES[kind].open(location, size)

@@ -23,7 +23,7 @@ from kdfast.ops.backends import resolve
 from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.factors import Convolution, GradFactors, OuterProduct, Sizes, sizes_of
 
-__all__ = ["METHODS", "costs", "select_algorithm", "squared_norms"]
+__all__ = ["METHODS", "estimate_costs", "select_algorithm", "squared_norms"]
 
 METHODS = ("auto", "direct", "gram", "pixel")
 
@@ -73,11 +73,11 @@ def select_algorithm(sizes: Sizes, method: str = "auto") -> str:
         raise UsageError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}")
     if method != "auto":
         return method
-    found = costs(sizes)
+    found = estimate_costs(sizes)
     return min(found, key=lambda name: found[name])
 
 
-def costs(sizes: Sizes) -> dict[str, float]:
+def estimate_costs(sizes: Sizes) -> dict[str, float]:
     """Return the multiply-adds of each algorithm by name."""
     t, d, p, offsets, phases = sizes
     return {

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import UsageError
 from kdfast.ops.grad_norms.objective import Objective, batched_tensors, call_model, replace_tensors
-from kdfast.ops.grad_norms.reference import chunks
+from kdfast.ops.grad_norms.reference import iter_chunks
 
 __all__ = ["FALLBACKS", "Fallback", "RngSnapshot", "squared_norms_loop", "squared_norms_vmap"]
 
@@ -48,7 +48,7 @@ def squared_norms_vmap(
     per_sample = vmap(grad(loss), (None, 0, None if objective.labels is None else 0))
     sample_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
     found = _allocate_norms(parameters, n)
-    for chunk in chunks(n, sample_bytes):
+    for chunk in iter_chunks(n, sample_bytes):
         label = None if objective.labels is None else objective.labels[chunk]
         try:
             # Only the math kernel of scaled_dot_product_attention has a batching rule.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, sizes_of
-from kdfast.ops.grad_norms.reference import chunks, unfold_patches
+from kdfast.ops.grad_norms.reference import iter_chunks, unfold_patches
 from kdfast.ops.native import WIDEST_ISA, extension
 
 __all__ = ["DEPTHWISE", "DIRECT", "GRAM", "conv_squared_norms", "squared_norms"]
@@ -83,7 +83,7 @@ def _patch_gram(factors: Convolution) -> Tensor:
     t, d, p, *_ = sizes_of(factors)
     groups = factors.geometry.groups
     out = []
-    for chunk in chunks(len(factors.a), t * d * groups * factors.a.element_size()):
+    for chunk in iter_chunks(len(factors.a), t * d * groups * factors.a.element_size()):
         a = unfold_patches(factors.a[chunk], factors.geometry)
         b = factors.b[chunk].reshape(-1, p, t).transpose(1, 2)
         out.append(_outer_product(a, b, "gram").view(-1, groups).sum(1))

@@ -18,7 +18,7 @@ from kdfast.ops.grad_norms.factors import (
     sizes_of,
 )
 
-__all__ = ["chunks", "materialize", "squared_norms", "unfold_patches"]
+__all__ = ["iter_chunks", "materialize", "squared_norms", "unfold_patches"]
 
 # Approximate limit on scratch memory: samples are processed in chunks that fit, of at least one sample.
 CHUNK_BYTES = 2**24
@@ -42,7 +42,7 @@ def squared_norms(factors: GradFactors, algorithm: str = "direct") -> Tensor:
         return _pixel_gram(factors)
     n, p, g = len(factors.b), factors.b.shape[1], factors.geometry.groups
     out = factors.b.new_empty(n)
-    for chunk in chunks(n, _unfolded_bytes(factors, algorithm)):
+    for chunk in iter_chunks(n, _unfolded_bytes(factors, algorithm)):
         a = unfold_patches(factors.a[chunk], factors.geometry)  # (n g, T, d)
         b = factors.b[chunk].reshape(-1, p // g, a.shape[1]).transpose(1, 2)
         out[chunk] = _outer_product(a, b, algorithm).view(-1, g).sum(1)
@@ -65,7 +65,7 @@ def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Ten
     return out.reshape(-1, *shape)
 
 
-def chunks(n: int, sample_bytes: int) -> Iterator[slice]:
+def iter_chunks(n: int, sample_bytes: int) -> Iterator[slice]:
     """Yield slices of `range(n)` of at least one sample each and, where possible, at most ``CHUNK_BYTES``."""
     step = max(1, CHUNK_BYTES // max(1, sample_bytes))
     for start in range(0, n, step):
@@ -95,7 +95,7 @@ def _outer_product(a: Tensor, b: Tensor, algorithm: str) -> Tensor:
         return a.square().sum((1, 2)) * b.square().sum((1, 2))
     out = a.new_empty(n)
     scratch = d * p if algorithm == "direct" else 2 * t * t
-    for chunk in chunks(n, scratch * a.element_size()):
+    for chunk in iter_chunks(n, scratch * a.element_size()):
         x, y = a[chunk], b[chunk]
         if algorithm == "direct":
             out[chunk] = torch.bmm(y.transpose(1, 2), x).square_().sum((1, 2))
@@ -112,7 +112,7 @@ def _pixel_gram(factors: Convolution) -> Tensor:
     p, ho, wo = factors.b.shape[1:]
     high, wide = h + top + bottom, w + left + right
     out = factors.b.new_empty(n)
-    for chunk in chunks(n, (high * wide) ** 2 * g * factors.a.element_size()):
+    for chunk in iter_chunks(n, (high * wide) ** 2 * g * factors.a.element_size()):
         a = F.pad(factors.a[chunk], (left, right, top, bottom)).reshape(-1, channels // g, high * wide)
         b = factors.b[chunk].reshape(-1, p // g, ho * wo)
         pixels = torch.bmm(a.transpose(1, 2), a).view(-1, high, wide, high, wide)

@@ -12,7 +12,7 @@ from kdfast.errors import UsageError
 from kdfast.ops.grad_norms.capture import Call
 from kdfast.ops.grad_norms.factors import DenseGrad, Embedding, GradFactors, OuterProduct
 from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
-from kdfast.ops.grad_norms.reference import chunks, materialize
+from kdfast.ops.grad_norms.reference import iter_chunks, materialize
 
 __all__ = ["SquaredNormAccumulator", "SquaredNorms", "squared_norms_of_sum"]
 
@@ -94,7 +94,7 @@ def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squa
     first = merged[0].grad if isinstance(merged[0], DenseGrad) else merged[0].b
     out = first.new_empty(len(first))
     sample_bytes = torch.Size(shape).numel() * first.element_size() * len(merged)
-    for chunk in chunks(len(first), sample_bytes):
+    for chunk in iter_chunks(len(first), sample_bytes):
         total = sum((materialize(use, shape, chunk) for use in merged[1:]), materialize(merged[0], shape, chunk))
         out[chunk] = total.flatten(1).square().sum(1)
     return out
@@ -125,7 +125,7 @@ def _inner_product(output: OuterProduct, embedding: Embedding) -> Tensor:
     n, s = output.b.shape[:2]
     t = embedding.ids.shape[1]
     out = output.b.new_empty(n)
-    for chunk in chunks(n, 2 * s * t * output.b.element_size()):
+    for chunk in iter_chunks(n, 2 * s * t * output.b.element_size()):
         ids = embedding.ids[chunk].unsqueeze(1).expand(-1, s, t)
         picked = torch.gather(output.b[chunk], 2, ids)
         if embedding.padding_idx is not None:

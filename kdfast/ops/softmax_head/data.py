@@ -25,7 +25,7 @@ from kdfast.ops.softmax_head.validation import (
     split_block,
 )
 
-__all__ = ["Features", "HeadData", "Progress", "Tile", "linear"]
+__all__ = ["Features", "HeadData", "Progress", "Tile", "compute_logits"]
 
 Features: TypeAlias = "Array | Iterable[Block]"
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -273,12 +273,12 @@ class HeadData:
         assert x is not None
         x = x.to(dtype)
         if self._weights is not None:
-            z = linear(x, self._weights, self.bias)
+            z = compute_logits(x, self._weights, self.bias)
         assert z is not None
         return Tile(start, x, z.to(dtype), None if y is None else y.long(), None if t is None else t.to(dtype))
 
 
-def linear(x: Tensor, weights: Tensor, bias: bool) -> Tensor:
+def compute_logits(x: Tensor, weights: Tensor, bias: bool) -> Tensor:
     """Return the logits (n, C) of features (n, D) for weights (C, D), or (C, D + 1) with a bias."""
     if bias:
         return torch.addmm(weights[:, -1], x, weights[:, :-1].mT)

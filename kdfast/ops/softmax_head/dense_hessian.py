@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.softmax_head.curvature import curvature_terms, third_derivative_terms
-from kdfast.ops.softmax_head.data import HeadData, Progress, Tile, linear
+from kdfast.ops.softmax_head.data import HeadData, Progress, Tile, compute_logits
 from kdfast.ops.softmax_head.residuals import LossConfig
 
 __all__ = ["append_bias", "hessian", "leverages", "third_derivative"]
@@ -47,7 +47,7 @@ def third_derivative(data: HeadData, u: Tensor, loss: LossConfig, progress: Prog
     """
 
     def derivative_rows(tile: Tile) -> RowEntries:
-        b = linear(tile.x, u, data.bias)
+        b = compute_logits(tile.x, u, data.bias)
         terms = third_derivative_terms(tile.z, b, loss)
 
         def entries(k: int) -> Tensor:

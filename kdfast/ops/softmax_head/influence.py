@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, linear
+from kdfast.ops.softmax_head.data import Features, HeadData, Progress, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.leave_one_out import LeaveOneOut
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
@@ -94,7 +94,7 @@ def head_influence(
     for tile in data.tiles(data.num_classes * data.dim, torch.float64, progress, "influence"):
         weighted = removal.weighted_residuals(tile)
         tile_effects = effects[tile.start : tile.start + len(tile.x)]
-        torch.sum(linear(tile.x, u, bias) * weighted, 1, out=tile_effects)
+        torch.sum(compute_logits(tile.x, u, bias) * weighted, 1, out=tile_effects)
         if second_order is not None:
             tile_effects += removal.curvature_term(tile, weighted, second_order)
     return removal.divide_by_n(effects)

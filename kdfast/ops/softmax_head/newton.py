@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, linear
+from kdfast.ops.softmax_head.data import Features, HeadData, Progress, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.solve import HeadSolver
@@ -99,7 +99,7 @@ def head_logits(features: Tensor, weights: Tensor) -> Tensor:
             f"`features` has shape {tuple(features.shape)} and `weights` {tuple(weights.shape)}: pass (N, D') and "
             "either (C, D') or (C, D' + 1)"
         )
-    return linear(features.to(weights.dtype), weights, extra == 1)
+    return compute_logits(features.to(weights.dtype), weights, extra == 1)
 
 
 def _initial_weights(data: HeadData, init: Tensor | None, classes: int | None) -> Tensor:

@@ -167,7 +167,7 @@ def check_inputs(inputs: ScoreInputs) -> None:
             continue
         if array.ndim != 2 or len(array) != n:
             raise DataError(
-                f"{name} {array.shape} for {n} samples: one row per sample is needed; cache all of the data"
+                f"{name} {array.shape} for {n} samples: must have one row per sample; cache all of the data"
             )
         if not np.isfinite(array).all():
             raise DataError(f"some {name} are not finite: build the teacher's cache again")
@@ -179,7 +179,7 @@ def check_inputs(inputs: ScoreInputs) -> None:
             "this data"
         )
     if inputs.dynamics is not None:
-        inputs.dynamics.require(inputs.labels)
+        inputs.dynamics.check_matches(inputs.labels)
 
 
 def check_values(values: FloatArray, n: int, what: str) -> None:

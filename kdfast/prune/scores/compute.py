@@ -66,7 +66,7 @@ class ScoreSources:
         opened = None
         if cache is not None:
             opened = TeacherCache.open(cache, source=source)
-            opened.require(np.arange(len(labels), dtype=np.int64))
+            opened.check_covers(np.arange(len(labels), dtype=np.int64))
         recorded = None
         if dynamics is not None:
             recorded = Dynamics.open(dynamics, labels=labels, fingerprint=source.fingerprint)

@@ -24,7 +24,7 @@ from kdfast.prune.scores.base import (
     require_logits,
     use_dynamics,
 )
-from kdfast.prune.scores.trajectory import mean_over_runs
+from kdfast.prune.scores.trajectory import average_over_runs
 
 _PAPER_EPOCH = 20
 _BLOCK_ROWS = 1 << 16  # rows of logits per block
@@ -58,10 +58,10 @@ def el2n_score(inputs: ScoreInputs) -> ScoreResult:
         Paul et al., Deep Learning on a Data Diet, NeurIPS 2021, definition 2.
     """
     if not use_dynamics(inputs, "el2n"):
-        return ScoreResult(el2n_of_logits(require_logits(inputs, "el2n"), inputs.labels))
+        return ScoreResult(compute_el2n(require_logits(inputs, "el2n"), inputs.labels))
     dynamics = require_dynamics(inputs, "el2n")
     epoch = _epoch(inputs, dynamics, range(1, dynamics.epochs + 1))
-    return ScoreResult(mean_over_runs(dynamics, lambda run: dynamics.el2n(run)[epoch - 1]), used={"epoch": epoch})
+    return ScoreResult(average_over_runs(dynamics, lambda run: dynamics.el2n(run)[epoch - 1]), used={"epoch": epoch})
 
 
 def grand(inputs: ScoreInputs) -> ScoreResult:
@@ -78,7 +78,7 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
     if inputs.options["network"] == "full":
         return ScoreResult(_full_gradient_norms(inputs))
     if not use_dynamics(inputs, "grand"):
-        errors = el2n_of_logits(require_logits(inputs, "grand"), inputs.labels)
+        errors = compute_el2n(require_logits(inputs, "grand"), inputs.labels)
         return ScoreResult(errors * _norms_with_bias(require_features(inputs, "grand")))
     dynamics = require_dynamics(inputs, "grand")
     epoch = _epoch(inputs, dynamics, [recorded + 1 for recorded in dynamics.feature_epochs])
@@ -87,10 +87,10 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
         errors: FloatArray = dynamics.el2n(run)[epoch - 1].astype(np.float64)
         return errors * _norms_with_bias(dynamics.features(run, epoch - 1))
 
-    return ScoreResult(mean_over_runs(dynamics, norms), used={"epoch": epoch})
+    return ScoreResult(average_over_runs(dynamics, norms), used={"epoch": epoch})
 
 
-def el2n_of_logits(logits: Float32Array, labels: IntArray) -> FloatArray:
+def compute_el2n(logits: Float32Array, labels: IntArray) -> FloatArray:
     """Return ||softmax(z) - onehot(y)||, float64 (N,), computed in float64, a block of rows at a time.
 
     Args:
@@ -120,7 +120,7 @@ def _epoch(inputs: ScoreInputs, dynamics: Dynamics, available: range | list[int]
     if asked is None or int(asked) not in available:
         held = f"{min(available)} to {max(available)}" if isinstance(available, range) else available or "none"
         raise UsageError(
-            f"{dynamics.path} has the needed values after epochs {held}, not {asked}: use one of those, or record "
+            f"{dynamics.path} has the required values after epochs {held}, not {asked}: use one of those, or record "
             "again with more `epochs` or another `features_every`"
         )
     return int(asked)

@@ -9,7 +9,7 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.prune.options import Option
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import USE, ScoreInputs, ScoreResult, require_dynamics, require_features, use_dynamics
-from kdfast.prune.scores.trajectory import mean_over_runs
+from kdfast.prune.scores.trajectory import average_over_runs
 
 OPTIONS = {
     "use": USE,
@@ -49,7 +49,7 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
     def distances(run: int) -> FloatArray:
         return _center_distances(dynamics.features(run, epoch - 1), inputs.labels, median)
 
-    return ScoreResult(mean_over_runs(dynamics, distances), used={"epoch": epoch})
+    return ScoreResult(average_over_runs(dynamics, distances), used={"epoch": epoch})
 
 
 def _center_distances(features: npt.NDArray[np.float32], labels: IntArray, median: bool) -> FloatArray:

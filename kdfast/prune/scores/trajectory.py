@@ -39,7 +39,7 @@ MEMORIZATION_OPTIONS = {
 }
 
 
-def mean_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np.floating]]) -> FloatArray:
+def average_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np.floating]]) -> FloatArray:
     """Average values over runs, each run for the samples it trained on.
 
     Args:
@@ -88,7 +88,7 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
             count[~correct.any(axis=0)] = dynamics.epochs
         return count
 
-    return ScoreResult(mean_over_runs(dynamics, events))
+    return ScoreResult(average_over_runs(dynamics, events))
 
 
 def aum(inputs: ScoreInputs) -> ScoreResult:
@@ -99,7 +99,7 @@ def aum(inputs: ScoreInputs) -> ScoreResult:
         Zheng et al., Coverage-centric Coreset Selection for High Pruning Rates, ICLR 2023, divide it into strata.
     """
     dynamics = require_dynamics(inputs, "aum")
-    return ScoreResult(mean_over_runs(dynamics, lambda run: -dynamics.margin(run).mean(axis=0, dtype=np.float64)))
+    return ScoreResult(average_over_runs(dynamics, lambda run: -dynamics.margin(run).mean(axis=0, dtype=np.float64)))
 
 
 def dual(inputs: ScoreInputs) -> ScoreResult:
@@ -130,8 +130,8 @@ def dual(inputs: ScoreInputs) -> ScoreResult:
             total += part.std(axis=0) * (1 - part.mean(axis=0))
         return total / (first - window + 1)
 
-    mean_p = mean_over_runs(dynamics, lambda run: dynamics.p_y(run)[:first].mean(axis=0, dtype=np.float64))
-    return ScoreResult(mean_over_runs(dynamics, uncertainty), {"mean_p": mean_p}, {"first": first})
+    mean_p = average_over_runs(dynamics, lambda run: dynamics.p_y(run)[:first].mean(axis=0, dtype=np.float64))
+    return ScoreResult(average_over_runs(dynamics, uncertainty), {"mean_p": mean_p}, {"first": first})
 
 
 def memorization(inputs: ScoreInputs) -> ScoreResult:
@@ -159,7 +159,7 @@ def memorization(inputs: ScoreInputs) -> ScoreResult:
         sides["inside"].add(hits, trained)
         sides["outside"].add(hits, ~trained)
     for name, side in sides.items():
-        side.require(name, dynamics)
+        side.check_complete(name, dynamics)
     inside, outside = sides["inside"], sides["outside"]
     spread = np.sqrt(inside.variance(soft) + outside.variance(soft))
     extras = {"stderr": spread, "inside": inside.mean, "outside": outside.mean}
@@ -177,7 +177,7 @@ class _RunningMean:
         self._sum += values * samples
         self._squares += values**2 * samples
 
-    def require(self, side: str, dynamics: Dynamics) -> None:
+    def check_complete(self, side: str, dynamics: Dynamics) -> None:
         """Raise DataError unless every sample was counted."""
         if not self._count.all():
             missing = np.flatnonzero(self._count == 0)

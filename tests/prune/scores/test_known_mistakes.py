@@ -10,7 +10,7 @@ import torch
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.el2n_grand import el2n_of_logits
+from kdfast.prune.scores.el2n_grand import compute_el2n
 from kdfast.prune.scores.registry import compute_score
 
 
@@ -83,7 +83,7 @@ def test_grand_applies_softmax_once(random_logits):
     logits = torch.from_numpy(random_logits[0]).double()
     once = (logits.softmax(1) - torch.nn.functional.one_hot(labels, 4)).norm(dim=1).numpy()
     twice = (logits.softmax(1).softmax(1) - torch.nn.functional.one_hot(labels, 4)).norm(dim=1).numpy()
-    found = el2n_of_logits(random_logits[0], LABELS)
+    found = compute_el2n(random_logits[0], LABELS)
     np.testing.assert_allclose(found, once, rtol=1e-6)
     assert np.median(np.abs(found - twice)) > 0.05
 
@@ -115,7 +115,7 @@ def test_el2n_does_not_depend_on_the_order_of_updates(tmp_path, random_logits):
         ]
         assert np.array_equal(*values)
     assert compute_score("el2n", ScoreInputs(LABELS, 0, dynamics=mixed)).values[3] == pytest.approx(
-        el2n_of_logits(random_logits[5, 3:4], LABELS[3:4])[0], rel=1e-3
+        compute_el2n(random_logits[5, 3:4], LABELS[3:4])[0], rel=1e-3
     )
 
 
