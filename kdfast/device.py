@@ -25,11 +25,11 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise UsageError(f"`device` is {name!r}; needed: auto, cpu, cuda or cuda:N")
+        raise UsageError(f"`device` is {name!r}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
-            raise UsageError(f"`device` is {name!r}, but torch sees {count} CUDA devices; use cpu or auto")
+            raise UsageError(f"`device` is {name!r}, but torch sees {count} CUDA devices: use cpu or auto")
         # Runs are reproducible only with the same convolution algorithms.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device(name)

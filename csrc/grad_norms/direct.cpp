@@ -10,7 +10,7 @@ namespace {
 
 // With fewer channels per group, a vector spans channels and kernel offsets.
 constexpr int64_t kFewChannels = kLanes;
-// Maximal positions in a window: a panel of inputs then fits the first-level cache.
+// Maximal positions in a window: a panel of inputs then fits the L1 cache.
 constexpr int64_t kWindow = 256;
 
 // One axis of the image, and the inputs that a window of positions needs.

@@ -35,7 +35,7 @@ void check(const Convolution& args);
 void squared_norms(const Convolution& args);
 #ifdef KDFAST_WITH_CUDA
 int64_t parts(const Convolution& args);
-// `stream` is a cudaStream_t of the current device, which must own all operands. Does not wait for the device.
+// `stream` is a cudaStream_t of the current device, which must own all operands. Does not synchronize with the device.
 void squared_norms_cuda(const Convolution& args, void* stream);
 #endif
 

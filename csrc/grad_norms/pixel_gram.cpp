@@ -15,7 +15,7 @@
 namespace kdfast::grad_norms {
 namespace {
 
-constexpr int64_t kDepth = 128;  // channels multiplied at a time: a panel of them fits the first-level cache
+constexpr int64_t kDepth = 128;  // channels multiplied at a time: a panel of them fits the L1 cache
 constexpr int kOffsets = 16;     // kernel offsets added at a time
 
 // The pixels of one phase inside the image, and the kernel offsets that reach the phase.

@@ -14,7 +14,7 @@ struct CallContext {
   const KdLoss& args;
   const RowKernels& kernels;
   Power power;
-  double reduction_factor;  // factor that all rows have in the result
+  double reduction_factor;  // factor common to all rows of the result
   double kl_slope;          // kl_factor / T
   float inverse_t;          // 1 / T, or 1 without a teacher
   double* losses;

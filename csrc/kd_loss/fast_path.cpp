@@ -1,9 +1,9 @@
-// A shortcut for the plainest calls of kd_loss: takes PyTorch's tensors apart through DLPack's C interface, so that
-// PyTorch is not linked, checks the arguments and runs the kernel.
+// A shortcut for common calls of kd_loss: unpacks PyTorch's tensors through DLPack's C interface, so that PyTorch is
+// not linked, checks the arguments and runs the kernel.
 //
-// At a hundred classes the kernel takes less time than Python needs to check and unpack the arguments; for what this
-// saves, see kdfast/ops/kd_loss/fast_path.py. A call that is unusual or wrong is declined, and kdfast.ops.kd_loss.api
-// then takes the general path, which accepts every valid call and explains what is wrong with others.
+// At a hundred classes the kernel takes less time than Python needs to check and unpack the arguments; for the time
+// saved, see kdfast/ops/kd_loss/fast_path.py. An unusual or invalid call is declined; kdfast.ops.kd_loss.api then takes
+// the general path, which accepts every valid call and explains the errors of others.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>

@@ -53,7 +53,7 @@ Power power_of(const KdLoss& a) {
   return a.temperature == 2 ? kPowerTwo : a.temperature == 4 ? kPowerFour : kPowerAny;
 }
 
-// Factor that all rows share: for a mean, one over the sum of the counted weights (0 if no row counts).
+// Factor common to all rows: for a mean, one over the sum of the weights of non-ignored rows (0 if there are none).
 double reduction_factor(const KdLoss& a, double weights) {
   if (a.reduction != kMean) return 1.0;
   return weights == 0 ? 0.0 : 1.0 / weights;

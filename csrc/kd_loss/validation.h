@@ -8,8 +8,8 @@ namespace kdfast {
 // Throws std::invalid_argument if sizes, dtypes or options are inconsistent.
 void check_shapes(const KdLoss& args);
 
-// Returns the sum of the weights of the counted rows. Throws std::out_of_range if a label, teacher row or class id is
-// out of range: as an index, it would read outside the tensors.
+// Returns the sum of the weights of the non-ignored rows. Throws std::out_of_range if a label, teacher row or class id
+// is out of range: as an index, it would read outside the tensors.
 double check_rows(const KdLoss& args);
 
 }  // namespace kdfast

@@ -39,9 +39,10 @@ class AlignedFloats {
 
 int64_t round_up_to_vector(int64_t n) { return round_up(n, kLanes); }
 
-// What all threads read: the sizes, and the vectors transposed. by_feature has blocks of up to kMaxColumns registers of
-// products, each block (width, columns) contiguous and padded with zeros; bias has the bias of each product. The last
-// few products, if they would leave most of a register empty, are `single` and computed from the vectors as given.
+// Inputs that all threads read: the sizes, and the vectors transposed. by_feature has blocks of up to kMaxColumns
+// registers of products, each block (width, columns) contiguous and padded with zeros; bias has the bias of each
+// product. The last few products, if they would leave most of a register empty, are `single` and computed from the
+// vectors as given.
 struct Plan {
   const HessianProducts& args;
   int64_t product_count, padded, width, padded_width, stride, single, blocked, block_columns;

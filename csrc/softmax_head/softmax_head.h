@@ -64,7 +64,8 @@ void apply_curvature(const Curvature& args);
 bool hessian_products_fit(int64_t product_count, int64_t width);
 void add_hessian_products(const HessianProducts& args);
 
-// On the current device, in a CUDA stream. They do not wait for the device. Throw std::runtime_error if a launch fails.
+// On the current device, in a CUDA stream. They do not synchronize with the device. Throw std::runtime_error if a
+// launch fails.
 void compute_residuals_cuda(const Residuals& args, void* stream);
 void apply_curvature_cuda(const Curvature& args, void* stream);
 

@@ -28,7 +28,8 @@ KDFAST_INLINE Bytes reversed(Bytes group) {
 #endif
 }
 
-// What the rows of a batch share: scale and bias, repeated for every pixel of a row so that a row is one long vector.
+// State shared by the rows of a batch: scale and bias, repeated for every pixel of a row so that a row is one long
+// vector.
 struct BatchContext {
   const ShiftViews& args;
   std::vector<float> scale, bias;

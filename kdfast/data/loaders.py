@@ -49,7 +49,7 @@ class Loader(Protocol):
 
 def _ffcv_loader(split: Split, device: torch.device) -> Loader:
     if not isinstance(split, BetonSplit):
-        raise UsageError(f"the ffcv loader reads .beton files; {_CONVERT}, or set `loader` to resident")
+        raise UsageError(f"the ffcv loader reads .beton files: {_CONVERT}, or set `loader` to resident")
     return BetonLoader(split)
 
 
@@ -77,7 +77,7 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
         if kind == "ffcv" and not isinstance(split, BetonSplit):
             raise UsageError(
                 f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the {have / 1e9:.1f} GB of "
-                f"{target}; {_CONVERT}, or set `loader` to resident"
+                f"{target}: {_CONVERT}, or set `loader` to resident"
             )
     if kind not in LOADERS:
         raise UsageError(f"`loader` is {kind!r}: must be one of auto, {', '.join(LOADERS)}")

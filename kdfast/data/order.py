@@ -39,7 +39,7 @@ def batch_count(n: int, batch_size: int) -> int:
         UsageError: `batch_size` is less than 1.
     """
     if batch_size < 1:
-        raise UsageError(f"`batch_size` is {batch_size}; needed: at least 1")
+        raise UsageError(f"`batch_size` is {batch_size}: pass at least 1")
     if n < 1:
         raise SubsetError(f"{n} samples do not make a batch of {batch_size}: keep more samples")
     return -(-n // batch_size)
@@ -71,11 +71,13 @@ def split_batches_by_rank(
     """
     steps = batch_count(len(order), batch_size)
     if not 0 <= rank < world:
-        raise UsageError(f"`rank` is {rank} of {world}; needed: 0 to {world - 1}")
+        raise UsageError(f"`rank` is {rank} of {world}: must be 0 to {world - 1}")
     if world > batch_size:
-        raise UsageError(f"`batch_size` is {batch_size} for {world} ranks; needed: at least one sample for each rank")
+        raise UsageError(
+            f"`batch_size` is {batch_size} for {world} ranks: pass at least {world}, one sample for each rank"
+        )
     if not 0 <= start <= steps:
-        raise UsageError(f"`start` is step {start}; needed: 0 to {steps}, the steps of the epoch")
+        raise UsageError(f"`start` is step {start}: must be 0 to {steps}, the steps of the epoch")
     batches = (order[k * batch_size : (k + 1) * batch_size] for k in range(start, steps))
     return (_share(batch, rank, world) for batch in batches)
 

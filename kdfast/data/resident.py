@@ -49,7 +49,7 @@ class ResidentLoader:
             UsageError: The loader is closed.
         """
         if self._rows is None:
-            raise UsageError("the loader is closed; create another one")
+            raise UsageError("the loader is closed: create another one")
         return self._epoch(self._rows, check_epoch_ids(ids, len(self._rows), batch_size), batch_size)
 
     def close(self) -> None:

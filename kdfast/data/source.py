@@ -58,11 +58,11 @@ class ArraySplit:
 
     def __init__(self, images: npt.NDArray[np.generic], labels: npt.ArrayLike, name: str) -> None:
         if images.dtype != np.uint8:
-            raise DataError(f"{name} has dtype {images.dtype}; needed: uint8, 0 to 255; rescale and convert the pixels")
+            raise DataError(f"{name} has dtype {images.dtype}: must be uint8, 0 to 255; rescale and convert the pixels")
         if images.ndim == 3:
             images = images[..., np.newaxis]
         if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-            raise DataError(f"{name} has shape {images.shape}; needed: (N, H, W, 3) or (N, H, W), no size 0")
+            raise DataError(f"{name} has shape {images.shape}: must be (N, H, W, 3) or (N, H, W), without a size of 0")
         if images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         self.images: Pixels = np.ascontiguousarray(images, dtype=np.uint8)
@@ -207,7 +207,7 @@ def compute_normalization(split: Split) -> Normalization:
         for first, second in zip(sums, square_sums, strict=True)
     ]
     if 0.0 in std:
-        raise DataError("the training images have a constant channel, which cannot be normalized; check the data")
+        raise DataError("the training images have a constant channel, which cannot be normalized: check the data")
     return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
@@ -228,8 +228,8 @@ def check_sample_ids(ids: npt.ArrayLike, count: int) -> IntArray:
     if given.shape == (0,):
         return np.empty(0, np.int64)  # an empty list has numpy's default dtype, which is float
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
-        hint = "; convert a mask by np.flatnonzero" if given.dtype == np.bool_ else ""
-        raise SubsetError(f"sample ids are {given.dtype} of shape {given.shape}; needed: integers of shape (n,){hint}")
+        hint = "; convert a mask with np.flatnonzero" if given.dtype == np.bool_ else ""
+        raise SubsetError(f"sample ids are {given.dtype} of shape {given.shape}: must be integers of shape (n,){hint}")
     if given.min() < 0 or given.max() >= count:
         raise SubsetError(
             f"sample ids go from {given.min()} to {given.max()}; the split has {count} samples, ids 0 to {count - 1}"
@@ -252,13 +252,13 @@ def check_epoch_ids(ids: npt.ArrayLike, count: int, batch_size: int) -> IntArray
         SubsetError: The ids are not one-dimensional integers, empty, out of range or repeated, or `batch_size` < 1.
     """
     if batch_size < 1:
-        raise SubsetError(f"`batch_size` is {batch_size}; needed: at least 1")
+        raise SubsetError(f"`batch_size` is {batch_size}: pass at least 1")
     order = check_sample_ids(ids, count)
     if not order.size:
-        raise SubsetError("there are no sample ids to load; needed: at least one")
+        raise SubsetError("there are no sample ids to load: pass at least one")
     counts = np.bincount(order)
     if counts.max() > 1:
-        raise SubsetError(f"sample id {int(counts.argmax())} occurs {int(counts.max())} times; needed: each id once")
+        raise SubsetError(f"sample id {int(counts.argmax())} occurs {int(counts.max())} times: pass each id once")
     return order
 
 
@@ -271,7 +271,7 @@ def check_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
     given = np.asarray(labels)
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or len(given) != count:
         raise DataError(
-            f"{name}: the labels are {given.dtype} of shape {given.shape}; needed: one integer per image, ({count},)"
+            f"{name}: the labels are {given.dtype} of shape {given.shape}: must be one integer per image, ({count},)"
         )
     return given.astype(np.int64)
 
@@ -283,7 +283,7 @@ def infer_class_names(train: IntArray, name: str) -> tuple[str, ...]:
         DataError: A label is negative, or no training sample has one of the labels below the largest.
     """
     if train.min() < 0:
-        raise DataError(f"{name}: the smallest training label is {train.min()}; needed: labels 0, 1, 2, ...")
+        raise DataError(f"{name}: the smallest training label is {train.min()}: must be 0; use labels 0, 1, 2, ...")
     # The largest label may be garbage, so allocate no array of that size before the check.
     distinct = np.unique(train)
     gaps = np.flatnonzero(distinct != np.arange(len(distinct)))

@@ -106,7 +106,7 @@ def permutation_element(positions: IntArray, size: int, keys: WordArray) -> IntA
         Hoang, Morris and Rogaway 2012, An enciphering scheme based on a card shuffle.
     """
     if not 1 <= size < _LIMIT:
-        raise ValueError(f"`size` is {size} elements; needed: 1 to 2**32 - 1")
+        raise ValueError(f"`size` is {size} elements: must be 1 to 2**32 - 1")
     x = np.broadcast_to(positions, np.broadcast_shapes(positions.shape, keys.shape))
     for r in range(1, _ROUNDS + 1):
         words = mix64(keys + np.uint64(r * _GAMMA & _MASK))
@@ -133,7 +133,7 @@ def permutation_prefix(count: int, size: int, keys: WordArray) -> IntArray:
         `(n, count)` int64 in `[0, size)`, distinct within a row.
     """
     if not (1 <= size < _LIMIT and 0 <= count <= size):
-        raise ValueError(f"{count} of {size} elements; needed: `count` from 0 to `size`, `size` from 1 to 2**32 - 1")
+        raise ValueError(f"{count} of {size} elements: `count` must be 0 to `size`, `size` 1 to 2**32 - 1")
     out = np.empty((len(keys), count), np.int64)
     block = max(1, _BLOCK // size)
     for start in range(0, len(keys), block):

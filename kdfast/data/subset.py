@@ -96,14 +96,14 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
     beside = file.with_suffix(".json")
     if not beside.exists():
         if file.exists():
-            raise OutputError(f"{file} exists, and kdfast did not write it; use another name, or delete it")
+            raise OutputError(f"{file} exists, and kdfast did not write it: use another name, or delete it")
         return
     try:
         replaceable = _is_provenance(read_json(beside))
     except DataError:
         replaceable = False
     if not replaceable:
-        raise OutputError(f"{beside} would be replaced, and kdfast did not write it; use another name")
+        raise OutputError(f"{beside} would be replaced, and kdfast did not write it: use another name")
 
 
 def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
     check_subset_path(file)
     if not isinstance(provenance.get("data"), str):
         raise SubsetError(
-            f"`provenance` has the keys {sorted(provenance)}; needed: 'data', the fingerprint of the data"
+            f"`provenance` has the keys {sorted(provenance)}: must include 'data', the fingerprint of the data"
         )
     checked = _check_ids(ids, "the subset to write")
     check_writable(file.parent)
@@ -145,7 +145,7 @@ def subset_size(n: int, fraction: float) -> int:
         SubsetError: The fraction is out of range or keeps no sample.
     """
     if not 0 < fraction <= 1:
-        raise SubsetError(f"`fraction` is {fraction}; needed: above 0 and at most 1")
+        raise SubsetError(f"`fraction` is {fraction}: must be above 0 and at most 1")
     size = round(fraction * n)
     if size < 1:
         raise SubsetError(f"`fraction` is {fraction} of {n} samples, which keeps none: use a larger one")
@@ -170,9 +170,9 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
         SubsetError: `total` is out of range, a class would lose all its samples or, for "equal", has too few.
     """
     if not 1 <= total <= len(labels):
-        raise SubsetError(f"{total} samples to keep of {len(labels)}; needed: 1..{len(labels)}")
+        raise SubsetError(f"{total} samples to keep of {len(labels)}: must be 1 to {len(labels)}")
     if mode not in ("proportional", "equal"):
-        raise SubsetError(f"`mode` of class budgets is {mode!r}; needed: 'proportional' or 'equal'")
+        raise SubsetError(f"`mode` of class budgets is {mode!r}: must be 'proportional' or 'equal'")
     sizes = np.bincount(labels).astype(np.int64)
     if mode == "equal":
         floor, remainder = np.full_like(sizes, total // len(sizes)), np.zeros_like(sizes)
@@ -219,7 +219,7 @@ def _check_ids(ids: npt.NDArray[Any], what: str) -> IntArray:
         ids = ids.astype(np.int64, copy=False)  # big-endian files
     if ids.ndim != 1 or ids.dtype != np.int64:
         raise SubsetError(
-            f"{what} is {ids.dtype} {ids.shape}; needed: one-dimensional int64; use ids.ravel().astype(np.int64)"
+            f"{what} is {ids.dtype} {ids.shape}: must be one-dimensional int64; use ids.ravel().astype(np.int64)"
         )
     if not len(ids):
         raise SubsetError(f"{what} is empty: keep at least one sample")

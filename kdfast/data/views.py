@@ -100,22 +100,22 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ("shift", "crop"):
-            raise UsageError(f"`kind` of views is {self.kind!r}; needed: 'shift' or 'crop'")
+            raise UsageError(f"`kind` of views is {self.kind!r}: must be 'shift' or 'crop'")
         if self.version != _VERSION:
             raise DataError(
-                f"views have version {self.version}; this kdfast needs version {_VERSION}; rebuild the cache"
+                f"views have version {self.version}; this kdfast needs version {_VERSION}: rebuild the cache"
             )
         if len(self.size) != 2 or min(self.size) < 1:
-            raise UsageError(f"`size` of views is {self.size}; needed: a positive height and width")
+            raise UsageError(f"`size` of views is {self.size}: must be a positive height and width")
         if not 0 <= self.pad <= min(self.size):
-            raise UsageError(f"`pad` is {self.pad}; needed: 0 to {min(self.size)} for views of size {self.size}")
+            raise UsageError(f"`pad` is {self.pad}: must be 0 to {min(self.size)} for views of size {self.size}")
         if self.crops < 1 or (self.kind == "shift" and self.crops != 1) or (self.kind == "crop" and self.pad):
             raise UsageError(
                 f"{self.kind} views with `pad` {self.pad}, `crops` {self.crops}: pad is for shift, crops for crop"
             )
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1] < math.inf):
             raise UsageError(
-                f"`scale` is {self.scale}, `ratio` {self.ratio}; needed: 0 < low <= high, and a scale of at most 1"
+                f"`scale` is {self.scale}, `ratio` {self.ratio}: must have 0 < low <= high, and a scale of at most 1"
             )
 
     @property
@@ -168,9 +168,7 @@ def view_table(spec: ViewSpec, view_seed: int, sample_ids: IntArray, n_views: in
         UsageError: `n_views` is out of range.
     """
     if not 1 <= n_views <= spec.count:
-        raise UsageError(
-            f"`n_views` is {n_views}, and this data has {spec.count} views; needed: from 1 to {spec.count}"
-        )
+        raise UsageError(f"`n_views` is {n_views}, and this data has {spec.count} views: must be 1 to {spec.count}")
     if n_views == spec.count:
         return np.tile(np.arange(n_views, dtype=np.int64), (len(sample_ids), 1))
     out = np.full((len(sample_ids), n_views), spec.identity, np.int64)
@@ -198,7 +196,7 @@ def draw_view_indices(seed: int, epoch: int, sample_ids: IntArray, n_views: int)
         UsageError: `n_views` is less than 1 or the epoch is negative.
     """
     if n_views < 1 or epoch < 0:
-        raise UsageError(f"{n_views} views per sample in epoch {epoch}; needed: at least 1 view, and epochs from 0")
+        raise UsageError(f"{n_views} views per sample in epoch {epoch}: pass at least 1 view, and epochs from 0")
     block, position = divmod(epoch, n_views)
     keys = hash64(Purpose.VIEW_INDEX, seed, sample_ids, block)
     if resolve("draws", "cpu") == "native":
@@ -240,9 +238,9 @@ def apply_views(
     check_images(images_u8)
     views = _as_ids(view_ids, len(images_u8), "view_ids")
     if len(views) and (views.min() < 0 or views.max() >= spec.count):
-        raise ShapeError(f"`view_ids` go from {views.min()} to {views.max()}; needed: 0 to {spec.count - 1}")
+        raise ShapeError(f"`view_ids` go from {views.min()} to {views.max()}: must be 0 to {spec.count - 1}")
     if not dtype.is_floating_point:
-        raise ShapeError(f"`dtype` is {dtype}; needed: a floating dtype, such as torch.float32")
+        raise ShapeError(f"`dtype` is {dtype}: must be a floating dtype, such as torch.float32")
     affine = _affine(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
     height, width = images_u8.shape[1:3]
     if spec.kind == "crop":
@@ -279,5 +277,5 @@ def _as_ids(ids: Tensor | IntArray, count: int, name: str) -> IntArray:
     """Return `ids` as an int64 array `(count,)`, or raise a ShapeError that refers to it as `name`."""
     array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise ShapeError(f"`{name}` is {array.dtype} {array.shape}; needed: integers ({count},), one for each image")
+        raise ShapeError(f"`{name}` is {array.dtype} {array.shape}: must be integers ({count},), one for each image")
     return array.astype(np.int64, copy=False)

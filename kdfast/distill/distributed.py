@@ -65,7 +65,7 @@ class Distributed:
         smallest = samples % batch_size or batch_size
         if smallest < self.world_size:
             raise UsageError(
-                f"the last batch of an epoch has {smallest} samples for {self.world_size} processes; choose a "
+                f"the last batch of an epoch has {smallest} samples for {self.world_size} processes: choose a "
                 f"`batch_size` that leaves at least {self.world_size} of {samples}"
             )
 

@@ -24,7 +24,7 @@ from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import UsageError
-from kdfast.teacher.build import Progress
+from kdfast.progress import Progress
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 
 _MAX_CYCLE = 20  # `keep` is rounded to a fraction with at most this denominator

@@ -175,6 +175,6 @@ def _check_temperature(cache: TeacherCache, config: RunConfig) -> None:
     if kept is not None and kept.temperature != config.temperature:
         raise CacheMismatch(
             f"{cache.path} holds the {kept.k} most probable classes, and the others summed at temperature "
-            f"{kept.temperature:g}, but the run has {config.temperature:g}: give `temperature` {kept.temperature:g}, "
+            f"{kept.temperature:g}, but the run has {config.temperature:g}: pass `temperature` {kept.temperature:g}, "
             "or build a cache for the run's temperature"
         )

@@ -164,7 +164,7 @@ class DynamicsRecorder:
             missing = np.flatnonzero(~self._seen)
             raise DataError(
                 f"epoch {self.epoch}: {len(missing)} of {len(self._seen)} samples were never given (for example "
-                f"{missing[0]}): give every training sample, including those the run does not train on"
+                f"{missing[0]}): pass every training sample, including those the run does not train on"
             )
         if self._features is not None:
             with atomic_write(self.folder / layout.features_file(self.epoch)) as file:
@@ -214,7 +214,7 @@ class DynamicsRecorder:
                 changed = [name for name, value in plan.items() if held.get(name) != value]
                 if changed:
                     raise UsageError(
-                        f"{folder} holds dynamics of other {', '.join(changed)}: choose another folder, or the same "
+                        f"{folder} holds dynamics with different {', '.join(changed)}: choose another folder, or use the same "
                         "data and settings"
                     )
                 return

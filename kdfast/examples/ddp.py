@@ -61,7 +61,7 @@ def make_net() -> nn.Sequential:
 
 
 def shard_loss(net: nn.Module, batch: Batch, shard: slice) -> Tensor:
-    """Return this process's loss: the sum over its rows divided by the mean number of rows that count per process."""
+    """Return this process's loss: the sum over its rows divided by the mean number of non-ignored rows per process."""
     labels = batch.labels[shard]
     count = (labels != IGNORE).sum().float()
     dist.all_reduce(count)

@@ -27,7 +27,7 @@ __all__ = ["Result", "compute_scores", "main", "make_model"]
 
 
 class Result(NamedTuple):
-    """How well scores find the changed labels: area under the ROC curve, and precision at their number."""
+    """Measure how well scores find the changed labels: area under the ROC curve, and precision at their number."""
 
     auc: float
     precision: float

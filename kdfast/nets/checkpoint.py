@@ -78,7 +78,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
     """
     if len(model.class_names) != model.classes:
         raise UsageError(
-            f"{len(model.class_names)} class names for {model.classes} classes: give one name for each class"
+            f"{len(model.class_names)} class names for {model.classes} classes: pass one name for each class"
         )
     try:
         metadata = json.loads(json.dumps(model.metadata))
@@ -121,7 +121,7 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')!r}; needed: version {VERSION}; "
+            f"{path} has checkpoint version {content.get('version')!r}: must be {VERSION}; "
             "update kdfast or write the file again"
         )
     try:
@@ -133,7 +133,7 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
     _check_finite(path, model.net.state_dict())
     if classes is not None and model.classes != classes:
         raise CheckpointError(
-            f"{path} holds a network for {model.classes} classes, but {classes} are needed: "
+            f"{path} holds a network for {model.classes} classes, but the data has {classes}: "
             "use a network trained on this data"
         )
     return model

@@ -20,7 +20,7 @@ def find_classifier(net: nn.Module) -> nn.Linear:
         if isinstance(module, nn.Linear):
             last = module
     if last is None:
-        raise UsageError(f"{type(net).__name__} has no nn.Linear; needed: a network that ends in a linear classifier")
+        raise UsageError(f"{type(net).__name__} has no nn.Linear: pass a network that ends in a linear classifier")
     return last
 
 

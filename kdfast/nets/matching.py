@@ -28,7 +28,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class ImportReport:
-    """How the tensors of a foreign checkpoint match a network.
+    """Match between the tensors of a foreign checkpoint and a network.
 
     Attributes:
         path: The file.
@@ -71,7 +71,9 @@ class ImportReport:
             lines = [f"{self.path} does not match {self.net} with {self.classes} classes: {self._remedy()}"]
         lines += _examples("missing", self.missing)
         lines += _examples("unexpected", self.unexpected)
-        lines += _examples("other shape", [f"{name}: {given}, needed {need}" for name, given, need in self.mismatched])
+        lines += _examples(
+            "other shape", [f"{name}: {given}, expected {need}" for name, given, need in self.mismatched]
+        )
         if self.complete:
             lines += _examples("renamed", [f"{old} -> {new}" for old, new in self.renamed])
         return "\n".join(lines)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError, SolveError
+from kdfast.progress import Progress
 
 __all__ = ["Operator", "Solution", "conjugate_gradients", "true_residuals"]
 
@@ -44,7 +45,7 @@ def conjugate_gradients(
     tol: float = 1e-6,
     max_iterations: int | None = None,
     precondition: Operator | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Solution:
     """Solve H x = b for a symmetric positive definite H given by its products with vectors.
 
@@ -71,7 +72,7 @@ def conjugate_gradients(
     if b.dim() < 2 or b.numel() == 0:
         raise ShapeError(f"`b` has shape {tuple(b.shape)}: pass (K, ...) with at least one vector")
     if not bool(b.isfinite().all()):
-        raise SolveError("`b` is not finite: fix what computed it")
+        raise SolveError("`b` is not finite: correct its computation")
     if max_iterations is not None and max_iterations < 1:
         raise ShapeError(f"`max_iterations` is {max_iterations}: pass at least 1, or None")
     limit = max_iterations or min(10_000, 10 * b[0].numel() + 10)
@@ -109,7 +110,7 @@ def _run(
     tol: float,
     limit: int,
     precondition: Operator | None,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Progress | None,
 ) -> tuple[Tensor, int]:
     """Run the recurrence from ``x``; return the solutions and the number of products used."""
     done = x.clone()

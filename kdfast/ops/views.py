@@ -67,7 +67,7 @@ def _run(images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch
         )
     if len(offsets) and (int(offsets.min()) < 0 or int(offsets[:, :2].max()) > 2 * pad or int(offsets[:, 2].max()) > 1):
         raise ShapeError(
-            f"an offset leaves the image padded by {pad}: top and left must lie in 0..{2 * pad}, flip in 0..1"
+            f"an offset leaves the image padded by {pad}: top and left must be in 0..{2 * pad}, flip in 0..1"
         )
     precision = torch.promote_types(affine.dtype, dtype)
     if backend == "auto" and precision == torch.float64:

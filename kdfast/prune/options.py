@@ -95,6 +95,6 @@ def parse_options(texts: Iterable[str]) -> dict[str, OptionValue]:
         if not (name and equals and value):
             raise UsageError(f"option {text!r}: write it as name=value")
         if name in options:
-            raise UsageError(f"option {name} is given twice; give it once")
+            raise UsageError(f"option {name} appears twice: pass it once")
         options[name] = value
     return options

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdfast.data.source import Source
 from kdfast.errors import UsageError, unknown_name
+from kdfast.progress import Progress
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.registry import get_rule
 from kdfast.prune.score_file import ScoreFile, read_scores
@@ -16,7 +17,6 @@ from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.select import Selection, SelectionMethod, SubsetPipeline, published_rule
 from kdfast.prune.selectors import SELECTORS
-from kdfast.teacher.build import Progress
 
 FRACTION_FIELD = "{fraction}"
 
@@ -44,7 +44,7 @@ def subset_paths(out: Path, fractions: Sequence[float]) -> list[Path]:
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """What to select, and from what.
+    """The selection to make, and its inputs.
 
     Attributes:
         fractions: Shares of the training split to keep, one subset each.

@@ -108,7 +108,8 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         fingerprint: Fingerprint of the data.
 
     Raises:
-        DataError: The file is missing, damaged, not a score file, of another length, of other data, or not finite.
+        DataError: The file is missing, damaged, or not a score file, has another length, belongs to other data, or
+            is not finite.
     """
     arrays = _read_arrays(Path(path))
     about = _pop_about(arrays, path)

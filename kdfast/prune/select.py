@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
+from kdfast.progress import Progress
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.apply import select_subset
 from kdfast.prune.rules.class_budget import check_budgets
@@ -21,7 +22,6 @@ from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import SCORES, get_score
 from kdfast.prune.selector import SelectorInputs
 from kdfast.prune.selectors import SELECTORS
-from kdfast.teacher.build import Progress
 
 Options: TypeAlias = tuple[tuple[str, OptionValue], ...]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +23,7 @@ from kdfast.data.source import Source, check_epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
 from kdfast.files import FolderLock, check_writable, sha256_json
 from kdfast.nets.checkpoint import Model
+from kdfast.progress import Progress
 from kdfast.teacher.checks import check_intact
 from kdfast.teacher.finish import write_manifest
 from kdfast.teacher.manifest import BUILDING, MANIFEST, TIMING, read_manifest, read_sealed_json
@@ -33,7 +33,6 @@ from kdfast.teacher.row_format import RowFormat, TopK
 from kdfast.teacher.shards import ShardBuilder
 
 Dtype = Literal["float16", "float32"]
-Progress = Callable[[int, int, str], None]
 
 _SHARD_BYTES = 64 << 20
 # Limits what a kill can cost to a few minutes of a small teacher's work.

@@ -52,7 +52,7 @@ def check_intact(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         path = folder / name
         try:
             if path.stat().st_size != files[name]["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, needed {files[name]['bytes']}"
+                return f"{name} has {path.stat().st_size} bytes, expected {files[name]['bytes']}"
             return None if sha256_file(path) == files[name]["sha256"] else f"{name} has another SHA-256"
         except (OSError, DataError) as error:
             return f"{name} cannot be read ({error})"

@@ -73,14 +73,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def compare_manifests(given: Mapping[str, Any], needed: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the fields of `needed` that differ in `given`, as "name is X, needed Y"; nested names as "a.b"."""
+    """List the fields of `needed` that differ in `given`, as "name is X, expected Y"; nested names as "a.b"."""
     lines = []
     for key, value in needed.items():
         other = given.get(key)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
             lines += compare_manifests(other, value, f"{prefix}{key}.")
         elif other != value:
-            lines.append(f"{prefix}{key} is {_short(other)}, needed {_short(value)}")
+            lines.append(f"{prefix}{key} is {_short(other)}, expected {_short(value)}")
     return lines
 
 

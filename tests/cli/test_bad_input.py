@@ -183,8 +183,8 @@ def test_rejects_a_teacher_with_nan_outputs(kdfast, tiny: Path, teacher: Path, t
         (("--alpha", "-0.1"), r"--alpha.*\[0, 1\]"),
         (("--alpha", "much"), "--alpha"),
         (("--alpha", "0.5"), "--cache or --teacher"),
-        (("--temperature", "1e-30"), "--temperature is 1e-30: a positive number is needed"),
-        (("--temperature", "0"), "--temperature is 0.0: a positive number is needed"),
+        (("--temperature", "1e-30"), "--temperature is 1e-30: must be a positive number"),
+        (("--temperature", "0"), "--temperature is 0.0: must be a positive number"),
         (("--temperature", "nan"), "--temperature"),
         (("--epochs", "0"), "--epochs"),
         (("--batch-size", "500"), "--batch-size.*120"),
@@ -344,7 +344,7 @@ def test_reports_output_that_cannot_be_written(kdfast, command: str, tiny: Path,
 
 
 def test_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
-    """A file-size limit stands for the full disk: a write fails in the middle of a file."""
+    """A file-size limit simulates a full disk: a write fails in the middle of a file."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "kdfast", "distill", "--data", tiny, "--student", "resnet8", "--alpha", "0",
                "--epochs", "2", "--batch-size", "20", "--out", run]  # fmt: skip

@@ -179,7 +179,7 @@ def test_distills_from_a_cache_of_the_most_probable_classes(
     assert 0 < kept[0] < whole[0]
     refused = kdfast(*common, "--cache", top, "--out", tmp_path / "other")
     assert refused.code == 3
-    assert "give --temperature 2" in refused.err
+    assert "pass --temperature 2" in refused.err
     assert not (tmp_path / "other").exists()
     assert kdfast(*command, "--top-k", 99, "--out", tmp_path / "none").code == 2
     assert "--top-k" in kdfast(*command, "--out", tmp_path / "none").err

@@ -223,8 +223,8 @@ def test_rejects_unfinished_dynamics(kdfast, tiny, dynamics, tmp_path) -> None:
 
 def test_rejects_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
-    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2)), 2, "dynamics of other")
-    expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2)), 2, "dynamics of other")
+    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2)), 2, "dynamics with different")
+    expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2)), 2, "dynamics with different")
     assert arrays_of(dynamics) == before
 
 

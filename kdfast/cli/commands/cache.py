@@ -82,7 +82,7 @@ def build(
     if context.invoked_subcommand is not None:
         return
     if data is None or teacher is None or out is None:
-        raise UsageError("--data, --teacher and --out are needed; see kdfast cache --help")
+        raise UsageError("--data, --teacher and --out are required: see kdfast cache --help")
     import numpy as np
 
     from kdfast.data.readers.registry import open_source

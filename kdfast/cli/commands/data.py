@@ -75,4 +75,4 @@ def flip(
     from kdfast.data.readers.relabel import write_flipped
 
     changed = write_flipped(open_source(src, size=size), src, out, share=share, seed=seed)
-    print(f"{len(changed)} training labels of {src} changed; give {out} as --data")
+    print(f"{len(changed)} training labels of {src} changed; pass {out} as --data")

@@ -20,7 +20,7 @@ def score(
     cache: Cache = None,
     dynamics: Dynamics = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="Network, T.pt; needed by grand with network=full.")
+        Path | None, typer.Option("--teacher", help="Network, T.pt; required by grand with network=full.")
     ] = None,
     option: Annotated[
         list[str] | None,

@@ -34,7 +34,7 @@ TABLE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _VERSION = 2
 _INT_FIELD, _IMAGE_FIELD = 1, 2
 _RAW = 1
-_NEEDED = "needed: a file that kdfast data convert wrote; convert the data again"
+_REMEDY = "convert the data again with kdfast data convert"
 
 
 def read_structure(path: Path) -> tuple[IntArray, tuple[int, int, int]]:
@@ -52,11 +52,11 @@ def read_structure(path: Path) -> tuple[IntArray, tuple[int, int, int]]:
         with open(path, "rb") as file:
             header = _first(np.fromfile(file, HEADER, 1))
             if header is None or header["version"] != _VERSION:
-                raise DataError(f"{path} is not a beton of version {_VERSION}; {_NEEDED}")
+                raise DataError(f"{path} is not a beton of version {_VERSION}: {_REMEDY}")
             _check_fields(path, int(header["num_fields"]), np.fromfile(file, FIELD, 2))
             count, start = int(header["num_samples"]), int(header["alloc_table_ptr"])
             if not count or size - start != count * TABLE.itemsize or file.tell() + count * SAMPLE.itemsize > start:
-                raise DataError(f"{path} is empty, truncated or unfinished; {_NEEDED}")
+                raise DataError(f"{path} is empty, truncated or unfinished: {_REMEDY}")
             samples = np.fromfile(file, SAMPLE, count)
             file.seek(start)
             table = np.fromfile(file, TABLE, count)
@@ -73,16 +73,16 @@ def _first(rows: npt.NDArray[Any]) -> Any:
 
 def _check_fields(path: Path, count: int, fields: npt.NDArray[Any]) -> None:
     if count != 2 or [int(kind) for kind in fields["type_id"]] != [_IMAGE_FIELD, _INT_FIELD]:
-        raise DataError(f"{path} does not have an RGB image field and an integer field, in this order; {_NEEDED}")
+        raise DataError(f"{path} does not have an RGB image field and an integer field, in this order: {_REMEDY}")
     names = [bytes(name).rstrip(b"\0") for name in fields["name"]]
     if names != [b"image", b"label"]:
-        raise DataError(f"{path} has fields {names}, not image and label; {_NEEDED}")
+        raise DataError(f"{path} has fields {names}, not image and label: {_REMEDY}")
 
 
 def _check_pointers(path: Path, images: npt.NDArray[Any], table: npt.NDArray[Any], size: int) -> None:
     height, width = int(images["height"][0]), int(images["width"][0])
     if (images["height"] != height).any() or (images["width"] != width).any():
-        raise DataError(f"{path} has images of different sizes; convert the data with `size`")
+        raise DataError(f"{path} has images of different sizes: convert the data with `size`")
     positions = np.searchsorted(table["ptr"], images["data_ptr"])
     found = table[np.minimum(positions, len(table) - 1)]
     raw = images["mode"] == _RAW
@@ -96,4 +96,4 @@ def _check_pointers(path: Path, images: npt.NDArray[Any], table: npt.NDArray[Any
         and bool((images["mode"] <= _RAW).all())
     )
     if not valid:
-        raise DataError(f"{path} has samples without complete pixel data: it is damaged or unfinished; {_NEEDED}")
+        raise DataError(f"{path} has samples without complete pixel data, so it is damaged or unfinished: {_REMEDY}")

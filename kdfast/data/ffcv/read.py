@@ -190,7 +190,7 @@ class BetonLoader:
             DataError: Decoding failed.
         """
         if self._loader is None:
-            raise UsageError("the loader is closed; create another one")
+            raise UsageError("the loader is closed: create another one")
         return self._epoch(check_epoch_ids(ids, self._count, batch_size), batch_size)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_s
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
+from kdfast.progress import Progress
 
 PARTS = ("train", "test")
 _RECORD = "data.json"
@@ -54,10 +55,10 @@ def open_ffcv_folder(path: Path) -> Source:
     """
     record = _read_record(path)
     if record is not None and not record["files"]:
-        raise DataError(f"the conversion to {path} was interrupted; run the same kdfast data convert again")
+        raise DataError(f"the conversion to {path} was interrupted: run the same kdfast data convert again")
     missing = [f"{part}.beton" for part in PARTS if not (path / f"{part}.beton").is_file()]
     if missing:
-        raise DataError(f"{path} lacks {' and '.join(missing)}; run kdfast data convert again")
+        raise DataError(f"{path} lacks {' and '.join(missing)}: run kdfast data convert again")
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
         classes = infer_class_names(train.labels, str(path))
@@ -79,7 +80,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     jpeg_quality: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     """Write a source as .beton files and verify every sample.
 
@@ -168,13 +169,13 @@ def check_out_folder(folder: Path, source: Source) -> None:
     if source.kind == "folder":
         trees = [Path(source.path, name).resolve() for name in ("train", *TEST_NAMES)]
         if any(resolved.is_relative_to(tree) for tree in trees):
-            raise OutputError(f"{folder} is among the images of {source.path}; use another folder")
+            raise OutputError(f"{folder} is among the images of {source.path}: use another folder")
     if source.kind == "beton" and resolved == Path(source.path).resolve():
-        raise OutputError(f"{folder} is the source itself; use another folder")
+        raise OutputError(f"{folder} is the source itself: use another folder")
     entries = visible_entries(folder)
     if entries and not _has_record(folder):
         found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in entries) or entries[0]
-        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write; use another folder")
+        raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write: use another folder")
 
 
 def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:
@@ -187,13 +188,11 @@ def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:
         return False
     same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
     if not same:
-        raise OutputError(f"{folder} holds another data set, or this one in another encoding; use another folder")
+        raise OutputError(f"{folder} holds another data set, or this one in another encoding: use another folder")
     return bool(record["files"] == _file_marks(folder))
 
 
-def _convert(
-    source: Source, folder: Path, quality: int | None, progress: Callable[[int, int, str], None] | None
-) -> None:
+def _convert(source: Source, folder: Path, quality: int | None, progress: Progress | None) -> None:
     record: dict[str, Any] = {
         "format": _FORMAT,
         "classes": list(source.classes),
@@ -250,7 +249,7 @@ def _write_verified(
     origin, result = original.finish(split.labels), decoded.finish(written.labels)
     verified = worst <= _MEAN_TOLERANCE and np.array_equal(split.labels, written.labels)
     if not verified or (quality is None and origin != result):
-        raise DataError(f"{path.name} does not read back as written; check the disk and convert again")
+        raise DataError(f"{path.name} does not read back as written: check the disk and convert again")
     return origin, result
 
 
@@ -271,7 +270,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != _FORMAT or set(record) != _RECORD_KEYS:
-        raise DataError(f"{path} is not a record of this version of kdfast data convert; convert the data again")
+        raise DataError(f"{path} is not a record of this version of kdfast data convert: convert the data again")
     return record
 
 

@@ -89,7 +89,7 @@ def open_cifar(path: Path, layout: Layout) -> Source:
         The source, its training samples in the archive's order.
 
     Raises:
-        DataError: A file is missing, damaged or of other content, or its pickle contains code.
+        DataError: A file is missing, damaged or has unexpected content, or its pickle contains code.
     """
     raw = _read_folder(path, layout) if path.is_dir() else _read_tar(path, layout)
     names = _unpickle(raw[layout.meta], f"{path}: {layout.meta}").get(layout.names)
@@ -112,7 +112,7 @@ def _read_split(raw: bytes, layout: Layout, name: str) -> ArraySplit:
     content = _unpickle(raw, name)
     data, labels = content.get("data"), content.get(layout.labels)
     if not isinstance(data, _Array) or data.value.dtype != np.uint8 or data.value.shape[1:] != (3 * _SIDE**2,):
-        raise DataError(f"{name} has no uint8 array 'data' of shape (N, 3072); unpack the official archive again")
+        raise DataError(f"{name} has no uint8 array 'data' of shape (N, 3072): unpack the official archive again")
     if isinstance(labels, _Array):
         labels = labels.value
     planes = data.value.reshape(-1, 3, _SIDE, _SIDE)
@@ -126,7 +126,7 @@ def _read_folder(path: Path, layout: Layout) -> dict[str, bytes]:
     root = path / layout.folder if (path / layout.folder).is_dir() else path
     missing = [name for name in layout.files if not (root / name).is_file()]
     if missing:
-        raise DataError(f"{root} lacks {', '.join(missing)}; unpack the official archive again")
+        raise DataError(f"{root} lacks {', '.join(missing)}: unpack the official archive again")
     try:
         return {name: (root / name).read_bytes() for name in layout.files}
     except OSError as error:
@@ -148,10 +148,10 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or incomplete ({error}); download it again") from error
+        raise DataError(f"{path} is damaged or incomplete ({error}): download it again") from error
     missing = [name for name in layout.files if name not in found]
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; download it again")
+        raise DataError(f"{path} lacks {', '.join(missing)}: download it again")
     return found
 
 
@@ -168,7 +168,7 @@ def _top_folder(path: Path) -> str | None:
             # The entry "./" has no parts.
             return next((top[0] for top in tops if top), None)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not a readable tar archive ({error}); download it again") from error
+        raise DataError(f"{path} is not a readable tar archive ({error}): download it again") from error
 
 
 def _unpickle(raw: bytes, name: str) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def _unpickle(raw: bytes, name: str) -> dict[str, Any]:
         content = _DataUnpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # the unpickler raises errors of nearly every type on damaged bytes
         raise DataError(
-            f"{name} is damaged or not a CIFAR file ({error}); unpack the official archive again"
+            f"{name} is damaged or not a CIFAR file ({error}): unpack the official archive again"
         ) from error
     if not isinstance(content, dict):
-        raise DataError(f"{name} holds a {type(content).__name__}, not a dictionary; unpack the official archive again")
+        raise DataError(f"{name} holds a {type(content).__name__}, not a dictionary: unpack the official archive again")
     return {_text(key): value for key, value in content.items()}
 
 

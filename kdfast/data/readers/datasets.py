@@ -52,7 +52,7 @@ def from_datasets(
     for index in range(min(3, len(train))):
         first, second = (_pixels(train[index][0], f"training sample {index}") for _ in range(2))
         if not np.array_equal(first, second):
-            raise DataError(f"training sample {index} differs between two reads; pass the data without augmentation")
+            raise DataError(f"training sample {index} differs between two reads: pass the data without augmentation")
     splits = [_decode(data, name) for data, name in ((train, "training"), (test, "test"))]
     names = tuple(classes) if classes is not None else infer_class_names(splits[0].labels, "the data sets")
     spec = view_spec or default_view_spec(splits[0].shape, flip=False)
@@ -71,9 +71,9 @@ def _decode(data: IndexedDataset, name: str) -> ArraySplit:
             raise DataError(f"{where} is not a pair of an image and an integer label: {error}") from error
         images.append(_pixels(image, where))
         if images[-1].shape != images[0].shape:
-            raise DataError(f"{where} is {images[-1].shape}, sample 0 {images[0].shape}; resize all images to one size")
+            raise DataError(f"{where} is {images[-1].shape}, sample 0 {images[0].shape}: resize all images to one size")
     if not images:
-        raise DataError(f"the {name} data set is empty; needed: at least one sample")
+        raise DataError(f"the {name} data set is empty: pass at least one sample")
     return ArraySplit(np.stack(images), np.asarray(labels, np.int64), f"{name} images")
 
 
@@ -96,8 +96,7 @@ def _pixels(image: Any, where: str) -> Pixels:
         array = array[..., np.newaxis]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
         raise DataError(
-            f"{where} is {array.dtype} of shape {array.shape}; "
-            "needed: uint8 (H, W, 3), a PIL image, or a tensor (3, H, W)"
+            f"{where} is {array.dtype} of shape {array.shape}: pass uint8 (H, W, 3), a PIL image, or a tensor (3, H, W)"
         )
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)), dtype=np.uint8)
 
@@ -108,6 +107,6 @@ def _tensor_pixels(image: torch.Tensor, where: str) -> np.ndarray[Any, Any]:
         image = scaled.round()
         # False for NaN too.
         if not bool(((scaled - image).abs() < 1e-3).all() and (image >= 0).all() and (image <= 255).all()):
-            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255; pass it before normalization")
+            raise DataError(f"{where} is a float tensor that is not a uint8 image / 255: pass it before normalization")
         image = image.to(torch.uint8)
     return image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy()

@@ -53,7 +53,7 @@ def open_folder(path: Path, size: int | None) -> Source:
     """
     test_root = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
     if test_root is None:
-        raise DataError(f"{path} has train/ but neither test/ nor val/; add one with the test images by class")
+        raise DataError(f"{path} has train/ but neither test/ nor val/: add one with the test images by class")
     classes = _class_names(path / "train")
     unknown = set(_class_names(test_root)) - set(classes)
     if unknown:
@@ -145,7 +145,7 @@ class FolderSplit:
                 raise _mixed_sizes(file, found, shape)
             shape = found
         if shape is None:
-            raise DataError("there are no image files; needed: at least one")
+            raise DataError("there are no image files: add at least one")
         return shape
 
 
@@ -161,7 +161,7 @@ def _opened(file: str) -> Iterator[Image]:
                 raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel")
             yield image
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, *too_large) as error:
-        raise DataError(f"{file} cannot be read as an image ({error}); replace or remove it") from error
+        raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
 
 
 def _fit(image: Image, size: int) -> Image:
@@ -178,7 +178,7 @@ def _fit(image: Image, size: int) -> Image:
 def _class_names(root: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise DataError(f"{root} has no class folders; needed: {root}/<class>/<image files>")
+        raise DataError(f"{root} has no class folders: store the images as {root}/<class>/<image files>")
     return tuple(names)
 
 
@@ -188,7 +188,7 @@ def _scan(root: Path, classes: tuple[str, ...], size: int | None, *, need_all: b
     for label, name in enumerate(classes):
         found = _image_files(root / name)
         if need_all and not found:
-            raise DataError(f"{root / name} has no images ({', '.join(SUFFIXES)}); add some or remove the class")
+            raise DataError(f"{root / name} has no images ({', '.join(SUFFIXES)}): add some or remove the class")
         files += found
         labels += [label] * len(found)
     if not files:

@@ -39,7 +39,7 @@ def open_npz(path: Path) -> Source:
     except DataError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged or not an .npz of plain arrays ({error}); write it again") from error
+        raise DataError(f"{path} is damaged or not an .npz of plain arrays ({error}): write it again") from error
     train, test = (
         ArraySplit(arrays[f"{part}_images"], _flat(arrays[f"{part}_labels"]), f"{part}_images of {path}")
         for part in ("train", "test")

@@ -114,14 +114,14 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
 
 def _recognize(path: Path) -> str:
     if not path.exists():
-        raise DataError(f"there is nothing at {path}; check the path")
+        raise DataError(f"there is nothing at {path}: check the path")
     found = [kind for kind in SOURCES if kind != digits.NAME and SOURCES[kind].detect(path)]
     if not found:
         content = _shortened(os.listdir(path)) if path.is_dir() else "one file"
         known = "; ".join(kind.summary for kind in SOURCES.values())
-        raise DataError(f"{path} ({content}) is not a known data source. Needed: {known}")
+        raise DataError(f"{path} ({content}) is not a known data source: pass one of: {known}")
     if len(found) > 1:
-        raise DataError(f"{path} holds data of several kinds ({', '.join(found)}); pass the folder or file of one")
+        raise DataError(f"{path} holds data of several kinds ({', '.join(found)}): pass the folder or file of one")
     return found[0]
 
 

@@ -43,12 +43,12 @@ def flip_labels(labels: IntArray, share: float, seed: int, classes: int) -> IntA
     """
     if not (math.isfinite(share) and 0 < share < 1) or classes < 2:
         raise UsageError(
-            f"`share` is {share} with {classes} classes; needed: above 0 and below 1, and two classes or more"
+            f"`share` is {share} with {classes} classes: must be above 0 and below 1, with two classes or more"
         )
     ids = np.arange(len(labels), dtype=np.int64)
     count = round(share * len(labels))
     if count < 1:
-        raise UsageError(f"`share` is {share} of {len(labels)} labels, which changes none; use a larger one")
+        raise UsageError(f"`share` is {share} of {len(labels)} labels, which changes none: use a larger one")
     changed = np.argsort(hash64(Purpose.FLIP, seed, 0, ids), kind="stable")[:count]
     steps = 1 + uniform_below(hash64(Purpose.FLIP, seed, 1, changed), classes - 1)
     flipped = labels.copy()
@@ -118,7 +118,7 @@ def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, sha
     """
     labels = flip_labels(source.train.labels, share, seed, len(source.classes))
     if visible_entries(out):
-        raise OutputError(f"{out} is not empty; use another folder")
+        raise OutputError(f"{out} is not empty: use another folder")
     folder = check_writable(out)
     with atomic_write(folder / _LABELS) as file:
         np.save(file, labels)
@@ -145,12 +145,12 @@ def open_relabelled(path: Path, open_base: Callable[[str], Source]) -> Source:
     """
     record = read_json(path / _RECORD)
     if not isinstance(record, dict) or record.get("format") != _FORMAT or not {"data", "base"} <= record.keys():
-        raise DataError(f"{path / _RECORD} is damaged or of another version; run kdfast data flip again")
+        raise DataError(f"{path / _RECORD} is damaged or of another version: run kdfast data flip again")
     try:
         labels = np.load(path / _LABELS, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path / _LABELS} ({error}); run kdfast data flip again") from error
+        raise DataError(f"cannot read {path / _LABELS} ({error}): run kdfast data flip again") from error
     base = open_base(str(record["data"]))
     if base.fingerprint != record["base"]:
-        raise DataError(f"{record['data']} has changed since {path} was made from it; run kdfast data flip again")
+        raise DataError(f"{record['data']} has changed since {path} was made from it: run kdfast data flip again")
     return dataclasses.replace(replace_labels(base, labels), path=str(path), kind="relabelled")

@@ -40,12 +40,12 @@ def _read_split(path: Path) -> ArraySplit:
         content = loadmat(path, variable_names=["X", "y"])
         images, labels = content["X"], content["y"]
     except KeyError as error:
-        raise DataError(f"{path} has no variable {error}; needed: X and y of the official file") from error
+        raise DataError(f"{path} has no variable {error}: use the official file, which has X and y") from error
     except Exception as error:  # scipy raises errors of nearly every type on a damaged file
-        raise DataError(f"{path} is damaged or not a MATLAB 5 file ({error}); download it again") from error
+        raise DataError(f"{path} is damaged or not a MATLAB 5 file ({error}): download it again") from error
     if images.ndim != 4 or labels.dtype.kind not in "iu" or labels.size != images.shape[-1]:
         raise DataError(
-            f"{path}: X is {images.shape}, y {labels.dtype} {labels.shape}; needed: (H, W, 3, N) and (N, 1)"
+            f"{path}: X is {images.shape}, y {labels.dtype} {labels.shape}: must be (H, W, 3, N) and (N, 1)"
         )
     digits = labels.reshape(-1).astype(np.int64)
     return ArraySplit(images.transpose(3, 0, 1, 2), np.where(digits == 10, 0, digits), str(path))

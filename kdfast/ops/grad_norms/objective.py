@@ -118,7 +118,7 @@ class Objective:
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ShapeError(
-                f"`loss` returned {given}: it must return a tensor (N,), one loss per sample; use reduction='none'"
+                f"`loss` returned {given}: must return a tensor (N,), one loss per sample; use reduction='none'"
             )
         if len(losses) == 0:
             raise DataError("the batch is empty: pass at least one sample")
@@ -177,13 +177,13 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != (n,):
         raise ShapeError(f"`labels` has shape {tuple(labels.shape)}: pass ({n},), one label per row of the logits")
     if labels.dtype != torch.int64:
-        raise ShapeError(f"`labels` has dtype {labels.dtype}: int64 is needed; convert it with .long()")
+        raise ShapeError(f"`labels` has dtype {labels.dtype}: must be int64; convert it with .long()")
     if labels.device != logits.device:
         raise UsageError(f"`labels` is on {labels.device}, the model on {logits.device}: move one of them")
     bad = (labels < 0) | (labels >= c)
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        raise DataError(f"`labels[{at}]` is {int(labels[at])}: labels must lie in [0, {c}), the classes of the logits")
+        raise DataError(f"`labels[{at}]` is {int(labels[at])}: must be in [0, {c}), the classes of the logits")
 
 
 def check_inputs(model: nn.Module, inputs: Any) -> None:

@@ -247,9 +247,9 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     try:
         k = operator.index(k)
     except TypeError:
-        raise TypeError(f"k is {k!r}: an integer is needed") from None
+        raise TypeError(f"k is {k!r}: pass an integer") from None
     if not 1 <= k <= teacher.shape[1]:
-        raise ShapeError(f"k is {k}: it must lie in [1, {teacher.shape[1]}], the number of classes")
+        raise ShapeError(f"k is {k}: must be in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)
     rest = (teacher.double() / temperature).scatter(1, classes, -torch.inf)
     return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())

@@ -37,7 +37,7 @@ def weight_sum_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the weights of the counted rows, in one program, so that the order of additions is fixed."""
+    """Sum the weights of the non-ignored rows, in one program, so that the order of additions is fixed."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         r = start + tl.arange(0, BLOCK).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Checks the arguments of ``kd_loss`` and makes a ``KDCall`` of them, without reading tensor values unless asked to."""
+"""Check the arguments of ``kd_loss`` and build a ``KDCall``; tensor values are read only on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_call(
     if labels is not None:
         _check_index("labels", labels, logits)
     elif alpha != 1:
-        raise ShapeError(f"labels are None, but alpha is {alpha}: give labels, or alpha=1 to leave them out")
+        raise ShapeError(f"labels are None, but alpha is {alpha}: pass labels, or alpha=1 to train without them")
     if rows is not None:
         _check_index("rows", rows, logits)
     if weights is not None:
@@ -60,23 +60,23 @@ def as_float(name: str, value: object) -> float:
     """Return a Python number; NumPy numbers and scalar CPU tensors are converted.
 
     Raises:
-        TypeError: If it is none of these, or requires a gradient.
+        TypeError: If it is not one of these, or requires a gradient.
     """
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{name} is a tensor of {value.dtype}: give a number")
+            raise TypeError(f"{name} is a tensor of {value.dtype}: pass a number")
         if value.numel() != 1 or value.device.type != "cpu" or value.requires_grad:
             grad = " that requires a gradient" if value.requires_grad else ""
             raise TypeError(
                 f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}{grad}: "
-                "give a number, or a scalar CPU tensor without a gradient"
+                "pass a number, or a scalar CPU tensor without a gradient"
             )
         return float(value.item())
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
-    raise TypeError(f"{name} is {value!r}: give a number")
+    raise TypeError(f"{name} is {value!r}: pass a number")
 
 
 def as_int(name: str, value: object) -> int:
@@ -89,7 +89,7 @@ def as_int(name: str, value: object) -> int:
         return value  # type: ignore[return-value]
     if isinstance(value, np.integer):
         return int(value)
-    raise TypeError(f"{name} is {value!r}: an integer is needed")
+    raise TypeError(f"{name} is {value!r}: pass an integer")
 
 
 def check_temperature(temperature: float, *, name: str = "temperature", error: type[KdfastError] = ShapeError) -> None:
@@ -104,7 +104,7 @@ def check_temperature(temperature: float, *, name: str = "temperature", error: t
         KdfastError: Of class `error`, if T is out of range.
     """
     if not _MIN_T <= temperature <= _MAX_T:
-        raise error(f"{name} is {temperature}: a positive number is needed, from {_MIN_T} to {_MAX_T}")
+        raise error(f"{name} is {temperature}: must be a positive number, from {_MIN_T} to {_MAX_T}")
 
 
 def check_teacher_logits(name: str, x: Tensor) -> None:
@@ -116,11 +116,11 @@ def check_teacher_logits(name: str, x: Tensor) -> None:
     """
     _check_tensor(name, x, 2)
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} is {x.dtype}: raw logits in float32, bfloat16, float16 or float64 are needed")
+        raise TypeError(f"{name} is {x.dtype}: pass raw logits in float32, bfloat16, float16 or float64")
 
 
 def check_values(call: KDCall, thorough: bool) -> None:
-    """Check that labels, rows and class ids are in range. Reads them, so on a GPU this waits for the device.
+    """Check that labels, rows and class ids are in range. On a GPU, reading them synchronizes with the device.
 
     Args:
         call: The call to check.
@@ -148,54 +148,54 @@ def check_values(call: KDCall, thorough: bool) -> None:
     if thorough:
         ordered = call.classes.sort(1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-            raise ShapeError("teacher.classes repeat a class within a row: give each class once")
+            raise ShapeError("teacher.classes repeat a class within a row: pass each class once")
 
 
 def _check_options(
     alpha: float, temperature: float, t_squared: bool, ignore_index: int, reduction: str, direction: str
 ) -> None:
     if not 0 <= alpha <= 1:
-        raise ShapeError(f"alpha is {alpha}: it must lie in [0, 1], the share of the divergence in the loss")
+        raise ShapeError(f"alpha is {alpha}: must be in [0, 1], the weight of the divergence")
     check_temperature(temperature)
     if not isinstance(t_squared, bool):
-        raise TypeError(f"t_squared is {t_squared!r}: True or False is needed")
+        raise TypeError(f"t_squared is {t_squared!r}: pass True or False")
     if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
-        raise ShapeError(f"ignore_index is {ignore_index}: it must fit into int64, like the labels")
+        raise ShapeError(f"ignore_index is {ignore_index}: must fit into int64, like the labels")
     if reduction not in ("mean", "sum", "none"):
-        raise ShapeError(f"reduction is {reduction!r}: 'mean', 'sum' or 'none' is needed")
+        raise ShapeError(f"reduction is {reduction!r}: pass 'mean', 'sum' or 'none'")
     if direction not in ("forward", "reverse"):
-        raise ShapeError(f"direction is {direction!r}: 'forward' or 'reverse' is needed")
+        raise ShapeError(f"direction is {direction!r}: pass 'forward' or 'reverse'")
 
 
 def _check_logits(logits: Tensor) -> None:
     _check_tensor("logits", logits, 2)
     if logits.dtype not in _FLOATS:
-        raise TypeError(f"logits are {logits.dtype}: float32, bfloat16, float16 or float64 is needed")
+        raise TypeError(f"logits are {logits.dtype}: must be float32, bfloat16, float16 or float64")
     n, c = logits.shape
     if c == 0 and n > 0:
-        raise ShapeError(f"logits have shape {(n, c)}: at least one class is needed")
+        raise ShapeError(f"logits have shape {(n, c)}: pass at least one class")
 
 
 def _check_weights(weights: Tensor, logits: Tensor) -> None:
     _check_tensor("weights", weights, 1)
     n = logits.shape[0]
     if weights.shape[0] != n:
-        raise ShapeError(f"weights have shape {tuple(weights.shape)}: ({n},) is needed, one for each row of logits")
+        raise ShapeError(f"weights have shape {tuple(weights.shape)}: must be ({n},), one for each row of logits")
     if weights.dtype not in _FLOATS:
-        raise TypeError(f"weights are {weights.dtype}: a floating dtype is needed")
+        raise TypeError(f"weights are {weights.dtype}: must have a floating dtype")
     _check_device("weights", weights, logits)
 
 
 def _check_tensor(name: str, x: object, dim: int) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}: a tensor is needed")
+        raise TypeError(f"{name} is {type(x).__name__}: pass a tensor")
     if x.is_nested:
-        raise TypeError(f"{name} is a nested tensor: a rectangular one is needed; pad it, and mark rows to ignore")
+        raise TypeError(f"{name} is a nested tensor: must be rectangular; pad it, and mark rows to ignore")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} is a {x.layout} tensor: a dense one is needed; convert it with .to_dense()")
+        raise TypeError(f"{name} is a {x.layout} tensor: must be dense; convert it with .to_dense()")
     if x.dim() != dim:
         needed = "(rows, classes)" if dim == 2 else "one dimension"
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}: {needed} is needed; flatten leading dimensions first")
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}: must have {needed}; flatten leading dimensions first")
 
 
 def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
@@ -208,9 +208,9 @@ def _check_index(name: str, x: Tensor, logits: Tensor) -> None:
     _check_tensor(name, x, 1)
     n = logits.shape[0]
     if x.shape[0] != n:
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}: ({n},) is needed, one for each row of logits")
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}: must be ({n},), one for each row of logits")
     if x.dtype != torch.int64:
-        raise TypeError(f"{name} is {x.dtype}: int64 is needed; convert it with .long()")
+        raise TypeError(f"{name} is {x.dtype}: must be int64; convert it with .long()")
     _check_device(name, x, logits)
 
 
@@ -221,10 +221,10 @@ def _check_teacher(name: str, x: Tensor, rows: Tensor | None, logits: Tensor) ->
     _check_device(name, x, logits)
     n = logits.shape[0]
     if rows is not None and n > 0 and x.shape[0] == 0:
-        raise IndexError(f"{name} has no rows: give at least one")
+        raise IndexError(f"{name} has no rows: pass at least one")
     if rows is None and x.shape[0] != n:
         raise ShapeError(
-            f"{name} has {x.shape[0]} rows and logits have {n}: give rows, the teacher's row of each sample"
+            f"{name} has {x.shape[0]} rows and logits have {n}: pass rows, the teacher's row of each sample"
         )
 
 
@@ -239,7 +239,7 @@ def _check_dense_teacher(teacher: Tensor, rows: Tensor | None, logits: Tensor) -
 
 def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) -> TopKTeacher:
     if not isinstance(teacher, tuple) or len(teacher) != 3:
-        raise TypeError(f"teacher is {type(teacher).__name__}: a tensor of logits (M, C) or a TopKTeacher is needed")
+        raise TypeError(f"teacher is {type(teacher).__name__}: pass a tensor of logits (M, C) or a TopKTeacher")
     values, classes, tail = teacher
     _check_teacher("teacher.values", values, rows, logits)
     _check_tensor("teacher.classes", classes, 2)
@@ -247,15 +247,15 @@ def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) ->
     if classes.shape != values.shape or tail.shape != values.shape[:1]:
         raise ShapeError(
             f"teacher.values, classes and tail have shapes {tuple(values.shape)}, {tuple(classes.shape)} and "
-            f"{tuple(tail.shape)}: (M, k), (M, k) and (M,) are needed"
+            f"{tuple(tail.shape)}: must be (M, k), (M, k) and (M,)"
         )
     k, c = values.shape[1], logits.shape[1]
     if not 1 <= k <= c:
-        raise ShapeError(f"teacher.values hold {k} classes a row: 1 to {c} are needed, the number of classes in logits")
+        raise ShapeError(f"teacher.values hold {k} classes per row: must be 1 to {c}, the number of classes in logits")
     if classes.dtype != torch.int32:
-        raise TypeError(f"teacher.classes is {classes.dtype}: int32 is needed; convert it with .int()")
+        raise TypeError(f"teacher.classes is {classes.dtype}: must be int32; convert it with .int()")
     if tail.dtype not in _FLOATS:
-        raise TypeError(f"teacher.tail is {tail.dtype}: a floating dtype is needed")
+        raise TypeError(f"teacher.tail is {tail.dtype}: must have a floating dtype")
     if tail.requires_grad:
         raise TypeError("teacher.tail requires a gradient, which kd_loss does not compute: pass teacher.tail.detach()")
     _check_device("teacher.classes", classes, logits)
@@ -268,4 +268,4 @@ def _check_range(name: str, x: Tensor, counted: Tensor, size: int, valid: str) -
     if bool(bad.any()):
         position = tuple(int(i) for i in bad.nonzero()[0])
         index = ", ".join(str(i) for i in position)
-        raise IndexError(f"{name}[{index}] is {int(x[position])}: it must lie in [0, {size}), {valid}")
+        raise IndexError(f"{name}[{index}] is {int(x[position])}: must be in [0, {size}), {valid}")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, compute_logits
+from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.leave_one_out import LeaveOneOut
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.validation import Array
+from kdfast.progress import Progress
 
 __all__ = ["head_influence", "head_self_influence"]
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, compute_logits
+from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.solve import HeadSolver
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tensor, check_tol
+from kdfast.progress import Progress
 
 __all__ = ["head_logits", "head_newton"]
 

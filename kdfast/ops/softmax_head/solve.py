@@ -10,11 +10,12 @@ from torch import Tensor
 from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.conjugate_gradients import Operator, Solution, conjugate_gradients, true_residuals
 from kdfast.ops.softmax_head.curvature import curvature_terms
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress
+from kdfast.ops.softmax_head.data import Features, HeadData
 from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian
 from kdfast.ops.softmax_head.hvp import check_vectors, hessian_products
 from kdfast.ops.softmax_head.residuals import LossConfig
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tol
+from kdfast.progress import Progress
 
 __all__ = ["CHOLESKY_LIMIT", "HeadSolver", "head_solve"]
 

@@ -141,7 +141,7 @@ def check_positive_l2(l2: float) -> None:
     """Raise a ShapeError if the weight of the penalty is not positive and finite, which makes the Hessian singular."""
     if not 0 < l2 < math.inf:
         raise ShapeError(
-            f"`l2` is {l2}: it must be positive and finite. Without a penalty the Hessian is singular, since adding "
+            f"`l2` is {l2}: must be positive and finite. Without a penalty the Hessian is singular, since adding "
             "the same vector to the weights of every class changes no probability; pass for example 1e-3"
         )
 

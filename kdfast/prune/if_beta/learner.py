@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError, look_up, unknown_name
+from kdfast.progress import Progress
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
@@ -31,7 +31,6 @@ from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_paramete
 from kdfast.prune.rules.base import FloatArray
 
 Balance: TypeAlias = Literal["balanced", "equal", "unbalanced"]
-Progress: TypeAlias = Callable[[int, int, str], None]
 
 _PARTS = ("score", "proxy", "reward", "estimator")
 # Step index of the final draws' noise, above any search step.
@@ -213,7 +212,7 @@ class IFBeta:
         for kind in _PARTS:
             if not _has_identity(part := getattr(self, kind)):
                 raise UsageError(
-                    f"the {kind} {part!r} has no identity, so its checkpoint cannot be matched to it: give it an "
+                    f"the {kind} {part!r} has no identity, so its checkpoint cannot be matched to it: add an "
                     "attribute `identity` that names all its settings, or omit `state`"
                 )
 

@@ -10,13 +10,13 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets
 from kdfast.prune.rules.base import Rule, RuleInputs
 
-# balanced: each class keeps its share of the data (largest remainder); equal: every class keeps the same number;
+# balanced means proportional: each class keeps its share of the data (largest remainder); equal: every class keeps the same number;
 # unbalanced: all samples are ranked together.
 BALANCE = ("balanced", "unbalanced", "equal")
 
 
 def check_budgets(labels: IntArray, total: int, balance: str) -> None:
-    """Check that the classes can give `total` samples.
+    """Check that the classes can supply `total` samples.
 
     Raises:
         SubsetError: A class would be empty, or has too few samples for equal budgets.

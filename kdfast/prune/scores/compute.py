@@ -26,7 +26,7 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class ScoreSources:
-    """What scores are computed from, opened and checked against the data.
+    """Inputs of scores, opened and checked against the data.
 
     Attributes:
         source: The data.

@@ -12,9 +12,9 @@ from kdfast.prune.options import Option
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import Float32Array, ScoreInputs, ScoreResult, require_features, require_logits
 
-# Default weight of the head's penalty. At 1e-3, effects of removal mostly reflect which samples validate: they find
-# planted wrong labels with AUC 0.42, against 0.998 at 0.1 (bench/bench_planted.py). IF-Beta has its own value in
-# if_beta/scores.py, since its default score uses no validation samples.
+# Default weight of the head's penalty in every influence score, IF-Beta's included. At 1e-3, removal effects mostly
+# reflect which samples validate: they find wrong labels with AUC 0.42, against 0.998 at 0.1 (bench/bench_planted.py).
+# Self-influence hardly depends on it: its ranks at 1e-3 and 0.1 have a Spearman correlation of 0.9998 on CIFAR-10.
 DEFAULT_L2 = 0.1
 
 OPTIONS = {

@@ -105,7 +105,7 @@ def test_rejects_duplicate_indices(loader):
 
 @pytest.mark.parametrize("ids", [np.ones(COUNT, bool), np.arange(4.0), np.array(["1"]), [[0, 1]]])
 def test_rejects_ids_that_are_not_integers(loader, ids):
-    with pytest.raises(SubsetError, match="needed: integers"):
+    with pytest.raises(SubsetError, match="must be integers"):
         loader.batches(ids, 4)
 
 

@@ -95,7 +95,7 @@ def test_recognizes_a_renamed_folder(tmp_path, cifar, kind):
     folder = cifar(tmp_path, kind).rename(tmp_path / "renamed")
     assert open_source(folder).kind == kind
     (folder / "batches.meta" if kind == "cifar10" else folder / "meta").unlink()
-    with pytest.raises(DataError, match="meta; unpack"):
+    with pytest.raises(DataError, match="meta: unpack"):
         open_source(folder)
 
 
@@ -126,7 +126,7 @@ def test_rejects_a_truncated_tar(tmp_path, cifar, cut):
 def test_missing_file_is_named(tmp_path, cifar, name):
     folder = cifar(tmp_path, "cifar10")
     (folder / name).unlink()
-    with pytest.raises(DataError, match=f"lacks {name}; unpack"):
+    with pytest.raises(DataError, match=f"lacks {name}: unpack"):
         open_source(folder)
 
 

@@ -33,10 +33,10 @@ def test_rejects_batch_statistics(trainable):
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [
-        (X, torch.tensor([0, 1, 3, 0]), DataError, r"`labels\[2\]` is 3: labels must lie in \[0, 3\)"),
+        (X, torch.tensor([0, 1, 3, 0]), DataError, r"`labels\[2\]` is 3: must be in \[0, 3\)"),
         (X, torch.tensor([0, -100, 2, 0]), DataError, r"`labels\[1\]` is -100"),
         (X, Y[:3], ShapeError, r"`labels` has shape \(3,\): pass \(4,\)"),
-        (X, Y.float(), ShapeError, "`labels` has dtype torch.float32: int64 is needed"),
+        (X, Y.float(), ShapeError, "`labels` has dtype torch.float32: must be int64"),
         (X, Y.to("meta"), UsageError, "`labels` is on meta"),
         (X, None, UsageError, "`labels` is None"),
         (X[:0], Y[:0], DataError, "`inputs` is empty"),
@@ -65,7 +65,7 @@ def test_rejects_bad_inputs_and_labels(x, y, error, message):
         (
             {"loss": lambda out, y: F.cross_entropy(out, y)},
             ShapeError,
-            r"`loss` returned shape \(\): it must return a tensor \(N,\)",
+            r"`loss` returned shape \(\): must return a tensor \(N,\)",
         ),
         ({"loss": lambda out, y: out.sum(1)[:2]}, ShapeError, "`labels` has 4 entries for 2 losses"),
         ({"loss": lambda out, y: out.sum(1) * float("nan")}, DataError, "loss of sample 0 is nan"),

@@ -208,7 +208,7 @@ def test_keeps_the_exact_number_for_any_scores_and_labels(data) -> None:
 
 
 def test_classes_are_selected_independently(labels) -> None:
-    """What a class keeps depends only on its own samples."""
+    """The selection from a class depends only on its own samples."""
     plain = inputs_of(labels)
     other = np.where(labels == 0, plain["scores"], plain["scores"][::-1])
     for rule in sorted(set(RULES) - {"dual"}):
