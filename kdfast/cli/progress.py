@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-Report = Callable[[int, int, str], None]
+from kdfast.progress import Progress
 
 
 @contextlib.contextmanager
-def progress(label: str, *, shown: bool = True) -> Iterator[Report]:
+def progress(label: str, *, shown: bool = True) -> Iterator[Progress]:
     """Yield a function of (done, total, note) that draws a bar; it does nothing if stderr is not a terminal.
 
     Args:
@@ -21,10 +21,11 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Report]:
         yield _silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+    with ProgressBar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:

@@ -13,7 +13,7 @@ from kdfast.distill.plan import Plan
 from kdfast.distill.trainer import Trainer
 from kdfast.errors import Interrupted
 from kdfast.nets.checkpoint import save_model
-from kdfast.teacher.build import Progress
+from kdfast.progress import Progress
 from kdfast.teacher.evaluate import evaluate
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
+from kdfast.progress import Progress
 from kdfast.prune.options import Option, OptionValue
 from kdfast.teacher.cache import TeacherCache
 
@@ -38,7 +39,7 @@ class SelectorInputs:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     device: str = "cpu"
     state: Path | None = None
-    progress: Callable[[int, int, str], None] | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)

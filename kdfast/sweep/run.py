@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdfast.files import check_writable
+from kdfast.progress import Progress
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import OnProgress, OnRow, run_worker
+from kdfast.sweep.work import OnRow, run_worker
 from kdfast.sweep.workers import run_workers
 
 
@@ -18,7 +19,7 @@ def run_sweep(
     jobs: int = 1,
     keep_runs: bool = False,
     on_row: OnRow | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Run every run of the sweep that has no row yet.
 
@@ -30,7 +31,7 @@ def run_sweep(
         jobs: Number of processes that train; 1: this process.
         keep_runs: Whether to keep the folder of every run.
         on_row: Called with every new row of this sweep, whichever process wrote it.
-        on_progress: Called with (rows done, rows total, status).
+        progress: Called with (rows done, rows total, status).
 
     Raises:
         DivergedError: Runs diverged; all other runs have their rows.
@@ -43,6 +44,6 @@ def run_sweep(
     log.rows()
     check_writable(out)
     if jobs == 1:
-        run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)
+        run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, progress=progress)
     else:
-        run_workers(session.config, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, on_progress=on_progress)
+        run_workers(session.config, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)

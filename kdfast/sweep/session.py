@@ -25,12 +25,12 @@ from kdfast.distill.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import check_writable
+from kdfast.progress import Progress
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.select import SubsetPipeline
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
-from kdfast.teacher.build import Progress
 from kdfast.teacher.cache import TeacherCache
 
 RUNS = "runs"
@@ -123,13 +123,13 @@ class Session:
             **({"scores": {name: self._digests[name] for name in sorted(recipe.inputs)}} if recipe.inputs else {}),
         }
 
-    def execute(self, run: SweepRun, out: Path, *, on_progress: Progress | None = None) -> dict[str, Any]:
+    def execute(self, run: SweepRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
         """Select the subset, train the student on it and evaluate it; resume the run if it was interrupted.
 
         Args:
             run: The run.
             out: Folder of the sweep, which contains the folder of the run.
-            on_progress: Called with (step, steps, status).
+            progress: Called with (step, steps, status).
 
         Returns:
             The row of the run.
@@ -141,12 +141,12 @@ class Session:
         """
         runs = check_writable(out / RUNS)
         state = runs / f"{run.key[:16]}.search"
-        selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=on_progress)
+        selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=progress)
         plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
         folder = runs / f"{run.key[:16]}-{plan.identity['subset'][:8]}"
         with RunFolder(folder, identity, metadata=plan.metadata) as claimed:
-            result = train(plan, claimed, Monitoring(progress=on_progress))
+            result = train(plan, claimed, Monitoring(progress=progress))
         return {
             "key": run.key,
             "method": str(run.recipe),

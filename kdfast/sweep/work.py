@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdfast.errors import DivergedError, Interrupted
+from kdfast.progress import Progress
 from kdfast.sweep.grid import SweepRun
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
@@ -15,7 +16,6 @@ from kdfast.sweep.session import Session
 POLL_SECONDS = 0.3
 
 OnRow = Callable[[dict[str, Any]], None]
-OnProgress = Callable[[int, int, str], None]
 
 
 def run_worker(
@@ -25,7 +25,7 @@ def run_worker(
     *,
     keep_runs: bool,
     on_row: OnRow | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Run what no other process runs, until every run has its row.
 
@@ -35,7 +35,7 @@ def run_worker(
         log: The log of its rows.
         keep_runs: Whether to keep the folder of every run.
         on_row: Called with every new row of this sweep, whichever process wrote it.
-        on_progress: Called with (rows done, rows total, status).
+        progress: Called with (rows done, rows total, status).
 
     Raises:
         DivergedError: Runs diverged; all other runs have their rows.
@@ -58,9 +58,9 @@ def run_worker(
                 if not claimed or run.key in log.done():
                     continue
                 worked = True
-                report = _RunProgress(runs, done, run, on_progress)
+                report = _RunProgress(runs, done, run, progress)
                 try:
-                    log.append(session.execute(run, log.folder, on_progress=report))
+                    log.append(session.execute(run, log.folder, progress=report))
                     session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
                 except DivergedError as error:
                     diverged[run.key] = f"{run}: {error}"
@@ -76,14 +76,14 @@ def run_worker(
 class _RunProgress:
     """Report the progress of one run as progress of the sweep."""
 
-    def __init__(self, runs: Sequence[SweepRun], done: set[str], run: SweepRun, on_progress: OnProgress | None) -> None:
+    def __init__(self, runs: Sequence[SweepRun], done: set[str], run: SweepRun, progress: Progress | None) -> None:
         self._done = sum(other.key in done for other in runs)
-        self._total, self._run, self._on_progress = len(runs), run, on_progress
+        self._total, self._run, self._progress = len(runs), run, progress
 
     def __call__(self, step: int, steps: int, note: str) -> None:
         _check_parent()
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total, f"{self._run}: step {step}/{steps} {note}")
+        if self._progress is not None:
+            self._progress(self._done, self._total, f"{self._run}: step {step}/{steps} {note}")
 
 
 def report_rows(log: ResultsLog, runs: Sequence[SweepRun], done: set[str], on_row: OnRow | None) -> set[str]:

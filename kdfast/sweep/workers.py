@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from kdfast.errors import Interrupted, KdfastError
+from kdfast.progress import Progress
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
-from kdfast.sweep.work import POLL_SECONDS, OnProgress, OnRow, report_rows, run_worker
+from kdfast.sweep.work import POLL_SECONDS, OnRow, report_rows, run_worker
 
 
 def run_workers(
@@ -29,7 +30,7 @@ def run_workers(
     jobs: int,
     keep_runs: bool,
     on_row: OnRow | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Start processes that share the runs of a sweep, and wait for them.
 
@@ -43,7 +44,7 @@ def run_workers(
         jobs: Number of processes.
         keep_runs: Whether to keep the folder of every run.
         on_row: Called with every new row of this sweep.
-        on_progress: Called with (rows done, rows total, status).
+        progress: Called with (rows done, rows total, status).
 
     Raises:
         KdfastError: The first error of a process, once all have ended.
@@ -62,8 +63,8 @@ def run_workers(
                 worker.start()
         while any(worker.is_alive() for worker in workers):
             done = report_rows(log, runs, done, on_row)
-            if on_progress is not None:
-                on_progress(sum(run.key in done for run in runs), len(runs), f"{jobs} processes")
+            if progress is not None:
+                progress(sum(run.key in done for run in runs), len(runs), f"{jobs} processes")
             time.sleep(POLL_SECONDS)
     finally:
         for worker in workers:

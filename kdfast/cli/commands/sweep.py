@@ -143,7 +143,7 @@ def sweep(
             print(_plan(session, out))
             return
         with progress("sweep") as report:
-            run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, on_progress=report)
+            run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
     print(f"\n{report_sweep(out)}\ntable.md and plot.png written to {out}")
 
 

@@ -7,7 +7,7 @@ cache. So the data may exceed the memory: pass a memory-mapped array, or blocks 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -24,11 +24,11 @@ from kdfast.ops.softmax_head.validation import (
     check_labels,
     split_block,
 )
+from kdfast.progress import Progress
 
-__all__ = ["Features", "HeadData", "Progress", "Tile", "compute_logits"]
+__all__ = ["Features", "HeadData", "Tile", "compute_logits"]
 
 Features: TypeAlias = "Array | Iterable[Block]"
-Progress: TypeAlias = Callable[[int, int, str], None]
 
 CPU_TILE_BYTES = 16 * 2**20
 GPU_TILE_BYTES = 256 * 2**20

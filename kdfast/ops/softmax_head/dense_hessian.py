@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.softmax_head.curvature import curvature_terms, third_derivative_terms
-from kdfast.ops.softmax_head.data import HeadData, Progress, Tile, compute_logits
+from kdfast.ops.softmax_head.data import HeadData, Tile, compute_logits
 from kdfast.ops.softmax_head.residuals import LossConfig
+from kdfast.progress import Progress
 
 __all__ = ["append_bias", "hessian", "leverages", "third_derivative"]
 

@@ -15,9 +15,10 @@ from kdfast.ops.softmax_head.curvature import (
     can_fuse_products,
     curvature_propagates_nan,
 )
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, Tile
+from kdfast.ops.softmax_head.data import Features, HeadData, Tile
 from kdfast.ops.softmax_head.residuals import LossConfig
 from kdfast.ops.softmax_head.validation import Array, check_l2, check_tensor
+from kdfast.progress import Progress
 
 __all__ = ["check_vectors", "head_hvp", "hessian_products"]
 

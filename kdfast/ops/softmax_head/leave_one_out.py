@@ -15,11 +15,12 @@ from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops.softmax_head.curvature import curvature_matrices, curvature_terms
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress, Tile
+from kdfast.ops.softmax_head.data import Features, HeadData, Tile
 from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian, leverages, third_derivative
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.ops.softmax_head.solve import CHOLESKY_LIMIT, HeadSolver
 from kdfast.ops.softmax_head.validation import Array, check_tensor
+from kdfast.progress import Progress
 
 __all__ = ["LeaveOneOut", "head_leave_one_out"]
 

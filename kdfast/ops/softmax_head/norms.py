@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
-from kdfast.ops.softmax_head.data import Features, HeadData, Progress
+from kdfast.ops.softmax_head.data import Features, HeadData
 from kdfast.ops.softmax_head.residuals import LossConfig, norms, residuals
 from kdfast.ops.softmax_head.validation import Array, check_l2, check_tensor
+from kdfast.progress import Progress
 
 __all__ = ["head_grad_norms"]
 

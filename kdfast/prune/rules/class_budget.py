@@ -10,8 +10,8 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets
 from kdfast.prune.rules.base import Rule, RuleInputs
 
-# balanced means proportional: each class keeps its share of the data (largest remainder); equal: every class keeps the same number;
-# unbalanced: all samples are ranked together.
+# balanced means proportional: each class keeps its share of the data (largest remainder); equal: every class keeps the
+# same number; unbalanced: all samples are ranked together.
 BALANCE = ("balanced", "unbalanced", "equal")
 
 
