@@ -214,8 +214,8 @@ class DynamicsRecorder:
                 changed = [name for name, value in plan.items() if held.get(name) != value]
                 if changed:
                     raise UsageError(
-                        f"{folder} holds dynamics with different {', '.join(changed)}: choose another folder, or use the same "
-                        "data and settings"
+                        f"{folder} holds dynamics with different {', '.join(changed)}: choose another folder, or use "
+                        "the same data and settings"
                     )
                 return
             if any(entry.name != ".kdfast.lock" for entry in folder.iterdir()):

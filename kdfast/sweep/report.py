@@ -53,7 +53,7 @@ def table(section: Section) -> str:
         fractions = [f for f in section.fractions if any((m, f, kd) in section.top1 for m in section.methods)]
         if not fractions:
             continue
-        heads = [f"{fraction:g} ({kept[fraction]} kept) | vs random" for fraction in fractions]
+        heads = [f"{fraction:g} ({kept[fraction]} kept) | to random" for fraction in fractions]
         lines.append(f"| {'with the teacher (KD)' if kd else 'without the teacher'} | " + " | ".join(heads) + " |")
         lines.append("|---|" + "---|---|" * len(fractions))
         lines += [_table_row(section, method, fractions, kd) for method in section.methods]
