@@ -20,11 +20,10 @@ from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_logits, head_newton, head_self_influence
 from kdfast.prune.rules.base import FloatArray
+from kdfast.prune.scores.influence import DEFAULT_L2
 
-# Weight of the penalty (l2 / 2) ||W||^2 on the head, whose Hessian is singular without it. The default of the score
-# `influence` is larger because noise of the validation samples dominates removal effects at a small value; the default
-# score here, self-influence, uses no validation samples.
-_L2 = 1e-3
+# Weight of the penalty of the heads that cross-fitting trains; a fit, not an influence, so it has a value of its own.
+_CROSS_FIT_L2 = 1e-3
 _FOLDS = 5
 
 
@@ -79,7 +78,7 @@ def self_influence(inputs: HeadInputs) -> FloatArray:
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, section 5.4.
     """
-    values = head_self_influence(inputs.features, inputs.logits, inputs.labels, l2=_L2)
+    values = head_self_influence(inputs.features, inputs.logits, inputs.labels, l2=DEFAULT_L2)
     return values.double().cpu().numpy()
 
 
@@ -90,7 +89,7 @@ def removal(inputs: HeadInputs) -> FloatArray:
     """
     rows = torch.from_numpy(inputs.held_out)
     z, h, y = inputs.logits, inputs.features, inputs.labels
-    return head_influence(h, z, y, h[rows], z[rows], y[rows], l2=_L2).double().cpu().numpy()
+    return head_influence(h, z, y, h[rows], z[rows], y[rows], l2=DEFAULT_L2).double().cpu().numpy()
 
 
 def absolute(inputs: HeadInputs) -> FloatArray:
@@ -117,7 +116,7 @@ def crossfit(inputs: HeadInputs) -> FloatArray:
     for k in range(_FOLDS):
         train, test = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
         classes = inputs.logits.shape[1]
-        weights = head_newton(inputs.features[train], labels[train], l2=_L2, tol=1e-6, classes=classes)
+        weights = head_newton(inputs.features[train], labels[train], l2=_CROSS_FIT_L2, tol=1e-6, classes=classes)
         norms[test] = _residual_norms(head_logits(inputs.features[test], weights), labels[test])
     return norms.numpy()
 
