@@ -67,7 +67,7 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
         device: Device of the training. The resident loader's batches are on it, the ffcv loader's on the CPU.
 
     Raises:
-        UsageError: The kind is unknown, or the split is not a beton and ffcv is requested or is all that fits.
+        UsageError: The kind is unknown, or the split is not a .beton file and ffcv is requested or is all that fits.
         BackendUnavailable: FFCV is needed and not installed.
     """
     target = torch.device(device)

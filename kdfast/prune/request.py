@@ -74,7 +74,7 @@ class PruneRequest:
 
     @property
     def uses_selector(self) -> bool:
-        """Whether the method is a selector: long work, with a file to resume from."""
+        """Whether the method is a selector: long-running, with a file to resume from."""
         return self.method in SELECTORS
 
     def check(self) -> None:

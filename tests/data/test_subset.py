@@ -144,7 +144,7 @@ def test_writes_no_file_that_would_be_rejected(tmp_path, ids, match):
 
 
 def test_writing_requires_a_name_a_fingerprint_and_a_folder(tmp_path):
-    with pytest.raises(UsageError, match=r"not named \.npy"):
+    with pytest.raises(UsageError, match=r"rename it to end in \.npy"):
         write_subset(tmp_path / "idx", np.arange(3), PROVENANCE)
     with pytest.raises(SubsetError, match="fingerprint"):
         write_subset(tmp_path / "idx.npy", np.arange(3), {"method": "el2n"})
@@ -157,7 +157,7 @@ def test_writing_requires_a_name_a_fingerprint_and_a_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["idx", "idx.json", "idx.npy.gz", ".npy"])
 def test_name_can_be_checked_in_advance(tmp_path, name):
-    with pytest.raises(UsageError, match=r"not named \.npy"):
+    with pytest.raises(UsageError, match=r"rename it to end in \.npy"):
         check_subset_path(tmp_path / "new" / name)
     check_subset_path(tmp_path / "new" / "idx.npy")
     assert os.listdir(tmp_path) == []
@@ -255,9 +255,9 @@ def test_rejects_impossible_budgets():
         class_budgets(labels_of([20, 3]), 10, "equal")
     with pytest.raises(SubsetError, match="class 1 has 0 samples"):
         class_budgets(labels_of([20, 0, 20]), 10, "equal")
-    with pytest.raises(SubsetError, match=r"1\.\.20"):
+    with pytest.raises(SubsetError, match="must be 1 to 20"):
         class_budgets(labels_of([20]), 21)
-    with pytest.raises(SubsetError, match=r"1\.\.20"):
+    with pytest.raises(SubsetError, match="must be 1 to 20"):
         class_budgets(labels_of([20]), 0)
     with pytest.raises(SubsetError, match="'proportional' or 'equal'"):
         class_budgets(labels_of([20]), 3, "fair")  # type: ignore[arg-type]

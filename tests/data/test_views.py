@@ -148,7 +148,7 @@ def test_table_uses_views_evenly_and_depends_on_the_seed():
 
 @pytest.mark.parametrize("n_views", [0, 163, -1])
 def test_rejects_impossible_numbers_of_views(n_views):
-    with pytest.raises(UsageError, match="from 1 to 162"):
+    with pytest.raises(UsageError, match="must be 1 to 162"):
         view_table(CIFAR, 0, IDS, n_views)
 
 

@@ -132,7 +132,7 @@ def test_message_names_missing_files_and_folders(tmp_path):
 
 def test_rejects_another_class_count(tmp_path, model):
     save_model(tmp_path / "m.pt", model)
-    with pytest.raises(CheckpointError, match="10 classes, but 100"):
+    with pytest.raises(CheckpointError, match="10 classes, but the data has 100"):
         load_model(tmp_path / "m.pt", classes=100)
 
 

@@ -52,7 +52,7 @@ def read_structure(path: Path) -> tuple[IntArray, tuple[int, int, int]]:
         with open(path, "rb") as file:
             header = _first(np.fromfile(file, HEADER, 1))
             if header is None or header["version"] != _VERSION:
-                raise DataError(f"{path} is not a beton of version {_VERSION}: {_REMEDY}")
+                raise DataError(f"{path} is not a .beton file of version {_VERSION}: {_REMEDY}")
             _check_fields(path, int(header["num_fields"]), np.fromfile(file, FIELD, 2))
             count, start = int(header["num_samples"]), int(header["alloc_table_ptr"])
             if not count or size - start != count * TABLE.itemsize or file.tell() + count * SAMPLE.itemsize > start:

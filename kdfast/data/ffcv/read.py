@@ -137,7 +137,7 @@ class BetonSplit:
 
 
 class BetonLoader:
-    """Load batches of a beton by FFCV's decoding threads.
+    """Load batches of a .beton file with FFCV's decoding threads.
 
     Args:
         split: The split.

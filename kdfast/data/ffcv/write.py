@@ -86,8 +86,8 @@ def convert(
 
     The files are renamed to their final names after verification: equal pixels and labels without compression; with
     JPEG, equal labels and a mean color of each image within 16 gray levels. After an interruption, the same call
-    completes the conversion; if it is complete, the call does nothing. A raw beton has the fingerprint of its source. A
-    JPEG beton is a different data set, with the fingerprint of its decoded pixels.
+    completes the conversion; if it is complete, the call does nothing. A raw file has the fingerprint of its source. A
+    JPEG file is a different data set, with the fingerprint of its decoded pixels.
 
     Args:
         source: The source to convert.
@@ -121,7 +121,7 @@ def write_beton(
     jpeg_quality: int | None = None,
     on_block: Callable[[Pixels], None] | None = None,
 ) -> None:
-    """Write a split as a beton in FFCV's format, in this process.
+    """Write a split as a .beton file, in this process.
 
     FFCV's own writer passes the samples to worker processes and waits forever if one dies. Here an exception while
     reading or writing is raised. The file is incomplete until this returns: write to a temporary path and rename it.

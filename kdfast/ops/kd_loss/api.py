@@ -260,7 +260,7 @@ def _run(call: KDCall, backend: str) -> Tensor:
 
 
 def _values_are_readable(call: KDCall) -> bool:
-    """Whether values can be read without waiting for a device and without disturbing a trace or a transform."""
+    """Whether values can be read without synchronizing with a device and without disturbing a trace or a transform."""
     return call.logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors)
 
 

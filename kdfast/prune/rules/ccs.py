@@ -58,7 +58,7 @@ def select_stratified(inputs: RuleInputs) -> IntArray:
 
 
 def stratum_budgets(sizes: IntArray, total: int) -> IntArray:
-    """Split `total` over the strata in equal parts; a stratum that is too small gives all its samples.
+    """Split `total` over the strata in equal parts; a stratum that is too small contributes all its samples.
 
     Args:
         sizes: int64 (s,), samples in each stratum.

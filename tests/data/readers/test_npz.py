@@ -25,7 +25,10 @@ def test_accepts_a_column_of_labels(tmp_path, npz):
         ({"test_labels": None}, "lacks test_labels"),
         ({"train_images": np.zeros((12, 16, 16, 3), np.float32)}, "float32: must be uint8"),
         ({"train_images": np.zeros((12, 16, 16, 4), np.uint8)}, r"\(12, 16, 16, 4\): must be"),
-        ({"train_images": np.zeros((0, 16, 16, 3), np.uint8), "train_labels": np.zeros(0, np.int64)}, "no size 0"),
+        (
+            {"train_images": np.zeros((0, 16, 16, 3), np.uint8), "train_labels": np.zeros(0, np.int64)},
+            "without a size of 0",
+        ),
         ({"train_labels": np.arange(11) % 3}, r"\(11,\): must be one integer per image, \(12,\)"),
         ({"train_labels": np.zeros(12)}, "float64"),
         ({"train_labels": np.arange(12) % 3 - 1}, "smallest training label is -1"),
