@@ -1,4 +1,4 @@
-"""Replace markers of a page by a reference made from the program: its commands, and its scores, rules and selectors."""
+"""Replace the markers on a page with a reference of the program's commands, scores, rules and selectors."""
 
 from __future__ import annotations
 
@@ -15,52 +15,55 @@ from kdfast.prune.rules.registry import RULES
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.selectors import SELECTORS
 
-# Names of types as different versions of the option parser write them.
+# Type names in the output of some versions of the option parser.
 TYPES = {"int": "INTEGER", "float": "NUMBER", "str": "TEXT"}
 
 
-def commands_reference() -> str:
+def render_commands() -> str:
     """Return a table of all commands and one section for each, in Markdown."""
-    found = list(_commands(typer.main.get_command(app), ("kdfast",)))
-    rows = [f"| `{' '.join(path)}` | {_cell(_prose(command.help or '').splitlines()[0])} |" for path, command in found]
-    sections = [line for path, command in found for line in _command(path, command)]
+    found = list(_walk_commands(typer.main.get_command(app), ("kdfast",)))
+    rows = [
+        f"| `{' '.join(path)}` | {_escape_bars(_format_help(command.help or '').splitlines()[0])} |"
+        for path, command in found
+    ]
+    sections = [line for path, command in found for line in _render_command(path, command)]
     return "\n".join(["| command | what it does |\n|---|---|", *rows, "", *sections])
 
 
-def methods_reference() -> str:
+def render_methods() -> str:
     """Return one section each for scores, rules and selectors, in Markdown."""
     registries = {"Scores": SCORES, "Rules": RULES, "Methods that select the subset directly": SELECTORS}
-    return "\n".join(line for title, entries in registries.items() for line in _registry(title, entries))
+    return "\n".join(line for title, entries in registries.items() for line in _render_registry(title, entries))
 
 
-MARKERS = {"<!-- commands -->": commands_reference, "<!-- methods -->": methods_reference}
+MARKERS = {"<!-- commands -->": render_commands, "<!-- methods -->": render_methods}
 
 
-def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield each visible command with its words, depth first; groups that only hold commands are left out."""
+def _walk_commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield each visible command with its words, depth first; skip groups that only contain commands."""
     children = getattr(command, "commands", {})
     if len(path) > 1 and (not children or command.invoke_without_command):
         yield path, command
     for name, child in children.items():
         if not child.hidden:
-            yield from _commands(child, (*path, name))
+            yield from _walk_commands(child, (*path, name))
 
 
-def _command(path: tuple[str, ...], command: Any) -> Iterator[str]:
+def _render_command(path: tuple[str, ...], command: Any) -> Iterator[str]:
     parameters = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
     context = command.context_class(command)
-    arguments = [_spelling(p, context) for p in parameters if p.param_type_name == "argument"]
+    arguments = [_format_flags(p, context) for p in parameters if p.param_type_name == "argument"]
     yield f"## {' '.join(path)}\n"
-    yield f"{_prose(command.help or '')}\n"
+    yield f"{_format_help(command.help or '')}\n"
     yield f"```text\n{' '.join([*path, *arguments, '[OPTIONS]'])}\n```\n"
     if parameters:
         yield "| option | meaning |\n|---|---|"
-        yield from (f"| `{_cell(_spelling(p, context))}` | {_meaning(p)} |" for p in parameters)
+        yield from (f"| `{_escape_bars(_format_flags(p, context))}` | {_describe_parameter(p)} |" for p in parameters)
         yield ""
 
 
-def _spelling(parameter: Any, context: Any) -> str:
-    """Return the flags with the kind of value, or the name of an argument."""
+def _format_flags(parameter: Any, context: Any) -> str:
+    """Return an option's flags with the type of its value, or the name of an argument."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name).upper()
     flags, _, kind = parameter.get_help_record(context)[0].partition(" ")
@@ -68,47 +71,48 @@ def _spelling(parameter: Any, context: Any) -> str:
     return f"{flags} {parameter.metavar or TYPES.get(kind, kind.upper())}".strip()
 
 
-def _meaning(parameter: Any) -> str:
+def _describe_parameter(parameter: Any) -> str:
     facts = ["required"] if parameter.required else []
     default = parameter.default
     if not (parameter.required or parameter.is_flag or default in (None, (), [])):
         facts.append(f"default: {default}")
-    return _cell(_prose(parameter.help or "")) + (f" *({'; '.join(facts)})*" if facts else "")
+    return _escape_bars(_format_help(parameter.help or "")) + (f" *({'; '.join(facts)})*" if facts else "")
 
 
-def _registry(title: str, entries: Mapping[str, Any]) -> Iterator[str]:
+def _render_registry(title: str, entries: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {title}\n"
     for name, entry in entries.items():
         needs = " or ".join(sorted(getattr(entry, "needs", ())))
         yield f"### `{name}`\n"
-        yield f"{_prose(entry.summary)}{f' *(from {needs})*' if needs else ''}\n"
+        yield f"{_format_help(entry.summary)}{f' *(from {needs})*' if needs else ''}\n"
         if entry.options:
             yield "| option | meaning | default |\n|---|---|---|"
             yield from (
-                f"| `{key}` | {_option(option)} | {_default(option)} |" for key, option in entry.options.items()
+                f"| `{key}` | {_describe_option(option)} | {_format_default(option)} |"
+                for key, option in entry.options.items()
             )
             yield ""
 
 
-def _option(option: Option) -> str:
-    return _cell(f"{_prose(option.summary)} ({option.values_text})".replace(" from -inf to inf", ""))
+def _describe_option(option: Option) -> str:
+    return _escape_bars(f"{_format_help(option.summary)} ({option.values_text})".replace(" from -inf to inf", ""))
 
 
-def _default(option: Option) -> str:
+def _format_default(option: Option) -> str:
     return "automatic" if option.default is None else f"`{option.default}`"
 
 
-def _cell(text: str) -> str:
+def _escape_bars(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _prose(text: str) -> str:
+def _format_help(text: str) -> str:
     """Return help text with one line per paragraph, and options and placeholders as code."""
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     return "\n\n".join(re.sub(r"(?<![\w`-])(--[a-z][\w-]*|\S*\{\w+\}\S*)", r"`\1`", part) for part in paragraphs)
 
 
-def _insert(sphinx: Sphinx, page: str, content: list[str]) -> None:
+def _fill_markers(sphinx: Sphinx, page: str, content: list[str]) -> None:
     for marker, make in MARKERS.items():
         if marker in content[0]:
             content[0] = content[0].replace(marker, make())
@@ -116,5 +120,5 @@ def _insert(sphinx: Sphinx, page: str, content: list[str]) -> None:
 
 def setup(sphinx: Sphinx) -> dict[str, bool]:
     """Register the extension."""
-    sphinx.connect("source-read", _insert)
+    sphinx.connect("source-read", _fill_markers)
     return {"parallel_read_safe": True}

@@ -1,4 +1,4 @@
-"""Read docstrings as they are written: single backticks are code, indented blocks are literal, bars are bars."""
+"""Convert docstrings to reStructuredText: single backticks are code, indented blocks and vertical bars are literal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sphinx.application import Sphinx
 
-# In this order: double backticks, single backticks, and characters with a meaning in reStructuredText.
+# Double backticks, single backticks, and characters that are markup in reStructuredText.
 _PIECES = re.compile(r"(``.+?``)|(?<![:`\w])`([^`\n]+)`(?!`)|([|*])")
 _SECTION = re.compile(r"[A-Z][a-z]+:( .*)?$")
 
@@ -24,21 +24,21 @@ def to_rest(lines: list[str]) -> Iterator[str]:
             in_literal = True
             yield "::"
             yield ""
-        yield line if in_literal or line.lstrip().startswith(">>>") else _PIECES.sub(_piece, line)
+        yield line if in_literal or line.lstrip().startswith(">>>") else _PIECES.sub(_convert_piece, line)
         previous = line
 
 
-def _piece(match: re.Match[str]) -> str:
+def _convert_piece(match: re.Match[str]) -> str:
     if match[1]:
         return match[1]
     return f"``{match[2]}``" if match[2] else f"\\{match[3]}"
 
 
-def _process(sphinx: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def _process_docstring(sphinx: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = to_rest(lines)
 
 
 def setup(sphinx: Sphinx) -> dict[str, bool]:
     """Register the extension; it runs before napoleon."""
-    sphinx.connect("autodoc-process-docstring", _process, priority=100)
+    sphinx.connect("autodoc-process-docstring", _process_docstring, priority=100)
     return {"parallel_read_safe": True}

@@ -1,8 +1,9 @@
-"""The code of README and of the documentation runs, and prints what the pages show.
+"""The code in the README and the documentation runs, and prints the output that the pages show.
 
-Blocks ```python of a page run in order in one namespace. In ```console blocks, lines that start with `$ kdfast` run as
-commands in this process. A ```text block, or the lines below a command, must be printed in this order; `...` stands for
-any lines. Blocks ```python no-run are skipped, since they need files that the page does not make.
+The ```python blocks of a page run in order in one namespace. In ```console blocks, lines that start with `$ kdfast` run
+as commands in this process. The lines of a ```text block, or those below a command, must be printed in this order, where
+`...` stands for any lines. Blocks marked ```python no-run are skipped, because they need files that the page does not
+create.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ REGISTRIES = {
     "TABLE": backends.TABLE,
     "DTYPES": backends.DTYPES,
 }
-# The registry that each page must add to.
+# The registry to which each page must add an entry.
 EXTENSIONS = {"network": "NETS", "score": "SCORES", "rule": "RULES", "kernel": "TABLE", "loss": None}
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -57,7 +58,7 @@ class Block:
     line: int
 
 
-def blocks(page: Path) -> Iterator[Block]:
+def read_blocks(page: Path) -> Iterator[Block]:
     """Yield the fenced blocks of a page."""
     lines = page.read_text().splitlines()
     start: int | None = None
@@ -72,11 +73,11 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def run_page(page: Path, *, commands: bool = False, any_number: bool = False) -> int:
-    """Run the blocks of a page in the current folder, and check what they print.
+    """Run the blocks of a page in the current folder and check their output.
 
     Args:
         page: The Markdown file.
-        commands: Whether to run console blocks, too.
+        commands: Whether to run console blocks as well.
         any_number: Whether printed numbers may differ from the page, as results of training do.
 
     Returns:
@@ -84,10 +85,10 @@ def run_page(page: Path, *, commands: bool = False, any_number: bool = False) ->
     """
     namespace: dict[str, object] = {"__name__": "docs"}
     printed, ran = None, 0
-    for block in blocks(page):
+    for block in read_blocks(page):
         where = f"{page.relative_to(ROOT)}:{block.line}"
         if block.info == "python":
-            # Leading newlines make line numbers of tracebacks those of the page.
+            # With leading newlines, line numbers in tracebacks are those of the page.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             with contextlib.redirect_stdout(io.StringIO()) as stream:
                 exec(code, namespace)
@@ -96,7 +97,7 @@ def run_page(page: Path, *, commands: bool = False, any_number: bool = False) ->
             check_output(block.text, printed, where, any_number)
             printed = None
         elif block.info == "console" and commands:
-            for command, expected in console_commands(block.text):
+            for command, expected in split_commands(block.text):
                 result = CliRunner().invoke(app, shlex.split(command), catch_exceptions=False)
                 assert result.exit_code == 0, f"{where}: {command}\n{result.output}"
                 check_output(expected, result.output, where, any_number)
@@ -104,7 +105,7 @@ def run_page(page: Path, *, commands: bool = False, any_number: bool = False) ->
     return ran
 
 
-def console_commands(text: str) -> Iterator[tuple[str, str]]:
+def split_commands(text: str) -> Iterator[tuple[str, str]]:
     """Yield the arguments of each `$ kdfast` command, and the text below it."""
     text = re.sub(r" *\\\n *", " ", text)
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
@@ -115,32 +116,32 @@ def console_commands(text: str) -> Iterator[tuple[str, str]]:
 
 def check_output(expected: str, printed: str, where: str, any_number: bool) -> None:
     """Check that the lines of a page are printed in this order."""
-    wanted, given = (_normalized(text, any_number) for text in (expected, printed))
+    wanted, given = (_normalize(text, any_number) for text in (expected, printed))
     position, adjacent = 0, False
     for line in wanted:
         if line == "...":
             adjacent = False
             continue
         rest = given[position : position + 1] if adjacent else given[position:]
-        assert line in rest, f"{where}: {line!r} is not what was printed:\n{printed}"
+        assert line in rest, f"{where}: {line!r} was not printed here:\n{printed}"
         position, adjacent = position + rest.index(line) + 1, True
 
 
-def _normalized(text: str, any_number: bool) -> list[str]:
-    """Return the lines that are not empty, each with single spaces; numbers become 0 if they may differ."""
+def _normalize(text: str, any_number: bool) -> list[str]:
+    """Return the non-empty lines with single spaces, and with every number replaced by 0 if numbers may differ."""
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [_NUMBER.sub("0", line) if any_number else line for line in lines if line]
 
 
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path, monkeypatch):
+def _enter_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")  # the width of help texts
 
 
 @pytest.fixture
 def registries():
-    """The registries; entries that a page adds are removed afterwards."""
+    """The registries; entries added by a page are removed afterwards."""
     saved = {name: copy.copy(registry) for name, registry in REGISTRIES.items()}
     yield REGISTRIES
     for name, registry in REGISTRIES.items():
@@ -171,7 +172,7 @@ def test_readme_code_runs():
     assert run_page(ROOT / "README.md") == 1
 
 
-def test_tutorial_prints_what_it_shows():
+def test_tutorial_prints_the_output_it_shows():
     assert run_page(ROOT / "docs/tutorial.md", commands=True, any_number=True) >= 10
 
 
