@@ -1,7 +1,7 @@
 """The code in the README and the documentation runs, and prints the output that the pages show.
 
 The ```python blocks of a page run in order in one namespace. In ```console blocks, lines that start with `$ kdfast` run
-as commands in this process. The lines of a ```text block, or those below a command, must be printed in this order, where
+as commands in this process. The lines of a ```text block, or those below a command, must be printed in this order;
 `...` stands for any lines. Blocks marked ```python no-run are skipped, because they need files that the page does not
 create.
 """
