@@ -316,7 +316,7 @@ class TestBuild:
             build_cache(source, teacher, tmp_path / "c", shard_bytes=SHARD_BYTES, progress=stop)
         with pytest.raises(CacheMismatch, match="not a finished cache"):
             TeacherCache.open(tmp_path / "c")
-        with pytest.raises(CacheMismatch, match=r"unfinished cache with another plan: views\.view_seed is 0, expected 1"):
+        with pytest.raises(CacheMismatch, match=r"with another plan: views\.view_seed is 0, expected 1"):
             build_cache(source, teacher, tmp_path / "c", shard_bytes=SHARD_BYTES, view_seed=1)
         seen = []
         result = build_cache(
