@@ -62,7 +62,8 @@ class KDCall(NamedTuple):
 
     def replace(self, **changes: Any) -> KDCall:
         """Return a copy with some fields replaced; ``_replace`` cannot be traced by ``torch.compile`` in torch 2.8."""
-        return KDCall(*[changes.get(name, value) for name, value in zip(KDCall._fields, self, strict=True)])
+        values: list[Any] = [changes.get(name, value) for name, value in zip(KDCall._fields, self, strict=True)]
+        return KDCall(*values)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
