@@ -18,7 +18,9 @@ def el2n(probabilities: Array, labels: Any) -> Array:
     """Return ||p - onehot(y)||_2 of each sample, in the precision of the probabilities.
 
     NumPy and torch each sum in their own order, so the two differ in the last bits. Recordings need the torch form,
-    which runs on the device of the logits; scores of a teacher's cache need the NumPy form in float64.
+    which runs on the device of the logits; scores of a teacher's cache need the NumPy form in float64. To rank samples
+    that the network fits almost perfectly, use `el2n_without_cancellation`: here p_y - 1 loses its digits as p_y
+    approaches 1.
 
     Args:
         probabilities: (N, C), a torch tensor or a NumPy array; overwritten.
@@ -38,6 +40,29 @@ def el2n(probabilities: Array, labels: Any) -> Array:
     squares = np.square(probabilities, out=probabilities)
     roots: npt.NDArray[np.float64] = np.sqrt(squares.sum(axis=1))
     return roots
+
+
+def el2n_without_cancellation(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return ||softmax(logits) - onehot(y)||_2 of each sample, accurate for confident networks too.
+
+    Use it to rank samples of a network's own training set; it needs more memory than `el2n`.
+
+    Args:
+        logits: (N, C), raw.
+        labels: int64 (N,), on the same device.
+
+    Returns:
+        (N,), in the dtype of the logits.
+
+    Source:
+        As `el2n`.
+    """
+    p = logits.softmax(1)
+    # p_y - 1 is computed as minus the sum of the other classes, which does not round to zero for a confident network.
+    others = p.scatter(1, labels[:, None], 0)
+    errors = others.scatter(1, labels[:, None], -others.sum(1, keepdim=True))
+    norms: Tensor = torch.linalg.vector_norm(errors, dim=1)
+    return norms
 
 
 def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
+from kdfast.dynamics.metrics import el2n, el2n_without_cancellation
 from kdfast.errors import DataError, OutputError, ShapeError, UsageError
 
 N, C, D = 37, 4, 5
@@ -282,3 +283,14 @@ def test_rejects_another_version(tmp_path):
 def test_copied_folder_opens(tmp_path):
     shutil.copytree(record(tmp_path / "dyn"), tmp_path / "copy")
     assert Dynamics.open(tmp_path / "copy").digest == Dynamics.open(tmp_path / "dyn").digest
+
+
+def test_both_forms_of_el2n_agree_until_p_y_rounds_to_one():
+    labels = torch.tensor([0, 1, 2])
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(el2n_without_cancellation(logits, labels), el2n(logits.softmax(1), labels))
+    confident = torch.tensor([[50.0, 0.0]], dtype=torch.float64)
+    # p = (1 - q, q) with q = exp(-50), so the norm is sqrt(2) q.
+    expected = 2**0.5 * np.exp(-50)
+    assert el2n_without_cancellation(confident, labels[:1]).item() == pytest.approx(expected, rel=1e-12)
+    assert el2n(confident.softmax(1), labels[:1]).item() == pytest.approx(np.exp(-50), rel=1e-12)

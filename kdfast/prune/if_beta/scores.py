@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
+from kdfast.dynamics.metrics import el2n_without_cancellation
 from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_logits, head_newton, head_self_influence
 from kdfast.prune.rules.base import FloatArray
@@ -102,7 +103,7 @@ def residual(inputs: HeadInputs) -> FloatArray:
 
     Source: Paul, Ganguli, Dziugaite 2021, https://arxiv.org/abs/2107.07075.
     """
-    return _residual_norms(inputs.logits.double(), inputs.labels).numpy()
+    return el2n_without_cancellation(inputs.logits.double(), inputs.labels).numpy()
 
 
 def crossfit(inputs: HeadInputs) -> FloatArray:
@@ -117,7 +118,7 @@ def crossfit(inputs: HeadInputs) -> FloatArray:
         train, test = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
         classes = inputs.logits.shape[1]
         weights = head_newton(inputs.features[train], labels[train], l2=_CROSS_FIT_L2, tol=1e-6, classes=classes)
-        norms[test] = _residual_norms(head_logits(inputs.features[test], weights), labels[test])
+        norms[test] = el2n_without_cancellation(head_logits(inputs.features[test], weights), labels[test])
     return norms.numpy()
 
 
@@ -128,12 +129,3 @@ SAMPLE_SCORES: dict[str, SampleScore] = {
     "residual": residual,
     "crossfit": crossfit,
 }
-
-
-def _residual_norms(logits: Tensor, labels: Tensor) -> Tensor:
-    p = logits.softmax(1)
-    # p_y - 1 is computed as minus the sum of the other classes, which does not round to zero for a confident teacher.
-    others = p.scatter(1, labels[:, None], 0)
-    errors = others.scatter(1, labels[:, None], -others.sum(1, keepdim=True))
-    norms: Tensor = torch.linalg.vector_norm(errors, dim=1)
-    return norms
