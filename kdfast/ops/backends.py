@@ -47,6 +47,9 @@ DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("softmax_head", "cuda"): ("float32", "float64"),
 }
 
+# Earlier names of operators, accepted in ``KDFAST_BACKEND``.
+_ALIASES = {"ghost": "grad_norms", "head": "softmax_head"}
+
 
 class Choice(NamedTuple):
     """The backend selected for an operator on a device, and the reason."""
@@ -125,6 +128,7 @@ def _backend_from_environment(op: str, setting: str) -> str | None:
     chosen = None
     for entry in filter(None, (part.strip() for part in setting.split(","))):
         left, separator, right = entry.partition("=")
+        left = _ALIASES.get(left, left)
         operators = sorted({name for name, _ in TABLE})
         if separator and left not in operators:
             raise unknown_name(f"KDFAST_BACKEND={setting!r}: no operator is named", left, operators)

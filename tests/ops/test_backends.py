@@ -91,6 +91,14 @@ def test_environment_variable_replaces_auto(monkeypatch, setting):
     assert ("kd_loss", "cpu", "reference") in {choice[:3] for choice in backends.choices()}
 
 
+@pytest.mark.parametrize(("name", "op"), [("ghost", "grad_norms"), ("head", "softmax_head")])
+def test_environment_variable_accepts_earlier_operator_names(monkeypatch, name, op):
+    monkeypatch.setenv("KDFAST_BACKEND", f"{name}=reference")
+    assert backends.resolve(op, "cpu") == "reference"
+    assert backends.resolve("kd_loss", "cpu") == "native"
+    assert {choice.backend for choice in backends.choices() if choice.op == op} == {"reference"}
+
+
 def test_rejects_bad_environment_setting(monkeypatch):
     monkeypatch.setenv("KDFAST_BACKEND", "kd_los=native")
     with pytest.raises(UsageError, match="no operator is named 'kd_los': did you mean 'kd_loss'"):
