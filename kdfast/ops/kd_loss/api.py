@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
-from kdfast.ops._torch_compat import is_plain_eager
-from kdfast.ops.kd_loss.autograd import differentiable_loss
+from kdfast.ops.kd_loss.autograd import detached_terms, differentiable_loss, values_are_readable
 from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
-from kdfast.ops.kd_loss.dispatch import choose_backend, kernels
+from kdfast.ops.kd_loss.dispatch import choose_backend
 from kdfast.ops.kd_loss.fast_path import try_kd_loss
 from kdfast.ops.kd_loss.reference import reference_loss, reference_terms, safe_reciprocal
 from kdfast.ops.kd_loss.validation import (
@@ -118,7 +117,7 @@ def kd_loss(
         direction=direction,
     )
     backend = choose_backend(logits.device.type, logits.dtype, backend)
-    if validate or (backend == "reference" and _values_are_readable(call)):
+    if validate or (backend == "reference" and values_are_readable(call)):
         check_values(call, thorough=validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
         return _differentiable_in_weights(call, backend)
@@ -169,18 +168,14 @@ def kd_loss_terms(
         reduction="none",
         direction=direction,
     )
-    call = call.replace(logits=logits.detach())
     backend = choose_backend(logits.device.type, logits.dtype, backend)
-    if backend == "native" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors):
-        both = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
-        kernels("native").kd_loss(call, need_grad=False, terms=(both[0], both[1]))
-        return both[0], both[1]
-    if backend == "reference":
-        if _values_are_readable(call):
-            check_values(call, thorough=False)
-        ce, kl, _ = reference_terms(call)
-        return ce, kl
-    return _run(call.replace(alpha=0.0), backend), _run(call.replace(alpha=1.0, t_squared=False), backend)
+    call = call.replace(logits=logits.detach())
+    if backend != "reference":
+        return detached_terms(call, backend)
+    if values_are_readable(call):
+        check_values(call, thorough=False)
+    ce, kl, _ = reference_terms(call)
+    return ce, kl
 
 
 class KDLoss(nn.Module):
@@ -257,11 +252,6 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
 
 def _run(call: KDCall, backend: str) -> Tensor:
     return reference_loss(call) if backend == "reference" else differentiable_loss(call, backend)
-
-
-def _values_are_readable(call: KDCall) -> bool:
-    """Whether values can be read without synchronizing with a device and without disturbing a trace or a transform."""
-    return call.logits.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain_eager(call.tensors)
 
 
 def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:

@@ -24,10 +24,17 @@ from torch import Tensor
 from kdfast.errors import UsageError
 from kdfast.ops import _torch_compat
 from kdfast.ops.kd_loss.call import KDCall
-from kdfast.ops.kd_loss.dispatch import run_kernel, scale_rows
+from kdfast.ops.kd_loss.dispatch import run_kernel, run_terms, scale_rows
 from kdfast.ops.kd_loss.reference import safe_reciprocal
 
-__all__ = ["attach_gradient", "differentiable_loss", "kd_loss_op", "scale_op"]
+__all__ = [
+    "attach_gradient",
+    "detached_terms",
+    "differentiable_loss",
+    "kd_loss_op",
+    "scale_op",
+    "values_are_readable",
+]
 
 LossAndGrad = tuple[Tensor, Tensor]
 Result = tuple[Tensor, Tensor, str, float]
@@ -59,6 +66,20 @@ def differentiable_loss(call: KDCall, backend: str) -> Tensor:
     else:
         loss, _ = kd_loss_op(*call, backend, torch.is_grad_enabled() and logits.requires_grad)
     return loss
+
+
+def detached_terms(call: KDCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Run a kernel for the cross-entropy and the divergence of each row, (N,) each; no logits may need a gradient."""
+    if backend == "native" and not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors):
+        return run_terms(call)
+    ce, kl = call.replace(alpha=0.0), call.replace(alpha=1.0, t_squared=False)
+    return differentiable_loss(ce, backend), differentiable_loss(kl, backend)
+
+
+def values_are_readable(call: KDCall) -> bool:
+    """Whether values can be read without waiting for a device and without disturbing a trace or a transform."""
+    on_cpu = call.logits.device.type == "cpu"
+    return on_cpu and not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors)
 
 
 # Eager mode.

@@ -14,7 +14,7 @@ from kdfast.ops import backends
 from kdfast.ops._torch_compat import assume_constant_result
 from kdfast.ops.kd_loss.call import KDCall
 
-__all__ = ["choose_backend", "kernels", "run_kernel", "scale_rows"]
+__all__ = ["choose_backend", "kernels", "run_kernel", "run_terms", "scale_rows"]
 
 _MODULES = {"native": "kdfast.ops.kd_loss.native", "triton": "kdfast.ops.kd_loss.triton_launch"}
 
@@ -49,6 +49,13 @@ def run_kernel(backend: str, call: KDCall, need_grad: bool) -> tuple[Tensor, Ten
     """
     result: tuple[Tensor, Tensor] = kernels(backend).kd_loss(call, need_grad)
     return result
+
+
+def run_terms(call: KDCall) -> tuple[Tensor, Tensor]:
+    """Run the native kernel once for the float32 cross-entropy and divergence of each row."""
+    both = call.logits.new_empty((2, call.logits.shape[0]), dtype=torch.float32)
+    kernels("native").kd_loss(call, need_grad=False, terms=(both[0], both[1]))
+    return both[0], both[1]
 
 
 def scale_rows(backend: str, grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
