@@ -13,6 +13,9 @@ from kdfast.errors import UsageError, did_you_mean
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+# Values of --precision for a cache, and the words of its manifest.
+CACHE_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
 _OTHER_WORDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -35,6 +38,18 @@ def parse_precision(value: str) -> str:
         UsageError: It is not one of them.
     """
     return one_of("--precision", _OTHER_WORDS.get(value, value), PRECISIONS)
+
+
+def parse_cache_precision(value: str) -> str:
+    """Return a precision of a cache as fp32 or bf16, given as such or by its torch name.
+
+    Raises:
+        UsageError: It is not one of them.
+    """
+    word = _OTHER_WORDS.get(value, value)
+    if word == "fp16":
+        raise UsageError(f"--precision is {value!r}, but a cache is computed in fp32 or bf16: pass one of fp32, bf16")
+    return one_of("--precision", word, CACHE_PRECISIONS)
 
 
 Data = Annotated[

@@ -13,9 +13,6 @@ from kdfast.errors import UsageError
 
 app = typer.Typer(invoke_without_command=True)
 
-# Values of --precision, and the words that a cache's manifest has for them.
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
-
 
 @app.callback()
 def build(
@@ -63,7 +60,7 @@ def build(
             help="Arithmetic of the teacher. bf16 is faster on GPUs and CPUs with matrix units; its error far exceeds "
             "that of float16 storage.",
             metavar="fp32|bf16",
-            callback=options.parse_precision,
+            callback=options.parse_cache_precision,
         ),
     ] = "fp32",
     batch_size: Annotated[
@@ -94,7 +91,6 @@ def build(
     from kdfast.teacher.row_format import RowFormat, TopK
 
     options.one_of("--dtype", dtype, ("float16", "float32"))
-    options.one_of("--precision", precision, PRECISIONS)
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
@@ -109,7 +105,7 @@ def build(
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     place = resolve_device(device)
     if dry_run:
-        check_build(source, model, out, n_views, dtype, PRECISIONS[precision], kept_classes)
+        check_build(source, model, out, n_views, dtype, options.CACHE_PRECISIONS[precision], kept_classes)
         row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
         print(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
@@ -126,7 +122,7 @@ def build(
             view_seed=view_seed,
             dtype=cast(Any, dtype),
             top_k=kept_classes,
-            precision=cast(Any, PRECISIONS[precision]),
+            precision=cast(Any, options.CACHE_PRECISIONS[precision]),
             batch_size=batch_size,
             device=place,
             progress=report,
