@@ -71,8 +71,24 @@ def test_both_words_for_a_precision_write_the_same_cache(kdfast, tiny, teacher, 
     assert files
     for name in files:
         assert (tmp_path / new / name).read_bytes() == (tmp_path / old / name).read_bytes()
-    outcome = kdfast("cache", "--data", tiny, "--teacher", teacher, "--precision", "fp16", "--out", tmp_path / "c")
-    assert (outcome.code, "pass one of fp32, bf16" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        *((word, f"--precision is '{word}', but a cache is computed in fp32 or bf16") for word in ("fp16", "float16")),
+        ("bf61", "--precision is 'bf61': did you mean 'bf16'?"),
+    ],
+)
+def test_a_cache_rejects_other_precisions(kdfast, tiny: Path, teacher: Path, tmp_path: Path, given, reason) -> None:
+    command = ("cache", "--data", tiny, "--teacher", teacher, "--out", tmp_path / "c")
+    (tmp_path / "c.yaml").write_text(f"precision: {given}\n")
+    for more in (("--precision", given), ("--config", tmp_path / "c.yaml")):
+        outcome = kdfast(*command, *more)
+        assert (outcome.code, "pass one of fp32, bf16\n" in outcome.err) == (2, True)
+        assert reason in outcome.err
+        assert ("did you mean" in outcome.err) == (given == "bf61")
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("new", "old"), [("bf16", "bfloat16"), ("fp16", "float16")])
@@ -151,8 +167,7 @@ def test_balance_replaces_three_flags(
     assert expected[1]["parameters"]["balance"] == stored
     for flags in older:
         assert prune(kdfast, uneven, tmp_path / "idx.npy", *flags) == expected
-    agreeing = [flag for flag in older[-1] if not (balance == "equal" and flag == "--balanced")]
-    assert prune(kdfast, uneven, tmp_path / "idx.npy", "--balance", balance, *agreeing) == expected
+        assert prune(kdfast, uneven, tmp_path / "idx.npy", "--balance", balance, *flags) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,12 +189,38 @@ def test_config_files_accept_both_spellings_of_balance(
     assert about["parameters"]["balance"] == balance
 
 
+@pytest.mark.parametrize("text", ["balanced: false", "unbalanced: true", "equal: true", "balance: none"])
+@pytest.mark.parametrize(
+    ("flags", "balance"),
+    [
+        (("--balance", "proportional"), "balanced"),
+        (("--balanced",), "balanced"),
+        (("--balance", "equal"), "equal"),
+        (("--equal",), "equal"),
+        (("--unbalanced",), "unbalanced"),
+    ],
+)
+def test_the_command_line_overrides_the_balance_of_a_config_file(
+    kdfast, uneven: Path, tmp_path: Path, text: str, flags: tuple[str, ...], balance: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    _, about = prune(kdfast, uneven, tmp_path / "idx.npy", "--config", tmp_path / "c.yaml", *flags)
+    assert about["parameters"]["balance"] == balance
+
+
+def test_rejects_contradicting_balances_in_a_config_file(kdfast, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("balance: equal\nbalanced: false\n")
+    command = ("prune", "--data", tiny, "--fraction", 0.25, "--config", tmp_path / "c.yaml")
+    outcome = kdfast(*command, "--out", tmp_path / "idx.npy")
+    assert (outcome.code, "--balance equal and --unbalanced exclude each other" in outcome.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--equal", "--unbalanced"), "--equal and --unbalanced exclude each other: pass --balance equal"),
-        (("--balance", "none", "--equal"), "--balance none and the older flag for equal exclude each other"),
-        (("--balance", "equal", "--balanced"), "--balance equal and the older flag for proportional exclude"),
+        (("--equal", "--unbalanced"), "--unbalanced and --equal exclude each other: pass one of them"),
+        (("--balance", "none", "--equal"), "--balance none and --equal exclude each other: pass one"),
+        (("--balance", "equal", "--balanced"), "--balance equal and --balanced exclude each other"),
         (("--balance", "equl"), "--balance is 'equl': did you mean 'equal'? pass one of proportional, equal, none"),
     ],
 )

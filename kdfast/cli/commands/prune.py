@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 # Values of --balance, and the words that the library writes to disk.
 BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
 
+# Values of --balance that the older flags stand for.
+_OLDER_FLAGS = {"--balanced": "proportional", "--unbalanced": "none", "--equal": "equal"}
+
 
 def prune(
+    context: typer.Context,
     data: options.Data,
     fraction: Annotated[
         list[float],
@@ -117,7 +121,7 @@ def prune(
         rule=rule,
         options=parse_options(option or []),
         score_options=parse_options(score_option or []),
-        balance=_balance(balance, balanced, equal),
+        balance=_balance(context, balance, balanced, equal),
         seed=seed,
         device=str(resolve_device(device)),
         cache=cache,
@@ -152,19 +156,32 @@ def _write(path: Path, selection: Selection) -> None:
     path.with_suffix(".search.json").unlink(missing_ok=True)
 
 
-def _balance(balance: str | None, balanced: bool | None, equal: bool) -> str:
+def _balance(context: typer.Context, balance: str | None, balanced: bool | None, equal: bool) -> str:
     """Return the library's word for --balance, or for the older flags --balanced, --unbalanced and --equal.
+
+    If any of them is on the command line, those of the configuration file are ignored.
 
     Raises:
         UsageError: They contradict each other, or the value is not one of `BALANCES`.
     """
-    if equal and balanced is False:
-        raise UsageError("--equal and --unbalanced exclude each other: pass --balance equal or --balance none")
-    older = "equal" if equal else {True: "proportional", False: "none", None: None}[balanced]
-    if balance is not None:
+    given = {
+        "balance": None if balance is None else f"--balance {balance}",
+        "balanced": {True: "--balanced", False: "--unbalanced", None: None}[balanced],
+        "equal": "--equal" if equal else None,
+    }
+    typed = [flag for name, flag in given.items() if flag and _is_typed(context, name)]
+    flags = typed or [flag for flag in given.values() if flag]
+    if balance is not None and given["balance"] in flags:
         options.one_of("--balance", balance, BALANCES)
-        if older not in (None, balance):
-            raise UsageError(
-                f"--balance {balance} and the older flag for {older} exclude each other: pass --balance only"
-            )
-    return BALANCES[balance or older or "proportional"]
+    # --equal refines --balanced, so both may be given.
+    deciding = [flag for flag in flags if not (flag == "--balanced" and "--equal" in flags)]
+    words = {_OLDER_FLAGS.get(flag, flag.removeprefix("--balance ")) for flag in deciding}
+    if len(words) > 1:
+        raise UsageError(f"{' and '.join(flags)} exclude each other: pass one of them")
+    return BALANCES[words.pop() if words else "proportional"]
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line, rather than in a configuration file or absent."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
