@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdfast.errors import UsageError, unknown_name
+from kdfast.prune.if_beta.command import fixed_settings
 from kdfast.prune.rules.registry import RULES, get_rule
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.base import HOW_TO_GET
@@ -17,6 +18,9 @@ from kdfast.sweep.spec import MethodSpec
 # The score that a rule alone, such as beta:a=2,b=2, ranks the samples by.
 SCORE_OF_A_RULE = ("influence", (("kind", "self"),))
 
+# What determines the subset of a selector but is no option, as a function of the options.
+_FIXED_SETTINGS = {"if-beta": fixed_settings}
+
 
 @dataclass(frozen=True)
 class ResolvedMethod:
@@ -26,11 +30,13 @@ class ResolvedMethod:
         label: The shortest spelling; equal methods have equal labels.
         method: How to select the subset.
         inputs: What it is computed from: `cache`, `dynamics`, or `scores NAME` for a score file.
+        fixed: Settings that determine the subset but are no options; part of the key of a run.
     """
 
     label: str
     method: SelectionMethod
     inputs: frozenset[str]
+    fixed: Options = ()
 
     def __str__(self) -> str:
         """Return the label."""
@@ -86,7 +92,8 @@ def _resolve_selector(spec: MethodSpec, given: frozenset[str]) -> ResolvedMethod
         raise UsageError(f"`methods`: {spec.name} needs {HOW_TO_GET['cache']}")
     method = SelectionMethod(spec.name, spec.options)
     _check(method, spec, {})
-    return ResolvedMethod(str(spec), method, frozenset({"cache"}))
+    fixed = _FIXED_SETTINGS[spec.name](dict(spec.options)) if spec.name in _FIXED_SETTINGS else {}
+    return ResolvedMethod(str(spec), method, frozenset({"cache"}), tuple(fixed.items()))
 
 
 def _check(method: SelectionMethod, spec: MethodSpec, files: Mapping[str, ScoreFile]) -> None:

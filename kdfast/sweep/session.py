@@ -112,6 +112,8 @@ class Session:
         return subset_size(len(self._source.train), fraction)
 
     def _settings(self, recipe: ResolvedMethod, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
+        # In a table, a row whose `scores` differ replaces the older row of the same method.
+        scores = {name: self._digests[name] for name in sorted(recipe.inputs)} | dict(recipe.fixed)
         return {
             **self.config.shared_settings(kd),
             "data": self._source.fingerprint,
@@ -120,7 +122,7 @@ class Session:
             "kd": kd,
             "seed": seed,
             "cache": self._digests["cache"] if kd else None,
-            **({"scores": {name: self._digests[name] for name in sorted(recipe.inputs)}} if recipe.inputs else {}),
+            **({"scores": scores} if scores else {}),
         }
 
     def execute(self, run: SweepRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:

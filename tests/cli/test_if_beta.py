@@ -9,6 +9,7 @@ import pytest
 
 from kdfast.data.readers.registry import open_source
 from kdfast.prune.if_beta import command as if_beta_command
+from kdfast.sweep.summary import group_rows
 from kdfast.teacher.build import build_cache
 
 QUICK = ("--option", "steps=3", "--option", "inner_steps=20", "--option", "held=0.2")
@@ -49,6 +50,7 @@ def test_writes_subset_provenance_and_page(kdfast, tiny: Path, cache: Path, tmp_
     about = json.loads(out.with_suffix(".json").read_text())
     found = about["if-beta"]
     assert about["parameters"]["options"]["steps"] == 3
+    assert found["influence_l2"] == 0.1
     assert len(found["path"]) == 4
     assert len(found["rewards"]) == 3
     seconds = found["score_seconds"] + found["search_seconds"]
@@ -79,7 +81,7 @@ def test_resumes_an_interrupted_search(
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.search.json"]
     outcome = kdfast(*command(tiny, cache, parts, fraction=0.5))
     assert outcome.code == 4
-    assert "other data or settings" in outcome.err
+    assert "other data or settings, or of another version of kdfast" in outcome.err
     outcome = kdfast(*command(tiny, cache, parts))
     assert outcome.code == 0, outcome.err
     assert len(calls) == 4
@@ -179,3 +181,21 @@ def test_sweep_rejects_a_fraction_of_one(kdfast, tiny: Path, cache: Path, tmp_pa
                      "--methods", "if-beta", "--fractions", "0.5,1", "--out", tmp_path / "s", "--dry-run")  # fmt: skip
     assert outcome.code == 3
     assert "nothing to choose" in outcome.err
+
+
+def test_sweep_runs_again_if_the_influence_has_another_l2(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = "random,el2n,if-beta:inner_steps=5,steps=1,if-beta:inner_steps=5,score=residual,steps=1"
+    command = ("sweep", "--data", tiny, "--cache", cache, "--student", "resnet8", "--steps", 6, "--batch-size", 10,
+               "--methods", methods, "--fractions", 0.25, "--kd", "on", "--out", tmp_path)  # fmt: skip
+    outcome = kdfast(*command)
+    assert outcome.code == 0, outcome.err
+    monkeypatch.setattr(if_beta_command, "DEFAULT_L2", 0.5)
+    assert "would run 1 of 4 rows" in kdfast(*command, "--dry-run").out
+    assert kdfast(*command).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows[4:]] == ["if-beta:inner_steps=5,steps=1"]
+    assert rows[4]["chosen"]["influence_l2"] == 0.5
+    (section,) = group_rows(rows)
+    assert [row["settings"]["scores"].get("influence_l2") for row in section.rows if "chosen" in row] == [0.5, None]

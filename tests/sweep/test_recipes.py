@@ -99,6 +99,22 @@ def test_rejects_unknown_names_and_missing_inputs(text: str, given: frozenset[st
         recipe(text, given)
 
 
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [
+        ("if-beta", {"influence_l2": 0.1}),
+        ("if-beta:score=removal,l2=0.5", {"influence_l2": 0.1}),
+        ("if-beta:score=residual", {}),
+        ("if-beta:score=crossfit", {}),
+        ("influence", {}),
+        ("beta:a=2,b=2", {}),
+        ("el2n", {}),
+    ],
+)
+def test_only_if_beta_by_influence_has_a_fixed_setting(text: str, fixed: dict[str, float]) -> None:
+    assert dict(recipe(text).fixed) == fixed
+
+
 def test_selector_takes_options_but_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     selector = SubsetSelector(
         lambda inputs: (np.arange(2), {}), "keeps two", {"steps": Option(3, "of its search", integer=True)}

@@ -41,8 +41,9 @@ class SearchCheckpoint:
             )
         if content.get("identity") != self.identity:
             raise OutputError(
-                f"{self.path} is the checkpoint of a search with other data or settings: resume that search with its "
-                "own command, choose another output name, or delete the file to start over"
+                f"{self.path} is the checkpoint of a search with other data or settings, or of another version of "
+                "kdfast: resume that search with its own command and version, choose another output name, or delete "
+                "the file to start over"
             )
         try:
             return SearchState(**content["state"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -20,10 +21,11 @@ from kdfast.prune.if_beta.inputs import check_fraction
 from kdfast.prune.if_beta.learner import Balance, IFBeta, IFBetaResult
 from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, Proxy, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import SAMPLE_SCORES, mean_logits
+from kdfast.prune.if_beta.scores import INFLUENCES, SAMPLE_SCORES, mean_logits
 from kdfast.prune.if_beta.search import Schedule
-from kdfast.prune.options import Option
+from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray
+from kdfast.prune.scores.influence import DEFAULT_L2
 from kdfast.prune.selector import SelectorInputs, SubsetSelector
 from kdfast.teacher.cache import TeacherCache
 
@@ -63,7 +65,8 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         inputs: Data, cache, fraction, seed and options; `state` is the checkpoint file of the search.
 
     Returns:
-        int64 (m,) indices, ascending; and `summarize`'s values with the cost relative to one distillation.
+        int64 (m,) indices, ascending; and `summarize`'s values with `fixed_settings` and the cost relative to one
+        distillation.
 
     Raises:
         SubsetError: The fraction is 0 or 1 or leaves a class empty, or the cache does not cover the training split.
@@ -90,9 +93,22 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
     height, width = inputs.source.view_spec.size
     seconds = distillation_seconds(len(labels), logits.shape[1], (height, width), inputs.device)
     return result.ids, summarize(result, labels) | {
+        **fixed_settings(inputs.options),
         "distillation": {"student": _STUDENT, "epochs": _EPOCHS, "seconds": seconds},
         "percent_of_distillation": 100 * result.seconds / seconds,
     }
+
+
+def fixed_settings(options: Mapping[str, OptionValue]) -> dict[str, float]:
+    """Return what determines a selection but is no option; it is part of idx.json and of the keys of a sweep's rows.
+
+    Args:
+        options: Options by name; a missing one has its default.
+
+    Returns:
+        `influence_l2`, the penalty behind an influence score; nothing for the other scores.
+    """
+    return {"influence_l2": DEFAULT_L2} if options.get("score", OPTIONS["score"].default) in INFLUENCES else {}
 
 
 IF_BETA = SubsetSelector(

@@ -49,6 +49,9 @@ class HeadInputs:
 
 SampleScore = Callable[[HeadInputs], FloatArray]
 
+# Names of the scores that depend on `DEFAULT_L2`.
+INFLUENCES = ("self", "removal", "absolute")
+
 
 def mean_logits(views: Iterable[Tensor]) -> Tensor:
     """Return logits whose softmax is the mean of the views' probabilities.
