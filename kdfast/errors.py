@@ -19,10 +19,14 @@ code never mentions options.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_DIGEST = re.compile(r"[0-9a-f]{20,}")
 
 
 class KdfastError(Exception):
@@ -99,7 +103,7 @@ class Interrupted(KdfastError, RuntimeError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the part of a message that suggests the closest known name, or an empty string if none is close."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
@@ -129,3 +133,32 @@ def look_up(registry: Mapping[str, T], name: str, kind: str) -> T:
     if name not in registry:
         raise unknown_name(f"no {kind} is named", name, registry)
     return registry[name]
+
+
+def shorten(value: Any) -> str:
+    """Return a JSON value as text for a message, with digests cut to 12 digits and long lists to their ends."""
+    if value is None:
+        return "none"
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"[{shorten(value[0])}, {shorten(value[1])}, ..., {shorten(value[-1])}]"
+    return _DIGEST.sub(lambda digest: digest[0][:12] + "...", json.dumps(value))
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return every difference between two mappings, once, as "`name` was X, is Y; ...".
+
+    A difference in a nested mapping is named "`name` (key)".
+    """
+    return "; ".join(
+        f"{name} was {shorten(before)}, is {shorten(after)}" for name, before, after in _changes(old, new, "")
+    )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*new, *old]):
+        before, after = old.get(key), new.get(key)
+        inner = f"{name} ({key})" if name else f"`{key}`" if key.isidentifier() else key
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changes(before, after, inner)
+        elif before != after:
+            yield inner, before, after

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
+from kdfast.errors import CheckpointError, DataError, OutputError, UsageError, describe_changes
 from kdfast.files import FolderLock, atomic_write, check_writable, read_json, remove_stale, sha256_file, write_json
 
 # Key of config.json whose value is informative only; all other keys are compared before a run resumes.
@@ -182,13 +182,8 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
         return False
     saved, new = read_json(file), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
-    changed = sorted(k for k in {*saved, *new} if saved.get(k) != new.get(k))
-    if changed:
-        first = changed[0]
-        raise UsageError(
-            f"{path} holds a run with other settings ({', '.join(changed)}: {first} was {saved.get(first)!r}, is "
-            f"{new.get(first)!r}): choose another `out`"
-        )
+    if changes := describe_changes(saved, new):
+        raise UsageError(f"{path} holds a run with other settings: {changes}. Choose another `out`")
     return True
 
 

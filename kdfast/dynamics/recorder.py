@@ -19,11 +19,22 @@ from kdfast.data.source import check_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
 from kdfast.dynamics.metrics import compute_metrics
-from kdfast.errors import DataError, OutputError, ShapeError, UsageError
+from kdfast.errors import DataError, OutputError, ShapeError, UsageError, describe_changes
 from kdfast.files import FolderLock, atomic_write, check_writable, remove_stale, write_sealed
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
+
+# Fields of a plan, in words for messages.
+_WORDS = {
+    "format": "format of the files",
+    "version": "version of the format",
+    "samples": "number of samples",
+    "epochs": "number of recorded epochs",
+    "labels": "digest of the labels",
+    "fingerprint": "fingerprint of the data",
+    "feature_epochs": "epochs with features",
+}
 
 
 class DynamicsRecorder:
@@ -214,8 +225,9 @@ class DynamicsRecorder:
                 changed = [name for name, value in plan.items() if held.get(name) != value]
                 if changed:
                     raise UsageError(
-                        f"{folder} holds dynamics with different {', '.join(changed)}: choose another folder, or use "
-                        "the same data and settings"
+                        f"{folder} holds dynamics with other data or settings: "
+                        f"{describe_changes(_settings(held, changed), _settings(plan, changed))}. Choose another "
+                        "folder, or use the same data and settings"
                     )
                 return
             if any(entry.name != ".kdfast.lock" for entry in folder.iterdir()):
@@ -299,6 +311,16 @@ class DynamicsRecorder:
             plan = layout.read_sealed_json(self.path / layout.PLAN)
             runs = [layout.read_sealed_json(seal)["files"] for seal in seals]
             write_sealed(self.path / layout.MANIFEST, {**plan, "runs": runs})
+
+
+def _settings(plan: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return fields of a plan under the names that messages use; facts and settings of the training by their own."""
+    facts = dict(plan.get("facts") or {}) if "facts" in names else {}
+    training = facts.pop("training", {})
+    if not isinstance(training, Mapping):
+        training = {"training": training}
+    fields = {_WORDS.get(name, name): plan.get(name) for name in names if name != "facts"}
+    return {**fields, **training, **facts}
 
 
 @contextlib.contextmanager

@@ -9,13 +9,12 @@ one canonical form, so that any changed byte is detected. Values that differ bet
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import CacheMismatch
+from kdfast.errors import CacheMismatch, shorten
 from kdfast.files import read_sealed
 
 FORMAT = "kdfast-cache"
@@ -80,10 +79,5 @@ def compare_manifests(given: Mapping[str, Any], needed: Mapping[str, Any], prefi
         if isinstance(value, Mapping) and isinstance(other, Mapping):
             lines += compare_manifests(other, value, f"{prefix}{key}.")
         elif other != value:
-            lines.append(f"{prefix}{key} is {_short(other)}, expected {_short(value)}")
+            lines.append(f"{prefix}{key} is {shorten(other)}, expected {shorten(value)}")
     return lines
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else text[:17] + "..."

@@ -383,8 +383,19 @@ def test_does_not_resume_with_another_teacher(kdfast, tiny: Path, teacher: Path,
     torch.save(content, other)
     command = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 20, "--alpha", 1)
     stopped_run(kdfast, (*command, "--teacher", teacher), tmp_path / "run")
-    expect(kdfast(*command, "--teacher", other, "--out", tmp_path / "run"), 2, "other settings .teacher")
+    expect(
+        kdfast(*command, "--teacher", other, "--out", tmp_path / "run"),
+        2,
+        r"other settings: --teacher \(mean\) was \[[\d., ]+\], is \[0\.1, 0\.2, 0\.3\]\. Choose",
+    )
     assert kdfast(*command, "--teacher", teacher, "--out", tmp_path / "run").code == 0
+
+
+def test_does_not_resume_with_other_settings(kdfast, tiny: Path, tmp_path: Path) -> None:
+    command = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 20, "--alpha", 0)
+    stopped_run(kdfast, command, tmp_path / "run")
+    outcome = kdfast(*command, "--view-seed", 7, "--lr", 0.01, "--out", tmp_path / "run")
+    expect(outcome, 2, r"other settings: --lr was 0\.05, is 0\.01; --view-seed was 0, is 7\. Choose another --out$")
 
 
 def test_does_not_resume_with_another_cache(kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
@@ -394,7 +405,11 @@ def test_does_not_resume_with_another_cache(kdfast, tiny: Path, teacher: Path, c
     assert made.code == 0, made.err
     command = ("distill", "--data", tiny, "--student", "resnet8", "--epochs", 1, "--batch-size", 20, "--alpha", 1)
     stopped_run(kdfast, (*command, "--cache", cache), tmp_path / "run")
-    expect(kdfast(*command, "--cache", tmp_path / "c", "--out", tmp_path / "run"), 2, "other settings .teacher")
+    expect(
+        kdfast(*command, "--cache", tmp_path / "c", "--out", tmp_path / "run"),
+        2,
+        r"other settings: --teacher \(cache\) was \"[0-9a-f]{12}\.\.\.\", is \"[0-9a-f]{12}\.\.\.\"\. Choose",
+    )
 
 
 def test_uses_the_view_seed_of_the_cache_and_rejects_another(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:

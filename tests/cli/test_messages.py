@@ -7,7 +7,7 @@ import typer
 
 from kdfast.cli import app
 from kdfast.cli.messages import find_command, translate
-from kdfast.errors import UsageError
+from kdfast.errors import UsageError, describe_changes, did_you_mean
 
 ROOT = typer.main.get_command(app)
 
@@ -49,6 +49,24 @@ def test_finds_the_command_that_a_line_runs(line: str, name: str | None) -> None
 )  # fmt: skip
 def test_replaces_argument_names_by_options(line: str, message: str, expected: str) -> None:
     assert translate(message, find_command(ROOT, line.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("nope", ""), ("xyz", ""), ("randm", "did you mean 'random'? "), ("el2m", "did you mean 'el2n'? ")],
+)
+def test_suggests_only_similar_names(name: str, expected: str) -> None:
+    assert did_you_mean(name, ["random", "el2n", "forgetting", "grand"]) == expected
+
+
+def test_changes_are_named_once_with_both_values() -> None:
+    digests = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
+    old = {"lr": 0.1, "same": 1, "teacher": {"digest": digests[0], "net": "a"}, "gone": None, "steps": list(range(20))}
+    new = {"lr": 0.2, "same": 1, "teacher": {"digest": digests[1], "net": "a"}, "steps": [0]}
+    assert describe_changes(old, new) == (
+        '`lr` was 0.1, is 0.2; `teacher` (digest) was "0123456789ab...", is "fedcba987654..."; '
+        "`steps` was [0, 1, ..., 19], is [0]"
+    )
 
 
 def test_the_program_prints_the_translated_message(kdfast, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

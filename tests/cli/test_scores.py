@@ -99,7 +99,7 @@ def test_computes_memorization_from_masked_runs(kdfast, tiny, tmp_path) -> None:
 
 def test_computes_grand_of_a_full_network(kdfast, tiny, teacher, tmp_path) -> None:
     arguments = ("score", "--data", tiny, "--method", "grand", "--option", "network=full", "--out", tmp_path / "s.npz")
-    expect(kdfast(*arguments), 2, "kdfast teacher train .* --teacher")
+    expect(kdfast(*arguments), 2, r"takes a --teacher \(train one with kdfast teacher train\)")
     ran = kdfast(*arguments, "--teacher", teacher)
     assert ran.code == 0, ran.err
 
@@ -177,6 +177,7 @@ BAD_SCORES = {
     "no dynamics": (["--method", "aum"], 2, "with kdfast dynamics and pass --dynamics"),
     "no cache": (["--method", "influence"], 2, "with kdfast cache and pass --cache"),
     "neither": (["--method", "el2n"], 2, "kdfast dynamics .* kdfast cache"),
+    "no network": (["--method", "grand", "--option", "network=full"], 2, "kdfast score, which takes a --teacher"),
     "no folder": (["--method", "aum", "--dynamics", "absent"], 3, "holds no dynamics"),
 }
 
@@ -185,6 +186,16 @@ BAD_SCORES = {
 def test_rejects_bad_score_commands(kdfast, tiny, tmp_path, case) -> None:
     more, code, pattern = BAD_SCORES[case]
     expect(kdfast("score", "--data", tiny, "--out", tmp_path / "s.npz", *more), code, pattern)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_of_scores_name_no_option_of_another_command(kdfast, tiny, dynamics, tmp_path) -> None:
+    command = ("prune", "--data", tiny, "--fraction", 0.25, "--out", tmp_path / "idx.npy", "--method")
+    expect(kdfast(*command, "grand", "--score-option", "network=full"), 2,
+           "with kdfast score, which takes a teacher .*pass its score file to kdfast prune")  # fmt: skip
+    expect(kdfast(*command, "memorization", "--dynamics", dynamics), 3,
+           "with kdfast dynamics: more runs, each of which trains on less than the whole training split, for example "
+           "keep=0.7$")  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,8 +234,12 @@ def test_rejects_unfinished_dynamics(kdfast, tiny, dynamics, tmp_path) -> None:
 
 def test_rejects_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
-    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2)), 2, "dynamics with different")
-    expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2)), 2, "dynamics with different")
+    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2, "--features-every", 1)), 2,
+           r"other data or settings: --lr was 0\.[0-9]+, is 0\.01\. Choose")  # fmt: skip
+    expect(kdfast(*dynamics_command(tiny, dynamics, "--runs", 2, epochs=2)), 2,
+           "number of recorded epochs was 3, is 2; epochs with features was .*; --epochs was 3, is 2")  # fmt: skip
+    expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2, "--features-every", 1)), 2,
+           "number of samples was 120, is .*; digest of the labels was .*; fingerprint of the data was ")  # fmt: skip
     assert arrays_of(dynamics) == before
 
 

@@ -39,7 +39,10 @@ def test_rejects_other_settings_and_changes_nothing(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         folder.save_checkpoint({"step": 1}, 1)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(UsageError, match=r"lr was 0\.1, is 0\.2"), RunFolder(tmp_path, {**CONFIG, "lr": 0.2}):
+    with (
+        pytest.raises(UsageError, match=r"other settings: `lr` was 0\.1, is 0\.2\."),
+        RunFolder(tmp_path, {**CONFIG, "lr": 0.2}),
+    ):
         pass
     assert (tmp_path / "config.json").read_bytes() == before
 

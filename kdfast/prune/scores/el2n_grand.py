@@ -121,7 +121,7 @@ def _epoch(inputs: ScoreInputs, dynamics: Dynamics, available: range | list[int]
         held = f"{min(available)} to {max(available)}" if isinstance(available, range) else available or "none"
         raise UsageError(
             f"{dynamics.path} has the required values after epochs {held}, not {asked}: use one of those, or record "
-            "again with more `epochs` or another `features_every`"
+            "again with kdfast dynamics, for more epochs or with features of other epochs"
         )
     return int(asked)
 
@@ -131,7 +131,8 @@ def _full_gradient_norms(inputs: ScoreInputs) -> FloatArray:
     source, model = inputs.source, inputs.network
     if model is None:
         raise UsageError(
-            "grand of the full network needs a network: train one with kdfast teacher train and pass `teacher`"
+            "grand with network=full needs a network: compute this score with kdfast score, which takes a `teacher` "
+            "(train one with kdfast teacher train), and pass its score file to kdfast prune or kdfast sweep"
         )
     if source is None:
         raise UsageError("grand of the full network needs the images: pass `source`")

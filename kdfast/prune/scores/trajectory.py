@@ -61,7 +61,7 @@ def average_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np
         missing = np.flatnonzero(count == 0)
         raise DataError(
             f"no run of {dynamics.path} trained on {len(missing)} of {dynamics.n} samples (for example {missing[0]}); "
-            "record more `runs` with kdfast dynamics, or raise `keep`"
+            "record again with kdfast dynamics: more runs, or a larger share of the training split per run"
         )
     return total / count
 
@@ -78,7 +78,9 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
     """
     dynamics = require_dynamics(inputs, "forgetting")
     if dynamics.epochs < 2:
-        raise UsageError(f"forgetting compares epochs, but {dynamics.path} has only one: record more `epochs`")
+        raise UsageError(
+            f"forgetting compares epochs, but {dynamics.path} has only one: record more with kdfast dynamics"
+        )
     hardest = inputs.options["never_learned"] == "max"
 
     def events(run: int) -> FloatArray:
@@ -118,8 +120,8 @@ def dual(inputs: ScoreInputs) -> ScoreResult:
     first = min(int(inputs.number("first")), dynamics.epochs)
     if window > first:
         raise UsageError(
-            f"dual needs {window} epochs for a window, but there are {first}: record more `epochs`, or lower the "
-            "option window"
+            f"dual needs {window} epochs for a window, but there are {first}: record more with kdfast dynamics, or "
+            "lower the option window"
         )
 
     def uncertainty(run: int) -> FloatArray:
@@ -183,8 +185,8 @@ class _RunningMean:
             missing = np.flatnonzero(self._count == 0)
             raise DataError(
                 f"{len(missing)} of {dynamics.n} samples (for example {missing[0]}) were never {side} the subset that "
-                f"one of the {dynamics.runs} runs of {dynamics.path} trained on: record more `runs` with "
-                "`keep` below 1, such as 0.7"
+                f"one of the {dynamics.runs} runs of {dynamics.path} trained on: record again with kdfast "
+                "dynamics: more runs, each of which trains on less than the whole training split, for example keep=0.7"
             )
 
     @property
