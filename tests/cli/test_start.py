@@ -17,6 +17,18 @@ def test_no_heavy_import(code: str) -> None:
     assert loaded.isdisjoint({"torch", "numba", "ffcv", "triton", "scipy", "sklearn", "matplotlib", "numpy"})
 
 
+def test_doctor_reports_that_the_extension_is_not_built() -> None:
+    script = (
+        "import sys; sys.modules['kdfast._native'] = None; sys.argv = ['kdfast', 'doctor']; "
+        "from kdfast.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "native       the compiled extension is not built (" in done.stdout
+    assert "run pip install . in the source folder of kdfast" in done.stdout
+    assert "kd_loss, cpu -> reference: " in done.stdout
+
+
 @pytest.mark.slow
 def test_help_in_half_a_second() -> None:
     seconds = []

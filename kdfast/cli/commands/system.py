@@ -15,7 +15,6 @@ def doctor() -> None:
     import torch
 
     import kdfast
-    from kdfast.ops import native
     from kdfast.ops.backends import choices
 
     print(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
@@ -24,12 +23,23 @@ def doctor() -> None:
     print(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"cuda         {', '.join(devices) if devices else 'no device'}")
-    print(f"native       instruction set {native.isa()}")
+    print(f"native       {_describe_extension()}")
     print("\noperator, device -> backend: reason")
     for choice in choices():
         print(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")
     if sys.platform != "linux":
         print("\nffcv and triton need Linux; the resident loader and the native kernels work here")
+
+
+def _describe_extension() -> str:
+    try:
+        from kdfast.ops import native
+    except ImportError as error:
+        return (
+            f"the compiled extension is not built ({error}): run pip install . in the source folder of kdfast, with a "
+            "C++ compiler"
+        )
+    return f"instruction set {native.isa()}"
 
 
 def _version(package: str) -> str:
