@@ -52,6 +52,9 @@ def parse_cache_precision(value: str) -> str:
     return one_of("--precision", word, CACHE_PRECISIONS)
 
 
+# What help shows for an option that is a path, also where the library takes a str.
+PATH = "<path>"
+
 Data = Annotated[
     str,
     typer.Option(

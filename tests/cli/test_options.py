@@ -1,6 +1,7 @@
 """Options mean the same in every command; older spellings still work and help does not show them."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import typer
 
 from kdfast.cli import app
 from kdfast.cli.command import HIDDEN_SPELLINGS
+from kdfast.cli.method_help import ScoreCommand
 from kdfast.cli.options import parse_precision
 from kdfast.errors import UsageError
 
@@ -32,6 +34,33 @@ def test_every_option_has_a_sentence_of_help(words: str) -> None:
     for parameter in COMMANDS[words].params:
         if not getattr(parameter, "hidden", False):
             assert str(parameter.help).endswith("."), parameter.name
+
+
+def split_words(text: str) -> set[str]:
+    """Return the parts of a text that no line break may divide; a line may end with a hyphen."""
+    return set(re.split(r"\s+|(?<=\w-)(?=\w)", text))
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_breaks_no_word(words: str) -> None:
+    command = COMMANDS[words]
+    context = command.make_context("kdfast", [], resilient_parsing=True)
+    context.terminal_width = 80
+    shown = command.get_help(context).splitlines()
+    assert max(map(len, shown)) <= 80
+    printed = split_words("\n".join(shown))
+    texts = [command.help, command.epilog, *(p.help for p in command.params if not getattr(p, "hidden", False))]
+    if isinstance(command, ScoreCommand):
+        texts += [entry.summary for entries in command.registries().values() for entry in entries.values()]
+    for text in filter(None, texts):
+        assert split_words(text) <= printed
+
+
+def test_help_shows_paths_alike_in_every_command(kdfast) -> None:
+    for words, command in COMMANDS.items():
+        shown = kdfast(*words.split(), "--help").out
+        for name in {"cache", "dynamics", "teacher", "subset", "out"} & {p.name for p in command.params}:
+            assert re.search(rf"\b{name} <?path\b", shown, re.IGNORECASE), (words, name)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def build(
     subset: Annotated[
         str | None,
         typer.Option(
-            "--subset", help="Subset file, idx.npy: cache only these samples; default: the whole training split."
+            "--subset",
+            help="Subset file, idx.npy: cache only these samples; default: the whole training split.",
+            metavar=options.PATH,
         ),
     ] = None,
     views: Annotated[

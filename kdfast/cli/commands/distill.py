@@ -17,15 +17,20 @@ def distill(
     student: options.Student,
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command resumes it.")],
     subset: Annotated[
-        str | None, typer.Option("--subset", help="Subset file, idx.npy; default: the whole training split.")
+        str | None,
+        typer.Option("--subset", help="Subset file, idx.npy; default: the whole training split.", metavar=options.PATH),
     ] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Teacher's cache, to look its logits up.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Teacher's cache, to look its logits up.", metavar=options.PATH),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
             "--teacher",
             help="Teacher, T.pt. Without --cache, it runs on the same views during training; with --cache, the cache "
             "must be of this teacher.",
+            metavar=options.PATH,
         ),
     ] = None,
     epochs: training.Epochs = 240,

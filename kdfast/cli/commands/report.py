@@ -21,11 +21,11 @@ def scores(
     cache: Cache = None,
     subset: Annotated[
         list[Path] | None,
-        typer.Option("--subset", help="Subset file whose class balance to show; repeatable."),
+        typer.Option("--subset", help="Subset file whose class balance to show; repeatable.", metavar=options.PATH),
     ] = None,
     others: Annotated[
         list[Path] | None,
-        typer.Option("--scores", help="Score file of the same data to compare with; repeatable."),
+        typer.Option("--scores", help="Score file of the same data to compare with; repeatable.", metavar=options.PATH),
     ] = None,
     classes: Annotated[int, typer.Option("--classes", help="Number of classes of which to show samples.", min=1)] = 5,
     each: Annotated[

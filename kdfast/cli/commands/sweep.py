@@ -30,8 +30,8 @@ def sweep(
         typer.Option(
             "--methods",
             help="Comma-separated: SCORE (with the rule it was published with), SCORE/RULE, RULE, or a method that "
-            "selects the subset directly; options follow as NAME:a=2,b=3. Example: "
-            "random,el2n,influence:kind=self/beta:a=2,b=3. `kdfast prune --help` lists the names.",
+            "selects the subset directly; options follow as NAME:a=2,b=3. Examples: "
+            "random,el2n or influence:kind=self/beta:a=2,b=3. `kdfast prune --help` lists the names.",
             metavar="LIST",
         ),
     ] = "random",
@@ -47,8 +47,13 @@ def sweep(
     steps: Annotated[
         int, typer.Option("--steps", help="Steps of every run, rounded to whole epochs of its subset.", min=1)
     ] = 1250,
-    cache: Annotated[str | None, typer.Option("--cache", help="Teacher's cache of all training samples.")] = None,
-    dynamics: Annotated[str | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Teacher's cache of all training samples.", metavar=options.PATH),
+    ] = None,
+    dynamics: Annotated[
+        str | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.", metavar=options.PATH)
+    ] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option(

@@ -73,7 +73,7 @@ SCORES: dict[str, Score] = {
     ),
     "d2": Score(
         d2,
-        "another score, as the start of the rule d2",
+        "the score that the option score names, by default el2n; the rule d2 adds diversity",
         _CACHE | _DYNAMICS,
         rule="d2",
         options={"score": Option("el2n", "score to start from", choices=("el2n", "aum", "forgetting"))},
