@@ -114,7 +114,7 @@ class Dynamics:
             held = ", ".join(str(one + 1) for one in self.feature_epochs) or "no"
             raise UsageError(
                 f"{self.path} holds features after {held} epochs of training, not after {epoch + 1}: use one of "
-                "those, or record again with another `features_every`"
+                "those, or record features after more epochs"
             )
         return self._array(run, layout.features_file(epoch), (self.n, -1), np.float32)
 
