@@ -1,6 +1,6 @@
 """Private PyTorch names that kdfast depends on, all in one file.
 
-Each name was checked by the tests on torch 2.8.0 and 2.13.0. When a new PyTorch release drops one, mend it here.
+Each name was checked by the tests on torch 2.8.0, 2.13.0 and 2.14.1. When a PyTorch release drops one, mend it here.
 """
 
 from __future__ import annotations
