@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "common/address.h"
 #include "kd_loss/kd_loss.h"
 
 namespace py = pybind11;
@@ -10,11 +11,6 @@ namespace py = pybind11;
 namespace kdfast {
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Arguments come in groups of tuples: pybind11 takes three times as long for two dozen keywords.
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int>;  // address, sizes, strides, dtype

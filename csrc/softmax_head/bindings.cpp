@@ -1,6 +1,7 @@
 // Binds the row operations of a softmax head: converts the arguments, releases the GIL and calls softmax_head.h.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "softmax_head/softmax_head.h"
 
 namespace py = pybind11;
@@ -9,11 +10,6 @@ namespace kdfast {
 namespace {
 
 using namespace softmax_head;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // From (address, rows, classes, row stride, is double, alpha, temperature, threads, ISA limit).
 Logits make_logits(const py::tuple& t) {

@@ -1,20 +1,12 @@
 // Python bindings of the views and the permutations: unpack the arguments, release the interpreter lock, call.
 #include <pybind11/pybind11.h>
 
+#include "common/address.h"
 #include "views/views.h"
 
 namespace py = pybind11;
 
 namespace kdfast {
-
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_views(py::module_& m) {
   m.def("shift_views",

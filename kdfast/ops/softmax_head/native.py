@@ -9,12 +9,7 @@ from torch import Tensor
 
 from kdfast.ops.native import WIDEST_ISA, extension
 
-__all__ = ["add_fused_products", "apply_logit_hessian_", "can_fuse_products", "has_cuda", "norms", "residuals"]
-
-
-def has_cuda() -> bool:
-    """Return whether the extension was built with CUDA kernels."""
-    return bool(extension.cuda)
+__all__ = ["add_fused_products", "apply_logit_hessian_", "can_fuse_products", "norms", "residuals"]
 
 
 def residuals(
