@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdfast.ops.triton_rows import PARTS
+
 __all__ = ["LN2", "LOG2E", "exp_at_one", "finite_or_zero", "row_factors", "row_indices"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -40,7 +42,7 @@ def row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS: tl.constexpr, HAS_M
     if HAS_WEIGHTS:
         factor = tl.load(weights_ptr + r, mask=live, other=0.0).to(tl.float32)
     if HAS_MASS:
-        mass = tl.load(mass_ptr)
+        mass = tl.sum(tl.load(mass_ptr + tl.arange(0, PARTS)), 0)
         factor = tl.where(mass == 0.0, 0.0, factor / mass)
     return factor
 

@@ -124,7 +124,7 @@ def dense_kernel(
     label_ptr,  # (N,) int64
     rows_ptr,  # (N,) int64 teacher row of each sample
     weights_ptr,  # (N,) float
-    mass_ptr,  # () float32, divisor of a mean
+    mass_ptr,  # (PARTS,) float32, terms of the divisor of a mean
     loss_ptr,  # (N,) float32, out
     grad_ptr,  # (N, C) contiguous, out
     n,

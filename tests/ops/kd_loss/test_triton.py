@@ -31,6 +31,7 @@ POINTERS = {
     "tail_ptr": "*fp32",
     "weights_ptr": "*fp32",
     "mass_ptr": "*fp32",
+    "sums_ptr": "*fp32",
     "loss_ptr": "*fp32",
     "factor_ptr": "*fp32",
 }
@@ -98,8 +99,8 @@ def test_dense_kernel_compiles_to_vector_loads(student, classes):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_other_kernels_compile():
-    from kdfast.ops.kd_loss.triton_launch import scale_kernel, weight_sum_kernel
     from kdfast.ops.kd_loss.triton_topk import topk_kernel
+    from kdfast.ops.triton_rows import scale_kernel, weight_sum_kernel
 
     types = {"z_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "v_ptr": "*fp16"}
     assert compiled(topk_kernel, 8, types, **BASE, BLOCK=4096, K_BLOCK=64)

@@ -17,7 +17,7 @@ import torch
 
 import kdfast
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
-from kdfast.ops.kd_loss.triton_launch import scale_rows
+from kdfast.ops.triton_rows import scale_rows, weight_sums
 
 torch.manual_seed(0)
 # Relative rounding error. For bfloat16 that of truncation: the interpreter truncates, a GPU rounds to nearest.
@@ -263,6 +263,14 @@ def weights():
     ):
         check("weights", z, y, t, r, weights=w, reduction=reduction)
     check("weights", z.half(), y, t, r, weights=torch.rand(6))
+    for n in (1, 1024, 1025, 70000):
+        labels, w = torch.randint(0, 4, (n, 2))[:, 1], torch.rand(n)
+        for args in ((labels, None), (None, w), (labels, w), (labels.contiguous(), w.double())):
+            total = weight_sums(*args, ignore_index=3).double().sum()
+            counted = torch.ones(n) if args[0] is None else labels != 3
+            expected = (counted * (1.0 if args[1] is None else w.double())).sum()
+            ok = total == expected if args[1] is None else torch.isclose(total, expected, rtol=1e-6)
+            record("weights", ok, ("sum", n, total, expected))
 
 
 ALL = (

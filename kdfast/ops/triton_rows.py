@@ -1,0 +1,114 @@
+"""Triton kernels over the rows of a batch: the sum of their weights, and their product with a factor each."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["PARTS", "device_of", "scale_kernel", "scale_rows", "weight_sum_kernel", "weight_sums"]
+
+PARTS = tl.constexpr(32)
+"""Number of partial sums of ``weight_sums``: one for each lane of a warp."""
+
+
+@triton.jit
+def weight_sum_kernel(
+    label_ptr,  # (N,) int64
+    weights_ptr,  # (N,) float
+    sums_ptr,  # (PARTS,) float32, out
+    n,
+    label_stride,
+    ignore_index,
+    HAS_LABELS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the weights of the non-ignored rows of every PARTS-th block, in a fixed order."""
+    part = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(part.to(tl.int64) * BLOCK, n, PARTS * BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        live = r < n
+        if HAS_LABELS:
+            live = live & (tl.load(label_ptr + r * label_stride, mask=live, other=ignore_index) != ignore_index)
+        if HAS_WEIGHTS:
+            total += tl.load(weights_ptr + r, mask=live, other=0.0).to(tl.float32)
+        else:
+            total += tl.where(live, 1.0, 0.0)
+    tl.store(sums_ptr + part, tl.sum(total, 0))
+
+
+def weight_sums(labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor:
+    """Return float32 (32,) on the device, which add up to the sum of the weights of the rows that are not ignored.
+
+    The kernel that needs the sum adds them up, which saves a launch. The result is the same in every run: no addition
+    is atomic.
+
+    Args:
+        labels: (N,) int64, or None if no row is ignored.
+        weights: (N,) floating point, contiguous, or None if each is 1.
+        ignore_index: Label of the rows to ignore.
+    """
+    rows = labels if labels is not None else weights
+    assert rows is not None, "without labels and weights the sum is N"
+    sums = torch.empty(PARTS.value, dtype=torch.float32, device=rows.device)
+    with device_of(rows):
+        weight_sum_kernel[(PARTS.value,)](
+            sums if labels is None else labels, sums if weights is None else weights, sums, rows.shape[0],
+            0 if labels is None else labels.stride(0), ignore_index,
+            HAS_LABELS=labels is not None, HAS_WEIGHTS=weights is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def scale_kernel(
+    grad_ptr,  # (N, C) contiguous
+    out_ptr,  # (N, C) contiguous, may be grad_ptr
+    factor_ptr,  # () or (N,) float32
+    size,
+    c,
+    factor_stride,
+    scale,
+    PER_ROW: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write grad * factor * scale to out; in place, return at once if the product of the factors is one."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    if PER_ROW:
+        factor = tl.load(factor_ptr + (at // c) * factor_stride, mask=mask, other=0.0) * scale
+        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, (g * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        factor = tl.load(factor_ptr) * scale
+        if not IN_PLACE or factor != 1.0:
+            g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, (g * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    """Return ``grad * factor * scale``, rounded once; as ``native.scale_rows``, but without reading the factor."""
+    is_scalar = factor.dim() == 0 or factor.stride(0) == 0
+    out = grad if in_place else torch.empty_like(grad)
+    size = grad.numel()
+    if size:
+        stride = 0 if is_scalar else factor.stride(0)
+        block = 4096
+        with device_of(grad):
+            scale_kernel[(triton.cdiv(size, block),)](
+                grad, out, factor, size, grad.shape[1], stride, scale,
+                PER_ROW=not is_scalar, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Select the tensor's device for launches; do nothing for the CPU tensors of Triton's interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
