@@ -51,10 +51,24 @@ class Distributed:
         return self.rank == 0
 
     def local_device(self, device: torch.device) -> torch.device:
-        """Return this process's own device: `cuda` becomes the CUDA device of its local rank."""
-        if self.world_size > 1 and str(device) == "cuda":
-            return torch.device("cuda", self.local_rank)
-        return device
+        """Return this process's own device: `cuda` becomes the CUDA device of its local rank.
+
+        Raises:
+            UsageError: If this machine has fewer CUDA devices than processes, or several processes name one device.
+        """
+        if self.world_size == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise UsageError(
+                f"`device` is {device} for {self.world_size} processes: pass cuda, so that each uses its own device"
+            )
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise UsageError(
+                f"LOCAL_RANK is {self.local_rank}, but torch sees {count} CUDA devices: start at most {count} "
+                "processes on this machine"
+            )
+        return torch.device("cuda", self.local_rank)
 
     def check_batches(self, samples: int, batch_size: int) -> None:
         """Check that every process gets a share of every batch.
@@ -71,11 +85,20 @@ class Distributed:
 
     @contextlib.contextmanager
     def process_group(self, device: torch.device) -> Iterator[None]:
-        """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere."""
+        """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere.
+
+        Args:
+            device: The result of `local_device`. A CUDA device becomes the current one of the calling thread, so that
+                no process allocates memory on the first device of the machine.
+        """
         if self.world_size == 1:
             yield
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from kdfast.data.readers.registry import open_source
 from kdfast.data.resident import ResidentLoader
@@ -43,6 +44,40 @@ def test_rejects_batches_with_fewer_samples_than_processes() -> None:
     Distributed(0, 2).check_batches(34, 32)
     with pytest.raises(UsageError, match="last batch of an epoch has 1 samples for 2 processes"):
         Distributed(0, 2).check_batches(33, 32)
+
+
+def test_each_process_has_its_own_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    assert Distributed(3, 4, local_rank=1).local_device(cuda) == torch.device("cuda", 1)
+    assert Distributed().local_device(cuda) == cuda
+    assert Distributed(1, 2, local_rank=1).local_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(UsageError, match="LOCAL_RANK is 2, but torch sees 2 CUDA devices"):
+        Distributed(2, 4, local_rank=2).local_device(cuda)
+    with pytest.raises(UsageError, match="`device` is cuda:0 for 2 processes: pass cuda"):
+        Distributed(0, 2).local_device(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (
+            torch.device("cuda", 1),
+            [("set_device", torch.device("cuda", 1)), ("nccl", {"device_id": torch.device("cuda", 1)}), "destroy"],
+        ),
+        (torch.device("cpu"), [("gloo", {}), "destroy"]),
+    ],
+)
+def test_process_group_selects_the_device_before_it_connects(
+    device: torch.device, expected: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append((backend, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+    with Distributed(1, 2, local_rank=1).process_group(device):
+        pass
+    assert calls == expected
 
 
 @pytest.mark.slow
