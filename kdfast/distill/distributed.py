@@ -58,7 +58,7 @@ class Distributed:
         """
         if self.world_size == 1 or device.type != "cuda":
             return device
-        if device.index is not None:
+        if str(device) != "cuda":
             raise UsageError(
                 f"`device` is {device} for {self.world_size} processes: pass cuda, so that each uses its own device"
             )
