@@ -123,15 +123,18 @@ def head_products(
 ) -> None: ...
 
 # Views and permutations
-def shift_views(
+def gather_views(
     images: int,
-    moves: int,
+    rows: int,
+    view_ids: int,
     scale: int,
     bias: int,
+    count: int,
     batch: int,
     height: int,
     width: int,
     pad: int,
+    flip: bool,
     out: int,
     dtype: int,
     threads: int,

@@ -9,24 +9,27 @@ namespace py = pybind11;
 namespace kdfast {
 
 void bind_views(py::module_& m) {
-  m.def("shift_views",
-        [](uintptr_t images, uintptr_t offsets, uintptr_t scale, uintptr_t bias, int64_t batch, int64_t height,
-           int64_t width, int64_t pad, uintptr_t out, int dtype, int threads, int isa_limit) {
-          const ShiftViews args{pointer<const uint8_t>(images),
-                                pointer<const int32_t>(offsets),
-                                pointer<const float>(scale),
-                                pointer<const float>(bias),
-                                batch,
-                                height,
-                                width,
-                                pad,
-                                pointer<void>(out),
-                                dtype,
-                                threads,
-                                isa_limit};
-          py::gil_scoped_release release;
-          shift_views(args);
-        });
+  m.def("gather_views", [](uintptr_t images, uintptr_t rows, uintptr_t view_ids, uintptr_t scale, uintptr_t bias,
+                           int64_t count, int64_t batch, int64_t height, int64_t width, int64_t pad, bool flip,
+                           uintptr_t out, int dtype, int threads, int isa_limit) {
+    const GatherViews args{pointer<const uint8_t>(images),
+                           pointer<const int64_t>(rows),
+                           pointer<const int64_t>(view_ids),
+                           pointer<const float>(scale),
+                           pointer<const float>(bias),
+                           count,
+                           batch,
+                           height,
+                           width,
+                           pad,
+                           flip,
+                           pointer<void>(out),
+                           dtype,
+                           threads,
+                           isa_limit};
+    py::gil_scoped_release release;
+    gather_views(args);
+  });
   m.def("shuffled_at", [](int64_t position, int64_t size, uintptr_t keys, int64_t count, uintptr_t out, int threads) {
     py::gil_scoped_release release;
     shuffled_at(position, size, pointer<const uint64_t>(keys), count, pointer<int64_t>(out), threads);

@@ -1,4 +1,4 @@
-// Shifts, mirrors and normalizes a batch of uint8 images in one pass: random-crop and flip augmentation.
+// Gathers, shifts, mirrors and normalizes uint8 images in one pass: random-crop and flip augmentation.
 #include "views/views.h"
 
 #include <algorithm>
@@ -31,16 +31,33 @@ KDFAST_INLINE Bytes reversed(Bytes group) {
 // State shared by the rows of a batch: scale and bias, repeated for every pixel of a row so that a row is one long
 // vector.
 struct BatchContext {
-  const ShiftViews& args;
+  const GatherViews& args;
   std::vector<float> scale, bias;
 
-  explicit BatchContext(const ShiftViews& a) : args(a) {
+  explicit BatchContext(const GatherViews& a) : args(a) {
     for (int64_t x = 0; x < a.width; ++x) {
       scale.insert(scale.end(), a.scale, a.scale + kChannels);
       bias.insert(bias.end(), a.bias, a.bias + kChannels);
     }
   }
 };
+
+// Window of a view in the padded image, and whether it is mirrored.
+struct Window {
+  int64_t top, left;
+  bool flip;
+};
+
+inline Window window_of(const GatherViews& args, int64_t view_id) {
+  const int64_t shift = args.flip ? view_id / 2 : view_id, side = 2 * args.pad + 1;
+  return {shift / side, shift % side, args.flip && view_id % 2 != 0};
+}
+
+// The image of a sample; of the last sample for those after it.
+inline const uint8_t* image_of(const GatherViews& args, int64_t index) {
+  index = std::min(index, args.batch - 1);
+  return args.images + (args.rows ? args.rows[index] : index) * args.height * args.width * kChannels;
+}
 
 // Copies pixels[0], pixels[-1], ..., pixels[-(count - 1)] to `out`. Both arrays have 16 spare bytes after the last
 // pixel.
@@ -86,22 +103,24 @@ template <class T>
 struct CutImages {
   template <int W>
   KDFAST_INLINE static void run(const BatchContext& batch, int64_t begin, int64_t end) {
-    const ShiftViews& args = batch.args;
+    const GatherViews& args = batch.args;
     const int64_t row = args.width * kChannels;
     std::vector<uint8_t> buffers(static_cast<size_t>(2 * (row + 16)));
     std::vector<float> values(static_cast<size_t>(row));
     uint8_t *source = buffers.data(), *line = source + row + 16;
     for (int64_t index = begin; index < end; ++index) {
-      const int32_t* offset = args.offsets + index * 3;
-      const uint8_t* image = args.images + index * args.height * row;
+      const Window window = window_of(args, args.view_ids[index]);
+      const uint8_t *image = image_of(args, index), *next = image_of(args, index + 1);
       T* out = static_cast<T*>(args.out) + index * args.height * row;
       for (int64_t y = 0; y < args.height; ++y, out += row) {
-        const int64_t from = y + offset[0] - args.pad;
+        // Images at random addresses defeat the hardware's prefetcher.
+        for (int64_t at = 0; at < row; at += 64) __builtin_prefetch(next + y * row + at);
+        const int64_t from = y + window.top - args.pad;
         if (from < 0 || from >= args.height) {
           std::memset(line, 0, static_cast<size_t>(row));
         } else {
           std::memcpy(source, image + from * row, static_cast<size_t>(row));
-          cut_row(source, line, args.width, offset[1] - args.pad, offset[2] != 0);
+          cut_row(source, line, args.width, window.left - args.pad, window.flip);
         }
         normalise<W>(line, batch, values.data(), out, row);
       }
@@ -124,16 +143,19 @@ constexpr Kernels kKernels[] = KDFAST_FOR_EACH_ISA(make_kernels);
 
 }  // namespace
 
-void shift_views(const ShiftViews& args) {
+void gather_views(const GatherViews& args) {
   check_dtype(args.dtype);
-  if (args.batch < 0 || args.height < 1 || args.width < 1 || args.pad < 0) {
-    throw std::invalid_argument("shift_views: sizes must be positive and the pad at least 0");
+  if (args.batch < 0 || args.height < 1 || args.width < 1 || args.pad < 0 || (!args.rows && args.count < args.batch)) {
+    throw std::invalid_argument(
+        "gather_views: sizes must be positive, the pad at least 0, and each sample needs an image");
   }
+  const int64_t side = 2 * args.pad + 1, views = side * side * (args.flip ? 2 : 1);
   for (int64_t i = 0; i < args.batch; ++i) {
-    const int32_t* offset = args.offsets + i * 3;
-    if (offset[0] < 0 || offset[0] > 2 * args.pad || offset[1] < 0 || offset[1] > 2 * args.pad || offset[2] < 0 ||
-        offset[2] > 1) {
-      throw std::invalid_argument("shift_views: an offset leaves the padded image");
+    if (args.view_ids[i] < 0 || args.view_ids[i] >= views) {
+      throw std::invalid_argument("gather_views: a view id is out of range");
+    }
+    if (args.rows && (args.rows[i] < 0 || args.rows[i] >= args.count)) {
+      throw std::invalid_argument("gather_views: a row is out of range");
     }
   }
   const BatchContext batch(args);

@@ -5,20 +5,22 @@
 
 namespace kdfast {
 
-// For each image, a window of the zero-padded image, mirrored or not: out = pixel * scale + bias per channel.
-struct ShiftViews {
-  const uint8_t* images;   // (B, H, W, 3) contiguous
-  const int32_t* offsets;  // (B, 3) contiguous: top and left in [0, 2 pad], flip in {0, 1}
-  const float* scale;      // (3,); the product and the sum are rounded separately
-  const float* bias;       // (3,)
-  int64_t batch, height, width, pad;
+// For each sample, a window of the zero-padded image, mirrored or not: out = pixel * scale + bias per channel.
+struct GatherViews {
+  const uint8_t* images;    // (N, H, W, 3) contiguous
+  const int64_t* rows;      // (B,) contiguous: image of each sample, in [0, N); null: sample i has image i
+  const int64_t* view_ids;  // (B,) contiguous: (top * (2 pad + 1) + left) * flips + mirrored, with 2 flips or 1
+  const float* scale;       // (3,); the product and the sum are rounded separately
+  const float* bias;        // (3,)
+  int64_t count, batch, height, width, pad;
+  bool flip;  // whether there are 2 flips
   void* out;  // (B, H, W, 3) contiguous
   int dtype;  // of out
   int threads, isa_limit;
 };
 
-// Throws std::invalid_argument if sizes are inconsistent or a window leaves the padded image.
-void shift_views(const ShiftViews& args);
+// Throws std::invalid_argument if sizes are inconsistent or a row or view id is out of range.
+void gather_views(const GatherViews& args);
 
 // out[i] = element `position` of the random permutation of [0, size) with key keys[i]. Throws std::invalid_argument if
 // `size` or `position` is out of range.

@@ -22,7 +22,7 @@ from kdfast.data.crops import crop_boxes
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, permutation_element, permutation_prefix
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.backends import resolve
-from kdfast.ops.views import check_images, crop_views, shift_views
+from kdfast.ops.views import check_images, crop_views, gather_views
 
 _VERSION = 1
 # Wide enough for any normalization of pixels in 0..1, too narrow for most of those meant for 0..255.
@@ -221,7 +221,8 @@ def apply_views(
 
     Args:
         images_u8: `(B, H, W, 3)` uint8, on any device.
-        view_ids: `(B,)` integers in `[0, spec.count)`, on the CPU; copying them from another device synchronizes.
+        view_ids: `(B,)` integers in `[0, spec.count)`. Those of "shift" views may be on the images' device, without
+            a synchronization: there an id out of range makes the view NaN instead of raising an error.
         spec: The set of views.
         norm: Input normalization of the network.
         sample_ids: `(B,)` original sample indices; required for "crop", whose boxes depend on them.
@@ -237,8 +238,12 @@ def apply_views(
     """
     check_images(images_u8)
     views = _as_ids(view_ids, len(images_u8), "view_ids")
-    if len(views) and (views.min() < 0 or views.max() >= spec.count):
-        raise ShapeError(f"`view_ids` go from {views.min()} to {views.max()}: must be 0 to {spec.count - 1}")
+    if spec.kind == "crop":
+        views = views.cpu()  # the boxes are computed there
+    if views.device.type == "cpu" and len(views):
+        low, high = (int(x) for x in torch.aminmax(views))
+        if low < 0 or high >= spec.count:
+            raise ShapeError(f"`view_ids` go from {low} to {high}: must be 0 to {spec.count - 1}")
     if not dtype.is_floating_point:
         raise ShapeError(f"`dtype` is {dtype}: must be a floating dtype, such as torch.float32")
     affine = _affine(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
@@ -246,25 +251,15 @@ def apply_views(
     if spec.kind == "crop":
         if sample_ids is None:
             raise UsageError("`sample_ids` is missing; the boxes of crop views depend on it: pass the original indices")
-        keys = hash64(Purpose.CROP, spec.seed, _as_ids(sample_ids, len(views), "sample_ids"), views)
-        boxes = crop_boxes(
-            keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=views == spec.identity
-        )
+        ids, view_array = _as_ids(sample_ids, len(views), "sample_ids").cpu().numpy(), views.numpy()
+        keys = hash64(Purpose.CROP, spec.seed, ids, view_array)
+        whole = view_array == spec.identity
+        boxes = crop_boxes(keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
         return crop_views(images_u8, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
     if (height, width) != spec.size:
         raise ShapeError(f"the images have {height}x{width} pixels; these views need {spec.size[0]}x{spec.size[1]}")
-    return shift_views(images_u8, torch.from_numpy(shift_offsets(spec, views)), affine, pad=spec.pad, dtype=dtype)
-
-
-def shift_offsets(spec: ViewSpec, view_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Decode ids of "shift" views: `id = (top * (2 * pad + 1) + left) * flips + flip`, with 2 flips or 1.
-
-    Returns:
-        `(n, 3)` int32: top and left of the window in the padded image, and flip (0 or 1).
-    """
-    shifts, flip = np.divmod(view_ids, 2 if spec.flip else 1)
-    top, left = np.divmod(shifts, 2 * spec.pad + 1)
-    return np.stack([top, left, flip], axis=1).astype(np.int32)
+    views = views.to(images_u8.device, non_blocking=True)
+    return gather_views(images_u8, None, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -273,9 +268,10 @@ def _affine(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Te
         return norm.affine(dtype).to(device)
 
 
-def _as_ids(ids: Tensor | IntArray, count: int, name: str) -> IntArray:
-    """Return `ids` as an int64 array `(count,)`, or raise a ShapeError that refers to it as `name`."""
-    array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise ShapeError(f"`{name}` is {array.dtype} {array.shape}: must be integers ({count},), one for each image")
-    return array.astype(np.int64, copy=False)
+def _as_ids(ids: Tensor | IntArray, count: int, name: str) -> Tensor:
+    """Return `ids` as an int64 tensor `(count,)`, or raise a ShapeError that refers to it as `name`."""
+    tensor = ids if isinstance(ids, Tensor) else torch.tensor(np.asarray(ids))
+    if tensor.shape != (count,) or tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ShapeError(f"`{name}` is {dtype} {tuple(tensor.shape)}: must be integers ({count},), one for each image")
+    return tensor.long()

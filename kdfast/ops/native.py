@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast import _native
 
-__all__ = ["DTYPE_CODES", "WIDEST_ISA", "extension", "isa", "permutation_element", "shift_views"]
+__all__ = ["DTYPE_CODES", "WIDEST_ISA", "extension", "gather_views", "isa", "permutation_element"]
 
 extension = _native
 """The compiled module."""
@@ -30,26 +30,37 @@ def isa() -> str:
     return name
 
 
-def shift_views(
-    images: Tensor, offsets: Tensor, affine: Tensor, pad: int, dtype: torch.dtype, isa_limit: int = WIDEST_ISA
+def gather_views(
+    images: Tensor,
+    rows: Tensor | None,
+    view_ids: Tensor,
+    affine: Tensor,
+    pad: int,
+    flip: bool,
+    dtype: torch.dtype,
+    isa_limit: int = WIDEST_ISA,
 ) -> Tensor:
-    """Compute ``kdfast.ops.views.shift_views`` on a CPU, with the same bits.
+    """Compute ``kdfast.ops.views.gather_views`` on a CPU, with the same bits.
 
     Raises:
-        ValueError: If an offset leaves the padded image.
+        ValueError: If a row or a view id is out of range.
     """
-    images, offsets, affine = images.contiguous(), offsets.contiguous(), affine.contiguous()
-    batch, height, width, channels = images.shape
-    out = torch.empty((batch, height, width, channels), dtype=dtype)
-    extension.shift_views(
+    images, view_ids, affine = images.contiguous(), view_ids.contiguous(), affine.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    count, height, width, channels = images.shape
+    out = torch.empty((len(view_ids), height, width, channels), dtype=dtype)
+    extension.gather_views(
         images.data_ptr(),
-        offsets.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        view_ids.data_ptr(),
         affine[0].data_ptr(),
         affine[1].data_ptr(),
-        batch,
+        count,
+        len(view_ids),
         height,
         width,
         pad,
+        flip,
         out.data_ptr(),
         DTYPE_CODES[dtype],
         torch.get_num_threads(),
