@@ -1,8 +1,7 @@
-// Squared norms of a convolution's per-sample weight gradients on a CPU: checks, and samples split over threads.
+// Squared norms of a convolution's per-sample weight gradients on a CPU: samples split over threads.
 #include "grad_norms/grad_norms.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <vector>
 
 #include "common/parallel.h"
@@ -17,21 +16,6 @@ std::unique_ptr<NormAlgorithm> make_algorithm(const Convolution& a) {
 }
 
 }  // namespace
-
-void check(const Convolution& a) {
-  const int64_t least = std::min({a.channels, a.height, a.width, a.outputs, a.out_height, a.out_width, a.groups});
-  if (a.batch < 0 || least < 1) throw std::invalid_argument("convolution: sizes must be positive");
-  if (a.channels % a.groups || a.outputs % a.groups)
-    throw std::invalid_argument("convolution: groups must divide channels and outputs");
-  if (a.algorithm < kDirect || a.algorithm > kDepthwise)
-    throw std::invalid_argument("convolution: algorithm must be 0 (direct), 1 (Gram) or 2 (depthwise)");
-  if (a.algorithm == kDepthwise && a.channels != a.groups)
-    throw std::invalid_argument("convolution: the depthwise algorithm needs one channel per group");
-  for (int i = 0; i < 2; ++i) {
-    if (std::min({a.kernel[i], a.stride[i], a.dilation[i]}) < 1 || a.pad[i] < 0)
-      throw std::invalid_argument("convolution: kernel, stride and dilation must be positive, pads at least 0");
-  }
-}
 
 void squared_norms(const Convolution& args) {
   check(args);
