@@ -1,54 +1,24 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU, in at most 8 minutes and without network: build, tests marked cuda, benchmarks.
+# Measure and test everything that needs a GPU, without network: the queue of bench/gpu/parts.py.
 #
-#     OUT=results bash bench/gpu.sh
+#     OUT=results bash bench/gpu.sh [MINUTES]     # default: 9
 #
-# Requires kdfast's dependencies, scikit-build-core, pybind11, cmake, ninja, pytest, pytest-benchmark and hypothesis;
-# PYTHON names the interpreter. Writes gpu.log, summary.json (exit code and seconds of each part) and one .json per
-# benchmark to $OUT. A part that fails or times out does not stop the others and keeps its measurements so far. Exits
-# with 1 if any part failed.
-set -uo pipefail
+# Requires kdfast's dependencies, scikit-build-core or pybind11 and cmake, nvcc, pytest, pytest-benchmark and
+# hypothesis. Runs the parts in order, each with its own time limit. Writes to $OUT results.jsonl, one row for each
+# measurement as soon as it is made, and log.txt. Rows that the present sources gave, in $OUT or in the committed
+# bench/results/gpu/results.jsonl, are not measured again: copy $OUT/results.jsonl there and commit it, and the next run
+# goes on where this one ended. Exits with 1 if a part failed or found no time.
+#
+# PYTHON  interpreter; default: python3
+# DEVICE  cuda (default), or cpu: every part in small
+# DATA    folder of bench/gpu/pack_data.py; default: .gpu_data
+# WHEELS  folder with wheels of what kdfast is compared with: liger_kernel, opacus
+# WORK    folder for builds and caches; default: build/gpu-$DEVICE
+# COMMIT  commit of a copy without .git
+set -euo pipefail
 : "${OUT:?set OUT to a folder for the results}"
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+export OUT
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-DEADLINE=${DEADLINE:-470} # seconds for all parts together
-export KDFAST_RESULTS=$OUT PYTHONUNBUFFERED=1
-# Compile for this machine's GPU only: code for four generations takes four times as long.
-if nvidia-smi -L >/dev/null 2>&1; then export CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native ${CMAKE_ARGS:-}"; fi
-
-: >"$OUT/gpu.log"
-parts=""
-status=0
-
-record() { # name, exit code, seconds
-  parts+="${parts:+,}"$'\n'" {\"part\": \"$1\", \"exit\": $2, \"seconds\": $3}"
-  printf '[%s\n]\n' "$parts" >"$OUT/summary.json"
-  [ "$2" = 0 ] || status=1
-}
-
-part() { # name, time limit in seconds, command...
-  local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) start=$SECONDS code
-  shift 2
-  if [ "$left" -lt 5 ]; then
-    echo "== $name: no time left" | tee -a "$OUT/gpu.log"
-    record "$name" 124 0
-    return
-  fi
-  echo "== $name: $*" | tee -a "$OUT/gpu.log"
-  timeout -k 5 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$OUT/gpu.log"
-  code=${PIPESTATUS[0]}
-  [ "$code" = 0 ] || echo "== $name exited with $code" | tee -a "$OUT/gpu.log"
-  record "$name" "$code" "$((SECONDS - start))"
-}
-
-part build 150 "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps -e .
-part doctor 30 "$PYTHON" -m kdfast doctor
-# Warnings do not fail the tests: the installed versions may differ from those that the tests were written for.
-part tests 140 "$PYTHON" -m pytest -q -m cuda -W default -p no:cacheprovider --continue-on-collection-errors tests
-part kd_loss 150 "$PYTHON" bench/bench_kd_loss.py --device cuda
-for bench in influence grad_norms; do
-  part "$bench" 90 "$PYTHON" "bench/bench_$bench.py" --device cuda
-done
-exit "$status"
+PYTHONPATH="$PWD/bench${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m gpu "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -21,9 +22,10 @@ RESULTS = Path(os.environ.get("KDFAST_RESULTS") or Path(__file__).parent / "resu
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one implementation: seconds per call, one entry per round."""
+    """Times of one implementation: seconds per call, one entry per round; `graph`: as replays of a CUDA graph."""
 
     seconds: list[float]
+    graph: bool = False
 
     @property
     def median(self) -> float:
@@ -136,11 +138,62 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def copy_bandwidth(bytes_moved: int = 2**28, device: str = "cpu", rounds: int = 9) -> float:
-    """Return the bytes per second (read plus written) of copying one tensor to another, median over rounds."""
-    a = torch.ones(bytes_moved // 8, dtype=torch.float32, device=device)
+def copy_bandwidth(bytes_moved: int | None = None, device: str = "cpu", rounds: int = 9) -> float:
+    """Return the bytes per second (read plus written) of copying one tensor to another, median over rounds.
+
+    The default moves 256 MB on a CPU and 4 GB, many times the L2 cache, on a GPU.
+    """
+    size = bytes_moved or (2**32 if device == "cuda" else 2**28)
+    a = torch.ones(size // 8, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
-    return bytes_moved / interleave({"copy": lambda: b.copy_(a)}, rounds, device=device)["copy"].median
+    return size / device_timing(lambda: b.copy_(a), device, rounds).median
+
+
+def device_timing(call: Callable[[], Any], device: str, rounds: int = 9, *, calls: int = 1) -> Timing:
+    """Time a function on its device, without what the host needs to start it.
+
+    On a GPU, `calls` calls are captured in a CUDA graph, if possible, and its replays are timed by events.
+
+    Args:
+        call: The function; it must not wait for the device.
+        device: "cpu" or "cuda".
+        rounds: Number of timings.
+        calls: Calls in each timing.
+    """
+    if device == "cpu":
+        return interleave({"": call}, rounds)[""]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    replay = _capture(call, calls)
+    again = replay or (lambda: [call() for _ in range(calls)])
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    for _ in range(2):
+        again()
+    for mark in marks[:-1]:
+        mark.record()
+        again()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    seconds = [a.elapsed_time(b) / 1e3 / calls for a, b in itertools.pairwise(marks)]
+    return Timing(seconds, graph=replay is not None)
+
+
+def _capture(call: Callable[[], Any], calls: int) -> Callable[[], Any] | None:
+    """Return a function that replays the calls, or None if they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+    except RuntimeError as error:
+        print(f"not captured, timed call by call: {error}", flush=True)
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def _timed(function: Callable[[], Any], count: int, device: str) -> float:

@@ -1,0 +1,91 @@
+"""Second part: build and install kdfast for the GPU at hand, without network.
+
+An editable installation is tried first, then CMake alone, with the extension put into the source tree. On a CPU it only
+configures the build, to leave the installed extension alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+
+from gpu.results import ROOT, PartResults
+
+_CHECK = "import kdfast._native as n; print(n.__file__, n.cuda)"
+
+
+def call(*command: str, **environment: str) -> bool:
+    """Run a command in the repository and return whether it succeeded."""
+    print("+", *command, flush=True)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode == 0
+
+
+def with_pip(arguments: str) -> bool:
+    """Install with pip."""
+    options = ("--no-index", "--no-build-isolation", "--no-deps", "-e", ".")
+    return call(sys.executable, "-m", "pip", "install", "-v", *options, CMAKE_ARGS=arguments)
+
+
+def cmake() -> str:
+    """Return the path of CMake, which may be beside the interpreter alone."""
+    found = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return found or sys.exit("cmake is not on PATH")
+
+
+def configure(folder: Path, arguments: str) -> bool:
+    """Configure the build in a folder."""
+    import pybind11
+
+    found = (f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    options = ("-DCMAKE_BUILD_TYPE=Release", *found, *arguments.split())
+    return call(cmake(), "-S", str(ROOT), "-B", str(folder), *generator, *options)
+
+
+def with_cmake(folder: Path, arguments: str) -> bool:
+    """Build with CMake and put the extension beside the sources in one step."""
+    if not configure(folder, arguments) or not call(cmake(), "--build", str(folder), "-j"):
+        return False
+    name = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    shutil.copy(folder / name, ROOT / "kdfast" / f"{name}.new")
+    os.replace(ROOT / "kdfast" / f"{name}.new", ROOT / "kdfast" / name)
+    return True
+
+
+def imported() -> str:
+    """Return the file of the extension and whether it has CUDA kernels; the error if it does not import."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHECK], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-500:]
+
+
+def main() -> None:
+    """Build, check the import in a new process, and record how."""
+    results = PartResults.from_environment()
+    folder = Path(os.environ["QUEUE_WORK"]) / "build"
+    started = time.perf_counter()
+    if results.device == "cpu":
+        way = "configured" if configure(folder, "-DKDFAST_CUDA=OFF") else "failed"
+        ready = way == "configured" and "_native" in imported()
+    else:
+        capability = "".join(map(str, torch.cuda.get_device_capability()))
+        arguments = f"-DKDFAST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={capability}"
+        way = "pip"
+        if not with_pip(arguments) or not imported().endswith("True"):
+            way = "cmake" if with_cmake(folder, arguments) else "failed"
+        ready = imported().endswith("True")
+    results.add(results.run, way=way, seconds=round(time.perf_counter() - started, 1), extension=imported())
+    if not ready:
+        sys.exit("kdfast was not built: see the log above")
+
+
+if __name__ == "__main__":
+    main()

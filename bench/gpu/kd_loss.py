@@ -1,0 +1,154 @@
+"""kd_loss alone: time and share of the copy bandwidth, which is measured beside each row.
+
+Each call moves at least 1.5 GB (CPU: a little), many times the L2 cache: student and teacher are read once, in random
+order of the teacher's rows, and the gradient is written once. The output is checked against float64 first. `latency` is
+one small batch as a step of training has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness import copy_bandwidth, device_timing
+from torch import Tensor
+
+import kdfast
+from gpu.results import PartResults
+
+ALPHA, TEMPERATURE = 0.5, 4.0
+BYTES = {"cuda": 1.5e9, "cpu": 2e6}
+COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 24}
+# Classes in the order of the targets; without one at 10.
+CLASSES = {"cuda": (1000, 100, 32000, 131072, 8192, 262144, 10), "cpu": (100, 1000)}
+TARGETS = {1000: 0.9, 32000: 0.75, 131072: 0.55}
+TOP_K = 64
+ROUNDS = {"cuda": 20, "cpu": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: dtype of the student, classes, direction, and whether the teacher has its top classes alone."""
+
+    dtype: str
+    c: int
+    direction: str = "forward"
+    top_k: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name of the row."""
+        return f"{self.dtype} C={self.c} {self.direction}{' top-k' if self.top_k else ''}"
+
+
+def cases(device: str) -> list[Case]:
+    """Return the measurements in the order of their worth."""
+    classes = CLASSES[device]
+    plain = [Case(dtype, c) for dtype in ("bfloat16", "float32") for c in classes]
+    return [
+        *plain,
+        *(Case("bfloat16", c, "reverse") for c in classes if c in (1000, 32000)),
+        *(Case("bfloat16", c, top_k=True) for c in classes if c in (1000, 131072)),
+    ]
+
+
+def row_bytes(case: Case) -> int:
+    """Return the least traffic of a row: student, teacher and gradient."""
+    teacher = TOP_K * (2 + 4) if case.top_k else case.c * 2
+    return case.c * 2 * getattr(torch, case.dtype).itemsize + teacher
+
+
+def inputs(case: Case, device: str, n: int) -> dict[str, Any]:
+    """Return the arguments of kd_loss for n rows."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    logits = torch.empty(n, case.c, device=device, dtype=dtype).normal_(0, 3).requires_grad_()
+    labels = torch.randint(case.c, (n,), device=device)
+    options = {"alpha": ALPHA, "temperature": TEMPERATURE, "direction": case.direction}
+    if case.top_k:
+        few = torch.empty(min(n, 512), case.c, device=device).normal_(0, 3)
+        part = kdfast.topk_teacher(few, TOP_K, temperature=TEMPERATURE)
+        whole = [
+            x.repeat(-(-n // len(x)), *[1] * (x.dim() - 1))[:n].contiguous()
+            for x in (part.values.half(), part.classes, part.tail)
+        ]
+        return {"logits": logits, "labels": labels, "teacher": kdfast.TopKTeacher(*whole), **options}
+    teacher = torch.empty(n, case.c, device=device, dtype=torch.float16).normal_(0, 3)
+    return {"logits": logits, "labels": labels, "teacher": teacher, "rows": torch.randperm(n, device=device), **options}
+
+
+def gradient_error(arguments: dict[str, Any]) -> float:
+    """Return the error of the gradient of a few rows relative to the largest element, against float64."""
+    few = 8
+    given = {**arguments, "logits": arguments["logits"].detach()[:few], "labels": arguments["labels"][:few]}
+    if "rows" in given:
+        given["rows"] = given["rows"][:few]
+    else:
+        top = given["teacher"]
+        given["teacher"] = kdfast.TopKTeacher(top.values[:few], top.classes[:few], top.tail[:few])
+    found, exact = (
+        gradient({**given, "logits": given["logits"].to(dtype).requires_grad_(), **extra}).double()
+        for dtype, extra in ((given["logits"].dtype, {}), (torch.float64, {"backend": "reference"}))
+    )
+    return float((found - exact).abs().max() / exact.abs().max())
+
+
+def gradient(arguments: dict[str, Any]) -> Tensor:
+    """Forward and backward."""
+    return torch.autograd.grad(kdfast.kd_loss(**arguments), arguments["logits"])[0]
+
+
+def measure(case: Case, device: str) -> dict[str, Any]:
+    """Return the values of one row."""
+    n = max(64, int(-(-BYTES[device] // row_bytes(case))))
+    arguments = inputs(case, device, n)
+    error = gradient_error(arguments)
+    if not error < 4 * torch.finfo(arguments["logits"].dtype).eps + 1e-5:
+        return {"n": n, "error": error, "wrong": True}
+    traffic = n * row_bytes(case)
+    copy = copy_bandwidth(COPY_BYTES[device], device)
+    forward = device_timing(lambda: kdfast.kd_loss(**arguments), device, ROUNDS[device])
+    both = device_timing(lambda: gradient(arguments), device, ROUNDS[device])
+    return {
+        "n": n,
+        "error": error,
+        "bytes": traffic,
+        "copy_bytes_per_second": copy,
+        "graph": forward.graph and both.graph,
+        "forward_ms": forward.median * 1e3,
+        "forward_share": traffic / forward.median / copy,
+        "forward_quartiles_ms": [x * 1e3 for x in forward.spread],
+        "ms": both.median * 1e3,
+        "share": traffic / both.median / copy,
+        "quartiles_ms": [x * 1e3 for x in both.spread],
+        "target": TARGETS.get(case.c),
+    }
+
+
+def latency(case: Case, device: str, n: int = 128) -> dict[str, Any]:
+    """Return the time of forward and backward of one small batch."""
+    arguments = inputs(case, device, n)
+    both = device_timing(lambda: gradient(arguments), device, ROUNDS[device], calls=50)
+    return {"n": n, "graph": both.graph, "microseconds": both.median * 1e6, "quartiles": [x * 1e6 for x in both.spread]}
+
+
+def main() -> None:
+    """Measure the cases without a row."""
+    results = PartResults.from_environment()
+    todo = {case.key: (measure, case) for case in cases(results.device)}
+    todo |= {f"latency {case.key}": (latency, case) for case in cases(results.device) if case.c in (100, 1000)}
+    wrong = []
+    measured = results.measured()
+    for key in [key for key in todo if key not in measured]:
+        function, case = todo[key]
+        values = function(case, results.device)
+        results.add(key, **values)
+        if values.get("wrong"):
+            wrong.append(key)
+    if wrong:
+        raise SystemExit(f"wrong gradients: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

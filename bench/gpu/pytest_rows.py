@@ -1,0 +1,107 @@
+"""pytest plugin of the queue: one row for each test, and a new process after a test that hangs or breaks the device.
+
+Tests with a row for the present sources are not run again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gpu.part import AGAIN
+from gpu.results import PartResults
+
+RESULTS = PartResults.from_environment()
+LIMIT = float(os.environ.get("QUEUE_TEST_SECONDS", "100"))
+_LENGTH = 3000  # characters of a failure that a row keeps
+
+
+class Rows:
+    """Records outcomes; `lost` is set after a failure that the CUDA context did not survive."""
+
+    def __init__(self) -> None:
+        self.reports: list[pytest.TestReport] = []
+        self.current = ""
+        self.lost = False
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Deselect the tests that have a row."""
+        measured = RESULTS.measured()
+        known = [item for item in items if item.nodeid in measured]
+        items[:] = [item for item in items if item.nodeid not in measured]
+        config.hook.pytest_deselected(items=known)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        """Run a test under a time limit, then write its row."""
+        self.reports, self.current = [], item.nodeid
+        watchdog = threading.Timer(LIMIT, self.give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            done = yield
+        finally:
+            watchdog.cancel()
+        self.record(item)
+        return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the reports of set-up, call and tear-down."""
+        self.reports.append(report)
+
+    def record(self, item: pytest.Item) -> None:
+        """Write the row of a finished test."""
+        seconds = round(sum(report.duration for report in self.reports), 2)
+        failed = [report for report in self.reports if report.failed]
+        skipped = [report for report in self.reports if report.skipped]
+        if failed:
+            self.lost = not device_works()
+            RESULTS.write(item.nodeid, outcome="failed", seconds=seconds, error=failed[0].longreprtext[-_LENGTH:])
+        elif skipped:
+            RESULTS.write(item.nodeid, outcome="skipped", repeat=True, error=skipped[0].longreprtext[-_LENGTH:])
+        else:
+            RESULTS.write(item.nodeid, outcome="passed", seconds=seconds)
+        if self.lost:
+            item.session.shouldstop = "the CUDA context is lost: the remaining tests run in a new process"
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Keep where a test was when the time was over."""
+        error = str(excinfo.getrepr(style="short"))[-_LENGTH:]
+        RESULTS.write(self.current, outcome="interrupted", repeat=True, error=error)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Ask the queue for a new process."""
+        if self.lost:
+            session.exitstatus = AGAIN
+
+    def give_up(self) -> None:
+        """Record the test that runs for too long, with the stacks of all threads, and end the process."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        RESULTS.write(self.current, outcome="hung", seconds=LIMIT, error=stacks[:_LENGTH])
+        os._exit(AGAIN)
+
+
+def device_works() -> bool:
+    """Return whether the CUDA context, if there is one, still works."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the hooks."""
+    config.pluginmanager.register(Rows(), "queue-rows")
