@@ -20,7 +20,7 @@ from kdfast.data.resident import ResidentLoader
 from kdfast.data.source import Split
 from kdfast.errors import UsageError
 
-_MEMORY_SHARE = 4  # the resident loader may use one quarter
+_MEMORY_SHARE = 4  # what stays in memory may take one quarter
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CONVERT = "write .beton files with kdfast data convert and use that folder as the data"
 
@@ -31,10 +31,13 @@ class Loader(Protocol):
     Attributes:
         name: Key in LOADERS.
         compile_seconds: Time spent on compilation before the first batch, in seconds.
+        table: All images of the split, uint8 `(N, H, W, 3)` on the device of the training, from which a step picks
+            rows; None for a loader that yields them batch by batch.
     """
 
     name: str
     compile_seconds: float
+    table: Tensor | None
 
     def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
         """Yield uint8 `(b, H, W, 3)` batches of the samples `ids`, in their order; the last may be smaller.
@@ -72,16 +75,21 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
     """
     target = torch.device(device)
     if kind == "auto":
-        need, have = len(split) * int(np.prod(split.shape)), device_memory(target)
-        kind = "resident" if need * _MEMORY_SHARE <= have else "ffcv"
+        need = len(split) * int(np.prod(split.shape))
+        kind = "resident" if fits_in_memory(need, target) else "ffcv"
         if kind == "ffcv" and not isinstance(split, BetonSplit):
             raise UsageError(
-                f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the {have / 1e9:.1f} GB of "
-                f"{target}: {_CONVERT}, or set `loader` to resident"
+                f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the "
+                f"{device_memory(target) / 1e9:.1f} GB of {target}: {_CONVERT}, or set `loader` to resident"
             )
     if kind not in LOADERS:
         raise UsageError(f"`loader` is {kind!r}: must be one of auto, {', '.join(LOADERS)}")
     return LOADERS[kind](split, target)
+
+
+def fits_in_memory(size: int, device: torch.device) -> bool:
+    """Return whether data of `size` bytes may stay in the memory of a device: it takes at most a quarter of it."""
+    return size * _MEMORY_SHARE <= device_memory(device)
 
 
 def device_memory(device: torch.device) -> int:

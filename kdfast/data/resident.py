@@ -24,14 +24,14 @@ class ResidentLoader:
     Attributes:
         name: `resident`.
         compile_seconds: 0, because nothing is compiled.
+        table: All images, uint8 `(N, H, W, 3)` on the device; None after `close`.
     """
 
     name = "resident"
     compile_seconds = 0.0
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
-        self._shape = split.shape
-        self._rows: Tensor | None = _decoded(split, torch.device(device)).flatten(1)
+        self.table: Tensor | None = _decoded(split, torch.device(device))
 
     def batches(self, ids: npt.ArrayLike, batch_size: int) -> Generator[Tensor, None, None]:
         """Gather the samples `ids` in their order.
@@ -48,22 +48,24 @@ class ResidentLoader:
             SubsetError: The ids or the batch size are invalid, see `check_epoch_ids`.
             UsageError: The loader is closed.
         """
-        if self._rows is None:
+        if self.table is None:
             raise UsageError("the loader is closed: create another one")
-        return self._epoch(self._rows, check_epoch_ids(ids, len(self._rows), batch_size), batch_size)
+        return _epoch(self.table, check_epoch_ids(ids, len(self.table), batch_size), batch_size)
 
     def close(self) -> None:
         """Release the memory."""
-        self._rows = None
+        self.table = None
 
-    def _epoch(self, rows: Tensor, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
-        positions = torch.from_numpy(order).to(rows.device)
-        buffer = torch.empty((min(batch_size, len(order)), rows.shape[1]), dtype=torch.uint8, device=rows.device)
-        for start in range(0, len(order), batch_size):
-            chosen = positions[start : start + batch_size]
-            batch = buffer[: len(chosen)]
-            _gather(rows, chosen, batch)
-            yield batch.view(-1, *self._shape)
+
+def _epoch(table: Tensor, order: IntArray, batch_size: int) -> Generator[Tensor, None, None]:
+    rows = table.flatten(1)
+    positions = torch.from_numpy(order).to(rows.device)
+    buffer = torch.empty((min(batch_size, len(order)), rows.shape[1]), dtype=torch.uint8, device=rows.device)
+    for start in range(0, len(order), batch_size):
+        chosen = positions[start : start + batch_size]
+        batch = buffer[: len(chosen)]
+        _gather(rows, chosen, batch)
+        yield batch.view(-1, *table.shape[1:])
 
 
 def _gather(rows: Tensor, positions: Tensor, out: Tensor) -> None:

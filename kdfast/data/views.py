@@ -213,6 +213,7 @@ def apply_views(
     norm: Normalization,
     *,
     sample_ids: Tensor | IntArray | None = None,
+    rows: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Apply a view to each image and normalize the result, for the teacher and the student.
@@ -220,12 +221,13 @@ def apply_views(
     The black border of a shift is added to the uint8 image, before normalization.
 
     Args:
-        images_u8: `(B, H, W, 3)` uint8, on any device.
+        images_u8: `(N, H, W, 3)` uint8, on any device.
         view_ids: `(B,)` integers in `[0, spec.count)`. Those of "shift" views may be on the images' device, without
             a synchronization: there an id out of range makes the view NaN instead of raising an error.
         spec: The set of views.
         norm: Input normalization of the network.
         sample_ids: `(B,)` original sample indices; required for "crop", whose boxes depend on them.
+        rows: `(B,)` int64 on the images' device, the image of each view; None for image i, and N = B.
         dtype: float32, bfloat16, float16 or float64.
 
     Returns:
@@ -237,7 +239,7 @@ def apply_views(
         UsageError: `sample_ids` is missing for "crop" views.
     """
     check_images(images_u8)
-    views = _as_ids(view_ids, len(images_u8), "view_ids")
+    views = _as_ids(view_ids, len(images_u8 if rows is None else rows), "view_ids")
     if spec.kind == "crop":
         views = views.cpu()  # the boxes are computed there
     if views.device.type == "cpu" and len(views):
@@ -255,11 +257,12 @@ def apply_views(
         keys = hash64(Purpose.CROP, spec.seed, ids, view_array)
         whole = view_array == spec.identity
         boxes = crop_boxes(keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
-        return crop_views(images_u8, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
+        images = images_u8 if rows is None else images_u8[rows]
+        return crop_views(images, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
     if (height, width) != spec.size:
         raise ShapeError(f"the images have {height}x{width} pixels; these views need {spec.size[0]}x{spec.size[1]}")
     views = views.to(images_u8.device, non_blocking=True)
-    return gather_views(images_u8, None, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
+    return gather_views(images_u8, rows, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=32)

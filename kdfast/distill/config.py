@@ -86,3 +86,16 @@ def check_at_least(name: str, value: int, least: int) -> None:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"`{name}` is {value!r}: pass one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the steps of a run are computed. Changes the rounding at most, so that a run may resume with another one.
+
+    Attributes:
+        compile: Compile the network with `torch.compile`.
+        cuda_graph: On a GPU, replay a step as a CUDA graph where that is possible; see `Plan.can_capture`.
+    """
+
+    compile: bool = False
+    cuda_graph: bool = True

@@ -23,10 +23,10 @@ from kdfast.data.source import Source, compute_normalization
 from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
-from kdfast.distill.config import RunConfig
+from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.schedule import parse_alpha
-from kdfast.distill.targets import BatchTargets, TeacherTargets
+from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import CheckpointError, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import load_model
@@ -70,19 +70,35 @@ class Plan:
         identity: Settings and fingerprints of the inputs. Two runs are the same run if these are equal.
         metadata: Values for config.json: paths, device, versions.
         stage_seconds: Seconds spent in earlier stages, where known.
+        execution: How the steps are computed.
     """
 
     config: RunConfig
     source: Source
     ids: NDArray[np.int64]
     loader: Loader
-    targets: BatchTargets | None
+    targets: CachedTargets | OnlineTargets | None
     normalization: Normalization
     device: torch.device
     distributed: Distributed
     identity: dict[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
+
+    def can_capture(self) -> bool:
+        """Return whether a step may run as a CUDA graph.
+
+        Not with several processes, whose reductions a graph would have to include, nor with the loss scale of float16,
+        nor with crops, whose boxes the CPU draws.
+        """
+        return (
+            self.execution.cuda_graph
+            and self.device.type == "cuda"
+            and self.distributed.world_size == 1
+            and self.config.precision != "fp16"
+            and self.source.view_spec.kind == "shift"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Summarize the run: settings, inputs and sizes."""
@@ -104,7 +120,7 @@ class Plan:
             self.source.view_spec,
             n_views=self.config.views,
             view_seed=self.config.view_seed or 0,
-            targets=self.targets,
+            targets=self.targets if isinstance(self.targets, CachedTargets) else None,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             device=self.device,
@@ -137,6 +153,7 @@ class LoadedInputs:
         distributed: Distributed | None = None,
         metadata: Mapping[str, Any] | None = None,
         stage_seconds: Mapping[str, float] | None = None,
+        execution: Execution | None = None,
     ) -> Plan:
         """Plan a run on these inputs.
 
@@ -147,6 +164,7 @@ class LoadedInputs:
             distributed: This process among those of the run; None for a single process.
             metadata: Values for config.json.
             stage_seconds: Seconds spent in earlier stages.
+            execution: How the steps are computed.
 
         Returns:
             The plan.
@@ -154,7 +172,7 @@ class LoadedInputs:
         Raises:
             UsageError, CacheMismatch: If there are fewer views than requested.
         """
-        source, distributed = self.source, distributed or Distributed()
+        source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config = self.teacher.resolve_views(config, source.view_spec.count)
         targets = self.teacher.open(source, ids, config, device)
         return Plan(
@@ -181,14 +199,23 @@ class LoadedInputs:
                 "loader": self.loader.name,
                 "device": str(device),
                 "threads": torch.get_num_threads(),
+                **dataclasses.asdict(execution),
                 "kdfast": kdfast.__version__,
                 "torch": torch.__version__,
             },
-            stage_seconds={**(stage_seconds or {}), "compile loader": getattr(self.loader, "compile_seconds", 0.0)},
+            stage_seconds={**(stage_seconds or {}), "compile loader": self.loader.compile_seconds},
+            execution=execution,
         )
 
 
-def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alpha: str | None = None) -> Plan:
+def plan_run(
+    paths: InputPaths,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    alpha: str | None = None,
+    execution: Execution | None = None,
+) -> Plan:
     """Open and check everything that a run needs, and plan it. Writes nothing.
 
     Args:
@@ -197,6 +224,7 @@ def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alph
             means the cache's, or 0.
         device: Where to train.
         alpha: A number in [0, 1], or `auto`, as text; replaces `config.alpha` unless None.
+        execution: How the steps are computed.
 
     Returns:
         The plan.
@@ -225,7 +253,13 @@ def plan_run(paths: InputPaths, config: RunConfig, *, device: torch.device, alph
     inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
     metadata = dataclasses.asdict(paths)
     return inputs.plan(
-        config, subset.ids, device=device, distributed=distributed, metadata=metadata, stage_seconds=stage_seconds
+        config,
+        subset.ids,
+        device=device,
+        distributed=distributed,
+        metadata=metadata,
+        stage_seconds=stage_seconds,
+        execution=execution,
     )
 
 

@@ -3,79 +3,143 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.data.loaders import fits_in_memory
 from kdfast.data.source import Source
+from kdfast.data.transfer import to_device
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.distill.config import RunConfig
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
-from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.cache import TeacherCache
-from kdfast.teacher.row_format import TeacherLogits, slice_rows
+from kdfast.teacher.row_format import TeacherLogits, map_logits, slice_rows, tensors_of
 
-# Logits looked up at a time: large enough to read the cache in file order, small enough to need little memory.
-WINDOW_BYTES = 32 << 20
-
-
-class BatchTargets(Protocol):
-    """Teacher logits of one run, batch by batch."""
-
-    name: str
-
-    def begin_epoch(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> None:
-        """Start an epoch over these samples, in this order, each with the view of its view index."""
-
-    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> TeacherLogits:
-        """Return the teacher's logits for the batch that begins at position `start` of the epoch."""
+# Logits looked up at a time: enough to read the cache in file order, and twice as much needs little memory.
+WINDOW_BYTES = 16 << 20
 
 
 class CachedTargets:
-    """Logits looked up in a teacher's cache, for a window of the epoch at a time.
+    """Logits looked up in a teacher's cache.
+
+    Resident: all rows of the run are on the device, and a step indexes them in place. Otherwise a window of the epoch
+    is looked up at a time, by a thread while the steps use the window before.
 
     Args:
-        cache: The opened cache; it must cover the samples of the run.
+        cache: The opened cache.
+        ids: int64 (n,), the samples of the run; the cache must cover them.
         n_views: Number of views per sample in the run.
         view_seed: Seed of the run's choice of views.
         device: Device of the student.
+        resident: Whether to keep all rows on the device.
     """
 
     name = "cache"
 
-    def __init__(self, cache: TeacherCache, n_views: int, view_seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        cache: TeacherCache,
+        ids: NDArray[np.int64],
+        n_views: int,
+        view_seed: int,
+        device: torch.device,
+        *,
+        resident: bool = False,
+    ) -> None:
         self._cache = cache
+        self._ids = np.sort(ids)
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
-        self._rows = max(1, WINDOW_BYTES // cache.row_bytes)
-        self._ids = self._view_indices = np.empty(0, np.int64)
-        self._window: TeacherLogits = torch.empty(0)
-        self._begin = self._end = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="kdfast-cache")
+        self._windows: _Windows | None = None
+        self._table = self._read_all() if resident else None
+
+    @property
+    def resident(self) -> bool:
+        """Whether all rows are on the device."""
+        return self._table is not None
+
+    def rows(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of views of samples in the resident table, int64 (n,)."""
+        return view_indices * len(self._ids) + np.searchsorted(self._ids, ids)
 
     def begin_epoch(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> None:
-        """See `BatchTargets`."""
-        self._ids, self._view_indices = ids, view_indices
-        self._window, self._begin, self._end = torch.empty(0), 0, 0
+        """Start an epoch over these samples, in this order, each with the view of its view index."""
+        if self._table is None:
+            rows = max(1, WINDOW_BYTES // self._cache.row_bytes)
+            self._windows = _Windows(
+                lambda part: self._look_up(ids[part], view_indices[part]), len(ids), rows, self._reader
+            )
 
-    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> TeacherLogits:
-        """See `BatchTargets`."""
-        stop = start + len(images)
-        if start < self._begin or stop > self._end:
-            self._begin, self._end = start, min(len(self._ids), max(stop, start + self._rows))
-            self._window = self._look_up(self._ids[start : self._end], self._view_indices[start : self._end])
-        return slice_rows(self._window, start - self._begin, stop - self._begin)
+    def batch(self, start: int, count: int) -> TeacherLogits:
+        """Return the logits for the `count` samples at position `start` of the epoch, or all rows if resident."""
+        if self._table is not None:
+            return self._table
+        assert self._windows is not None, "begin_epoch comes first"
+        return map_logits(lambda part: to_device(part, self._device), self._windows.take(start, count))
 
     def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> TeacherLogits:
         cached = self._cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
-        if self._cache.top_k is None:
-            return self._cache.lookup(ids, cached).to(self._device)
-        return TopKTeacher(*(part.to(self._device) for part in self._cache.lookup_top_k(ids, cached)))
+        lookup = self._cache.lookup if self._cache.top_k is None else self._cache.lookup_top_k
+        return lookup(ids, cached)
+
+    def _read_all(self) -> TeacherLogits:
+        """Read one view of all samples at a time, the order of the rows in the cache."""
+        n = len(self._ids)
+        table: TeacherLogits | None = None
+        for view in range(self._n_views):
+            part = self._look_up(self._ids, np.full(n, view, np.int64))
+            if table is None:
+                table = map_logits(lambda x: x.new_empty((n * self._n_views, *x.shape[1:]), device=self._device), part)
+            for whole, piece in zip(tensors_of(table), tensors_of(part), strict=True):
+                whole[view * n : (view + 1) * n] = piece.to(self._device)
+        assert table is not None, "a run has at least one view"
+        return table
+
+
+class _Windows:
+    """The rows of one epoch, a window at a time.
+
+    Args:
+        look_up: Reads the rows of a range of positions.
+        count: Positions of the epoch.
+        rows: Rows of a window, rounded to whole batches.
+        reader: Thread that reads the next window.
+    """
+
+    def __init__(
+        self, look_up: Callable[[slice], TeacherLogits], count: int, rows: int, reader: ThreadPoolExecutor
+    ) -> None:
+        self._look_up, self._count, self._rows, self._reader = look_up, count, rows, reader
+        self._range = range(0)
+        self._window: TeacherLogits | None = None
+        self._next: Future[TeacherLogits] | None = None
+
+    def take(self, start: int, count: int) -> TeacherLogits:
+        """Return the rows of a batch; batches come in order."""
+        if self._window is None or start + count > self._range.stop:
+            self._advance(start, max(count, self._rows // count * count))
+            assert self._window is not None
+        return slice_rows(self._window, start - self._range.start, start + count - self._range.start)
+
+    def _advance(self, start: int, size: int) -> None:
+        stop = min(start + size, self._count)
+        if self._next is not None and start == self._range.stop:
+            self._window = self._next.result()
+        else:
+            self._window = self._look_up(slice(start, stop))
+        self._range = range(start, stop)
+        following = slice(stop, min(stop + size, self._count))
+        self._next = self._reader.submit(self._look_up, following) if stop < self._count else None
 
 
 class OnlineTargets:
@@ -93,18 +157,13 @@ class OnlineTargets:
         self._net = model.net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._normalization = model.normalization
         self._spec = spec
-        self._ids = np.empty(0, np.int64)
 
-    def begin_epoch(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> None:
-        """See `BatchTargets`."""
-        self._ids = ids
-
-    def batch(self, start: int, images: Tensor, view_ids: Tensor) -> Tensor:
-        """See `BatchTargets`."""
-        ids = torch.from_numpy(self._ids[start : start + len(images)])
-        with torch.no_grad():
-            inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids)
-            logits: Tensor = self._net(inputs)
+    @torch.no_grad()
+    def compute(self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor) -> Tensor:
+        """Return the logits (B, C) of a batch, whose fields these are; see `Batch`."""
+        logits: Tensor = self._net(
+            apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows)
+        )
         return logits
 
 
@@ -147,7 +206,7 @@ class TeacherTargets:
 
     def open(
         self, source: Source, ids: NDArray[np.int64], config: RunConfig, device: torch.device
-    ) -> BatchTargets | None:
+    ) -> CachedTargets | OnlineTargets | None:
         """Return the source of a run's teacher logits; None without a teacher.
 
         Args:
@@ -164,7 +223,10 @@ class TeacherTargets:
             # Raises if the cache was built with another view seed.
             self.cache.translate_view_indices(ids[:1], np.zeros(1, np.int64), config.views, seed)
             _check_temperature(self.cache, config)
-            return CachedTargets(self.cache, config.views, seed, device)
+            size = len(ids) * config.views * self.cache.row_bytes
+            # On a CPU the file is in memory already, in the system's cache.
+            resident = device.type != "cpu" and fits_in_memory(size, device)
+            return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident)
         if self.model is not None:
             return OnlineTargets(self.model, source.view_spec, device)
         return None

@@ -16,6 +16,9 @@ from kdfast.nets.checkpoint import save_model
 from kdfast.progress import Progress
 from kdfast.teacher.evaluate import evaluate
 
+# Steps between two looks at whether any of several processes was asked to stop: each is a reduction that waits.
+STOP_CHECK_STEPS = 20
+
 
 @dataclass(frozen=True)
 class Monitoring:
@@ -101,7 +104,7 @@ class _TrainingLoop:
                     trainer.train_step(batch)
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
                     must_log = epoch_ended or trainer.step % monitoring.log_every == 0
-                    must_stop = self.stop_requested(stop)
+                    must_stop = self.stop_requested(stop, wait=must_log)
                     must_save = must_stop or time.monotonic() - self.saved_at > monitoring.checkpoint_seconds
                     if not (must_log or must_save):
                         continue
@@ -121,12 +124,20 @@ class _TrainingLoop:
         trainer.check_finite()
         self.save()
         # A signal during the last log and save must still stop the commands that follow this one.
-        if self.stop_requested(stop):
+        if self.stop_requested(stop, wait=True):
             raise self.interruption(stop)
 
-    def stop_requested(self, stop: StopRequest) -> bool:
-        """Return whether any process of the run was asked to stop."""
-        return self.trainer.plan.distributed.any(bool(stop.signal_name), self.trainer.plan.device)
+    def stop_requested(self, stop: StopRequest, *, wait: bool) -> bool:
+        """Return whether any process of the run was asked to stop; always False at most steps of several processes.
+
+        Args:
+            stop: The request to this process.
+            wait: Look at this step, whatever its number; the same in every process.
+        """
+        distributed, asked = self.trainer.plan.distributed, bool(stop.signal_name)
+        if distributed.world_size > 1 and not wait and self.trainer.step % STOP_CHECK_STEPS:
+            return False
+        return distributed.any(asked, self.trainer.plan.device)
 
     def interruption(self, stop: StopRequest) -> Interrupted:
         return Interrupted(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from kdfast.data.views import apply_views
 from kdfast.distill.batches import Batch
+from kdfast.distill.cuda_graph import CapturedStep
+from kdfast.distill.optimizer import ScheduledSGD
 from kdfast.distill.plan import Plan
-from kdfast.distill.schedule import compute_learning_rate
+from kdfast.distill.targets import OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
@@ -31,25 +35,28 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan) -> None:
-        config = plan.config
+        config, device = plan.config, plan.device
         self.plan = plan
         self.batches = plan.batches()
         self.total_steps = config.epochs * self.batches.per_epoch
-        self.warmup_steps = round(config.warmup_epochs * self.batches.per_epoch)
+        warmup_steps = round(config.warmup_epochs * self.batches.per_epoch)
         torch.manual_seed(config.seed)
         self.net = build_net(config.student, len(plan.source.classes))
-        self.net.to(device=plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward = plan.distributed.wrap(self.net, plan.device)
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=config.precision == "fp16")
-        self.labels = torch.from_numpy(plan.source.train.labels).to(plan.device)
+        self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = plan.distributed.wrap(self.net, device)
+        # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
+        self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
+        self.optimizer = ScheduledSGD(self.net.parameters(), config, self.total_steps, warmup_steps, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.labels = torch.from_numpy(plan.source.train.labels).to(device)
         self.step = 0
         self.train_seconds = 0.0
-        self.loss_sum = torch.zeros((), device=plan.device, dtype=torch.float64)
+        self.loss_sum = torch.zeros((), device=device, dtype=torch.float64)
         self.loss_steps = 0
-        self._bad_step = torch.full((), -1, device=plan.device, dtype=torch.int64)
+        # What a step on a GPU changes is on the GPU, and changed in place: a CUDA graph remembers addresses.
+        self._step_on_device = torch.zeros((), device=device, dtype=torch.int64)
+        self._bad_step = torch.full((), -1, device=device, dtype=torch.int64)
+        self._captured = CapturedStep(self._take_step, device) if plan.can_capture() else None
 
     @property
     def epoch(self) -> int:
@@ -63,7 +70,7 @@ class Trainer:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.sgd.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
@@ -72,7 +79,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
+        """Restore a saved state, before the first step.
 
         Raises:
             CheckpointError: If it is not a state of this run.
@@ -82,49 +89,72 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.train_seconds = state["step"], state["train_seconds"]
-            self.loss_sum, self.loss_steps = state["loss_sum"].to(self.plan.device), state["loss_steps"]
+            self._step_on_device.fill_(self.step)
+            self.loss_sum.copy_(state["loss_sum"])
+            self.loss_steps = state["loss_steps"]
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.plan.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.plan.device)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit this run ({error}): choose another `out`") from error
 
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which all steps must run, and everything else that uses the network meanwhile."""
+        return contextlib.nullcontext() if self._captured is None else self._captured.stream()
+
     def train_step(self, batch: Batch) -> None:
-        """Take one step of SGD."""
+        """Take one step of SGD. On a GPU, return before it is done."""
+        if self._captured is None:
+            self._take_step(batch)
+        else:
+            self._captured(batch)
+        self.loss_steps += 1
+        self.step += 1
+
+    def _take_step(self, batch: Batch) -> None:
         plan, config = self.plan, self.plan.config
-        rate = compute_learning_rate(config.lr, config.schedule, self.step, self.total_steps, self.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.set_rate(self.step, self._step_on_device)
+        dtype = AUTOCAST.get(config.precision, torch.float32)
         inputs = apply_views(
-            batch.images, batch.view_ids, plan.source.view_spec, plan.normalization, sample_ids=batch.ids
+            batch.images,
+            batch.view_ids,
+            plan.source.view_spec,
+            plan.normalization,
+            sample_ids=batch.ids,
+            rows=batch.image_rows,
+            dtype=dtype,
         )
-        with torch.autocast(plan.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+        with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST):
             logits = self._forward(inputs)
+        if isinstance(plan.targets, OnlineTargets):
+            teacher = plan.targets.compute(batch.images, batch.image_rows, batch.view_ids, batch.ids)
+            batch = dataclasses.replace(batch, teacher=teacher, index=batch.index[:2])
         loss = self.compute_loss(logits, batch)
         if plan.distributed.world_size > 1:
             # Gradients are averaged over processes whose shares of a batch may differ by one sample.
             loss = loss * (len(batch.ids) * plan.distributed.world_size / self.batches.global_size(self.step))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.sgd.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer.sgd)
         self.scaler.update()
         self._count_step(loss.detach())
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of a batch: distillation with a teacher, else cross-entropy in float32."""
-        labels = self.labels[batch.ids.to(self.labels.device)]
+        labels = self.labels[batch.ids]
         if batch.teacher is None:
             return F.cross_entropy(logits.float(), labels)
         config = self.plan.config
-        return kd_loss(logits, labels, batch.teacher, alpha=config.alpha, temperature=config.temperature)
+        return kd_loss(
+            logits, labels, batch.teacher, batch.teacher_rows, alpha=config.alpha, temperature=config.temperature
+        )
 
     def _count_step(self, loss: Tensor) -> None:
         """Add up the loss and record the first step whose loss is not finite, without synchronizing the device."""
         first_bad = (self._bad_step < 0) & ~torch.isfinite(loss)
-        self._bad_step = torch.where(first_bad, self.step, self._bad_step)
+        self._bad_step.copy_(torch.where(first_bad, self._step_on_device, self._bad_step))
+        self._step_on_device += 1
         self.loss_sum += loss
-        self.loss_steps += 1
-        self.step += 1
 
     def check_finite(self) -> None:
         """Raise if a loss or a weight is not finite. Synchronizes the device.
@@ -132,12 +162,13 @@ class Trainer:
         Raises:
             DivergedError: Names the first such step.
         """
-        bad, what = int(self._bad_step), "loss is"
-        if bad < 0:
-            values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
-            if bool(torch.stack([torch.isfinite(v).all() for v in values]).all()):
-                return
-            bad, what = self.step - 1, "weights are"
+        values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
+        # The norm is not finite if a value is not, and takes a few launches for all tensors together.
+        largest = torch.nn.utils.get_total_norm(values, norm_type=float("inf"))
+        bad, weights_are_finite = torch.stack([self._bad_step.double(), torch.isfinite(largest).double()]).tolist()
+        if bad < 0 and weights_are_finite:
+            return
+        bad, what = (int(bad), "loss is") if bad >= 0 else (self.step - 1, "weights are")
         raise DivergedError(
             f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); any earlier checkpoint is "
             "kept: lower `lr`, add `warmup_epochs`, or check the data and the teacher"
@@ -150,7 +181,7 @@ class Trainer:
             "step": self.step,
             "epoch": (self.step - 1) // self.batches.per_epoch,
             "loss": float(total) / max(self.loss_steps, 1),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.rate(self.step - 1),
             "train_seconds": round(self.train_seconds, 3),
         }
         self.loss_sum.zero_()

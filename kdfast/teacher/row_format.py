@@ -7,6 +7,7 @@ that temperature T only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.kd_loss.validation import check_temperature
 
-__all__ = ["RowFormat", "TeacherLogits", "TopK", "slice_rows"]
+__all__ = ["RowFormat", "TeacherLogits", "TopK", "map_logits", "slice_rows", "tensors_of"]
 
 TeacherLogits = Tensor | TopKTeacher
 """Teacher logits of a batch, in a form that `kd_loss` accepts."""
@@ -98,6 +99,16 @@ class RowFormat:
         return TopKTeacher(*(torch.from_numpy(part) for part in parts))
 
 
+def tensors_of(logits: TeacherLogits) -> tuple[Tensor, ...]:
+    """Return the tensors of teacher logits: one, or the three of a `TopKTeacher`."""
+    return tuple(logits) if isinstance(logits, TopKTeacher) else (logits,)
+
+
+def map_logits(change: Callable[[Tensor], Tensor], logits: TeacherLogits) -> TeacherLogits:
+    """Apply a function to each tensor of teacher logits."""
+    return TopKTeacher(*map(change, logits)) if isinstance(logits, TopKTeacher) else change(logits)
+
+
 def slice_rows(logits: TeacherLogits, begin: int, end: int) -> TeacherLogits:
     """Return the rows from `begin` up to `end`."""
-    return TopKTeacher(*(part[begin:end] for part in logits)) if isinstance(logits, TopKTeacher) else logits[begin:end]
+    return map_logits(lambda part: part[begin:end], logits)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kdfast.data.order import epoch_order
 from kdfast.data.readers.registry import open_source
@@ -15,8 +16,10 @@ from kdfast.distill.batches import Batches
 from kdfast.distill.targets import CachedTargets, OnlineTargets
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.row_format import TopK
 
 VIEWS = 4
 CPU = torch.device("cpu")
@@ -52,31 +55,48 @@ def make_batches(source, targets, n_views: int = VIEWS, batch_size: int = 13) ->
 
 @pytest.mark.parametrize("n_views", [1, 2, VIEWS])
 def test_cached_logits_equal_online_logits(source, model: Model, cache: TeacherCache, n_views: int) -> None:
-    cached = make_batches(source, CachedTargets(cache, n_views, 7, CPU), n_views)
-    online = make_batches(source, OnlineTargets(model, source.view_spec, CPU), n_views)
+    online = OnlineTargets(model, source.view_spec, CPU)
     seen = 0
     for epoch in range(3):
-        for a, b in zip(cached.epoch(epoch), online.epoch(epoch), strict=True):
-            assert torch.equal(a.ids, b.ids)
-            assert torch.equal(a.view_ids, b.view_ids)
-            assert a.teacher is not None
-            assert b.teacher is not None
-            spacing = 2.0 ** (b.teacher.abs().clamp_min(2.0**-14).log2().floor() - 10)
-            assert ((a.teacher.float() - b.teacher).abs() <= 0.5 * spacing + 1e-5).all()
-            seen += len(a.ids)
+        for batch in make_batches(source, CachedTargets(cache, IDS, n_views, 7, CPU), n_views).epoch(epoch):
+            computed = online.compute(batch.images, batch.image_rows, batch.view_ids, batch.ids)
+            spacing = 2.0 ** (computed.abs().clamp_min(2.0**-14).log2().floor() - 10)
+            assert ((batch.teacher.float() - computed).abs() <= 0.5 * spacing + 1e-5).all()
+            seen += len(batch.ids)
     assert seen == 3 * len(IDS)
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("n_views", [1, 2, VIEWS])
+def test_resident_rows_are_those_of_the_windows(
+    source, model: Model, cache: TeacherCache, tmp_path: Path, n_views: int, top_k: int | None
+) -> None:
+    if top_k is not None:
+        build_cache(source, model, tmp_path / "c", ids=IDS, n_views=VIEWS, view_seed=7, top_k=TopK(top_k, 4.0))
+        cache = TeacherCache.open(tmp_path / "c")
+    windows = make_batches(source, CachedTargets(cache, IDS, n_views, 7, CPU), n_views)
+    resident = make_batches(source, CachedTargets(cache, IDS, n_views, 7, CPU, resident=True), n_views)
+    for a, b in zip(windows.epoch(1), resident.epoch(1), strict=True):
+        assert torch.equal(a.index, b.index[:2])
+        assert a.teacher_rows is None
+        for part, table in zip(tensors(a.teacher), tensors(b.teacher), strict=True):
+            assert torch.equal(part, table[b.teacher_rows])
+
+
+def tensors(teacher: Tensor | TopKTeacher) -> tuple[Tensor, ...]:
+    return (teacher,) if isinstance(teacher, Tensor) else tuple(teacher)
+
+
 def test_logits_do_not_depend_on_the_window_size(source, cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [b.teacher for b in make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(1)]
+    whole = [b.teacher for b in make_batches(source, CachedTargets(cache, IDS, VIEWS, 7, CPU)).epoch(1)]
     monkeypatch.setattr(targets_module, "WINDOW_BYTES", 30 * cache.classes * 2)
-    small = [b.teacher for b in make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(1)]
+    small = [b.teacher for b in make_batches(source, CachedTargets(cache, IDS, VIEWS, 7, CPU)).epoch(1)]
     assert all(torch.equal(a, b) for a, b in zip(whole, small, strict=True))
 
 
 def test_resumed_epoch_has_the_same_batches(source, cache: TeacherCache) -> None:
-    whole = list(make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(2))
-    rest = list(make_batches(source, CachedTargets(cache, VIEWS, 7, CPU)).epoch(2, first=5))
+    whole = list(make_batches(source, CachedTargets(cache, IDS, VIEWS, 7, CPU)).epoch(2))
+    rest = list(make_batches(source, CachedTargets(cache, IDS, VIEWS, 7, CPU)).epoch(2, first=5))
     assert len(rest) == len(whole) - 5
     for a, b in zip(whole[5:], rest, strict=True):
         assert torch.equal(a.ids, b.ids)
@@ -99,4 +119,5 @@ def test_epochs_contain_each_sample_once_and_its_views_evenly(source) -> None:
 
 def test_batches_hold_the_images_of_their_samples(source) -> None:
     for batch in make_batches(source, None).epoch(0):
-        assert (batch.images.numpy() == source.train.read(batch.ids.numpy())).all()
+        assert batch.image_rows is not None
+        assert (batch.images[batch.image_rows].numpy() == source.train.read(batch.ids.numpy())).all()

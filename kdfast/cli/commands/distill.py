@@ -54,6 +54,8 @@ def distill(
     eval_every: training.EvalEvery = 0,
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
     tensorboard: training.TensorBoard = False,
+    compile_network: training.Compile = False,
+    cuda_graph: training.CudaGraph = True,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -63,7 +65,7 @@ def distill(
     contains config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
     """
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
+    from kdfast.distill.config import Execution, RunConfig
     from kdfast.distill.folder import check_run_folder
     from kdfast.distill.plan import InputPaths, plan_run
 
@@ -86,6 +88,7 @@ def distill(
         ),
         alpha=alpha,
         device=resolve_device(device),
+        execution=Execution(compile_network, cuda_graph),
     )
     if dry_run:
         check_run_folder(out, plan.identity, resume)

@@ -39,12 +39,14 @@ def train(
     eval_every: training.EvalEvery = 0,
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
     tensorboard: training.TensorBoard = False,
+    compile_network: training.Compile = False,
+    cuda_graph: training.CudaGraph = True,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
     """Train a network on the labels of the whole training split; the same command resumes it."""
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
+    from kdfast.distill.config import Execution, RunConfig
     from kdfast.distill.plan import InputPaths, plan_run
     from kdfast.nets.checkpoint import load_model, save_model
 
@@ -64,7 +66,12 @@ def train(
         precision=precision,
         seed=seed,
     )
-    plan = plan_run(InputPaths(data=data, loader=loader, size=size), settings, device=resolve_device(device))
+    plan = plan_run(
+        InputPaths(data=data, loader=loader, size=size),
+        settings,
+        device=resolve_device(device),
+        execution=Execution(compile_network, cuda_graph),
+    )
     if dry_run:
         print(json.dumps(plan.describe(), indent=2))
         return

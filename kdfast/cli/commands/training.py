@@ -61,6 +61,17 @@ EvalEvery = Annotated[
 CheckpointSeconds = Annotated[
     float, typer.Option("--checkpoint-seconds", help="Seconds between two checkpoints.", min=0.0)
 ]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the network with torch.compile: a slow start, then faster steps on a GPU."),
+]
+CudaGraph = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="On a GPU, replay each step as one CUDA graph. Not for networks that change with their input.",
+    ),
+]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to the run folder.")]
 
 

@@ -146,12 +146,14 @@ class BetonLoader:
     Attributes:
         name: `ffcv`.
         compile_seconds: Time of compiling the decoder, in seconds; done once, at construction.
+        table: None, because the images are decoded batch by batch.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
     """
 
     name = "ffcv"
+    table: Tensor | None = None
 
     def __init__(self, split: BetonSplit, *, workers: int | None = None) -> None:
         ffcv = load_ffcv()
