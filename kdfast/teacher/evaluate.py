@@ -10,6 +10,7 @@ from kdfast.data.source import Split
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.errors import CheckpointError
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.float32 import full_float32
 from kdfast.teacher.predictor import default_batch_size
 
 
@@ -54,11 +55,13 @@ def evaluate(
 
 
 @torch.inference_mode()
+@full_float32()
 def _evaluate(
     model: Model, net: torch.nn.Module, split: Split, spec: ViewSpec, device: torch.device, batch_size: int
 ) -> dict[str, float]:
-    top1 = top5 = 0
-    loss = 0.0
+    # On the device: reading a sum waits for the batch.
+    top1, top5 = torch.zeros(2, dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(split), batch_size):
         ids = np.arange(start, min(start + batch_size, len(split)), dtype=np.int64)
         images = torch.from_numpy(split.read(ids)).to(device)
@@ -66,7 +69,8 @@ def _evaluate(
         views = torch.full((len(ids),), spec.identity)
         logits = net(apply_views(images, views, spec, model.normalization, sample_ids=ids)).float()
         hits = logits.topk(min(5, model.classes)).indices == labels[:, None]
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return {"top1": 100 * top1 / len(split), "top5": 100 * top5 / len(split), "loss": loss / len(split)}
+        top1 += hits[:, 0].sum()
+        top5 += hits.sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+    count = len(split)
+    return {"top1": 100 * int(top1) / count, "top5": 100 * int(top5) / count, "loss": float(loss) / count}

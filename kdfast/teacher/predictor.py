@@ -12,6 +12,7 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import forward_with_features
+from kdfast.ops.float32 import full_float32
 from kdfast.teacher.fold import fold_batch_norms
 
 Precision = Literal["float32", "bfloat16"]
@@ -45,6 +46,7 @@ class Predictor:
         self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
+    @full_float32()
     def predict_identity(
         self, images: Tensor, ids: IntArray, precision: Precision = "float32"
     ) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,7 @@ class Predictor:
         return logits, features
 
     @torch.inference_mode()
+    @full_float32()
     def predict_views(self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision) -> Tensor:
         """Compute logits of several views of each image.
 
@@ -83,11 +86,11 @@ class Predictor:
         count, n_views = view_ids.shape
         flat = torch.from_numpy(view_ids.reshape(-1))
         row = torch.arange(count).repeat_interleave(n_views)
+        row_on_device = row.to(self.device)
         parts = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             for piece in self._slices(len(flat)):
-                rows = row[piece]
-                inputs = self._inputs(images[rows.to(self.device)], flat[piece], ids[rows.numpy()])
+                inputs = self._inputs(images[row_on_device[piece]], flat[piece], ids[row[piece].numpy()])
                 parts.append(self._net(inputs).float())
         return torch.cat(parts).cpu().reshape(count, n_views, -1)
 

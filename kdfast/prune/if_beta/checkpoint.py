@@ -72,7 +72,7 @@ def digest(*parts: object) -> str:
     """Return the SHA-256, in hexadecimal, of the bytes of arrays and the repr of other objects."""
     total = hashlib.sha256()
     for part in parts:
-        array = part.numpy() if isinstance(part, Tensor) else part
+        array = part.cpu().numpy() if isinstance(part, Tensor) else part
         if isinstance(array, np.ndarray):
             total.update(f"{array.dtype.str}{array.shape}".encode())
             total.update(np.ascontiguousarray(array).data)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import SubsetError
 from kdfast.nets import build_net
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.prune.if_beta.estimators import ESTIMATORS
 from kdfast.prune.if_beta.inputs import check_fraction
@@ -85,7 +86,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         labels,
         inputs.fraction,
         inputs.seed,
-        score_logits=_mean_over_views(cache),
+        score_logits=_mean_over_views(cache, inputs.device),
         state=inputs.state,
         progress=inputs.progress,
         device=inputs.device,
@@ -151,6 +152,7 @@ def summarize(result: IFBetaResult, labels: IntArray) -> dict[str, Any]:
     }
 
 
+@full_float32()
 def distillation_seconds(
     samples: int, classes: int, size: tuple[int, int], device: torch.device | str = "cpu"
 ) -> float:
@@ -208,13 +210,13 @@ def _learner(inputs: SelectorInputs) -> IFBeta:
     )
 
 
-def _mean_over_views(cache: TeacherCache) -> Tensor:
-    """Return `mean_logits` over the first views of the cache, computed in blocks of samples."""
+def _mean_over_views(cache: TeacherCache, device: torch.device | str) -> Tensor:
+    """Return `mean_logits` over the first views of the cache, computed in blocks of samples on the device."""
     views = min(cache.n_views, _MAX_VIEWS)
     blocks = []
     for start in range(0, len(cache), _BLOCK_ROWS):
         ids = cache.coverage[start : start + _BLOCK_ROWS]
-        blocks.append(mean_logits(cache.lookup(ids, np.full_like(ids, view)) for view in range(views)))
+        blocks.append(mean_logits(cache.lookup(ids, np.full_like(ids, view)).to(device) for view in range(views)))
     return torch.cat(blocks)
 
 

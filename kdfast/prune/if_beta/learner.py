@@ -18,6 +18,7 @@ from torch import Tensor
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError, look_up, unknown_name
+from kdfast.ops.float32 import full_float32
 from kdfast.progress import Progress
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
@@ -118,6 +119,7 @@ class IFBeta:
                 "at least one candidate"
             )
 
+    @full_float32()
     def fit(
         self,
         logits: Tensor | NDArray[np.float32],
@@ -146,7 +148,7 @@ class IFBeta:
             state: Checkpoint file of the search; a call with the same arguments resumes from it. The file remains after
                 the search so that nothing is lost before the result is saved; delete it then.
             progress: Called with (steps done, maximum steps, note) after each step.
-            device: Device to train the proxies on.
+            device: Device to compute the scores and to train the proxies on. Draws are made on the CPU.
 
         Returns:
             The subset, the policy, and the record of the search.
@@ -236,10 +238,12 @@ class IFBeta:
         check_inputs(score_z, h, labels)
         held_out = hold_out(labels, z.shape[1], share=self.held_share, seed=seed)[1]
         started = time.perf_counter()
-        values = score(HeadInputs(score_z, h, y, held_out, seed)) if scores is None else scores
+        moved_h, moved_y = h.to(device), y.to(device)
+        inputs = HeadInputs(score_z.to(device), moved_h, moved_y, held_out, seed)
+        values = score(inputs) if scores is None else scores
         check_scores(values, len(labels))
         seconds = time.perf_counter() - started
-        data = ProxyData(proxy.transform(h, seed), y, z).to(device)
+        data = ProxyData(proxy.transform(moved_h, seed), moved_y, z.to(device))
         evaluator = PolicyEvaluator(proxy, reward, self.budget, data, held_out, seed)
         return _Task(values, held_out, evaluator, digest(self.describe(), seed, z, h, labels, values), seconds)
 

@@ -173,19 +173,21 @@ def train_proxies(
     key = int(hash64(Purpose.PROXY, seed, step)[0] >> np.uint64(1))
     initial = proxy.init_parameters(data.x.shape[1], classes, key)
     parameters = [p.to(device).expand(count, *p.shape).clone().requires_grad_() for p in initial]
-    optimizer = torch.optim.Adam(parameters, budget.lr, weight_decay=budget.weight_decay)
+    # One launch per step on a GPU; None is PyTorch's choice, which searches on a CPU reproduce.
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.Adam(parameters, budget.lr, weight_decay=budget.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     subsets = torch.from_numpy(draws).to(device)
     batch = min(budget.batch_size, size)
     positions = torch.randint(size, (budget.steps, batch), generator=torch.Generator().manual_seed(key)).to(device)
-    for step_positions in positions:
-        rows = subsets[:, step_positions].reshape(-1)
+    step_rows = subsets[:, positions].transpose(0, 1).reshape(budget.steps, -1)
+    for rows, labels in zip(step_rows, data.labels[step_rows], strict=True):
         x = data.x[rows].view(count, batch, -1)
         logits = proxy.forward(parameters, x).reshape(-1, classes)
         # The sum over the proxies of their batch means: each proxy gets the gradient of its own mean loss.
         loss = kd_loss(
             logits,
-            data.labels[rows],
+            labels,
             data.teacher_logits,
             rows,
             alpha=budget.alpha,
@@ -207,7 +209,7 @@ def _standardize(features: Tensor) -> Tensor:
 def _project(features: Tensor, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(features.shape[1], features.shape[1], generator=generator))[0]
-    return _standardize(_standardize(features) @ directions[:, :width])
+    return _standardize(_standardize(features) @ directions[:, :width].to(features.device))
 
 
 def _append_one(x: Tensor) -> Tensor:

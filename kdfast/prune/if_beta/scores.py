@@ -30,7 +30,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """Inputs of a score: the teacher's head and the data.
+    """Inputs of a score: the teacher's head and the data. The tensors are on the device of the search.
 
     Attributes:
         logits: float32 (N, C), the teacher's logits; `mean_logits` where several views are known.
@@ -91,7 +91,7 @@ def removal(inputs: HeadInputs) -> FloatArray:
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, equation 2.
     """
-    rows = torch.from_numpy(inputs.held_out)
+    rows = torch.from_numpy(inputs.held_out).to(inputs.features.device)
     z, h, y = inputs.logits, inputs.features, inputs.labels
     return head_influence(h, z, y, h[rows], z[rows], y[rows], l2=DEFAULT_L2).double().cpu().numpy()
 
@@ -106,7 +106,7 @@ def residual(inputs: HeadInputs) -> FloatArray:
 
     Source: Paul, Ganguli, Dziugaite 2021, https://arxiv.org/abs/2107.07075.
     """
-    return el2n_without_cancellation(inputs.logits.double(), inputs.labels).numpy()
+    return el2n_without_cancellation(inputs.logits.double(), inputs.labels).cpu().numpy()
 
 
 def crossfit(inputs: HeadInputs) -> FloatArray:
@@ -114,15 +114,15 @@ def crossfit(inputs: HeadInputs) -> FloatArray:
 
     The features are still those of a teacher trained on all samples, so this removes the overfit of the head alone.
     """
-    labels = inputs.labels
+    labels, device = inputs.labels, inputs.features.device
     fold = hash64(Purpose.HOLDOUT, inputs.seed, _FOLDS, np.arange(len(labels), dtype=np.int64)) % np.uint64(_FOLDS)
-    norms = torch.empty(len(labels), dtype=torch.float64)
+    norms = torch.empty(len(labels), dtype=torch.float64, device=device)
     for k in range(_FOLDS):
-        train, test = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
+        train, test = (torch.from_numpy(np.flatnonzero(part)).to(device) for part in (fold != k, fold == k))
         classes = inputs.logits.shape[1]
         weights = head_newton(inputs.features[train], labels[train], l2=_CROSS_FIT_L2, tol=1e-6, classes=classes)
         norms[test] = el2n_without_cancellation(head_logits(inputs.features[test], weights), labels[test])
-    return norms.numpy()
+    return norms.cpu().numpy()
 
 
 SAMPLE_SCORES: dict[str, SampleScore] = {

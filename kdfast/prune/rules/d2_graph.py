@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray
+from kdfast.ops.float32 import full_float32
 from kdfast.prune.rules.base import FloatArray
 
 # Candidates beyond k: their distances prove that rounding has hidden no neighbor.
@@ -53,7 +51,7 @@ def nearest_neighbors(
     neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k))
     step = min(n, max(1, block_bytes // (4 * n)))
     block = torch.empty(step, n, device=device)
-    with _full_float32(points.device):
+    with full_float32():  # TF32 would void the error bound
         for start in range(0, n, step):
             rows = torch.arange(start, min(start + step, n), device=device)
             left = torch.cat((points[rows] * -2, points.new_ones(len(rows), 1)), dim=1)
@@ -139,17 +137,3 @@ def _smallest(squares: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tens
     squares, candidates = squares.gather(1, by_index), candidates.gather(1, by_index)
     order = squares.argsort(dim=1, stable=True)[:, :k]
     return squares.gather(1, order), candidates.gather(1, order)
-
-
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Turn off TF32 on CUDA within the block: it would void the error bound."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
