@@ -38,15 +38,16 @@ class ScheduledSGD:
         device: torch.device,
     ) -> None:
         self._schedule = (config.lr, config.schedule, total_steps, warmup_steps)
+        on_device = runs_on_device(device)
         self.sgd = torch.optim.SGD(
             parameters,
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            fused=True if device.type == "cuda" else None,
+            fused=on_device or None,
         )
         self._rate: Tensor | None = None
-        if keeps_rate_on(device):
+        if on_device:
             self._table = torch.tensor([self.rate(step) for step in range(total_steps)]).to(device)
             self._rate = torch.zeros((), device=device)
             self._set(self._rate)
@@ -93,6 +94,6 @@ class ScheduledSGD:
                     self.sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def keeps_rate_on(device: torch.device) -> bool:
-    """Return whether the learning rate is a tensor on the device."""
+def runs_on_device(device: torch.device) -> bool:
+    """Return whether an update runs on the device alone: fused, with the learning rate in a tensor."""
     return device.type != "cpu"

@@ -1,0 +1,76 @@
+"""A training step on a GPU waits for nothing and copies nothing from the CPU. Meta tensors show it without a GPU."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdfast.distill import targets as targets_module
+from kdfast.distill.plan import Plan
+from kdfast.distill.targets import TeacherTargets
+from kdfast.distill.trainer import Trainer
+from kdfast.ops import backends
+from kdfast.teacher.cache import TeacherCache
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested values."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+class StepCost(TorchDispatchMode):
+    """Counts operators, and lists those that copy from the CPU to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.count[name] += 1
+        if name.startswith("aten._fused_sgd_"):
+            return None  # has no implementation for meta tensors
+        out = func(*args, **(kwargs or {}))
+        # A scalar on the CPU is an argument of a kernel, unless the operator copies it.
+        if any(t.is_meta for t in tensors(out)):
+            given = [t for t in tensors((args, kwargs)) if t.device.type == "cpu"]
+            self.copies += [name for t in given if t.dim() > 0 or "copy" in name]
+        return out
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
+    make_plan: Callable[..., Plan], cache: TeacherCache, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets_module, "fits_in_memory", lambda size, device: True)
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    for op in ("kd_loss", "views"):
+        monkeypatch.setitem(backends.TABLE, (op, "meta"), ("triton",))
+    targets = TeacherTargets(cache=cache) if alpha else TeacherTargets()
+    trainer = Trainer(make_plan(targets, "meta", alpha=alpha))  # reading a value of a meta tensor raises an error
+    trainer.optimizer.sgd._need_device_dtype_check_for_fused = False
+    for number, batch in enumerate(trainer.batches.epoch(0)):
+        cost = StepCost()
+        with cost:
+            trainer.train_step(batch)
+        assert len(cost.copies) <= (1 if number == 0 else 0), "only the first step copies the normalization"
+        assert cost.count["kdfast.gather_views.default"] == 1
+        assert cost.count["kdfast.kd_loss.default"] == (1 if alpha else 0)
+        assert cost.count["aten._fused_sgd_.tensor_lr"] == 1
+    assert trainer.step == 4
+
+
+def test_cost_of_a_synchronization_and_of_a_copy() -> None:
+    with StepCost(), pytest.raises(RuntimeError, match="meta"):
+        torch.ones(2, device="meta").sum().item()
+    cost = StepCost()
+    with cost:
+        torch.ones(2).to("meta")
+        torch.ones(2, device="meta") * torch.tensor(2.0)
+    assert cost.copies == ["aten._to_copy.default"]
