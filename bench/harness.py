@@ -106,9 +106,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Return the current commit, with "+" if files other than results have changed; "unknown" outside a checkout."""
-    folder = Path(__file__).parent
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Return a checkout's commit, with "+" if files other than results have changed; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -1,0 +1,146 @@
+"""Count the instructions of the Triton kernels, without a GPU, and what share of the copy bandwidth they allow at most.
+
+    python bench/count_kernels.py [--arch 90] [--copy 4.3] [--tree DIR]
+    python bench/count_kernels.py --compare BEFORE.json [AFTER.json]
+    python bench/count_kernels.py --bounds
+
+The first form compiles `kd_loss` with gradient for each number of classes, dtype and direction, prints a table and
+writes bench/results/kernel_counts.json; --tree counts the kdfast in another folder, such as a worktree of an older
+commit. The second compares two such files. The third compiles every case and records the counts of the installed Triton
+in tests/ops/triton_bounds.json, which tests/ops/test_triton_kernels.py allows the kernels to exceed by 5%.
+
+`instr` counts the instructions of a thread for each element of the logits, `ALU` and `MUFU` those of two pipes,
+`barriers` those that a thread meets, `loops` passes x instructions of each loop. `ceiling` is the memory traffic at
+perfect issue, in TB/s: an upper bound, see bench/triton_compile/counts.py for its assumptions. `of copy` is its share
+of the copy bandwidth given by --copy, and `of target` that share over the one that the kernel is meant to reach; since
+a kernel reaches perhaps 60% of its ceiling, about 1.6 is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, commit, table, write_results
+
+BOUNDS = Path(__file__).parent.parent / "tests" / "ops" / "triton_bounds.json"
+ARCHITECTURES = (80, 90)
+TARGETS = {16384: 0.90, 65536: 0.75, 2**31: 0.55}  # share of the copy bandwidth to reach, by largest number of classes
+
+
+def main() -> None:
+    arguments = parse()
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    if arguments.compare:
+        before, after = [*arguments.compare, RESULTS / "kernel_counts.json"][:2]
+        print(table(compared(json.loads(before.read_text())["rows"], json.loads(after.read_text())["rows"])))
+        return
+    if arguments.tree:
+        use_tree(arguments.tree)
+    if arguments.bounds:
+        record_bounds()
+        return
+    import triton
+    from triton_compile.cases import cases
+    from triton_compile.rows import count_cases
+
+    rows = count_cases([case for case in cases() if case.table], arguments.arch)
+    print(table([printed(row, arguments.copy * 1e12) for row in rows]))
+    counted = commit(arguments.tree) if arguments.tree else commit()
+    path = write_results("kernel_counts", rows, triton=triton.__version__, kernels=counted)
+    print(f"\nwrote {path}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability (default: 90)")
+    parser.add_argument("--copy", type=float, default=4.3, help="copy bandwidth in TB/s (default: 4.3, an H200)")
+    parser.add_argument("--tree", type=Path, help="folder with the kdfast to count (default: the installed one)")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="print the changes between two results")
+    parser.add_argument("--bounds", action="store_true", help=f"record the counts of all cases in {BOUNDS.name}")
+    return parser.parse_args()
+
+
+def use_tree(tree: Path) -> None:
+    """Import kdfast from a folder, even if an editable installation of another one directs its imports."""
+    if not (tree / "kdfast" / "__init__.py").is_file():
+        sys.exit(f"{tree} holds no kdfast/: pass a checkout")
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+    sys.path.insert(0, str(tree.resolve()))
+
+
+def printed(row: dict[str, Any], copy: float) -> dict[str, Any]:
+    """Return the cells of a row of the table."""
+    c, dtype, direction = row["table"]
+    share = row["ceiling"] * 1e12 / copy
+    target = next(share for most, share in TARGETS.items() if c <= most)
+    return {
+        "C": c,
+        "dtype": dtype,
+        "direction": direction,
+        "tile": f"{row['tile'].get('ROWS', 1)}x{row['tile'].get('BLOCK', '?')}",
+        "warps": row["warps"],
+        "registers": row["registers"],
+        "spilled": row["spilled"],
+        "instr": row["instructions"],
+        "ALU": row["pipes"].get("ALU", 0),
+        "MUFU": row["pipes"].get("MUFU", 0),
+        "barriers": row["barriers"],
+        "loops": " ".join(f"{passes}x{size}" for size, passes in row["loops"]),
+        "ceiling": f"{row['ceiling']:.2f}",
+        "of copy": f"{share:.0%}",
+        "target": f"{target:.0%}",
+        "of target": f"{share / target:.2f}",
+    }
+
+
+def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the table of changes: the cases that are in both results."""
+    old = {(row["case"], row["arch"]): row for row in before}
+    pairs = [(old[key], row) for row in after if (key := (row["case"], row["arch"])) in old]
+    return [
+        {
+            "C": b["table"][0],
+            "dtype": b["table"][1],
+            "direction": b["table"][2],
+            "registers": f"{a['registers']} > {b['registers']}",
+            "spilled": f"{a['spilled']} > {b['spilled']}",
+            "instr": f"{a['instructions']} > {b['instructions']}",
+            "ALU": f"{a['pipes'].get('ALU', 0)} > {b['pipes'].get('ALU', 0)}",
+            "MUFU": f"{a['pipes'].get('MUFU', 0)} > {b['pipes'].get('MUFU', 0)}",
+            "barriers": f"{a['barriers']} > {b['barriers']}",
+            "ceiling": f"{a['ceiling']:.2f} > {b['ceiling']:.2f}",
+            "ratio": f"{b['ceiling'] / a['ceiling']:.2f}",
+        }
+        for a, b in pairs
+    ]
+
+
+def record_bounds() -> None:
+    """Replace the counts of the installed Triton in the file of the bounds."""
+    import triton
+    from triton_compile.cases import cases
+    from triton_compile.rows import count_cases
+
+    chosen = list(cases())
+    columns = [count_cases(chosen, arch) for arch in ARCHITECTURES]
+    bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
+    bounds[triton.__version__] = {
+        case.name: [row["instructions"] for row in rows]
+        for case, rows in zip(chosen, zip(*columns, strict=True), strict=True)
+    }
+    lines = ",\n".join(
+        f' "{version}": {{\n'
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in names.items())
+        + "\n }"
+        for version, names in sorted(bounds.items())
+    )
+    BOUNDS.write_text(f"{{\n{lines}\n}}\n")
+
+
+if __name__ == "__main__":
+    main()
