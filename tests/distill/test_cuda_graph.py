@@ -223,6 +223,7 @@ def test_plans_without_a_gpu_capture_nothing(make_plan: Callable[..., Plan]) -> 
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["labels", "resident", "online"])
 def test_captured_steps_on_a_gpu_equal_plain_steps(
