@@ -114,13 +114,15 @@ struct CutImages {
       T* out = static_cast<T*>(args.out) + index * args.height * row;
       for (int64_t y = 0; y < args.height; ++y, out += row) {
         // Images at random addresses defeat the hardware's prefetcher.
-        for (int64_t at = 0; at < row; at += 64) __builtin_prefetch(next + y * row + at);
+        for (int64_t at = args.rows ? 0 : row; at < row; at += 64) __builtin_prefetch(next + y * row + at);
         const int64_t from = y + window.top - args.pad;
         if (from < 0 || from >= args.height) {
           std::memset(line, 0, static_cast<size_t>(row));
         } else {
-          std::memcpy(source, image + from * row, static_cast<size_t>(row));
-          cut_row(source, line, args.width, window.left - args.pad, window.flip);
+          const uint8_t* pixels = image + from * row;
+          // Mirroring reads a few bytes beyond the row, which the last image does not have.
+          if (window.flip) pixels = static_cast<const uint8_t*>(std::memcpy(source, pixels, static_cast<size_t>(row)));
+          cut_row(pixels, line, args.width, window.left - args.pad, window.flip);
         }
         normalise<W>(line, batch, values.data(), out, row);
       }

@@ -10,9 +10,12 @@ from torch import Tensor
 from kdfast.errors import ShapeError
 from kdfast.ops.triton_rows import device_of
 
-__all__ = ["gather_views", "gather_views_kernel"]
+__all__ = ["OPTIONS", "TILE", "gather_views", "gather_views_kernel"]
 
-_LINES, _COLUMNS, _WARPS = 32, 32, 4
+TILE = {"LINES": 32, "COLUMNS": 32}
+# More warps would repeat the arithmetic of a column for fewer lines each. Without fused multiply-add, the product and
+# the sum are rounded separately, as everywhere.
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["count", "height", "pad"])
@@ -53,7 +56,6 @@ def gather_views_kernel(
     pixel = tl.load(image + (from_y * line + from_column), mask=here & inside, other=0)
     scale = tl.load(affine_ptr + channel)
     bias = tl.load(affine_ptr + 3 + channel)
-    # Launched without fused multiply-add: the product and the sum are rounded separately, as everywhere.
     values = pixel.to(tl.float32) * scale + tl.where(valid, bias, float("nan"))
     out = out_ptr + sample * (height * line)
     tl.store(out + (y * line + column), values.to(out_ptr.dtype.element_ty), mask=here)
@@ -73,11 +75,11 @@ def gather_views(
         raise ShapeError(f"`images` has shape {tuple(images.shape)}: pass images of fewer than 2**31 values each")
     out = torch.empty((len(view_ids), height, width, channels), dtype=dtype, device=images.device)
     if out.numel():
-        grid = (len(view_ids), triton.cdiv(height, _LINES), triton.cdiv(line, _COLUMNS))
+        grid = (len(view_ids), triton.cdiv(height, TILE["LINES"]), triton.cdiv(line, TILE["COLUMNS"]))
         with device_of(images):
             gather_views_kernel[grid](
                 images.contiguous(), None if rows is None else rows.contiguous(), view_ids.contiguous(),
                 affine.contiguous(), out, count, height, line, pad,
-                FLIPS=2 if flip else 1, LINES=_LINES, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=False,
+                FLIPS=2 if flip else 1, **TILE, **OPTIONS,
             )  # fmt: skip
     return out.permute(0, 3, 1, 2)
