@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.conjugate_gradients import Solution, conjugate_gradients
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.grad_norms.layers import reject_batch_statistics
 from kdfast.ops.grad_norms.objective import (
     Loss,
@@ -41,6 +42,7 @@ KINDS = ("hessian", "gauss_newton")
 Params = dict[str, Tensor]
 
 
+@full_float32()
 def network_hvp(
     model: nn.Module,
     inputs: Any,
@@ -119,6 +121,7 @@ class NetworkCurvature:
         DataError: As ``network_hvp``.
     """
 
+    @full_float32()
     def __init__(
         self,
         model: nn.Module,
@@ -154,6 +157,7 @@ class NetworkCurvature:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.size = sum(p.numel() for p in self._named.values())
 
+    @full_float32()
     def __call__(self, v: Tensor) -> Tensor:
         """Return `H v` for each of the K rows of v `(K, P)`.
 
@@ -178,6 +182,7 @@ class NetworkCurvature:
             raise DataError("a product with `v` is not finite: check `v` and the model for values that overflow")
         return out
 
+    @full_float32()
     def gradient(self) -> Tensor:
         """Return the gradient of F, `(P,)`."""
         params = self._parameters()
@@ -187,6 +192,7 @@ class NetworkCurvature:
 
         return self._mean_over_batches(batch_gradient) + self.l2 * _flatten(params)
 
+    @full_float32()
     def solve(self, b: Tensor, *, tol: float = 1e-6, max_iterations: int | None = None) -> Solution:
         """Solve `H x = b` for all K rows of b `(K, P)` at once by conjugate gradients.
 

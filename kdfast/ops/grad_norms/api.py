@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.grad_norms.batch_axis import Batch, expandable_layers, layers_without_batch_axis
 from kdfast.ops.grad_norms.capture import Call, calls_in_graph, record_calls, run_backward, used_outside_calls
 from kdfast.ops.grad_norms.dispatch import METHODS, squared_norms
@@ -34,6 +35,7 @@ __all__ = ["grad_norms"]
 Parameters = dict[str, nn.Parameter]
 
 
+@full_float32()
 def grad_norms(
     model: nn.Module,
     inputs: Any,

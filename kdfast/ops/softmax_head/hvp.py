@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.curvature import (
     add_fused_products,
     allocate_products,
@@ -23,6 +24,7 @@ from kdfast.progress import Progress
 __all__ = ["check_vectors", "head_hvp", "hessian_products"]
 
 
+@full_float32()
 def head_hvp(
     features: Features,
     logits: Array | None,

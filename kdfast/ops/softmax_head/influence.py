@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.leave_one_out import LeaveOneOut
@@ -19,6 +20,7 @@ from kdfast.progress import Progress
 __all__ = ["head_influence", "head_self_influence"]
 
 
+@full_float32()
 def head_influence(
     features: Features,
     logits: Array | None,
@@ -101,6 +103,7 @@ def head_influence(
     return removal.divide_by_n(effects)
 
 
+@full_float32()
 def head_self_influence(
     features: Features,
     logits: Array | None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import ShapeError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.curvature import curvature_matrices, curvature_terms
 from kdfast.ops.softmax_head.data import Features, HeadData, Tile
 from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian, leverages, third_derivative
@@ -27,6 +28,7 @@ __all__ = ["LeaveOneOut", "head_leave_one_out"]
 CG_SAMPLES = 32  # samples that conjugate gradients solve for at a time
 
 
+@full_float32()
 def head_leave_one_out(
     features: Features,
     logits: Array | None,

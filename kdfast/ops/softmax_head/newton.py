@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
@@ -19,6 +20,7 @@ MAX_STEPS = 100
 MAX_HALVINGS = 40
 
 
+@full_float32()
 def head_newton(
     features: Features,
     labels: Array | None,
@@ -88,6 +90,7 @@ def head_newton(
     )
 
 
+@full_float32()
 def head_logits(features: Tensor, weights: Tensor) -> Tensor:
     """Return the logits (N, C) of features (N, D') for weights (C, D'), or (C, D' + 1) with the bias as last column.
 

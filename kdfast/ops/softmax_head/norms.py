@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData
 from kdfast.ops.softmax_head.residuals import LossConfig, norms, residuals
 from kdfast.ops.softmax_head.validation import Array, check_l2, check_tensor
@@ -14,6 +15,7 @@ from kdfast.progress import Progress
 __all__ = ["head_grad_norms"]
 
 
+@full_float32()
 def head_grad_norms(
     logits: Array | None,
     labels: Array | None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.conjugate_gradients import Operator, Solution, conjugate_gradients, true_residuals
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.curvature import curvature_terms
 from kdfast.ops.softmax_head.data import Features, HeadData
 from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian
@@ -22,6 +23,7 @@ __all__ = ["CHOLESKY_LIMIT", "HeadSolver", "head_solve"]
 CHOLESKY_LIMIT = 10_000  # most weights C * D for which the Hessian becomes a matrix: 0.8 GB in float64
 
 
+@full_float32()
 def head_solve(
     features: Features,
     logits: Array | None,
