@@ -1,65 +1,76 @@
-"""Augmentation and normalization of a batch: kdfast's operator, its reference, and slicing in plain PyTorch.
+"""Augmentation and normalization of a batch from a data set: kdfast's operator, and the ways to do without it.
 
-Run `pytest bench/bench_views.py --benchmark-only`; extra_info holds the images per second. A separate group measures
-the random draws for one epoch of CIFAR.
+Run `pytest bench/bench_views.py --benchmark-only`; extra_info holds the images per second. The data set has 50,000
+images of 32x32 pixels, and every call takes other rows of it. A separate group measures the random draws for one epoch
+of CIFAR.
 """
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdfast.data.views import Normalization, ViewSpec, apply_views, draw_view_indices, view_table
-from kdfast.ops.views import shift_views_reference
+from kdfast.data.views import Normalization, ViewSpec, draw_view_indices, view_table
+from kdfast.ops.views import gather_views, gather_views_reference
 
 NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 SPEC = ViewSpec("shift", (32, 32), pad=4, flip=True)
+VIEWS = {"pad": SPEC.pad, "flip": SPEC.flip}
 IDS = np.arange(50_000)
 
 
-def native(images, offsets, dtype):
-    views = (offsets[:, 0] * 9 + offsets[:, 1]) * 2 + offsets[:, 2]
-    return apply_views(images, views, SPEC, NORM, dtype=dtype)
+def native(images, rows, views, dtype):
+    return gather_views(images, rows, views, NORM.affine(), **VIEWS, dtype=dtype, backend="native")
 
 
-def reference(images, offsets, dtype):
-    return shift_views_reference(images, offsets, NORM.affine(), pad=4, dtype=dtype)
+def taken(images, rows, views, dtype):
+    """Copy the batch out of the data set with NumPy, then apply the operator to the copy."""
+    batch = torch.from_numpy(np.take(images.numpy(), rows.numpy(), axis=0))
+    return gather_views(batch, None, views, NORM.affine(), **VIEWS, dtype=dtype, backend="native")
 
 
-def sliced(images, offsets, dtype):
+def reference(images, rows, views, dtype):
+    return gather_views_reference(images, rows, views, NORM.affine(), **VIEWS, dtype=dtype)
+
+
+def sliced(images, rows, views, dtype):
     """Normalize and pad, then copy one slice per row shift and per column shift, then apply a masked flip."""
-    padded = F.pad(images.permute(0, 3, 1, 2), (4, 4, 4, 4)).to(dtype)
+    padded = F.pad(images[rows].permute(0, 3, 1, 2), (4, 4, 4, 4)).to(dtype)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) * 255 for v in (NORM.mean, NORM.std))
     padded = (padded - mean) / std
-    rows = padded.new_empty(len(images), 3, 32, 40)
-    out = padded.new_empty(len(images), 3, 32, 32)
+    lines = padded.new_empty(len(rows), 3, 32, 40)
+    out = padded.new_empty(len(rows), 3, 32, 32)
     for shift in range(9):
-        chosen = offsets[:, 0] == shift
-        rows[chosen] = padded[chosen, :, shift : shift + 32]
+        chosen = views // 18 == shift
+        lines[chosen] = padded[chosen, :, shift : shift + 32]
     for shift in range(9):
-        chosen = offsets[:, 1] == shift
-        out[chosen] = rows[chosen, :, :, shift : shift + 32]
-    return torch.where(offsets[:, 2].bool()[:, None, None, None], out.flip(3), out)
+        chosen = views // 2 % 9 == shift
+        out[chosen] = lines[chosen, :, :, shift : shift + 32]
+    return torch.where((views % 2 == 1)[:, None, None, None], out.flip(3), out)
 
 
-def batch(size):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    offsets = torch.randint(0, 9, (size, 3), dtype=torch.int32, generator=generator)
-    offsets[:, 2] %= 2
-    return images, offsets
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("implementation", [native, reference, sliced])
+@pytest.mark.parametrize("implementation", [native, taken, reference, sliced])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [128, 512])
-def test_views_of_a_batch(benchmark, size, dtype, implementation):
-    benchmark.group = f"views: {size} x 32x32 to {dtype}"
-    images, offsets = batch(size)
-    expected = shift_views_reference(images, offsets, NORM.affine(torch.float64), pad=4, dtype=torch.float64)
+def test_views_of_a_batch(benchmark, images, size, dtype, implementation):
+    benchmark.group = f"views: {size} of 50,000 x 32x32 to {dtype}"
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, SPEC.count, (size,), generator=generator)
+    batches = torch.randperm(len(images), generator=generator).split(size)[:-1]
+    rows = batches[0]
+    expected = gather_views_reference(images, rows, views, NORM.affine(torch.float64), **VIEWS, dtype=torch.float64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(implementation(images, offsets, dtype).double(), expected, rtol=0, atol=tolerance)
-    benchmark(implementation, images, offsets, dtype)
+    result = implementation(images, rows, views, dtype).double()
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
+    endless = itertools.cycle(batches)
+    benchmark(lambda: implementation(images, next(endless), views, dtype))
     benchmark.extra_info["images_per_s"] = size / benchmark.stats.stats.median
 
 
