@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import kdfast
-from kdfast.ops.native import extension
+from kdfast.ops import backends
 from kdfast.ops.softmax_head import curvature, native, residuals
 from kdfast.ops.softmax_head.residuals import LossConfig
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(
-        not (torch.cuda.is_available() and extension.cuda), reason="needs a CUDA device and a build with nvcc"
+        not (torch.cuda.is_available() and backends.is_available("softmax_head", "cuda", "cuda")),
+        reason="needs a CUDA device and a build with nvcc",
     ),
 ]
 LOSSES = [LossConfig(0.0), LossConfig(0.3, 4.0), LossConfig(1.0, 2.0)]
