@@ -36,8 +36,7 @@ def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     if arguments.compare:
-        before, after = [*arguments.compare, RESULTS / "kernel_counts.json"][:2]
-        print(table(compared(json.loads(before.read_text())["rows"], json.loads(after.read_text())["rows"])))
+        compare(*[*arguments.compare, RESULTS / "kernel_counts.json"][:2])
         return
     if arguments.tree:
         use_tree(arguments.tree)
@@ -48,10 +47,10 @@ def main() -> None:
     from triton_compile.cases import cases
     from triton_compile.rows import count_cases
 
-    rows = count_cases([case for case in cases() if case.table], arguments.arch)
-    print(table([printed(row, arguments.copy * 1e12) for row in rows]))
+    rows = [flat(row) for row in count_cases([case for case in cases() if case.table], arguments.arch)]
+    print(table([{**row, **shares(row, arguments.copy)} for row in rows]))
     counted = commit(arguments.tree) if arguments.tree else commit()
-    path = write_results("kernel_counts", rows, triton=triton.__version__, kernels=counted)
+    path = write_results("kernel_counts", rows, triton=triton.__version__, kernels=counted, arch=arguments.arch)
     print(f"\nwrote {path}")
 
 
@@ -73,11 +72,9 @@ def use_tree(tree: Path) -> None:
     sys.path.insert(0, str(tree.resolve()))
 
 
-def printed(row: dict[str, Any], copy: float) -> dict[str, Any]:
-    """Return the cells of a row of the table."""
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what the table and the file say about a counted case."""
     c, dtype, direction = row["table"]
-    share = row["ceiling"] * 1e12 / copy
-    target = next(share for most, share in TARGETS.items() if c <= most)
     return {
         "C": c,
         "dtype": dtype,
@@ -91,33 +88,39 @@ def printed(row: dict[str, Any], copy: float) -> dict[str, Any]:
         "MUFU": row["pipes"].get("MUFU", 0),
         "barriers": row["barriers"],
         "loops": " ".join(f"{passes}x{size}" for size, passes in row["loops"]),
-        "ceiling": f"{row['ceiling']:.2f}",
-        "of copy": f"{share:.0%}",
-        "target": f"{target:.0%}",
-        "of target": f"{share / target:.2f}",
+        "ceiling": row["ceiling"],
     }
+
+
+def shares(row: dict[str, Any], copy: float) -> dict[str, str]:
+    """Return the ceiling as a share of the copy bandwidth, the share to reach, and the ratio of both."""
+    share = row["ceiling"] / copy
+    target = next(share for most, share in TARGETS.items() if row["C"] <= most)
+    return {"of copy": f"{share:.0%}", "target": f"{target:.0%}", "of target": f"{share / target:.2f}"}
+
+
+def compare(*paths: Path) -> None:
+    """Print what changed between two files."""
+    before, after = (json.loads(path.read_text()) for path in paths)
+    if before["arch"] != after["arch"]:
+        sys.exit(f"the files are for sm_{before['arch']} and sm_{after['arch']}: compare two of the same --arch")
+    print(table(compared(before["rows"], after["rows"])))
 
 
 def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of the table of changes: the cases that are in both results."""
-    old = {(row["case"], row["arch"]): row for row in before}
-    pairs = [(old[key], row) for row in after if (key := (row["case"], row["arch"])) in old]
-    return [
-        {
-            "C": b["table"][0],
-            "dtype": b["table"][1],
-            "direction": b["table"][2],
-            "registers": f"{a['registers']} > {b['registers']}",
-            "spilled": f"{a['spilled']} > {b['spilled']}",
-            "instr": f"{a['instructions']} > {b['instructions']}",
-            "ALU": f"{a['pipes'].get('ALU', 0)} > {b['pipes'].get('ALU', 0)}",
-            "MUFU": f"{a['pipes'].get('MUFU', 0)} > {b['pipes'].get('MUFU', 0)}",
-            "barriers": f"{a['barriers']} > {b['barriers']}",
-            "ceiling": f"{a['ceiling']:.2f} > {b['ceiling']:.2f}",
-            "ratio": f"{b['ceiling'] / a['ceiling']:.2f}",
-        }
-        for a, b in pairs
-    ]
+    names = ("C", "dtype", "direction")
+    old = {tuple(row[name] for name in names): row for row in before}
+    rows = []
+    for b in after:
+        a = old.get(tuple(b[name] for name in names))
+        if a is not None:
+            changes = {
+                name: f"{a[name]} > {b[name]}"
+                for name in ("tile", "warps", "registers", "spilled", "instr", "ALU", "MUFU", "barriers", "ceiling")
+            }
+            rows.append({**{name: b[name] for name in names}, **changes, "ratio": f"{b['ceiling'] / a['ceiling']:.2f}"})
+    return rows
 
 
 def record_bounds() -> None:
