@@ -16,23 +16,24 @@ from kdfast.data.views import Normalization, ViewSpec, draw_view_indices, view_t
 from kdfast.ops.views import gather_views, gather_views_reference
 
 NORM = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+AFFINE = NORM.affine()
 SPEC = ViewSpec("shift", (32, 32), pad=4, flip=True)
 VIEWS = {"pad": SPEC.pad, "flip": SPEC.flip}
 IDS = np.arange(50_000)
 
 
 def native(images, rows, views, dtype):
-    return gather_views(images, rows, views, NORM.affine(), **VIEWS, dtype=dtype, backend="native")
+    return gather_views(images, rows, views, AFFINE, **VIEWS, dtype=dtype, backend="native")
 
 
 def taken(images, rows, views, dtype):
     """Copy the batch out of the data set with NumPy, then apply the operator to the copy."""
     batch = torch.from_numpy(np.take(images.numpy(), rows.numpy(), axis=0))
-    return gather_views(batch, None, views, NORM.affine(), **VIEWS, dtype=dtype, backend="native")
+    return gather_views(batch, None, views, AFFINE, **VIEWS, dtype=dtype, backend="native")
 
 
 def reference(images, rows, views, dtype):
-    return gather_views_reference(images, rows, views, NORM.affine(), **VIEWS, dtype=dtype)
+    return gather_views_reference(images, rows, views, AFFINE, **VIEWS, dtype=dtype)
 
 
 def sliced(images, rows, views, dtype):
