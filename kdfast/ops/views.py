@@ -55,7 +55,7 @@ def gather_views(
         ShapeError: If another shape, dtype or device is not as above, or a row or view id is out of range on a CPU.
         BackendUnavailable: If a named implementation cannot run here.
     """
-    if is_plain_eager((images, rows, view_ids, affine)) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and is_plain_eager((images, rows, view_ids, affine)):
         return _run(images, rows, view_ids, affine, pad, flip, dtype, backend)
     out: Tensor = _gather_views(images, rows, view_ids, affine, pad, flip, dtype, backend)
     return out

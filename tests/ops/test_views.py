@@ -183,6 +183,14 @@ def test_operator_passes_opcheck(backend, with_rows):
     torch.library.opcheck(torch.ops.kdfast.gather_views, arguments)
 
 
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_compiles_without_a_graph_break(with_rows):
+    (images, rows, view_ids, affine), options = make_case(3, 3, 8, 8, 4)
+    arguments = (images, rows if with_rows else None, view_ids, affine)
+    compiled = torch.compile(lambda *x: gather_views(*x, **options) * 2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), gather_views(*arguments, **options) * 2)
+
+
 def test_meta_tensors_give_the_shape():
     tensors, options = make_case(7, 3, 8, 6, 2)
     out = gather_views(*(x.to("meta") for x in tensors), **options, dtype=torch.bfloat16)
