@@ -5,11 +5,16 @@ Run by test_views_triton.py in a process of its own, because TRITON_INTERPRET mu
 
 import itertools
 import json
+import sys
+from pathlib import Path
 
 import torch
 
 from kdfast.ops import views_triton
 from kdfast.ops.views import gather_views, gather_views_reference
+
+sys.path.append(str(Path(__file__).parents[1]))
+import triton_interpreter  # noqa: F401  (corrects the interpreter)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Width times 3 is below, at, between and above multiples of a tile; the window lies partly or wholly outside.

@@ -12,12 +12,16 @@ import json
 import math
 import mmap
 import sys
+from pathlib import Path
 
 import torch
 
 import kdfast
 from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
 from kdfast.ops.triton_rows import scale_rows, weight_sums
+
+sys.path.append(str(Path(__file__).parents[2]))
+import triton_interpreter  # noqa: F401  (corrects the interpreter)
 
 torch.manual_seed(0)
 # Relative rounding error. For bfloat16 that of truncation: the interpreter truncates, a GPU rounds to nearest.
