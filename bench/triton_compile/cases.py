@@ -248,7 +248,7 @@ def width(x: Tensor) -> int:
 
 
 def launched_kernels() -> set[str]:
-    """Return the names of the Triton functions in kdfast that are launched: those that no other one calls."""
+    """Return the names of the Triton functions in kdfast that are launched: those that no other one refers to."""
     root = Path(kdfast.__file__).parent
     found: dict[int, JITFunction] = {}
     for path in sorted(root.rglob("*.py")):
@@ -256,11 +256,10 @@ def launched_kernels() -> set[str]:
             parts = path.relative_to(root.parent).with_suffix("").parts
             module = importlib.import_module(".".join(parts))
             found |= {id(x): x for x in vars(module).values() if isinstance(x, JITFunction)}
-    called = {
-        id(function.fn.__globals__.get(node.func.id))
+    used = {
+        id(function.fn.__globals__.get(node.id))
         for function in found.values()
         for node in ast.walk(function.parse())
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Name)
     }
-    names = [f"{x.fn.__module__}.{x.__name__}" for key, x in found.items() if key not in called]
-    return {name.rsplit(".", 1)[1] for name in names}
+    return {function.__name__ for key, function in found.items() if key not in used}

@@ -87,8 +87,8 @@ def count(launch: Launch, elements: int) -> Count:
 
 
 def constants(launch: Launch) -> dict[int, int]:
-    """Return the 32-bit words of the arguments in constant bank 0; a pointer says the position of its argument."""
-    words: dict[int, int] = {}
+    """Return the 32-bit words of constant bank 0: threads, blocks, arguments; a pointer says which argument it is."""
+    words = dict(zip(range(0, 24, 4), (launch.warps * 32, 1, 1, *launch.grid), strict=True))
     offset = FIRST_ARGUMENT[launch.arch]
     for position, (name, type_) in enumerate(launch.types.items()):
         if type_ == "constexpr":

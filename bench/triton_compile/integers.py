@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import re
 import struct
@@ -128,13 +129,14 @@ def number(
 ) -> Operation:
     """Make an operation from a function of sources and trailing predicates that returns a number and predicates.
 
-    ``wide`` is the position of a source with 64 bits where the name has WIDE.
+    ``wide`` is the position of a source with 64 bits where the name has WIDE or HI.
     """
 
     def run(instruction: Instruction, registers: Registers, unsure: bool) -> None:
         destination, before, sources, after = split(instruction)
         is_wide = wide >= 0 and ".WIDE" in instruction.name
-        values = [operand_value(x, registers, is_wide and i == wide) for i, x in enumerate(sources)]
+        has_wide = is_wide or ".HI" in instruction.name
+        values = [operand_value(x, registers, has_wide and i == wide) for i, x in enumerate(sources)]
         conditions = [predicate_value(x, registers) for x in after]
         if unsure or None in values or None in conditions:
             registers.write(destination, None, is_wide)
@@ -158,12 +160,12 @@ def add(instruction: Instruction, x: list[int], carries: list[bool]) -> tuple[in
 
 
 def multiply_add(instruction: Instruction, x: list[int], carries: list[bool]) -> tuple[int, list[int | bool]]:
-    """IMAD: a * b + c, its high word, or 64 bits."""
+    """IMAD: a * b + c, or its 64 bits or their high word, with 64 bits of c."""
     a, b, c = x[0], x[1], x[2] if len(x) > 2 else 0
     if ".U32" not in instruction.name and (".WIDE" in instruction.name or ".HI" in instruction.name):
         a, b = signed(a), signed(b)
     if ".HI" in instruction.name:
-        return (a * b >> 32) + c, []
+        return a * b + c >> 32, []
     total = a * b + c + (sum(carries) if ".X" in instruction.name else 0)
     return total, [total >> (64 if ".WIDE" in instruction.name else 32) > 0]
 
@@ -295,6 +297,56 @@ def move(instruction: Instruction, registers: Registers, unsure: bool) -> None:
     registers.write(destination, None if unsure else operand_value(source, registers, wide), wide)
 
 
+def to_float(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """I2F: an integer as float32, rounded to the nearest or up, the first step of a division of integers."""
+    destination, _, sources, _ = split(instruction)
+    parts = instruction.name.split(".")
+    wide = "U64" in parts or "S64" in parts
+    value = None if "F64" in parts or "F16" in parts else operand_value(sources[0], registers, wide)
+    if unsure or value is None:
+        unknown(instruction, registers, unsure)
+        return
+    if not {"U32", "U64"} & set(parts) and value >> (63 if wide else 31):
+        value -= 1 << (64 if wide else 32)
+    bits = float_bits(float(value))
+    if "RP" in parts and from_bits(bits) < value:
+        bits += 1 if value > 0 else -1
+    registers.write(destination, bits)
+
+
+def reciprocal(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """MUFU: the reciprocal of a known float32, the second step of a division; other functions are unknown."""
+    destination, _, sources, _ = split(instruction)
+    bits = operand_value(sources[0], registers)
+    if unsure or instruction.name != "MUFU.RCP" or not bits or not math.isfinite(from_bits(bits)):
+        unknown(instruction, registers, unsure)
+    else:
+        registers.write(destination, float_bits(1 / from_bits(bits)))
+
+
+def to_integer(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """F2I: a known float32 as an integer, rounded to zero, the third step of a division."""
+    destination, _, sources, _ = split(instruction)
+    parts = instruction.name.split(".")
+    bits = operand_value(sources[0], registers)
+    if unsure or bits is None or "F64" in parts or "TRUNC" not in parts or not math.isfinite(from_bits(bits)):
+        unknown(instruction, registers, unsure)
+    else:
+        wide = "U64" in parts or "S64" in parts
+        registers.write(destination, int(from_bits(bits)) & (1 << (64 if wide else 32)) - 1, wide)
+
+
+def float_bits(value: float) -> int:
+    """Return the bits of a number rounded to float32."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def from_bits(bits: int) -> float:
+    """Return the float32 with these bits."""
+    value: float = struct.unpack("<f", bits.to_bytes(4, "little"))[0]
+    return value
+
+
 def half_constant(instruction: Instruction, registers: Registers, unsure: bool) -> None:
     """HFMA2 of zeros and two numbers, which is how a constant may be written; other products are unknown."""
     destination, _, sources, _ = split(instruction)
@@ -350,6 +402,10 @@ OPERATIONS: dict[str, Operation] = {
     "R2P": unpack_predicates,
     "B2R": forget_all,
     "HFMA2": half_constant,
+    "I2F": to_float,
+    "I2FP": to_float,
+    "MUFU": reciprocal,
+    "F2I": to_integer,
     **dict.fromkeys(("FSETP", "DSETP", "HSETP2", "FCHK", "VOTE"), forget_predicates),
     **dict.fromkeys(("MOV", "S2R", "CS2R", "LDC", "R2UR"), move),
     **dict.fromkeys(("IADD3", "VIADD"), number(add)),

@@ -1,8 +1,9 @@
 """Follow one thread through machine code, to count what a warp issues.
 
 Integers, predicates and addresses are computed; floating-point values, shared memory and shuffles are unknown. Global
-loads return zero: a label, a row and a class id of zero are in range. A branch whose condition is unknown is not taken.
-Every instruction on the way counts, whether its guard lets it act or not, since a warp issues it in either case.
+loads return zero: a label, a row and a class id of zero are in range. A branch whose condition is unknown is not
+taken, so that the code that it may skip is counted, and a loop that it may repeat runs once. Every instruction on the
+way counts, whether its guard lets it act or not, since a warp issues it in either case.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def follow(code: Code, constants: dict[int, int]) -> Trace:
 
     Args:
         code: The kernel.
-        constants: 32-bit words of constant bank 0 by their byte offset: the arguments.
+        constants: 32-bit words of constant bank 0 by their byte offset.
 
     Raises:
         RuntimeError: If the thread does not end within five million instructions.

@@ -40,11 +40,22 @@ def integer_kernel(x_ptr, y_ptr, a, b, c, BLOCK: tl.constexpr):
     start = tl.minimum(wide >> 5, 3 * c).to(tl.int32)
     stop = tl.where(wide > 2**33, start + (a & 7), start + (b ^ 5) % 8)
     total = tl.zeros((BLOCK,), tl.float32)
+    stop += wide % 100003 // c % 3 - a // tl.num_programs(1) % 2
     for i in range(start, stop, 2):
         total += tl.load(x_ptr + tl.abs(i) * BLOCK + tl.arange(0, BLOCK))
         if i * c > a:
             total += tl.load(y_ptr + tl.arange(0, BLOCK))
     tl.store(y_ptr + tl.arange(0, BLOCK), total)
+
+
+def quotient(a, b):
+    """Return a / b rounded to zero, as in C."""
+    return -(-a // b) if a < 0 else a // b
+
+
+def remainder(a, b):
+    """Return the remainder of `quotient`."""
+    return a - b * quotient(a, b)
 
 
 def launch(kernel, *numbers, arch=90, dtype=torch.float32, block=1024, warps=8):
@@ -126,8 +137,9 @@ def test_computes_integers(a, b, c, arch):
     start = min(wide >> 5, 3 * c)
     start = (start + 2**31) % 2**32 - 2**31
     stop = start + (a & 7) if wide > 2**33 else start + (b ^ 5) % 8
+    stop += remainder(quotient(remainder(wide, 100_003), c), 3) - remainder(quotient(a, 2), 2)
     visited = range(start, stop, 2)
-    more = sum(((i * c + 2**31) % 2**32 - 2**31) > a for i in visited)
+    more = sum(i * c > a for i in visited)
     counted = {0: 0, 1: 0}
     for (argument, kind, width), times in trace.accesses.items():
         assert width == 16
