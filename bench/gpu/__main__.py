@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from gpu.parts import parts
-from gpu.queue import Queue
 from gpu.results import ROOT
+from gpu.run_queue import Queue
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ one small batch as a step of training has it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from harness import copy_bandwidth, device_timing
 from torch import Tensor
 
 import kdfast
-from gpu.results import PartResults
+from gpu.results import PartResults, measure_missing
 
 ALPHA, TEMPERATURE = 0.5, 4.0
 BYTES = {"cuda": 1.5e9, "cpu": 2e6}
@@ -105,7 +106,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     arguments = inputs(case, device, n)
     error = gradient_error(arguments)
     if not error < 4 * torch.finfo(arguments["logits"].dtype).eps + 1e-5:
-        return {"n": n, "error": error, "wrong": True}
+        raise AssertionError(f"the gradient is wrong: relative error {error:.1e}")
     traffic = n * row_bytes(case)
     copy = copy_bandwidth(COPY_BYTES[device], device)
     forward = device_timing(lambda: kdfast.kd_loss(**arguments), device, ROUNDS[device])
@@ -136,18 +137,10 @@ def latency(case: Case, device: str, n: int = 128) -> dict[str, Any]:
 def main() -> None:
     """Measure the cases without a row."""
     results = PartResults.from_environment()
-    todo = {case.key: (measure, case) for case in cases(results.device)}
-    todo |= {f"latency {case.key}": (latency, case) for case in cases(results.device) if case.c in (100, 1000)}
-    wrong = []
-    measured = results.measured()
-    for key in [key for key in todo if key not in measured]:
-        function, case = todo[key]
-        values = function(case, results.device)
-        results.add(key, **values)
-        if values.get("wrong"):
-            wrong.append(key)
-    if wrong:
-        raise SystemExit(f"wrong gradients: {', '.join(wrong)}")
+    device = results.device
+    todo = {case.key: partial(measure, case, device) for case in cases(device)}
+    small = [case for case in cases(device) if case.c in (100, 1000)]
+    measure_missing(results, todo | {f"latency {case.key}": partial(latency, case, device) for case in small})
 
 
 if __name__ == "__main__":

@@ -10,23 +10,16 @@ _LENIENT = ("-W", "default", "--continue-on-collection-errors")
 # Some tests failed, or all had rows already.
 _TESTED = (0, 1, 5)
 
-_CUDA_TESTS = {
-    "kd_loss": ("tests/ops/kd_loss",),
-    "grad_norms": ("tests/ops/grad_norms",),
-    "softmax_head": ("tests/ops/softmax_head",),
-    "others": (
-        "tests",
-        "--ignore=tests/ops/kd_loss",
-        "--ignore=tests/ops/grad_norms",
-        "--ignore=tests/ops/softmax_head",
-    ),
-}
-# The queue runs tests on a CPU only to test itself.
-_CPU_TESTS = {
-    "kd_loss": ("tests/ops/kd_loss/test_errors.py",),
-    "grad_norms": ("tests/ops/grad_norms/test_errors.py",),
-    "softmax_head": ("tests/ops/softmax_head/test_errors.py",),
-    "others": ("tests/ops/test_backends.py",),
+_OPERATORS = ("kdfast/ops", "csrc")
+_TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfast/distill", "bench/gpu/data.py")
+_CASES = (*_OPERATORS, "bench/gpu/small_cases.py", "bench/gpu/kd_loss.py", "bench/gpu/tools.py")
+
+# Folders of tests. On a CPU, where the queue only tests itself, a few quick ones replace those marked cuda.
+_TESTS = {
+    "kd_loss": ("tests/ops/kd_loss", "tests/ops/kd_loss/test_errors.py"),
+    "grad_norms": ("tests/ops/grad_norms", "tests/ops/grad_norms/test_errors.py"),
+    "softmax_head": ("tests/ops/softmax_head", "tests/ops/softmax_head/test_errors.py"),
+    "others": ("tests", "tests/ops/test_backends.py"),
 }
 
 
@@ -36,17 +29,45 @@ def parts(device: str) -> list[Part]:
         Part("machine", 60, ("-m", "gpu.machine"), ("bench/harness.py",), always=True),
         Part("build", 240, ("-m", "gpu.build"), ("csrc", "CMakeLists.txt", "pyproject.toml"), always=True),
         *_tests(device),
-        Part("kd_loss", 120, ("-m", "gpu.kd_loss"), ("kdfast/ops", "bench/gpu/kd_loss.py", "bench/harness.py")),
+        Part("kd_loss", 100, ("-m", "gpu.kd_loss"), ("kdfast/ops", "bench/gpu/kd_loss.py", "bench/harness.py")),
+        Part("training", 240, ("-m", "gpu.training"), (*_TRAINING, "bench/gpu/training.py", "bench/gpu/resnet18.py")),
+        _students("students", 0),
+        Part("sanitizer", 180, ("-m", "gpu.tools", "sanitizer"), _CASES),
+        Part("counters", 90, ("-m", "gpu.tools", "counters"), _CASES),
+        Part(
+            "gradients",
+            150,
+            ("-m", "gpu.gradients"),
+            (*_OPERATORS, "bench/gpu/gradients.py", "bench/bench_grad_norms.py", "bench/bench_influence.py"),
+        ),
+        Part(
+            "selection",
+            150,
+            ("-m", "gpu.selection"),
+            (*_TRAINING, "kdfast/prune/if_beta", "bench/gpu/selection.py", "bench/bench_if_beta.py"),
+        ),
+        Part("wheels", 60, ("-m", "gpu.wheels"), ("bench/gpu/wheels.py",), always=True),
+        Part(
+            "peers",
+            240,
+            ("-m", "gpu.peers"),
+            (*_TRAINING, "bench/gpu/peers.py", "bench/plain_loop.py", "bench/bench_kd_loss.py"),
+            wheels=True,
+        ),
+        *([_students("more students", 1, 2)] if device == "cuda" else []),
     ]
 
 
-_SOURCES = Part("", 0, ()).sources
+def _students(name: str, *seeds: int) -> Part:
+    command = ("-m", "gpu.students", *map(str, seeds))
+    return Part(name, 200 * len(seeds), command, (*_TRAINING, "bench/gpu/students.py"))
 
 
 def _tests(device: str) -> list[Part]:
-    paths = _CUDA_TESTS if device == "cuda" else _CPU_TESTS
-    marker = ("-m", "cuda") if device == "cuda" else ("-m", "not slow")
-    return [
-        Part(f"tests {name}", 120, (*_PYTEST, *_LENIENT, *marker, *where), (*_SOURCES, "tests"), finished=_TESTED)
-        for name, where in paths.items()
-    ]
+    found = []
+    for name, (folder, few) in _TESTS.items():
+        where = (folder, "-m", "cuda") if device == "cuda" else (few, "-m", "not slow")
+        apart = [f"--ignore={other}" for other, _ in _TESTS.values() if name == "others" and other != "tests"]
+        sources = ("kdfast", "csrc", "tests") if name == "others" else (*_OPERATORS, "tests/conftest.py", folder)
+        found.append(Part(f"tests {name}", 110, (*_PYTEST, *_LENIENT, *where, *apart), sources, finished=_TESTED))
+    return found

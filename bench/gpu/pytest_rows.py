@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from gpu.part import AGAIN
-from gpu.results import PartResults
+from gpu.results import PartResults, device_works
 
 RESULTS = PartResults.from_environment()
 LIMIT = float(os.environ.get("QUEUE_TEST_SECONDS", "100"))
@@ -89,17 +88,6 @@ class Rows:
             stacks = file.read()
         RESULTS.write(self.current, outcome="hung", seconds=LIMIT, error=stacks[:_LENGTH])
         os._exit(AGAIN)
-
-
-def device_works() -> bool:
-    """Return whether the CUDA context, if there is one, still works."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return True
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 def pytest_configure(config: pytest.Config) -> None:

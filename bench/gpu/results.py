@@ -6,13 +6,18 @@ part named `device` with the key of a run describes the machine. Rows without a 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu.part import AGAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "bench" / "results" / "gpu" / "results.jsonl"
@@ -121,6 +126,58 @@ class PartResults:
         self.write(key, **values)
         shown = ", ".join(f"{name} {value}" for name, value in _rounded(values).items() if len(str(value)) < 60)
         print(f"{self.part}: {key}: {shown}", flush=True)
+
+
+def measure_missing(results: PartResults, cases: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
+    """Measure the cases without a row, in order, and write their rows; an error costs no other row.
+
+    Args:
+        results: The part.
+        cases: Key -> function that returns the values of its row.
+
+    Raises:
+        SystemExit: A case failed; with `AGAIN` if the CUDA context did not survive it.
+    """
+    failed, measured = [], results.measured()
+    for key, measure in cases.items():
+        if key in measured:
+            continue
+        try:
+            results.add(key, **measure())
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(key)
+            lost = not device_works()
+            results.add(key, outcome="failed", error=f"{type(error).__name__}: {error}"[-500:], repeat=not lost)
+            if lost:
+                sys.exit(AGAIN)
+        gc.collect()
+        _release_memory()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def device_works() -> bool:
+    """Return whether the CUDA context, if there is one, still works."""
+    torch = _torch_with_context()
+    try:
+        if torch is not None:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _release_memory() -> None:
+    torch = _torch_with_context()
+    if torch is not None:
+        torch.cuda.empty_cache()
+
+
+def _torch_with_context() -> Any:
+    """Return torch if it has a CUDA context, without importing it, which takes seconds; otherwise None."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _rounded(value: Any) -> Any:

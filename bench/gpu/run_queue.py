@@ -51,7 +51,7 @@ class Queue:
             state, note = self._run_part(part, results)
             failures = _failures(results)
             good = good and state in ("done", "known", "skipped") and not failures
-            report.append(f"{part.name:20} {state:12} {note}{f', {failures} tests failed' if failures else ''}")
+            report.append(f"{part.name:20} {state:12} {note}{f', {failures} failed' if failures else ''}")
             print(f"== {report[-1]}", flush=True)
             if part.name == "machine" and state != "done":
                 break  # without a device nothing can be measured
@@ -120,5 +120,6 @@ class Queue:
 
 
 def _failures(results: PartResults) -> int:
-    """Return how many tests of a part failed."""
-    return len({row["key"] for row in results.rows() if row.get("outcome") in ("failed", "hung")})
+    """Return how many tests and measurements of a part failed for good."""
+    rows = {row["key"]: row for row in results.rows() if row["key"]}
+    return sum(row.get("outcome") in ("failed", "hung") for row in rows.values())

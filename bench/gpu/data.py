@@ -1,0 +1,90 @@
+"""Data, teacher and cache of the parts that train: the packed ones, or random images where there are none."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpu.results import ROOT
+from gpu.sheets import INFO, LAYOUTS, TEACHER, unpack, write_archive
+from kdfast.data.readers.registry import open_source
+from kdfast.data.views import Normalization
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model, load_model, save_model
+from kdfast.teacher.build import build_cache
+
+# Random data: training and test images, the teacher, and views of the cache.
+_RANDOM = {"cuda": (5000, 1000, "resnet32"), "cpu": (256, 100, "resnet8")}
+VIEWS = {"cuda": None, "cpu": 4}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Paths, and what the data are.
+
+    Attributes:
+        data: Archive of the kept images and the test split.
+        teacher: A teacher of its classes.
+        cache: The teacher's cache, all views on a GPU.
+        fraction: Share of the whole training split that was kept.
+        packed: Whether the images are the packed ones; otherwise they are random numbers.
+    """
+
+    data: str
+    teacher: str
+    cache: str
+    fraction: float
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        """What a row says of its data."""
+        return f"{self.fraction:g} of {Path(self.data).name}" if self.packed else "random images"
+
+
+def training_data(device: str) -> TrainingData:
+    """Return the data of a device, `cpu` or `cuda`, written to the folder for builds by the first call.
+
+    A CPU, on which the queue only tests itself, gets random images.
+    """
+    work = Path(os.environ["QUEUE_WORK"])
+    packed = Path(os.environ.get("DATA") or ROOT / ".gpu_data")
+    use_packed = device == "cuda" and (packed / INFO).exists()
+    found = unpacked(packed, work) if use_packed else random_data(work / "random", device)
+    source, model = open_source(found.data), load_model(found.teacher)
+    build_cache(source, model, found.cache, n_views=VIEWS[device], device=device)
+    return found
+
+
+def unpacked(packed: Path, work: Path) -> TrainingData:
+    """Return the packed data, with their archive in `work`."""
+    info = json.loads((packed / INFO).read_text())
+    folder = work / LAYOUTS[info["kind"]].folder
+    if not folder.exists():
+        unfinished = work / "unpacked" / folder.name
+        unpack(packed, unfinished)
+        unfinished.rename(folder)
+    return TrainingData(str(folder), str(packed / TEACHER), str(work / "cache"), float(info["fraction"]), True)
+
+
+def random_data(folder: Path, device: str) -> TrainingData:
+    """Return random images with an untrained teacher."""
+    train, test, net = _RANDOM[device]
+    draw = np.random.default_rng(0)
+    archive, teacher = folder / LAYOUTS["cifar100"].folder, folder / TEACHER
+    if not teacher.exists():
+        splits = [
+            (draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % 100)
+            for count in (train, test)
+        ]
+        names = [f"class {number}" for number in range(100)]
+        write_archive(archive, "cifar100", *splits, names)
+        torch.manual_seed(0)
+        norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        save_model(teacher, Model(build_net(net, 100).eval(), net, 100, tuple(names), norm))
+    return TrainingData(str(archive), str(teacher), str(folder / "cache"), 0.1, False)

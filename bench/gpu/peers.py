@@ -1,0 +1,66 @@
+"""kdfast against others: kd_loss under torch.compile and Liger-Kernel, opacus, and a plain distillation loop.
+
+Libraries that are not installed are left out of the rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bench_kd_loss
+import plain_loop
+import torch
+from harness import copy_bandwidth
+
+from gpu import gradients
+from gpu.data import TrainingData, training_data
+from gpu.results import PartResults, measure_missing
+
+# Classes, and rows on a GPU and on a CPU.
+_LOSSES = {"cuda": [(1000, 16384), (100, 4096), (32000, 8192), (131072, 4096), (100, 128)], "cpu": [(100, 16)]}
+_LOOP = {"cuda": ("resnet32", (64, 128), 2), "cpu": ("resnet8", (64,), 1)}  # student, batches, epochs
+_OPACUS = {"cuda": [("resnet18", 128, 32), ("depthwise", 128, 32)], "cpu": [("depthwise", 2, 8)]}
+_ROUNDS = {"cuda": 21, "cpu": 1}
+
+
+def losses(c: int, n: int, device: str) -> dict[str, Any]:
+    """Return a row of bench_kd_loss for each implementation."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    copy = copy_bandwidth(device=device)
+    return {"rows": bench_kd_loss.measure(n, c, dtype, torch.float16, _ROUNDS[device], device, copy)}
+
+
+def loop(data: TrainingData, student: str, batch: int, epochs: int, device: str) -> dict[str, Any]:
+    """Return the rate of the plain loop."""
+    workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
+    rates = plain_loop.images_per_second(data.data, data.teacher, student, batch, epochs, device, workers)
+    return {"student": student, "data": data.name, "workers": workers, "images_per_second": statistics.median(rates)}
+
+
+def main() -> None:
+    """Measure the cases without a row."""
+    results = PartResults.from_environment()
+    device, data = results.device, training_data(results.device)
+    student, batches, epochs = _LOOP[device]
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for batch in batches:
+        cases[f"plain loop B={batch}"] = partial(loop, data, student, batch, epochs, device)
+    for c, n in _LOSSES[device]:
+        cases[f"kd_loss C={c} N={n}"] = partial(losses, c, n, device)
+    if importlib.util.find_spec("opacus"):
+        for name, n, side in _OPACUS[device]:
+            cases[f"opacus {name} N={n}"] = partial(gradients.network, name, n, side, device)
+    else:
+        print("opacus is not installed: not compared")
+    if not importlib.util.find_spec("liger_kernel"):
+        print("liger_kernel is not installed: not compared")
+    measure_missing(results, cases)
+
+
+if __name__ == "__main__":
+    main()
