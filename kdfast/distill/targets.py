@@ -21,6 +21,7 @@ from kdfast.distill.config import RunConfig
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.float32 import full_float32
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TeacherLogits, map_logits, slice_rows, tensors_of
 
@@ -158,6 +159,7 @@ class OnlineTargets:
         self._normalization = model.normalization
         self._spec = spec
 
+    @full_float32()
     @torch.no_grad()
     def compute(self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor) -> Tensor:
         """Return the logits (B, C) of a batch, whose fields these are; see `Batch`."""

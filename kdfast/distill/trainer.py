@@ -19,6 +19,7 @@ from kdfast.distill.targets import OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,6 +113,10 @@ class Trainer:
         self.step += 1
 
     def _take_step(self, batch: Batch) -> None:
+        with full_float32() if self.plan.config.precision == "fp32" else contextlib.nullcontext():
+            self._update(batch)
+
+    def _update(self, batch: Batch) -> None:
         plan, config = self.plan, self.plan.config
         self.optimizer.set_rate(self.step, self._step_on_device)
         dtype = AUTOCAST.get(config.precision, torch.float32)

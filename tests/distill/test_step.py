@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.distill import targets as targets_module
+from kdfast.distill.batches import Batch
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.trainer import Trainer
+from kdfast.nets.checkpoint import Model
 from kdfast.ops import backends
 from kdfast.teacher.cache import TeacherCache
 
@@ -74,3 +76,27 @@ def test_cost_of_a_synchronization_and_of_a_copy() -> None:
         torch.ones(2).to("meta")
         torch.ones(2, device="meta") * torch.tensor(2.0)
     assert cost.copies == ["aten._to_copy.default"]
+
+
+@pytest.mark.parametrize(("precision", "forbidden"), [("fp32", True), ("bf16", False)])
+def test_training_in_float32_forbids_tf32(make_plan: Callable[..., Plan], precision: str, forbidden: bool) -> None:
+    allowed = []
+
+    class Looking(Trainer):
+        def compute_loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+            allowed.append(torch.backends.cudnn.allow_tf32)
+            return super().compute_loss(logits, batch)
+
+    trainer = Looking(make_plan(TeacherTargets(), precision=precision))
+    trainer.train_step(next(trainer.batches.epoch(0)))
+    assert allowed == [not forbidden]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_online_teacher_computes_in_float32(make_plan: Callable[..., Plan], teacher: Model) -> None:
+    plan = make_plan(TeacherTargets(model=teacher), alpha=0.5, precision="bf16")
+    allowed = []
+    teacher.net.register_forward_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+    trainer = Trainer(plan)
+    trainer.train_step(next(trainer.batches.epoch(0)))
+    assert allowed == [False]
