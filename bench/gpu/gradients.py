@@ -61,20 +61,24 @@ def head(name: str, sizes: tuple[int, ...], device: str) -> dict[str, Any]:
     return {"errors": errors, **row(interleave(calls, _ROUNDS[device], device=device), calls, device)}
 
 
-def main() -> None:
-    """Measure the cases without a row."""
-    results = PartResults.from_environment()
-    device = results.device
-    # On by default for convolutions, in some installations also for matrix products.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+def cases(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the measurements by key."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, grid in (("norms", _NORMS), ("products", _PRODUCTS)):
         for sizes in grid[device]:
             shape = " ".join(f"{letter}={size}" for letter, size in zip("NDCK", sizes, strict=False))
-            cases[f"head {name} {shape}"] = partial(head, name, sizes, device)
+            found[f"head {name} {shape}"] = partial(head, name, sizes, device)
     for name, n, side in _NETWORKS[device]:
-        cases[f"network {name} N={n}"] = partial(network, name, n, side, device)
-    measure_missing(results, cases)
+        found[f"network {name} N={n}"] = partial(network, name, n, side, device)
+    return found
+
+
+def main() -> None:
+    """Measure the cases without a row."""
+    results = PartResults.from_environment()
+    # On by default for convolutions, in some installations also for matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    measure_missing(results, cases(results.device))
 
 
 if __name__ == "__main__":

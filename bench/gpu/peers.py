@@ -18,7 +18,7 @@ import torch
 from harness import copy_bandwidth
 
 from gpu import gradients
-from gpu.data import TrainingData, training_data
+from gpu.data import training_data
 from gpu.results import PartResults, measure_missing
 
 # Classes, and rows on a GPU and on a CPU.
@@ -35,31 +35,36 @@ def losses(c: int, n: int, device: str) -> dict[str, Any]:
     return {"rows": bench_kd_loss.measure(n, c, dtype, torch.float16, _ROUNDS[device], device, copy)}
 
 
-def loop(data: TrainingData, student: str, batch: int, epochs: int, device: str) -> dict[str, Any]:
+def loop(student: str, batch: int, epochs: int, device: str) -> dict[str, Any]:
     """Return the rate of the plain loop."""
+    data = training_data(device)
     workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
     rates = plain_loop.images_per_second(data.data, data.teacher, student, batch, epochs, device, workers)
     return {"student": student, "data": data.name, "workers": workers, "images_per_second": statistics.median(rates)}
 
 
+def cases(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the measurements by key."""
+    student, batches, epochs = _LOOP[device]
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for batch in batches:
+        found[f"plain loop B={batch}"] = partial(loop, student, batch, epochs, device)
+    for c, n in _LOSSES[device]:
+        found[f"kd_loss C={c} N={n}"] = partial(losses, c, n, device)
+    for name, n, side in _OPACUS[device]:
+        found[f"opacus {name} N={n}"] = partial(gradients.network, name, n, side, device)
+    return found
+
+
 def main() -> None:
     """Measure the cases without a row."""
     results = PartResults.from_environment()
-    device, data = results.device, training_data(results.device)
-    student, batches, epochs = _LOOP[device]
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
-    for batch in batches:
-        cases[f"plain loop B={batch}"] = partial(loop, data, student, batch, epochs, device)
-    for c, n in _LOSSES[device]:
-        cases[f"kd_loss C={c} N={n}"] = partial(losses, c, n, device)
-    if importlib.util.find_spec("opacus"):
-        for name, n, side in _OPACUS[device]:
-            cases[f"opacus {name} N={n}"] = partial(gradients.network, name, n, side, device)
-    else:
-        print("opacus is not installed: not compared")
-    if not importlib.util.find_spec("liger_kernel"):
-        print("liger_kernel is not installed: not compared")
-    measure_missing(results, cases)
+    todo = cases(results.device)
+    for package in ("opacus", "liger_kernel"):
+        if not importlib.util.find_spec(package):
+            print(f"{package} is not installed: not compared")
+            todo = {key: measure for key, measure in todo.items() if not key.startswith(package)}
+    measure_missing(results, todo)
 
 
 if __name__ == "__main__":

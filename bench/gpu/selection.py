@@ -42,21 +42,22 @@ def cache_rate(data: TrainingData, precision: str, device: str) -> dict[str, Any
     return {**facts, "images_per_second": images / build.seconds}
 
 
-def if_beta(samples: int, dim: int, classes: int, device: str) -> dict[str, Any]:
-    """Return the seconds of the scores and the search."""
-    return bench_if_beta.measure(_METHOD[device], samples, dim, classes, _FRACTION, device)
+def if_beta_cases(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the measurements of scores and search by key."""
+    return {
+        f"IF-Beta N={samples} D={dim} C={classes}": partial(
+            bench_if_beta.measure, _METHOD[device], samples, dim, classes, _FRACTION, device
+        )
+        for samples, dim, classes in _IF_BETA[device]
+    }
 
 
 def main() -> None:
     """Measure the cases without a row."""
     results = PartResults.from_environment()
     device, data = results.device, training_data(results.device)
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
-    for precision in ("float32", "bfloat16"):
-        cases[f"cache {precision}"] = partial(cache_rate, data, precision, device)
-    for samples, dim, classes in _IF_BETA[device]:
-        cases[f"IF-Beta N={samples} D={dim} C={classes}"] = partial(if_beta, samples, dim, classes, device)
-    measure_missing(results, cases)
+    caches = {f"cache {kind}": partial(cache_rate, data, kind, device) for kind in ("float32", "bfloat16")}
+    measure_missing(results, caches | if_beta_cases(device))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""bench/make_tables.py: pages hold what the committed GPU results say, and *not measured* where they say nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import make_tables  # noqa: E402
+from gpu import gradients, kd_loss, peers, selection, tools, training  # noqa: E402
+from gpu.parts import parts  # noqa: E402
+from gpu.results import COMMITTED, read_rows  # noqa: E402
+from make_tables import MISSING, Measured, fill  # noqa: E402
+
+PAGE = "before\n<!-- gpu {} -->\nold\n<!-- end -->\nafter\n"
+
+
+def row(part, key, **values):
+    return {"part": part, "key": key, "kind": "cuda", "run": "now", **values}
+
+
+def loss(**values):
+    return row("kd_loss", "bfloat16 C=1000 forward", forward_share=0.9, forward_ms=0.5, share=0.8, **values)
+
+
+MACHINE = row(
+    "machine", "now", name="GPU X", commit="abc", torch="2", idle={}, versions={"triton": "3", "nvcc": "13"},
+    copy_bytes_per_second=4e12,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", make_tables.PAGES, ids=lambda page: page.name)
+def test_pages_agree_with_the_results(page):
+    assert fill(page.read_text(), Measured(read_rows(COMMITTED))) == page.read_text()
+
+
+@pytest.mark.parametrize("name", sorted(make_tables.TABLES))
+def test_every_table_is_on_a_page_and_replaces_only_itself(name):
+    assert any(f"<!-- gpu {name} -->" in page.read_text() for page in make_tables.PAGES)
+    filled = fill(PAGE.format(name), Measured([]))
+    assert filled.startswith(f"before\n<!-- gpu {name} -->\n")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert "old" not in filled
+
+
+def test_measured_values_name_device_and_commit_and_others_are_not_measured():
+    text = fill(PAGE.format("kd-loss"), Measured([MACHINE, loss()]))
+    assert f"| 1000 | 90% (0.500 ms) | 80% | {MISSING} | {MISSING} | >= 90% | GPU X, abc |" in text
+    assert f"| 10 | {MISSING} | {MISSING} | {MISSING} |" in text
+
+
+def test_the_newest_row_counts_and_failures_and_cpu_rows_do_not():
+    newest = loss() | {"forward_share": 0.5}
+    assert "| 50% |" in make_tables.overview(Measured([loss(), newest]))
+    for ignored in (loss(outcome="failed"), loss() | {"kind": "cpu"}):
+        assert make_tables.overview(Measured([ignored])) == make_tables.overview(Measured([]))
+
+
+class Asked(Measured):
+    """Records which rows the tables ask for."""
+
+    def __init__(self):
+        super().__init__([])
+        self.keys = set()
+
+    def row(self, part, key):
+        self.keys.add((part, key))
+        return {}
+
+
+def test_the_tables_ask_for_rows_that_the_parts_measure():
+    asked = Asked()
+    for table in make_tables.TABLES.values():
+        table(asked)
+    plain = [setting.key for setting in training.settings("cuda")]
+    known = {
+        "kd_loss": [key for case in kd_loss.cases("cuda") for key in (case.key, f"latency {case.key}")],
+        "training": [*plain, *(f"{key} compiled" for key in plain), *(f"profile {key}" for key in plain)],
+        "students": ["KD, seed 0", "no KD, seed 0"],
+        "sanitizer": [f"{tool} {group}" for tool in ("memcheck", "racecheck") for group in tools.GROUPS],
+        "gradients": gradients.cases("cuda"),
+        "selection": ["cache float32", "cache bfloat16", *selection.if_beta_cases("cuda")],
+        "peers": peers.cases("cuda"),
+    }
+    assert {part for part, _ in asked.keys} <= {part.name for part in parts("cuda")}
+    missing = {(part, key) for part, key in asked.keys if key not in known[part]}
+    assert not missing
