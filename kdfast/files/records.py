@@ -15,6 +15,7 @@ from typing import Any
 
 from kdfast.errors import DataError, KdfastError
 from kdfast.files.atomic import atomic_write
+from kdfast.files.validate import ADVICE, decode_json, read_regular
 
 _CHUNK = 1 << 20
 _DIGEST_KEY = "sha256_of_the_rest"
@@ -29,25 +30,33 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """
     text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
+        # In JSON, the escape of a surrogate (a byte of a name that is not UTF-8) is that of a Python string.
+        file.write(text.encode(errors="backslashreplace") + b"\n")
 
 
-def read_json(path: str | os.PathLike[str], *, error: type[KdfastError] = DataError) -> Any:
-    """Read a JSON file.
+def read_json(
+    path: str | os.PathLike[str],
+    schema: Any = Any,
+    *,
+    error: type[KdfastError] = DataError,
+    advice: str = ADVICE,
+) -> Any:
+    """Read a JSON file and check it.
 
     Args:
         path: The file.
+        schema: What it must hold, a class of `kdfast.files.schemas`; Any for anything.
         error: The error to raise, for example CacheMismatch for a file of a cache.
+        advice: The end of messages about the content, what to do.
 
     Raises:
-        KdfastError: Of type `error`, if the file is missing, unreadable or not JSON.
+        KdfastError: Of type `error`, if the file is missing, unreadable, not JSON, or does not fit the schema.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        raw = read_regular(path)
     except OSError as exc:
         raise error(f"cannot read {path}: {exc.strerror or exc}") from exc
-    except ValueError as exc:  # JSONDecodeError and UnicodeDecodeError
-        raise error(f"{path} is not valid JSON ({exc}): it is damaged or not a kdfast file; write it again") from exc
+    return decode_json(raw, schema, Path(path), error=error, advice=advice)
 
 
 def write_sealed(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -69,10 +78,14 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: The file cannot be read.
         ValueError: The content does not match its digest.
     """
-    raw = Path(path).read_bytes()
-    fields = json.loads(raw)
-    sealed = isinstance(fields, dict) and _canonical(fields) == raw
-    if not sealed or fields.pop(_DIGEST_KEY, None) != sha256_json(fields):
+    raw = read_regular(path)
+    fields = decode_json(raw, Any, Path(path))
+    try:
+        sealed = isinstance(fields, dict) and _canonical(fields) == raw
+        sealed = sealed and fields.pop(_DIGEST_KEY, None) == sha256_json(fields)
+    except RecursionError:
+        sealed = False
+    if not sealed:
         raise ValueError(f"{path} does not match its own digest")
     return dict(fields)
 

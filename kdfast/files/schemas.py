@@ -1,0 +1,430 @@
+"""What every JSON file that kdfast reads back must hold: fields, types and ranges.
+
+`kdfast.files.validate` compares with the classes; readers get the plain dicts. Other fields are kept and not checked. A
+field with a default may be missing, as in files of earlier versions.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+_MAX_INT = 2**63 - 1
+_MAX_FLOAT = sys.float_info.max
+
+Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Number = Annotated[float, Meta(ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
+NotNegative = Annotated[float, Meta(ge=0, le=_MAX_FLOAT)]
+Above0 = Annotated[float, Meta(gt=0, le=_MAX_FLOAT)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Json = dict[str, Any]
+
+
+# A training run: config.json, metrics.jsonl, checkpoints/latest.json, result.json.
+
+
+class RunConfigFile(Struct):
+    """config.json: settings, and what may differ when a run resumes."""
+
+    started_with: Json
+
+
+class SavedCheckpoint(Struct):
+    """A checkpoint of latest.json."""
+
+    file: Annotated[str, Meta(pattern=r"^step-[0-9]{9,18}\.pt$")]
+    sha256: Sha256
+    step: Count = 0
+
+
+class LatestCheckpoint(SavedCheckpoint):
+    """latest.json: the latest checkpoint and the one before."""
+
+    before: SavedCheckpoint | None = None
+
+
+class RunResult(Struct):
+    """result.json."""
+
+    test_top1: Percent
+    test_top5: Percent
+    test_loss: Number
+    steps: Count
+    images: Count
+    seconds: NotNegative
+    images_per_second: NotNegative
+    kept: Count
+    alpha: Annotated[float, Meta(ge=0, le=1)]
+    views: Count
+    loader: str
+    targets: str | None
+    weights: Sha256
+
+
+class MetricsRow(Struct):
+    """A line of metrics.jsonl."""
+
+    step: Count
+    epoch: Count = 0
+    loss: Number | None = None
+    lr: Number | None = None
+    train_seconds: NotNegative = 0
+    test_top1: Percent | None = None
+    test_loss: Number | None = None
+
+
+# Data: data.json, its record of checks, relabelled.json.
+
+
+class DataFile(Struct):
+    """A .beton file in data.json."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class BetonRecord(Struct):
+    """data.json of version 2. `files` is empty while a conversion is under way."""
+
+    format: str
+    classes: Annotated[list[str], Meta(min_length=1)]
+    views: Json
+    jpeg_quality: int | None
+    origin: Sha256 | None
+    fingerprint: Sha256 | None
+    files: dict[str, DataFile]
+
+
+class BetonRecord1(Struct):
+    """data.json of version 1: of each file, its size in bytes and time of modification in nanoseconds."""
+
+    format: str
+    classes: Annotated[list[str], Meta(min_length=1)]
+    views: Json
+    jpeg_quality: int | None
+    origin: Sha256 | None
+    fingerprint: Sha256 | None
+    files: dict[str, Annotated[list[int], Meta(min_length=2, max_length=2)]]
+
+
+class CheckedFiles(Struct):
+    """.checked.json: facts of files whose content was compared with their digests."""
+
+    files: dict[str, Json]
+
+
+class RelabelledRecord(Struct):
+    """relabelled.json; version 1 has no digest of the labels."""
+
+    format: str
+    data: str
+    base: Sha256
+    share: Annotated[float, Meta(gt=0, lt=1)]
+    seed: int
+    labels: Sha256 | None = None
+
+
+# Subsets: idx.json, and its part about IF-Beta; the checkpoint of a search.
+
+
+class Provenance(Struct):
+    """idx.json, as far as training reads it."""
+
+    data: str
+    ids: Sha256
+    seconds: NotNegative = 0
+
+
+class Histogram(Struct):
+    """Counts of all and of the kept samples in bins."""
+
+    edges: Annotated[list[Number], Meta(min_length=2, max_length=10_000)]
+    all: Annotated[list[Count], Meta(min_length=1)]
+    kept: Annotated[list[Count], Meta(min_length=1)]
+
+
+class ClassCounts(Struct):
+    """Counts of all and of the kept samples of each class."""
+
+    all: Annotated[list[Count], Meta(min_length=1)]
+    kept: Annotated[list[Count], Meta(min_length=1)]
+
+
+class Extreme(Struct):
+    """A kept sample of very high or low score."""
+
+    id: Count
+    label: Count
+    score: Number
+    u: Annotated[float, Meta(ge=0, le=1)]
+
+
+class Extremes(Struct):
+    """The kept samples of highest and lowest score."""
+
+    lowest: list[Extreme]
+    highest: list[Extreme]
+
+
+class Gain(Struct):
+    """The learned policy against the uniform one."""
+
+    difference: Number
+    half_width: Number
+    accuracy: Annotated[float, Meta(ge=0, le=1)]
+    baseline_accuracy: Annotated[float, Meta(ge=0, le=1)]
+
+
+class Distillation(Struct):
+    """The estimated cost of one distillation."""
+
+    student: str
+    epochs: Positive
+    seconds: NotNegative
+
+
+Parameters = Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], Meta(min_length=2, max_length=2)]
+
+
+class IfBetaRecord(Struct):
+    """The record of a search in idx.json."""
+
+    a: Annotated[float, Meta(gt=0, le=1e6)]
+    b: Annotated[float, Meta(gt=0, le=1e6)]
+    learned: Parameters
+    path: Annotated[list[Parameters], Meta(min_length=1)]
+    rewards: Annotated[list[Number], Meta(min_length=1)]
+    gain: Gain
+    trials: Count
+    percent_of_distillation: NotNegative
+    score_seconds: NotNegative
+    search_seconds: NotNegative
+    distillation: Distillation
+    ranks: Histogram
+    scores: Histogram
+    classes: ClassCounts
+    ends: Extremes
+
+
+class IfBetaParameters(Struct):
+    """Parameters in the idx.json of IF-Beta."""
+
+    fraction: Annotated[float, Meta(gt=0, le=1)]
+
+
+class IfBetaProvenance(Struct, rename={"if_beta": "if-beta"}):
+    """idx.json of a subset selected by IF-Beta."""
+
+    method: Literal["if-beta"]
+    seed: int
+    parameters: IfBetaParameters
+    if_beta: IfBetaRecord
+
+
+Pair = Annotated[list[Number], Meta(min_length=2, max_length=2)]
+
+
+class SearchProgress(Struct, forbid_unknown_fields=True):
+    """The state of a search."""
+
+    phi: Pair
+    step: Count
+    first: Pair
+    second: Pair
+    quiet: Count
+    path: list[Parameters]
+    rewards: list[Number]
+    accuracies: list[Number]
+    trials: Count
+    seconds: NotNegative
+
+
+class SearchFile(Struct):
+    """The checkpoint of a search."""
+
+    format: str
+    identity: str
+    state: SearchProgress
+
+
+# A teacher's cache: manifest.json, plan.json, timing.json, records of shards.
+
+
+class CachedData(Struct):
+    """The data of a cache."""
+
+    fingerprint: Sha256
+    samples: Positive
+    classes: Positive
+    image: Annotated[list[Positive], Meta(min_length=3, max_length=3)]
+
+
+class CachedTeacher(Struct):
+    """The teacher of a cache."""
+
+    net: str
+    digest: Sha256
+    mean: Annotated[list[Number], Meta(min_length=3, max_length=3)]
+    std: Annotated[list[Above0], Meta(min_length=3, max_length=3)]
+
+
+class CachedViews(Struct):
+    """The views of a cache."""
+
+    spec: Json
+    view_seed: Count
+    n_views: Positive
+
+
+class Coverage(Struct):
+    """The samples of a cache."""
+
+    samples: Positive
+    whole: bool
+    digest: Sha256
+
+
+class TopKFields(Struct, forbid_unknown_fields=True):
+    """What a cache of the most probable classes keeps."""
+
+    k: Positive
+    temperature: Above0
+
+
+class CachePlan(Struct):
+    """plan.json of an unfinished cache."""
+
+    format: str
+    version: int
+    data: CachedData
+    teacher: CachedTeacher
+    views: CachedViews
+    coverage: Coverage
+    dtype: Literal["float16", "float32"]
+    per_shard: Positive
+    top_k: TopKFields | None = None
+
+
+class CacheManifest(CachePlan, kw_only=True):
+    """manifest.json of a cache."""
+
+    train_top1: Percent
+    test_top1: Percent
+    features: Positive
+    files: dict[str, DataFile]
+
+
+class CacheTiming(Struct):
+    """timing.json of a cache."""
+
+    seconds: NotNegative
+
+
+class ShardRecord(Struct):
+    """The record of a finished shard."""
+
+    plan: Sha256
+    files: dict[str, Sha256]
+    seconds: NotNegative
+
+
+# Dynamics: plan.json, sealed.json, manifest.json.
+
+
+class DynamicsPlan(Struct):
+    """plan.json."""
+
+    format: str
+    version: int
+    samples: Positive
+    epochs: Positive
+    labels: Sha256
+    fingerprint: str | None
+    feature_epochs: list[Count]
+    facts: Json
+
+
+class RunSeal(Struct):
+    """sealed.json of a recorded run."""
+
+    files: dict[str, DataFile]
+
+
+class DynamicsManifest(DynamicsPlan, kw_only=True):
+    """manifest.json."""
+
+    runs: Annotated[list[dict[str, DataFile]], Meta(min_length=1)]
+
+
+# A sweep: results.jsonl.
+
+
+class SweepSettings(Struct):
+    """Settings of a row, as far as tables read them."""
+
+    data: str
+    student: str
+    steps: Count
+
+
+class SweepRow(Struct):
+    """A line of results.jsonl."""
+
+    key: Sha256
+    method: str
+    fraction: Annotated[float, Meta(gt=0, le=1)]
+    kd: bool
+    seed: int
+    steps: Count
+    kept: Count
+    test_top1: Percent
+    seconds: NotNegative
+    settings: SweepSettings
+
+
+# Score files: the description of scores.npz.
+
+
+class ScoresAbout(Struct):
+    """The description in scores.npz."""
+
+    format: str
+    method: str
+    parameters: Json
+    data: str
+    sources: dict[str, str]
+    seconds: NotNegative
+    digest: Sha256
+
+
+# Models: T.pt and student.pt, apart from the tensors.
+
+
+class ModelFields(Struct):
+    """The fields of a checkpoint of a model."""
+
+    format: str
+    version: int
+    net: str
+    classes: Annotated[int, Meta(ge=2, le=1 << 24)]
+    class_names: list[str]
+    mean: Annotated[list[Number], Meta(min_length=3, max_length=3)]
+    std: Annotated[list[Above0], Meta(min_length=3, max_length=3)]
+    metadata: Json
+    digest: Sha256
+    seal: Sha256 | None = None
+
+
+class TrainingState(Struct):
+    """The plain fields of a checkpoint of a training run."""
+
+    step: Count
+    train_seconds: NotNegative
+    net: Json
+    optimizer: Json
+    scaler: Json
+    loss_steps: Count

@@ -1,0 +1,129 @@
+"""Decode JSON that kdfast wrote earlier, and check it against a schema of `kdfast.files.schemas`.
+
+A file on disk may be damaged, edited or written by another program. Everything read back passes here: strict JSON (no
+NaN, no infinity), bounded nesting and integers, and every declared field with its declared type and range.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kdfast.errors import DataError, KdfastError
+
+# The largest file that kdfast writes as JSON (the results of a sweep) is far smaller.
+MAX_JSON_BYTES = 256 << 20
+
+_MAX_DIGITS = 20
+
+_WHERE = re.compile(r"^(?P<what>.*) - at `(?P<in_key>key` in `)?\$\.?(?P<field>.*)`$", re.DOTALL)
+ADVICE = "it is damaged or not a kdfast file; write it again"
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Read a regular file of at most `MAX_JSON_BYTES`.
+
+    Raises:
+        OSError: The file is missing, unreadable, too large, or a pipe or device.
+    """
+    # Opening a pipe without a writer would wait forever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than a file of this kind can have")
+        return file.read()
+
+
+def decode_json(
+    raw: bytes,
+    schema: Any,
+    where: str | Path,
+    *,
+    error: type[KdfastError] = DataError,
+    advice: str = ADVICE,
+) -> Any:
+    """Decode JSON and check it.
+
+    Args:
+        raw: The text.
+        schema: A type of `kdfast.files.schemas`, or Any.
+        where: The file, or the line of a file, for messages.
+        error: The error to raise.
+        advice: The end of messages, what to do.
+
+    Returns:
+        The decoded values, including fields that the schema does not declare.
+
+    Raises:
+        KdfastError: Of type `error`; the message names `where` and the field.
+    """
+    try:
+        # Not msgspec.json: it refuses lone surrogates, by which Python writes names that are not UTF-8.
+        value = json.loads(raw, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
+    except (ValueError, RecursionError) as exc:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise error(f"{where} is not valid JSON ({_sentence(str(exc))}): {advice}") from exc
+    return check_type(value, schema, where, error=error, advice=advice)
+
+
+def check_type(
+    value: Any,
+    schema: Any,
+    where: str | Path,
+    *,
+    error: type[KdfastError] = DataError,
+    advice: str = ADVICE,
+) -> Any:
+    """Check plain values against a schema and return them unchanged.
+
+    Args:
+        value: Dicts, lists, strings, numbers, booleans and None.
+        schema: A type of `kdfast.files.schemas`, or Any.
+        where: Where the values come from, for messages.
+        error: The error to raise.
+        advice: The end of messages, what to do.
+
+    Raises:
+        KdfastError: Of type `error`; the message names `where` and the field.
+    """
+    if schema is not Any:
+        try:
+            msgspec.convert(value, schema)
+        except (ValueError, RecursionError) as exc:
+            raise error(f"{where}: {_explain(str(exc))}: {advice}") from exc
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) <= _MAX_DIGITS and -(2**63) <= (value := int(text)) < 2**64:
+        return value
+    raise ValueError(f"the integer {text[:_MAX_DIGITS]}... is out of range")
+
+
+def _parse_float(text: str) -> float:
+    if math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"the number {text[:_MAX_DIGITS]} is not finite")
+
+
+def _explain(message: str) -> str:
+    """Return what a validation error says, without backticks, which name arguments in messages of kdfast."""
+    match = _WHERE.match(message)
+    if match is None:
+        return _sentence(message)
+    what = f"a key: {_sentence(match['what'])}" if match["in_key"] else _sentence(match["what"])
+    return f"field {match['field']}: {what}" if match["field"] else what
+
+
+def _sentence(text: str) -> str:
+    return (text[:1].lower() + text[1:]).replace("`", "")
