@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["PARTS", "device_of", "scale_kernel", "scale_rows", "weight_sum_kernel", "weight_sums"]
+__all__ = ["PARTS", "device_of", "processors", "scale_kernel", "scale_rows", "weight_sum_kernel", "weight_sums"]
 
 PARTS = tl.constexpr(32)
 """Number of partial sums of ``weight_sums``: one for each lane of a warp."""
@@ -68,45 +70,68 @@ def weight_sums(labels: Tensor | None, weights: Tensor | None, ignore_index: int
 
 @triton.jit
 def scale_kernel(
-    grad_ptr,  # (N, C) contiguous
-    out_ptr,  # (N, C) contiguous, may be grad_ptr
-    factor_ptr,  # () or (N,) float32
-    size,
+    grad_ptr,  # (n, c) contiguous
+    out_ptr,  # (n, c) contiguous, may be grad_ptr
+    factor_ptr,  # () or (n,) float32
+    n,
     c,
     factor_stride,
     scale,
     PER_ROW: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Write grad * factor * scale to out; in place, return at once if the product of the factors is one."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    if PER_ROW:
-        factor = tl.load(factor_ptr + (at // c) * factor_stride, mask=mask, other=0.0) * scale
-        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, (g * factor).to(out_ptr.dtype.element_ty), mask=mask)
-    else:
+    """Write grad * factor * scale to out; in place, read only the factor if the product of the factors is one.
+
+    ALIGN divides c.
+    """
+    # The value does not change, but the compiler learns that it may load vectors of ALIGN elements.
+    c = c // ALIGN * ALIGN
+    factor = 1.0
+    tiles_of_row = tl.cdiv(c, COLUMNS)
+    tiles = tl.cdiv(n, ROWS) * tiles_of_row
+    if not PER_ROW:
         factor = tl.load(factor_ptr) * scale
-        if not IN_PLACE or factor != 1.0:
-            g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + at, (g * factor).to(out_ptr.dtype.element_ty), mask=mask)
+        if IN_PLACE:
+            tiles = tl.where(factor == 1.0, 0, tiles)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row = (tile // tiles_of_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        col = (tile % tiles_of_row).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        at = row[:, None] * c + col[None, :]
+        mask = (row < n)[:, None] & (col < c)[None, :]
+        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if PER_ROW:
+            factors = tl.load(factor_ptr + row * factor_stride, mask=row < n, other=0.0) * scale
+            g *= factors[:, None]
+        else:
+            g *= factor
+        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
     """Return ``grad * factor * scale``, rounded once; as ``native.scale_rows``, but without reading the factor."""
-    is_scalar = factor.dim() == 0 or factor.stride(0) == 0
+    per_row = factor.dim() == 1 and factor.stride(0) != 0
     out = grad if in_place else torch.empty_like(grad)
-    size = grad.numel()
-    if size:
-        stride = 0 if is_scalar else factor.stride(0)
-        block = 4096
+    if grad.numel():
+        n, c = grad.shape if per_row else (1, grad.numel())
+        block = 16384 // grad.element_size()  # elements of a tile: 64 bytes a thread
+        columns = min(block, triton.next_power_of_2(c))
+        rows = block // columns if per_row else 1
+        tiles = triton.cdiv(n, rows) * triton.cdiv(c, columns)
         with device_of(grad):
-            scale_kernel[(triton.cdiv(size, block),)](
-                grad, out, factor, size, grad.shape[1], stride, scale,
-                PER_ROW=not is_scalar, IN_PLACE=in_place, BLOCK=block, num_warps=8,
+            scale_kernel[(min(tiles, 4 * processors(grad.device)),)](
+                grad, out, factor, n, c, factor.stride(0) if per_row else 0, scale,
+                PER_ROW=per_row, IN_PLACE=in_place, ALIGN=math.gcd(16, c), ROWS=rows, COLUMNS=columns, num_warps=8,
             )  # fmt: skip
     return out
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU; 1 for the CPU tensors of Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
-from kdfast.ops.kd_loss.triton_topk import topk_kernel
+from kdfast.ops.kd_loss.triton_topk import launch_topk
 from kdfast.ops.triton_rows import device_of, scale_rows, weight_sums
 
 __all__ = ["kd_loss", "scale_rows"]
@@ -68,11 +68,9 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
         grid = (triton.cdiv(n, shape["ROWS"]),)
         kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
     else:
-        k = teacher.shape[1]
-        block = min(4096, max(16, triton.next_power_of_2(c)))
-        shape = {"BLOCK": block, "K_BLOCK": triton.next_power_of_2(k), "num_warps": max(4, block // 512)}
-        operands = (logits, teacher, call.classes.contiguous(), call.tail.resolve_neg().contiguous(), *pointers)
-        topk_kernel[(n,)](*operands, *out, n, c, teacher.shape[0], k, *numbers, **flags, **shape)
+        flags |= {"WIDE": _needs_wide_offsets(logits), "ALIGN": _alignment(logits)}
+        classes, tail = call.classes.contiguous(), call.tail.resolve_neg().contiguous()
+        launch_topk(logits, teacher, classes, tail, *pointers, *out, numbers=numbers, flags=flags)
 
 
 def _needs_wide_offsets(*matrices: Tensor) -> bool:

@@ -26,6 +26,7 @@ BASE = {
 }
 POINTERS = {
     "ids_ptr": "*i32",
+    "marks_ptr": "*i64",
     "label_ptr": "*i64",
     "rows_ptr": "*i64",
     "tail_ptr": "*fp32",
@@ -50,7 +51,10 @@ def grid():
 
 @pytest.mark.parametrize(
     "group",
-    ["dense", "options", "strides", "masked", "large", "topk", "far", "ignored", "out of range", "scaling", "weights"],
+    [
+        *("dense", "options", "strides", "masked", "large", "topk", "topk shapes", "topk edges", "far", "ignored"),
+        *("out of range", "scaling", "weights"),
+    ],
 )
 def test_interpreted(grid, group):
     count, failures = grid[group]
@@ -74,7 +78,7 @@ def compiled(kernel, warps, types, **constants):
         elif name.endswith("_ptr"):
             signature[name] = types.get(name) or POINTERS[name]
         else:
-            signature[name] = "fp32" if name in FLOATS else "i64" if name == "size" else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = [name for name in names if name.endswith("_ptr") or name in ("c", "z_row", "t_row")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -98,14 +102,30 @@ def test_dense_kernel_compiles_to_vector_loads(student, classes):
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("student", ["*fp32", "*bf16", "*fp16"])
+@pytest.mark.parametrize("classes", [1008, 16384, 32000, 131072])
+def test_topk_kernel_compiles_to_vectors_of_16_bytes(student, classes):
+    from kdfast.ops.kd_loss.triton_topk import topk_kernel, topk_shape
+
+    shape = topk_shape(classes, 10, 4 if student == "*fp32" else 2)
+    warps = shape.pop("num_warps")
+    types = {"z_ptr": student, "grad_ptr": student, "v_ptr": "*fp16"}
+    for reverse in (False, True):
+        flags = {**BASE, "REVERSE": reverse, "WIDE": False, "ALIGN": 16}
+        ptx = compiled(topk_kernel, warps, types, **flags, **shape)
+        for access in ("ld", "st"):
+            assert any(f"{access}.global" in line and ".v4.b32" in line for line in ptx.splitlines())
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_other_kernels_compile():
-    from kdfast.ops.kd_loss.triton_topk import topk_kernel
     from kdfast.ops.triton_rows import scale_kernel, weight_sum_kernel
 
     types = {"z_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "v_ptr": "*fp16"}
-    assert compiled(topk_kernel, 8, types, **BASE, BLOCK=4096, K_BLOCK=64)
     for flags in ({"PER_ROW": True, "IN_PLACE": False}, {"PER_ROW": False, "IN_PLACE": True}):
-        assert compiled(scale_kernel, 8, types, **flags, BLOCK=4096)
+        ptx = compiled(scale_kernel, 8, types, **flags, ALIGN=8, ROWS=8, COLUMNS=1024)
+        for access in ("ld", "st"):
+            assert any(f"{access}.global" in line and ".v4.b32" in line for line in ptx.splitlines())
     assert compiled(weight_sum_kernel, 4, types, HAS_LABELS=True, HAS_WEIGHTS=True, BLOCK=1024)
 
 
@@ -120,6 +140,20 @@ def test_tiles_cover_a_row_or_stream_it():
             assert shape["BLOCK"] & (shape["BLOCK"] - 1) == 0
             assert 1 <= shape["num_warps"] <= 32
             assert shape["ROWS"] >= 1
+
+
+def test_topk_tiles_cover_a_row_or_stream_it():
+    from kdfast.ops.kd_loss.triton_topk import topk_shape
+
+    for c in (1, 64, 65, 1000, 16384, 16385, 65536, 262144):
+        for k, itemsize in ((1, 2), (64, 4), (256, 2), (5000, 4)):
+            shape = topk_shape(c, k, itemsize)
+            tile = shape["REPEAT"] * shape["WORDS"] * 64
+            assert shape["SINGLE"] == (c <= 16384)
+            assert not shape["SINGLE"] or tile >= c
+            assert shape["K_BLOCK"] >= k
+            assert shape["VECTOR"] * itemsize == 16
+            assert 32 * shape["num_warps"] * shape["maxnreg"] <= 65536
 
 
 def test_wide_offsets_and_alignment():

@@ -134,6 +134,50 @@ def topk():
     check("topk", z, y, teacher._replace(tail=torch._neg_view(-teacher.tail)), r)
 
 
+def topk_shapes():
+    """Rows of one and of several tiles, several rows a program, and the teacher's classes anywhere in them."""
+    for n, c, k, direction in (
+        (70, 33, 5, "forward"), (70, 33, 32, "reverse"), (3, 1000, 256, "forward"), (2, 20001, 64, "reverse"),
+        (2, 32000, 10, "forward"), (1, 70000, 300, "forward"),
+    ):  # fmt: skip
+        z, y, teacher, r = make_case(n, c)
+        sparse = topk_teacher(teacher, k, 4.0)
+        check("topk shapes", z, y, sparse, r, direction=direction, slack=2e-5)
+        for start in (0, c - k):  # all in the first or the last tile
+            ids = start + torch.stack([torch.randperm(k) for _ in range(n + 2)]).int()
+            check("topk shapes", z, y, sparse._replace(classes=ids), r, direction=direction, slack=2e-5)
+        y = sparse.classes[r, k // 2].long()
+        check("topk shapes", z, y, sparse, r, direction=direction, weights=torch.rand(n), slack=2e-5)
+
+
+def topk_edges():
+    """A tail without mass, masked classes, ignored rows, and the loss without a gradient."""
+    for c, direction in ((40, "forward"), (20000, "forward"), (40, "reverse")):
+        z, y, t, r = make_case(4, c)
+        sparse = topk_teacher(t, 5, 4.0)
+        if direction == "forward":
+            empty = sparse._replace(tail=torch.full((6,), -math.inf))
+            check("topk edges", z, y, empty, r, slack=2e-5)
+        hidden = torch.zeros(4, c, dtype=torch.bool)
+        hidden[:, ::3] = True
+        hidden.scatter_(1, sparse.classes[r].long(), False)
+        hidden.scatter_(1, y.clamp_min(0)[:, None], False)
+        check("topk edges", z.masked_fill(hidden, -math.inf), y, sparse, r, direction=direction, slack=2e-5)
+        with torch.no_grad():
+            loss = kdfast.kd_loss(z, y, sparse, r, direction=direction, backend="triton")
+        same = torch.equal(loss, run_both(z, y, sparse, r, direction=direction)[0])
+        record("topk edges", same, "loss without a gradient")
+        bad = sparse._replace(classes=sparse.classes.clone().fill_(c + 3))
+        loss, grad = run_triton(z * math.nan, torch.full((4,), -100), bad, r, direction=direction)
+        record("topk edges", bool(loss == 0) and bool((grad == 0).all()), "ignored rows")
+
+
+def run_triton(z, *args, **options):
+    x = z.detach().requires_grad_()
+    loss = kdfast.kd_loss(x, *args, **options, backend="triton")
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
 def far():
     """Logits that are far apart: the error is at most that of PyTorch in float32 plus 1e-6."""
     spreads = ((10.0, 1.0), (1.0, 100.0), (100.0, 100.0), (1e4, 10.0), (1e4, 1e4))
@@ -248,15 +292,15 @@ def class_id_after_the_last_class():
 
 
 def scaling():
-    for dtype in ROUNDING:
-        grad = torch.randn(5, 33).to(dtype)
-        for factor in (torch.tensor(3.0), torch.tensor(1.0), torch.rand(5), torch.tensor(2.0).expand(5)):
-            expected = grad.double() * (factor.double().expand(5) * 0.5)[:, None]
+    for dtype, (n, c) in itertools.product(ROUNDING, [(5, 33), (1100, 10), (3, 9000)]):
+        grad = torch.randn(n, c).to(dtype)
+        for factor in (torch.tensor(3.0), torch.tensor(1.0), torch.rand(n, 2)[:, 1], torch.tensor(2.0).expand(n)):
+            expected = grad.double() * (factor.double().expand(n) * 0.5)[:, None]
             for in_place in (False, True):
                 source = grad.clone()
                 scaled = scale_rows(source, factor, 0.5, in_place=in_place)
                 near = torch.allclose(scaled.double(), expected, rtol=1.01 * ROUNDING[dtype], atol=1e-6)
-                record("scaling", near and (scaled is source) == in_place, (dtype, factor, in_place))
+                record("scaling", near and (scaled is source) == in_place, (dtype, n, factor, in_place))
                 record("scaling", in_place or torch.equal(source, grad), "changed its input")
 
 
@@ -284,6 +328,8 @@ ALL = (
     masked,
     large,
     topk,
+    topk_shapes,
+    topk_edges,
     far,
     ignored,
     out_of_range,
