@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+EMULATION := $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.cu tests/cuda_emulation/*.h tests/cuda_emulation/*/*.h)
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
@@ -33,12 +34,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CSOURCES) $(EMULATION)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSOURCES)
+	$(BIN)/clang-format -i $(CSOURCES) $(EMULATION)
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
