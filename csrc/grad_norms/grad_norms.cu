@@ -330,16 +330,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(Layer s) {
 }
 
 constexpr int64_t kBytes = sizeof(float);
+constexpr int64_t kMaxOffset = (int64_t{1} << 32) - 1;
 constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
 
 int narrow(int64_t size) {
-  if (size > kMaxInt - kMaxRows) throw std::invalid_argument("convolution: a layer has too many positions or weights");
+  if (size > kMaxInt - kThreads) throw std::invalid_argument("convolution: a layer has too many positions or weights");
   return static_cast<int>(size);
 }
 
-// Strides of channels, rows and columns of a sample, whose elements must have 32-bit offsets.
+// Strides of channels, rows and columns of a sample in bytes; the offsets of its elements must fit 32 bits.
 void narrow_strides(const int64_t* strides, int64_t channels, int64_t height, int64_t width, uint32_t* out) {
-  narrow(((channels - 1) * strides[1] + (height - 1) * strides[2] + (width - 1) * strides[3]) * kBytes);
+  const int64_t last = (channels - 1) * strides[1] + (height - 1) * strides[2] + (width - 1) * strides[3];
+  if (last * kBytes > kMaxOffset)
+    throw std::invalid_argument("convolution: the inputs or output gradients of a sample span more than 4 GiB");
   for (int i = 0; i < 3; ++i) out[i] = static_cast<uint32_t>(strides[i + 1] * kBytes);
 }
 

@@ -74,7 +74,7 @@ void curvature(Request& request) {
 
 }  // namespace
 
-int main() {
+int main() try {
   Request request;
   while (read_request(request)) {
     emulation::seed(static_cast<uint32_t>(request.integer()));
@@ -86,4 +86,7 @@ int main() {
       curvature(request);
     }
   }
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 4;
 }

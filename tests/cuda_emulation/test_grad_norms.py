@@ -142,3 +142,16 @@ def test_strides(emulate, algorithm):
     case.a = torch.randn(7, 3, 18, 6).permute(1, 3, 0, 2)[..., ::2]
     case.b = torch.randn(1, 4, 5, 1).expand(3, 4, 5, 7)
     check(emulate, [case], algorithm)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [(2, 2**29, "span more than 4 GiB"), (6, 2**31, "span more than 4 GiB"), (21, 2**28, "too high or too wide")],
+    ids=["input_rows", "gradient_rows", "pad"],
+)
+def test_rejects_sizes_beyond_32_bits(emulate, place, value, message):
+    request = Case((4, 4), 2, 2, batch=1).request(DIRECT, seed=0)
+    integers = list(request["integers"])
+    integers[place] = value
+    with pytest.raises(AssertionError, match=message):
+        emulate([{**request, "integers": integers}])
