@@ -1,7 +1,11 @@
 """Checkpoint files of kdfast, one network with everything needed to use it, and the import of foreign ones.
 
-The file is a plain dict (format, version, net, classes, class_names, state_dict, mean, std, metadata, digest) saved by
-``torch.save``, written atomically and read with ``weights_only=True``, so nothing in it can run code.
+The file is a plain dict (format, version, net, classes, class_names, state_dict, mean, std, metadata, digest, seal),
+saved by ``torch.save``, written atomically and read with ``weights_only=True``, so nothing in it can run code.
+
+The digest covers the weights and identifies a model: caches and runs record it. The seal covers everything in the file,
+the digest included, and is compared on every load. Files of version 1 have no seal: the checksums of their archive are
+compared instead.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from torch import Tensor, nn
 
 from kdfast.data.views import Normalization
 from kdfast.errors import CheckpointError, UsageError
-from kdfast.files import atomic_write
-from kdfast.nets.foreign import read_tensors, read_torch_file
+from kdfast.files import atomic_write, schemas
+from kdfast.files.validate import check_type
+from kdfast.nets.foreign import check_archive, read_tensors, read_torch_file
 from kdfast.nets.matching import ImportReport, match_tensors
 from kdfast.nets.registry import build_net
 
 FORMAT = "kdfast-model"
-VERSION = 1
+VERSION = 2
+_COUNTER = "num_batches_tracked"
+_UNSEALED = 1  # the version before seals
 
 
 @dataclass
@@ -61,7 +68,7 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(state):
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(_COUNTER):
             continue
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -84,7 +91,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
         metadata = json.loads(json.dumps(model.metadata))
     except (TypeError, ValueError) as error:
         raise UsageError(f"the metadata of a checkpoint must be plain JSON values: {error}") from error
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "net": model.name,
@@ -96,6 +103,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
         "metadata": metadata,
         "digest": model.digest,
     }
+    content["seal"] = _seal(content)
     with atomic_write(path) as file:
         torch.save(content, file)
 
@@ -119,17 +127,20 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
         raise CheckpointError(
             f"{path} is not a kdfast checkpoint: import a foreign one first with kdfast teacher import"
         )
-    if content.get("version") != VERSION:
+    version = content.get("version")
+    if version not in (VERSION, _UNSEALED):
         raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')!r}: must be {VERSION}; "
-            "update kdfast or write the file again"
+            f"{path} has checkpoint version {version!r}, which is none of {_UNSEALED} and {VERSION}: update kdfast or "
+            "write the file again"
         )
     try:
-        model = _model_from(content)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if version == _UNSEALED:
+            check_archive(path)
+        model = _model_from(path, content)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from error
-    if model.digest != content.get("digest"):
-        raise CheckpointError(f"{path} is damaged: its weights do not match their digest; copy or train it again")
     _check_finite(path, model.net.state_dict())
     if classes is not None and model.classes != classes:
         raise CheckpointError(
@@ -139,12 +150,30 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
     return model
 
 
-def _model_from(content: Mapping[str, Any]) -> Model:
-    classes = int(content["classes"])
-    net = build_net(content["net"], classes)
-    net.load_state_dict(content["state_dict"])
+def _seal(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hexadecimal) of everything in a file but the weights, for which their digest stands.
+
+    Batch counters, which the digest omits, are part of it.
+    """
+    fields = {name: value for name, value in content.items() if name not in ("state_dict", "seal")}
+    counters = {name: t.tolist() for name, t in content["state_dict"].items() if name.endswith(_COUNTER)}
+    return hashlib.sha256(json.dumps([fields, counters], sort_keys=True).encode()).hexdigest()
+
+
+def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Model:
+    fields = {name: value for name, value in content.items() if name != "state_dict"}
+    check_type(
+        fields, schemas.ModelFields, f"{path} is damaged", error=CheckpointError, advice="copy or train it again"
+    )
+    state, classes = content["state_dict"], content["classes"]
     if len(content["class_names"]) != classes:
         raise ValueError(f"{len(content['class_names'])} class names for {classes} classes")
+    if digest_of(state) != content["digest"]:
+        raise CheckpointError(f"{where}: its weights do not match their digest; {advice}")
+    if content["version"] != _UNSEALED and content.get("seal") != _seal(content):
+        raise CheckpointError(f"{where}: its content does not match its seal; {advice}")
+    net = build_net(content["net"], classes)
+    net.load_state_dict(state)
     mean, std = ([float(value) for value in content[key]] for key in ("mean", "std"))
     return Model(
         net=net.eval(),

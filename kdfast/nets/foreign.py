@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         ) from error
     except Exception as error:  # a damaged file can fail in any part of the reader
         raise CheckpointError(_damaged(file, error)) from error
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Compare every member of a ``torch.save`` file with its checksum, which ``torch.load`` does not.
+
+    Raises:
+        CheckpointError: A member has changed, or the file is not such an archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # a damaged archive can fail in any part of the reader
+        raise CheckpointError(_damaged(Path(path), error)) from error
+    if bad is not None:
+        raise CheckpointError(_damaged(Path(path), f"{bad} does not match its checksum"))
 
 
 def read_tensors(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
