@@ -162,9 +162,8 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Model:
     fields = {name: value for name, value in content.items() if name != "state_dict"}
-    check_type(
-        fields, schemas.ModelFields, f"{path} is damaged", error=CheckpointError, advice="copy or train it again"
-    )
+    where, advice = f"{path} is damaged", "copy or train it again"
+    check_type(fields, schemas.ModelFields, where, error=CheckpointError, advice=advice)
     state, classes = content["state_dict"], content["classes"]
     if len(content["class_names"]) != classes:
         raise ValueError(f"{len(content['class_names'])} class names for {classes} classes")
