@@ -1,6 +1,7 @@
 """Cost of the teacher per training epoch: plain cross-entropy, cached KD and online KD, interleaved in one run.
 
     python bench/bench_train.py --data cifar-10-batches-py --teacher T.pt [--subset-size 1280] [--rounds 7]
+                                [--device cuda]
 
 Also compares the cached logits with those of the online teacher on the same views.
 """
@@ -50,13 +51,14 @@ def main() -> None:
     parser.add_argument("--student", default="resnet8")
     parser.add_argument("--subset-size", type=int, default=1280)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     source, model = open_source(options.data), load_model(options.teacher)
     ids = np.arange(options.subset_size, dtype=np.int64)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_subset(folder / "idx.npy", ids, {"data": source.fingerprint})
-        build_cache(source, model, folder / "cache", ids=ids, n_views=VIEWS)
+        build_cache(source, model, folder / "cache", ids=ids, n_views=VIEWS, device=options.device)
         config = RunConfig(options.student, epochs=1000, batch_size=64, views=VIEWS)
         teachers = {
             "plain cross-entropy": {},
@@ -68,7 +70,7 @@ def main() -> None:
                 InputPaths(options.data, subset=str(folder / "idx.npy"), loader="resident", **teacher),
                 config,
                 alpha="0.5" if teacher else "0",
-                device=torch.device("cpu"),
+                device=torch.device(options.device),
             )
             for row, teacher in teachers.items()
         }
@@ -79,7 +81,8 @@ def main() -> None:
             for batch in trainer.batches.epoch(trainer.epoch):
                 trainer.train_step(batch)
 
-        timed = interleave({row: partial(epoch, trainer) for row, trainer in trainers.items()}, options.rounds)
+        epochs = {row: partial(epoch, trainer) for row, trainer in trainers.items()}
+        timed = interleave(epochs, options.rounds, device=options.device)
     rows = []
     for name, timing in timed.items():
         # Ratio to plain training, round by round.
@@ -96,9 +99,8 @@ def main() -> None:
     print(f"epochs of {len(ids)} images, {options.student}, {options.rounds} rounds")
     print(table(rows))
     print(f"cached and online logits differ by at most {worst:.2g}, {units:.2f} units of fp16 spacing")
-    write_results(
-        "train", rows, largest_difference=worst, fp16_units=units, student=options.student, teacher=model.name
-    )
+    topic = "train" if options.device == "cpu" else "train_cuda"
+    write_results(topic, rows, largest_difference=worst, fp16_units=units, student=options.student, teacher=model.name)
 
 
 if __name__ == "__main__":

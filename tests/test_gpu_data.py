@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 from gpu import data as gpu_data  # noqa: E402
-from gpu import pack_data, tools  # noqa: E402
+from gpu import pack_data  # noqa: E402
+from gpu.measure import tools  # noqa: E402
+from gpu.measure.training import summary  # noqa: E402
 from gpu.sheets import LAYOUTS, read_sheet, write_archive, write_sheet  # noqa: E402
 
 
@@ -138,13 +140,11 @@ def test_the_sanitizer_must_say_that_there_are_no_errors(tmp_path, summary, code
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["kd_loss", "grad_norms", "softmax_head", "views", "dense-1000"])
 def test_small_cases_run_on_a_cpu(group):
-    command = [sys.executable, "-m", "gpu.small_cases", group, "cpu"]
+    command = [sys.executable, "-m", "gpu.measure.small_cases", group, "cpu"]
     subprocess.run(command, cwd=ROOT / "bench", check=True)
 
 
 def test_the_profile_counts_launches_waits_and_kernels():
-    from gpu.training import summary
-
     class Event:
         def __init__(self, key, count, device=False, spent=0.0):
             kinds = torch.autograd.DeviceType

@@ -221,15 +221,28 @@ def tests(run, tmp_path, monkeypatch):
     """A function that runs the tests above as a part, with limits in seconds of the part and of each test."""
     file = tmp_path / "test_it.py"
     file.write_text(TESTS)
-    command = ("-m", "pytest", "-p", "gpu.pytest_rows", "-p", "no:cacheprovider", "-c", os.devnull, str(file))
+    command = (
+        "-m",
+        "pytest",
+        "-p",
+        "gpu.pytest_rows",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "-c",
+        os.devnull,
+        str(tmp_path),
+    )
 
-    def call(seconds=30.0, limit=100.0, hang=""):
+    def call(seconds=30.0, limit=100.0, hang="", outcomes=True):
         monkeypatch.setenv("QUEUE_TEST_SECONDS", str(limit))
         monkeypatch.setenv("HANG", hang)
         part = Part("tests", seconds, command, ("source.py",), finished=(0, 1, 5))
         code = Queue(tmp_path / "out", tmp_path / "work", "cpu", minutes=1, committed=tmp_path / "none").run([part])
-        outcomes = {row["key"].split("::")[1]: row["outcome"] for row in run.rows() if row["key"]}
-        return code, run.rows()[-1]["state"], outcomes
+        state = run.rows()[-1]["state"]
+        if not outcomes:
+            return code, state
+        return code, state, {row["key"].split("::")[1]: row["outcome"] for row in run.rows() if row["key"]}
 
     return call
 
@@ -241,6 +254,12 @@ def test_each_test_has_a_row_and_a_failure_fails_the_queue(tests, run):
     rows = len(run.rows())
     assert tests() == (1, "done", passed)  # the failure counts although no test ran again
     assert len(run.rows()) == rows
+
+
+def test_a_file_of_tests_that_cannot_be_imported_fails_the_queue(tests, run, tmp_path):
+    (tmp_path / "test_other.py").write_text("import no_such_module")
+    assert tests(outcomes=False) == (1, "failed")
+    assert "no_such_module" in next(row["error"] for row in run.rows() if row.get("outcome") == "failed")
 
 
 def test_a_test_that_hangs_is_recorded_with_its_stack_and_the_others_run(tests, run):

@@ -12,7 +12,7 @@ _TESTED = (0, 1, 5)
 
 _OPERATORS = ("kdfast/ops", "csrc")
 _TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfast/distill", "bench/gpu/data.py")
-_CASES = (*_OPERATORS, "bench/gpu/small_cases.py", "bench/gpu/kd_loss.py", "bench/gpu/tools.py")
+_SMALL = ("bench/gpu/measure/small_cases.py", "bench/gpu/measure/kd_loss.py")
 
 # Folders of tests. On a CPU, where the queue only tests itself, a few quick ones replace those marked cuda.
 _TESTS = {
@@ -25,42 +25,43 @@ _TESTS = {
 
 def parts(device: str) -> list[Part]:
     """Return the queue of a device, `cpu` or `cuda`."""
-    return [
-        Part("machine", 60, ("-m", "gpu.machine"), ("bench/harness.py",), always=True),
-        Part("build", 240, ("-m", "gpu.build"), ("csrc", "CMakeLists.txt", "pyproject.toml"), always=True),
+    heads = ("bench/bench_grad_norms.py", "bench/bench_influence.py")
+    peers = ("bench/plain_loop.py", "bench/bench_kd_loss.py")
+    queue = [
+        _program("machine", 60, "bench/harness.py", always=True),
+        _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
         *_tests(device),
-        Part("kd_loss", 100, ("-m", "gpu.kd_loss"), ("kdfast/ops", "bench/gpu/kd_loss.py", "bench/harness.py")),
-        Part("training", 240, ("-m", "gpu.training"), (*_TRAINING, "bench/gpu/training.py", "bench/gpu/resnet18.py")),
+        _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
+        _program("training", 240, *_TRAINING, "bench/gpu/measure/resnet18.py"),
         _students("students", 0),
-        Part("sanitizer", 180, ("-m", "gpu.tools", "sanitizer"), _CASES),
-        Part("counters", 90, ("-m", "gpu.tools", "counters"), _CASES),
-        Part(
-            "gradients",
-            150,
-            ("-m", "gpu.gradients"),
-            (*_OPERATORS, "bench/gpu/gradients.py", "bench/bench_grad_norms.py", "bench/bench_influence.py"),
-        ),
-        Part(
-            "selection",
-            150,
-            ("-m", "gpu.selection"),
-            (*_TRAINING, "kdfast/prune/if_beta", "bench/gpu/selection.py", "bench/bench_if_beta.py"),
-        ),
-        Part("wheels", 60, ("-m", "gpu.wheels"), ("bench/gpu/wheels.py",), always=True),
-        Part(
-            "peers",
-            240,
-            ("-m", "gpu.peers"),
-            (*_TRAINING, "bench/gpu/peers.py", "bench/plain_loop.py", "bench/bench_kd_loss.py"),
-            wheels=True,
-        ),
-        *([_students("more students", 1, 2)] if device == "cuda" else []),
+        _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
+        _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
+        _program("gradients", 150, *_OPERATORS, *heads),
+        _program("selection", 150, *_TRAINING, "kdfast/prune/if_beta", "bench/bench_if_beta.py"),
+        _program("wheels", 60, always=True),
+        _program("peers", 240, *_TRAINING, *heads, *peers, wheels=True),
     ]
+    return queue if device == "cpu" else [*queue, _students("more students", 1, 2)]
+
+
+def _program(
+    program: str,
+    seconds: float,
+    *sources: str,
+    name: str | None = None,
+    arguments: tuple[str, ...] = (),
+    always: bool = False,
+    wheels: bool = False,
+) -> Part:
+    """Return the part that runs a module of gpu.measure, with its limit and the sources besides the module."""
+    command = ("-m", f"gpu.measure.{program}", *arguments)
+    return Part(
+        name or program, seconds, command, (*sources, f"bench/gpu/measure/{program}.py"), always=always, wheels=wheels
+    )
 
 
 def _students(name: str, *seeds: int) -> Part:
-    command = ("-m", "gpu.students", *map(str, seeds))
-    return Part(name, 200 * len(seeds), command, (*_TRAINING, "bench/gpu/students.py"))
+    return _program("students", 200 * len(seeds), *_TRAINING, name=name, arguments=tuple(map(str, seeds)))
 
 
 def _tests(device: str) -> list[Part]:
@@ -69,5 +70,6 @@ def _tests(device: str) -> list[Part]:
         where = (folder, "-m", "cuda") if device == "cuda" else (few, "-m", "not slow")
         apart = [f"--ignore={other}" for other, _ in _TESTS.values() if name == "others" and other != "tests"]
         sources = ("kdfast", "csrc", "tests") if name == "others" else (*_OPERATORS, "tests/conftest.py", folder)
-        found.append(Part(f"tests {name}", 110, (*_PYTEST, *_LENIENT, *where, *apart), sources, finished=_TESTED))
+        seconds = 170 if name == "kd_loss" else 100  # Triton compiles for minutes
+        found.append(Part(f"tests {name}", seconds, (*_PYTEST, *_LENIENT, *where, *apart), sources, finished=_TESTED))
     return found

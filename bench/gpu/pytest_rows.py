@@ -23,12 +23,15 @@ _LENGTH = 3000  # characters of a failure that a row keeps
 
 
 class Rows:
-    """Records outcomes; `lost` is set after a failure that the CUDA context did not survive."""
+    """Records outcomes.
+
+    `lost` is set after a failure that the CUDA context did not survive, `unread` if a file cannot be imported.
+    """
 
     def __init__(self) -> None:
         self.reports: list[pytest.TestReport] = []
         self.current = ""
-        self.lost = False
+        self.lost = self.unread = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Deselect the tests that have a row."""
@@ -70,13 +73,21 @@ class Rows:
         if self.lost:
             item.session.shouldstop = "the CUDA context is lost: the remaining tests run in a new process"
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Write a row for a file that cannot be imported."""
+        if report.failed:
+            self.unread = True
+            RESULTS.write(report.nodeid, outcome="failed", repeat=True, error=report.longreprtext[-_LENGTH:])
+
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Keep where a test was when the time was over."""
         error = str(excinfo.getrepr(style="short"))[-_LENGTH:]
         RESULTS.write(self.current, outcome="interrupted", repeat=True, error=error)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Ask the queue for a new process."""
+        """Ask the queue for a new process now, or for another try in its next run."""
+        if self.unread:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
         if self.lost:
             session.exitstatus = AGAIN
 

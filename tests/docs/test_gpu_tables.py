@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import make_tables  # noqa: E402
-from gpu import gradients, kd_loss, peers, selection, tools, training  # noqa: E402
+from gpu.measure import gradients, kd_loss, peers, selection, tools, training  # noqa: E402
 from gpu.parts import parts  # noqa: E402
 from gpu.results import COMMITTED, read_rows  # noqa: E402
 from make_tables import MISSING, Measured, fill  # noqa: E402

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu.data import TrainingData, training_data
-from gpu.resnet18 import register
+from gpu.measure.resnet18 import register
 from gpu.results import PartResults, measure_missing
 from kdfast.device import resolve_device
 from kdfast.distill.config import Execution, RunConfig

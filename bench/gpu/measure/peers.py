@@ -15,10 +15,10 @@ from typing import Any
 import bench_kd_loss
 import plain_loop
 import torch
-from harness import copy_bandwidth
+from harness import device_timing
 
-from gpu import gradients
 from gpu.data import training_data
+from gpu.measure import gradients
 from gpu.results import PartResults, measure_missing
 
 # Classes, and rows on a GPU and on a CPU.
@@ -29,10 +29,20 @@ _ROUNDS = {"cuda": 21, "cpu": 1}
 
 
 def losses(c: int, n: int, device: str) -> dict[str, Any]:
-    """Return a row of bench_kd_loss for each implementation."""
+    """Return the time of forward and backward of each implementation, which are checked first."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    copy = copy_bandwidth(device=device)
-    return {"rows": bench_kd_loss.measure(n, c, dtype, torch.float16, _ROUNDS[device], device, copy)}
+    arguments, functions = bench_kd_loss.inputs(n, c, dtype, torch.float16, device), bench_kd_loss.contenders(device)
+    errors = bench_kd_loss.check(functions, arguments)
+    timings = {
+        name: device_timing(partial(bench_kd_loss.step, function, arguments), device, _ROUNDS[device])
+        for name, function in functions.items()
+    }
+    return {
+        "errors": errors,
+        "graph": {name: timing.graph for name, timing in timings.items()},
+        "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
+        "kdfast_is_faster": {name: timings["kdfast"].ratio_to(timing) for name, timing in timings.items()},
+    }
 
 
 def loop(student: str, batch: int, epochs: int, device: str) -> dict[str, Any]:

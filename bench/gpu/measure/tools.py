@@ -1,6 +1,6 @@
 """NVIDIA's tools on small cases: `sanitizer` (memcheck and racecheck) and `counters` (Nsight Compute).
 
-    python -m gpu.tools sanitizer|counters
+    python -m gpu.measure.tools sanitizer|counters
 
 Without the tool, the cases run alone, and the part is skipped.
 """
@@ -18,9 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from gpu.measure.small_cases import GROUPS, PROFILED
 from gpu.part import SKIPPED
 from gpu.results import PartResults, measure_missing
-from gpu.small_cases import GROUPS, PROFILED
 
 _PLACES = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda*/compute-sanitizer")
 _SECONDS = 200
@@ -44,7 +44,7 @@ def find(name: str) -> str | None:
 
 def call(group: str, device: str, *tool: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a group of cases, below a tool if one is given, and print what it prints."""
-    command = [*tool, sys.executable, "-m", "gpu.small_cases", group, device]
+    command = [*tool, sys.executable, "-m", "gpu.measure.small_cases", group, device]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=_SECONDS
     )

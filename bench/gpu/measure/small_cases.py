@@ -1,6 +1,6 @@
 """Small calls of every CUDA and Triton kernel, for tools that slow a program down a hundredfold.
 
-    python -m gpu.small_cases GROUP [cpu]
+    python -m gpu.measure.small_cases GROUP [cpu]
 
 A group named `dense-C` is one call of kd_loss on C classes between the marks that a profiler starts and stops at.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import kdfast
-from gpu.kd_loss import Case, gradient, inputs, row_bytes
+from gpu.measure.kd_loss import Case, gradient, inputs, row_bytes
 from kdfast.data.views import Normalization, ViewSpec, apply_views
 
 PROFILED = (1000, 32000)

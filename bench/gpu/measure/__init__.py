@@ -1,0 +1,1 @@
+"""The programs of the queue's parts, each run as `python -m gpu.measure.NAME`."""
