@@ -12,6 +12,7 @@ ROOT = Path(kdfast.__file__).parent
 # A part imports only parts with a lower number: distill and prune, and nets and data, do not import each other.
 LAYER = {
     "errors": 0,
+    "text": 0,
     "progress": 0,
     "files": 1,
     "device": 1,

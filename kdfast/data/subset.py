@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 import kdfast
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import DataError, OutputError, SubsetError, UsageError
-from kdfast.files import atomic_write, check_writable, read_json, write_json
+from kdfast.errors import DataError, SubsetError, UsageError
+from kdfast.files import atomic_write, check_replaceable, check_writable, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,8 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
     if file.suffix != ".npy":
         raise UsageError(f"{file} is not a valid name of a subset file: rename it to end in .npy")
     beside = file.with_suffix(".json")
-    if not beside.exists():
-        if file.exists():
-            raise OutputError(f"{file} exists, and kdfast did not write it: use another name, or delete it")
-        return
-    try:
-        replaceable = _is_provenance(read_json(beside))
-    except DataError:
-        replaceable = False
-    if not replaceable:
-        raise OutputError(f"{beside} would be replaced, and kdfast did not write it: use another name")
+    check_replaceable(beside, _is_own_provenance)
+    check_replaceable(file, lambda _: beside.exists())
 
 
 def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance: Mapping[str, Any]) -> None:
@@ -253,6 +245,13 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
             "prune again"
         )
     return provenance
+
+
+def _is_own_provenance(path: Path) -> bool:
+    try:
+        return _is_provenance(read_json(path))
+    except (DataError, RecursionError):
+        return False
 
 
 def _is_provenance(content: object) -> bool:

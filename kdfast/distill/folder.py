@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,19 @@ from typing import Any
 import torch
 
 from kdfast.errors import CheckpointError, DataError, OutputError, UsageError, describe_changes
-from kdfast.files import FolderLock, atomic_write, check_writable, read_json, remove_stale, sha256_file, write_json
+from kdfast.files import (
+    FolderLock,
+    atomic_write,
+    check_writable,
+    make_subfolder,
+    open_own,
+    read_json,
+    refuse_links,
+    remove_stale,
+    sha256_file,
+    visible_entries,
+    write_json,
+)
 
 # Key of config.json whose value is informative only; all other keys are compared before a run resumes.
 METADATA_KEY = "started_with"
@@ -20,8 +33,10 @@ METADATA_KEY = "started_with"
 # Files that a run writes beside its checkpoints. A folder with one of them must have a run's config.json.
 RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
 
-# Files that identify the folders of other stages.
-FOREIGN_FILES = ("manifest.json", ".building", "train.beton", "data.json")
+CHECKPOINTS = "checkpoints"
+_CHECKPOINT_NAME = re.compile(r"step-\d{9,}\.pt")
+# The start of a row of metrics.jsonl, as far as a killed process has written it.
+_ROW_START = b'{"step": '
 
 
 class RunFolder:
@@ -41,8 +56,8 @@ class RunFolder:
 
     Raises:
         UsageError: If the folder holds a run with other settings.
-        OutputError: If the folder cannot be written, is in use by another process, holds foreign files with the names
-            of a run's files, or holds a run and `resume` is `never`.
+        OutputError: If the folder cannot be written, is in use by another process, holds files that no run wrote or
+            links that lead out of it, or holds a run and `resume` is `never`.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self.writes:
             return self
+        check_run_folder(self.path, self._config, self.resume)  # leave no lock in a foreign folder
         self._lock.__enter__()
         try:
             self._claim()
@@ -81,23 +97,20 @@ class RunFolder:
 
     def _claim(self) -> None:
         resumes = check_run_folder(self.path, self._config, self.resume)
-        checkpoints = self.path / "checkpoints"
+        checkpoints = refuse_links(self.path, CHECKPOINTS)
         remove_stale(self.path)
         if resumes:
             remove_stale(checkpoints)
             return
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        try:
-            checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot create {checkpoints}: {error.strerror}: choose another `out`") from error
+        make_subfolder(self.path, CHECKPOINTS)
         write_json(self.path / "config.json", {**self._config, METADATA_KEY: self._metadata})
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
         """Write the state after `step` steps to a new file, point latest.json to it, and keep the previous one."""
         if not self.writes:
             return
-        folder = self.path / "checkpoints"
+        folder = self.path / CHECKPOINTS
         pointer, file = folder / "latest.json", folder / f"step-{step:09d}.pt"
         before = {k: v for k, v in read_json(pointer).items() if k != "before"} if pointer.exists() else None
         with atomic_write(file) as temporary:
@@ -114,7 +127,7 @@ class RunFolder:
         Raises:
             CheckpointError: If the last two files are damaged or missing.
         """
-        pointer = self.path / "checkpoints" / "latest.json"
+        pointer = self.path / CHECKPOINTS / "latest.json"
         if not pointer.exists():
             return None
         latest = read_json(pointer)
@@ -123,6 +136,11 @@ class RunFolder:
         entries: list[dict[str, Any]] = [entry for entry in (latest, latest.get("before")) if entry]
         for entry in entries:
             file = pointer.parent / str(entry["file"])
+            if not _CHECKPOINT_NAME.fullmatch(file.name) or file != pointer.parent / file.name:
+                raise CheckpointError(
+                    f"{pointer} names {entry['file']!r}, which is no checkpoint of this folder: delete {self.path} and "
+                    "run again"
+                )
             if file.exists() and sha256_file(file) == entry["sha256"]:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return state
@@ -166,19 +184,16 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
 
     Raises:
         UsageError: If the folder holds a run with other settings.
-        OutputError: If the path is a file, or the folder holds foreign files, or a run while `resume` is `never`.
+        OutputError: If the path is a file, or the folder holds anything but a run, or a run while `resume` is `never`.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file: choose another `out`")
     file = path / "config.json"
     if not _holds_run(path, file):
-        for foreign in FOREIGN_FILES:
-            if (path / foreign).exists():
-                raise OutputError(f"{path} holds {foreign}, so it is not the folder of a run: choose another `out`")
         return False
     if resume == "never":
         raise OutputError(f"{path} already holds a run: choose another `out`, or `resume` auto to resume it")
-    if not (path / "checkpoints" / "latest.json").exists() and not (path / "result.json").exists():
+    if not (path / CHECKPOINTS / "latest.json").exists() and not (path / "result.json").exists():
         return False
     saved, new = read_json(file), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
@@ -188,12 +203,15 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
 
 
 def _holds_run(path: Path, file: Path) -> bool:
-    present = [name for name in RUN_FILES if (path / name).exists()]
-    if not present and not any((path / "checkpoints").glob("*")):
+    """Return whether the folder holds a run, False if it is empty or missing; raise if it holds anything else."""
+    present = visible_entries(path)
+    if not any((path / CHECKPOINTS).glob("*")):  # the first thing that a run makes
+        present = [name for name in present if name != CHECKPOINTS]
+    if not present:
         return False
     config = read_json(file) if file.exists() else None
     if not isinstance(config, dict) or METADATA_KEY not in config:
-        name = present[0] if present else "checkpoints"
+        name = next((name for name in RUN_FILES if name in present), present[0])
         raise OutputError(f"{path} holds {name}, which was not written by a run: choose another `out`")
     return True
 
@@ -208,26 +226,27 @@ class MetricsFile:
 
     Raises:
         DataError: If the last line is not a metrics row.
-        OutputError: If the file cannot be written.
+        OutputError: If the file cannot be written, or is a symbolic link.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last_step = self._cut_incomplete_line()
+        self._file = open(open_own(path), "r+b", buffering=0)  # noqa: SIM115 - closed by close()
         try:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise OutputError(f"cannot append to {path}: {error.strerror}") from error
+            self.last_step = self._cut_incomplete_line()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _cut_incomplete_line(self) -> int:
-        if not self.path.exists():
-            return -1
-        with open(self.path, "r+b") as file:
-            data = file.read()
-            complete = data[: data.rfind(b"\n") + 1]
-            if len(complete) != len(data):
-                file.truncate(len(complete))
-        lines = complete.splitlines()
+        data = self._file.read()
+        end = data.rfind(b"\n") + 1
+        lines, rest = data[:end].splitlines(), data[end:]
+        if not _ROW_START.startswith(rest[: len(_ROW_START)]):
+            raise DataError(f"the last line of {self.path} is not a metrics row: move the file away")
+        if rest:
+            self._file.truncate(end)
+        self._file.seek(end)
         try:
             return int(json.loads(lines[-1])["step"]) if lines else -1
         except (ValueError, KeyError) as error:

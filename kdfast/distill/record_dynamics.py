@@ -18,12 +18,13 @@ import torch
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distill.config import RunConfig, check_at_least
 from kdfast.distill.distributed import Distributed
-from kdfast.distill.folder import RunFolder
+from kdfast.distill.folder import CHECKPOINTS, RunFolder
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import UsageError
+from kdfast.files import refuse_links
 from kdfast.progress import Progress
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 
@@ -140,7 +141,7 @@ def record_dynamics(
                 progress=None if progress is None else _overall_progress(progress, recording, run),
                 on_epoch_end=_epoch_end_callback(recorder, recording.record_every),
             )
-            results.append(_train_run(plan, recorder.folder / _TRAINING, monitoring))
+            results.append(_train_run(plan, refuse_links(recorder.folder, _TRAINING), monitoring))
     return results
 
 
@@ -193,7 +194,7 @@ def _train_run(plan: Plan, path: Path, monitoring: Monitoring) -> dict[str, Any]
     with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
         result = train(plan, folder, monitoring)
         # A finished run needs no checkpoints, and there may be many runs.
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
     return result
 
 

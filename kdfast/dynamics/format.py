@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.errors import DataError
-from kdfast.files import read_sealed, sha256_file
+from kdfast.files import is_plain_name, read_sealed, sha256_file
 
 FORMAT = "kdfast-dynamics"
 VERSION = 1
@@ -87,6 +87,8 @@ def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check
         DataError: A file is missing or has changed.
     """
     for name, seal in files.items():
+        if not is_plain_name(name):
+            raise DataError(f"{folder} names {name!r}, which is no file of it: delete it and run kdfast dynamics again")
         path = folder / name
         held = path.stat().st_size if path.is_file() else None
         if held != seal["bytes"] or (check_sums and sha256_file(path) != seal["sha256"]):

@@ -20,7 +20,15 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
 from kdfast.dynamics.metrics import compute_metrics
 from kdfast.errors import DataError, OutputError, ShapeError, UsageError, describe_changes
-from kdfast.files import FolderLock, atomic_write, check_writable, remove_stale, write_sealed
+from kdfast.files import (
+    FolderLock,
+    atomic_write,
+    check_writable,
+    make_subfolder,
+    remove_stale,
+    visible_entries,
+    write_sealed,
+)
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
@@ -112,7 +120,7 @@ class DynamicsRecorder:
             "facts": dict(facts or {}),
         }
         self._claim(plan)
-        self.folder = check_writable(self.path / layout.run_folder(run))
+        self.folder = make_subfolder(self.path, layout.run_folder(run))
         self.epoch = 0
         self._lock = FolderLock(self.folder)
         with contextlib.ExitStack() as undo:
@@ -217,9 +225,11 @@ class DynamicsRecorder:
 
     def _claim(self, plan: dict[str, Any]) -> None:
         """Write the plan, or check that the folder has the same plan."""
+        check_dynamics_folder(self.path)
         folder = check_writable(self.path)
         with FolderLock(folder):
             remove_stale(folder)
+            check_dynamics_folder(folder)
             if (folder / layout.PLAN).exists():
                 held = layout.read_sealed_json(folder / layout.PLAN)
                 changed = [name for name, value in plan.items() if held.get(name) != value]
@@ -229,12 +239,11 @@ class DynamicsRecorder:
                         f"{describe_changes(_settings(held, changed), _settings(plan, changed))}. Choose another "
                         "folder, or use the same data and settings"
                     )
-                return
-            if any(entry.name != ".kdfast.lock" for entry in folder.iterdir()):
-                raise OutputError(f"{folder} is not empty and holds no dynamics: choose another folder")
-            with atomic_write(folder / layout.LABELS) as file:
-                np.save(file, self._labels)
-            write_sealed(folder / layout.PLAN, plan)
+            else:
+                write_sealed(folder / layout.PLAN, plan)
+            if not (folder / layout.LABELS).exists():
+                with atomic_write(folder / layout.LABELS) as file:
+                    np.save(file, self._labels)
 
     def _resume(self) -> None:
         """Find the first epoch that is not recorded."""
@@ -311,6 +320,17 @@ class DynamicsRecorder:
             plan = layout.read_sealed_json(self.path / layout.PLAN)
             runs = [layout.read_sealed_json(seal)["files"] for seal in seals]
             write_sealed(self.path / layout.MANIFEST, {**plan, "runs": runs})
+
+
+def check_dynamics_folder(folder: Path) -> None:
+    """Check that a folder is missing or empty, or holds dynamics, finished or not. Writes nothing.
+
+    Raises:
+        OutputError: It holds something else.
+    """
+    entries = visible_entries(folder)
+    if entries and not (folder / layout.PLAN).exists():
+        raise OutputError(f"{folder} is not empty ({entries[0]}) and holds no dynamics: choose another folder")
 
 
 def _settings(plan: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

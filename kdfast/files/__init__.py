@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from kdfast.files.atomic import atomic_path, atomic_write, remove_stale
-from kdfast.files.folders import FolderLock, check_writable, visible_entries
+from kdfast.files.folders import FolderLock, check_writable, make_subfolder, visible_entries
+from kdfast.files.outputs import check_replaceable
+from kdfast.files.own import is_plain_name, open_own, refuse_links
 from kdfast.files.records import read_json, read_sealed, sha256_file, sha256_json, write_json, write_sealed
 
 __all__ = [
     "FolderLock",
     "atomic_path",
     "atomic_write",
+    "check_replaceable",
     "check_writable",
+    "is_plain_name",
+    "make_subfolder",
+    "open_own",
     "read_json",
     "read_sealed",
+    "refuse_links",
     "remove_stale",
     "sha256_file",
     "sha256_json",

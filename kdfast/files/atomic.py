@@ -22,6 +22,8 @@ from kdfast.errors import KdfastError, OutputError
 # The random part precedes the target's name, because np.save and others inspect the suffix.
 _PREFIX = ".kdtmp-"
 _RANDOM_BYTES = 6
+# Bytes of the target's name in the temporary one, which must not exceed 255 bytes; its end, with the suffix.
+_NAME_BYTES = 200
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -96,12 +98,14 @@ def open_temporary(target: Path) -> tuple[Path, int]:
     Raises:
         OutputError: The file cannot be created, or `target` is a folder.
     """
-    if target.is_dir():
+    if os.path.isdir(target):
         raise make_write_error(target, "it is a folder")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            target.lstat()  # a name that is too long fails here, before the work
         _remove_stale_of(target)
         while True:
-            temporary = target.parent / f"{_PREFIX}{secrets.token_hex(_RANDOM_BYTES)}-{target.name}"
+            temporary = target.parent / f"{_PREFIX}{secrets.token_hex(_RANDOM_BYTES)}-{_shortened(target.name)}"
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             # Some network file systems have no locks. There no file is ever considered stale, which costs disk space.
             with contextlib.suppress(OSError):
@@ -121,8 +125,12 @@ def make_write_error(path: Path, reason: OSError | str) -> OutputError:
 
 def _remove_stale_of(target: Path) -> None:
     """Remove the temporary files of `target` that no running process has locked."""
-    length = len(_PREFIX) + 2 * _RANDOM_BYTES + 1  # hexadecimal digits and a dash
-    _remove_unlocked(target.parent, lambda name: name.startswith(_PREFIX) and name[length:] == target.name)
+    ending, length = _shortened(target.name), len(_PREFIX) + 2 * _RANDOM_BYTES + 1  # hexadecimal digits and a dash
+    _remove_unlocked(target.parent, lambda name: name.startswith(_PREFIX) and name[length:] == ending)
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[-_NAME_BYTES:])
 
 
 def _remove_unlocked(folder: Path, matches: Callable[[str], bool]) -> None:
@@ -130,7 +138,7 @@ def _remove_unlocked(folder: Path, matches: Callable[[str], bool]) -> None:
         if not matches(entry.name):
             continue
         with contextlib.suppress(OSError):
-            descriptor = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(entry.path)

@@ -12,8 +12,10 @@ from typing import NoReturn
 
 from kdfast.errors import OutputError
 from kdfast.files.atomic import make_write_error, open_temporary
+from kdfast.files.own import open_own, refuse_links
 
 _LOCK_NAME = ".kdfast.lock"
+_HOLDER = b"process "  # the start of a lock file
 _LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -47,6 +49,18 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+def make_subfolder(folder: str | os.PathLike[str], *names: str) -> Path:
+    """Create nested folders in an output folder, and check that a file can be written to the innermost.
+
+    Returns:
+        The path of the innermost folder.
+
+    Raises:
+        OutputError: One of them is a symbolic link, cannot be created, or no file can be written there.
+    """
+    return check_writable(refuse_links(folder, *names))
+
+
 def visible_entries(folder: str | os.PathLike[str]) -> list[str]:
     """List the names in a folder, sorted, without hidden files (locks, files of desktops and file systems).
 
@@ -74,8 +88,8 @@ class FolderLock:
     lock a different file of the same name.
 
     Raises:
-        OutputError: On entering, if another process (or another FolderLock of this process) holds the lock, or the
-            folder is not writable.
+        OutputError: On entering, if another process (or another FolderLock of this process) holds the lock, the folder
+            is not writable, or the file is a link or not a lock file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -84,10 +98,10 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         path = self.folder / _LOCK_NAME
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as exc:
-            raise make_write_error(path, exc) from exc
+        descriptor = open_own(path)
+        if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER):
+            os.close(descriptor)
+            raise OutputError(f"{path} is not a lock file of kdfast: move it away, or use another folder")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import numpy as np
 
 import kdfast
 from kdfast.errors import DataError, UsageError
-from kdfast.files import atomic_write, check_writable
+from kdfast.files import atomic_write, check_replaceable, check_writable
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import check_values
 
-_FORMAT = "kdfast scores 1"
+_FAMILY = "kdfast scores "
+_FORMAT = f"{_FAMILY}1"
+_ABOUT_START = 1024  # bytes of the description that hold its first field, the format
 _SCORES, _ABOUT, _EXTRA = "scores", "about", "extra."
 _KEYS = {"format", "method", "parameters", "data", "sources", "seconds", "digest"}
 _SCORE_AGAIN = "score this data again with kdfast score"
@@ -57,13 +60,15 @@ class ScoreFile:
 
 
 def check_score_path(path: str | os.PathLike[str]) -> None:
-    """Check a path before the scores are computed.
+    """Check a path before the scores are computed. Writes nothing.
 
     Raises:
         UsageError: `path` does not end in .npz.
+        OutputError: There is a file that is not a score file of kdfast.
     """
     if Path(path).suffix != ".npz":
         raise UsageError(f"{path}: a score file must be named .npz")
+    check_replaceable(path, _is_score_file)
 
 
 def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
@@ -76,7 +81,7 @@ def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
     Raises:
         UsageError: `path` does not end in .npz.
         DataError: Scores or extras are not one finite value per sample.
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, or would replace one that kdfast did not write.
     """
     check_score_path(path)
     n = len(content.scores)
@@ -136,6 +141,16 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
     if content.digest != about["digest"]:
         raise DataError(f"{path} has changed since it was written: its digest does not match: {_SCORE_AGAIN}")
     return content
+
+
+def _is_score_file(path: Path) -> bool:
+    """Return whether an .npz file has the description of a score file, of any version."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{_ABOUT}.npy") as file:
+            # The description is a numpy string: four bytes a character.
+            return _FAMILY.encode("utf-32-le") in file.read(_ABOUT_START)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile):
+        return False
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:

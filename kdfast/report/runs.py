@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.files import atomic_path, read_json
+from kdfast.files import read_json
+from kdfast.report.plots import add_legend, check_plot_path, save_plot
 
 
 def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
@@ -21,8 +22,9 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
 
     Raises:
         DataError: A folder holds no finished run.
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, or would replace one that kdfast did not write.
     """
+    check_plot_path(out)
     # matplotlib is slow to import and only needed here.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,19 +32,19 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    lines: dict[str, Any] = {}
     for number, (name, folders) in enumerate(groups.items()):
         finals = [read_json(folder / "result.json")["test_top1"] for folder in folders]
         label = f"{name}: {sum(finals) / len(finals):.1f}% (n = {len(finals)})"
         for folder in folders:
             rows = _read_metrics(folder)
-            left.plot(*_series(rows, "loss"), color=f"C{number}", linewidth=1, label=label)
-            right.plot(*_series(rows, "test_top1"), color=f"C{number}", linewidth=1, label=label)
-            label = "_"
+            (line,) = left.plot(*_series(rows, "loss"), color=f"C{number}", linewidth=1)
+            right.plot(*_series(rows, "test_top1"), color=f"C{number}", linewidth=1)
+            lines.setdefault(label, line)
     left.set(xlabel="step", ylabel="training loss", yscale="log")
     right.set(xlabel="step", ylabel="test top-1 (%)")
-    left.legend()
-    with atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=120)
+    add_legend(left, lines)
+    save_plot(figure, out)
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdfast.errors import DataError
-from kdfast.files import atomic_path, atomic_write
+from kdfast.files import atomic_write, check_replaceable
+from kdfast.report.plots import add_legend, check_plot_path, save_plot
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.summary import BASELINE, Difference, Section, group_rows
+from kdfast.text import printable
 
 TABLE, PLOT = "table.md", "plot.png"
+
+# The first line of a table: its common settings, and the start of the data's fingerprint.
+_FIRST_LINE = re.compile(rb"\*\*student .*, steps .*\*\* \(data [0-9a-f]{12}\)$")
+_FIRST_LINE_BYTES = 4096
+# What Markdown reads as markup; an underscore only where it does not join words.
+_MARKUP = re.compile(r"[\\`*|<$]|(?<![^\W_])_|_(?![^\W_])")
 
 _SHOWN = ("student", "steps", "batch_size", "lr", "schedule", "precision", "alpha", "temperature", "views")
 
@@ -28,16 +37,27 @@ def report_sweep(folder: Path) -> str:
 
     Raises:
         DataError: There is no row.
-        OutputError: The files cannot be written.
+        OutputError: The files cannot be written, or would replace some that kdfast did not write.
     """
     sections = group_rows(ResultsLog(folder).rows())
     if not sections:
         raise DataError(f"{folder} has no row of a sweep: pass as `out` the folder of a sweep with a finished run")
+    check_report_files(folder)
     text = "\n".join(table(section) for section in sections)
     with atomic_write(folder / TABLE) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     plot(sections, folder / PLOT)
     return text
+
+
+def check_report_files(folder: Path) -> None:
+    """Check, before the work, that table.md and plot.png may be written. Writes nothing.
+
+    Raises:
+        OutputError: One of them exists, and kdfast did not write it.
+    """
+    check_replaceable(folder / TABLE, _is_own_table)
+    check_plot_path(folder / PLOT)
 
 
 def table(section: Section) -> str:
@@ -46,7 +66,7 @@ def table(section: Section) -> str:
     A cell contains the mean test top-1 in percent ± its standard deviation over seeds (number of seeds), and the paired
     difference from random with its 95% t-interval.
     """
-    facts = ", ".join(f"{name} {section.settings[name]}" for name in _SHOWN if name in section.settings)
+    facts = ", ".join(f"{name} {_escape(section.settings[name])}" for name in _SHOWN if name in section.settings)
     kept = {row["fraction"]: row["kept"] for row in section.rows}
     lines = [f"**{facts}** (data {str(section.settings['data'])[:12]})", ""]
     for kd in (True, False):
@@ -81,13 +101,13 @@ def plot(sections: Sequence[Section], out: Path) -> None:
     for panel, section in zip(panels, sections, strict=True):
         _plot_section(panel, section)
         facts = f"{section.settings['student']}, {section.settings['steps']} steps"
-        panel.set_title(f"{facts}; solid: with the teacher, dashed: without; bars: sd over seeds", fontsize=10)
-    with atomic_path(out) as temporary:
-        figure.savefig(temporary, dpi=120)
+        title = f"{facts}; solid: with the teacher, dashed: without; bars: sd over seeds"
+        panel.set_title(printable(title), fontsize=10, parse_math=False)
+    save_plot(figure, out)
 
 
 def _table_row(section: Section, method: str, fractions: Sequence[float], kd: bool) -> str:
-    cells = [method]
+    cells = [_escape(method)]
     for fraction in fractions:
         seeds = section.top1.get((method, fraction, kd))
         if seeds is None:
@@ -101,23 +121,38 @@ def _table_row(section: Section, method: str, fractions: Sequence[float], kd: bo
     return "| " + " | ".join(cells) + " |"
 
 
+def _is_own_table(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _FIRST_LINE.match(file.readline(_FIRST_LINE_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _escape(name: object) -> str:
+    """Return a name that Markdown shows literally, on one line of a table."""
+    return _MARKUP.sub(r"\\\g<0>", printable(str(name)).replace("\n", " "))
+
+
 def _ranking_line(section: Section, fraction: float, kd: bool) -> str:
     """Return the place of random among the methods, and which methods differ clearly from it."""
     order = _ranking(section, fraction, kd)
+    names = {name: _escape(name) for name in order}
+    first = names[order[0]]
     where = f"- {fraction:g}, {'KD' if kd else 'plain'}:"
     if len(order) == 1:
-        return f"{where} {order[0]} alone."
+        return f"{where} {first} alone."
     if BASELINE not in order:
-        return f"{where} {', '.join(order)}, from first to last."
+        return f"{where} {', '.join(names.values())}, from first to last."
     gaps = {name: section.difference(name, fraction, kd) for name in order}
-    above = [name for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean > 0]
-    below = [name for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean < 0]
+    above = [names[name] for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean > 0]
+    below = [names[name] for name, gap in gaps.items() if gap is not None and gap.is_significant and gap.mean < 0]
     if all(gap is None or gap.n < 2 for gap in gaps.values()):
-        return f"{where} {', '.join(order)}, from first to last (one seed: no interval)."
-    alone = [name for name, gap in gaps.items() if name != BASELINE and (gap is None or gap.n < 2)]
+        return f"{where} {', '.join(names.values())}, from first to last (one seed: no interval)."
+    alone = [names[name] for name, gap in gaps.items() if name != BASELINE and (gap is None or gap.n < 2)]
     unclear = f"; of too few seeds to say: {', '.join(alone)}" if alone else ""
     return (
-        f"{where} {BASELINE} is number {order.index(BASELINE) + 1} of {len(order)}, {order[0]} is first; "
+        f"{where} {BASELINE} is number {order.index(BASELINE) + 1} of {len(order)}, {first} is first; "
         f"clearly better than {BASELINE}: {', '.join(above) or 'none'}; "
         f"clearly worse: {', '.join(below) or 'none'}{unclear}."
     )
@@ -130,8 +165,9 @@ def _ranking(section: Section, fraction: float, kd: bool) -> list[str]:
 
 
 def _plot_section(panel: Any, section: Section) -> None:
+    lines: dict[str, Any] = {}
     for number, method in enumerate(section.methods):
-        label, color = method, f"C{number % 10}"
+        color = f"C{number % 10}"
         for kd, style in ((True, "-"), (False, "--")):
             points = {f: section.top1[method, f, kd] for f in section.fractions if (method, f, kd) in section.top1}
             if not points:
@@ -139,15 +175,15 @@ def _plot_section(panel: Any, section: Section) -> None:
             values = [list(seeds.values()) for seeds in points.values()]
             means = [statistics.fmean(v) for v in values]
             marks: dict[str, Any] = {"linestyle": style, "marker": "o", "markersize": 4}
-            panel.plot(list(points), means, label=label, linewidth=1.5, color=color, **marks)
+            (line,) = panel.plot(list(points), means, linewidth=1.5, color=color, **marks)
+            lines.setdefault(method, line)
             bars = [(f, m, statistics.stdev(v)) for f, m, v in zip(points, means, values, strict=True) if len(v) > 1]
             for fraction, mean, deviation in bars:
                 panel.errorbar(fraction, mean, yerr=deviation, color=color, linewidth=1, capsize=3)
-            label = "_"  # The legend skips such labels: one entry per method.
     panel.set_xticks(section.fractions)
     panel.set(xlabel="share of the training split kept", ylabel="test top-1 (%)")
     panel.grid(alpha=0.3)
-    panel.legend()
+    add_legend(panel, lines)
 
 
 def _format_difference(gap: Difference | None) -> str:

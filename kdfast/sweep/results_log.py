@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import DataError, OutputError
+from kdfast.files import open_own, refuse_links, visible_entries
 
 RESULTS = "results.jsonl"
+RUNS = "runs"
 _CLAIMS = ".claims"
+# The start of a row, as far as a killed process has written it.
+_ROW_START = b'{"key": "'
 
 
 class ResultsLog:
@@ -43,6 +47,21 @@ class ResultsLog:
         except OSError as error:
             raise DataError(f"cannot read {self.path} ({error.strerror}): make it readable") from error
 
+    def check_folder(self) -> None:
+        """Check that the folder is missing or empty, or that of a sweep, and leads to no other. Writes nothing.
+
+        Raises:
+            OutputError: It holds something else, or a link in place of a folder of the sweep.
+            DataError: results.jsonl is not that of a sweep.
+        """
+        entries = visible_entries(self.folder)
+        begun = self.path.exists() or (self.folder / _CLAIMS).exists()
+        if entries and not begun:
+            raise OutputError(f"{self.folder} holds {entries[0]}, and no sweep: choose another `out`")
+        for name in (RESULTS, _CLAIMS, RUNS):
+            refuse_links(self.folder, name)
+        self.rows()
+
     def done(self) -> set[str]:
         """Return the keys of all rows."""
         return {row["key"] for row in self.rows()}
@@ -56,8 +75,7 @@ class ResultsLog:
         """
         line = json.dumps(dict(row), allow_nan=False).encode() + b"\n"
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            with open(descriptor, "r+b", buffering=0) as file:
+            with open(open_own(self.path), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 data = file.read()
                 if any(other["key"] == row["key"] for other in _parse(self.path, data)):
@@ -83,13 +101,7 @@ class ResultsLog:
             OutputError: The lock file cannot be written.
         """
         byte = int(key[:15], 16)
-        path = self.folder / _CLAIMS
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {path} ({error.strerror}): make the folder writable or choose another"
-            ) from error
+        descriptor = open_own(self.folder / _CLAIMS)
         try:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
@@ -102,6 +114,9 @@ class ResultsLog:
 
 
 def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
+    rest = data[data.rfind(b"\n") + 1 :]
+    if not _ROW_START.startswith(rest[: len(_ROW_START)]):
+        raise DataError(f"the last line of {path} is not a row of a sweep: move the file away")
     rows = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         try:

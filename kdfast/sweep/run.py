@@ -36,12 +36,11 @@ def run_sweep(
     Raises:
         DivergedError: Runs diverged; all other runs have their rows.
         Interrupted: SIGTERM or Ctrl-C; finished rows are kept.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or holds anything but a sweep.
         DataError: results.jsonl is not that of a sweep.
     """
     runs, log = session.runs(), ResultsLog(out)
-    # Refuse foreign results before writing anything.
-    log.rows()
+    log.check_folder()
     check_writable(out)
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, progress=progress)

@@ -24,16 +24,15 @@ from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
-from kdfast.files import check_writable
+from kdfast.files import make_subfolder, refuse_links
 from kdfast.progress import Progress
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.select import SubsetPipeline
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
+from kdfast.sweep.results_log import RUNS
 from kdfast.teacher.cache import TeacherCache
-
-RUNS = "runs"
 
 
 class Session:
@@ -141,12 +140,12 @@ class Session:
             Interrupted: SIGTERM or Ctrl-C; the state is saved.
             OutputError: The folder cannot be written.
         """
-        runs = check_writable(out / RUNS)
+        runs = make_subfolder(out, RUNS)
         state = runs / f"{run.key[:16]}.search"
         selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=progress)
         plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
-        folder = runs / f"{run.key[:16]}-{plan.identity['subset'][:8]}"
+        folder = refuse_links(runs, f"{run.key[:16]}-{plan.identity['subset'][:8]}")
         with RunFolder(folder, identity, metadata=plan.metadata) as claimed:
             result = train(plan, claimed, Monitoring(progress=progress))
         return {
@@ -173,8 +172,8 @@ class Session:
             out: Folder of the sweep.
             keep_runs: Whether to keep the folder of the run, which contains the student.
         """
-        for place in (out / RUNS).glob(f"{run.key[:16]}*"):
-            if place.is_file():
+        for place in refuse_links(out, RUNS).glob(f"{run.key[:16]}*"):
+            if place.is_symlink() or place.is_file():
                 place.unlink()
             elif not keep_runs:
                 shutil.rmtree(place)

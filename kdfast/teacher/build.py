@@ -21,7 +21,7 @@ import torch
 
 from kdfast.data.source import Source, check_epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
-from kdfast.files import FolderLock, check_writable, sha256_json
+from kdfast.files import FolderLock, check_writable, make_subfolder, sha256_json
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.teacher.checks import check_intact
@@ -198,7 +198,7 @@ def _build(
 ) -> CacheBuild:
     """Compute the shards of this rank, and finish the cache if they were the last ones."""
     folder = builder.folder
-    rank_folder = check_writable(folder / BUILDING / f"rank-{rank}")
+    rank_folder = make_subfolder(folder, BUILDING, f"rank-{rank}")
     write_or_check_plan(folder, plan)
     try:
         with FolderLock(rank_folder):

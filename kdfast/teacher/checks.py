@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.data.source import Source
 from kdfast.errors import CacheMismatch, DataError
-from kdfast.files import sha256_file
+from kdfast.files import is_plain_name, sha256_file
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import compare_manifests
 
@@ -49,6 +49,8 @@ def check_intact(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """
 
     def fault(name: str) -> str | None:
+        if not is_plain_name(name):
+            return f"{name!r} is no file of this folder"
         path = folder / name
         try:
             if path.stat().st_size != files[name]["bytes"]:

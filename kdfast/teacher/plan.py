@@ -12,7 +12,7 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
-from kdfast.files import visible_entries, write_sealed
+from kdfast.files import refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
@@ -58,8 +58,9 @@ def check_cache_folder(folder: Path) -> None:
     """Check that the folder is missing or empty, or holds a cache, finished or not. Writes nothing.
 
     Raises:
-        OutputError: The folder holds something else.
+        OutputError: The folder holds something else, or a link in place of the folder of its unfinished parts.
     """
+    refuse_links(folder, BUILDING)
     entries = [name for name in visible_entries(folder) if name != BUILDING]
     # The plan exists before any other file of a cache, and until the manifest is written: check in this order.
     if entries and not (folder / BUILDING / PLAN).exists() and not (folder / MANIFEST).exists():

@@ -84,8 +84,11 @@ class ShardBuilder:
             record = read_json(path)
         except DataError:
             return None  # a damaged record is like none: the shard is computed again
-        valid = isinstance(record, dict) and record.get("plan") == self.plan_digest and "files" in record
-        return record if valid else None
+        if not isinstance(record, dict) or record.get("plan") != self.plan_digest:
+            return None
+        names = {str(path.relative_to(self.folder)) for path in self._part_paths(shard)}
+        files = record.get("files")
+        return record if isinstance(files, dict) and files.keys() == names else None
 
     def is_done(self, shard: int) -> bool:
         """Return whether a shard has a record and its files have not changed since."""
@@ -104,17 +107,17 @@ class ShardBuilder:
         """
         started = time.perf_counter()
         logits, identity, features = self._compute(self.sample_ids(shard), advance)
-        arrays = {
-            self.folder / shard_file(shard): logits,
-            self.part_path("identity", shard): identity,
-            self.part_path("features", shard): features,
-        }
+        arrays = dict(zip(self._part_paths(shard), (logits, identity, features), strict=True))
         for path, array in arrays.items():
             with atomic_write(path) as file:
                 np.save(file, array)
         files = {str(path.relative_to(self.folder)): sha256_file(path) for path in arrays}
         seconds = time.perf_counter() - started
         write_json(self._record_path(shard), {"plan": self.plan_digest, "files": files, "seconds": seconds})
+
+    def _part_paths(self, shard: int) -> tuple[Path, Path, Path]:
+        """Return where a shard's logits, identity logits and features are stored."""
+        return self.folder / shard_file(shard), self.part_path("identity", shard), self.part_path("features", shard)
 
     def _record_path(self, shard: int) -> Path:
         return self.folder / BUILDING / f"shard-{shard:05d}.json"

@@ -100,7 +100,7 @@ def test_file_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, mon
     assert calls == ["file", "rename", "folder"]
 
 
-@pytest.mark.parametrize("place", ["missing/a.bin", "file/a.bin", "folder", "n" * 250])
+@pytest.mark.parametrize("place", ["missing/a.bin", "file/a.bin", "folder", "n" * 300])
 def test_rejects_unwritable_targets(tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()

@@ -50,7 +50,7 @@ def test_rejects_a_damaged_line_and_leaves_the_file_unchanged(tmp_path: Path) ->
 
 
 def test_failed_append_leaves_no_partial_row(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot append"):
+    with pytest.raises(OutputError, match="cannot write"):
         ResultsLog(tmp_path / "missing").append({"key": "a"})
     log = ResultsLog(tmp_path)
     with pytest.raises(ValueError, match="JSON"):

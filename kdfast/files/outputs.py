@@ -1,0 +1,36 @@
+"""The rule for output files: an existing file is replaced only if kdfast wrote it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from kdfast.errors import OutputError
+from kdfast.files.atomic import make_write_error
+
+
+def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[Path], bool]) -> None:
+    """Check, before the work, that a file may be written: there is none, or kdfast wrote it. Writes nothing.
+
+    Args:
+        path: The file to write.
+        is_own: Returns whether kdfast wrote a regular file; must not raise for any content.
+
+    Raises:
+        OutputError: The path is a folder, or there is something that kdfast did not write.
+    """
+    target = Path(path)
+    try:
+        if not os.path.lexists(target):
+            return
+        mode = target.stat().st_mode
+    except OSError:  # a link to nothing, or a path that cannot be looked up
+        mode = 0
+    except ValueError as exc:  # a null byte
+        raise make_write_error(target, str(exc)) from exc
+    if stat.S_ISDIR(mode):
+        raise make_write_error(target, "it is a folder")
+    if not (stat.S_ISREG(mode) and is_own(target)):
+        raise OutputError(f"{target} exists, and kdfast did not write it: use another name, or delete it")
