@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from sphinx.application import Sphinx
 
-from kdfast.cli import app
+from kdfast.cli.program import app
 from kdfast.prune.options import Option
 from kdfast.prune.rules.registry import RULES
 from kdfast.prune.scores.registry import SCORES

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdfast.cli.command import Command
+from kdfast.cli.output import say
 from kdfast.errors import look_up
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ScoreCommand(Command):
                 formatter = ctx.make_formatter()
                 for entry in self.selected(given):
                     write_options(formatter, entry)
-                print(formatter.getvalue().strip("\n"))
+                say(formatter.getvalue().strip("\n"))
                 ctx.exit()
         return super().parse_args(ctx, args)
 

@@ -21,7 +21,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for kind in (signal.SIGTERM, signal.SIGINT):
-                self._previous[kind] = signal.signal(kind, self._on_signal)
+                previous = self._previous[kind] = signal.signal(kind, self._on_signal)
+                # The handler before this one may have recorded a signal whose exception was swallowed.
+                self.signal_name = self.signal_name or getattr(previous, "received", None)
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.cli import app
+from kdfast.cli.program import app
 
 
 def read(path: Path) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from kdfast.cli import app
+from kdfast.cli.program import app
 from kdfast.cli.messages import find_command, translate
 from kdfast.errors import UsageError, describe_changes, did_you_mean
 

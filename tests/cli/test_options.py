@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import typer
 
-from kdfast.cli import app
+from kdfast.cli.program import app
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.cli.method_help import ScoreCommand
 from kdfast.cli.options import parse_precision

@@ -24,7 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdfast
-from kdfast.cli import app
+from kdfast.cli.program import app
 from kdfast.nets import NETS
 from kdfast.ops import backends
 from kdfast.prune.rules.registry import RULES

@@ -8,10 +8,12 @@ from typing import Annotated, Any, cast
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.command import Command, Group
+from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, cls=Group)
 
 
 @app.callback()
@@ -109,7 +111,7 @@ def build(
     if dry_run:
         check_build(source, model, out, n_views, dtype, options.CACHE_PRECISIONS[precision], kept_classes)
         row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
-        print(
+        say(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
             f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}"
         )
@@ -130,13 +132,13 @@ def build(
             progress=report,
         )
     manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest
-    print(
+    say(
         f"cached {kept} samples x {n_views} views x {top_k or model.classes} classes in {manifest['seconds']:.0f} s; "
         f"teacher's top-1: {manifest['train_top1']:.2f} on these samples, {manifest['test_top1']:.2f} on the test split"
     )
 
 
-@app.command("verify")
+@app.command("verify", cls=Command)
 def verify(
     cache: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")],
     data: options.Data,
@@ -160,7 +162,7 @@ def verify(
     model = load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
     found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))
-    print(
+    say(
         f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "
         f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max"
     )

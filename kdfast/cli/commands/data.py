@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.command import Command
+from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 
 app = typer.Typer(help="Describe a source of data, convert it to FFCV files, or flip labels.", no_args_is_help=True)
@@ -15,7 +17,7 @@ app = typer.Typer(help="Describe a source of data, convert it to FFCV files, or 
 Src = Annotated[str, typer.Argument(help="Source of data, as for --data of other commands.")]
 
 
-@app.command("info")
+@app.command("info", cls=Command)
 def info(src: Src, size: options.Size = None) -> None:
     """Print the kind, splits, classes, views, statistics and fingerprint of a source."""
     from kdfast.data.readers.registry import open_source
@@ -25,17 +27,17 @@ def info(src: Src, size: options.Size = None) -> None:
     normalization = compute_normalization(source.train)
     height, width, _ = source.train.shape
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
-    print(f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images")
-    print(f"images       {height} x {width} x 3, uint8")
-    print(f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}")
-    print(f"per class    {min(counts)} to {max(counts)} training images")
-    print(f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})")
-    print(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
-    print(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
-    print(f"fingerprint  {source.fingerprint}")
+    say(f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images")
+    say(f"images       {height} x {width} x 3, uint8")
+    say(f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}")
+    say(f"per class    {min(counts)} to {max(counts)} training images")
+    say(f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})")
+    say(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
+    say(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
+    say(f"fingerprint  {source.fingerprint}")
 
 
-@app.command("convert")
+@app.command("convert", cls=Command)
 def convert(
     src: Src,
     out: Annotated[Path, typer.Argument(help="Folder to write train.beton and test.beton into.")],
@@ -55,14 +57,14 @@ def convert(
         check_out_folder(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
         total = (len(source.train) + len(source.test)) * pixels
-        print(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
+        say(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
         return
     with progress("convert") as report:
         convert_source(source, out, jpeg_quality=jpeg, progress=report)
-    print(f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}")
+    say(f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}")
 
 
-@app.command("flip")
+@app.command("flip", cls=Command)
 def flip(
     src: Src,
     out: Annotated[Path, typer.Argument(help="Folder of the new source, which refers to the images of SRC.")],
@@ -75,4 +77,4 @@ def flip(
     from kdfast.data.readers.relabel import write_flipped
 
     changed = write_flipped(open_source(src, size=size), src, out, share=share, seed=seed)
-    print(f"{len(changed)} training labels of {src} changed; pass {out} as --data")
+    say(f"{len(changed)} training labels of {src} changed; pass {out} as --data")

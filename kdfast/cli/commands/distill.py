@@ -10,6 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
+from kdfast.cli.output import say
 
 
 def distill(
@@ -92,7 +93,7 @@ def distill(
     )
     if dry_run:
         check_run_folder(out, plan.identity, resume)
-        print(json.dumps(plan.describe(), indent=2))
+        say(json.dumps(plan.describe(), indent=2))
         return
     result = training.run(
         plan,
@@ -105,4 +106,4 @@ def distill(
         tensorboard=tensorboard,
     )
     if plan.distributed.is_main:
-        print(training.summary(result, out))
+        say(training.summary(result, out))

@@ -9,6 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
+from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 
 
@@ -91,7 +92,7 @@ def dynamics(
     if dry_run:
         build_net(net, len(source.classes))
         bits = len(source.train) * (epochs // record_every) * runs * (3 * 16 + 1)
-        print(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
+        say(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
@@ -101,7 +102,7 @@ def dynamics(
             inputs, settings, recording, out, device=place, checkpoint_seconds=checkpoint_seconds, progress=report
         )
     mean = sum(result["test_top1"] for result in results) / len(results)
-    print(
+    say(
         f"recorded {len(results)} run{'s' * (len(results) > 1)} of {epochs // record_every} epochs on "
         f"{len(source.train)} samples; mean test top-1 {mean:.2f}; written to {out}"
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.output import say
 
 
 def evaluate(
@@ -29,9 +30,9 @@ def evaluate(
     loaded = load_model(model, classes=len(source.classes))
     scores = evaluate_model(loaded, source.test, device=resolve_device(device), view_spec=source.view_spec)
     if as_json:
-        print(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))
+        say(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))
     else:
-        print(
+        say(
             f"{loaded.name}: top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}  loss {scores['loss']:.4f} "
             f"on {len(source.test)} test images"
         )

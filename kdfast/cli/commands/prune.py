@@ -9,6 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands.score import Cache, Dynamics
+from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
@@ -143,7 +144,7 @@ def prune(
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         least, most = counts.min(), counts.max()
         per_class = f"{least} to {most}" if least < most else f"{most}"
-        print(
+        say(
             f"{'would keep' if dry_run else 'kept'} {len(selection.ids)} of {len(source.train)} training samples "
             f"({selection}); {per_class} per class"
         )

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.command import Command
 from kdfast.cli.commands.score import Cache
+from kdfast.cli.output import say
 
 app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 
 
-@app.command("scores")
+@app.command("scores", cls=Command)
 def scores(
     file: Annotated[Path, typer.Argument(help="Score file written by `kdfast score`.", metavar="SCORES")],
     data: options.Data,
@@ -61,10 +63,10 @@ def scores(
         fraction=fraction,
     )
     megabytes = write_score_page(content, out) / 1e6
-    print(f"wrote {out}: {megabytes:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores")
+    say(f"wrote {out}: {megabytes:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores")
 
 
-@app.command("if-beta")
+@app.command("if-beta", cls=Command)
 def if_beta(
     file: Annotated[
         Path,
@@ -77,4 +79,4 @@ def if_beta(
     """Show a learned sampling policy: density over the ranks, path of (a, b), rewards, subset and cost."""
     from kdfast.report.if_beta_page import write_if_beta_page
 
-    print(f"wrote {out}: {write_if_beta_page(file, out) / 1e3:.0f} kB")
+    say(f"wrote {out}: {write_if_beta_page(file, out) / 1e3:.0f} kB")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.output import say
 
 Cache = Annotated[Path | None, typer.Option("--cache", help="Teacher's cache, for its logits and features.")]
 Dynamics = Annotated[Path | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")]
@@ -52,12 +53,12 @@ def score(
     source = open_source(data, size=size)
     sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
-        print(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")
+        say(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")
         return
     content = sources.score(method, seed=seed, options=score_options, device=place)
     write_scores(out, content)
     low, high = content.scores.min(), content.scores.max()
-    print(
+    say(
         f"scored {len(content.scores)} samples by {method} in {content.seconds:.2f} s, from {low:.4g} to {high:.4g}; "
         f"written to {out}"
     )

@@ -10,6 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
+from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
@@ -145,15 +146,15 @@ def sweep(
             )
         )
         if dry_run:
-            print(_plan(session, out))
+            say(_plan(session, out))
             return
         with progress("sweep") as report:
             run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
-    print(f"\n{report_sweep(out)}\ntable.md and plot.png written to {out}")
+    say(f"\n{report_sweep(out)}\ntable.md and plot.png written to {out}")
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    print(
+    say(
         f"{row['method']} f={row['fraction']:g} {'KD' if row['kd'] else 'plain'} seed {row['seed']}: "
         f"top-1 {row['test_top1']:.2f} ({row['steps']} steps, {row['seconds']:.1f} s)",
         flush=True,

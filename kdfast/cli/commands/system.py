@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
+
+from kdfast.cli.output import say
+
+from kdfast.cli.threads import describe_threads
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision")
 
@@ -17,18 +20,18 @@ def doctor() -> None:
     import kdfast
     from kdfast.ops.backends import choices
 
-    print(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
+    say(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:<12} {_version(package)}")
-    print(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
+        say(f"{package:<12} {_version(package)}")
+    say(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"cuda         {', '.join(devices) if devices else 'no device'}")
-    print(f"native       {_describe_extension()}")
-    print("\noperator, device -> backend: reason")
+    say(f"cuda         {', '.join(devices) if devices else 'no device'}")
+    say(f"native       {_describe_extension()}")
+    say("\noperator, device -> backend: reason")
     for choice in choices():
-        print(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")
+        say(f"  {choice.op}, {choice.device} -> {choice.backend}: {choice.reason}")
     if sys.platform != "linux":
-        print("\nffcv and triton need Linux; the resident loader and the native kernels work here")
+        say("\nffcv and triton need Linux; the resident loader and the native kernels work here")
 
 
 def _describe_extension() -> str:

@@ -11,6 +11,7 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.command import Command
 from kdfast.cli.commands import training
+from kdfast.cli.output import say
 from kdfast.errors import UsageError
 
 app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)
@@ -73,7 +74,7 @@ def train(
         execution=Execution(compile_network, cuda_graph),
     )
     if dry_run:
-        print(json.dumps(plan.describe(), indent=2))
+        say(json.dumps(plan.describe(), indent=2))
         return
     result = training.run(
         plan,
@@ -87,7 +88,7 @@ def train(
     )
     if plan.distributed.is_main:
         save_model(out, load_model(folder / "student.pt"))
-        print(training.summary(result, out))
+        say(training.summary(result, out))
 
 
 @app.command("import", cls=Command)
@@ -128,11 +129,11 @@ def import_(
         normalization=normalization,
         key=key,
     )
-    print(report.summary())
+    say(report.summary())
     scores = evaluate(model, source.test, device=resolve_device(device), view_spec=source.view_spec)
     model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
     save_model(out, model)
-    print(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
+    say(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
 
 
 def _triple(flag: str, text: str) -> tuple[float, float, float]:

@@ -1,0 +1,77 @@
+"""Standard output and standard error: any text can be written, and what cannot be written is an error with its code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from kdfast.errors import OutputError
+from kdfast.text import printable
+
+
+def prepare_streams() -> None:
+    """Let any character be written to any terminal, pipe or file, and replace closed streams.
+
+    A closed stream would give its number to the next file that is opened, and messages of libraries would go there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the smallest free number
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str, *, flush: bool = False) -> None:
+    """Print text to standard output; control characters in it, as in names of classes, appear as escapes.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        print(printable(text), flush=flush)
+    except OSError as error:
+        raise _not_written(error) from error
+
+
+def flush_output() -> None:
+    """Write what standard output still holds.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise _not_written(error) from error
+
+
+def complain(text: str) -> None:
+    """Print one line to standard error, if that is possible."""
+    try:
+        print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _not_written(error: OSError) -> OutputError:
+    _discard(sys.stdout)
+    return OutputError(f"cannot write to the standard output: {error.strerror or error}; results on disk are complete")
+
+
+def _discard(stream: TextIO) -> None:
+    """Let the interpreter's last flush of a stream succeed, whose failure would change the exit code."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):
+        return
+    void = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(void, number)
+    os.close(void)

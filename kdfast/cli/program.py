@@ -1,0 +1,110 @@
+"""The commands, and what one of them returns to the shell."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from kdfast.cli.command import Command
+from kdfast.cli.commands import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
+from kdfast.cli.messages import find_command, translate
+from kdfast.cli.method_help import PruneCommand, ScoreCommand
+from kdfast.cli.output import complain, flush_output, prepare_streams
+from kdfast.cli.paths import shorten_path
+from kdfast.cli.signals import INTERRUPTER, MESSAGE
+from kdfast.errors import Interrupted, KdfastError, OutputError, UsageError
+
+app = typer.Typer(
+    name="kdfast",
+    help="Distill a trained teacher into a smaller student, on less data.",
+    epilog="Exit codes: 0 all planned work ran; 2 usage; 3 bad or mismatching data, cache, subset or checkpoint; "
+    "4 the output cannot be written; 5 training diverged; 6 a solver did not reach its tolerance; "
+    "75 interrupted: run the same command again to resume; 1 unexpected error (KDFAST_DEBUG=1 shows the traceback).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(system.doctor)
+app.add_typer(data.app, name="data")
+app.add_typer(teacher.app, name="teacher")
+app.add_typer(cache.app, name="cache")
+app.command("dynamics", cls=Command)(dynamics.dynamics)
+app.command("score", cls=ScoreCommand)(score.score)
+app.command("prune", cls=PruneCommand)(prune.prune)
+app.command("distill", cls=Command)(distill.distill)
+app.command("sweep", cls=Command)(sweep.sweep)
+app.add_typer(report.app, name="report")
+app.command("eval", cls=Command)(evaluate.evaluate)
+
+# The code that the option parser returns after a KeyboardInterrupt.
+_PARSER_INTERRUPT = 130
+_NOT_WRITTEN = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG)
+
+
+def run() -> NoReturn:
+    """Run the command line of this process and exit."""
+    prepare_streams()
+    code = _run()
+    try:
+        flush_output()
+    except OutputError as error:
+        complain(f"kdfast: {error}")
+        code = code or error.exit_code
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line; print what went wrong, and return the exit code."""
+    try:
+        code = app(standalone_mode=False, prog_name=app.info.name)
+        if code == _PARSER_INTERRUPT:
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except KdfastError as error:
+        if os.environ.get("KDFAST_DEBUG"):
+            raise
+        command = find_command(typer.main.get_command(app), sys.argv[1:])
+        complain(f"kdfast: {translate(str(error), command)}")
+        return Interrupted.exit_code if INTERRUPTER.received else error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        complain(MESSAGE)
+        return Interrupted.exit_code
+    except Exception as error:
+        if INTERRUPTER.received:  # what was interrupted has made another error of it
+            complain(MESSAGE)
+            return Interrupted.exit_code
+        return _report_exception(error)
+
+
+def _report_exception(error: Exception) -> int:
+    """Print an error that is not one of kdfast, and return its exit code."""
+    if hasattr(error, "format_message"):
+        return _report_usage(error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        complain(f"kdfast: {shorten_path(error.filename)}: {error.strerror}: use a shorter path")
+        return UsageError.exit_code
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN and not error.filename:  # the help
+        complain(f"kdfast: cannot write to the standard output: {error.strerror}")
+        return OutputError.exit_code
+    if os.environ.get("KDFAST_DEBUG"):
+        raise error
+    complain(f"kdfast: unexpected {type(error).__name__}: {error} (KDFAST_DEBUG=1 shows the traceback)")
+    return 1
+
+
+def _report_usage(error: Any) -> int:
+    """Print why the option parser refused a command line; its exception classes depend on typer's version."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        where = context.command_path if context is not None else "kdfast"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        complain(f"kdfast: {message}; see {where} --help")
+    return int(error.exit_code)

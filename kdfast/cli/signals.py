@@ -1,0 +1,62 @@
+"""SIGTERM and Ctrl-C end a command with exit code 75, whatever they interrupt.
+
+The handler raises KeyboardInterrupt, so that temporary files are removed. Compiled code may swallow that exception or
+replace it by another one, therefore the handler also records the signal: the command looks at the record whenever it
+reports progress and when an exception ends it, and so does a training loop when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+# KdfastError is not imported: this file must be loaded before anything that takes time.
+EXIT_CODE = 75
+MESSAGE = "kdfast: interrupted; run the same command again to resume"
+
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
+
+
+class Interrupter:
+    """The handler of both signals.
+
+    Attributes:
+        received: Name of the first signal that arrived, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def install(self) -> None:
+        """Handle both signals from now on, and forget earlier ones."""
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # A shell starts background jobs with Ctrl-C ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, or exit at once if a module is being imported."""
+        self.received = self.received or signal.Signals(number).name
+        if _is_importing(frame):
+            # An exception here could leave a library half loaded; libraries also catch it. There is nothing to save.
+            os.write(2, f"{MESSAGE}\n".encode())
+            os._exit(EXIT_CODE)
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt again if a signal was received and the command still runs."""
+        if self.received:
+            raise KeyboardInterrupt
+
+
+INTERRUPTER = Interrupter()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False
