@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 
 from kdfast.cli.output import say
-
-from kdfast.cli.threads import describe_threads
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision")
 
