@@ -11,8 +11,8 @@
 #
 # PYTHON  interpreter; default: python3
 # DEVICE  cuda (default), or cpu: every part in small
-# DATA    folder of bench/gpu/pack_data.py; default: .gpu_data
-# WHEELS  folder with wheels of what kdfast is compared with: liger_kernel, opacus
+# DATA    folder that gpu.pack_data writes; default: .gpu_data
+# WHEELS  folder with wheels of what kdfast is compared with: liger_kernel, opacus; default: $DATA/wheels
 # WORK    folder for builds and caches; default: build/gpu-$DEVICE
 # COMMIT  commit of a copy without .git
 set -euo pipefail

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,29 @@ measure_missing(results, {"1": lambda: {"x": 1 / 3}, "2": FAIL, "3": lambda: {"y
     assert run.keys() == ["1", "2", "3", "2"]
 
 
+def test_wheels_are_installed_for_the_parts_that_compare_alone(run, tmp_path, monkeypatch):
+    wheel = tmp_path / "data" / "wheels" / "peer-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("peer.py", "")
+        file.writestr(
+            "peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\nRequires-Dist: no-such"
+        )
+        file.writestr("peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("peer-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("WHEELS", raising=False)
+    install = Part("wheels", 60, ("-m", "gpu.measure.wheels"), ("source.py",))
+    found = ("-c", HEAD + "import importlib.util; add(str(importlib.util.find_spec('peer') is not None))")
+    queue = Queue(tmp_path / "out", tmp_path / "work", "cpu", minutes=1, committed=tmp_path / "none")
+    compare, other = Part("with", 20, found, ("source.py",), wheels=True), Part("without", 20, found, ("source.py",))
+    assert queue.run([install, compare, other]) == 0
+    assert {row["part"]: row["key"] for row in run.rows() if row["key"]}.items() >= {
+        "with": "True",
+        "without": "False",
+    }.items()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_part_has_sources_and_a_name_of_its_own(device):
     queue = parts(device)
@@ -317,7 +341,7 @@ def test_the_script_fails_loudly_without_a_gpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the states of some parts differ where there is a CUDA device")
 def test_the_whole_queue_runs_on_a_cpu(tmp_path):
-    done = call_script(tmp_path, "15", DEVICE="cpu", WHEELS="")
+    done = call_script(tmp_path, "15", DEVICE="cpu", DATA=str(tmp_path))
     assert done.returncode == 0, done.stdout
     rows = read_rows(tmp_path / "out" / "results.jsonl")
     states = {row["part"]: row["state"] for row in rows if not row["key"]}
@@ -326,6 +350,6 @@ def test_the_whole_queue_runs_on_a_cpu(tmp_path):
     assert set(states.values()) == {"done", "skipped"}
     assert rows[0]["torch"] == torch.__version__
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.jsonl"]
-    again = call_script(tmp_path, DEVICE="cpu", WHEELS="")
+    again = call_script(tmp_path, DEVICE="cpu", DATA=str(tmp_path))
     assert again.returncode == 0
     assert again.stdout.count("known") == 2 * (len(states) - 5)  # all but machine, build and the skipped ones

@@ -47,13 +47,18 @@ class TrainingData:
         return f"{self.fraction:g} of {Path(self.data).name}" if self.packed else "random images"
 
 
+def packed_folder() -> Path:
+    """Return the folder of `gpu.pack_data`."""
+    return Path(os.environ.get("DATA") or ROOT / ".gpu_data")
+
+
 def training_data(device: str) -> TrainingData:
     """Return the data of a device, `cpu` or `cuda`, written to the folder for builds by the first call.
 
     A CPU, on which the queue only tests itself, gets random images.
     """
     work = Path(os.environ["QUEUE_WORK"])
-    packed = Path(os.environ.get("DATA") or ROOT / ".gpu_data")
+    packed = packed_folder()
     use_packed = device == "cuda" and (packed / INFO).exists()
     found = unpacked(packed, work) if use_packed else random_data(work / "random", device)
     source, model = open_source(found.data), load_model(found.teacher)

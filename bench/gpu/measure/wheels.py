@@ -1,4 +1,7 @@
-"""Install the wheels in $WHEELS, without network, into a folder that only the comparisons import from."""
+"""Install wheels, without network, into a folder that only the comparisons import from.
+
+The wheels are those in $WHEELS, or in the folder `wheels` of the packed data.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gpu.data import packed_folder
 from gpu.part import SKIPPED
 from gpu.results import PartResults
 
@@ -15,10 +19,10 @@ from gpu.results import PartResults
 def main() -> None:
     """Install and record the wheels."""
     results = PartResults.from_environment()
-    folder = os.environ.get("WHEELS")
-    wheels = sorted(Path(folder).glob("*.whl")) if folder else []
+    folder = Path(os.environ.get("WHEELS") or packed_folder() / "wheels")
+    wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        print(f"no wheels in {folder}" if folder else "WHEELS is not set")
+        print(f"no wheels in {folder}")
         sys.exit(SKIPPED)
     target = Path(os.environ["QUEUE_WORK"]) / "wheels"
     shutil.rmtree(target, ignore_errors=True)
