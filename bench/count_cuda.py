@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import table, write_results
+from harness import commit, table, write_results
 from triton_compile.sass import CUOBJDUMP, LINE, Instruction
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,16 @@ def main() -> None:
     threads = block_size((csrc / "grad_norms" / "grad_norms.cu").read_text())
     rows = list(count(compile_kernels(csrc, arguments.arch), threads, arguments.arch))
     print(table(rows))
-    print(f"\nwrote {write_results('cuda_counts', rows, arch=arguments.arch)}")
+    path = write_results("cuda_counts", rows, nvcc=nvcc_version(), kernels=commit(arguments.tree), arch=arguments.arch)
+    print(f"\nwrote {path}")
+
+
+def nvcc_version() -> str:
+    """Return the version of nvcc, such as "13.0"."""
+    text = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    assert found, text
+    return found[1]
 
 
 def compile_kernels(csrc: Path, arch: int) -> str:
