@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -23,17 +22,18 @@ COPY_BYTES = {"cuda": 1 << 33, "cpu": 1 << 26}
 
 
 def output(*command: str) -> str | None:
-    """Return what a command prints, or None if it is missing or fails."""
-    if shutil.which(command[0]) is None:
+    """Return what a command prints, or None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def clocks() -> dict[str, str]:
     """Return what nvidia-smi reports now; empty without nvidia-smi."""
     line = output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "--id=0")
-    return dict(zip(_QUERY.split(","), line.split(", "), strict=True)) if line else {}
+    return dict(zip(_QUERY.split(","), line.split(", "), strict=False)) if line else {}
 
 
 def version(package: str) -> str | None:
