@@ -1,8 +1,9 @@
-"""Selection of the device."""
+"""Selection of the device and of the precision that suits it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from kdfast.errors import UsageError
 
@@ -33,3 +34,31 @@ def resolve_device(name: str) -> torch.device:
         # Runs are reproducible only with the same convolution algorithms.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return the precision of a name; warn if it is slower than fp32 on the device.
+
+    Args:
+        name: `auto` (bf16 where the device computes faster with it, else fp32), `fp32`, `bf16` or `fp16`.
+        device: Where the network runs.
+    """
+    if name == "auto":
+        return "bf16" if bf16_is_fast(device) else "fp32"
+    if name != "fp32" and device.type == "cpu" and not (name == "bf16" and bf16_is_fast(device)):
+        warnings.warn(f"kdfast: {name} is slower than fp32 on this CPU: pass `precision` auto or fp32", UserWarning, 2)
+    return name
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16 products.
+
+    CPUs need AMX or AVX512-BF16 (torch says so since 2.9; before, the answer is False). Without them, bfloat16 is
+    converted back and forth.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

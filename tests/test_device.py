@@ -1,7 +1,9 @@
+import contextlib
+
 import pytest
 import torch
 
-from kdfast.device import resolve_device
+from kdfast.device import resolve_device, resolve_precision
 from kdfast.errors import UsageError
 
 
@@ -20,3 +22,32 @@ def test_rejects_unknown_devices(name: str) -> None:
 def test_message_about_missing_cuda_counts_the_devices() -> None:
     with pytest.raises(UsageError, match="torch sees 0 CUDA devices"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False)]
+)
+def test_bf16_is_for_cpus_with_instructions_for_it(
+    capabilities: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == ("bf16" if fast else "fp32")
+    assert resolve_precision("fp32", cpu) == "fp32"
+    with contextlib.nullcontext() if fast else pytest.warns(UserWarning, match="bf16 is slower than fp32 on this CPU"):
+        assert resolve_precision("bf16", cpu) == "bf16"
+    with pytest.warns(UserWarning, match="fp16 is slower"):
+        assert resolve_precision("fp16", cpu) == "fp16"
+
+
+def test_torch_without_capabilities_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_bf16_is_for_gpus_since_ampere(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", torch.device("cuda")) == precision
