@@ -2,12 +2,12 @@
 
     python bench/count_kernels.py [--arch 90] [--copy 4.3] [--tree DIR]
     python bench/count_kernels.py --compare BEFORE.json [AFTER.json]
-    python bench/count_kernels.py --bounds
+    python bench/count_kernels.py --bounds [quick|all]
 
 The first form compiles `kd_loss` with gradient for each number of classes, dtype and direction, prints a table and
 writes bench/results/kernel_counts.json; --tree counts the kdfast in another folder, such as a worktree of an older
-commit. The second compares two such files. The third compiles every case and records the counts of the installed Triton
-in tests/ops/triton_bounds.json, which tests/ops/test_triton_kernels.py allows the kernels to exceed by 5%.
+commit. The second compares two such files. The third compiles the quick or all cases and records the counts of the
+installed Triton in tests/ops/triton_bounds.json, which tests/ops/test_triton_kernels.py allows to be exceeded by 5%.
 
 `instr` counts the instructions of a thread for each element of the logits, `ALU` and `MUFU` those of two pipes,
 `barriers` those that a thread meets, `loops` passes x instructions of each loop. `ceiling` is the memory traffic at
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.tree:
         use_tree(arguments.tree)
     if arguments.bounds:
-        record_bounds()
+        record_bounds(arguments.bounds)
         return
     import triton
     from triton_compile.cases import cases
@@ -60,7 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--copy", type=float, default=4.3, help="copy bandwidth in TB/s (default: 4.3, an H200)")
     parser.add_argument("--tree", type=Path, help="folder with the kdfast to count (default: the installed one)")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="print the changes between two results")
-    parser.add_argument("--bounds", action="store_true", help=f"record the counts of all cases in {BOUNDS.name}")
+    parser.add_argument(
+        "--bounds", nargs="?", const="all", choices=("quick", "all"), help=f"record counts in {BOUNDS.name}"
+    )
     return parser.parse_args()
 
 
@@ -123,19 +125,19 @@ def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
     return rows
 
 
-def record_bounds() -> None:
-    """Replace the counts of the installed Triton in the file of the bounds."""
+def record_bounds(selection: str) -> None:
+    """Replace the counts of the installed Triton, of the quick or of all cases, in the file of the bounds."""
     import triton
     from triton_compile.cases import cases
     from triton_compile.rows import count_cases
 
-    chosen = list(cases())
+    known = list(cases())
+    chosen = [case for case in known if selection == "all" or case.quick]
     columns = [count_cases(chosen, arch) for arch in ARCHITECTURES]
+    counts = {rows[0]["case"]: [row["instructions"] for row in rows] for rows in zip(*columns, strict=True)}
     bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
-    bounds[triton.__version__] = {
-        case.name: [row["instructions"] for row in rows]
-        for case, rows in zip(chosen, zip(*columns, strict=True), strict=True)
-    }
+    counts = {**bounds.get(triton.__version__, {}), **counts}
+    bounds[triton.__version__] = {case.name: counts[case.name] for case in known if case.name in counts}
     lines = ",\n".join(
         f' "{version}": {{\n'
         + ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in names.items())

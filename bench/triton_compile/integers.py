@@ -1,4 +1,7 @@
-"""Integer instructions of machine code, for ``thread``: registers hold 32 bits, or None where the value is unknown."""
+"""Instructions of machine code that compute integers and conditions, for ``thread``.
+
+Registers hold 32 bits, or None where the value is unknown.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ MASK = 0xFFFFFFFF
 PREDICATE = re.compile(r"!?U?P(\d|T)$")
 REGISTER = re.compile(r"(U?R)(\d+|Z)$")
 CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]$")
-COMPARE: dict[str, Callable[[int, int], bool]] = {
+COMPARE: dict[str, Callable[[float, float], bool]] = {
     "EQ": operator.eq, "NE": operator.ne, "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge,
 }  # fmt: skip
 
@@ -347,6 +350,45 @@ def from_bits(bits: int) -> float:
     return value
 
 
+def float_operand(operand: str, registers: Registers) -> float | None:
+    """Return the value of a float32 register, constant or number."""
+    text = operand.replace(".reuse", "").strip()
+    negative, text = text.startswith("-"), text.lstrip("-+")
+    magnitude, text = text.startswith("|"), text.strip("|")
+    if text[0] in "RUc":
+        bits = operand_value(text, registers)
+        value = None if bits is None else from_bits(bits)
+    else:
+        value = {"INF": math.inf, "QNAN": math.nan}.get(text)
+        value = float(text) if value is None else value
+    if value is None:
+        return None
+    value = abs(value) if magnitude else value
+    return -value if negative else value
+
+
+def multiply(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """FMUL: of known numbers, such as the factor that decides whether a kernel has anything to do."""
+    destination, _, sources, _ = split(instruction)
+    a, b = (float_operand(x, registers) for x in sources[:2])
+    product = None if unsure or a is None or b is None else a * b
+    registers.write(destination, float_bits(product) if product is not None and abs(product) < 1e38 else None)
+
+
+def compare_floats(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """FSETP: compare float32, and combine with a predicate; U is true also if one is NaN."""
+    _, relation, *rest = instruction.name.split(".")
+    first, second, a, b, condition = instruction.operands[:5]
+    x, y = float_operand(a, registers), float_operand(b, registers)
+    if unsure or x is None or y is None or relation in ("NAN", "NUM"):
+        forget_predicates(instruction, registers, unsure)
+        return
+    result = relation.endswith("U") if math.isnan(x) or math.isnan(y) else COMPARE[relation.removesuffix("U")](x, y)
+    combine = {"AND": _all, "OR": _any, "XOR": _xor}[next(z for z in rest if z in ("AND", "OR", "XOR"))]
+    registers.set_predicate(first, combine([result, predicate_value(condition, registers)]))
+    registers.set_predicate(second, combine([not result, predicate_value(condition, registers)]))
+
+
 def half_constant(instruction: Instruction, registers: Registers, unsure: bool) -> None:
     """HFMA2 of zeros and two numbers, which is how a constant may be written; other products are unknown."""
     destination, _, sources, _ = split(instruction)
@@ -356,6 +398,24 @@ def half_constant(instruction: Instruction, registers: Registers, unsure: bool) 
             low, high = (int.from_bytes(struct.pack("<e", float(x)), "little") for x in (sources[3], sources[2]))
             value = high << 16 | low
     registers.write(destination, value)
+
+
+def exchange(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """SHFL, REDUX: another thread's value, or the warp's extreme; all threads are taken to hold the same."""
+    _, before, _, _ = split(instruction)
+    destination, source = [x for x in instruction.operands if not PREDICATE.match(x)][:2]
+    registers.write(destination, None if unsure or ".SUM" in instruction.name else operand_value(source, registers))
+    for predicate in before:
+        registers.set_predicate(predicate, None)
+
+
+def vote(instruction: Instruction, registers: Registers, unsure: bool) -> None:
+    """VOTE: whether any or all threads of the warp have a condition; all are taken to agree."""
+    value = None if unsure else predicate_value(instruction.operands[-1], registers)
+    for operand in instruction.operands[:-1]:
+        registers.write(operand, None)
+        if PREDICATE.match(operand):
+            registers.set_predicate(operand, value)
 
 
 def pack_predicates(instruction: Instruction, registers: Registers, unsure: bool) -> None:
@@ -398,15 +458,21 @@ OPERATIONS: dict[str, Operation] = {
     "LDG": load,
     "ISETP": compare,
     "PLOP3": combine_predicates,
+    "VOTE": vote,
+    "VOTEU": vote,
+    "SHFL": exchange,
+    "REDUX": exchange,
     "P2R": pack_predicates,
     "R2P": unpack_predicates,
     "B2R": forget_all,
     "HFMA2": half_constant,
+    "FMUL": multiply,
+    "FSETP": compare_floats,
     "I2F": to_float,
     "I2FP": to_float,
     "MUFU": reciprocal,
     "F2I": to_integer,
-    **dict.fromkeys(("FSETP", "DSETP", "HSETP2", "FCHK", "VOTE"), forget_predicates),
+    **dict.fromkeys(("DSETP", "HSETP2", "FCHK"), forget_predicates),
     **dict.fromkeys(("MOV", "S2R", "CS2R", "LDC", "R2UR"), move),
     **dict.fromkeys(("IADD3", "VIADD"), number(add)),
     "IMAD": number(multiply_add, wide=2),

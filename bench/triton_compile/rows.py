@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
-from triton_compile.cases import Case
+from triton_compile.cases import Case, launched_kernels
 from triton_compile.counts import count
-from triton_compile.driver import recorded_launches
+from triton_compile.driver import PROCESSORS, recorded_launches
 
 __all__ = ["count_cases"]
 
@@ -18,11 +21,23 @@ def count_cases(chosen: Iterable[Case], arch: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: If a case does not launch its kernel exactly once.
     """
+    launched_kernels()  # imports the modules whose functions are replaced for each case
     return [_row(case, arch) for case in chosen]
 
 
+@contextlib.contextmanager
+def processors_of(arch: int) -> Iterator[None]:
+    """Make launch code, which asks for a device's multiprocessors to size its grid, see those of an architecture."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("kdfast.ops")]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "processors"):
+                stack.enter_context(mock.patch.object(module, "processors", return_value=PROCESSORS[arch]))
+        yield
+
+
 def _row(case: Case, arch: int) -> dict[str, Any]:
-    with recorded_launches(arch) as launches:
+    with processors_of(arch), recorded_launches(arch) as launches:
         case.run()
     mine = [launch for launch in launches if launch.kernel == case.kernel]
     if len(mine) != 1:

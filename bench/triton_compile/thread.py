@@ -1,9 +1,10 @@
 """Follow one thread through machine code, to count what a warp issues.
 
-Integers, predicates and addresses are computed; floating-point values, shared memory and shuffles are unknown. Global
-loads return zero: a label, a row and a class id of zero are in range. A branch whose condition is unknown is not
-taken, so that the code that it may skip is counted, and a loop that it may repeat runs once. Every instruction on the
-way counts, whether its guard lets it act or not, since a warp issues it in either case.
+Integers, conditions and addresses are computed; most floating-point values and shared memory are unknown. Global
+loads return zero: a label, a row and a class id of zero are in range. The other threads of the warp are taken to hold
+what the thread holds. A branch whose condition is unknown is not taken, so that the code that it may skip is counted,
+and a loop that it may repeat runs once. Every instruction on the way counts, whether its guard lets it act or not,
+since a warp issues it in either case.
 """
 
 from __future__ import annotations
