@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,28 +46,28 @@ def to_cpp(source: str) -> str:
 
 def compile_program(program: Path, units: dict[str, Path | str]) -> None:
     """Compile units, files or text by name, and link them."""
-    folder = Path(tempfile.mkdtemp(dir=program.parent))
     includes = [f"-I{CSRC}", f"-I{HERE / 'include'}", f"-I{HERE}"]
-    jobs = []
-    for name, unit in units.items():
-        path = unit if isinstance(unit, Path) else folder / f"{name}.cpp"
-        if isinstance(unit, str):
-            path.write_text(unit)
-        command = [COMPILER, *FLAGS, *includes, "-c", str(path), "-o", str(folder / f"{name}.o")]
-        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    errors = [job.communicate()[1] for job in jobs]
-    assert not any(job.returncode for job in jobs), "\n".join(errors)
-    objects = [str(folder / f"{name}.o") for name in units]
-    subprocess.run([COMPILER, *FLAGS, *objects, "-o", str(folder / "program")], check=True)
-    (folder / "program").rename(program)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=program.parent) as name:
+        folder = Path(name)
+        jobs = []
+        for unit, source in units.items():
+            path = source if isinstance(source, Path) else folder / f"{unit}.cpp"
+            if isinstance(source, str):
+                path.write_text(source)
+            command = [COMPILER, *FLAGS, *includes, "-c", str(path), "-o", str(folder / f"{unit}.o")]
+            jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        errors = [job.communicate()[1] for job in jobs]
+        assert not any(job.returncode for job in jobs), "\n".join(errors)
+        objects = [str(folder / f"{unit}.o") for unit in units]
+        subprocess.run([COMPILER, *FLAGS, *objects, "-o", str(folder / "program")], check=True)
+        (folder / "program").rename(program)
 
 
 def build(units: dict[str, Path | str]) -> Path:
     """Return the program of these units and the emulator, compiled unless the same has been compiled before."""
     units = {**units, "emulator": HERE / "emulator.cpp"}
     digest = hashlib.sha256(" ".join((COMPILER, *FLAGS)).encode())
-    for path in (*HERE.glob("*.h"), *HERE.glob("include/*.h"), *CSRC.rglob("*.h")):
+    for path in sorted((*HERE.rglob("*.h"), *CSRC.rglob("*.h"))):
         digest.update(path.read_bytes())
     for unit in units.values():
         digest.update(unit.read_bytes() if isinstance(unit, Path) else unit.encode())
