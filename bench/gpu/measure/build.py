@@ -6,6 +6,7 @@ configures the build, to leave the installed extension alone.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,6 +26,13 @@ def call(*command: str, **environment: str) -> bool:
     """Run a command in the repository and return whether it succeeded."""
     print("+", *command, flush=True)
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode == 0
+
+
+def install_msgspec() -> None:
+    """Install the dependency of kdfast that a machine for training often lacks, from the packed data's `needed`."""
+    if importlib.util.find_spec("msgspec") is None:
+        folder = str(Path(os.environ.get("DATA") or ROOT / ".gpu_data") / "needed")  # gpu.data would import kdfast
+        call(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--find-links", folder, "msgspec")
 
 
 def with_pip(arguments: str) -> bool:
@@ -72,6 +80,7 @@ def main() -> None:
     results = PartResults.from_environment()
     folder = Path(os.environ["QUEUE_WORK"]) / "build"
     started = time.perf_counter()
+    install_msgspec()
     if results.device == "cpu":
         way = "configured" if configure(folder, "-DKDFAST_CUDA=OFF") else "failed"
         ready = way == "configured" and "_native" in imported()
