@@ -338,27 +338,33 @@ def topk_kernel(
             tl.store(out + ids, tl.where(live, g_k, 0.0).to(grad_ptr.dtype.element_ty), mask=j < k)
 
 
-def topk_shape(c: int, k: int, itemsize: int) -> dict[str, int]:
-    """Return the tile shape, the warps and the registers a thread of ``topk_kernel``, for logits of ``itemsize`` bytes.
+def topk_shape(c: int, k: int, itemsize: int, align: int) -> dict[str, int]:
+    """Return the tile shape, the warps and the registers a thread of ``topk_kernel``.
 
-    A tile is 32 elements a thread where a row is one tile, and 16 where it is not, since with more, fewer threads fit
-    on a processor. The registers are what ptxas needs without spilling (sm_80, sm_90).
+    A tile is 32 elements a thread, and 16 for medium rows of several tiles, so that several rows fit on a processor and
+    stay in the cache until the second sweep. The registers are what ptxas needs without spilling (sm_80, sm_90), except
+    for 32 bytes above 8,192 classes at temperatures other than 1, 2 and 4.
+
+    Args:
+        c: Number of classes.
+        k: Number of classes of the teacher.
+        itemsize: Bytes of a logit.
+        align: Power of two that divides C and the row stride.
     """
     vector = 16 // itemsize  # elements of a load of 16 bytes
     k_block = triton.next_power_of_2(k)
     block = max(64, triton.next_power_of_2(c))
     single = block <= 16384
     if single:
-        warps = max(1, block // 1024)
-        registers = 136 if k_block <= 32 * warps else 168 if k_block <= 64 * warps else 255
-        registers = min(registers, 2048 // warps)
+        warps = min(32, max(1, block // 1024, k_block // 256))
+        registers = 255 if k_block > 64 * warps else 136 if k_block <= 32 * warps and align >= vector else 168
+    elif c <= 65536:
+        warps, block, registers = 8, 4096, 80
     else:
-        warps = 8 if c <= 65536 else 32
-        block = 512 * warps
-        registers = 80 if warps == 8 else 64
-    words = min(block // 64, vector * warps // 2)
+        warps, block, registers = 16, 16384 if align >= vector else 8192, 128
+    words = min(block // 64, max(1, vector * warps // 2))
     shape = {"REPEAT": block // 64 // words, "WORDS": words, "VECTOR": vector, "K_BLOCK": k_block}
-    return {"SINGLE": int(single), **shape, "num_warps": warps, "maxnreg": registers}
+    return {"SINGLE": int(single), **shape, "num_warps": warps, "maxnreg": min(registers, 2048 // warps)}
 
 
 def launch_topk(z: Tensor, v: Tensor, *tensors: Tensor, numbers: list[float], flags: dict[str, Any]) -> None:
@@ -373,7 +379,7 @@ def launch_topk(z: Tensor, v: Tensor, *tensors: Tensor, numbers: list[float], fl
     """
     n, c = z.shape
     k = v.shape[1]
-    shape = topk_shape(c, k, z.element_size())
+    shape = topk_shape(c, k, z.element_size(), flags["ALIGN"])
     words = shape["REPEAT"] * shape["WORDS"]
     resident = max(1, 65536 // (shape["maxnreg"] * 32 * shape["num_warps"]))
     programs = min(n, processors(z.device) * resident)
