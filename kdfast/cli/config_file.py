@@ -57,6 +57,8 @@ def _default(given: str, word: str, value: Any, parameter: Any) -> Any:
     is_flag, several = getattr(parameter, "is_flag", False), getattr(parameter, "multiple", False)
     if value is None or isinstance(value, bool) != bool(is_flag):
         raise UsageError(f"{given}: write {'true or false' if is_flag else 'a value (words such as on in quotes)'}")
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise UsageError(f"{given}: write a value without null characters that is not empty")
     if isinstance(value, dict) or (isinstance(value, list) and not several):
         raise UsageError(f"{given}, but that option has a single value: write one")
     if is_flag and f"--{word}" in parameter.secondary_opts:

@@ -83,6 +83,7 @@ Size = Annotated[
         help="Side in pixels: store the images of a folder as SIZE x SIZE squares; needed where they are larger or of "
         "mixed sizes.",
         min=1,
+        max=65535,
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]

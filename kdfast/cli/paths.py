@@ -12,6 +12,9 @@ from kdfast.errors import OutputError, UsageError
 # Metavariables of the parameters that are paths but arrive as text, and of NAME=FILE.
 _TEXT_PATHS = ("PATH", "<path>")
 _NAMED_FILE = "NAME=FILE"
+# Parameters that are sources of data, and the source that is a word and no path.
+_DATA = ("data", "src")
+_NO_PATH = "digits"
 # Sub-folders of image folders; a folder in one of them is a class, or part of one.
 _IMAGE_TREES = ("train", "test", "val")
 
@@ -67,7 +70,7 @@ def _paths_of(parameter: Any, value: Any) -> Iterator[Path]:
     for one in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(one, Path):
             yield one
-        elif isinstance(one, str) and metavar in _TEXT_PATHS:
+        elif isinstance(one, str) and (metavar in _TEXT_PATHS or parameter.name in _DATA) and one != _NO_PATH:
             yield Path(one)
         elif isinstance(one, str) and metavar == _NAMED_FILE:
             yield Path(one.partition("=")[2])
@@ -89,7 +92,7 @@ def _check_apart(out: Path, name: str, path: Path) -> None:
     if _is_same(out, path):
         raise OutputError(f"`out` is {out}, which is also `{name}`: write to another path")
     real = Path(os.path.realpath(out))
-    for tree in _IMAGE_TREES if name in ("data", "src") else ():
+    for tree in _IMAGE_TREES if name in _DATA else ():
         folder = Path(os.path.realpath(path / tree))
         if folder.is_dir() and real.is_relative_to(folder):
             raise OutputError(f"`out` is {out}, which is among the images of {path}: write to another folder")

@@ -1,9 +1,14 @@
-"""HTML with automatic escaping: every string is escaped unless it was built by these functions."""
+"""HTML with automatic escaping: every string is escaped unless it was built by these functions.
+
+Control characters and bytes that are not UTF-8, as in names of classes, appear as escapes.
+"""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+
+from kdfast.text import printable
 
 _VOID = frozenset({"br", "img", "meta", "rect", "line", "path"})
 
@@ -22,7 +27,7 @@ def render(child: object) -> Safe:
         return child
     if isinstance(child, Iterable) and not isinstance(child, str):
         return Safe("".join(render(one) for one in child))
-    return Safe(html.escape(str(child)))
+    return Safe(html.escape(printable(str(child))))
 
 
 def tag(element: str, /, *children: object, **attributes: object) -> Safe:
@@ -39,7 +44,7 @@ def tag(element: str, /, *children: object, **attributes: object) -> Safe:
         if value is None or value is False:
             continue
         name = key.rstrip("_").replace("_", "-")
-        parts.append(name if value is True else f'{name}="{html.escape(str(value))}"')
+        parts.append(name if value is True else f'{name}="{html.escape(printable(str(value)))}"')
     opening = f"<{' '.join(parts)}>"
     if element in _VOID:
         return Safe(opening[:-1] + "/>")

@@ -69,6 +69,7 @@ def dynamics(
     from kdfast.distill.plan import LoadedInputs
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
+    from kdfast.dynamics.recorder import check_dynamics_folder
     from kdfast.nets.registry import build_net
 
     settings = RunConfig(
@@ -87,6 +88,7 @@ def dynamics(
     recording = RecordingConfig(
         runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every
     )
+    check_dynamics_folder(out)
     place = resolve_device(device)
     source = open_source(data, size=size)
     if dry_run:

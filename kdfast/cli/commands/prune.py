@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from kdfast.cli.commands.score import Cache, Dynamics
 from kdfast.cli.output import say
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
-
-if TYPE_CHECKING:
-    from kdfast.prune.select import Selection
 
 # Values of --balance, and the words that the library writes to disk.
 BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
@@ -106,7 +103,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path
+    from kdfast.data.subset import check_subset_path, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.prune.options import parse_options
@@ -133,13 +130,16 @@ def prune(
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)
-    states = [None if dry_run else path.with_suffix(".search.json") for path in paths]
+    states = [path.with_suffix(".search.json") for path in paths]
     selections = []
     with progress(method or "prune", shown=request.uses_selector) as report:
-        for path, selection in zip(paths, request.run(source, states, report), strict=True):
+        found = request.run(source, None if dry_run else states, report)
+        for path, state, selection in zip(paths, states, found, strict=True):
             selections.append(selection)
             if not dry_run:
-                _write(path, selection)
+                write_subset(path, selection.ids, selection.provenance)
+                if request.uses_selector:
+                    state.unlink(missing_ok=True)
     for selection in selections:
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         least, most = counts.min(), counts.max()
@@ -148,13 +148,6 @@ def prune(
             f"{'would keep' if dry_run else 'kept'} {len(selection.ids)} of {len(source.train)} training samples "
             f"({selection}); {per_class} per class"
         )
-
-
-def _write(path: Path, selection: Selection) -> None:
-    from kdfast.data.subset import write_subset
-
-    write_subset(path, selection.ids, selection.provenance)
-    path.with_suffix(".search.json").unlink(missing_ok=True)
 
 
 def _balance(context: typer.Context, balance: str | None, balanced: bool | None, equal: bool) -> str:

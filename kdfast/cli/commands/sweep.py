@@ -104,8 +104,11 @@ def sweep(
     Each finished run appends a row to results.jsonl and is not run again; several of these commands at once share the
     work. table.md and plot.png are made from the rows.
     """
-    from kdfast.sweep.report import report_sweep
+    from kdfast.sweep.report import check_report_files, report_sweep
+    from kdfast.sweep.results_log import ResultsLog
 
+    ResultsLog(out).check_folder()
+    check_report_files(out)
     if not report_only:
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep

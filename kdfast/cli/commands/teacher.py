@@ -52,8 +52,7 @@ def train(
     from kdfast.nets.checkpoint import load_model, save_model
 
     folder = out.parent / f"{out.name}.run"
-    if not folder.exists():
-        training.refuse_existing(out)
+    training.check_trained_model(out, folder)
     settings = RunConfig(
         student=net,
         epochs=epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,7 @@ def run(
     """Claim the run folder and train, with a progress bar. Return the content of result.json."""
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Monitoring, train
+    from kdfast.files import refuse_links
 
     with (
         progress(label, shown=plan.distributed.is_main) as report,
@@ -98,17 +100,17 @@ def run(
     ):
         writer = None
         if tensorboard and plan.distributed.is_main:
-            writer = _writer(out)
+            writer = _writer(refuse_links(out, "tensorboard"))
             stack.callback(writer.close)
         return train(plan, folder, Monitoring(log_every, eval_every, checkpoint_seconds, writer, report))
 
 
-def _writer(out: Path) -> Any:
+def _writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard needs a missing package: pip install 'kdfast[tensorboard]'") from error
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter(str(folder))
 
 
 def refuse_existing(out: Path) -> None:
@@ -119,9 +121,33 @@ def refuse_existing(out: Path) -> None:
     """
     from kdfast.files import check_writable
 
-    if out.exists():
+    if os.path.lexists(out):
         raise OutputError(f"{out} exists; choose another --out, or delete it")
     check_writable(out.parent)
+
+
+def check_trained_model(out: Path, folder: Path) -> None:
+    """Check, before the work, that a model file may be written: there is none, or it is that of the finished run.
+
+    Args:
+        out: The model file.
+        folder: The run folder.
+
+    Raises:
+        OutputError: The file exists and holds anything but the run's result, or its folder cannot be written.
+    """
+    from kdfast.errors import CheckpointError
+    from kdfast.nets.checkpoint import load_model
+
+    if not os.path.lexists(out) or not (folder / "student.pt").is_file():
+        refuse_existing(out)
+        return
+    try:
+        same = load_model(out).digest == load_model(folder / "student.pt").digest
+    except CheckpointError:
+        same = False
+    if not same:
+        raise OutputError(f"{out} exists and is not the result of {folder}; choose another --out, or delete it")
 
 
 def summary(result: dict[str, Any], out: Path) -> str:

@@ -21,6 +21,7 @@ from kdfast.data.source import Source
 from kdfast.errors import DataError, UsageError
 
 _LISTED = 5
+_LARGEST_SIDE = 65535
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Sou
 
     Raises:
         DataError: Nothing is at the path, it is of no known kind or of several, or it is damaged or incomplete.
-        UsageError: `size` is below 1 or does not fit.
+        UsageError: `size` is out of range or does not fit.
         BackendUnavailable: The source is a folder of .beton files, and FFCV is not installed.
     """
-    if size is not None and size < 1:
-        raise UsageError(f"`size` is {size}: pass 1 or more pixels")
+    if size is not None and not 1 <= size <= _LARGEST_SIDE:
+        raise UsageError(f"`size` is {size}: pass 1 to {_LARGEST_SIDE} pixels")
     location = Path(path)
     kind = digits.NAME if os.fspath(path) == digits.NAME else _recognize(location)
     source = SOURCES[kind].open(location, size)

@@ -117,8 +117,8 @@ def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, sha
         OutputError: The folder is not empty, or cannot be written.
     """
     labels = flip_labels(source.train.labels, share, seed, len(source.classes))
-    if visible_entries(out):
-        raise OutputError(f"{out} is not empty: use another folder")
+    if entries := visible_entries(out):
+        raise OutputError(f"{out} is not empty ({entries[0]}): use another folder")
     folder = check_writable(out)
     with atomic_write(folder / _LABELS) as file:
         np.save(file, labels)
