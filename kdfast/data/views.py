@@ -265,7 +265,8 @@ def apply_views(
     return gather_views(images_u8, rows, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
 
 
-@functools.lru_cache(maxsize=32)
+# Never evicted: a CUDA graph remembers the address of what it reads.
+@functools.cache
 def _affine(norm: Normalization, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # the cache outlives the caller's mode
         return norm.affine(dtype).to(device)
