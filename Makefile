@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
-EMULATION := $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.cu tests/cuda_emulation/*.h tests/cuda_emulation/*/*.h)
+EMULATION := $(wildcard $(addprefix tests/cuda_emulation/,*.cpp *.cu *.h */*.h))
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
