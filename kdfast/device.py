@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from kdfast.errors import UsageError
@@ -37,17 +36,20 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return the precision of a name; warn if it is slower than fp32 on the device.
+    """Return the precision of a name.
 
     Args:
         name: `auto` (bf16 where the device computes faster with it, else fp32), `fp32`, `bf16` or `fp16`.
         device: Where the network runs.
     """
-    if name == "auto":
-        return "bf16" if bf16_is_fast(device) else "fp32"
-    if name != "fp32" and device.type == "cpu" and not (name == "bf16" and bf16_is_fast(device)):
-        warnings.warn(f"kdfast: {name} is slower than fp32 on this CPU: pass `precision` auto or fp32", UserWarning, 2)
-    return name
+    if name != "auto":
+        return name
+    return "bf16" if bf16_is_fast(device) else "fp32"
+
+
+def is_slower_than_float32(precision: str, device: torch.device) -> bool:
+    """Return whether a network trains slower in this precision than in fp32, which happens on CPUs."""
+    return device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and not bf16_is_fast(device)))
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -1,9 +1,7 @@
-import contextlib
-
 import pytest
 import torch
 
-from kdfast.device import resolve_device, resolve_precision
+from kdfast.device import is_slower_than_float32, resolve_device, resolve_precision
 from kdfast.errors import UsageError
 
 
@@ -34,10 +32,11 @@ def test_bf16_is_for_cpus_with_instructions_for_it(
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) == ("bf16" if fast else "fp32")
     assert resolve_precision("fp32", cpu) == "fp32"
-    with contextlib.nullcontext() if fast else pytest.warns(UserWarning, match="bf16 is slower than fp32 on this CPU"):
-        assert resolve_precision("bf16", cpu) == "bf16"
-    with pytest.warns(UserWarning, match="fp16 is slower"):
-        assert resolve_precision("fp16", cpu) == "fp16"
+    assert resolve_precision("bf16", cpu) == "bf16"
+    assert is_slower_than_float32("bf16", cpu) is not fast
+    assert is_slower_than_float32("fp16", cpu)
+    assert not is_slower_than_float32("fp32", cpu)
+    assert not is_slower_than_float32("fp16", torch.device("cuda"))
 
 
 def test_torch_without_capabilities_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

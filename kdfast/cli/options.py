@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdfast.cli.config_file import load_defaults
+from kdfast.cli.output import complain
 from kdfast.errors import UsageError, did_you_mean
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # Values of --precision for a cache, and the words of its manifest.
 CACHE_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -32,7 +36,7 @@ def one_of(flag: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def parse_precision(value: str) -> str:
-    """Return a precision as fp32, bf16 or fp16, given as such or by its torch name.
+    """Return a precision as auto, fp32, bf16 or fp16, given as such or by its torch name.
 
     Raises:
         UsageError: It is not one of them.
@@ -41,15 +45,27 @@ def parse_precision(value: str) -> str:
 
 
 def parse_cache_precision(value: str) -> str:
-    """Return a precision of a cache as fp32 or bf16, given as such or by its torch name.
+    """Return a precision of a cache as auto, fp32 or bf16, given as such or by its torch name.
 
     Raises:
         UsageError: It is not one of them.
     """
     word = _OTHER_WORDS.get(value, value)
     if word == "fp16":
-        raise UsageError(f"--precision is {value!r}, but a cache is computed in fp32 or bf16: pass one of fp32, bf16")
-    return one_of("--precision", word, CACHE_PRECISIONS)
+        raise UsageError(
+            f"--precision is {value!r}, but a cache is computed in fp32 or bf16: pass one of auto, fp32, bf16"
+        )
+    return one_of("--precision", word, ("auto", *CACHE_PRECISIONS))
+
+
+def choose_precision(value: str, device: torch.device) -> str:
+    """Return the precision to train with on a device; say on stderr if it is slower there than fp32."""
+    from kdfast.device import is_slower_than_float32, resolve_precision
+
+    precision = resolve_precision(value, device)
+    if is_slower_than_float32(precision, device):
+        complain(f"kdfast: {precision} is slower than fp32 on this CPU; --precision auto chooses the faster one")
+    return precision
 
 
 # What help shows for an option that is a path, also where the library takes a str.
@@ -71,8 +87,9 @@ Precision = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network: fp32, or bf16 or fp16 for automatic mixed precision.",
-        metavar="fp32|bf16|fp16",
+        help="Arithmetic of the network: fp32, or bf16 or fp16 for automatic mixed precision. auto: bf16 where the "
+        "device has instructions for it, else fp32.",
+        metavar="auto|fp32|bf16|fp16",
         callback=parse_precision,
     ),
 ]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 
-from kdfast.cli.program import app
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.cli.method_help import ScoreCommand
-from kdfast.cli.options import parse_precision
+from kdfast.cli.options import choose_precision, parse_precision
+from kdfast.cli.program import app
 from kdfast.errors import UsageError
 
 ROOT = typer.main.get_command(app)
@@ -66,7 +67,7 @@ def test_help_shows_paths_alike_in_every_command(kdfast) -> None:
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        *((word, word) for word in ("fp32", "bf16", "fp16")),
+        *((word, word) for word in ("auto", "fp32", "bf16", "fp16")),
         *(("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")),
     ],
 )
@@ -75,7 +76,7 @@ def test_precision_accepts_torch_names(given: str, word: str) -> None:
 
 
 def test_rejects_an_unknown_precision() -> None:
-    with pytest.raises(UsageError, match=r"--precision is 'bf61': did you mean 'bf16'\? pass one of fp32, bf16, fp16"):
+    with pytest.raises(UsageError, match=r"'bf61': did you mean 'bf16'\? pass one of auto, fp32, bf16, fp16"):
         parse_precision("bf61")
 
 
@@ -84,7 +85,21 @@ def test_precision_has_the_same_words_in_every_command() -> None:
     assert {words for words, _ in found} == {"cache", "teacher train", "dynamics", "distill", "sweep"}
     for _, parameter in found:
         assert parameter.default == "fp32"
-        assert parameter.metavar.startswith("fp32|bf16")
+        assert parameter.metavar.startswith("auto|fp32|bf16")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_slow_precisions_are_said_to_be_slow(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kdfast.device.bf16_is_fast", lambda device: fast)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == ("bf16" if fast else "fp32")
+    assert choose_precision("bf16", cpu) == "bf16"
+    said = capsys.readouterr().err
+    assert said == (
+        "" if fast else "kdfast: bf16 is slower than fp32 on this CPU; --precision auto chooses the faster one\n"
+    )
 
 
 @pytest.mark.parametrize(("new", "old"), [("bf16", "bfloat16"), ("fp32", "float32")])
@@ -114,7 +129,7 @@ def test_a_cache_rejects_other_precisions(kdfast, tiny: Path, teacher: Path, tmp
     (tmp_path / "c.yaml").write_text(f"precision: {given}\n")
     for more in (("--precision", given), ("--config", tmp_path / "c.yaml")):
         outcome = kdfast(*command, *more)
-        assert (outcome.code, "pass one of fp32, bf16\n" in outcome.err) == (2, True)
+        assert (outcome.code, "pass one of auto, fp32, bf16\n" in outcome.err) == (2, True)
         assert reason in outcome.err
         assert ("did you mean" in outcome.err) == (given == "bf61")
     assert not (tmp_path / "c").exists()

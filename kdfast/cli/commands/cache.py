@@ -62,8 +62,8 @@ def build(
         typer.Option(
             "--precision",
             help="Arithmetic of the teacher. bf16 is faster on GPUs and CPUs with matrix units; its error far exceeds "
-            "that of float16 storage.",
-            metavar="fp32|bf16",
+            "that of float16 storage. auto: bf16 where the device has instructions for it, else fp32.",
+            metavar="auto|fp32|bf16",
             callback=options.parse_cache_precision,
         ),
     ] = "fp32",
@@ -108,8 +108,9 @@ def build(
         )
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     place = resolve_device(device)
+    arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
     if dry_run:
-        check_build(source, model, out, n_views, dtype, options.CACHE_PRECISIONS[precision], kept_classes)
+        check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
         row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
         say(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
@@ -126,7 +127,7 @@ def build(
             view_seed=view_seed,
             dtype=cast(Any, dtype),
             top_k=kept_classes,
-            precision=cast(Any, options.CACHE_PRECISIONS[precision]),
+            precision=cast(Any, arithmetic),
             batch_size=batch_size,
             device=place,
             progress=report,

@@ -70,6 +70,7 @@ def distill(
     from kdfast.distill.folder import check_run_folder
     from kdfast.distill.plan import InputPaths, plan_run
 
+    place = resolve_device(device)
     plan = plan_run(
         InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size),
         RunConfig(
@@ -84,11 +85,11 @@ def distill(
             temperature=temperature,
             views=views,
             view_seed=view_seed,
-            precision=precision,
+            precision=options.choose_precision(precision, place),
             seed=seed,
         ),
         alpha=alpha,
-        device=resolve_device(device),
+        device=place,
         execution=Execution(compile_network, cuda_graph),
     )
     if dry_run:

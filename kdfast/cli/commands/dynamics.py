@@ -72,6 +72,7 @@ def dynamics(
     from kdfast.dynamics.recorder import check_dynamics_folder
     from kdfast.nets.registry import build_net
 
+    place = resolve_device(device)
     settings = RunConfig(
         student=net,
         epochs=epochs,
@@ -82,14 +83,13 @@ def dynamics(
         schedule=schedule,
         warmup_epochs=warmup_epochs,
         views=views,
-        precision=precision,
+        precision=options.choose_precision(precision, place),
         seed=seed,
     )
     recording = RecordingConfig(
         runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every
     )
     check_dynamics_folder(out)
-    place = resolve_device(device)
     source = open_source(data, size=size)
     if dry_run:
         build_net(net, len(source.classes))

@@ -110,6 +110,7 @@ def sweep(
     ResultsLog(out).check_folder()
     check_report_files(out)
     if not report_only:
+        from kdfast.device import resolve_device
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
@@ -128,7 +129,7 @@ def sweep(
             "temperature": temperature,
             "views": views,
             "view_seed": view_seed,
-            "precision": precision,
+            "precision": options.choose_precision(precision, resolve_device(device)),
         }
         session = Session(
             SweepConfig(

@@ -53,6 +53,7 @@ def train(
 
     folder = out.parent / f"{out.name}.run"
     training.check_trained_model(out, folder)
+    place = resolve_device(device)
     settings = RunConfig(
         student=net,
         epochs=epochs,
@@ -63,13 +64,13 @@ def train(
         schedule=schedule,
         warmup_epochs=warmup_epochs,
         views=views,
-        precision=precision,
+        precision=options.choose_precision(precision, place),
         seed=seed,
     )
     plan = plan_run(
         InputPaths(data=data, loader=loader, size=size),
         settings,
-        device=resolve_device(device),
+        device=place,
         execution=Execution(compile_network, cuda_graph),
     )
     if dry_run:
