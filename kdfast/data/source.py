@@ -98,9 +98,8 @@ class Source:
         train: The split that is scored, pruned and trained on.
         test: The split for evaluation only; same image shape.
         view_spec: The augmentation of the data.
-        recorded: Fingerprint recorded when the data was written; None without a record.
-        trusted: Whether the files are unchanged since then. If not, the fingerprint is computed again and must be the
-            recorded one.
+        recorded: Fingerprint recorded when the data was written, if the reader has checked that the files are
+            unchanged since then; else None.
 
     Raises:
         DataError: A label lies outside the classes, or the splits have different image shapes.
@@ -113,7 +112,6 @@ class Source:
     test: Split
     view_spec: ViewSpec
     recorded: str | None = None
-    trusted: bool = False
 
     def __post_init__(self) -> None:
         if self.train.shape != self.test.shape:
@@ -130,20 +128,8 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the decoded training split (see `compute_fingerprint`); computed on first use.
-
-        Raises:
-            DataError: It differs from the recorded one.
-        """
-        if self.recorded is not None and self.trusted:
-            return self.recorded
-        found = compute_fingerprint(self.train, len(self.classes))
-        if self.recorded not in (None, found):
-            raise DataError(
-                f"{self.path} does not hold the training samples that were written to it (fingerprint {found[:12]}, "
-                f"recorded {str(self.recorded)[:12]}): it is damaged or was changed; convert the data again"
-            )
-        return found
+        """Digest of the decoded training split (see `compute_fingerprint`), unless recorded; computed on first use."""
+        return compute_fingerprint(self.train, len(self.classes)) if self.recorded is None else self.recorded
 
 
 class DataDigest:

@@ -1,8 +1,7 @@
 """Sources in a folder of `train.beton` and `test.beton`, and the conversion of any source to one.
 
-Beside the two files, `data.json` records the class names, the views, the fingerprint, and the size and modification
-time of the files. While those are unchanged, the recorded fingerprint is used; otherwise it is computed again and must
-be the same. During a conversion `data.json` lists no files, and the folder cannot be opened.
+Beside the two files, `data.json` records what was written, see `kdfast.data.ffcv.record`. During a conversion it lists
+no files, and the folder cannot be opened.
 """
 
 from __future__ import annotations
@@ -17,18 +16,22 @@ import numpy as np
 
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
 from kdfast.data.readers.folder import TEST_NAMES
+from kdfast.data.ffcv.record import (
+    PARTS,
+    UNSEALED,
+    check_files,
+    file_marks,
+    has_record,
+    read_record,
+    seal_older,
+    write_record,
+)
 from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_path, check_writable, read_json, visible_entries, write_json
+from kdfast.files import FolderLock, atomic_path, check_writable, sha256_file, visible_entries
 from kdfast.progress import Progress
 
-PARTS = ("train", "test")
-_RECORD = "data.json"
-_MARK = b"kdfast betons"
-_MARK_WITHIN = 200  # bytes; the mark is in the first line of the record
-_FORMAT = f"{_MARK.decode()} 1"
-_RECORD_KEYS = {"format", "classes", "views", "jpeg_quality", "origin", "fingerprint", "files"}
 _MIN_PAGE = 8 << 20
 # JPEG of this quality changes the mean color by a few gray levels; a missing image differs far more.
 _MIN_QUALITY = 50
@@ -41,7 +44,7 @@ def is_ffcv_folder(path: Path) -> bool:
         return False
     if any((path / f"{part}.beton").is_file() for part in PARTS):
         return True
-    return _has_record(path)
+    return has_record(path)
 
 
 def open_ffcv_folder(path: Path) -> Source:
@@ -51,9 +54,9 @@ def open_ffcv_folder(path: Path) -> Source:
 
     Raises:
         BackendUnavailable: FFCV is not installed.
-        DataError: A file is missing or damaged, or the conversion was interrupted.
+        DataError: A file is missing, damaged or changed, or the conversion was interrupted.
     """
-    record = _read_record(path)
+    record = read_record(path)
     if record is not None and not record["files"]:
         raise DataError(f"the conversion to {path} was interrupted: run the same kdfast data convert again")
     missing = [f"{part}.beton" for part in PARTS if not (path / f"{part}.beton").is_file()]
@@ -64,6 +67,10 @@ def open_ffcv_folder(path: Path) -> Source:
         classes = infer_class_names(train.labels, str(path))
         return Source(str(path), "beton", classes, train, test, default_view_spec(train.shape, flip=False))
     return Source(
+    if record["format"] == UNSEALED:
+        record = seal_older(path, record, train)
+    else:
+        check_files(path, record)
         path=str(path),
         kind="beton",
         classes=tuple(record["classes"]),
@@ -71,7 +78,6 @@ def open_ffcv_folder(path: Path) -> Source:
         test=test,
         view_spec=ViewSpec.from_dict(record["views"]),
         recorded=record["fingerprint"],
-        trusted=record["files"] == _file_marks(path),
     )
 
 
@@ -157,7 +163,6 @@ def write_beton(
                     ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
         writer.finalize(allocator.allocations)
     finally:
-        # The shared memory cannot be closed while the array refers to it.
         del metadata
         writer.metadata_sm.close()
         writer.metadata_sm.unlink()
@@ -173,7 +178,7 @@ def check_out_folder(folder: Path, source: Source) -> None:
     if source.kind == "beton" and resolved == Path(source.path).resolve():
         raise OutputError(f"{folder} is the source itself: use another folder")
     entries = visible_entries(folder)
-    if entries and not _has_record(folder):
+    if entries and not has_record(folder):
         found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in entries) or entries[0]
         raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write: use another folder")
 
@@ -181,7 +186,7 @@ def check_out_folder(folder: Path, source: Source) -> None:
 def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:
     """Return whether `folder` holds this conversion; raise OutputError if it holds another one."""
     try:
-        record = _read_record(folder)
+        record = read_record(folder)
     except DataError as error:
         raise OutputError(f"{error}, to another folder") from error
     if record is None or not record["files"]:
@@ -189,20 +194,24 @@ def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:
     same = record["origin"] == source.fingerprint and record["jpeg_quality"] == quality
     if not same:
         raise OutputError(f"{folder} holds another data set, or this one in another encoding: use another folder")
-    return bool(record["files"] == _file_marks(folder))
+    if record["format"] == UNSEALED:
+        return bool(record["files"] == file_marks(folder))
+    try:
+        check_files(folder, record)
+    except DataError:
+        return False  # a changed file is written again
+    return True
 
 
 def _convert(source: Source, folder: Path, quality: int | None, progress: Progress | None) -> None:
     record: dict[str, Any] = {
-        "format": _FORMAT,
         "classes": list(source.classes),
         "views": source.view_spec.to_dict(),
         "jpeg_quality": quality,
         "origin": None,
         "fingerprint": None,
-        "files": {},
     }
-    write_json(folder / _RECORD, record)
+    write_record(folder, record, {})
     classes = len(source.classes)
     done, total = 0, 2 * (len(source.train) + len(source.test))
 
@@ -218,7 +227,8 @@ def _convert(source: Source, folder: Path, quality: int | None, progress: Progre
         train = stack.enter_context(atomic_path(folder / "train.beton"))
         _write_verified(source.test, test, classes, quality, advance)
         record["origin"], record["fingerprint"] = _write_verified(source.train, train, classes, quality, advance)
-    write_json(folder / _RECORD, {**record, "files": _file_marks(folder)})
+        digests = {"train.beton": sha256_file(train), "test.beton": sha256_file(test)}
+    write_record(folder, record, digests)
 
 
 def _write_verified(
@@ -251,35 +261,3 @@ def _write_verified(
     if not verified or (quality is None and origin != result):
         raise DataError(f"{path.name} does not read back as written: check the disk and convert again")
     return origin, result
-
-
-def _has_record(folder: Path) -> bool:
-    """Return whether the folder has a record of a conversion, even damaged; other programs have a data.json too."""
-    try:
-        with open(folder / _RECORD, "rb") as file:
-            return _MARK in file.read(_MARK_WITHIN)
-    except (FileNotFoundError, IsADirectoryError):
-        return False
-    except OSError as error:
-        raise DataError(f"cannot read {folder / _RECORD}: {error.strerror or error}") from error
-
-
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / _RECORD
-    if not path.exists():
-        return None
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format") != _FORMAT or set(record) != _RECORD_KEYS:
-        raise DataError(f"{path} is not a record of this version of kdfast data convert: convert the data again")
-    return record
-
-
-def _file_marks(folder: Path) -> dict[str, list[int]]:
-    """Return size in bytes and modification time in nanoseconds of the .beton files in the folder."""
-    marks = {}
-    for part in PARTS:
-        path = folder / f"{part}.beton"
-        if path.is_file():
-            status = path.stat()
-            marks[path.name] = [status.st_size, status.st_mtime_ns]
-    return marks

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from kdfast.data.ffcv import write as module
+from kdfast.data.ffcv.record import CHECKED
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import ArraySplit, Source, compute_fingerprint, default_view_spec
@@ -40,7 +40,8 @@ def same(one, two):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".kdfast"))
+    hidden = (".kdfast.lock", CHECKED)
+    return sorted(path.name for path in folder.iterdir() if path.name not in hidden)
 
 
 @pytest.mark.parametrize(
@@ -82,19 +83,6 @@ def test_complete_conversion_is_not_repeated(source, tmp_path):
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     convert(source, tmp_path)
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
-
-
-def test_uses_the_recorded_fingerprint_only_for_unchanged_files(source, split, tmp_path):
-    convert(source, tmp_path)
-    record = json.loads((tmp_path / "data.json").read_text())
-    (tmp_path / "data.json").write_text(json.dumps({**record, "fingerprint": "f" * 64}))
-    assert open_source(tmp_path).fingerprint == "f" * 64
-    (tmp_path / "train.beton").touch()
-    with pytest.raises(DataError, match="does not hold the training samples that were written to it"):
-        _ = open_source(tmp_path).fingerprint
-    (tmp_path / "data.json").write_text(json.dumps(record))
-    (tmp_path / "train.beton").touch()
-    assert open_source(tmp_path).fingerprint == source.fingerprint
 
 
 def test_detects_pixels_changed_after_the_conversion(source, tmp_path):
@@ -266,15 +254,15 @@ def test_full_disk_is_reported(source, tmp_path, monkeypatch):
 
 
 def test_resumes_after_an_interrupt_before_the_record(source, tmp_path, monkeypatch):
-    original = module.write_json
+    original = module.write_record
 
-    def stop(path, record):
-        if record["files"]:
+    def stop(path, record, digests):
+        if digests:
             raise KeyboardInterrupt
-        original(path, record)
+        return original(path, record, digests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", stop)
+        patch.setattr(module, "write_record", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path)
     assert files(tmp_path) == ["data.json", "test.beton", "train.beton"]
@@ -285,6 +273,7 @@ def test_resumes_after_an_interrupt_before_the_record(source, tmp_path, monkeypa
 
 KILLED = """
 import sys, time
+from kdfast.data.ffcv.record import CHECKED
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
