@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
-from kdfast.data.readers.folder import TEST_NAMES
 from kdfast.data.ffcv.record import (
     PARTS,
     UNSEALED,
@@ -26,6 +26,7 @@ from kdfast.data.ffcv.record import (
     seal_older,
     write_record,
 )
+from kdfast.data.readers.folder import TEST_NAMES
 from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
@@ -66,11 +67,11 @@ def open_ffcv_folder(path: Path) -> Source:
     if record is None:
         classes = infer_class_names(train.labels, str(path))
         return Source(str(path), "beton", classes, train, test, default_view_spec(train.shape, flip=False))
-    return Source(
     if record["format"] == UNSEALED:
         record = seal_older(path, record, train)
     else:
         check_files(path, record)
+    return Source(
         path=str(path),
         kind="beton",
         classes=tuple(record["classes"]),
@@ -162,10 +163,14 @@ def write_beton(
                 for index, image, label in zip(ids.tolist(), pixels, split.labels[ids].tolist(), strict=True):
                     ffcv.writer.handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, fields)
         writer.finalize(allocator.allocations)
+    except BaseException as error:
+        # The shared memory cannot be closed while the array refers to it, which these frames do.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         del metadata
-        writer.metadata_sm.close()
         writer.metadata_sm.unlink()
+        writer.metadata_sm.close()
 
 
 def check_out_folder(folder: Path, source: Source) -> None:
