@@ -60,7 +60,7 @@ def run(tmp_path, sources, monkeypatch):
 
     call.out = tmp_path / "out"
     call.rows = lambda: read_rows(tmp_path / "out" / "results.jsonl")
-    call.keys = lambda: [row["key"] for row in call.rows() if row["key"]]
+    call.measured = lambda: [row["key"] for row in call.rows() if row["key"]]
     call.log = lambda: (tmp_path / "out" / "log.txt").read_text()
     return call
 
@@ -103,7 +103,7 @@ def test_known_parts_are_skipped_until_their_sources_change(run, sources):
     assert run("add('1')") == (0, {})
     sources.write_text("2")
     assert run("add('1')") == (0, {"a": "done"})
-    assert run.keys() == ["1", "1"]
+    assert run.measured() == ["1", "1"]
 
 
 def test_parts_that_prepare_the_machine_always_run(run):
@@ -118,7 +118,7 @@ def test_a_part_at_its_limit_leaves_a_traceback_and_goes_on_next_time(run):
     assert "KeyboardInterrupt" in run.log()
     flag.touch()
     assert run(program.format(flag), "add('3')") == (0, {"a": "done"})
-    assert run.keys() == ["1", "3", "2"]
+    assert run.measured() == ["1", "3", "2"]
 
 
 def test_a_part_that_ignores_the_interrupt_is_killed(run, monkeypatch):
@@ -145,7 +145,7 @@ def test_committed_results_count(run, tmp_path):
     run("add('1')")
     (tmp_path / "out" / "results.jsonl").rename(tmp_path / "committed")
     assert run("add('1')") == (0, {})
-    assert run.keys() == ["1"]
+    assert run.measured() == ["1"]
 
 
 def test_a_line_that_a_kill_left_incomplete_is_skipped(tmp_path):
@@ -278,6 +278,7 @@ def test_tests_cut_by_the_limit_keep_their_traceback_and_go_on(tests, run):
     code, state, outcomes = tests()
     assert (code, state) == (1, "done")
     assert outcomes["test_hangs"] == outcomes["test_last"] == "passed"
+    assert "".join(run.measured()).count("test_passes") == 1
 
 
 def test_an_error_costs_no_other_row_and_is_measured_again(run):
@@ -292,7 +293,7 @@ measure_missing(results, {"1": lambda: {"x": 1 / 3}, "2": FAIL, "3": lambda: {"y
     values = {row["key"]: row for row in run.rows()}
     assert (values["1"]["x"], values["2"]["error"], values["3"]["y"]) == (0.333333, "ValueError: broken", 2)
     assert run(program.replace("FAIL", "lambda: {'z': 3}")) == (0, {"a": "done"})
-    assert run.keys() == ["1", "2", "3", "2"]
+    assert run.measured() == ["1", "2", "3", "2"]
 
 
 def test_wheels_are_installed_for_the_parts_that_compare_alone(run, tmp_path, monkeypatch):
@@ -341,7 +342,7 @@ def test_the_script_fails_loudly_without_a_gpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the states of some parts differ where there is a CUDA device")
 def test_the_whole_queue_runs_on_a_cpu(tmp_path):
-    done = call_script(tmp_path, "15", DEVICE="cpu", DATA=str(tmp_path))
+    done = call_script(tmp_path, "30", DEVICE="cpu", DATA=str(tmp_path))
     assert done.returncode == 0, done.stdout
     rows = read_rows(tmp_path / "out" / "results.jsonl")
     states = {row["part"]: row["state"] for row in rows if not row["key"]}

@@ -19,7 +19,7 @@ from kdfast.nets.checkpoint import Model, load_model, save_model
 from kdfast.teacher.build import build_cache
 
 # Random data: training and test images, the teacher, and views of the cache.
-_RANDOM = {"cuda": (5000, 1000, "resnet32"), "cpu": (256, 100, "resnet8")}
+_RANDOM = {"cuda": (5000, 1000, "resnet32"), "cpu": (128, 100, "resnet8")}
 VIEWS = {"cuda": None, "cpu": 4}
 
 

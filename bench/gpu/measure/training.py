@@ -32,7 +32,7 @@ from kdfast.distill.train import Monitoring, train
 
 # Networks, batch sizes, and the epochs before and during a timing.
 _NETS = {"cuda": ("resnet32", register()), "cpu": ("resnet8",)}
-_BATCHES = {"cuda": (128, 512), "cpu": (128,)}
+_BATCHES = {"cuda": (128, 512), "cpu": (64,)}
 _WARM = {"cuda": 3, "cpu": 1}
 _TIMED = {"cuda": 20, "cpu": 1}
 _PRECISION = {"cuda": "bf16", "cpu": "fp32"}
