@@ -1,0 +1,75 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without spills, loads vectors, and issues few instructions.
+
+The kernels are compiled in a process of its own, see bench/triton_compile; nothing runs, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCH = Path(__file__).parents[2] / "bench"
+BOUNDS = Path(__file__).with_name("triton_bounds.json")  # written by bench/count_kernels.py --bounds
+SLACK = 1.05
+UNBOUNDED = {"dense_kernel"}
+
+
+def triton_compile(*arguments):
+    """Run bench/triton_compile and return what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "triton_compile", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BENCH, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def narrow(row):
+    """Return the arguments that are loaded or stored in smaller pieces than their alignment allows."""
+    found = {name: row["widths"].get(name, 0) for name in row["expected_widths"]}
+    return {name: found[name] for name, expected in row["expected_widths"].items() if found[name] < expected}
+
+
+def bounds(version):
+    """Return the most instructions an element of each case for sm_80 and sm_90; none for a Triton never measured."""
+    recorded = json.loads(BOUNDS.read_text())
+    if version not in recorded:
+        return {}
+    largest = {}
+    for counts in recorded.values():
+        for case, pair in counts.items():
+            largest[case] = [max(x) for x in zip(pair, largest.get(case, pair), strict=True)]
+    return {case: [SLACK * x for x in pair] for case, pair in largest.items()}
+
+
+def test_every_kernel_has_a_quick_case():
+    found = triton_compile("list")
+    assert found["launched"] == found["counted"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("selection", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_kernels_stay_within_their_bounds(selection, arch):
+    result = triton_compile(selection, str(arch))
+    most = bounds(result["triton"])
+    faults = []
+    for row in result["rows"]:
+        if row["kernel"] in UNBOUNDED or (selection == "all" and row["case"] not in most):
+            continue
+        allowed = most.get(row["case"], [0, 0])[arch == 90]
+        if row["spilled"]:
+            faults.append(f"{row['case']}: {row['spilled']} bytes spilled")
+        if narrow(row):
+            faults.append(f"{row['case']}: narrow {narrow(row)}, expected {row['expected_widths']}")
+        if row["unknown_branches"]:
+            faults.append(f"{row['case']}: {row['unknown_branches']} branches could not be followed")
+        if most and row["instructions"] > allowed:
+            faults.append(f"{row['case']}: {row['instructions']} instructions, at most {allowed}")
+    assert result["rows"]
+    assert not faults, "\n".join(faults)
