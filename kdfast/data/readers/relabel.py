@@ -1,17 +1,21 @@
 """Sources with training labels changed on purpose, to test whether a score finds the changes.
 
-The folder holds `relabelled.json` (path and fingerprint of the images, and how the labels were changed) and
-`labels.npy`. It is a source like any other, with its own fingerprint, so every stage uses the same labels. The test
+The folder holds `relabelled.json` (path and fingerprint of the images, how the labels were changed, and their digest)
+and `labels.npy`. It is a source like any other, with its own fingerprint, so every stage uses the same labels. The test
 split keeps its labels.
+
+Version 1 of `relabelled.json` has no seal and no digest: its labels are compared with what its share and seed give.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +23,15 @@ import numpy.typing as npt
 from kdfast.data.source import Pixels, Source, Split, check_labels
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform_below
 from kdfast.errors import DataError, OutputError, UsageError
-from kdfast.files import atomic_write, check_writable, read_json, visible_entries, write_json
+from kdfast.files import atomic_write, check_writable, read_json, read_sealed, schemas, visible_entries, write_sealed
+from kdfast.files.arrays import read_npy
+from kdfast.files.validate import check_type
 
 _RECORD = "relabelled.json"
 _LABELS = "labels.npy"
-_FORMAT = "kdfast relabelled 1"
+_FORMAT = "kdfast relabelled 2"
+_UNSEALED = "kdfast relabelled 1"
+_FLIP_AGAIN = "run kdfast data flip again"
 
 
 def flip_labels(labels: IntArray, share: float, seed: int, classes: int) -> IntArray:
@@ -124,7 +132,7 @@ def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, sha
         np.save(file, labels)
     location = str(Path(data).resolve()) if Path(data).exists() else data
     record = {"format": _FORMAT, "data": location, "base": source.fingerprint, "share": share, "seed": seed}
-    write_json(folder / _RECORD, record)
+    write_sealed(folder / _RECORD, {**record, "labels": _digest(labels)})
     return np.flatnonzero(labels != source.train.labels).astype(np.int64)
 
 
@@ -143,14 +151,49 @@ def open_relabelled(path: Path, open_base: Callable[[str], Source]) -> Source:
     Raises:
         DataError: The record or the labels are damaged, or the original source has changed.
     """
-    record = read_json(path / _RECORD)
-    if not isinstance(record, dict) or record.get("format") != _FORMAT or not {"data", "base"} <= record.keys():
-        raise DataError(f"{path / _RECORD} is damaged or of another version: run kdfast data flip again")
-    try:
-        labels = np.load(path / _LABELS, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path / _LABELS} ({error}): run kdfast data flip again") from error
-    base = open_base(str(record["data"]))
+    record = _read_record(path)
+    _check_chain(path, record)
+    labels = read_npy(path / _LABELS, dtype=np.int64, shape=(-1,), advice=_FLIP_AGAIN)
+    base = open_base(record["data"])
     if base.fingerprint != record["base"]:
-        raise DataError(f"{record['data']} has changed since {path} was made from it: run kdfast data flip again")
+        raise DataError(f"{record['data']} has changed since {path} was made from it: {_FLIP_AGAIN}")
+    if record["format"] == _UNSEALED:
+        expected = _digest(flip_labels(base.train.labels, record["share"], record["seed"], len(base.classes)))
+    else:
+        expected = record["labels"]
+    if _digest(labels) != expected:
+        raise DataError(f"{path / _LABELS} does not hold the labels that were written to it: {_FLIP_AGAIN}")
     return dataclasses.replace(replace_labels(base, labels), path=str(path), kind="relabelled")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / _RECORD
+    record = read_json(file, advice=_FLIP_AGAIN)
+    version = record.get("format") if isinstance(record, dict) else None
+    if version not in (_FORMAT, _UNSEALED):
+        raise DataError(f"{file} is damaged or of another version: {_FLIP_AGAIN}")
+    if version == _FORMAT:
+        try:
+            record = read_sealed(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is damaged or was edited, its seal does not match: {_FLIP_AGAIN}") from error
+    check_type(record, schemas.RelabelledRecord, file, advice=_FLIP_AGAIN)
+    return dict(record)
+
+
+def _check_chain(path: Path, record: Mapping[str, Any]) -> None:
+    """Check that the sources which a record refers to, one after another, end at images.
+
+    Raises:
+        DataError: They lead back to one of them.
+    """
+    seen = {path.resolve()}
+    while is_relabelled(base := Path(record["data"])):
+        if base.resolve() in seen:
+            raise DataError(f"{path / _RECORD} refers to itself, by way of {base}: {_FLIP_AGAIN}")
+        seen.add(base.resolve())
+        record = _read_record(base)
+
+
+def _digest(labels: IntArray) -> str:
+    return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()

@@ -80,3 +80,53 @@ def test_rejects_damaged_files(tmp_path, npz, damage):
         (tmp_path / "noisy" / "labels.npy").write_bytes(b"")
     with pytest.raises(DataError, match="run kdfast data flip again"):
         open_source(tmp_path / "noisy")
+
+
+def edit(folder, *, version=None, **fields):
+    """Rewrite relabelled.json: as version 1, or as an edit that leaves the seal."""
+    record = json.loads((folder / "relabelled.json").read_text())
+    if version == 1:
+        record = {name: record[name] for name in ("data", "base", "share", "seed")} | {"format": "kdfast relabelled 1"}
+    (folder / "relabelled.json").write_text(json.dumps({**record, **fields}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_rejects_changed_labels(tmp_path, npz, version):
+    data = npz(tmp_path / "d.npz")
+    write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
+    if version == 1:
+        edit(tmp_path / "noisy", version=1)
+    labels = open_source(tmp_path / "noisy").train.labels.copy()
+    labels[0] = (labels[0] + 1) % 3
+    np.save(tmp_path / "noisy" / "labels.npy", labels)
+    with pytest.raises(DataError, match=r"labels\.npy does not hold the labels that were written"):
+        open_source(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("field", [{"data": "digits"}, {"base": "f" * 64}, {"labels": "f" * 64}, {"share": 0.5}])
+def test_rejects_an_edited_record(tmp_path, npz, field):
+    data = npz(tmp_path / "d.npz")
+    write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
+    edit(tmp_path / "noisy", **field)
+    with pytest.raises(DataError, match="was edited"):
+        open_source(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("field", [{"seed": "1"}, {"share": 2.0}, {"base": 7}, {"data": None}])
+def test_names_the_field_of_a_record_that_has_no_seal(tmp_path, npz, field):
+    data = npz(tmp_path / "d.npz")
+    write_flipped(open_source(data), str(data), tmp_path / "noisy", share=0.25, seed=1)
+    edit(tmp_path / "noisy", version=1, **field)
+    with pytest.raises(DataError, match=rf"relabelled\.json: field {next(iter(field))}"):
+        open_source(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("way", ["itself", "another"])
+def test_rejects_a_record_that_leads_back_to_itself(tmp_path, npz, way):
+    data = npz(tmp_path / "d.npz")
+    for name in ("one", "two"):
+        write_flipped(open_source(data), str(data), tmp_path / name, share=0.25, seed=1)
+    edit(tmp_path / "one", version=1, data=str(tmp_path / ("one" if way == "itself" else "two")))
+    edit(tmp_path / "two", version=1, data=str(tmp_path / "one"))
+    with pytest.raises(DataError, match="refers to itself"):
+        open_source(tmp_path / "one")
