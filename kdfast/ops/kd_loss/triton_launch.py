@@ -55,16 +55,20 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
         float(call.temperature), (1.0 - call.alpha) * share, call.kl_factor * share, call.grad_scale(),
     ]  # fmt: skip
     flags = {
-        "USE_CE": call.use_ce, "REVERSE": call.reverse, "GRAD": grad is not None, "HAS_LABELS": labels is not None,
-        "HAS_ROWS": rows is not None, "HAS_WEIGHTS": call.weights is not None, "HAS_MASS": sums is not None,
+        "USE_CE": call.use_ce, "REVERSE": call.use_kl and call.reverse, "GRAD": grad is not None,
+        "HAS_LABELS": labels is not None, "HAS_ROWS": rows is not None, "HAS_WEIGHTS": call.weights is not None,
+        "HAS_MASS": sums is not None,
         "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(call.temperature), 3) if call.use_ce and call.use_kl else 0,
     }  # fmt: skip
     out = (row_losses, row_losses if grad is None else grad)
     if call.classes is None or call.tail is None or not call.use_kl:
-        shape = tile_shape(n, c)
+        align, temperature = _alignment(logits, teacher), numbers[7] if call.use_kl else 1.0
+        shape = tile_shape(c, min(align, 16 // logits.element_size()), call.use_kl and call.reverse)
         kernel = _tuned(dense_kernel, tuple(shape.items()))
-        flags |= {"USE_KL": call.use_kl, "WIDE": _needs_wide_offsets(logits, teacher)}
-        flags |= {"ALIGN": _alignment(logits, teacher)}
+        flags |= {"USE_KL": call.use_kl, "WIDE": _needs_wide_offsets(logits, teacher), "ALIGN": align}
+        ce_factor, kl_factor, grad_scale = numbers[8:]
+        slopes = ce_factor * grad_scale, kl_factor * grad_scale / temperature
+        numbers[7:] = [ce_factor, kl_factor, math.log2(math.e) / temperature, *slopes]
         grid = (triton.cdiv(n, shape["ROWS"]),)
         kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
     else:

@@ -81,6 +81,14 @@ def dense():
 def options():
     for alpha, squared, reduction in itertools.product((0.0, 0.3, 1.0), (True, False), ("mean", "sum", "none")):
         check("options", *make_case(5, 60), alpha=alpha, t_squared=squared, reduction=reduction, temperature=2.0)
+    for alpha, direction in itertools.product((0.0, 0.5, 1.0), ("forward", "reverse")):
+        args = make_case(3, 9000)
+        check("options", *args, alpha=alpha, direction=direction, slack=2e-5)
+        losses = [
+            kdfast.kd_loss(z, *args[1:], alpha=alpha, direction=direction, backend="triton").detach()
+            for z in (args[0], args[0].clone().requires_grad_())
+        ]
+        record("options", torch.equal(*losses), "loss without a gradient")
     z, _, t, r = make_case(5, 60)
     check("options", z, None, t, r, alpha=1.0)
     check("options", z, None, t[:5], None, alpha=1.0)
@@ -105,6 +113,12 @@ def masked():
         y = torch.where(y < 0, y, c // 2 + 1 + (c // 2 + 1) % 3 % 2)
         z[:, c // 2 :], t[:, c // 2 :] = torch.randn(3, c - c // 2), torch.randn(5, c - c // 2).half()
         check("masked", z, y, t, r, direction=direction, slack=2e-5)
+    for c, t in itertools.product((100, 17000), (1.0, 4.0)):
+        z, y, teacher, r = make_case(3, c)
+        lowest = torch.finfo(torch.float32).min
+        z[0], z[2, : c // 2], y[2] = lowest, lowest, c - 1
+        teacher[r[2], : c // 2] = -math.inf
+        check("masked", z, y, teacher, r, temperature=t)
     z, y, t, r = make_case(3, 100)
     z[:, 5] = -math.inf
     y = torch.where(y < 0, y, 1)
