@@ -263,6 +263,11 @@ def test_a_file_of_tests_that_cannot_be_imported_fails_the_queue(tests, run, tmp
     assert "no_such_module" in next(row["error"] for row in run.rows() if row.get("outcome") == "failed")
 
 
+def test_a_test_has_less_time_than_its_part(run):
+    assert run("add(os.environ['QUEUE_TEST_SECONDS'])", seconds=20) == (0, {"a": "done"})
+    assert 0 < float(run.measured()[0]) < 20
+
+
 def test_a_test_that_hangs_is_recorded_with_its_stack_and_the_others_run(tests, run):
     code, state, outcomes = tests(limit=2, hang="1")
     assert (code, state) == (1, "done")

@@ -91,6 +91,8 @@ class Queue:
             **os.environ,
             **results.environment(),
             "QUEUE_WORK": str(self.work),
+            # Less than the part's own limit, so that a test that hangs is named and the others run.
+            "QUEUE_TEST_SECONDS": os.environ.get("QUEUE_TEST_SECONDS") or str(0.6 * part.seconds),
             "KDFAST_RESULTS": str(self.work / "results"),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(self._search_path(part)),
