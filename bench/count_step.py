@@ -2,7 +2,8 @@
 
     python bench/count_step.py [--student resnet32] [--batch-size 128] [--precision bf16]
 
-A step runs on the CPU as it would on a GPU: all data resident, cached logits indexed in place, one fused update. operators are one launch there; the backward pass of a convolution is at least two. Replayed as a CUDA graph, a step is
+A step runs on the CPU as it would on a GPU: all data resident, cached logits indexed in place, one fused update. Most
+operators are one launch there; the backward pass of a convolution is at least two. Replayed as a CUDA graph, a step is
 one launch, and one more that copies the batch's index.
 """
 
