@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +21,14 @@ from kdfast.files import (
     read_json,
     refuse_links,
     remove_stale,
+    schemas,
     sha256_file,
     visible_entries,
     write_json,
 )
+from kdfast.files.validate import decode_json
+from kdfast.nets.checkpoint import load_model
+from kdfast.nets.foreign import read_torch_file
 
 # Key of config.json whose value is informative only; all other keys are compared before a run resumes.
 METADATA_KEY = "started_with"
@@ -34,7 +37,6 @@ METADATA_KEY = "started_with"
 RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
 
 CHECKPOINTS = "checkpoints"
-_CHECKPOINT_NAME = re.compile(r"step-\d{9,}\.pt")
 # The start of a row of metrics.jsonl, as far as a killed process has written it.
 _ROW_START = b'{"step": '
 
@@ -112,7 +114,9 @@ class RunFolder:
             return
         folder = self.path / CHECKPOINTS
         pointer, file = folder / "latest.json", folder / f"step-{step:09d}.pt"
-        before = {k: v for k, v in read_json(pointer).items() if k != "before"} if pointer.exists() else None
+        before = None
+        if pointer.exists():
+            before = {name: value for name, value in self._read_pointer(pointer).items() if name != "before"}
         with atomic_write(file) as temporary:
             torch.save(dict(state), temporary)
         write_json(pointer, {"file": file.name, "step": step, "sha256": sha256_file(file), "before": before})
@@ -130,24 +134,23 @@ class RunFolder:
         pointer = self.path / CHECKPOINTS / "latest.json"
         if not pointer.exists():
             return None
-        latest = read_json(pointer)
-        if not (isinstance(latest, dict) and {"file", "sha256"} <= latest.keys()):
-            raise CheckpointError(f"{pointer} is damaged: delete {self.path} and run again")
-        entries: list[dict[str, Any]] = [entry for entry in (latest, latest.get("before")) if entry]
-        for entry in entries:
-            file = pointer.parent / str(entry["file"])
-            if not _CHECKPOINT_NAME.fullmatch(file.name) or file != pointer.parent / file.name:
-                raise CheckpointError(
-                    f"{pointer} names {entry['file']!r}, which is no checkpoint of this folder: delete {self.path} and "
-                    "run again"
-                )
+        latest = self._read_pointer(pointer)
+        for entry in filter(None, (latest, latest.get("before"))):
+            file = pointer.parent / entry["file"]
             if file.exists() and sha256_file(file) == entry["sha256"]:
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                state: dict[str, Any] = read_torch_file(file)
                 return state
         raise CheckpointError(
-            f"{pointer.parent / str(latest['file'])} is missing or damaged, and so is any previous checkpoint: delete "
+            f"{pointer.parent / latest['file']} is missing or damaged, and so is any previous checkpoint: delete "
             f"{self.path} and run again"
         )
+
+    def _read_pointer(self, pointer: Path) -> dict[str, Any]:
+        latest = read_json(pointer, schemas.LatestCheckpoint, error=CheckpointError, advice=self._start_over())
+        return dict(latest)
+
+    def _start_over(self) -> str:
+        return f"delete {self.path} and run again"
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json."""
@@ -155,23 +158,38 @@ class RunFolder:
             write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
 
     def read_result(self) -> dict[str, Any] | None:
-        """Read the result of a finished run; None if the result or the student is missing.
-
-        Raises:
-            DataError: If the file is not the result of a run.
-        """
-        file = self.path / "result.json"
-        if not file.exists() or not (self.path / "student.pt").exists():
-            return None
-        result = read_json(file)
-        if not isinstance(result, dict) or not {"test_top1", "steps", "weights"} <= result.keys():
-            raise DataError(f"{file} was changed and is not the result of a run: delete {self.path} and run again")
-        return result
+        """Read the result of a finished run, see `read_finished_run`."""
+        return read_finished_run(self.path)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which marks the run as finished."""
         if self.writes:
             write_json(self.path / "result.json", dict(result))
+
+
+def read_finished_run(path: Path) -> dict[str, Any] | None:
+    """Read the result of a finished run, and check that its student is the network that was evaluated.
+
+    Returns:
+        The content of result.json; None if the result or the student is missing.
+
+    Raises:
+        DataError: If result.json is damaged.
+        CheckpointError: If student.pt is damaged, or is not the student of this result.
+    """
+    file, student = path / "result.json", path / "student.pt"
+    if not file.exists() or not student.exists():
+        return None
+    result = read_json(file, schemas.RunResult, advice=f"delete {path} and run again")
+    advice = f"delete {student} and run the same command again, which writes it anew"
+    try:
+        model = load_model(student)
+    except CheckpointError as error:
+        raise CheckpointError(f"the run is finished, but {error}; or {advice}") from error
+    same_accuracy = model.metadata.get("test_top1", result["test_top1"]) == result["test_top1"]
+    if model.digest != result["weights"] or not same_accuracy:
+        raise CheckpointError(f"{student} is not the student that {file} describes: {advice}")
+    return dict(result)
 
 
 def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool:
@@ -195,7 +213,7 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
         raise OutputError(f"{path} already holds a run: choose another `out`, or `resume` auto to resume it")
     if not (path / CHECKPOINTS / "latest.json").exists() and not (path / "result.json").exists():
         return False
-    saved, new = read_json(file), json.loads(json.dumps(config))
+    saved, new = read_json(file, schemas.RunConfigFile), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
     if changes := describe_changes(saved, new):
         raise UsageError(f"{path} holds a run with other settings: {changes}. Choose another `out`")
@@ -247,10 +265,10 @@ class MetricsFile:
         if rest:
             self._file.truncate(end)
         self._file.seek(end)
-        try:
-            return int(json.loads(lines[-1])["step"]) if lines else -1
-        except (ValueError, KeyError) as error:
-            raise DataError(f"the last line of {self.path} is not a metrics row: move the file away") from error
+        if not lines:
+            return -1
+        where, advice = f"the last line of {self.path} is not a metrics row", "move the file away"
+        return int(decode_json(lines[-1], schemas.MetricsRow, where, advice=advice)["step"])
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row, unless its step is already there."""

@@ -17,6 +17,8 @@ from kdfast.distill.optimizer import ScheduledSGD
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
+from kdfast.files import schemas
+from kdfast.files.validate import check_type
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.ops.float32 import full_float32
@@ -85,6 +87,8 @@ class Trainer:
         Raises:
             CheckpointError: If it is not a state of this run.
         """
+        advice = "choose another `out`"
+        check_type(state, schemas.TrainingState, "the checkpoint", error=CheckpointError, advice=advice)
         try:
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -96,8 +100,8 @@ class Trainer:
             torch.set_rng_state(state["rng"])
             if state["cuda_rng"] is not None and self.plan.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.plan.device)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this run ({error}): choose another `out`") from error
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this run ({error}): {advice}") from error
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which all steps must run, and everything else that uses the network meanwhile."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.files import read_json
+from kdfast.distill.folder import read_finished_run
+from kdfast.errors import DataError
+from kdfast.files import schemas
+from kdfast.files.validate import decode_json, read_regular
 from kdfast.report.plots import add_legend, check_plot_path, save_plot
 
 
@@ -21,7 +23,8 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
         out: The .png file to write.
 
     Raises:
-        DataError: A folder holds no finished run.
+        DataError: A folder holds no finished run, or a damaged one.
+        CheckpointError: The student of a run is damaged, or is not the one that was evaluated.
         OutputError: The file cannot be written, or would replace one that kdfast did not write.
     """
     check_plot_path(out)
@@ -34,7 +37,7 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
     left, right = figure.subplots(1, 2)
     lines: dict[str, Any] = {}
     for number, (name, folders) in enumerate(groups.items()):
-        finals = [read_json(folder / "result.json")["test_top1"] for folder in folders]
+        finals = [_read_result(folder)["test_top1"] for folder in folders]
         label = f"{name}: {sum(finals) / len(finals):.1f}% (n = {len(finals)})"
         for folder in folders:
             rows = _read_metrics(folder)
@@ -47,8 +50,22 @@ def plot_runs(groups: Mapping[str, Sequence[Path]], out: Path) -> None:
     save_plot(figure, out)
 
 
+def _read_result(folder: Path) -> dict[str, Any]:
+    result = read_finished_run(folder)
+    if result is None:
+        raise DataError(
+            f"{folder} holds no finished run, with result.json and student.pt: pass the folders of such runs"
+        )
+    return result
+
+
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"
+    try:
+        lines = read_regular(file).splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    return [decode_json(line, schemas.MetricsRow, f"line {number} of {file}") for number, line in enumerate(lines, 1)]
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
