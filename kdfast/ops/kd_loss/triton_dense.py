@@ -502,9 +502,9 @@ def tile_shape(classes: int, vector: int, reverse: bool) -> dict[str, int]:
     """Return the tiles and the warps of ``dense_kernel``, for vectors of ``vector`` elements.
 
     A thread has up to 32 elements of a tile: with more, ptxas spills registers (sm_90); with fewer, the instructions
-    for a row weigh more. The longer a row of several tiles, the more warps it has, each thread with at most 128
-    registers. Rows that 132 multiprocessors process at a time are then at most 34 MB of half-precision logits up to
-    65,536 classes, so that a cache of 50 MB still has them when they are read again.
+    for a row weigh more. The longer a row of several tiles, the more warps it has, of 95 to 128 registers a thread.
+    Rows that 132 multiprocessors process at a time are then at most 44 MB of half-precision logits up to 65,536
+    classes, so that a cache of 50 MB still has them when they are read again.
     """
     power = triton.next_power_of_2(classes)
     single = power <= (4096 if reverse else 8192)
