@@ -371,10 +371,15 @@ class SweepSettings(Struct):
     steps: Count
 
 
-class SweepRow(Struct):
+class SweepKey(Struct):
+    """A line of results.jsonl, as far as it decides what is left to run."""
+
+    key: str
+
+
+class SweepRow(SweepKey):
     """A line of results.jsonl."""
 
-    key: Sha256
     method: str
     fraction: Annotated[float, Meta(gt=0, le=1)]
     kd: bool

@@ -7,6 +7,7 @@ NaN, no infinity), bounded nesting and integers, and every declared field with i
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from kdfast.errors import DataError, KdfastError
 # The largest file that kdfast writes as JSON (the results of a sweep) is far smaller.
 MAX_JSON_BYTES = 256 << 20
 
+MAX_DEPTH = 64  # of nested dicts and lists; those who work on the values call themselves for each level
 _MAX_DIGITS = 20
 
 _WHERE = re.compile(r"^(?P<what>.*) - at `(?P<in_key>key` in `)?\$\.?(?P<field>.*)`$", re.DOTALL)
@@ -73,6 +75,8 @@ def decode_json(
         value = json.loads(raw, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
     except (ValueError, RecursionError) as exc:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise error(f"{where} is not valid JSON ({_sentence(str(exc))}): {advice}") from exc
+    if _is_deep(value):
+        raise error(f"{where} is nested more than {MAX_DEPTH} levels deep: {advice}")
     return check_type(value, schema, where, error=error, advice=advice)
 
 
@@ -114,6 +118,15 @@ def _parse_float(text: str) -> float:
     if math.isfinite(value := float(text)):
         return value
     raise ValueError(f"the number {text[:_MAX_DIGITS]} is not finite")
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether dicts and lists are nested deeper than allowed, without recursion."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        parts = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [part for part in itertools.chain.from_iterable(parts) if isinstance(part, (dict, list))]
+    return bool(level)
 
 
 def _explain(message: str) -> str:

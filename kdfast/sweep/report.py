@@ -39,7 +39,7 @@ def report_sweep(folder: Path) -> str:
         DataError: There is no row.
         OutputError: The files cannot be written, or would replace some that kdfast did not write.
     """
-    sections = group_rows(ResultsLog(folder).rows())
+    sections = group_rows(ResultsLog(folder).results())
     if not sections:
         raise DataError(f"{folder} has no row of a sweep: pass as `out` the folder of a sweep with a finished run")
     check_report_files(folder)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import DataError, OutputError
-from kdfast.files import open_own, refuse_links, visible_entries
+from kdfast.files import open_own, refuse_links, schemas, visible_entries
+from kdfast.files.validate import check_type, decode_json, read_regular
 
 RESULTS = "results.jsonl"
 RUNS = "runs"
 _CLAIMS = ".claims"
 # The start of a row, as far as a killed process has written it.
 _ROW_START = b'{"key": "'
+_ADVICE = "delete that line or move the file away"
 
 
 class ResultsLog:
@@ -41,7 +43,7 @@ class ResultsLog:
             DataError: The file cannot be read, or a line other than an incomplete last one is not a row.
         """
         try:
-            return _parse(self.path, self.path.read_bytes())
+            return _parse(self.path, read_regular(self.path))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -61,6 +63,17 @@ class ResultsLog:
         for name in (RESULTS, _CLAIMS, RUNS):
             refuse_links(self.folder, name)
         self.rows()
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return all complete rows, checked in full, for tables and messages.
+
+        Raises:
+            DataError: As `rows`, or a field is missing or has another type.
+        """
+        return [
+            check_type(row, schemas.SweepRow, f"line {number} of {self.path}", advice=_ADVICE)
+            for number, row in enumerate(self.rows(), 1)
+        ]
 
     def done(self) -> set[str]:
         """Return the keys of all rows."""
@@ -117,14 +130,8 @@ def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
     rest = data[data.rfind(b"\n") + 1 :]
     if not _ROW_START.startswith(rest[: len(_ROW_START)]):
         raise DataError(f"the last line of {path} is not a row of a sweep: move the file away")
-    rows = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["key"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"line {number} of {path} is not a row of a sweep: delete that line or move the file away"
-            ) from error
-        rows.append(row)
-    return rows
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    return [
+        decode_json(line, schemas.SweepKey, f"line {number} of {path} is not a row of a sweep", advice=_ADVICE)
+        for number, line in enumerate(lines, 1)
+    ]

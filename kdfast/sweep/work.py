@@ -89,7 +89,7 @@ class _RunProgress:
 def report_rows(log: ResultsLog, runs: Sequence[SweepRun], done: set[str], on_row: OnRow | None) -> set[str]:
     """Report the rows of the sweep whose keys are not in `done`, and return the keys of all rows."""
     new = {run.key for run in runs} - done
-    rows = log.rows()
+    rows = log.results()
     for row in rows:
         if on_row is not None and row["key"] in new:
             on_row(row)

@@ -97,3 +97,36 @@ def test_claim_excludes_other_processes_and_ends_with_its_process(tmp_path: Path
     finally:
         holder.kill()
         holder.communicate()
+
+
+ROW = {"key": "a", "method": "random", "fraction": 0.5, "kd": False, "seed": 0, "steps": 1, "kept": 9,
+       "test_top1": 50.0, "seconds": 1.0, "settings": {"data": "f", "student": "resnet8", "steps": 1}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("test_top1", "50"), ("test_top1", -1.0), ("fraction", 0), ("kd", 1), ("seed", 0.5), ("kept", None), ("key", [])],
+)
+def test_names_the_line_and_field_of_a_changed_row(tmp_path, field, value):
+    log = ResultsLog(tmp_path)
+    log.path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, {**ROW, "key": "b", field: value})))
+    with pytest.raises(DataError, match=rf"line 2 of .*results\.jsonl.*: field {field}.*delete that line"):
+        log.results()
+
+
+@pytest.mark.parametrize("name", ["method", "settings", "test_top1", "steps"])
+def test_names_the_line_and_a_missing_field(tmp_path, name):
+    log = ResultsLog(tmp_path)
+    log.path.write_text(json.dumps({key: value for key, value in ROW.items() if key != name}) + "\n")
+    with pytest.raises(DataError, match=rf"line 1 of .*missing required field {name}"):
+        log.results()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"key": "b", "x": NaN}', '{"key": "b", "x": 1e999}', '{"key": "b", "x": ' + "[" * 200 + "]" * 200 + "}"]
+)
+def test_refuses_rows_that_are_no_strict_json(tmp_path, line):
+    log = ResultsLog(tmp_path)
+    log.path.write_text(json.dumps(ROW) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=r"line 2 of .*results\.jsonl is not a row of a sweep"):
+        log.rows()

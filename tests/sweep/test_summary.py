@@ -17,7 +17,7 @@ def row(method: str, seed: int, top1: float, *, kd: bool = True, fraction: float
     common |= {"kd": kd, "seed": seed, "cache": "c" if kd else None, **({"alpha": "auto"} if kd else {}), **settings}
     key = f"{method}-{seed}-{kd}-{fraction}-{sorted(settings.items())}"
     return {"key": key, "method": method, "fraction": fraction, "kd": kd, "seed": seed, "test_top1": top1,
-            "kept": 100, "settings": common}  # fmt: skip
+            "kept": 100, "steps": 10, "seconds": 1.0, "settings": common}  # fmt: skip
 
 
 RANDOM, OURS = [40.0, 41.5, 39.0], [42.0, 42.5, 42.0]
