@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,12 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.resident import ResidentLoader
 from kdfast.distill.batches import Batches
 from kdfast.distill.distributed import Distributed
+from kdfast.distill.folder import RunFolder
+from kdfast.distill.interrupt import StopRequest
+from kdfast.distill.plan import Plan
+from kdfast.distill.targets import TeacherTargets
+from kdfast.distill.train import Monitoring, _TrainingLoop
+from kdfast.distill.trainer import Trainer
 from kdfast.errors import UsageError
 
 IDS = np.arange(0, 150, dtype=np.int64)
@@ -103,3 +110,26 @@ def test_two_gloo_processes_match_one(tmp_path: Path) -> None:
     # Batch norm sees half a batch in each process, so the losses are only approximately equal.
     assert rows["two"][-1]["loss"] == pytest.approx(rows["one"][-1]["loss"], rel=0.25)
     assert rows["two"][-1]["loss"] < 0.9 * rows["two"][0]["loss"]
+
+
+def test_processes_look_for_a_stop_every_twenty_steps_and_when_they_log(
+    make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def any_process(self: Distributed, flag: bool, device: torch.device) -> bool:
+        asked.append(trainer.step)
+        return flag
+
+    plan = make_plan(TeacherTargets())
+    trainer = Trainer(plan)
+    plan.distributed = Distributed(0, 2)
+    monkeypatch.setattr(Distributed, "any", any_process)
+    with RunFolder(tmp_path / "run", plan.identity) as folder:
+        loop = _TrainingLoop(trainer, folder, Monitoring())
+        stop = StopRequest()
+        for trainer.step in range(1, 61):
+            loop.stop_requested(stop, wait=trainer.step == 33)
+        assert loop.metrics is not None
+        loop.metrics.close()
+    assert asked == [20, 33, 40, 60]

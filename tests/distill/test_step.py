@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdfast.distill import targets as targets_module
 from kdfast.distill.batches import Batch
+from kdfast.distill.config import Execution
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.trainer import Trainer
@@ -100,3 +101,17 @@ def test_online_teacher_computes_in_float32(make_plan: Callable[..., Plan], teac
     trainer = Trainer(plan)
     trainer.train_step(next(trainer.batches.epoch(0)))
     assert allowed == [False]
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_alike(make_plan: Callable[..., Plan], cache: TeacherCache) -> None:
+    losses = {}
+    for compiled in (False, True):
+        plan = make_plan(TeacherTargets(cache=cache), alpha=0.7)
+        plan.execution = Execution(compile=compiled)
+        trainer = Trainer(plan)
+        for batch in trainer.batches.epoch(0):  # the last one is smaller
+            trainer.train_step(batch)
+        trainer.check_finite()
+        losses[compiled] = trainer.take_metrics()["loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
