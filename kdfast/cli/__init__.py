@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from kdfast.cli.signals import INTERRUPTER
+from kdfast.cli.threads import configure_threads
 
 
 def main() -> None:
     """Run the command line; turn errors into one line on stderr and an exit code of `kdfast.errors`."""
     # First of all, because the imports below take a moment too.
     INTERRUPTER.install()
+    configure_threads()
     from kdfast.cli.program import run
 
     run()

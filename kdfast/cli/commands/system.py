@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 
 from kdfast.cli.output import say
+from kdfast.cli.threads import describe_threads
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision")
 
@@ -22,7 +22,7 @@ def doctor() -> None:
     say(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         say(f"{package:<12} {_version(package)}")
-    say(f"cores        {len(os.sched_getaffinity(0))} usable; torch uses {torch.get_num_threads()} threads")
+    say(f"cores        {describe_threads(torch.get_num_threads())}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"cuda         {', '.join(devices) if devices else 'no device'}")
     say(f"native       {_describe_extension()}")
