@@ -257,7 +257,7 @@ class SearchFile(Struct):
 class CachedData(Struct):
     """The data of a cache."""
 
-    fingerprint: Sha256
+    fingerprint: str
     samples: Positive
     classes: Positive
     image: Annotated[list[Positive], Meta(min_length=3, max_length=3)]
@@ -295,11 +295,16 @@ class TopKFields(Struct, forbid_unknown_fields=True):
     temperature: Above0
 
 
-class CachePlan(Struct):
-    """plan.json of an unfinished cache."""
+class FormatVersion(Struct):
+    """Format and version, which are compared before anything else."""
 
     format: str
     version: int
+
+
+class CachePlan(FormatVersion):
+    """plan.json of an unfinished cache."""
+
     data: CachedData
     teacher: CachedTeacher
     views: CachedViews
@@ -335,11 +340,9 @@ class ShardRecord(Struct):
 # Dynamics: plan.json, sealed.json, manifest.json.
 
 
-class DynamicsPlan(Struct):
+class DynamicsPlan(FormatVersion):
     """plan.json."""
 
-    format: str
-    version: int
     samples: Positive
     epochs: Positive
     labels: Sha256

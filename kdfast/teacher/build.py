@@ -26,7 +26,7 @@ from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.teacher.checks import check_intact
 from kdfast.teacher.finish import write_manifest
-from kdfast.teacher.manifest import BUILDING, MANIFEST, TIMING, read_manifest, read_sealed_json
+from kdfast.teacher.manifest import BUILDING, MANIFEST, read_manifest, read_timing
 from kdfast.teacher.plan import check_cache_folder, check_same_plan, make_plan, write_or_check_plan
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat, TopK
@@ -184,7 +184,7 @@ def _reuse_finished(folder: Path, plan: dict[str, Any]) -> CacheBuild:
     check_same_plan(folder, manifest, plan, "a finished cache")
     check_intact(folder, manifest["files"])
     shutil.rmtree(folder / BUILDING, ignore_errors=True)  # remains of a kill between the manifest and the cleanup
-    return CacheBuild(folder, True, 0, 0, float(read_sealed_json(folder / TIMING)["seconds"]))
+    return CacheBuild(folder, True, 0, 0, float(read_timing(folder)["seconds"]))
 
 
 def _build(

@@ -23,6 +23,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
+from kdfast.files.arrays import read_npy
 from kdfast.nets.checkpoint import Model
 from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.checks import check_intact, check_match
@@ -30,10 +31,9 @@ from kdfast.teacher.manifest import (
     COVERAGE,
     FEATURES,
     IDENTITY,
-    TIMING,
     digest_ids,
     read_manifest,
-    read_sealed_json,
+    read_timing,
     shard_file,
 )
 from kdfast.teacher.plan import compute_accuracy
@@ -99,7 +99,7 @@ class TeacherCache:
         check_match(folder, manifest, source, teacher)
         if check_files:
             check_intact(folder, manifest["files"])
-        manifest |= {"seconds": read_sealed_json(folder / TIMING)["seconds"]}
+        manifest |= {"seconds": read_timing(folder)["seconds"]}
         cache = cls(folder, manifest)
         if source is not None:
             top1 = compute_accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
@@ -223,11 +223,11 @@ class TeacherCache:
 
     def features(self) -> npt.NDArray[np.float32]:
         """Return the classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped."""
-        return self._load_array(FEATURES)
+        return self._load_array(FEATURES, (len(self), self.manifest["features"]), np.float32)
 
     def identity_logits(self) -> npt.NDArray[np.float32]:
         """Return the identity view's logits in float32, (n, classes) in the order of `coverage`, memory-mapped."""
-        return self._load_array(IDENTITY)
+        return self._load_array(IDENTITY, (len(self), self.classes), np.float32)
 
     def _positions(self, ids: IntArray) -> IntArray:
         """Return the positions of the samples in `coverage`."""
@@ -248,13 +248,9 @@ class TeacherCache:
     def _map(self, shard: int) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
         """Return a shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""
         if shard not in self._maps:
-            array = self._load_array(shard_file(shard), "r")
             size = min(self._per_shard, len(self.coverage) - shard * self._per_shard)
-            if array.shape != (self.n_views, size, *self._rows.shape) or array.dtype != self._rows.element:
-                raise CacheMismatch(
-                    f"{self.path / shard_file(shard)} has the wrong shape {array.shape} or dtype {array.dtype}: build "
-                    "the cache again"
-                )
+            shape = (self.n_views, size, *self._rows.shape)
+            array = self._load_array(shard_file(shard), shape, self._rows.element, "r")
             self._maps[shard] = (array.reshape(-1, *self._rows.shape), cast(mmap.mmap, array.base).madvise)
         return self._maps[shard]
 
@@ -262,16 +258,14 @@ class TeacherCache:
         info = self.manifest["coverage"]
         if info["whole"]:
             return np.arange(info["samples"], dtype=np.int64)
-        coverage: IntArray = np.array(self._load_array(COVERAGE), dtype=np.int64)
+        coverage: IntArray = np.array(self._load_array(COVERAGE, (info["samples"],), np.int64))
         if digest_ids(coverage) != info["digest"]:
             raise CacheMismatch(f"{self.path / COVERAGE} does not match the manifest: build the cache again")
         return coverage
 
-    def _load_array(self, name: str, mode: Literal["r", "c"] = "c") -> npt.NDArray[Any]:
-        path = self.path / name
-        try:
-            # Copy on write ("c"): callers may wrap the array in a tensor, which must be writable; the file stays as is.
-            array: npt.NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CacheMismatch(f"cannot read {path} ({error}): build the cache again") from error
-        return array
+    def _load_array(
+        self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, mode: Literal["r", "c"] = "c"
+    ) -> npt.NDArray[Any]:
+        # Copy on write ("c"): callers may wrap the array in a tensor, which must be writable; the file stays as is.
+        path, advice = self.path / name, "build the cache again"
+        return read_npy(path, shape=shape, dtype=dtype, mmap_mode=mode, error=CacheMismatch, advice=advice)

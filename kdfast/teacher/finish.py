@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from kdfast.data.source import Source
+from kdfast.errors import CacheMismatch
 from kdfast.files import atomic_write, sha256_file, write_sealed
+from kdfast.files.arrays import read_npy
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.manifest import COVERAGE, FEATURES, IDENTITY, MANIFEST, TIMING, shard_file
@@ -30,6 +32,7 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
 
     Raises:
         OutputError: A file cannot be written.
+        CacheMismatch: A part of a shard is damaged.
     """
     folder, coverage = builder.folder, builder.coverage
     records = [record for shard in range(builder.shard_count) if (record := builder.read_record(shard)) is not None]
@@ -42,12 +45,12 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
             np.save(file, coverage)
         names.append(COVERAGE)
     digests |= {name: sha256_file(folder / name) for name in names}
-    identity = np.load(folder / IDENTITY, mmap_mode="r")
+    identity = read_npy(folder / IDENTITY, mmap_mode="r", error=CacheMismatch)
     test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
     results = {
         "train_top1": compute_accuracy(identity, source.train.labels[coverage]),
         "test_top1": test["top1"],
-        "features": int(np.load(folder / FEATURES, mmap_mode="r").shape[1]),
+        "features": int(read_npy(folder / FEATURES, mmap_mode="r", error=CacheMismatch).shape[1]),
         "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},
     }
     seconds = sum(float(record["seconds"]) for record in records)
@@ -59,9 +62,9 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
 
 def _concatenate_parts(builder: ShardBuilder, kind: str, name: str) -> None:
     """Write the shards' parts one after another as one array, with at most one of them in memory."""
-    width = np.load(builder.part_path(kind, 0), mmap_mode="r").shape[1]
+    width = read_npy(builder.part_path(kind, 0), mmap_mode="r", error=CacheMismatch).shape[1]
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(builder.coverage), width)}
     with atomic_write(builder.folder / name) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for shard in range(builder.shard_count):
-            file.write(np.load(builder.part_path(kind, shard)).data)
+            file.write(read_npy(builder.part_path(kind, shard), error=CacheMismatch).data)

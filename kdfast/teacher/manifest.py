@@ -15,7 +15,8 @@ from typing import Any
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, shorten
-from kdfast.files import read_sealed
+from kdfast.files import read_sealed, schemas
+from kdfast.files.validate import check_type
 
 FORMAT = "kdfast-cache"
 VERSION = 1
@@ -26,6 +27,7 @@ FEATURES = "features.npy"
 IDENTITY = "identity_logits.npy"
 BUILDING = ".building"
 PLAN = "plan.json"
+_BUILD_AGAIN = "delete the cache and build it again"
 
 
 def shard_file(index: int) -> str:
@@ -38,22 +40,46 @@ def digest_ids(ids: IntArray) -> str:
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
+def read_sealed_json(path: Path, schema: type) -> dict[str, Any]:
     """Read a plan, timing or manifest file that `write_sealed` wrote.
+
+    Args:
+        path: The file.
+        schema: What it must hold, a class of `kdfast.files.schemas`.
 
     Raises:
         CacheMismatch: The file is missing or damaged.
     """
     try:
-        return read_sealed(path)
+        fields = read_sealed(path)
     except OSError as error:
         raise CacheMismatch(
             f"cannot read {path} ({error.strerror}): not a finished cache; build one with kdfast cache"
         ) from error
     except ValueError as error:
         raise CacheMismatch(
-            f"{path} is damaged: its content does not match its own digest; delete the cache and build it again"
+            f"{path} is damaged: its content does not match its own digest; {_BUILD_AGAIN}"
         ) from error
+    check_type(fields, schema, path, error=CacheMismatch, advice=_BUILD_AGAIN)
+    return fields
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Read the plan of an unfinished cache.
+
+    Raises:
+        CacheMismatch: The plan is missing or damaged.
+    """
+    return read_sealed_json(folder / BUILDING / PLAN, schemas.CachePlan)
+
+
+def read_timing(folder: Path) -> dict[str, Any]:
+    """Read how long the build of a finished cache took.
+
+    Raises:
+        CacheMismatch: The file is missing or damaged.
+    """
+    return read_sealed_json(folder / TIMING, schemas.CacheTiming)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -62,12 +88,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CacheMismatch: The manifest is missing, damaged, or has another format version.
     """
-    fields = read_sealed_json(folder / MANIFEST)
-    if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
+    fields = read_sealed_json(folder / MANIFEST, schemas.FormatVersion)
+    if (fields["format"], fields["version"]) != (FORMAT, VERSION):
         raise CacheMismatch(
-            f"{folder} has cache format {fields.get('format')} {fields.get('version')}, this version of kdfast "
+            f"{folder} has cache format {fields['format']} {fields['version']}, this version of kdfast "
             f"reads {FORMAT} {VERSION}: build it again"
         )
+    check_type(fields, schemas.CacheManifest, folder / MANIFEST, error=CacheMismatch, advice=_BUILD_AGAIN)
     return fields
 
 

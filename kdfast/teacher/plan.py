@@ -22,7 +22,7 @@ from kdfast.teacher.manifest import (
     VERSION,
     compare_manifests,
     digest_ids,
-    read_sealed_json,
+    read_plan,
 )
 
 
@@ -77,7 +77,7 @@ def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         write_sealed(path, plan)
     # Read back even if just written: two ranks may start with different options at the same moment.
-    check_same_plan(folder, read_sealed_json(path), plan, "an unfinished cache")
+    check_same_plan(folder, read_plan(folder), plan, "an unfinished cache")
 
 
 def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:

@@ -20,7 +20,7 @@ from kdfast.data.source import Split
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import DataError
-from kdfast.files import atomic_write, read_json, sha256_file, write_json
+from kdfast.files import atomic_write, read_json, schemas, sha256_file, write_json
 from kdfast.teacher.manifest import BUILDING, shard_file
 from kdfast.teacher.predictor import Precision, Predictor
 from kdfast.teacher.row_format import RowFormat
@@ -81,14 +81,13 @@ class ShardBuilder:
         if not path.is_file():
             return None
         try:
-            record = read_json(path)
+            record: dict[str, Any] = read_json(path, schemas.ShardRecord)
         except DataError:
             return None  # a damaged record is like none: the shard is computed again
-        if not isinstance(record, dict) or record.get("plan") != self.plan_digest:
+        if record["plan"] != self.plan_digest:
             return None
         names = {str(path.relative_to(self.folder)) for path in self._part_paths(shard)}
-        files = record.get("files")
-        return record if isinstance(files, dict) and files.keys() == names else None
+        return record if record["files"].keys() == names else None
 
     def is_done(self, shard: int) -> bool:
         """Return whether a shard has a record and its files have not changed since."""
