@@ -56,6 +56,7 @@ def run() -> NoReturn:
     except OutputError as error:
         complain(f"kdfast: {error}")
         code = code or error.exit_code
+    INTERRUPTER.ignore()
     sys.exit(code)
 
 

@@ -36,6 +36,11 @@ class Interrupter:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self)
 
+    def ignore(self) -> None:
+        """Ignore both signals from now on: the interpreter that shuts down would die of them after all work is done."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt, or exit at once if a module is being imported."""
         self.received = self.received or signal.Signals(number).name

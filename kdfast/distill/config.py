@@ -11,6 +11,10 @@ from kdfast.distill.schedule import LR_SCHEDULES
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss.validation import check_temperature
 
+# Counts and their products stay in 64 bits.
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -55,9 +59,10 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0), ("seed", 0)):
-            check_at_least(name, getattr(self, name), least)
-        check_at_least("view_seed", self.view_seed or 0, 0)
+        for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
+            check_integer(name, getattr(self, name), least)
+        check_integer("seed", self.seed, 0, LARGEST_SEED)
+        check_integer("view_seed", self.view_seed or 0, 0, LARGEST_SEED)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -77,10 +82,12 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise UsageError if the argument `name` is less than `least`."""
+def check_integer(name: str, value: int, least: int, most: int = LARGEST_COUNT) -> None:
+    """Raise UsageError if the argument `name` is less than `least` or more than `most`."""
     if value < least:
         raise UsageError(f"`{name}` is {value}: pass an integer of at least {least}")
+    if value > most:
+        raise UsageError(f"`{name}` is {value}: pass an integer of at most {most}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

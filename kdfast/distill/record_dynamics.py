@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
-from kdfast.distill.config import RunConfig, check_at_least
+from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import CHECKPOINTS, RunFolder
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
@@ -57,7 +57,7 @@ class RecordingConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("runs", 1), ("record_every", 1), ("features_every", 0)):
-            check_at_least(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if not 0 < self.keep <= 1:
             raise UsageError(f"`keep` is {self.keep}: pass a number in (0, 1]")
         if self.only is not None and not 0 <= self.only < self.runs:

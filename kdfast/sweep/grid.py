@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdfast.data.order import batch_count
-from kdfast.distill.config import RunConfig
+from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.schedule import parse_alpha
 from kdfast.errors import UsageError
 from kdfast.sweep.recipes import ResolvedMethod
@@ -61,8 +61,7 @@ class SweepConfig:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise UsageError(f"`fractions` contains {fraction}: pass numbers above 0 and at most 1")
-        if self.steps < 1:
-            raise UsageError(f"`steps` is {self.steps}: pass a whole number of at least 1")
+        check_integer("steps", self.steps, 1)
         for seed in self.seeds:
             self.run_config(0, seed=seed)
         if True in self.kd:

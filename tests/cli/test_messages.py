@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from kdfast.cli.program import app
 from kdfast.cli.messages import find_command, translate
+from kdfast.cli.program import app
 from kdfast.errors import UsageError, describe_changes, did_you_mean
 
 ROOT = typer.main.get_command(app)

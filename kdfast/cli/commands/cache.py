@@ -35,7 +35,9 @@ def build(
     views: Annotated[
         int, typer.Option("--views", help="Views per sample; 0: all views, for any later run.", min=0)
     ] = 0,
-    view_seed: Annotated[int, typer.Option("--view-seed", help="Seed that chooses the views.", min=0)] = 0,
+    view_seed: Annotated[
+        int, typer.Option("--view-seed", help="Seed that chooses the views.", min=0, max=2**63 - 1)
+    ] = 0,
     dtype: Annotated[
         str,
         typer.Option(

@@ -85,7 +85,7 @@ def sweep(
     loader: options.Loader = "auto",
     size: options.Size = None,
     device: options.Device = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
     keep_runs: Annotated[
         bool,
         typer.Option(

@@ -39,7 +39,9 @@ Views = Annotated[
 ]
 ViewSeed = Annotated[
     int | None,
-    typer.Option("--view-seed", help="Seed that chooses those views; default: the cache's, else 0.", min=0),
+    typer.Option(
+        "--view-seed", help="Seed that chooses those views; default: the cache's, else 0.", min=0, max=2**63 - 1
+    ),
 ]
 Alpha = Annotated[
     str,
