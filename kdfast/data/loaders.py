@@ -5,9 +5,7 @@ To add a loader, write a class and an entry in LOADERS.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +17,9 @@ from kdfast.data.ffcv.read import BetonLoader, BetonSplit
 from kdfast.data.resident import ResidentLoader
 from kdfast.data.source import Split
 from kdfast.errors import UsageError
+from kdfast.files.inputs import total_memory
 
 _MEMORY_SHARE = 4  # what stays in memory may take one quarter
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CONVERT = "write .beton files with kdfast data convert and use that folder as the data"
 
 
@@ -96,11 +94,4 @@ def device_memory(device: torch.device) -> int:
     """Return the memory of a device in bytes; for the CPU, that of the machine or the container's limit if smaller."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _CGROUP_LIMITS:
-        limit = Path(name)
-        # Without a limit the file is missing or holds `max`.
-        text = limit.read_text().strip() if limit.is_file() else ""
-        if text.isdigit():
-            memory = min(memory, int(text))
-    return memory
+    return total_memory()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.errors import DataError, KdfastError
+from kdfast.files.inputs import available_memory, open_regular
 
 Array = npt.NDArray[Any]
 
@@ -45,11 +45,9 @@ def read_npy(
         KdfastError: Of type `error`, if the file is missing, damaged, not a plain array, or of another shape or dtype.
     """
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"cannot read {path}: it is not a regular file")
-            array = _read_array(file, status.st_size, None if mmap_mode is None else (path, mmap_mode))
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            array = _read_array(file, size, None if mmap_mode is None else (path, mmap_mode))
     except OSError as exc:
         raise error(f"cannot read {path}: {exc.strerror or exc}") from exc
     except _Malformed as exc:
@@ -88,17 +86,14 @@ def read_npz(
     """
     arrays: dict[str, Array] = {}
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"cannot read {path}: it is not a regular file")
-            with zipfile.ZipFile(file) as archive:
-                members = _members(archive)
-                missing = [] if names is None else [name for name in names if name not in members]
-                if missing:
-                    held = ", ".join(sorted(members)) or "nothing"
-                    raise error(f"{path} lacks {', '.join(missing)}; it holds {held}: {advice}")
-                for name in members if names is None else names:
-                    arrays[name] = _read_member(archive, members[name], member_bytes)
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            members = _members(archive)
+            missing = [] if names is None else [name for name in names if name not in members]
+            if missing:
+                held = ", ".join(sorted(members)) or "nothing"
+                raise error(f"{path} lacks {', '.join(missing)}; it holds {held}: {advice}")
+            for name in members if names is None else names:
+                arrays[name] = _read_member(archive, members[name], member_bytes)
     except OSError as exc:
         raise error(f"cannot read {path}: {exc.strerror or exc}") from exc
     except KdfastError:
@@ -110,10 +105,6 @@ def read_npz(
 
 class _Malformed(Exception):
     """An array cannot be read; the text says why."""
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe without a writer would wait forever
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -162,6 +153,8 @@ def _read_array(file: BinaryIO, size: int, mapped: tuple[str | os.PathLike[str],
         need *= int(length)
     if min(shape, default=0) < 0 or need != size - file.tell():
         raise _Malformed(f"its header declares {dtype} {shape}, but {size - file.tell()} bytes follow")
+    if mapped is None and need > (free := available_memory()):
+        raise _Malformed(f"it takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free")
     try:
         if mapped is not None and need:
             return np.asanyarray(np.load(mapped[0], mmap_mode=mapped[1], allow_pickle=False))

@@ -15,6 +15,7 @@ from typing import Any
 
 from kdfast.errors import DataError, KdfastError
 from kdfast.files.atomic import atomic_write
+from kdfast.files.inputs import open_regular
 from kdfast.files.validate import ADVICE, decode_json, read_regular
 
 _CHUNK = 1 << 20
@@ -103,7 +104,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except OSError as exc:

@@ -6,22 +6,18 @@ NaN, no infinity), bounded nesting and integers, and every declared field with i
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kdfast.errors import DataError, KdfastError
-
-# The largest file that kdfast writes as JSON (the results of a sweep) is far smaller.
-MAX_JSON_BYTES = 256 << 20
+from kdfast.files.inputs import MAX_JSON_BYTES, read_bounded
 
 MAX_DEPTH = 64  # of nested dicts and lists; those who work on the values call themselves for each level
 _MAX_DIGITS = 20
@@ -36,15 +32,7 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     Raises:
         OSError: The file is missing, unreadable, too large, or a pipe or device.
     """
-    # Opening a pipe without a writer would wait forever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than a file of this kind can have")
-        return file.read()
+    return read_bounded(path, MAX_JSON_BYTES)
 
 
 def decode_json(

@@ -5,6 +5,7 @@ import torch
 from kdfast.data import loaders
 from kdfast.data.loaders import LOADERS, device_memory, make_loader
 from kdfast.errors import UsageError
+from kdfast.files import inputs
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def test_rejects_an_unknown_kind(split):
 
 def test_cpu_memory_respects_the_container_limit(monkeypatch, tmp_path):
     psutil = pytest.importorskip("psutil")
-    monkeypatch.setattr(loaders, "_CGROUP_LIMITS", ())
+    monkeypatch.setattr(inputs, "_CGROUP_LIMITS", ())
     assert device_memory(torch.device("cpu")) == psutil.virtual_memory().total
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(loaders, "_CGROUP_LIMITS", (str(limit),))
+    monkeypatch.setattr(inputs, "_CGROUP_LIMITS", (str(limit),))
     limit.write_text("123456\n")
     assert device_memory(torch.device("cpu")) == 123456
     limit.write_text("max\n")
