@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ def _open_recorder(
         mask=mask,
         fingerprint=source.fingerprint,
         feature_epochs=[e for e in range(epochs) if e == epochs - 1 or (every and (e + 1) % every == 0)],
-        facts=json.loads(json.dumps(facts)),
+        facts=facts,
     )
 
 

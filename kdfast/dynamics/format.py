@@ -7,7 +7,7 @@
     - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample.
     - `mask.npy`: uint8 (ceil(N / 8),), one bit per sample: whether the run trained on it.
     - `features-0019.npy`: float32 (N, D), after that epoch.
-    - `epoch-0007.npz`: while recording, one epoch of the first four arrays.
+    - `epoch-0007.npz`: while recording, one epoch of the first four arrays, and the SHA-256 of its features.
     - `sealed.json`: size and SHA-256 of the run's files; written once all epochs are recorded.
 - `manifest.json`: the plan and the seals of all runs; written last.
 """
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from kdfast.errors import DataError
 from kdfast.files import is_plain_name, read_sealed, sha256_file
+from kdfast.files.validate import check_type
 
 FORMAT = "kdfast-dynamics"
 VERSION = 1
@@ -33,6 +34,8 @@ LABELS = "labels.npy"
 SEAL = "sealed.json"
 CORRECT = "correct.npy"
 MASK = "mask.npy"
+# In the file of an epoch that has features: the SHA-256 of theirs.
+FEATURES_DIGEST = "features_sha256"
 # Recorded per sample and epoch as float16.
 METRICS = ("p_y", "margin", "el2n")
 
@@ -62,17 +65,24 @@ def compute_file_digests(folder: Path, names: list[str]) -> dict[str, dict[str, 
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
+def read_sealed_json(path: Path, schema: type) -> dict[str, Any]:
     """Read a plan, a seal or a manifest.
+
+    Args:
+        path: The file.
+        schema: What it must hold, a class of `kdfast.files.schemas`.
 
     Raises:
         DataError: The file is missing or damaged.
     """
+    advice = f"delete {path.parent} and run kdfast dynamics again"
     try:
-        return read_sealed(path)
+        fields = read_sealed(path)
     except (OSError, ValueError) as error:
         state = "is damaged" if path.exists() else "is missing"
-        raise DataError(f"{path} {state}: delete {path.parent} and run kdfast dynamics again") from error
+        raise DataError(f"{path} {state}: {advice}") from error
+    check_type(fields, schema, path, advice=advice)
+    return fields
 
 
 def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_sums: bool) -> None:

@@ -12,10 +12,14 @@ import numpy.typing as npt
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
 from kdfast.errors import DataError, UsageError
-from kdfast.files import sha256_file
+from kdfast.files import schemas, sha256_file
+from kdfast.files.arrays import read_npy
+from kdfast.files.validate import check_type
 
 Float16Array = npt.NDArray[np.float16]
 BoolArray = npt.NDArray[np.bool_]
+
+_RECORD_AGAIN = "run kdfast dynamics again"
 
 
 class Dynamics:
@@ -69,9 +73,10 @@ class Dynamics:
         folder = Path(path)
         if not (folder / layout.MANIFEST).exists():
             raise DataError(_unfinished(folder))
-        manifest = layout.read_sealed_json(folder / layout.MANIFEST)
-        if (manifest.get("format"), manifest.get("version")) != (layout.FORMAT, layout.VERSION):
+        manifest = layout.read_sealed_json(folder / layout.MANIFEST, schemas.FormatVersion)
+        if (manifest["format"], manifest["version"]) != (layout.FORMAT, layout.VERSION):
             raise DataError(f"{folder} does not hold dynamics of this version of kdfast: record them again")
+        check_type(manifest, schemas.DynamicsManifest, folder / layout.MANIFEST, advice=_RECORD_AGAIN)
         for run, files in enumerate(manifest["runs"]):
             layout.require_files(folder / layout.run_folder(run), files, check_sums=check_files)
         dynamics = cls(folder, manifest)
@@ -150,7 +155,7 @@ def _unfinished(folder: Path) -> str:
     """Return the message about a folder without a manifest."""
     if not (folder / layout.PLAN).exists():
         return f"{folder} holds no dynamics: record them with kdfast dynamics"
-    epochs = layout.read_sealed_json(folder / layout.PLAN)["epochs"]
+    epochs = layout.read_sealed_json(folder / layout.PLAN, schemas.DynamicsPlan)["epochs"]
     states = []
     for run in sorted(folder.glob("run-*")):
         sealed = (run / layout.SEAL).exists()
@@ -162,13 +167,4 @@ def _unfinished(folder: Path) -> str:
 
 def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
     """Memory-map an array; -1 in the shape means any length."""
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path} ({error}): run kdfast dynamics again") from error
-    fits = array.ndim == len(shape) and all(want in (-1, have) for want, have in zip(shape, array.shape, strict=True))
-    if not fits or array.dtype != dtype:
-        raise DataError(
-            f"{path} is {array.dtype} {array.shape}, not {dtype.__name__} {shape}: run kdfast dynamics again"
-        )
-    return array
+    return read_npy(path, shape=shape, dtype=dtype, mmap_mode="r", advice=_RECORD_AGAIN)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,17 @@ from kdfast.files import (
     check_writable,
     make_subfolder,
     remove_stale,
+    schemas,
+    sha256_file,
     visible_entries,
     write_sealed,
 )
+from kdfast.files.arrays import read_npy, read_npz
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
+
+_HEADER_BYTES = 4096  # more than the header of an array of one epoch, or a digest
 
 # Fields of a plan, in words for messages.
 _WORDS = {
@@ -94,12 +99,14 @@ class DynamicsRecorder:
         feature_epochs: Sequence[int] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
+        n, epochs, run, runs = map(_as_int, ("n", "epochs", "run", "runs"), (n, epochs, run, runs))
+        feature_epochs = [_as_int("feature_epochs", epoch) for epoch in feature_epochs]
         if epochs < 1 or not 0 <= run < runs:
             raise UsageError(
                 f"`epochs` is {epochs}, run {run} of {runs}: pass at least one epoch, and a run from 0 to {runs - 1}"
             )
         if not all(0 <= epoch < epochs for epoch in feature_epochs):
-            raise UsageError(f"feature_epochs is {list(feature_epochs)}: pass epochs from 0 to {epochs - 1}")
+            raise UsageError(f"`feature_epochs` is {feature_epochs}: pass epochs from 0 to {epochs - 1}")
         self.path = Path(path)
         self._labels = check_labels(labels, n, "dynamics")
         if n < 1 or int(self._labels.min()) < 0:
@@ -117,11 +124,12 @@ class DynamicsRecorder:
             "labels": layout.labels_digest(self._labels),
             "fingerprint": fingerprint,
             "feature_epochs": self._feature_epochs,
-            "facts": dict(facts or {}),
+            "facts": _as_json(facts or {}),
         }
         self._claim(plan)
         self.folder = make_subfolder(self.path, layout.run_folder(run))
         self.epoch = 0
+        self._closed = False
         self._lock = FolderLock(self.folder)
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._lock)
@@ -148,14 +156,15 @@ class DynamicsRecorder:
             features: (B, D), inputs of the classifier; needed if `wants_features`, else ignored.
 
         Raises:
-            ShapeError: The shapes do not fit.
+            ShapeError: The shapes or dtypes do not fit.
             DataError: Ids are out of range, logits are not finite, or features are missing.
-            UsageError: All epochs are recorded.
+            UsageError: All epochs are recorded, or the recorder is closed.
         """
+        self._check_open()
         if self.finished:
             raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop, or record more `epochs`")
         ids = self._check_ids(sample_ids)
-        scores = torch.as_tensor(logits).detach().float()
+        scores = _as_floats(logits, "logits")
         if scores.ndim != 2 or len(scores) != len(ids) or scores.shape[1] <= int(self._labels.max()):
             raise ShapeError(
                 f"logits {tuple(scores.shape)} for {len(ids)} samples: pass (B, C) with a column for each of the "
@@ -177,6 +186,7 @@ class DynamicsRecorder:
             UsageError: All epochs are recorded.
             OutputError: The epoch cannot be written.
         """
+        self._check_open()
         if self.finished:
             raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop")
         if not self._seen.all():
@@ -185,10 +195,12 @@ class DynamicsRecorder:
                 f"epoch {self.epoch}: {len(missing)} of {len(self._seen)} samples were never given (for example "
                 f"{missing[0]}): pass every training sample, including those the run does not train on"
             )
-        if self._features is not None:
-            with atomic_write(self.folder / layout.features_file(self.epoch)) as file:
-                np.save(file, self._features)
         packed: dict[str, Any] = {**self._values, "correct": np.packbits(self._values["correct"])}
+        if self._features is not None:
+            path = self.folder / layout.features_file(self.epoch)
+            with atomic_write(path) as file:
+                np.save(file, self._features)
+            packed[layout.FEATURES_DIGEST] = np.array(sha256_file(path))
         with atomic_write(self.folder / layout.epoch_file(self.epoch)) as file:
             np.savez(file, **packed)
         self.epoch += 1
@@ -200,8 +212,9 @@ class DynamicsRecorder:
         """Discard the epochs from `epoch` on, for training that resumed from an older checkpoint.
 
         Raises:
-            UsageError: There are fewer epochs, or the run is complete.
+            UsageError: There are fewer epochs, the run is complete, or the recorder is closed.
         """
+        self._check_open()
         if not 0 <= epoch <= self.epoch or self.finished:
             raise UsageError(
                 f"{self.folder} has {self.epoch} epochs and cannot go back to {epoch}: rewind an unfinished run"
@@ -213,6 +226,7 @@ class DynamicsRecorder:
 
     def close(self) -> None:
         """Release the run to other processes; keep what is written."""
+        self._closed = True
         self._lock.__exit__(None, None, None)
 
     def __enter__(self) -> DynamicsRecorder:
@@ -231,7 +245,7 @@ class DynamicsRecorder:
             remove_stale(folder)
             check_dynamics_folder(folder)
             if (folder / layout.PLAN).exists():
-                held = layout.read_sealed_json(folder / layout.PLAN)
+                held = layout.read_sealed_json(folder / layout.PLAN, schemas.DynamicsPlan)
                 changed = [name for name, value in plan.items() if held.get(name) != value]
                 if changed:
                     raise UsageError(
@@ -241,9 +255,21 @@ class DynamicsRecorder:
                     )
             else:
                 write_sealed(folder / layout.PLAN, plan)
-            if not (folder / layout.LABELS).exists():
-                with atomic_write(folder / layout.LABELS) as file:
-                    np.save(file, self._labels)
+            self._write_or_check_labels(folder / layout.LABELS)
+
+    def _write_or_check_labels(self, path: Path) -> None:
+        if not path.exists():
+            with atomic_write(path) as file:
+                np.save(file, self._labels)
+            return
+        advice = "delete it and start again; it is written anew, and what is recorded stays"
+        held = read_npy(path, shape=self._labels.shape, dtype=np.int64, advice=advice)
+        if not np.array_equal(held, self._labels):
+            raise DataError(f"{path} does not hold the labels of this recording: {advice}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"the recorder of {self.folder} is closed: make another one, which resumes the run")
 
     def _resume(self) -> None:
         """Find the first epoch that is not recorded."""
@@ -254,14 +280,14 @@ class DynamicsRecorder:
             return
         mask = np.packbits(self._mask)
         if (self.folder / layout.MASK).exists():
-            with _readable(self.folder / layout.MASK) as file:
-                same = np.array_equal(np.load(file), mask)
-            if not same:
+            held = read_npy(self.folder / layout.MASK, shape=mask.shape, dtype=np.uint8, advice=self._record_again())
+            if not np.array_equal(held, mask):
                 raise UsageError(f"{self.folder} was started with another mask: choose another folder")
         else:
             with atomic_write(self.folder / layout.MASK) as file:
                 np.save(file, mask)
         while self.epoch < self._epochs and (self.folder / layout.epoch_file(self.epoch)).exists():
+            self._read_epoch(self.epoch)
             self.epoch += 1
         if self.finished:
             self._seal()
@@ -285,7 +311,7 @@ class DynamicsRecorder:
     def _record_features(self, ids: IntArray, features: Values | None) -> None:
         if features is None:
             raise DataError(f"features of epoch {self.epoch} are missing: pass `features` to update()")
-        rows = torch.as_tensor(features).detach().float().cpu().numpy()
+        rows = _as_floats(features, "features").cpu().numpy()
         if rows.ndim != 2 or len(rows) != len(ids):
             raise ShapeError(f"features {rows.shape} for {len(ids)} samples: pass (B, D)")
         if self._features is None:
@@ -296,18 +322,37 @@ class DynamicsRecorder:
 
     def _seal(self) -> None:
         """Join the epochs into the final arrays, write the seal, then remove the epochs' files."""
-        parts = [self.folder / layout.epoch_file(epoch) for epoch in range(self._epochs)]
+        epochs = [self._read_epoch(epoch) for epoch in range(self._epochs)]
         for name in (*layout.METRICS, "correct"):
-            rows = []
-            for part in parts:
-                with _readable(part) as file, np.load(file) as held:
-                    rows.append(held[name])
             with atomic_write(self.folder / f"{name}.npy") as file:
-                np.save(file, np.stack(rows))
+                np.save(file, np.stack([epoch[name] for epoch in epochs]))
         names = [f"{name}.npy" for name in layout.METRICS] + [layout.CORRECT, layout.MASK]
         names += [layout.features_file(epoch) for epoch in self._feature_epochs]
         write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
         self._complete()
+
+    def _read_epoch(self, epoch: int) -> dict[str, npt.NDArray[Any]]:
+        """Read a recorded epoch of this unfinished run, and check its features.
+
+        Raises:
+            DataError: Its files are damaged.
+        """
+        path, n = self.folder / layout.epoch_file(epoch), len(self._labels)
+        arrays = read_npz(path, member_bytes=_HEADER_BYTES + 2 * n, advice=self._record_again())
+        wanted: dict[str, tuple[np.dtype[Any], tuple[int]]] = {
+            name: (np.dtype(np.float16), (n,)) for name in layout.METRICS
+        }
+        wanted["correct"] = (np.dtype(np.uint8), (-(-n // 8),))
+        if any(name not in arrays or (arrays[name].dtype, arrays[name].shape) != wanted[name] for name in wanted):
+            raise DataError(f"{path} does not hold an epoch of {n} samples: {self._record_again()}")
+        features = self.folder / layout.features_file(epoch)
+        # Recorders of earlier versions wrote no digest of the features.
+        if layout.FEATURES_DIGEST in arrays and str(arrays[layout.FEATURES_DIGEST]) != sha256_file(features):
+            raise DataError(f"{features} is damaged: {self._record_again()}")
+        return arrays
+
+    def _record_again(self) -> str:
+        return f"remove {self.folder} to record that run again"
 
     def _complete(self) -> None:
         """Remove the epochs' files; once all runs are sealed, write the manifest."""
@@ -317,8 +362,8 @@ class DynamicsRecorder:
         if not all(seal.exists() for seal in seals):
             return
         with FolderLock(self.path):
-            plan = layout.read_sealed_json(self.path / layout.PLAN)
-            runs = [layout.read_sealed_json(seal)["files"] for seal in seals]
+            plan = layout.read_sealed_json(self.path / layout.PLAN, schemas.DynamicsPlan)
+            runs = [layout.read_sealed_json(seal, schemas.RunSeal)["files"] for seal in seals]
             write_sealed(self.path / layout.MANIFEST, {**plan, "runs": runs})
 
 
@@ -343,11 +388,28 @@ def _settings(plan: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {**fields, **training, **facts}
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of an unfinished run; raise DataError if it is damaged."""
+def _as_int(name: str, value: Any) -> int:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    raise UsageError(f"`{name}` is {value!r}: pass a whole number")
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts as they are after being written and read, so that tuples compare as lists.
+
+    Raises:
+        UsageError: They are not JSON values.
+    """
     try:
-        with path.open("rb") as file:
-            yield file
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged ({error}): remove {path.parent} to record that run again") from error
+        return dict(json.loads(json.dumps(dict(facts), allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"`facts` are not JSON values ({error}): pass texts, finite numbers, lists and dicts"
+        ) from error
+
+
+def _as_floats(values: Values, name: str) -> Tensor:
+    tensor = torch.as_tensor(values).detach()
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ShapeError(f"{name} are {str(tensor.dtype).removeprefix('torch.')}: pass real numbers")
+    return tensor.float()
