@@ -103,7 +103,7 @@ BAD = {
     "long name": (("--out", "n" * 250), 2, "up to 250 in a name"),
     "long path": (("--out", "d/" * 3000), 2, "use at most"),
     "long data": (("--out", "run", "--data", "n" * 300), 2, "--data is n"),
-    "huge size": (("--out", "run", "--size", 2**63), 2, "--size"),
+    "huge size": (("--out", "run", "--size", 2**63), 2, "65535"),
     "huge batch": (("--out", "run", "--batch-size", 2**63), 2, "--batch-size"),
     "huge views": (("--out", "run", "--views", 2**63), 2, "--views"),
     "huge view seed": (("--out", "run", "--view-seed", 2**63), 2, "view-seed"),
