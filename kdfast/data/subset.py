@@ -7,9 +7,12 @@ samples are rejected.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +23,8 @@ import numpy.typing as npt
 import kdfast
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, SubsetError, UsageError
-from kdfast.files import atomic_write, check_replaceable, check_writable, read_json, write_json
+from kdfast.files import atomic_write, check_replaceable, check_writable, read_json, schemas, write_json
+from kdfast.files.arrays import read_npy
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,11 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
         )
     checked = _check_ids(ids, "the subset to write")
     check_writable(file.parent)
-    # Write provenance first, so that a failed second write is detected: the digest does not match the old ids.
-    write_json(file.with_suffix(".json"), {**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__})
-    with atomic_write(file) as stream:
-        np.save(stream, checked, allow_pickle=False)
+    with _folder_for_one_writer(file.parent):
+        # Write provenance first, so that a failed second write is detected: the digest does not match the old ids.
+        write_json(file.with_suffix(".json"), {**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__})
+        with atomic_write(file) as stream:
+            np.save(stream, checked, allow_pickle=False)
 
 
 def subset_size(n: int, fraction: float) -> int:
@@ -188,19 +193,22 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
     return budgets
 
 
-def _load(file: Path) -> npt.NDArray[Any]:
+@contextlib.contextmanager
+def _folder_for_one_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes a subset there, so that both files of a subset come from one of them."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        array = np.load(file, allow_pickle=False)
-    except OSError as exc:
-        raise SubsetError(f"cannot read {file}: {exc.strerror or exc}") from exc
-    except (ValueError, EOFError, MemoryError) as exc:
-        raise SubsetError(
-            f"{file} is truncated or not a plain .npy array (pickles are not read): write it with np.save(path, ids)"
-        ) from exc
-    if not isinstance(array, np.ndarray):
-        array.close()
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _load(file: Path) -> npt.NDArray[Any]:
+    if zipfile.is_zipfile(file) and file.is_file():
         raise SubsetError(f"{file} is an .npz archive: write the indices alone with np.save(path, ids)")
-    return array
+    return read_npy(file, error=SubsetError, advice="pickles are not read; write it with np.save(path, ids)")
 
 
 def _check_ids(ids: npt.NDArray[Any], what: str) -> IntArray:
@@ -236,9 +244,8 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
     beside = file.with_suffix(".json")
     if not beside.exists():
         return None
-    provenance: dict[str, Any] = read_json(beside, error=SubsetError)
-    if not _is_provenance(provenance):
-        raise SubsetError(f"{beside} is not a provenance file of kdfast: rename it, or prune again")
+    advice = "rename it if kdfast did not write it, or prune again"
+    provenance: dict[str, Any] = read_json(beside, schemas.Provenance, error=SubsetError, advice=advice)
     if provenance["ids"] != _digest(ids):
         raise SubsetError(
             f"{beside} describes other indices than those in {file.name}: remove it if you changed them on purpose, or "
@@ -249,13 +256,9 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
 
 def _is_own_provenance(path: Path) -> bool:
     try:
-        return _is_provenance(read_json(path))
-    except (DataError, RecursionError):
+        return bool(read_json(path, schemas.Provenance))
+    except DataError:
         return False
-
-
-def _is_provenance(content: object) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("data"), str) and "ids" in content
 
 
 def _digest(ids: IntArray) -> str:

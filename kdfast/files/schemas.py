@@ -18,9 +18,12 @@ Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Number = Annotated[float, Meta(ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
+Plotted = Annotated[float, Meta(ge=-1e100, le=1e100)]  # products of a few are finite
 NotNegative = Annotated[float, Meta(ge=0, le=_MAX_FLOAT)]
 Above0 = Annotated[float, Meta(gt=0, le=_MAX_FLOAT)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+# Sums of such counts, over up to a million bins or classes, are exact in 64 bits.
+Samples = Annotated[int, Meta(ge=0, le=2**40)]
 Json = dict[str, Any]
 
 
@@ -142,16 +145,16 @@ class Provenance(Struct):
 class Histogram(Struct):
     """Counts of all and of the kept samples in bins."""
 
-    edges: Annotated[list[Number], Meta(min_length=2, max_length=10_000)]
-    all: Annotated[list[Count], Meta(min_length=1)]
-    kept: Annotated[list[Count], Meta(min_length=1)]
+    edges: Annotated[list[Plotted], Meta(min_length=2, max_length=1 << 20)]
+    all: Annotated[list[Samples], Meta(min_length=1, max_length=1 << 20)]
+    kept: Annotated[list[Samples], Meta(min_length=1, max_length=1 << 20)]
 
 
 class ClassCounts(Struct):
     """Counts of all and of the kept samples of each class."""
 
-    all: Annotated[list[Count], Meta(min_length=1)]
-    kept: Annotated[list[Count], Meta(min_length=1)]
+    all: Annotated[list[Samples], Meta(min_length=1, max_length=1 << 20)]
+    kept: Annotated[list[Samples], Meta(min_length=1, max_length=1 << 20)]
 
 
 class Extreme(Struct):
@@ -159,7 +162,7 @@ class Extreme(Struct):
 
     id: Count
     label: Count
-    score: Number
+    score: Plotted
     u: Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -173,8 +176,8 @@ class Extremes(Struct):
 class Gain(Struct):
     """The learned policy against the uniform one."""
 
-    difference: Number
-    half_width: Number
+    difference: Plotted
+    half_width: Plotted
     accuracy: Annotated[float, Meta(ge=0, le=1)]
     baseline_accuracy: Annotated[float, Meta(ge=0, le=1)]
 
@@ -197,7 +200,7 @@ class IfBetaRecord(Struct):
     b: Annotated[float, Meta(gt=0, le=1e6)]
     learned: Parameters
     path: Annotated[list[Parameters], Meta(min_length=1)]
-    rewards: Annotated[list[Number], Meta(min_length=1)]
+    rewards: Annotated[list[Plotted], Meta(min_length=1)]
     gain: Gain
     trials: Count
     percent_of_distillation: NotNegative

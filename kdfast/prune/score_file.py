@@ -15,7 +15,9 @@ import numpy as np
 
 import kdfast
 from kdfast.errors import DataError, UsageError
-from kdfast.files import atomic_write, check_replaceable, check_writable
+from kdfast.files import atomic_write, check_replaceable, check_writable, schemas
+from kdfast.files.arrays import read_npz
+from kdfast.files.validate import check_type, decode_json
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import check_values
 
@@ -23,7 +25,7 @@ _FAMILY = "kdfast scores "
 _FORMAT = f"{_FAMILY}1"
 _ABOUT_START = 1024  # bytes of the description that hold its first field, the format
 _SCORES, _ABOUT, _EXTRA = "scores", "about", "extra."
-_KEYS = {"format", "method", "parameters", "data", "sources", "seconds", "digest"}
+_MAX_BYTES = 1 << 30  # of one array: 134 million scores
 _SCORE_AGAIN = "score this data again with kdfast score"
 
 
@@ -116,11 +118,13 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         DataError: The file is missing, damaged, or not a score file, has another length, belongs to other data, or
             is not finite.
     """
-    arrays = _read_arrays(Path(path))
+    if not Path(path).exists():
+        raise DataError(f"there is no {path}: make it with kdfast score")
+    arrays = read_npz(path, member_bytes=_MAX_BYTES, advice=_SCORE_AGAIN)
     about = _pop_about(arrays, path)
     scores = arrays.pop(_SCORES)
     if scores.shape != (n,):
-        raise DataError(f"{path} holds {len(scores)} scores, this data has {n} training samples: {_SCORE_AGAIN}")
+        raise DataError(f"{path} holds {scores.size} scores, this data has {n} training samples: {_SCORE_AGAIN}")
     if about["data"] != fingerprint:
         raise DataError(
             f"{path} was made from other data (fingerprint {str(about['data'])[:12]}, this data {fingerprint[:12]}): "
@@ -153,27 +157,14 @@ def _is_score_file(path: Path) -> bool:
         return False
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    """Read all arrays of an .npz file."""
-    arrays: dict[str, Any] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}: make it with kdfast score") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged or not an .npz file ({error}): {_SCORE_AGAIN}") from error
-    return arrays
-
-
 def _pop_about(arrays: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """Remove the description from the arrays and return it."""
-    try:
-        about = json.loads(str(arrays.pop(_ABOUT)))
-    except (KeyError, ValueError):
-        about = None
-    if _SCORES not in arrays or not isinstance(about, dict) or not about.keys() >= _KEYS or about["format"] != _FORMAT:
-        raise DataError(f"{path} is not a score file of this version of kdfast: {_SCORE_AGAIN}")
+    foreign = DataError(f"{path} is not a score file of this version of kdfast: {_SCORE_AGAIN}")
+    if _SCORES not in arrays or _ABOUT not in arrays or arrays[_ABOUT].shape != () or arrays[_ABOUT].dtype.kind != "U":
+        raise foreign
+    where = f"{path}: {_ABOUT}"
+    about = decode_json(str(arrays.pop(_ABOUT)).encode(), Any, where, advice=_SCORE_AGAIN)
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise foreign
+    check_type(about, schemas.ScoresAbout, where, advice=_SCORE_AGAIN)
     return about

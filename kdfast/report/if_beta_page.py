@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import DataError
-from kdfast.files import read_json
+from kdfast.files import read_json, schemas
+from kdfast.files.validate import check_type
 from kdfast.report import charts
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import check_page_path, render_page, write_page
 
 METHOD = "if-beta"
 _CURVE_POINTS = 200
+_PRUNE_AGAIN = "write it again with kdfast prune"
 # The density of an extreme policy is cut off here, so that the rest stays visible.
 _MAX_DENSITY = 12
 
@@ -42,13 +44,29 @@ def write_if_beta_page(provenance: Path, out: Path) -> int:
         raise DataError(
             f"{provenance} is not the provenance of a subset selected by {METHOD}: pass the .json file beside idx.npy"
         )
-    try:
-        html = _render_page(content)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    check_type(content, schemas.IfBetaProvenance, provenance, advice=_PRUNE_AGAIN)
+    _check_counts(content[METHOD], provenance)
+    return write_page(_render_page(content), out)
+
+
+def _check_counts(record: dict[str, Any], provenance: Path) -> None:
+    """Check what concerns several fields: as many counts as bins, and no more kept samples than samples.
+
+    Raises:
+        DataError: They contradict each other.
+    """
+    for name in ("ranks", "scores", "classes"):
+        counts = record[name]
+        sizes, kept = (np.array(counts[part], np.int64) for part in ("all", "kept"))
+        edges = np.array(counts.get("edges", range(len(sizes) + 1)))
+        fits = len(sizes) == len(kept) == len(edges) - 1 and bool((kept <= sizes).all() and (np.diff(edges) >= 0).all())
+        if not fits or not kept.any():
+            raise DataError(f"{provenance}: field {METHOD}.{name}: its counts contradict each other: {_PRUNE_AGAIN}")
+    if len(record["path"]) != len(record["rewards"]) + 1:
         raise DataError(
-            f"{provenance} is incomplete ({type(error).__name__}: {error}): write it again with kdfast prune"
-        ) from error
-    return write_page(html, out)
+            f"{provenance}: field {METHOD}.path: {len(record['path'])} points for {len(record['rewards'])} rewards: "
+            f"{_PRUNE_AGAIN}"
+        )
 
 
 def _render_page(content: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdfast
+from kdfast.data import subset as module
 from kdfast.data.subset import check_subset_path, class_budgets, read_subset, subset_size, write_subset
 from kdfast.errors import OutputError, SubsetError, UsageError
 
@@ -89,7 +92,7 @@ def test_rejects_fewer_samples_than_a_batch(saved):
 def test_rejects_truncated_files(saved, cut):
     path = saved(np.arange(4))
     path.write_bytes(path.read_bytes()[:-cut])
-    rejects(path, "truncated or not a plain")
+    rejects(path, "damaged or not a plain")
 
 
 def test_rejects_files_that_are_not_a_plain_array(tmp_path, saved):
@@ -106,7 +109,7 @@ def test_rejects_files_that_are_not_a_plain_array(tmp_path, saved):
 def test_rejects_a_header_that_claims_more_than_memory(saved):
     path = saved(np.arange(4))
     path.write_bytes(path.read_bytes().replace(b"(4,), }            ", b"(4000000000000000,), }"))
-    rejects(path, "truncated or not a plain")
+    rejects(path, "damaged or not a plain")
 
 
 def test_rejects_a_subset_of_other_data(tmp_path):
@@ -121,11 +124,39 @@ def test_rejects_a_provenance_of_other_indices(tmp_path, saved):
     rejects(path, "idx.json describes other indices")
     for text, match in (
         ("{", "not valid JSON"),
-        ("[1]", "not a provenance file"),
-        ('{"data": 3, "ids": ""}', "not a provenance file"),
+        ("[1]", "expected object, got array"),
+        ('{"data": 3, "ids": ""}', "idx.json: field data: expected str, got int"),
+        ('{"data": "f", "ids": 1}', "field ids"),
+        (json.dumps({"data": "f", "ids": "0" * 64, "seconds": "1"}), "field seconds"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"data": NaN}', "NaN is not finite"),
+        ('{"data": "f", "ids": "", "seed": ' + "1" * 5000 + "}", "out of range"),
     ):
         (tmp_path / "idx.json").write_text(text)
         rejects(path, match)
+
+
+@pytest.mark.parametrize("writers", [2, 3, 5])
+def test_writers_at_the_same_time_leave_a_pair_of_one_of_them(tmp_path, monkeypatch, writers):
+    original = module.write_json
+
+    def slow_for_the_first(path, provenance):
+        original(path, provenance)
+        time.sleep(0.2 if provenance["writer"] == 0 else 0)
+
+    monkeypatch.setattr(module, "write_json", slow_for_the_first)
+
+    def write(writer):
+        time.sleep(0.03 * writer)
+        write_subset(tmp_path / "idx.npy", np.arange(writer + 1), {**PROVENANCE, "writer": writer})
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    subset = read_subset(tmp_path / "idx.npy", n=10)
+    assert len(subset.ids) == subset.provenance["writer"] + 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -103,3 +105,70 @@ def test_rejects_files_that_are_not_score_files(tmp_path, content, damage):
 def test_rejects_another_suffix(tmp_path, content):
     with pytest.raises(UsageError, match=r"named \.npz"):
         write_scores(tmp_path / "s.npy", content)
+
+
+def rewrite(path, **changes):
+    with np.load(path) as held:
+        arrays = dict(held)
+    np.savez(path, **{name: value for name, value in {**arrays, **changes}.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seconds", "1"),
+        ("seconds", -1),
+        ("method", None),
+        ("parameters", []),
+        ("sources", {"cache": 1}),
+        ("digest", "x"),
+    ],
+)
+def test_names_the_field_of_a_changed_description(tmp_path, content, field, value):
+    write_scores(tmp_path / "s.npz", content)
+    with np.load(tmp_path / "s.npz") as held:
+        about = json.loads(str(held["about"]))
+    rewrite(tmp_path / "s.npz", about=np.array(json.dumps({**about, field: value})))
+    with pytest.raises(DataError, match=rf"s\.npz: about: field {field}.*score this data again"):
+        read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [np.array("[" * 5000), np.array('{"format": NaN}'), np.array("1" * 5000), np.arange(3), np.array(b"{}"), None],
+)
+def test_rejects_a_description_of_another_kind(tmp_path, content, about):
+    write_scores(tmp_path / "s.npz", content)
+    rewrite(tmp_path / "s.npz", about=about)
+    with pytest.raises(DataError, match=r"s\.npz.*score this data again"):
+        read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("scores", [np.array("a"), np.array(["a"] * 20), np.zeros(20, complex), np.float64(1), None])
+def test_rejects_scores_of_another_kind(tmp_path, content, scores):
+    write_scores(tmp_path / "s.npz", content)
+    rewrite(tmp_path / "s.npz", scores=scores)
+    with pytest.raises(DataError, match=r"s\.npz.*score this data again"):
+        read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "bzip2", "twice"])
+def test_rejects_odd_members(tmp_path, content, kind):
+    path = tmp_path / "s.npz"
+    write_scores(path, content)
+    if kind == "encrypted":
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(raw)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2 if kind == "bzip2" else zipfile.ZIP_STORED) as archive:
+            for name, raw in members.items():
+                archive.writestr(name, raw)
+            if kind == "twice":
+                with pytest.warns(UserWarning, match="Duplicate"):
+                    archive.writestr("scores.npy", members["scores.npy"])
+    message = {"encrypted": "is encrypted", "bzip2": "compression method 12", "twice": "twice"}[kind]
+    with pytest.raises(DataError, match=message):
+        read_scores(path, n=20, fingerprint=FINGERPRINT)

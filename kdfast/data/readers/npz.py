@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdfast.data.source import ArraySplit, Source, default_view_spec, infer_class_names
-from kdfast.errors import DataError
+from kdfast.files.arrays import read_npz
 
 _KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -29,17 +27,7 @@ def open_npz(path: Path) -> Source:
     Raises:
         DataError: An array is missing, damaged, or of another dtype or shape.
     """
-    try:
-        # np.load does not close a damaged file that it opened itself.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            missing = [key for key in _KEYS if key not in file.files]
-            if missing:
-                raise DataError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(file.files) or 'nothing'}")
-            arrays: dict[str, Any] = {key: file[key] for key in _KEYS}
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged or not an .npz of plain arrays ({error}): write it again") from error
+    arrays = read_npz(path, _KEYS, advice="write it again with np.savez")
     train, test = (
         ArraySplit(arrays[f"{part}_images"], _flat(arrays[f"{part}_labels"]), f"{part}_images of {path}")
         for part in ("train", "test")

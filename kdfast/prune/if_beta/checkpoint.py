@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from kdfast.errors import DataError, OutputError
-from kdfast.files import read_json, write_json
+from kdfast.files import read_json, schemas, write_json
+from kdfast.files.validate import check_type
 from kdfast.prune.if_beta.search import SearchState
 
 _FORMAT = "kdfast-if-beta-search"
@@ -31,6 +32,7 @@ class SearchCheckpoint:
 
         Raises:
             OutputError: The file belongs to another search, or is not a checkpoint.
+            DataError: It is damaged.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -45,10 +47,8 @@ class SearchCheckpoint:
                 "kdfast: resume that search with its own command and version, choose another output name, or delete "
                 "the file to start over"
             )
-        try:
-            return SearchState(**content["state"])
-        except (KeyError, TypeError) as error:
-            raise OutputError(f"{self.path} is damaged ({error}): delete it to start over") from error
+        check_type(content, schemas.SearchFile, self.path, advice="delete it to start over")
+        return SearchState(**content["state"])
 
     def save(self, state: SearchState) -> None:
         """Replace the file atomically.

@@ -190,5 +190,7 @@ def check_values(values: FloatArray, n: int, what: str) -> None:
     """
     if values.shape != (n,):
         raise DataError(f"{what}: {values.shape} values for {n} samples; score this data again")
+    if values.dtype.kind not in "fiu":
+        raise DataError(f"{what}: values of {values.dtype}, not real numbers; score this data again")
     if not np.isfinite(values).all():
         raise DataError(f"{what}: {int((~np.isfinite(values)).sum())} of {n} are not finite; score this data again")

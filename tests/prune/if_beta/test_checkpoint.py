@@ -1,0 +1,51 @@
+"""The checkpoint of a search that holds something else: the message names the file and the field."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdfast.errors import DataError, OutputError
+from kdfast.prune.if_beta.checkpoint import SearchCheckpoint
+from kdfast.prune.if_beta.search import Schedule, SearchState
+
+
+def saved(path: Path) -> SearchCheckpoint:
+    checkpoint = SearchCheckpoint(path / "idx.search.json", "the search")
+    checkpoint.save(SearchState.initial(Schedule()))
+    return checkpoint
+
+
+def test_loads_what_it_saved(tmp_path: Path) -> None:
+    assert saved(tmp_path).load() == SearchState.initial(Schedule())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("phi", [0.0]),
+        ("step", -1),
+        ("step", 1.5),
+        ("first", None),
+        ("quiet", "0"),
+        ("path", [[1.0, -1.0]]),
+        ("rewards", {}),
+        ("seconds", -1),
+        ("new", 1),
+    ],
+)
+def test_names_the_field(tmp_path: Path, field: str, value: object) -> None:
+    checkpoint = saved(tmp_path)
+    content = json.loads(checkpoint.path.read_text())
+    content["state"][field] = value
+    checkpoint.path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"idx\.search\.json: .*{field}.*delete it to start over"):
+        checkpoint.load()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"format": NaN}', '{"x": ' + "1" * 5000 + "}", "\xff"])
+def test_refuses_what_is_no_strict_json(tmp_path: Path, text: str) -> None:
+    checkpoint = saved(tmp_path)
+    checkpoint.path.write_text(text, encoding="latin-1")
+    with pytest.raises(OutputError, match=r"idx\.search\.json is not valid JSON"):
+        checkpoint.load()
