@@ -99,7 +99,7 @@ class HeadData:
         self.num_rows = 0  # until the end of the first pass, if features are blocks
         if isinstance(features, (Tensor, np.ndarray)):
             self.blocks = [(features, logits, labels, teacher)]
-            self.num_rows = len(features)
+            self.num_rows = len(features) if features.ndim else 0
         else:
             if any(x is not None for x in (logits, labels, teacher)):
                 raise ShapeError(
@@ -172,7 +172,7 @@ class HeadData:
             if t is not None and t.ndim == 2:
                 return int(t.shape[1])
             if y is not None and len(y):
-                largest = max(largest, int(y.max()))
+                largest = max(largest, int(as_tensor(y).long().max()))
         if largest < 0:
             raise DataError(
                 f"`{self.prefix}labels` and `teacher` do not determine the number of classes: pass `classes`"

@@ -159,8 +159,6 @@ def as_vectors(name: str, v: Tensor, data: HeadData) -> Tensor:
         )
     if v.device != data.device:
         raise ShapeError(f"`{name}` is on {v.device}, `features` on {data.device}: move them to one device")
-    if not v.dtype.is_floating_point:
-        raise ShapeError(f"`{name}` has dtype {v.dtype}: pass floating-point numbers")
     return v.detach().reshape(-1, *shape)
 
 

@@ -78,7 +78,7 @@ def head_leave_one_out(
         IndexError: If a row lies outside [0, N).
     """
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
-    check_tensor("rows", rows)
+    check_tensor("rows", rows, floating=False)
     if rows.dim() != 1 or rows.dtype != torch.int64 or len(rows) == 0:
         raise ShapeError(f"`rows` has dtype {rows.dtype} and shape {tuple(rows.shape)}: pass (n,) int64 sample indices")
     removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)

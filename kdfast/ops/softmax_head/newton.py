@@ -95,8 +95,12 @@ def head_logits(features: Tensor, weights: Tensor) -> Tensor:
     """Return the logits (N, C) of features (N, D') for weights (C, D'), or (C, D' + 1) with the bias as last column.
 
     Raises:
-        ShapeError: If the sizes do not fit.
+        ShapeError: If the types, sizes or devices do not fit.
     """
+    for name, x in (("features", features), ("weights", weights)):
+        check_tensor(name, x)
+    if features.device != weights.device:
+        raise ShapeError(f"`features` is on {features.device}, `weights` on {weights.device}: move them to one device")
     extra = weights.shape[-1] - features.shape[-1] if weights.dim() == features.dim() == 2 else -1
     if extra not in (0, 1):
         raise ShapeError(
@@ -118,7 +122,13 @@ def _initial_weights(data: HeadData, init: Tensor | None, classes: int | None) -
         return init.detach().double()
     if classes is None:
         classes = data.infer_num_classes()
-    return torch.zeros(classes, data.dim, dtype=torch.float64, device=data.device)
+    try:
+        return torch.zeros(classes, data.dim, dtype=torch.float64, device=data.device)
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            f"the weights of {classes} classes do not fit into memory: correct the largest of `labels`, or pass "
+            "`classes`"
+        ) from error
 
 
 def _objective(data: HeadData, w: Tensor, l2: float, loss: LossConfig) -> tuple[float, Tensor]:

@@ -157,6 +157,8 @@ class HeadSolver:
             x = append_bias(tile, data)
             g.addmm_(x.mT, x)
             rows += len(x)
+        if not bool(g.isfinite().all()):
+            raise DataError("the products of the features overflow float64: scale the features down")
         s_values, s_vectors = torch.linalg.eigh(s / rows)
         g_values, g_vectors = torch.linalg.eigh(g / rows)
         scale = 1 / (s_values.clamp_min(0)[:, None] * g_values.clamp_min(0) + self.l2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +31,16 @@ Block: TypeAlias = "tuple[Array, Array | None, Array | None] | tuple[Array, Arra
 Parts: TypeAlias = tuple[Array, Array | None, Array | None, Array | None]
 
 NAMES = ("features", "logits", "labels", "teacher")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = "floating-point numbers"
 
 
 def split_block(block: object, prefix: str) -> Parts:
     """Return the features, logits, labels and teacher logits of a block, None where absent.
 
     Raises:
-        ShapeError: If the block is not a tuple of tensors or arrays that starts with the features.
+        ShapeError: If the block is not a tuple that starts with the features, or a part is no dense tensor or array of
+            numbers.
     """
     if not isinstance(block, (tuple, list)) or not 1 <= len(block) <= 4 or block[0] is None:
         raise ShapeError(
@@ -45,8 +48,8 @@ def split_block(block: object, prefix: str) -> Parts:
         )
     parts = [*block, None, None, None][:4]
     for name, x in zip(NAMES, parts, strict=True):
-        if x is not None and not isinstance(x, (Tensor, np.ndarray)):
-            raise ShapeError(f"`{prefix}{name}` has type {type(x).__name__}: pass a tensor or a numpy array")
+        if x is not None:
+            _check_part(f"{prefix}{name}", x, integers=name == "labels")
     return parts[0], parts[1], parts[2], parts[3]
 
 
@@ -54,8 +57,10 @@ def as_tensor(x: Array) -> Tensor:
     """Return ``x`` as a tensor, sharing its memory where possible."""
     if isinstance(x, Tensor):
         return x
-    # A read-only memory map is copied, one tile at a time: torch has no read-only tensors.
-    return torch.from_numpy(x if x.flags.writeable and x.dtype.isnative else np.array(x, x.dtype.newbyteorder("=")))
+    # torch has no read-only tensors, no foreign byte order and no negative strides: such an array is copied, a memory
+    # map one tile at a time.
+    shares = x.flags.writeable and x.dtype.isnative and all(stride >= 0 for stride in x.strides)
+    return torch.from_numpy(x if shares else np.array(x, x.dtype.newbyteorder("="), order="C"))
 
 
 def check_block(
@@ -64,7 +69,7 @@ def check_block(
     """Raise if a block does not fit the head.
 
     Raises:
-        ShapeError: If a shape, device or dtype does not fit, or required logits are missing.
+        ShapeError: If a shape or device does not fit, or required logits are missing.
     """
     x, z, y, t = parts
     n = len(x)
@@ -82,25 +87,50 @@ def check_block(
                 f"{'' if len(shape) == 1 else f' and the head {num_classes} classes'}: pass shape {shape}"
             )
     for name, value in zip(NAMES, parts, strict=True):
-        if value is not None:
-            _check_dtype(f"{prefix}{name}", as_tensor(value[:0]).dtype, name == "labels")
         if isinstance(value, Tensor) and value.device != device:
             raise ShapeError(
                 f"`{prefix}{name}` is on {value.device}, other tensors are on {device}: move them to one device"
             )
 
 
-def _check_dtype(name: str, dtype: torch.dtype, integers: bool) -> None:
-    if integers and (dtype.is_floating_point or dtype in (torch.bool, torch.complex64, torch.complex128)):
-        raise ShapeError(f"`{name}` has dtype {dtype}: pass int64 class ids")
-    if not integers and not dtype.is_floating_point:
-        raise ShapeError(f"`{name}` has dtype {dtype}: pass floating-point numbers")
+def _check_part(name: str, x: object, *, integers: bool) -> None:
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise ShapeError(f"`{name}` has type {type(x).__name__}: pass a tensor or a numpy array")
+    if isinstance(x, Tensor):
+        _check_layout(name, x)
+        dtype: Any = x.dtype
+    else:
+        if isinstance(x, np.ma.MaskedArray):
+            raise ShapeError(f"`{name}` is a masked array: remove the masked samples and pass a plain array")
+        dtype = _torch_dtype(x)
+    if x.ndim == 0:
+        raise ShapeError(f"`{name}` is a single number: pass one row per sample")
+    number = isinstance(dtype, torch.dtype) and not dtype.is_complex and dtype != torch.bool
+    if not number or dtype.is_floating_point == integers:
+        raise ShapeError(f"`{name}` has dtype {dtype}: pass {'int64 class ids' if integers else _FLOATS}")
 
 
-def check_tensor(name: str, x: object) -> None:
-    """Raise a ShapeError if ``x`` is not a tensor."""
+def _torch_dtype(x: npt.NDArray[Any]) -> Any:
+    """Return the dtype of the array as a tensor or, if torch has none, that of the array."""
+    try:
+        return torch.from_numpy(np.empty(0, x.dtype.newbyteorder("="))).dtype
+    except TypeError:
+        return x.dtype
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_meta:
+        kind = "is on meta, which holds no values" if x.is_meta else f"has layout {x.layout}"
+        raise ShapeError(f"`{name}` {kind}: pass a dense tensor")
+
+
+def check_tensor(name: str, x: object, *, floating: bool = True) -> None:
+    """Raise a ShapeError if ``x`` is not a dense tensor, or not one of ``FLOAT_DTYPES`` where it must be."""
     if not isinstance(x, Tensor):
         raise ShapeError(f"`{name}` has type {type(x).__name__}: pass a tensor")
+    _check_layout(name, x)
+    if floating and x.dtype not in FLOAT_DTYPES:
+        raise ShapeError(f"`{name}` has dtype {x.dtype}: pass {_FLOATS}")
 
 
 def check_finite(name: str, value: Tensor, start: int) -> None:
