@@ -171,9 +171,10 @@ def test_real_signals_at_random_moments(tiny: Path, tmp_path: Path, command: str
     }[command]
     started = time.monotonic()
     process = start("from kdfast.cli import main; main()", *arguments(tmp_path / "whole"))
-    assert process.wait(timeout=300) == 0
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     seconds, rng, stopped = time.monotonic() - started, random.Random(1), 0
-    for number in range(12):
+    for number in range(8):
         out = tmp_path / str(number)
         process = start("import kdfast.cli; print(flush=True); kdfast.cli.main()", *arguments(out))
         process.stdout.readline()  # the interpreter has started
@@ -182,4 +183,4 @@ def test_real_signals_at_random_moments(tiny: Path, tmp_path: Path, command: str
         _, err = process.communicate(timeout=120)
         assert process.returncode in (0, 75), f"{process.returncode}: {err}"
         stopped += process.returncode == 75
-    assert stopped > 3
+    assert stopped > 2
