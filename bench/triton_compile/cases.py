@@ -77,7 +77,8 @@ def dense(
     widths = {"z_ptr": width(z), "grad_ptr": width(z.new_empty(z.shape))} if grad else {"z_ptr": width(z)}
     read = [z, t] if call.use_kl else [z]
     if call.use_kl:
-        widths["t_ptr"] = width(t)
+        # Beside vectors of float32 logits, a vector of as many 16-bit logits has half the bytes.
+        widths["t_ptr"] = min(width(t), width(z) * t.element_size() // z.element_size())
     traffic = sum(n * c * x.element_size() for x in (*read, *([z] if grad else [])))
     name = " ".join(["dense", f"C={c}", student, teacher, direction, *(f"{k}={v}" for k, v in options.items())])
     table = (c, student, direction) if teacher == "fp16" and not options and c in TABLE_CLASSES else ()
