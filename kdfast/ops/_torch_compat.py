@@ -21,6 +21,7 @@ __all__ = [
     "is_legacy_batched",
     "is_plain_eager",
     "no_dispatch_modes",
+    "saved_tensors_are_hooked",
     "storage_use_count",
     "tracing_state",
     "transforms_active",
@@ -47,6 +48,7 @@ backward_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph
 no_dispatch_modes: Callable[[], Any] = torch._C._DisableTorchDispatch
 """Context manager that hides tensors from dispatch modes, such as fake-tensor mode."""
 
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
@@ -70,6 +72,11 @@ def in_dual_level() -> bool:
 def has_tangent(x: Tensor) -> bool:
     """Whether forward-mode differentiation is tracking a tensor."""
     return in_dual_level() and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks for saved tensors are active, as in checkpointing; True if this PyTorch does not tell."""
+    return _saved_tensors_hooks is None or _saved_tensors_hooks(False) is not None
 
 
 def storage_use_count(storage: UntypedStorage) -> int:

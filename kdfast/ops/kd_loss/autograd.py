@@ -4,7 +4,8 @@ A kernel computes the loss and the gradient of the logits in one pass. The gradi
 which multiplies it by the incoming factor. ``differentiable_loss`` picks the mechanism that stores it:
 
 - eager mode: ``EagerKDLoss`` attaches a gradient to plain tensors. It bypasses the dispatcher, which costs more than
-  the kernel at small sizes, and may scale the gradient in place.
+  the kernel at small sizes, and may scale the gradient in place. Under hooks for saved tensors (checkpointing,
+  ``save_on_cpu``) it hands the gradient to them instead.
 - ``torch.func``: ``FunctionalKDLoss``, since the transforms do not support custom operators with a gradient.
 - ``torch.compile``, ``torch.export`` and dispatch modes: the custom operator ``kdfast::kd_loss``. Compiled code scales
   by PyTorch's multiplication, which the compiler can fuse and write over the stored gradient.
@@ -90,9 +91,13 @@ class EagerKDLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, result: Result) -> Tensor:
-        """Store the gradient as an attribute: ``save_for_backward`` would cost a tenth of a small call."""
+        """Store the gradient: as an attribute, which ``save_for_backward`` would not allow to be scaled in place."""
         loss, *ctx.stored = result
-        ctx.save_for_backward(loss)
+        if _torch_compat.saved_tensors_are_hooked():
+            ctx.save_for_backward(loss, ctx.stored[0])
+            ctx.stored[0] = None
+        else:
+            ctx.save_for_backward(loss)
         return loss
 
     @staticmethod
@@ -106,10 +111,13 @@ class EagerKDLoss(torch.autograd.Function):
             _ = ctx.saved_tensors  # raises PyTorch's own error about a graph that was freed
         grad: Tensor
         grad, backend, grad_scale = ctx.stored
+        if hooked := grad is None:
+            loss, grad = ctx.saved_tensors  # once only: checkpointing refuses to unpack a tensor again
         if torch.compiler.is_compiling():  # compiled autograd
             return _multiply(grad, grad_loss / grad_scale)
         if _is_grad_enabled():  # create_graph=True
-            (loss,) = ctx.saved_tensors
+            if not hooked:
+                (loss,) = ctx.saved_tensors
             scaled: Tensor = FunctionalScale.apply(grad, grad_loss, loss, 1 / grad_scale, backend)  # type: ignore[no-untyped-call]
             return scaled
         is_last = not _torch_compat.backward_keeps_graph()
@@ -117,9 +125,10 @@ class EagerKDLoss(torch.autograd.Function):
             ctx.stored = None
         if _torch_compat.is_legacy_batched(grad_loss):  # is_grads_batched=True: several factors at once
             return _multiply(grad, grad_loss / grad_scale)
-        if is_last and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == grad_scale:
+        is_owned = is_last and not hooked  # hooks may keep what they return
+        if is_owned and backend == "native" and grad_loss.dim() == 0 and grad_loss.item() == grad_scale:
             return grad  # what scale_rows would return, without the calls that lead to it
-        return scale_rows(backend, grad, grad_loss, 1 / grad_scale, in_place=is_last)
+        return scale_rows(backend, grad, grad_loss, 1 / grad_scale, in_place=is_owned)
 
 
 _is_grad_enabled = torch.is_grad_enabled
