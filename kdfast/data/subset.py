@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -150,10 +151,12 @@ def subset_size(n: int, fraction: float) -> int:
 
 
 def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "equal"] = "proportional") -> IntArray:
-    """Return the number of samples to keep of each class, `total` in sum.
+    """Return the number of samples to keep of each class, `total` in sum, at least one of each.
 
-    "proportional": in proportion to the class sizes, by largest remainder. "equal": the same number of each class, or
-    one more if `total` is not divisible by the number of classes. Ties go to the lower label.
+    "proportional": in proportion to the class sizes, by largest remainder; a class whose share rounds to none keeps one
+    sample, and the others divide the rest. "equal": the same number of each class, or one more if `total` is not
+    divisible by the number of classes; a class with fewer samples keeps all of them, and the others divide the rest.
+    Ties go to the lower label.
 
     Args:
         labels: `(n,)` int64 from 0; the classes are 0 to the largest label.
@@ -161,36 +164,54 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
         mode: "proportional" or "equal".
 
     Returns:
-        `(classes,)` int64.
+        `(classes,)` int64; 0 only for a class without samples.
 
     Raises:
-        SubsetError: `total` is out of range, a class would lose all its samples or, for "equal", has too few.
+        SubsetError: `total` is out of range, or smaller than the number of classes.
     """
     if not 1 <= total <= len(labels):
         raise SubsetError(f"{total} samples to keep of {len(labels)}: must be 1 to {len(labels)}")
     if mode not in ("proportional", "equal"):
         raise SubsetError(f"`mode` of class budgets is {mode!r}: must be 'proportional' or 'equal'")
     sizes = np.bincount(labels).astype(np.int64)
-    if mode == "equal":
-        floor, remainder = np.full_like(sizes, total // len(sizes)), np.zeros_like(sizes)
-    else:
-        floor, remainder = np.divmod(total * sizes, len(labels))
-    budgets = floor
-    budgets[np.argsort(-remainder, kind="stable")[: total - int(floor.sum())]] += 1
-    short = np.flatnonzero(budgets > sizes)
-    if len(short):
+    classes = int((sizes > 0).sum())
+    if total < classes:
         raise SubsetError(
-            f"class {short[0]} has {sizes[short[0]]} samples and equal budgets need {budgets[short[0]]} "
-            f"({len(short)} such classes): keep fewer samples, or use proportional budgets"
+            f"keeping {total} of {len(labels)} samples leaves {classes - total} classes empty: keep at least "
+            f"{classes}, one of each class, which is a `fraction` of {_round_up(classes / len(labels))}"
         )
-    empty = np.flatnonzero((budgets == 0) & (sizes > 0))
-    if len(empty):
-        advice = "keep more" if mode == "equal" else "keep more, or use equal budgets"
-        raise SubsetError(
-            f"keeping {total} of {len(labels)} samples leaves {len(empty)} classes empty, the first is {empty[0]} with "
-            f"{sizes[empty[0]]} samples: {advice}"
-        )
-    return budgets
+    return _equal_budgets(sizes, total) if mode == "equal" else _proportional_budgets(sizes, total)
+
+
+def _proportional_budgets(sizes: IntArray, total: int) -> IntArray:
+    rest, budgets = sizes, np.zeros_like(sizes)
+    while True:
+        shared = total - int(budgets[rest == 0].sum())
+        floor, remainder = np.divmod(shared * rest, max(1, rest.sum()))
+        floor[np.argsort(-remainder, kind="stable")[: shared - int(floor.sum())]] += 1
+        empty = (floor == 0) & (rest > 0)
+        if not empty.any():
+            return np.where(rest > 0, floor, budgets)
+        budgets[empty] = 1
+        rest = np.where(empty, 0, rest)
+
+
+def _equal_budgets(sizes: IntArray, total: int) -> IntArray:
+    budgets, open_classes = np.zeros_like(sizes), sizes > 0
+    while True:
+        each, more = divmod(total - int(budgets.sum()), max(1, int(open_classes.sum())))
+        full = open_classes & (sizes <= each)
+        if not full.any():
+            budgets[open_classes] = each
+            budgets[np.flatnonzero(open_classes)[:more]] += 1
+            return budgets
+        budgets[full] = sizes[full]
+        open_classes &= ~full
+
+
+def _round_up(share: float) -> str:
+    """Return a share with four digits after the point, rounded up."""
+    return f"{math.ceil(share * 1e4 - 1e-9) / 1e4:g}"
 
 
 @contextlib.contextmanager

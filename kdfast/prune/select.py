@@ -122,8 +122,7 @@ class SubsetPipeline:
         """Check that a fraction can be selected, before any work.
 
         Raises:
-            SubsetError: The fraction keeps no sample, leaves a class empty or with too few samples, or the selector
-                does not allow it.
+            SubsetError: The fraction keeps no sample, leaves a class empty, or the selector does not allow it.
         """
         labels = self._sources.source.train.labels
         if method.rule is None:

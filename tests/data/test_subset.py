@@ -242,13 +242,16 @@ def test_proportional_budgets_are_within_one_of_the_quota(sizes, data):
     n = sum(sizes)
     total = data.draw(st.integers(1, n))
     quotas = [total * size / n for size in sizes]
-    try:
-        budgets = class_budgets(labels_of(sizes), total).tolist()
-    except SubsetError:
-        # Rejected only if the quota of a class is below one.
-        assert min(quotas) < 1
+    if total < len(sizes):
+        with pytest.raises(SubsetError, match=f"keep at least {len(sizes)}"):
+            class_budgets(labels_of(sizes), total)
         return
+    budgets = class_budgets(labels_of(sizes), total).tolist()
     assert sum(budgets) == total
+    if min(quotas) < 1:  # small classes keep more than their quota
+        assert all(1 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
+        assert all(budget <= max(1, quota + 1) for budget, quota in zip(budgets, quotas, strict=True))
+        return
     for budget, size, quota in zip(budgets, sizes, quotas, strict=True):
         assert 1 <= budget <= size
         assert abs(budget - quota) < 1
@@ -256,6 +259,13 @@ def test_proportional_budgets_are_within_one_of_the_quota(sizes, data):
     rounded_up = [r for b, q, r in zip(budgets, quotas, rest, strict=True) if b > q]
     rounded_down = [r for b, q, r in zip(budgets, quotas, rest, strict=True) if b < q]
     assert not rounded_up or not rounded_down or min(rounded_up) >= max(rounded_down) - 1e-9
+
+
+def test_long_tails_keep_one_sample_of_each_class():
+    assert class_budgets(labels_of([60, 15, 4, 1]), 40).tolist() == [30, 7, 2, 1]
+    assert class_budgets(labels_of([60, 15, 4, 1]), 40, "equal").tolist() == [20, 15, 4, 1]
+    assert class_budgets(labels_of([96, 2, 1, 1]), 5).tolist() == [2, 1, 1, 1]
+    assert class_budgets(labels_of([20, 0, 20]), 9, "equal").tolist() == [5, 0, 4]
 
 
 def test_known_budgets_and_ties():
@@ -268,24 +278,20 @@ def test_known_budgets_and_ties():
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
-def test_equal_budgets_differ_by_at_most_one_or_a_class_is_too_small(sizes, data):
+def test_equal_budgets_differ_by_at_most_one_but_for_classes_that_are_too_small(sizes, data):
     total = data.draw(st.integers(len(sizes), sum(sizes)))
-    needed = [total // len(sizes) + (label < total % len(sizes)) for label in range(len(sizes))]
-    if any(need > size for need, size in zip(needed, sizes, strict=True)):
-        with pytest.raises(SubsetError, match="equal budgets need"):
-            class_budgets(labels_of(sizes), total, "equal")
-        return
-    budgets = class_budgets(labels_of(sizes), total, "equal")
-    assert budgets.tolist() == needed
+    budgets = class_budgets(labels_of(sizes), total, "equal").tolist()
+    assert sum(budgets) == total
+    cut = [budget for budget, size in zip(budgets, sizes, strict=True) if budget < size]
+    assert not cut or max(cut) - min(cut) <= 1
+    assert not cut or max(budgets) <= min(cut) + 1
+    assert cut == sorted(cut, reverse=True)
 
 
 def test_rejects_impossible_budgets():
-    with pytest.raises(SubsetError, match=r"leaves 1 classes empty, the first is 1 with 1 samples"):
-        class_budgets(labels_of([99, 1]), 10)
-    with pytest.raises(SubsetError, match="class 1 has 3 samples and equal budgets need 5"):
-        class_budgets(labels_of([20, 3]), 10, "equal")
-    with pytest.raises(SubsetError, match="class 1 has 0 samples"):
-        class_budgets(labels_of([20, 0, 20]), 10, "equal")
+    for mode in ("proportional", "equal"):
+        with pytest.raises(SubsetError, match=r"leaves 1 classes empty: keep at least 2, .* a `fraction` of 0\.02"):
+            class_budgets(labels_of([99, 1]), 1, mode)
     with pytest.raises(SubsetError, match="must be 1 to 20"):
         class_budgets(labels_of([20]), 21)
     with pytest.raises(SubsetError, match="must be 1 to 20"):

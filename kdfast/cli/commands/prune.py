@@ -16,6 +16,9 @@ from kdfast.errors import UsageError
 # Values of --balance, and the words that the library writes to disk.
 BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
 
+# The library's words, which its messages use, are accepted too.
+_SYNONYMS = {"balanced": "proportional", "unbalanced": "none"}
+
 # Values of --balance that the older flags stand for.
 _OLDER_FLAGS = {"--balanced": "proportional", "--unbalanced": "none", "--equal": "equal"}
 
@@ -83,8 +86,9 @@ def prune(
         str | None,
         typer.Option(
             "--balance",
-            help="How the budget is divided among the classes. proportional: in proportion to their sizes; equal: the "
-            "same number of each; none: select from all samples together. Default: proportional.",
+            help="How the budget is divided among the classes. proportional: in proportion to their sizes, at least "
+            "one of each; equal: the same number of each, or all of a smaller class; none: select from all samples "
+            "together. Default: proportional.",
             metavar="proportional|equal|none",
         ),
     ] = None,
@@ -158,6 +162,7 @@ def _balance(context: typer.Context, balance: str | None, balanced: bool | None,
     Raises:
         UsageError: They contradict each other, or the value is not one of `BALANCES`.
     """
+    balance = _SYNONYMS.get(balance or "", balance)
     given = {
         "balance": None if balance is None else f"--balance {balance}",
         "balanced": {True: "--balanced", False: "--unbalanced", None: None}[balanced],

@@ -77,14 +77,15 @@ def hold_out(
         labels: int64 (N,), classes in [0, C).
         classes: C.
         share: Share of each class to hold out, in (0, 0.5].
-        least: Minimum number of samples to hold out of each class, but never more than half of it.
+        least: Minimum number of samples to hold out of each class, but never more than half of it; a class with one
+            sample keeps it in the pool.
         seed: Seed of the split.
 
     Returns:
         The pool and the held-out set: positions, int64, ascending, disjoint; their union is the training set.
 
     Raises:
-        DataError: A class has fewer than two samples, or a label is outside [0, C).
+        DataError: No class has two samples, or a label is outside [0, C).
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(
@@ -92,10 +93,9 @@ def hold_out(
             "a teacher of this data"
         )
     sizes = np.bincount(labels, minlength=classes)
-    if sizes.min() < 2:
+    if sizes.max() < 2:
         raise DataError(
-            f"class {sizes.argmin()} has {sizes.min()} training samples ({int((sizes < 2).sum())} classes have fewer "
-            "than 2): at least one must be held out and one remain; remove such classes from the data"
+            "every class has a single training sample, and one must be held out of a class of two: use another method"
         )
     counts = np.minimum(np.maximum(np.ceil(share * sizes).astype(np.int64), least), sizes // 2)
     keys = hash64(Purpose.HOLDOUT, seed, np.arange(len(labels), dtype=np.int64))

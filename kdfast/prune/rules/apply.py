@@ -56,8 +56,9 @@ def select_subset(
         labels: int64 (N,), classes in [0, C).
         fraction: Share to keep.
         rule: A key of `RULES`.
-        balance: `balanced` gives each class a budget in proportion to its size (largest remainder), `equal` gives every
-            class the same budget, `unbalanced` ranks all samples together.
+        balance: `balanced` gives each class a budget in proportion to its size (largest remainder), but at least one
+            sample; `equal` gives every class the same budget, or all its samples if it has fewer; `unbalanced` ranks
+            all samples together.
         seed: Seed of tie-breaks and of random draws.
         features: float32 (N, D), for rules that need them.
         extras: Further values per sample, float64 (N,) each, for rules that need them.
@@ -69,7 +70,7 @@ def select_subset(
 
     Raises:
         DataError: Scores, features or extras differ from the labels in length or are not finite.
-        SubsetError: The fraction keeps no sample, or leaves a class empty or with too few samples.
+        SubsetError: The fraction keeps no sample, or leaves a class empty.
         UsageError: The rule, the balance or an option is unknown, or the rule lacks an input.
     """
     entry = get_rule(rule)

@@ -8,18 +8,19 @@ import numpy as np
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets
+from kdfast.errors import SubsetError
 from kdfast.prune.rules.base import Rule, RuleInputs
 
-# balanced means proportional: each class keeps its share of the data (largest remainder); equal: every class keeps the
-# same number; unbalanced: all samples are ranked together.
+# balanced means proportional: each class keeps its share of the data (largest remainder), but at least one sample;
+# equal: every class keeps the same number, but no more than it has; unbalanced: all samples are ranked together.
 BALANCE = ("balanced", "unbalanced", "equal")
 
 
 def check_budgets(labels: IntArray, total: int, balance: str) -> None:
-    """Check that the classes can supply `total` samples.
+    """Check that no class would be empty, if classes have budgets.
 
     Raises:
-        SubsetError: A class would be empty, or has too few samples for equal budgets.
+        SubsetError: A class would be.
     """
     if balance != "unbalanced":
         _budgets(labels, total, balance)
@@ -38,7 +39,7 @@ def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: s
         int64 (count,), ascending positions.
 
     Raises:
-        SubsetError: A class would be empty, or has too few samples for equal budgets.
+        SubsetError: A class would be empty.
     """
     if balance == "unbalanced":
         return np.sort(rule(inputs))
@@ -51,7 +52,10 @@ def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: s
 
 
 def _budgets(labels: IntArray, total: int, balance: str) -> IntArray:
-    return class_budgets(labels, total, "equal" if balance == "equal" else "proportional")
+    try:
+        return class_budgets(labels, total, "equal" if balance == "equal" else "proportional")
+    except SubsetError as error:
+        raise SubsetError(f"{error}; or pass `balance` unbalanced, to select from all samples together") from error
 
 
 def _class_inputs(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
-from kdfast.errors import UsageError
+from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_newton, head_self_influence
 from kdfast.prune.options import Option
 from kdfast.prune.rules.base import FloatArray
@@ -71,7 +71,9 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
 
 
 def draw_holdout(labels: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Draw two disjoint validation sets, each with the same number of samples from every class.
+    """Draw two disjoint validation sets, each with the same number of samples from every class that has enough.
+
+    A class with too few gives up at most half of its samples less one to each set, so that one is left to train on.
 
     Args:
         labels: int64 (N,).
@@ -82,19 +84,20 @@ def draw_holdout(labels: IntArray, share: float, seed: int) -> tuple[IntArray, I
         Two int64 arrays of ascending indices.
 
     Raises:
-        UsageError: No sample of some class would be left.
+        DataError: No class has three samples.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    each = max(1, round(share * len(labels) / len(classes) / 2))
-    if 2 * each >= sizes.min():
-        raise UsageError(
-            f"holding out {2 * each} samples of each class leaves none of class {classes[sizes.argmin()]}, which has "
-            f"{sizes.min()}: lower the option holdout={share:g}"
+    each = np.minimum(max(1, round(share * len(labels) / len(classes) / 2)), (sizes - 1) // 2)
+    if not each.any():
+        raise DataError(
+            "influence on a validation loss needs a class with three samples, one to train on and two to hold out: "
+            "use the score's option kind=self, which holds out none"
         )
     order = np.argsort(hash64(Purpose.HOLDOUT, seed, np.arange(len(labels), dtype=np.int64)), kind="stable")
-    drawn = [order[labels[order] == label][: 2 * each] for label in classes]
-    first, second = (np.sort(np.concatenate([ids[part] for ids in drawn])) for part in (slice(each), slice(each, None)))
-    return first, second
+    drawn = [order[labels[order] == label][: 2 * count] for label, count in zip(classes, each, strict=True)]
+    first = np.concatenate([ids[:count] for ids, count in zip(drawn, each, strict=True)])
+    second = np.concatenate([ids[count:] for ids, count in zip(drawn, each, strict=True)])
+    return np.sort(first), np.sort(second)
 
 
 def _removal(

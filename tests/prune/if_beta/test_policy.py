@@ -116,10 +116,17 @@ def test_held_out_set_covers_every_class_and_is_disjoint_from_the_pool():
     assert not np.array_equal(held, hold_out(labels, 3, seed=6)[1])
 
 
-@pytest.mark.parametrize("sizes", [[10, 0, 10], [10, 1, 10]])
-def test_rejects_a_class_too_small_to_hold_out(sizes):
-    with pytest.raises(DataError, match="class 1 has"):
-        hold_out(np.repeat(np.arange(3), sizes), 3)
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_class_too_small_to_hold_out_stays_in_the_pool(size):
+    labels = np.repeat(np.arange(3), [10, size, 10])
+    pool, held = hold_out(labels, 3)
+    assert np.bincount(labels[pool], minlength=3).tolist() == [5, size, 5]
+    assert np.bincount(labels[held], minlength=3).tolist() == [5, 0, 5]
+
+
+def test_rejects_classes_of_single_samples():
+    with pytest.raises(DataError, match="single training sample"):
+        hold_out(np.arange(3), 3)
 
 
 def test_rejects_labels_unknown_to_the_teacher():
@@ -129,4 +136,4 @@ def test_rejects_labels_unknown_to_the_teacher():
 
 def test_rejects_a_total_that_leaves_a_class_empty():
     with pytest.raises(SubsetError, match="leaves 1 classes empty"):
-        make_sampler(100, 10, [0] * 98 + [1] * 2)
+        make_sampler(100, 1, [0] * 98 + [1] * 2)
