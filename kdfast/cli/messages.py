@@ -22,6 +22,7 @@ ALIASES = {
     "score_options": ("score_option",),
     "n_views": ("views",),
     "folder": ("out",),
+    "normalization": ("mean",),
     "jpeg_quality": ("jpeg",),
 }
 

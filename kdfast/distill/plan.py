@@ -27,9 +27,10 @@ from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.schedule import parse_alpha
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
-from kdfast.errors import CheckpointError, UsageError
+from kdfast.errors import UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import load_model
+from kdfast.nets.fit import check_fit, check_training
 from kdfast.teacher.cache import TeacherCache
 
 
@@ -242,7 +243,7 @@ def plan_run(
     subset = _read_subset(paths.subset, source, config.batch_size)
     samples = len(subset.ids)
     distributed.check_batches(samples, config.batch_size)
-    check_student(config, samples, source, distributed)
+    check_student(config, samples, source, distributed, device)
     if alpha is not None:
         config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train)))
     stage_seconds = {"open data": time.perf_counter() - started}
@@ -263,24 +264,29 @@ def plan_run(
     )
 
 
-def check_student(config: RunConfig, samples: int, source: Source, distributed: Distributed) -> None:
-    """Check that the network exists and can train on the last batch of an epoch.
+def check_student(
+    config: RunConfig, samples: int, source: Source, distributed: Distributed, device: torch.device | None = None
+) -> None:
+    """Check that the network exists, and that it can train on the batches of an epoch and be evaluated.
 
-    Batch norm over one value per channel has no variance, so that a batch of one sample may fail.
+    One small batch runs through it. Batch norm over one value per channel has no variance, so that a last batch of one
+    sample may fail.
 
     Raises:
-        UsageError: The network does not exist, or cannot train on that batch.
+        UsageError: The network does not exist, or cannot train on images of this size or on that batch.
     """
-    net = build_net(config.student, len(source.classes))
+    classes, size = len(source.classes), source.view_spec.size
+    net = build_net(config.student, classes)
+    check_training(net, config.student, classes, size, device=device)
     last = samples % config.batch_size or config.batch_size
     if last // distributed.world_size > 1:
         return
     try:
-        net.train()(torch.zeros(1, 3, *source.view_spec.size))
-    except ValueError as error:
+        check_training(net, config.student, classes, size, batch=1, device=device)
+    except UsageError as error:
         raise UsageError(
             f"the last batch of an epoch gives a process a single sample (of {samples}), and the network cannot train "
-            f"on one ({error}): choose a `batch_size` other than {config.batch_size}"
+            f"on one ({error.__cause__ or error}): choose a `batch_size` other than {config.batch_size}"
         ) from error
 
 
@@ -302,11 +308,8 @@ def _open_teacher(
             "`alpha` above 0 needs `cache` or `teacher`: pass one, or `alpha` 0 to train without a teacher"
         )
     model = None if paths.teacher is None else load_model(paths.teacher)
-    if model is not None and model.classes != len(source.classes):
-        raise CheckpointError(
-            f"{paths.teacher} has {model.classes} classes, but {paths.data} has {len(source.classes)} classes: use a "
-            "teacher trained on this data"
-        )
+    if model is not None and paths.teacher is not None:
+        check_fit(model, source, paths.teacher)
     if paths.cache is None:
         return TeacherTargets(model=model)
     started = time.perf_counter()

@@ -132,7 +132,7 @@ def record_dynamics(
         run_config = dataclasses.replace(config, seed=config.seed + run)
         if len(ids) < run_config.batch_size:
             raise UsageError(f"run {run} trains on {len(ids)} samples, fewer than one batch: raise `keep`")
-        check_student(run_config, len(ids), inputs.source, Distributed())
+        check_student(run_config, len(ids), inputs.source, Distributed(), device)
         plan = inputs.plan(run_config, ids, device=device)
         with _open_recorder(plan, config, recording, out, run, mask) as recorder:
             monitoring = Monitoring(

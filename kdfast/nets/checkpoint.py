@@ -1,4 +1,4 @@
-"""Checkpoint files of kdfast, one network with everything needed to use it, and the import of foreign ones.
+"""Checkpoint files of kdfast: one network with everything needed to use it.
 
 The file is a plain dict (format, version, net, classes, class_names, state_dict, mean, std, metadata, digest, seal),
 saved by ``torch.save``, written atomically and read with ``weights_only=True``, so nothing in it can run code.
@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from kdfast.data.views import Normalization
 from kdfast.errors import CheckpointError, UsageError
 from kdfast.files import atomic_write, schemas
 from kdfast.files.validate import check_type
-from kdfast.nets.foreign import check_archive, read_tensors, read_torch_file
-from kdfast.nets.matching import ImportReport, match_tensors
+from kdfast.nets.foreign import check_archive, read_torch_file
+from kdfast.nets.libraries import LibraryError
 from kdfast.nets.registry import build_net
 
 FORMAT = "kdfast-model"
@@ -121,6 +120,7 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
     Raises:
         CheckpointError: The file is missing or damaged, contains code, is not a checkpoint of this version of kdfast,
             or holds another number of classes or non-finite weights.
+        UsageError: The network's package is not installed or does not work.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -138,16 +138,28 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
             check_archive(path)
         model = _model_from(path, content)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, (CheckpointError, LibraryError)):
             raise
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from error
-    _check_finite(path, model.net.state_dict())
+    check_finite(path, model.net.state_dict())
     if classes is not None and model.classes != classes:
         raise CheckpointError(
             f"{path} holds a network for {model.classes} classes, but the data has {classes}: "
             "use a network trained on this data"
         )
     return model
+
+
+def is_own_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Return whether `save_model` wrote a file.
+
+    Raises:
+        CheckpointError: As for `read_torch_file`; not for .safetensors files.
+    """
+    if os.fspath(path).endswith(".safetensors"):
+        return False
+    content = read_torch_file(path)
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -184,51 +196,14 @@ def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mod
     )
 
 
-def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Check that all weights are finite.
+
+    Raises:
+        CheckpointError: One is not; the message names the tensors.
+    """
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(
             f"{path} holds NaN or infinite weights in {', '.join(bad[:4])}: its training diverged; use another"
         )
-
-
-def import_checkpoint(
-    path: str | os.PathLike[str],
-    *,
-    net: str,
-    classes: int,
-    normalization: Normalization,
-    class_names: Sequence[str] | None = None,
-    key: str | None = None,
-) -> tuple[Model, ImportReport]:
-    """Import a checkpoint that other code wrote, without running code in it.
-
-    Args:
-        path: A .safetensors file, or a ``torch.save`` file (.pt, .pth, .th, ...) with a state dict, bare or in a dict.
-        net: The architecture, a name of `build_net`.
-        classes: Number of classes.
-        normalization: Input normalization used in training. The weights do not reveal it, and a wrong one silently
-            costs accuracy: check with `kdfast.teacher.evaluate`.
-        class_names: One name for each class; None for "0", "1", ...
-        key: Key of the weights in the file's dict ("a.b" for nested dicts); None searches under common names.
-
-    Returns:
-        The model in evaluation mode on the CPU, and a report of the matching.
-
-    Raises:
-        CheckpointError: The file is missing, damaged or contains code, its tensors do not match the network exactly, or
-            a weight is NaN or infinite.
-        UsageError: There is no such network, or the number of class names is not `classes`.
-    """
-    names = tuple(str(index) for index in range(classes)) if class_names is None else tuple(class_names)
-    if len(names) != classes:
-        raise UsageError(f"`class_names` has {len(names)} names for {classes} classes: pass one name for each class")
-    module = build_net(net, classes)
-    tensors, report = match_tensors(read_tensors(path, key), module, str(path), net, classes)
-    if not report.complete:
-        raise CheckpointError(report.summary().replace("\n  ", "; "))
-    _check_finite(path, tensors)
-    # Batch counters may be absent from the file; match_tensors has checked everything else.
-    module.load_state_dict(tensors, strict=False)
-    metadata = {"imported_from": Path(path).name}
-    return Model(module.eval(), net, classes, names, normalization, metadata), report

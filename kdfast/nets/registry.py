@@ -5,14 +5,13 @@ To add a network, write a builder and an entry in NETS.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 from torch import nn
 
-from kdfast.errors import UsageError, did_you_mean, unknown_name
+from kdfast.errors import UsageError, unknown_name
+from kdfast.nets.libraries import build_library_net
 from kdfast.nets.resnet import CifarResNet, Shortcut
 from kdfast.nets.wrn import WideResNet
 
@@ -32,8 +31,6 @@ NETS: dict[str, Builder] = {
 }
 """Name -> function of the number of classes that returns a newly initialized network."""
 
-_LIBRARIES = ("torchvision", "timm")
-
 
 def build_net(name: str, classes: int) -> nn.Module:
     """Build a newly initialized network.
@@ -43,30 +40,14 @@ def build_net(name: str, classes: int) -> nn.Module:
         classes: Width of the output, at least 2.
 
     Raises:
-        UsageError: There is no such network, the package is not installed, or `classes` is below 2.
+        UsageError: There is no such network, its package is not installed or does not work with the installed torch, or
+            `classes` is below 2.
     """
     if classes < 2:
         raise UsageError(f"`classes` is {classes}; a classifier needs at least 2")
     library, colon, member = name.partition(":")
     if colon:
-        return _from_library(library, member, classes)
+        return build_library_net(library, member, classes)
     if name not in NETS:
         raise unknown_name("no network is named", name, [*NETS, "torchvision:NAME", "timm:NAME"])
     return NETS[name](classes)
-
-
-def _from_library(library: str, member: str, classes: int) -> nn.Module:
-    if library not in _LIBRARIES:
-        raise UsageError(f"no library of networks is named {library!r}: use torchvision:NAME or timm:NAME")
-    try:
-        package = importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
-    except ImportError as error:
-        raise UsageError(f"{library}:{member} needs the package {library}: pip install {library}") from error
-    names = list(package.list_models())
-    if member not in names:
-        raise UsageError(
-            f"{library} has no network named {member!r}: {did_you_mean(member, names)}see its list_models()"
-        )
-    if library == "torchvision":
-        return cast(nn.Module, package.get_model(member, weights=None, num_classes=classes))
-    return cast(nn.Module, package.create_model(member, pretrained=False, num_classes=classes))

@@ -23,6 +23,7 @@ from kdfast.data.source import Source, check_epoch_ids
 from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, UsageError
 from kdfast.files import FolderLock, check_writable, make_subfolder, sha256_json
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.fit import check_class_names
 from kdfast.progress import Progress
 from kdfast.teacher.checks import check_intact
 from kdfast.teacher.finish import write_manifest
@@ -107,8 +108,9 @@ def build_cache(
     Raises:
         UsageError: An option is out of range.
         SubsetError: `ids` are not distinct indices of training samples.
-        CacheMismatch: The folder holds another cache, finished or not, or a damaged one, or the teacher does not fit
-            the data.
+        CacheMismatch: The folder holds another cache, finished or not, or a damaged one, or the teacher has another
+            number of classes than the data.
+        CheckpointError: The teacher has other classes than the data, or the same in another order.
         DataError: A logit is not finite, or too large for float16.
         OutputError: The folder cannot be written, holds something else, or another process is building in it.
         Interrupted: After Ctrl-C; the same call resumes.
@@ -158,7 +160,7 @@ def check_build(
     """Raise what `build_cache` would raise before any work, for the same arguments. Writes nothing.
 
     Raises:
-        UsageError, CacheMismatch, OutputError: As in `build_cache`.
+        UsageError, CacheMismatch, CheckpointError, OutputError: As in `build_cache`.
     """
     if top_k is not None:
         top_k.check(model.classes)
@@ -175,6 +177,7 @@ def check_build(
             f"the teacher ({model.name}) has {model.classes} classes, the data {source.path} has "
             f"{len(source.classes)}: use a teacher trained on this data"
         )
+    check_class_names(model, source)
     check_cache_folder(Path(out))
 
 

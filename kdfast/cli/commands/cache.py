@@ -92,6 +92,7 @@ def build(
     from kdfast.data.subset import check_subset_file, read_subset
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
+    from kdfast.nets.fit import check_fit
     from kdfast.teacher.build import build_cache, check_build
     from kdfast.teacher.cache import TeacherCache
     from kdfast.teacher.row_format import RowFormat, TopK
@@ -101,6 +102,7 @@ def build(
         check_subset_file(subset)
     model = load_model(teacher)
     source = open_source(data, size=size)
+    check_fit(model, source, str(teacher))
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
     n_views = views or source.view_spec.count

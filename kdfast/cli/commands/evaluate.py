@@ -24,10 +24,12 @@ def evaluate(
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
+    from kdfast.nets.fit import check_fit
     from kdfast.teacher.evaluate import evaluate as evaluate_model
 
     source = open_source(data, size=size)
-    loaded = load_model(model, classes=len(source.classes))
+    loaded = load_model(model)
+    check_fit(loaded, source, str(model))
     scores = evaluate_model(loaded, source.test, device=resolve_device(device), view_spec=source.view_spec)
     if as_json:
         say(json.dumps({"model": str(model), "net": loaded.name, "n": len(source.test), **scores}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from kdfast.cli.command import Command
 from kdfast.cli.commands import training
 from kdfast.cli.output import say
 from kdfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdfast.data.views import Normalization
 
 app = typer.Typer(help="Train a teacher, or import one trained elsewhere.", no_args_is_help=True)
 
@@ -96,30 +99,56 @@ def import_(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: a .pt, .pth, .th or .safetensors file.")],
     data: options.Data,
     net: options.Net,
-    mean: Annotated[
-        str, typer.Option("--mean", help="Channel means the teacher was trained with: a,b,c on a scale of 0 to 1.")
-    ],
-    std: Annotated[str, typer.Option("--std", help="Channel standard deviations, a,b,c on the same scale.")],
     out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt.")],
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean",
+            help="Channel means the teacher was trained with: a,b,c on a scale of 0 to 1, or one number for all; "
+            "default: from the file, if it holds them.",
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Channel standard deviations, a,b,c on the same scale, or one number.")
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(
             "--key", help="Key of the weights in the file, a.b for nested ones; default: found automatically."
         ),
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--prefix",
+            help="Import only tensors whose names start so, such as student, from a file of several networks.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore",
+            help="Leave out tensors of this name; * stands for any text. Repeat it for several.",
+            metavar="PATTERN",
+        ),
+    ] = None,
     size: options.Size = None,
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
-    """Import a checkpoint: match its layer names, without running code from it, and evaluate it on the test split."""
+    """Import a checkpoint: match its layer names, without running code from it, and evaluate it on the test split.
+
+    A checkpoint of kdfast gets the class names of this data, in the data's order.
+    """
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.views import Normalization
     from kdfast.device import resolve_device
-    from kdfast.nets.checkpoint import import_checkpoint, save_model
+    from kdfast.nets.checkpoint import save_model
+    from kdfast.nets.fit import check_fit
+    from kdfast.nets.importing import import_checkpoint
     from kdfast.teacher.evaluate import evaluate
 
     training.refuse_existing(out)
-    normalization = Normalization(_triple("--mean", mean), _triple("--std", std))
+    normalization = _normalization(mean, std)
     source = open_source(data, size=size)
     model, report = import_checkpoint(
         checkpoint,
@@ -128,7 +157,10 @@ def import_(
         class_names=source.classes,
         normalization=normalization,
         key=key,
+        prefix=prefix,
+        ignore=ignore or (),
     )
+    check_fit(model, source, str(checkpoint))
     say(report.summary())
     scores = evaluate(model, source.test, device=resolve_device(device), view_spec=source.view_spec)
     model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
@@ -136,9 +168,20 @@ def import_(
     say(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
 
 
+def _normalization(mean: str | None, std: str | None) -> Normalization | None:
+    from kdfast.data.views import Normalization
+
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise UsageError("pass --mean and --std together, or neither where the file holds the normalization")
+    return Normalization(_triple("--mean", mean), _triple("--std", std))
+
+
 def _triple(flag: str, text: str) -> tuple[float, float, float]:
     try:
-        first, second, third = (float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
+        first, second, third = numbers * 3 if len(numbers) == 1 else numbers
     except ValueError as error:
-        raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c") from error
+        raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c, or one for all channels") from error
     return first, second, third

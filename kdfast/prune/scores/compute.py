@@ -12,9 +12,9 @@ import numpy as np
 
 from kdfast.data.source import Source
 from kdfast.dynamics.reader import Dynamics
-from kdfast.errors import CheckpointError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model, load_model
+from kdfast.nets.fit import check_fit
 from kdfast.prune.options import OptionValue
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.base import ScoreInputs
@@ -132,8 +132,5 @@ class ScoreSources:
 
 def _load_network(path: StrPath, source: Source) -> Model:
     model = load_model(path)
-    if model.classes != len(source.classes):
-        raise CheckpointError(
-            f"{path} has {model.classes} classes, {source.path} has {len(source.classes)}: use a network of this data"
-        )
+    check_fit(model, source, str(path))
     return model
