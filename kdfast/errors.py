@@ -101,6 +101,10 @@ class Interrupted(KdfastError, RuntimeError):
     exit_code = 75
 
 
+class DataWarning(UserWarning):
+    """What a reader of data left out or decided, such as files that are no images."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the part of a message that suggests the closest known name, or an empty string if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -103,6 +103,15 @@ Size = Annotated[
         max=65535,
     ),
 ]
+Order = Annotated[
+    str,
+    typer.Option(
+        "--order",
+        help="Order of an image folder's samples in a class that has sub-folders: path (sorted by path), or "
+        "imagefolder (that of torchvision's ImageFolder). Pass the same to every command.",
+        metavar="path|imagefolder",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]
 Device = Annotated[
     str, typer.Option("--device", help="auto (CUDA where there is a device), cpu, cuda or cuda:N.", metavar="DEVICE")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+import warnings
+from typing import Any, TextIO
 
-from kdfast.errors import OutputError
+from kdfast.errors import DataWarning, OutputError
 from kdfast.text import printable
+
+_show_with_place = warnings.showwarning
 
 
 def prepare_streams() -> None:
-    """Let any character be written to any terminal, pipe or file, and replace closed streams.
+    """Let any character be written to any terminal, pipe or file, replace closed streams, and shorten warnings.
 
     A closed stream would give its number to the next file that is opened, and messages of libraries would go there.
     """
@@ -27,6 +30,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = show_warning
 
 
 def say(text: str, *, flush: bool = False) -> None:
@@ -59,6 +63,14 @@ def complain(text: str) -> None:
         print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Replacement for `warnings.showwarning`: what a reader of data says is one line, without a place in the code."""
+    if issubclass(category, DataWarning):
+        complain(f"kdfast: {message}")
+    else:
+        _show_with_place(message, category, *where, **options)
 
 
 def _not_written(error: OSError) -> OutputError:

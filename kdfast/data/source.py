@@ -100,6 +100,7 @@ class Source:
         view_spec: The augmentation of the data.
         recorded: Fingerprint recorded when the data was written, if the reader has checked that the files are
             unchanged since then; else None.
+        notes: What the reader left out or decided, one sentence each.
 
     Raises:
         DataError: A label lies outside the classes, or the splits have different image shapes.
@@ -112,6 +113,7 @@ class Source:
     test: Split
     view_spec: ViewSpec
     recorded: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train.shape != self.test.shape:

@@ -45,6 +45,7 @@ class InputPaths:
         teacher: A teacher to run during training; with a cache, the teacher that the cache must belong to; or None.
         loader: `auto`, `ffcv` or `resident`.
         size: Side of the stored images in pixels, for folders of larger images.
+        order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
     """
 
     data: str
@@ -53,6 +54,7 @@ class InputPaths:
     teacher: str | None = None
     loader: str = "auto"
     size: int | None = None
+    order: str = "path"
 
 
 @dataclass
@@ -239,7 +241,7 @@ def plan_run(
     if paths.subset is not None:
         check_subset_file(paths.subset)
     started = time.perf_counter()
-    source = open_source(paths.data, size=paths.size)
+    source = open_source(paths.data, size=paths.size, order=paths.order)
     subset = _read_subset(paths.subset, source, config.batch_size)
     samples = len(subset.ids)
     distributed.check_batches(samples, config.batch_size)

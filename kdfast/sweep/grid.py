@@ -36,6 +36,7 @@ class SweepConfig:
         scores: Score files, by the names that `methods` gives them.
         loader: `auto`, `ffcv` or `resident`.
         size: Side in pixels of the stored images, for folders of larger images.
+        order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
         device: Training device, see `kdfast.device.resolve_device`.
     """
 
@@ -52,6 +53,7 @@ class SweepConfig:
     scores: dict[str, str] = field(default_factory=dict)
     loader: str = "auto"
     size: int | None = None
+    order: str = "path"
     device: str = "cpu"
 
     def __post_init__(self) -> None:

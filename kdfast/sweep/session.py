@@ -53,7 +53,7 @@ class Session:
     def __init__(self, config: SweepConfig) -> None:
         self._device = resolve_device(config.device)
         self.config = config
-        self._source = source = open_source(config.data, size=config.size)
+        self._source = source = open_source(config.data, size=config.size, order=config.order)
         self._check_sizes()
         labels, fingerprint = source.train.labels, source.fingerprint
         files = {

@@ -74,6 +74,7 @@ def build(
         typer.Option("--batch-size", help="Images per forward pass; default: chosen for the device.", min=1),
     ] = None,
     size: options.Size = None,
+    order: options.Order = "path",
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     config: options.Config = None,
@@ -101,7 +102,7 @@ def build(
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     check_fit(model, source, str(teacher))
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
@@ -152,6 +153,7 @@ def verify(
         int, typer.Option("--samples", help="Random entries to compute again and compare.", min=1)
     ] = 256,
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     config: options.Config = None,
@@ -163,7 +165,7 @@ def verify(
     from kdfast.teacher.cache import TeacherCache
     from kdfast.teacher.verify import verify_cache
 
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     model = load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
     found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,15 @@ Src = Annotated[str, typer.Argument(help="Source of data, as for --data of other
 
 
 @app.command("info", cls=Command)
-def info(src: Src, size: options.Size = None) -> None:
+def info(src: Src, size: options.Size = None, order: options.Order = "path") -> None:
     """Print the kind, splits, classes, views, statistics and fingerprint of a source."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.source import compute_normalization
+    from kdfast.errors import DataWarning
 
-    source = open_source(src, size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # printed below
+        source = open_source(src, size=size, order=order)
     normalization = compute_normalization(source.train)
     height, width, _ = source.train.shape
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
@@ -35,6 +39,8 @@ def info(src: Src, size: options.Size = None) -> None:
     say(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
     say(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
     say(f"fingerprint  {source.fingerprint}")
+    for note in source.notes:
+        say(f"note         {note}")
 
 
 @app.command("convert", cls=Command)
@@ -42,6 +48,7 @@ def convert(
     src: Src,
     out: Annotated[Path, typer.Argument(help="Folder to write train.beton and test.beton into.")],
     size: options.Size = None,
+    order: options.Order = "path",
     jpeg: Annotated[
         int | None, typer.Option("--jpeg", help="JPEG quality, 50 to 100; default: store raw pixels.", min=50, max=100)
     ] = None,
@@ -52,7 +59,7 @@ def convert(
     from kdfast.data.ffcv.write import convert as convert_source
     from kdfast.data.readers.registry import open_source
 
-    source = open_source(src, size=size)
+    source = open_source(src, size=size, order=order)
     if dry_run:
         check_out_folder(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
@@ -70,11 +77,12 @@ def flip(
     out: Annotated[Path, typer.Argument(help="Folder of the new source, which refers to the images of SRC.")],
     share: Annotated[float, typer.Option("--share", help="Share of the training labels to change, in (0, 1).")] = 0.1,
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
 ) -> None:
     """Make a source in which a seeded share of the training labels is wrong; the test split is unchanged."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import write_flipped
 
-    changed = write_flipped(open_source(src, size=size), src, out, share=share, seed=seed)
+    changed = write_flipped(open_source(src, size=size, order=order), src, out, share=share, seed=seed)
     say(f"{len(changed)} training labels of {src} changed; pass {out} as --data")

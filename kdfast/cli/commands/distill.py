@@ -49,6 +49,7 @@ def distill(
     precision: options.Precision = "fp32",
     resume: training.Resume = "auto",
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     log_every: training.LogEvery = 50,
@@ -72,7 +73,7 @@ def distill(
 
     place = resolve_device(device)
     plan = plan_run(
-        InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size),
+        InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size, order=order),
         RunConfig(
             student=student,
             epochs=epochs,

@@ -51,6 +51,7 @@ def dynamics(
     precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
@@ -90,7 +91,7 @@ def dynamics(
         runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every
     )
     check_dynamics_folder(out)
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     if dry_run:
         build_net(net, len(source.classes))
         bits = len(source.train) * (epochs // record_every) * runs * (3 * 16 + 1)

@@ -17,6 +17,7 @@ def evaluate(
     model: Annotated[Path, typer.Option("--model", help="Model, T.pt or the student.pt of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a line of text.")] = False,
     size: options.Size = None,
+    order: options.Order = "path",
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
@@ -27,7 +28,7 @@ def evaluate(
     from kdfast.nets.fit import check_fit
     from kdfast.teacher.evaluate import evaluate as evaluate_model
 
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     loaded = load_model(model)
     check_fit(loaded, source, str(model))
     scores = evaluate_model(loaded, source.test, device=resolve_device(device), view_spec=source.view_spec)

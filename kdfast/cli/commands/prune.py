@@ -95,6 +95,7 @@ def prune(
     balanced: Annotated[bool | None, typer.Option("--balanced/--unbalanced", hidden=True)] = None,
     equal: Annotated[bool, typer.Option("--equal", hidden=True)] = False,
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -130,7 +131,7 @@ def prune(
         dynamics=dynamics,
     )
     request.check()
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)

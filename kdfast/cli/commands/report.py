@@ -43,6 +43,7 @@ def scores(
         ),
     ] = 0.1,
     size: options.Size = None,
+    order: options.Order = "path",
     config: options.Config = None,
 ) -> None:
     """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
@@ -53,7 +54,7 @@ def scores(
 
     check_page_path(out)
     content = read_score_page_data(
-        open_source(data, size=size),
+        open_source(data, size=size, order=order),
         file,
         others=others or [],
         subsets=subset or [],

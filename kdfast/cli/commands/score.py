@@ -34,6 +34,7 @@ def score(
         ),
     ] = False,
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -50,7 +51,7 @@ def score(
     check_score_path(out)
     score_options = complete_options(method, get_score(method).options, parse_options(option or []))
     place = str(resolve_device(device))
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
         say(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")

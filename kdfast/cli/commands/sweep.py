@@ -84,6 +84,7 @@ def sweep(
     precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
     size: options.Size = None,
+    order: options.Order = "path",
     device: options.Device = "auto",
     jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
     keep_runs: Annotated[
@@ -146,6 +147,7 @@ def sweep(
                 scores=dict(_parse_score_file(text) for text in scores or ()),
                 loader=loader,
                 size=size,
+                order=order,
                 device=device,
             )
         )

@@ -6,6 +6,7 @@ To add a kind, write a reader and an entry in SOURCES.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,24 @@ from kdfast.data.ffcv.write import is_ffcv_folder, open_ffcv_folder
 from kdfast.data.readers import digits
 from kdfast.data.readers.cifar import CIFAR10, CIFAR100, is_cifar, open_cifar
 from kdfast.data.readers.folder import is_folder, open_folder
+from kdfast.data.readers.image_list import ORDERS
 from kdfast.data.readers.npz import is_npz, open_npz
 from kdfast.data.readers.relabel import is_relabelled, open_relabelled
 from kdfast.data.readers.svhn import is_svhn, open_svhn
 from kdfast.data.source import Source
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import DataError, DataWarning, UsageError, did_you_mean
 
 _LISTED = 5
 _LARGEST_SIDE = 65535
+_ORDERED = ("folder", "relabelled")  # a relabelled source may refer to a folder
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to read image folders, see `open_source`."""
+
+    size: int | None = None
+    order: str = ORDERS[0]
 
 
 @dataclass(frozen=True)
@@ -31,85 +42,93 @@ class SourceKind:
     Attributes:
         summary: What must be at the path, for help and error messages.
         detect: Returns whether a path is of this kind, complete or not.
-        open: Reads it; the second argument is `size`, None unless the caller passed one.
+        open: Reads it.
     """
 
     summary: str
     detect: Callable[[Path], bool]
-    open: Callable[[Path, int | None], Source]
+    open: Callable[[Path, OpenOptions], Source]
 
 
 SOURCES: dict[str, SourceKind] = {
     "digits": SourceKind(
         "the word digits: scikit-learn's bundled 8x8 digits",
         lambda path: str(path) == digits.NAME,
-        lambda path, size: digits.open_digits(),
+        lambda path, given: digits.open_digits(),
     ),
     "cifar10": SourceKind(
         "the official CIFAR-10 python archive: cifar-10-batches-py, its parent folder, or the .tar.gz",
         lambda path: is_cifar(path, CIFAR10),
-        lambda path, size: open_cifar(path, CIFAR10),
+        lambda path, given: open_cifar(path, CIFAR10),
     ),
     "cifar100": SourceKind(
         "the official CIFAR-100 python archive: cifar-100-python, its parent folder, or the .tar.gz",
         lambda path: is_cifar(path, CIFAR100),
-        lambda path, size: open_cifar(path, CIFAR100),
+        lambda path, given: open_cifar(path, CIFAR100),
     ),
     "svhn": SourceKind(
         "a folder with SVHN's train_32x32.mat and test_32x32.mat",
         is_svhn,
-        lambda path, size: open_svhn(path),
+        lambda path, given: open_svhn(path),
     ),
     "folder": SourceKind(
         "a folder of images: train/<class>/... and test/<class>/... or val/<class>/...",
         is_folder,
-        open_folder,
+        lambda path, given: open_folder(path, given.size, given.order),
     ),
     "npz": SourceKind(
         "an .npz with train_images, train_labels, test_images and test_labels",
         is_npz,
-        lambda path, size: open_npz(path),
+        lambda path, given: open_npz(path),
     ),
     "beton": SourceKind(
         "a folder with train.beton and test.beton, written by kdfast data convert",
         is_ffcv_folder,
-        lambda path, size: open_ffcv_folder(path),
+        lambda path, given: open_ffcv_folder(path),
     ),
     "relabelled": SourceKind(
         "a folder written by kdfast data flip: the images of another source with some training labels changed",
         is_relabelled,
-        lambda path, size: open_relabelled(path, lambda data: open_source(data, size=size)),
+        lambda path, given: open_relabelled(path, lambda data: open_source(data, size=given.size, order=given.order)),
     ),
 }
 """Name -> kind of data source."""
 
 
-def open_source(path: str | os.PathLike[str], *, size: int | None = None) -> Source:
-    """Recognize and open a data source.
+def open_source(path: str | os.PathLike[str], *, size: int | None = None, order: str = ORDERS[0]) -> Source:
+    """Recognize and open a data source. What a reader left out is a `DataWarning`.
 
     Args:
         path: A path of one of the kinds in SOURCES, or the word `digits` (a folder of that name is `./digits`).
         size: For image folders: scale the shorter side of every image to `size` pixels and crop the central square.
             Other kinds accept only the size that their images have.
+        order: For image folders: order of the samples of a class with sub-folders, see `open_folder`.
 
     Returns:
         The source, its labels and image shapes checked.
 
     Raises:
         DataError: Nothing is at the path, it is of no known kind or of several, or it is damaged or incomplete.
-        UsageError: `size` is out of range or does not fit.
+        UsageError: `size` is out of range or does not fit, or `order` is unknown or given for another kind.
         BackendUnavailable: The source is a folder of .beton files, and FFCV is not installed.
     """
     if size is not None and not 1 <= size <= _LARGEST_SIDE:
         raise UsageError(f"`size` is {size}: pass 1 to {_LARGEST_SIDE} pixels")
+    if order not in ORDERS:
+        raise UsageError(f"`order` is {order!r}: {did_you_mean(order, ORDERS)}pass one of {', '.join(ORDERS)}")
     location = Path(path)
     kind = digits.NAME if os.fspath(path) == digits.NAME else _recognize(location)
-    source = SOURCES[kind].open(location, size)
+    if order != ORDERS[0] and kind not in _ORDERED:
+        raise UsageError(f"`order` is {order}, but {path} is no image folder and has an order of its own: omit it")
+    source = SOURCES[kind].open(location, OpenOptions(size, order))
     if size is not None and source.train.shape != (size, size, 3):
         height, width, _ = source.train.shape
         raise UsageError(
             f"{path} has images of {width}x{height}, and `size` is {size}; only image folders can be resized: omit it"
         )
+    if kind != "relabelled":  # its images were opened here too
+        for note in source.notes:
+            warnings.warn(note, DataWarning, stacklevel=2)
     return source
 
 

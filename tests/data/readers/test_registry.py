@@ -38,7 +38,7 @@ def test_rejects_another_size_except_for_folders(make_source, kind):
 
 
 def test_rejects_a_size_below_one():
-    with pytest.raises(UsageError, match="1 or more"):
+    with pytest.raises(UsageError, match="pass 1 to 65535"):
         open_source("digits", size=0)
 
 
