@@ -9,6 +9,11 @@ import typer
 
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.errors import UsageError, did_you_mean
+from kdfast.files.inputs import MAX_CONFIG_BYTES, read_bounded
+
+_MAX_DEPTH = 8  # of nested mappings and lists; the options need two
+_SHOWN = 80  # characters of a value in a message
+_SHOWN_REASON = 400
 
 
 def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -19,12 +24,7 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    values = _read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} is not a mapping: write one `option: value` per line")
     known = {
@@ -36,11 +36,40 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         parameter = known.get(word)
         if parameter is None or parameter.name in ("config", "help", "help_options"):
             shown = sorted(name for name, parameter in known.items() if not getattr(parameter, "hidden", False))
-            hint = did_you_mean(word, shown)
-            raise UsageError(f"--config {path}: no option {key!r}: {hint}known: {', '.join(shown)}")
-        defaults[str(parameter.name)] = _default(f"--config {path}: {key} is {value!r}", word, value, parameter)
+            hint = did_you_mean(word[:_SHOWN], shown)
+            raise UsageError(f"--config {path}: no option {_short(repr(key))}: {hint}known: {', '.join(shown)}")
+        defaults[str(parameter.name)] = _default(
+            f"--config {path}: {key} is {_short(repr(value))}", word, value, parameter
+        )
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises:
+        UsageError: It cannot be read, is no regular file, is too large, nested too deeply, or has anchors, by which a
+            few lines can stand for a value that fills the memory.
+    """
+    import yaml
+
+    try:
+        text = read_bounded(path, MAX_CONFIG_BYTES).decode()
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if anchor := getattr(event, "anchor", None):
+                raise UsageError(f"--config {path} has the anchor or alias {_short(anchor)}: write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise UsageError(f"--config {path} is nested too deeply: write one `option: value` per line")
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except UsageError:
+        raise
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date or number
+        raise UsageError(f"--config {path} cannot be read: {_short(str(error), _SHOWN_REASON)}") from error
 
 
 def _spellings(parameter: Any) -> list[str]:
@@ -64,3 +93,7 @@ def _default(given: str, word: str, value: Any, parameter: Any) -> Any:
     if is_flag and f"--{word}" in parameter.secondary_opts:
         return not value
     return [value] if several and not isinstance(value, list) else value
+
+
+def _short(text: str, length: int = _SHOWN) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

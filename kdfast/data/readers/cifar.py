@@ -7,20 +7,24 @@ any code of it runs.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import io
 import pickle
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from kdfast.data.source import ArraySplit, Source
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError
+from kdfast.files.inputs import MAX_CIFAR_BYTES, open_regular, read_bounded
 
 _SIDE = 32
 _NUMERIC_KINDS = "biuf"
@@ -128,9 +132,9 @@ def _read_folder(path: Path, layout: Layout) -> dict[str, bytes]:
     if missing:
         raise DataError(f"{root} lacks {', '.join(missing)}: unpack the official archive again")
     try:
-        return {name: (root / name).read_bytes() for name in layout.files}
+        return {name: read_bounded(root / name, MAX_CIFAR_BYTES) for name in layout.files}
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
 
 
 def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
@@ -138,7 +142,7 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
     wanted = {f"{layout.folder}/{name}": name for name in layout.files}
     try:
         with _uncompressed(path) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
+            with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
                 for member in archive:
                     name = wanted.get(member.name.removeprefix("./"))
                     file = archive.extractfile(member) if name and member.isfile() else None
@@ -155,15 +159,33 @@ def _read_tar(path: Path, layout: Layout) -> dict[str, bytes]:
     return found
 
 
-def _uncompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    with open(path, "rb") as file:
+class _Bounded:
+    """A stream that ends in an error after `MAX_CIFAR_BYTES`, as a compressed bomb would."""
+
+    def __init__(self, stream: gzip.GzipFile | BinaryIO) -> None:
+        self._stream = stream
+        self._left = MAX_CIFAR_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
+        data = self._stream.read(min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(errno.EFBIG, f"it has more than {MAX_CIFAR_BYTES} bytes uncompressed")
+        return data
+
+
+@contextlib.contextmanager
+def _uncompressed(path: Path) -> Iterator[_Bounded]:
+    with open_regular(path) as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if compressed else open(path, "rb")
+        file.seek(0)
+        yield _Bounded(gzip.GzipFile(fileobj=file) if compressed else file)
 
 
 def _top_folder(path: Path) -> str | None:
     try:
-        with _uncompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with _uncompressed(path) as stream, tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
             tops = (PurePosixPath(member.name).parts[:1] for member in archive)
             # The entry "./" has no parts.
             return next((top[0] for top in tops if top), None)

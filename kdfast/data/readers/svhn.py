@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy as np
 from kdfast.data.source import ArraySplit, Source
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError
+from kdfast.files.inputs import available_memory
+
+_VARIABLES = ("X", "y")
 
 FILES = ("train_32x32.mat", "test_32x32.mat")
 
@@ -34,10 +38,13 @@ def open_svhn(path: Path) -> Source:
 def _read_split(path: Path) -> ArraySplit:
     if not path.is_file():
         raise DataError(f"{path.parent} lacks {path.name}; SVHN needs both {' and '.join(FILES)}")
-    from scipy.io import loadmat  # slow to import
+    from scipy.io import loadmat, whosmat  # slow to import
 
     try:
-        content = loadmat(path, variable_names=["X", "y"])
+        need = sum(math.prod(shape) for name, shape, _ in whosmat(path) if name in _VARIABLES)  # X is uint8
+        if need > (free := available_memory()):
+            raise ValueError(f"it takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free")
+        content = loadmat(path, variable_names=_VARIABLES)
         images, labels = content["X"], content["y"]
     except KeyError as error:
         raise DataError(f"{path} has no variable {error}: use the official file, which has X and y") from error
