@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import os
 import re
 import signal
@@ -59,11 +60,14 @@ def test_options_refuse_pipes_and_devices(kdfast, tiny: Path, tmp_path: Path, ma
     assert not (tmp_path / "out.npy").exists()
 
 
+FOLDERS = ("train_32x32.mat", "data_batch_1", "data.json")
+
+
 @pytest.mark.parametrize("make", [pipe, device])
-@pytest.mark.parametrize("name", ["a.npz", "a.tar.gz", "a.tar", "train_32x32.mat", "data_batch_1"])
+@pytest.mark.parametrize("name", ["a.npz", "a.tar.gz", "a.tar", *FOLDERS])
 def test_data_refuses_pipes_and_devices(kdfast, tmp_path: Path, make, name: str) -> None:
     path = make(tmp_path / name)
-    expect(kdfast("data", "info", tmp_path if name[-1] in "t1" else path), 3, "kdfast: ")
+    expect(kdfast("data", "info", tmp_path if name in FOLDERS else path), 3, "kdfast: ")
 
 
 @pytest.mark.parametrize("make", [pipe, device])

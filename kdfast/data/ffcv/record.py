@@ -19,6 +19,7 @@ from kdfast.data.ffcv.read import BetonSplit
 from kdfast.data.source import compute_fingerprint
 from kdfast.errors import DataError, OutputError
 from kdfast.files import read_json, read_sealed, schemas, sha256_file, write_sealed
+from kdfast.files.inputs import open_regular
 from kdfast.files.validate import check_type
 
 PARTS = ("train", "test")
@@ -36,7 +37,7 @@ _CONVERT_AGAIN = "convert the data again with kdfast data convert"
 def has_record(folder: Path) -> bool:
     """Return whether the folder has a record of a conversion, even damaged; other programs have a data.json too."""
     try:
-        with open(folder / RECORD, "rb") as file:
+        with open_regular(folder / RECORD) as file:
             return _MARK in file.read(_MARK_WITHIN)
     except (FileNotFoundError, IsADirectoryError):
         return False
