@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kdfast.cli.signals import INTERRUPTER
 from kdfast.cli.threads import configure_threads
 
@@ -14,3 +16,12 @@ def main() -> None:
     from kdfast.cli.program import run
 
     run()
+
+
+def __getattr__(name: str) -> Any:
+    """Return `app`, the Typer application, for scripts that add commands or entries of their own; imported on use."""
+    if name == "app":
+        from kdfast.cli.program import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
