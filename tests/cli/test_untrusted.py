@@ -79,9 +79,7 @@ def test_images_refuse_pipes_and_devices(kdfast, tmp_path: Path, make) -> None:
     expect(kdfast("data", "info", tmp_path), 3, r"1\.png cannot be read as an image \(it is not a regular file\)")
 
 
-ALIASES = "a: &a [x, x]\n" + "".join(
-    f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
+ALIASES = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in itertools.pairwise("abcdefghi"))
 
 CONFIGS = {
     "alias bomb": (ALIASES, "has the anchor or alias a: write the value out"),

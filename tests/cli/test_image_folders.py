@@ -1,0 +1,79 @@
+"""Image folders on the command line: what is left out is said, and each command can order the samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("always::kdfast.errors.DataWarning")
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    """Two classes of eight images, one with a sub-folder beside its own images, and files that are left out."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / part / name
+            (folder / "3").mkdir(parents=True)
+            for number in range(8):
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                image.save(folder / ("3" if number < 2 else "") / f"{number}.png")
+    (tmp_path / "data/train/a/notes.txt").touch()
+    (tmp_path / "data/train/b/.ipynb_checkpoints").mkdir()
+    (tmp_path / "data/train/b/.ipynb_checkpoints/0-checkpoint.png").touch()
+    return tmp_path / "data"
+
+
+def test_what_is_left_out_is_said_by_every_command(kdfast, nested: Path, tmp_path: Path) -> None:
+    notes = [
+        f"{nested}/train: skipped 1 file without the suffix of an image: 1 .txt",
+        f"{nested}/train: skipped 1 image in hidden files and folders, such as "
+        f"{nested}/train/b/.ipynb_checkpoints/0-checkpoint.png",
+    ]
+    outcome = kdfast("data", "info", nested)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "16 training and 16 test images" in outcome.out
+    assert [line.partition(" ")[2].strip() for line in outcome.out.splitlines() if line.startswith("note")] == notes
+    outcome = kdfast("prune", "--data", nested, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == [f"kdfast: {note}" for note in notes]
+
+
+def test_files_made_in_another_order_are_rejected(kdfast, nested: Path, tmp_path: Path) -> None:
+    idx = tmp_path / "idx.npy"
+    assert kdfast("prune", "--data", nested, "--fraction", 0.5, "--out", idx, "--order", "imagefolder").code == 0
+    train = ("distill", "--data", nested, "--student", "resnet8", "--alpha", 0, "--batch-size", 4, "--subset", idx)
+    outcome = kdfast(*train, "--dry-run", "--out", tmp_path / "run")
+    assert (outcome.code, "made from other data" in outcome.err) == (3, True)
+    assert kdfast(*train, "--dry-run", "--out", tmp_path / "run", "--order", "imagefolder").code == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "order", "message"),
+    [
+        ("digits", "imagefolder", "--order is imagefolder, but digits is no image folder"),
+        (None, "folder", "--order is 'folder': did you mean 'imagefolder'? pass one of path, imagefolder"),
+    ],
+)
+def test_rejects_orders_that_do_not_fit(kdfast, nested: Path, data: str | None, order: str, message: str) -> None:
+    outcome = kdfast("data", "info", data or nested, "--order", order)
+    assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+def test_every_command_that_resizes_images_also_orders_them() -> None:
+    import typer
+
+    from kdfast.cli.program import app
+
+    def commands(command):
+        return (
+            [leaf for sub in command.commands.values() for leaf in commands(sub)]
+            if hasattr(command, "commands")
+            else [command]
+        )
+
+    names = [{parameter.name for parameter in command.params} for command in commands(typer.main.get_command(app))]
+    assert sum("size" in parameters for parameters in names) >= 10
+    assert all(("size" in parameters) == ("order" in parameters) for parameters in names)
