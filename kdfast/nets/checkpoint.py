@@ -123,7 +123,7 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
         UsageError: The network's package is not installed or does not work.
     """
     content = read_torch_file(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not is_own_checkpoint(content):
         raise CheckpointError(
             f"{path} is not a kdfast checkpoint: import a foreign one first with kdfast teacher import"
         )
@@ -150,15 +150,8 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
     return model
 
 
-def is_own_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Return whether `save_model` wrote a file.
-
-    Raises:
-        CheckpointError: As for `read_torch_file`; not for .safetensors files.
-    """
-    if os.fspath(path).endswith(".safetensors"):
-        return False
-    content = read_torch_file(path)
+def is_own_checkpoint(content: Any) -> bool:
+    """Return whether this is what a file of `save_model` holds."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

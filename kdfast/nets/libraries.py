@@ -52,7 +52,7 @@ def build_library_net(library: str, member: str, classes: int) -> nn.Module:
         ) from error
 
 
-def describe_fit(library: str) -> str | None:
+def describe_misfit(library: str) -> str | None:
     """Return why an installed torchvision or timm does not work with the installed torch; None if it does.
 
     It also returns None if the library is not installed.

@@ -21,7 +21,7 @@ def doctor() -> None:
 
     say(f"kdfast       {kdfast.__version__}, Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        say(f"{package:<12} {_version(package)}")
+        say(f"{package:<12} {_describe_package(package)}")
     say(f"cores        {describe_threads(torch.get_num_threads())}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"cuda         {', '.join(devices) if devices else 'no device'}")
@@ -42,6 +42,13 @@ def _describe_extension() -> str:
             "C++ compiler"
         )
     return f"instruction set {native.isa()}"
+
+
+def _describe_package(package: str) -> str:
+    from kdfast.nets.libraries import LIBRARIES, describe_misfit
+
+    misfit = describe_misfit(package) if package in LIBRARIES else None
+    return _version(package) + ("" if misfit is None else f": {misfit}")
 
 
 def _version(package: str) -> str:

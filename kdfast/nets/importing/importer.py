@@ -17,7 +17,7 @@ from kdfast.nets.importing.leftovers import StoredNormalization, drop_ignored
 from kdfast.nets.importing.matching import match_tensors
 from kdfast.nets.importing.prefixes import select_prefix
 from kdfast.nets.importing.report import ImportReport
-from kdfast.nets.importing.weights import read_weights
+from kdfast.nets.importing.weights import find_weights, read_content
 from kdfast.nets.registry import build_net
 
 # Largest difference to the values in a file that counts as rounding: publications give three digits.
@@ -64,10 +64,11 @@ def import_checkpoint(
         raise UsageError(
             f"`class_names` has {len(class_names)} names for {classes} classes: pass one name for each class"
         )
-    if key is None and prefix is None and is_own_checkpoint(path):
+    content = read_content(path)
+    if key is None and prefix is None and is_own_checkpoint(content):
         return _import_own(path, net, classes, normalization, class_names)
     module = build_net(net, classes)
-    found = read_weights(path, key)
+    found = find_weights(content, path, key)
     state = drop_ignored(found.tensors, ignore, str(path))
     if prefix is not None:
         state = select_prefix(state, prefix, str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from kdfast.nets.head import find_classifier
 from kdfast.nets.importing.leftovers import find_harmless, find_normalization
 from kdfast.nets.importing.prefixes import find_wrapper
 from kdfast.nets.importing.report import ImportReport
-from kdfast.nets.registry import NETS, build_net
+from kdfast.nets.registry import NETS, Builder
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
 # Names of the same part in public code bases; each is tried under the other names of its group.
@@ -173,11 +174,18 @@ def _patterns(unexpected: Collection[str], others: Collection[str]) -> tuple[str
 def _matching_nets(state: Mapping[str, Tensor], classes: int) -> tuple[str, ...]:
     """Return the networks of NETS that these tensors match exactly."""
     names = []
-    for name in NETS:
-        target = build_net(name, max(2, classes)).state_dict()
-        weights = {key: tensor.shape for key, tensor in target.items() if not key.endswith(_COUNTER)}
-        if len(weights) != len(state):
+    for name, builder in NETS.items():
+        target = _skeleton(builder, max(2, classes))
+        if len(target) != len(state):
             continue
-        if weights == {_canonical(old, tensor, target): tensor.shape for old, tensor in state.items()}:
+        renamed = {_canonical(old, tensor, target): tensor.shape for old, tensor in state.items()}
+        if renamed == {key: tensor.shape for key, tensor in target.items()}:
             names.append(name)
     return tuple(names)
+
+
+@cache
+def _skeleton(builder: Builder, classes: int) -> dict[str, Tensor]:
+    """Return the tensors of a network without their values."""
+    state = builder(classes).state_dict()
+    return {key: tensor.to("meta") for key, tensor in state.items() if not key.endswith(_COUNTER)}

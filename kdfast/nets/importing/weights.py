@@ -33,18 +33,27 @@ class FoundWeights:
     others: tuple[str, ...] = ()
 
 
-def read_weights(path: str | os.PathLike[str], key: str | None = None) -> FoundWeights:
-    """Read the named tensors of a .safetensors file, or of a torch file with the weights anywhere in its dict.
+def read_content(path: str | os.PathLike[str]) -> Any:
+    """Read a .safetensors file, or a file of torch.save.
+
+    Raises:
+        CheckpointError: As for `read_torch_file`.
+    """
+    return _read_safetensors(Path(path)) if Path(path).suffix == ".safetensors" else read_torch_file(path)
+
+
+def find_weights(content: Any, path: str | os.PathLike[str], key: str | None = None) -> FoundWeights:
+    """Find the named tensors in what a file holds.
 
     Args:
-        path: The file.
+        content: The weights, or a dict with the weights anywhere in it.
+        path: The file, for messages.
         key: Key of the weights in the dict, "a.b" for nested dicts; what is left of it after the last dict is the
             start of the names of the tensors. None searches under common names.
 
     Raises:
-        CheckpointError: As for `read_torch_file`, or no weights are found, or several sets without `key`.
+        CheckpointError: No weights are found, or several sets without `key`.
     """
-    content = _read_safetensors(Path(path)) if Path(path).suffix == ".safetensors" else read_torch_file(path)
     if key is not None:
         content = _descend(path, content, key)
     places = _find_places(content)
