@@ -63,8 +63,8 @@ def describe_misfit(library: str) -> str | None:
         importlib.import_module("torchvision.models" if library == "torchvision" else "timm")
     except Exception as error:
         return _misfit(library, error)
-    needed = _required_torch()
-    if library == "torchvision" and needed is not None and needed != _base(torch.__version__):
+    needed = _required_torch() if library == "torchvision" else None
+    if needed is not None and needed != _base(torch.__version__):
         return f"made for torch {needed}, installed is {torch.__version__}: {_advice()}"
     return None
 
