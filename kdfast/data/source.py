@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import as_array
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import Normalization, ViewSpec
 from kdfast.errors import DataError, SubsetError
@@ -256,7 +257,7 @@ def check_labels(labels: npt.ArrayLike, count: int, name: str) -> IntArray:
     Raises:
         DataError: The dtype, shape or number is wrong.
     """
-    given = np.asarray(labels)
+    given = as_array(labels, f"{name}: the labels", f"one integer per image, ({count},)")
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or len(given) != count:
         raise DataError(
             f"{name}: the labels are {given.dtype} of shape {given.shape}: must be one integer per image, ({count},)"

@@ -227,8 +227,11 @@ def _folder_for_one_writer(folder: Path) -> Iterator[None]:
 
 
 def _load(file: Path) -> npt.NDArray[Any]:
-    if zipfile.is_zipfile(file) and file.is_file():
-        raise SubsetError(f"{file} is an .npz archive: write the indices alone with np.save(path, ids)")
+    if file.is_file() and zipfile.is_zipfile(file):
+        raise SubsetError(
+            f"{file} is a zip archive, as np.savez and torch.save write: load the indices, and write them alone with "
+            "np.save(path, ids)"
+        )
     return read_npy(file, error=SubsetError, advice="pickles are not read; write it with np.save(path, ids)")
 
 
@@ -236,6 +239,8 @@ def _check_ids(ids: npt.NDArray[Any], what: str) -> IntArray:
     """Return the indices in native byte order; raise unless they are distinct non-negative int64."""
     if ids.dtype == np.bool_:
         raise SubsetError(f"{what} is a boolean mask {ids.shape}, not indices: use np.flatnonzero(mask)")
+    if ids.dtype.kind in "iuf" and ids.size > 2 and np.isin(ids, (0, 1)).all():
+        raise SubsetError(f"{what} holds only 0 and 1, so it is a mask, not indices: use np.flatnonzero(mask)")
     if ids.dtype.newbyteorder("=") == np.int64:
         ids = ids.astype(np.int64, copy=False)  # big-endian files
     if ids.ndim != 1 or ids.dtype != np.int64:

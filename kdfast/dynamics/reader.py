@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import as_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
 from kdfast.errors import DataError, UsageError
@@ -55,7 +56,7 @@ class Dynamics:
         cls,
         path: str | os.PathLike[str],
         *,
-        labels: IntArray | None = None,
+        labels: npt.ArrayLike | None = None,
         fingerprint: str | None = None,
         check_files: bool = True,
     ) -> Dynamics:
@@ -63,7 +64,7 @@ class Dynamics:
 
         Args:
             path: The folder.
-            labels: int64 (N,), of the data to use them with; None: not compared.
+            labels: Integers (N,), of the data to use them with; None: not compared.
             fingerprint: Fingerprint of that data; compared if the recording has one.
             check_files: Compare the SHA-256 of every file and not only its size.
 
@@ -123,7 +124,7 @@ class Dynamics:
             )
         return self._array(run, layout.features_file(epoch), (self.n, -1), np.float32)
 
-    def check_matches(self, labels: IntArray | None = None, fingerprint: str | None = None) -> None:
+    def check_matches(self, labels: npt.ArrayLike | None = None, fingerprint: str | None = None) -> None:
         """Check that the dynamics belong to the data; None is not compared.
 
         Raises:
@@ -136,6 +137,7 @@ class Dynamics:
             )
         if labels is None:
             return
+        labels = as_labels(labels)
         if len(labels) != self.n or layout.labels_digest(labels) != self.labels_digest:
             raise DataError(
                 f"{self.path} was recorded on {self.n} samples, this data has {len(labels)}, or other labels: "

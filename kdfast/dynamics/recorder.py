@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdfast.data.arrays import as_array
 from kdfast.data.source import check_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics import format as layout
@@ -111,7 +112,7 @@ class DynamicsRecorder:
         self._labels = check_labels(labels, n, "dynamics")
         if n < 1 or int(self._labels.min()) < 0:
             raise DataError("dynamics need at least one sample, and labels from 0 on: check the labels")
-        self._mask = np.ones(n, np.bool_) if mask is None else np.asarray(mask)
+        self._mask = np.ones(n, np.bool_) if mask is None else as_array(mask, "the mask", f"bool ({n},)")
         if self._mask.shape != (n,) or self._mask.dtype != np.bool_ or not self._mask.any():
             raise DataError(f"the mask is {self._mask.dtype} {self._mask.shape}: pass bool ({n},), not all False")
         self._epochs, self._runs = epochs, runs
@@ -301,7 +302,7 @@ class DynamicsRecorder:
         self._features: npt.NDArray[np.float32] | None = None
 
     def _check_ids(self, sample_ids: SampleIds) -> IntArray:
-        given = sample_ids.detach().cpu().numpy() if isinstance(sample_ids, Tensor) else np.asarray(sample_ids)
+        given = as_array(sample_ids, "sample ids", "integers (B,)")
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not len(given):
             raise ShapeError(f"sample ids are {given.dtype} {given.shape}: pass integers (B,), at least one")
         if given.min() < 0 or given.max() >= len(self._labels):
@@ -409,7 +410,12 @@ def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_floats(values: Values, name: str) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ShapeError(f"{name} are {str(tensor.dtype).removeprefix('torch.')}: pass real numbers")
-    return tensor.float()
+    if isinstance(values, Tensor) and values.layout == torch.strided:
+        if values.is_complex() or values.dtype == torch.bool:
+            raise ShapeError(f"{name} are {str(values.dtype).removeprefix('torch.')}: pass real numbers")
+        return values.detach().float()
+    array = as_array(values, name, "real numbers, one row per sample")
+    if array.dtype.kind not in "fiu":
+        raise ShapeError(f"{name} are {array.dtype}: pass real numbers")
+    with np.errstate(over="ignore"):  # infinity is refused later
+        return torch.from_numpy(np.array(array, np.float32, order="C"))

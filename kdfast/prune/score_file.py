@@ -7,13 +7,14 @@ import json
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import kdfast
+from kdfast.data.arrays import as_values
 from kdfast.errors import DataError, UsageError
 from kdfast.files import atomic_write, check_replaceable, check_writable, schemas
 from kdfast.files.arrays import read_npz
@@ -25,8 +26,10 @@ _FAMILY = "kdfast scores "
 _FORMAT = f"{_FAMILY}1"
 _ABOUT_START = 1024  # bytes of the description that hold its first field, the format
 _SCORES, _ABOUT, _EXTRA = "scores", "about", "extra."
+_ZIP = b"PK"  # the first bytes of an .npz file
 _MAX_BYTES = 1 << 30  # of one array: 134 million scores
-_SCORE_AGAIN = "score this data again with kdfast score"
+_PLAIN = "pass texts as method and data, plain finite numbers and texts as parameters, and texts as sources"
+_SCORE_AGAIN = "score this data again with kdfast score, or write your own scores again"
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,14 @@ def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
 
     Raises:
         UsageError: `path` does not end in .npz.
-        DataError: Scores or extras are not one finite value per sample.
+        DataError: Scores or extras are not one finite number per sample, or the other fields are of wrong types.
         OutputError: The file cannot be written, or would replace one that kdfast did not write.
     """
     check_score_path(path)
-    n = len(content.scores)
+    scores = as_values(content.scores, None, _SCORES)
+    extras = {name: as_values(values, len(scores), name) for name, values in content.extras.items()}
+    content = replace(content, scores=scores, extras=extras)
     arrays = {_SCORES: content.scores, **{f"{_EXTRA}{name}": values for name, values in content.extras.items()}}
-    for name, values in arrays.items():
-        check_values(values, n, name)
     about = {
         "format": _FORMAT,
         "method": content.method,
@@ -97,11 +100,15 @@ def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
         "data": content.data,
         "sources": content.sources,
         "seconds": content.seconds,
-        "digest": content.digest,
         "kdfast": kdfast.__version__,
     }
+    try:
+        text = json.dumps({**about, "digest": content.digest}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"`content` is not JSON ({error}): {_PLAIN}") from error
+    check_type(json.loads(text), schemas.ScoresAbout, "`content`", advice=_PLAIN)
     check_writable(Path(path).parent)
-    stored: dict[str, Any] = {**arrays, _ABOUT: np.array(json.dumps(about))}
+    stored: dict[str, Any] = {**arrays, _ABOUT: np.array(text)}
     with atomic_write(path) as file:
         np.savez(file, **stored)
 
@@ -115,11 +122,17 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         fingerprint: Fingerprint of the data.
 
     Raises:
-        DataError: The file is missing, damaged, or not a score file, has another length, belongs to other data, or
-            is not finite.
+        DataError: The file is missing, damaged, or not a score file (the message says how to bring other scores), has
+            another length, belongs to other data, or is not finite.
     """
     if not Path(path).exists():
         raise DataError(f"there is no {path}: make it with kdfast score")
+    if _is_foreign(Path(path)):
+        raise DataError(
+            f"{path} is not a score file of kdfast: score this data with kdfast score or, for scores of your own, call "
+            f"write_scores('own.npz', ScoreFile(scores, 'own', '{fingerprint}')) of kdfast.prune.score_file, with one "
+            "float64 per training sample, higher = harder"
+        )
     arrays = read_npz(path, member_bytes=_MAX_BYTES, advice=_SCORE_AGAIN)
     about = _pop_about(arrays, path)
     scores = arrays.pop(_SCORES)
@@ -132,7 +145,7 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
         )
     extras = {name.removeprefix(_EXTRA): values for name, values in arrays.items() if name.startswith(_EXTRA)}
     for name, values in {_SCORES: scores, **extras}.items():
-        check_values(values, n, f"{path}: {name}")
+        check_values(values, n, f"{path}: {name}", advice=_SCORE_AGAIN)
     content = ScoreFile(
         scores.astype(np.float64),
         about["method"],
@@ -145,6 +158,19 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
     if content.digest != about["digest"]:
         raise DataError(f"{path} has changed since it was written: its digest does not match: {_SCORE_AGAIN}")
     return content
+
+
+def _is_foreign(path: Path) -> bool:
+    """Return whether a file is not even a damaged score file: no .npz archive, or one without a description."""
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{_ABOUT}.npy" not in archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP))
+        return bool(start) and start != _ZIP
 
 
 def _is_score_file(path: Path) -> bool:

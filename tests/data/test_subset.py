@@ -101,7 +101,7 @@ def test_rejects_files_that_are_not_a_plain_array(tmp_path, saved):
         (tmp_path / name).write_bytes(content)
         rejects(tmp_path / name, "not a plain .npy array")
     np.savez(tmp_path / "a.npz", ids=np.arange(3))
-    rejects(tmp_path / "a.npz", "npz archive")
+    rejects(tmp_path / "a.npz", r"zip archive, as np\.savez")
     rejects(tmp_path / "missing.npy", "cannot read.*No such file")
     rejects(tmp_path, "cannot read.*directory")
 

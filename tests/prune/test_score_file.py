@@ -65,14 +65,14 @@ def test_rejects_another_length_and_other_data(tmp_path, content):
 def test_rejects_values_that_are_not_finite(tmp_path, content, value):
     bad = content.scores.copy()
     bad[3] = value
-    with pytest.raises(DataError, match="1 of 20 are not finite"):
+    with pytest.raises(DataError, match=r"1 of 20 .*are not finite"):
         write_scores(tmp_path / "s.npz", dataclasses.replace(content, scores=bad))
     assert not (tmp_path / "s.npz").exists()
     write_scores(tmp_path / "s.npz", content)
     with np.load(tmp_path / "s.npz") as held:
         arrays = dict(held)
     np.savez(tmp_path / "s.npz", **{**arrays, "scores": bad})
-    with pytest.raises(DataError, match="1 of 20 are not finite"):
+    with pytest.raises(DataError, match=r"1 of 20 .*are not finite"):
         read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
 
 
@@ -140,7 +140,7 @@ def test_names_the_field_of_a_changed_description(tmp_path, content, field, valu
 def test_rejects_a_description_of_another_kind(tmp_path, content, about):
     write_scores(tmp_path / "s.npz", content)
     rewrite(tmp_path / "s.npz", about=about)
-    with pytest.raises(DataError, match=r"s\.npz.*score this data again"):
+    with pytest.raises(DataError, match=r"s\.npz.*score this data"):
         read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
 
 
@@ -148,7 +148,7 @@ def test_rejects_a_description_of_another_kind(tmp_path, content, about):
 def test_rejects_scores_of_another_kind(tmp_path, content, scores):
     write_scores(tmp_path / "s.npz", content)
     rewrite(tmp_path / "s.npz", scores=scores)
-    with pytest.raises(DataError, match=r"s\.npz.*score this data again"):
+    with pytest.raises(DataError, match=r"s\.npz.*score this data"):
         read_scores(tmp_path / "s.npz", n=20, fingerprint=FINGERPRINT)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdfast.data.arrays import as_values
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError, ShapeError, SubsetError
+from kdfast.ops.softmax_head.validation import as_tensor as share_memory
 from kdfast.prune.rules.base import FloatArray
 
 
@@ -47,22 +52,35 @@ def check_inputs(logits: Tensor, features: Tensor, labels: IntArray) -> None:
             raise DataError(
                 f"{name} of {bad} samples are not finite: rebuild the cache from a teacher with finite outputs"
             )
-    if labels.ndim != 1 or labels.dtype != np.int64:
-        raise ShapeError(f"`labels` are {labels.dtype} of shape {labels.shape}: pass int64, one label per sample")
 
 
-def check_scores(values: FloatArray, count: int) -> None:
-    """Raise unless there is one finite score per sample and the scores differ.
+def as_tensor(name: str, values: Tensor | npt.NDArray[Any]) -> Tensor:
+    """Return a tensor, which shares the memory of an array where torch can.
 
     Raises:
-        DataError: The shape is wrong, a score is not finite, or all are equal.
+        ShapeError: It is neither a tensor nor an array of numbers.
     """
-    if values.shape != (count,):
-        raise DataError(f"the score has shape {values.shape} for {count} samples: return one number per sample")
-    if not np.isfinite(values).all():
-        raise DataError(f"{int((~np.isfinite(values)).sum())} of {count} scores are not finite: use another score")
+    if isinstance(values, Tensor) and values.layout == torch.strided:
+        return values.detach()
+    if isinstance(values, Tensor) or type(values) not in (np.ndarray, np.memmap) or not _is_number(values.dtype):
+        raise ShapeError(f"`{name}` are no dense tensor or array of numbers: pass float32 (N, ...), one row per sample")
+    return share_memory(values)
+
+
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "fiu" and dtype.itemsize <= 8  # torch has no long double
+
+
+def check_scores(values: npt.ArrayLike, count: int) -> FloatArray:
+    """Return the scores as float64 (N,).
+
+    Raises:
+        DataError: They are not one finite number per sample, or all are equal.
+    """
+    values = as_values(values, count, "scores")
     if values.min() == values.max():
         raise DataError(f"all {count} scores equal {values[0]:.6g}: ranks need different scores; use another score")
+    return values
 
 
 def hold_out(

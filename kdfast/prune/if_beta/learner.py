@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from kdfast.data.arrays import as_labels
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError, look_up, unknown_name
@@ -23,7 +24,7 @@ from kdfast.progress import Progress
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
-from kdfast.prune.if_beta.inputs import check_fraction, check_inputs, check_scores, hold_out
+from kdfast.prune.if_beta.inputs import as_tensor, check_fraction, check_inputs, check_scores, hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS, Reward
@@ -124,12 +125,12 @@ class IFBeta:
         self,
         logits: Tensor | NDArray[np.float32],
         features: Tensor | NDArray[np.float32],
-        labels: IntArray,
+        labels: ArrayLike,
         fraction: float,
         seed: int = 0,
         *,
-        score_logits: Tensor | None = None,
-        scores: FloatArray | None = None,
+        score_logits: Tensor | NDArray[np.float32] | None = None,
+        scores: ArrayLike | None = None,
         state: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         device: torch.device | str = "cpu",
@@ -139,12 +140,12 @@ class IFBeta:
         Args:
             logits: float32 (N, C), the teacher's logits of all training samples.
             features: float32 (N, D), inputs of the teacher's last layer.
-            labels: int64 (N,).
+            labels: Integers (N,), classes in [0, C).
             fraction: Share to keep, above 0 and below 1.
             seed: Seed of the held-out set, the projections, and all noise.
             score_logits: float32 (N, C), logits for the scores only, such as `mean_logits` of several views; None:
                 `logits`.
-            scores: float64 (N,), scores to use instead of `score`.
+            scores: Real numbers (N,), scores to use instead of `score`.
             state: Checkpoint file of the search; a call with the same arguments resumes from it. The file remains after
                 the search so that nothing is lost before the result is saved; delete it then.
             progress: Called with (steps done, maximum steps, note) after each step.
@@ -156,13 +157,14 @@ class IFBeta:
         Raises:
             SubsetError: The fraction is out of range, or leaves a class empty.
             ShapeError: A shape or dtype is wrong.
-            DataError: A value is not finite, or a class is too small to hold out.
+            DataError: A value is not finite, the labels are no classes, or every class has a single sample.
             UsageError: A part is unknown; or `state` is given and a custom part has no identity: it is not a dataclass
                 or a plain function and has no attribute `identity`.
             DivergedError: A reward is not finite; the checkpoint holds the last good step.
             OutputError: The checkpoint cannot be written, or belongs to another search.
         """
         check_fraction(fraction)
+        labels = as_labels(labels)
         if state is not None:
             self._check_identities()
         task = self._prepare(logits, features, labels, score_logits, scores, seed, device)
@@ -223,8 +225,8 @@ class IFBeta:
         logits: Tensor | NDArray[np.float32],
         features: Tensor | NDArray[np.float32],
         labels: IntArray,
-        score_logits: Tensor | None,
-        scores: FloatArray | None,
+        score_logits: Tensor | NDArray[np.float32] | None,
+        scores: ArrayLike | None,
         seed: int,
         device: torch.device | str,
     ) -> _Task:
@@ -232,16 +234,15 @@ class IFBeta:
         score = look_up(SAMPLE_SCORES, self.score, "IF-Beta score") if isinstance(self.score, str) else self.score
         proxy = look_up(PROXIES, self.proxy, "IF-Beta proxy")() if isinstance(self.proxy, str) else self.proxy
         reward = look_up(REWARDS, self.reward, "IF-Beta reward") if isinstance(self.reward, str) else self.reward
-        z, h, y = torch.as_tensor(logits), torch.as_tensor(features), torch.from_numpy(labels)
-        score_z = z if score_logits is None else score_logits
+        z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.from_numpy(labels)
+        score_z = z if score_logits is None else as_tensor("score_logits", score_logits)
         check_inputs(z, h, labels)
         check_inputs(score_z, h, labels)
         held_out = hold_out(labels, z.shape[1], share=self.held_share, seed=seed)[1]
         started = time.perf_counter()
         moved_h, moved_y = h.to(device), y.to(device)
         inputs = HeadInputs(score_z.to(device), moved_h, moved_y, held_out, seed)
-        values = score(inputs) if scores is None else scores
-        check_scores(values, len(labels))
+        values = check_scores(score(inputs) if scores is None else scores, len(labels))
         seconds = time.perf_counter() - started
         data = ProxyData(proxy.transform(moved_h, seed), moved_y, z.to(device))
         evaluator = PolicyEvaluator(proxy, reward, self.budget, data, held_out, seed)

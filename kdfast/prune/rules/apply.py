@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import as_labels, as_matrix, as_values
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import subset_size
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import UsageError
 from kdfast.prune.options import OptionValue, complete_options
-from kdfast.prune.rules.base import FloatArray, Rule, RuleInputs
+from kdfast.prune.rules.base import RuleInputs
 from kdfast.prune.rules.class_budget import BALANCE, select_by_class
 from kdfast.prune.rules.dual import MEAN_P
 from kdfast.prune.rules.registry import get_rule
@@ -38,30 +39,30 @@ class RuleSelection:
 
 def select_subset(
     scores: npt.ArrayLike,
-    labels: IntArray,
+    labels: npt.ArrayLike,
     fraction: float,
     *,
     rule: str = "hard",
     balance: str = "balanced",
     seed: int = 0,
-    features: npt.NDArray[np.float32] | None = None,
-    extras: Mapping[str, FloatArray] | None = None,
+    features: npt.ArrayLike | None = None,
+    extras: Mapping[str, npt.ArrayLike] | None = None,
     options: Mapping[str, OptionValue] | None = None,
     device: str = "cpu",
 ) -> RuleSelection:
     """Select a fraction of the training samples.
 
     Args:
-        scores: float64 (N,), finite; higher = harder.
-        labels: int64 (N,), classes in [0, C).
+        scores: Real numbers (N,), finite; higher = harder.
+        labels: Integers (N,), classes in [0, C).
         fraction: Share to keep.
         rule: A key of `RULES`.
         balance: `balanced` gives each class a budget in proportion to its size (largest remainder), but at least one
             sample; `equal` gives every class the same budget, or all its samples if it has fewer; `unbalanced` ranks
             all samples together.
         seed: Seed of tie-breaks and of random draws.
-        features: float32 (N, D), for rules that need them.
-        extras: Further values per sample, float64 (N,) each, for rules that need them.
+        features: Real numbers (N, D), used in float32, for rules that need them.
+        extras: Further values per sample, real numbers (N,) each, for rules that need them.
         options: The rule's options; the others have their defaults.
         device: Device for expensive computations of the rule.
 
@@ -69,44 +70,32 @@ def select_subset(
         Exactly round(fraction * N) samples, and the options used.
 
     Raises:
-        DataError: Scores, features or extras differ from the labels in length or are not finite.
+        DataError: The labels are no classes; or scores, features or extras differ from them in length, are not real
+            numbers, or are not finite.
         SubsetError: The fraction keeps no sample, or leaves a class empty.
         UsageError: The rule, the balance or an option is unknown, or the rule lacks an input.
     """
     entry = get_rule(rule)
     if balance not in BALANCE:
         raise UsageError(f"balance {balance!r}: must be one of {', '.join(BALANCE)}")
-    ids = np.arange(len(labels), dtype=np.int64)
+    labels = as_labels(labels)
+    n = len(labels)
+    ids = np.arange(n, dtype=np.int64)
     inputs = RuleInputs(
-        scores=np.asarray(scores, dtype=np.float64),
+        scores=as_values(scores, n, "scores"),
         ties=uniform(hash64(Purpose.TIE, seed, ids)),
-        count=subset_size(len(labels), fraction),
+        count=subset_size(n, fraction),
         fraction=fraction,
         seed=seed,
         ids=ids,
-        features=features,
-        extras=extras or {},
+        features=None if features is None else as_matrix(features, n, "features"),
+        extras={name: as_values(values, n, name) for name, values in (extras or {}).items()},
         options=complete_options(f"rule {rule!r}", entry.options, options or {}),
         classes=int(labels.max()) + 1,
         device=device,
     )
-    _check_inputs(rule, entry, inputs)
+    for need in sorted(entry.needs):
+        if (inputs.features is None) if need == "features" else (need not in inputs.extras):
+            raise UsageError(f"rule {rule!r} needs {_HOW_TO_GET[need]}")
     inputs = entry.with_defaults(inputs)
     return RuleSelection(select_by_class(entry, inputs, labels, balance), inputs.options)
-
-
-def _check_inputs(name: str, rule: Rule, inputs: RuleInputs) -> None:
-    n = len(inputs.ids)
-    for what, values in {"scores": inputs.scores, **inputs.extras}.items():
-        if values.shape != inputs.ids.shape:
-            given = values.shape[0] if values.ndim == 1 else values.shape
-            raise DataError(f"{given} {what} for {n} samples: score this data again")
-        if not np.isfinite(values).all():
-            raise DataError(f"{int((~np.isfinite(values)).sum())} of {n} {what} are not finite: score this data again")
-    if inputs.features is not None and len(inputs.features) != n:
-        raise DataError(
-            f"features of {len(inputs.features)} samples for {n} samples: build the teacher's cache on this data"
-        )
-    for need in sorted(rule.needs):
-        if (inputs.features is None) if need == "features" else (need not in inputs.extras):
-            raise UsageError(f"rule {name!r} needs {_HOW_TO_GET[need]}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import as_labels, as_matrix
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics.reader import Dynamics
@@ -155,42 +156,44 @@ def use_dynamics(inputs: ScoreInputs, method: str) -> bool:
     return inputs.dynamics is not None
 
 
-def check_inputs(inputs: ScoreInputs) -> None:
-    """Check that all inputs cover the same samples and are finite.
+def check_inputs(inputs: ScoreInputs) -> ScoreInputs:
+    """Return the inputs with labels, logits and features as arrays that cover the same samples.
 
     Raises:
-        DataError: They do not, or are not.
+        DataError: They do not cover the same samples, are not numbers, or are not finite.
     """
-    n = len(inputs.labels)
-    for name, array in (("logits", inputs.logits), ("features", inputs.features)):
-        if array is None:
-            continue
-        if array.ndim != 2 or len(array) != n:
-            raise DataError(
-                f"{name} {array.shape} for {n} samples: must have one row per sample; cache all of the data"
-            )
-        if not np.isfinite(array).all():
-            raise DataError(f"some {name} are not finite: build the teacher's cache again")
-    if n < 1 or int(inputs.labels.min()) < 0:
-        raise DataError("scores need at least one sample, and labels from 0 on")
-    if inputs.logits is not None and int(inputs.labels.max()) >= inputs.logits.shape[1]:
+    labels = as_labels(inputs.labels)
+    n = len(labels)
+    logits, features = (
+        None if values is None else as_matrix(values, n, name)
+        for name, values in (("logits", inputs.logits), ("features", inputs.features))
+    )
+    if logits is not None and int(labels.max()) >= logits.shape[1]:
         raise DataError(
-            f"labels up to {inputs.labels.max()} for logits of {inputs.logits.shape[1]} classes: use a teacher of "
-            "this data"
+            f"labels up to {labels.max()} for logits of {logits.shape[1]} classes: use a teacher of this data"
         )
     if inputs.dynamics is not None:
-        inputs.dynamics.check_matches(inputs.labels)
+        inputs.dynamics.check_matches(labels)
+    return replace(inputs, labels=labels, logits=logits, features=features)
 
 
-def check_values(values: FloatArray, n: int, what: str) -> None:
+def check_values(
+    values: FloatArray, n: int, what: str, *, advice: str = "correct their computation, one finite number per sample"
+) -> None:
     """Check that there is one finite value per sample.
+
+    Args:
+        values: The values.
+        n: Number of samples.
+        what: What the values are, for messages.
+        advice: The end of messages, what to do.
 
     Raises:
         DataError: There is not.
     """
     if values.shape != (n,):
-        raise DataError(f"{what}: {values.shape} values for {n} samples; score this data again")
+        raise DataError(f"{what}: the shape is {values.shape} for {n} samples: {advice}")
     if values.dtype.kind not in "fiu":
-        raise DataError(f"{what}: values of {values.dtype}, not real numbers; score this data again")
+        raise DataError(f"{what}: the values are {values.dtype}, not real numbers: {advice}")
     if not np.isfinite(values).all():
-        raise DataError(f"{what}: {int((~np.isfinite(values)).sum())} of {n} are not finite; score this data again")
+        raise DataError(f"{what}: {int((~np.isfinite(values)).sum())} of {n} values are not finite: {advice}")

@@ -54,6 +54,7 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
         Koh and Liang, Understanding Black-box Predictions via Influence Functions, ICML 2017, equation 2, which has the
         sign of up-weighting; here it is the sign of removal.
     """
+    _check_classes(inputs.labels)
     features, logits = require_features(inputs, "influence"), require_logits(inputs, "influence")
     if inputs.options["kind"] == "self":
         return ScoreResult(_self_influence(inputs, features, logits))
@@ -98,6 +99,15 @@ def draw_holdout(labels: IntArray, share: float, seed: int) -> tuple[IntArray, I
     first = np.concatenate([ids[:count] for ids, count in zip(drawn, each, strict=True)])
     second = np.concatenate([ids[count:] for ids, count in zip(drawn, each, strict=True)])
     return np.sort(first), np.sort(second)
+
+
+def _check_classes(labels: IntArray) -> None:
+    """Raise a DataError unless there are samples of two classes."""
+    if labels.min() == labels.max():
+        raise DataError(
+            f"all training samples are of class {labels[0]}, and influence needs samples of two classes: use another "
+            "score"
+        )
 
 
 def _removal(

@@ -122,7 +122,7 @@ def compute_score(name: str, inputs: ScoreInputs) -> ScoreResult:
     """
     score = get_score(name)
     options = complete_options(name, score.options, inputs.options)
-    check_inputs(inputs)
+    inputs = check_inputs(inputs)
     result = score.compute(dataclasses.replace(inputs, options=options))
     for what, values in {name: result.values, **result.extras}.items():
         check_values(values, len(inputs.labels), what)

@@ -200,8 +200,8 @@ def test_rejects_bad_inputs(cloud):
         QUICK.fit(z[:-1], h, y, 0.2)
     with pytest.raises(ShapeError, match="float32"):
         QUICK.fit(z, h.double(), y, 0.2)
-    with pytest.raises(ShapeError, match="`labels` are int32"):
-        QUICK.fit(z, h, y.astype(np.int32), 0.2)
+    with pytest.raises(DataError, match="`labels` are float32"):
+        QUICK.fit(z, h, y.astype(np.float32), 0.2)
     broken = h.clone()
     broken[5, 2] = torch.inf
     with pytest.raises(DataError, match="features of 1 samples are not finite"):
@@ -209,13 +209,10 @@ def test_rejects_bad_inputs(cloud):
     for scores, said in (
         (np.full(len(y), np.nan), "scores are not finite"),
         (np.ones(len(y)), "ranks need different scores"),
-        (np.ones(3), "one number per sample"),
+        (np.ones(3), "one per sample"),
     ):
         with pytest.raises(DataError, match=said):
             fit(cloud, scores=scores)
-    empty = np.where(y == 1, 0, y)
-    with pytest.raises(DataError, match="class 1 has 0"):
-        QUICK.fit(z, h, empty, 0.2)
     for part in ("score", "proxy", "reward", "estimator"):
         with pytest.raises(UsageError, match="known:"):
             fit(cloud, dataclasses.replace(QUICK, **{part: "nosuch"}), scores=None)

@@ -219,11 +219,11 @@ def test_rejects_bad_scores_features_fractions_and_balance(labels) -> None:
     n = len(labels)
     with pytest.raises(DataError, match=f"3 of {n} scores are not finite"):
         pick(labels, 0.1, scores=np.where(np.arange(n) < 3, np.nan, scores))
-    with pytest.raises(DataError, match=f"{n - 1} scores for {n} samples"):
+    with pytest.raises(DataError, match=rf"scores are float64 of shape \({n - 1},\): pass finite numbers \({n},\)"):
         pick(labels, 0.1, scores=scores[1:])
     with pytest.raises(DataError, match="mean_p are not finite"):
         pick(labels, 0.1, rule="dual", extras={"mean_p": np.full(n, np.inf)})
-    with pytest.raises(DataError, match="features of 3 samples"):
+    with pytest.raises(DataError, match=rf"features are float32 of shape \(3, 2\) for {n} samples"):
         pick(labels, 0.1, rule="d2", features=np.ones((3, 2), np.float32))
     with pytest.raises(SubsetError, match="keeps none"):
         pick(labels, 1e-6)

@@ -334,9 +334,17 @@ def test_error_about_a_typo_suggests_the_nearest_name(inputs):
 BAD = {
     "labels of other data": ("aum", {"labels": (LABELS + 1) % C}, "other labels"),
     "another length": ("aum", {"labels": LABELS[:-1], "logits": None, "features": None}, "this data has 59"),
-    "logits of another length": ("el2n", {"logits": np.zeros((N - 1, C), np.float32)}, r"logits \(59, 3\) for 60"),
-    "NaN logits": ("el2n", {"logits": np.full((N, C), np.nan, np.float32)}, "some logits are not finite"),
-    "NaN features": ("moderate", {"features": np.full((N, D), np.nan, np.float32)}, "some features are not finite"),
+    "logits of another length": (
+        "el2n",
+        {"logits": np.zeros((N - 1, C), np.float32)},
+        r"shape \(59, 3\) for 60",
+    ),
+    "NaN logits": ("el2n", {"logits": np.full((N, C), np.nan, np.float32)}, "logits of 60 .*not finite"),
+    "NaN features": (
+        "moderate",
+        {"features": np.full((N, D), np.nan, np.float32)},
+        "features of 60 .*not finite",
+    ),
     "too few classes": ("el2n", {"logits": np.zeros((N, C - 1), np.float32)}, "labels up to 2"),
 }
 

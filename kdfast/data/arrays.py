@@ -1,0 +1,113 @@
+"""Convert what callers pass to the arrays that kdfast computes with, or say what to pass."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.errors import DataError
+
+
+@runtime_checkable
+class SupportsDetach(Protocol):
+    """A tensor, without an import of torch."""
+
+    def detach(self) -> Any:
+        """Return the tensor without its gradient."""
+
+
+# Counts of samples per class are arrays of this length at most.
+_MAX_CLASSES = 10_000_000
+
+
+def as_labels(labels: npt.ArrayLike) -> IntArray:
+    """Return labels as int64 (N,), contiguous and in native byte order.
+
+    Args:
+        labels: Integers (N,), classes from 0 on; an array, a CPU tensor or a list.
+
+    Raises:
+        DataError: They are not integers, not one-dimensional, empty, or negative or too large.
+    """
+    array = as_array(labels, "labels", "one class per sample")
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+        raise DataError(
+            f"`labels` are {array.dtype} of shape {array.shape}: pass integers (N,), one class per sample, from 0 on"
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= _MAX_CLASSES:
+        raise DataError(f"`labels` go from {low} to {high}: number the classes 0, 1, 2, ...")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def as_values(values: npt.ArrayLike, n: int | None, what: str) -> npt.NDArray[np.float64]:
+    """Return one number per sample as float64 (N,), contiguous and in native byte order.
+
+    Args:
+        values: Real numbers (N,).
+        n: Number of samples; None: any.
+        what: What the values are, for messages.
+
+    Raises:
+        DataError: There is not one finite real number per sample.
+    """
+    wanted = f"finite numbers ({'N' if n is None else n},), one per sample"
+    array = as_array(values, what, wanted)
+    if array.ndim != 1 or len(array) != (len(array) if n is None else n) or array.dtype.kind not in "fiu":
+        raise DataError(f"{what} are {array.dtype} of shape {array.shape}: pass {wanted}")
+    array = np.ascontiguousarray(array, np.float64)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise DataError(f"{bad} of {len(array)} {what} are not finite: correct them, or remove these samples")
+    return array
+
+
+def as_matrix(values: npt.ArrayLike, n: int, what: str) -> npt.NDArray[np.float32]:
+    """Return one row per sample as float32 (N, D); memory-mapped float32 values stay mapped.
+
+    Args:
+        values: Real numbers (N, D).
+        n: Number of samples.
+        what: What the values are, for messages.
+
+    Raises:
+        DataError: There is not one row of real numbers per sample, or some are not finite in float32.
+    """
+    array = as_array(values, what, f"({n}, D), one row per sample")
+    if array.ndim != 2 or len(array) != n or not array.shape[1] or array.dtype.kind not in "fiu":
+        raise DataError(
+            f"{what} are {array.dtype} of shape {array.shape} for {n} samples: pass ({n}, D), one row of numbers per "
+            "sample, as a teacher's cache of this data holds"
+        )
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).any(axis=1).sum())
+        raise DataError(
+            f"{what} of {bad} samples are not finite in float32: correct them, or build the teacher's cache again"
+        )
+    return array
+
+
+def as_array(values: npt.ArrayLike, what: str, wanted: str) -> npt.NDArray[Any]:
+    """Return an array, a tensor on any device, a list or a number as an array of any shape and dtype.
+
+    Args:
+        values: The values.
+        what: What the values are, for messages.
+        wanted: What to pass, for messages.
+
+    Raises:
+        DataError: It is none of these, or a masked array, a sparse tensor or a list of rows of different lengths.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise DataError(f"{what} are a masked array: pass {wanted}, without a mask")
+    try:
+        if isinstance(values, SupportsDetach):
+            values = values.detach().cpu()
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"{what} are not an array ({error}): pass {wanted}") from error
