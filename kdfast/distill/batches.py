@@ -23,7 +23,7 @@ from kdfast.teacher.row_format import TeacherLogits
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one step; every tensor is on the device of the training.
+    """Input of one step; every tensor but one is on the device of the training.
 
     Attributes:
         index: int64 (2, B): sample ids and view ids; (3, B) with the teacher's rows if `teacher` holds all rows.
@@ -31,12 +31,19 @@ class Batch:
             of the batch, (B, H, W, 3), valid until the next batch is requested.
         whole_split: Whether `images` are all images.
         teacher: The teacher's logits: all rows of the run, or those of the batch; None without a cache.
+        index_on_cpu: `index` on the CPU, where the boxes of crops are drawn.
     """
 
     index: Tensor
     images: Tensor
     whole_split: bool
     teacher: TeacherLogits | None
+    index_on_cpu: Tensor
+
+    def view_arguments(self, spec: ViewSpec) -> tuple[Tensor, Tensor]:
+        """Return sample ids and view ids on the device where `apply_views` needs them for this set of views."""
+        index = self.index_on_cpu if spec.kind == "crop" else self.index
+        return index[0], index[1]
 
     @property
     def ids(self) -> Tensor:
@@ -135,7 +142,8 @@ class Batches:
         stops = list(itertools.accumulate(plan.sizes))
         for images, stop, size in zip(self._images(plan), stops, plan.sizes, strict=True):
             teacher = None if self._targets is None else self._targets.batch(stop - size, size)
-            yield Batch(index[:, stop - size : stop], images, self._loader.table is not None, teacher)
+            part = slice(stop - size, stop)
+            yield Batch(index[:, part], images, self._loader.table is not None, teacher, plan.index[:, part])
 
     def _images(self, plan: _Epoch) -> Generator[Tensor, None, None]:
         table = self._loader.table

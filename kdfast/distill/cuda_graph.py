@@ -7,7 +7,6 @@ import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,30 +18,23 @@ from kdfast.teacher.row_format import map_logits, tensors_of
 WARMUP_STEPS = 2
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A graph and the batch that it reads."""
-
-    graph: torch.cuda.CUDAGraph
-    batch: Batch
-
-
 class CapturedStep:
     """Run a step on the GPU as a CUDA graph, with one graph for each batch size.
 
-    The first steps of a batch size run as usual, and so does every step if capturing fails. All of them run in one
-    stream, because a graph has to be captured in the stream that the network's gradients were first computed in.
+    Every batch is copied to the same memory, from the first step on: Triton compiles other code for other alignments,
+    and no code can be loaded while a step is recorded. The first steps of a batch size run as usual, and so does every
+    step if recording fails. All of them must run in one stream, that of `stream`, in which the network's gradients are
+    first computed.
 
     Args:
-        step: Takes a batch; everything that changes from step to step must be on the GPU, and nothing may wait for it.
         device: The GPU.
     """
 
-    def __init__(self, step: Callable[[Batch], None], device: torch.device) -> None:
-        self._step = step
+    def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._seen: Counter[int] = Counter()
-        self._graphs: dict[int, _Captured] = {}
+        self._steps: Counter[int] = Counter()
+        self._batches: dict[int, Batch] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._enabled = True
 
@@ -51,38 +43,54 @@ class CapturedStep:
         """Make the stream of the steps the current one."""
         before = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
-        before.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            # A recording that failed may have left its stream the current one.
+            torch.cuda.set_stream(before)
+            before.wait_stream(self._stream)
 
-    def __call__(self, batch: Batch) -> None:
-        """Run the step on a batch."""
+    def __call__(self, batch: Batch, step: Callable[[Batch], None]) -> None:
+        """Run the step on a batch.
+
+        Args:
+            batch: On the GPU.
+            step: Takes a batch, the same function in every call. Everything that changes from step to step must be on
+                the GPU, and nothing may wait for it.
+        """
         size = batch.index.shape[1]
-        captured = self._graphs.get(size)
-        if captured is None:
-            self._seen[size] += 1
-            captured = self._capture(batch) if self._enabled and self._seen[size] > WARMUP_STEPS else None
-            if captured is None:
-                self._step(batch)
-                return
-            self._graphs[size] = captured
-        for target, source in zip(changing_tensors(captured.batch), changing_tensors(batch), strict=True):
-            target.copy_(source, non_blocking=True)
-        captured.graph.replay()
+        own = self._place(batch, size)
+        if size not in self._graphs and self._enabled and self._steps[size] >= WARMUP_STEPS:
+            self._record(own, size, step)
+        self._steps[size] += 1
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
+            step(own)
 
-    def _capture(self, batch: Batch) -> _Captured | None:
-        """Record the step without running it; return None, and never try again, if it cannot be recorded."""
-        static = clone_changing(batch)
+    def _place(self, batch: Batch, size: int) -> Batch:
+        """Copy a batch to the memory of its size."""
+        own = self._batches.get(size)
+        if own is None:
+            own = self._batches[size] = clone_changing(batch)
+        else:
+            for target, source in zip(changing_tensors(own), changing_tensors(batch), strict=True):
+                target.copy_(source, non_blocking=True)
+        return own
+
+    def _record(self, batch: Batch, size: int, step: Callable[[Batch], None]) -> None:
+        """Record the step without running it; if that fails, never try again."""
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate memory meanwhile: those of the loader, for example.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                self._step(static)
+                step(batch)
         except RuntimeError as error:
             self._enabled = False
             warnings.warn(f"kdfast: this step cannot be a CUDA graph, so it is slower: {error}", RuntimeWarning, 2)
-            return None
-        return _Captured(graph, static)
+        else:
+            self._graphs[size] = graph
 
 
 def changing_tensors(batch: Batch) -> list[Tensor]:

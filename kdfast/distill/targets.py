@@ -41,7 +41,7 @@ class CachedTargets:
         n_views: Number of views per sample in the run.
         view_seed: Seed of the run's choice of views.
         device: Device of the student.
-        resident: Whether to keep all rows on the device.
+        resident: Whether to keep all rows on the device; the first epoch reads them.
     """
 
     name = "cache"
@@ -62,12 +62,8 @@ class CachedTargets:
         self._device = device
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kdfast-cache")
         self._windows: _Windows | None = None
-        self._table = self._read_all() if resident else None
-
-    @property
-    def resident(self) -> bool:
-        """Whether all rows are on the device."""
-        return self._table is not None
+        self.resident = resident
+        self._table: TeacherLogits | None = None
 
     def rows(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of views of samples in the resident table, int64 (n,)."""
@@ -75,7 +71,9 @@ class CachedTargets:
 
     def begin_epoch(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> None:
         """Start an epoch over these samples, in this order, each with the view of its view index."""
-        if self._table is None:
+        if self.resident:
+            self._table = self._read_all() if self._table is None else self._table
+        else:
             rows = max(1, WINDOW_BYTES // self._cache.row_bytes)
             self._windows = _Windows(
                 lambda part: self._look_up(ids[part], view_indices[part]), len(ids), rows, self._reader

@@ -69,7 +69,7 @@ def train(plan: Plan, folder: RunFolder, monitoring: Monitoring | None = None) -
         trainer.load_state(saved)
     loop = _TrainingLoop(trainer, folder, monitoring or Monitoring())
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, trainer.stream():
             loop.run(stop)
         return loop.finish()
     except Exception as error:

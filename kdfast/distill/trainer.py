@@ -59,7 +59,7 @@ class Trainer:
         # What a step on a GPU changes is on the GPU, and changed in place: a CUDA graph remembers addresses.
         self._step_on_device = torch.zeros((), device=device, dtype=torch.int64)
         self._bad_step = torch.full((), -1, device=device, dtype=torch.int64)
-        self._captured = CapturedStep(self._take_step, device) if plan.can_capture() else None
+        self._captured = CapturedStep(device) if plan.can_capture() else None
 
     @property
     def epoch(self) -> int:
@@ -112,7 +112,7 @@ class Trainer:
         if self._captured is None:
             self._take_step(batch)
         else:
-            self._captured(batch)
+            self._captured(batch, self._take_step)
         self.loss_steps += 1
         self.step += 1
 
@@ -124,19 +124,15 @@ class Trainer:
         plan, config = self.plan, self.plan.config
         self.optimizer.set_rate(self.step, self._step_on_device)
         dtype = AUTOCAST.get(config.precision, torch.float32)
+        spec = plan.source.view_spec
+        ids, view_ids = batch.view_arguments(spec)
         inputs = apply_views(
-            batch.images,
-            batch.view_ids,
-            plan.source.view_spec,
-            plan.normalization,
-            sample_ids=batch.ids,
-            rows=batch.image_rows,
-            dtype=dtype,
+            batch.images, view_ids, spec, plan.normalization, sample_ids=ids, rows=batch.image_rows, dtype=dtype
         )
         with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST):
             logits = self._forward(inputs)
         if isinstance(plan.targets, OnlineTargets):
-            teacher = plan.targets.compute(batch.images, batch.image_rows, batch.view_ids, batch.ids)
+            teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids)
             batch = dataclasses.replace(batch, teacher=teacher, index=batch.index[:2])
         loss = self.compute_loss(logits, batch)
         if plan.distributed.world_size > 1:

@@ -5,7 +5,10 @@ Only PyTorch's own operators are recorded, so that the steps run on the referenc
 """
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +21,10 @@ from kdfast.distill import cuda_graph, optimizer
 from kdfast.distill.batches import Batch
 from kdfast.distill.config import Execution
 from kdfast.distill.cuda_graph import CapturedStep
+from kdfast.distill.folder import RunFolder
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import CachedTargets, TeacherTargets
+from kdfast.distill.train import train
 from kdfast.distill.trainer import Trainer
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache
@@ -66,12 +71,14 @@ class Emulation:
     def __init__(self, state: Callable[[], list[Tensor]]) -> None:
         self.state = state
         self.graphs: list[RecordedGraph] = []
+        self.trainers: list[Trainer] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Patch `torch.cuda`."""
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
@@ -128,14 +135,13 @@ def changed_by_steps(trainer: Trainer) -> list[Tensor]:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     """Let runs on the CPU capture their steps."""
-    current: list[Trainer] = []
     create = Trainer.__init__
 
     def remember(self: Trainer, plan: Plan) -> None:
-        current[:] = [self]
+        emulation.trainers[:] = [self]
         create(self, plan)
 
-    emulation = Emulation(lambda: changed_by_steps(current[0]))
+    emulation = Emulation(lambda: changed_by_steps(emulation.trainers[0]))
     emulation.install(monkeypatch)
     monkeypatch.setenv("KDFAST_BACKEND", "reference")
     monkeypatch.setattr(Trainer, "__init__", remember)
@@ -203,19 +209,59 @@ def test_step_that_reads_a_value_runs_uncaptured(make_plan: Callable[..., Plan],
 def test_batch_size_is_captured_after_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     emulation = Emulation(list)
     emulation.install(monkeypatch)
-    total = torch.zeros(())
-    python_calls = []
+    python_calls, places = [], set()
 
     def step(batch: Batch) -> None:
         python_calls.append(len(batch.ids))
-        total.add_(batch.images.sum())
+        places.add((len(batch.ids), batch.index.data_ptr(), batch.images.data_ptr()))
 
-    captured = CapturedStep(step, CPU)
+    captured = CapturedStep(CPU)
     for size in (4, 4, 2, 4, 4, 2, 2, 4):
         index = torch.zeros((2, size), dtype=torch.int64)
-        captured(Batch(index, torch.full((size, 1, 1, 3), 2, dtype=torch.uint8), False, None))
+        captured(Batch(index, torch.zeros((size, 1, 1, 3), dtype=torch.uint8), False, None, index), step)
     assert python_calls == [4, 4, 2, 4, 2, 2], "the third call of a size records it, later calls replay it"
+    assert len(places) == 2, "the memory of a batch size is the same from its first step on"
     assert cuda_graph.WARMUP_STEPS == 2
+
+
+def test_train_takes_its_steps_in_their_stream(
+    make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+    depth = [0]
+
+    @contextlib.contextmanager
+    def stream(self: Trainer) -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    take_step = Trainer.train_step
+
+    def watched(self: Trainer, batch: Batch) -> None:
+        inside.append(depth[0] == 1)
+        take_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "stream", stream)
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    plan = make_plan(TeacherTargets())
+    with RunFolder(tmp_path / "run", plan.identity) as folder:
+        train(plan, folder)
+    assert inside == [True] * 16
+
+
+def test_trainer_with_graphs_is_freed_at_once(make_plan: Callable[..., Plan], emulated: Emulation) -> None:
+    trainer = run(make_plan(TeacherTargets()))
+    assert len(emulated.graphs) == 2
+    emulated.state = list
+    gone = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        emulated.trainers.clear()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_plans_without_a_gpu_capture_nothing(make_plan: Callable[..., Plan]) -> None:
