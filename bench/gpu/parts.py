@@ -29,13 +29,16 @@ def parts(device: str) -> list[Part]:
     """Return the queue of a device, `cpu` or `cuda`."""
     heads = ("bench/bench_grad_norms.py", "bench/bench_influence.py")
     peers = ("bench/plain_loop.py", "bench/bench_kd_loss.py")
+    # The tests of other operators say nothing about the loss and the training, which are the first to know.
+    loss_tests, *other_tests = _tests(device)
     queue = [
         _program("machine", 60, "bench/harness.py", always=True),
         _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
-        *_tests(device),
+        loss_tests,
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
         _program("training", 240, *_TRAINING, "bench/gpu/measure/resnet18.py"),
         _students("students", 0),
+        *other_tests,
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
         _program("gradients", 150, *_OPERATORS, *heads),
