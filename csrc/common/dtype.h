@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "common/instructions.h"
 #include "common/simd.h"
 
 namespace kdfast {
@@ -68,7 +69,7 @@ KDFAST_INLINE Floats<W> decode(const Float16* p) {
     KDFAST_EACH_PART(k) {
       typename Halves<W>::Part h;
       std::memcpy(&h, &p[k * W].bits, sizeof h);
-      __asm__("vcvtph2ps %1, %0" : "=v"(r.part[k]) : "v"(h));  // assembly for the reason given at fma
+      instructions::decode_half(r.part[k], h);
     }
     return r;
   }

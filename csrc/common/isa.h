@@ -3,10 +3,17 @@
 
 #define KDFAST_INLINE inline __attribute__((always_inline))
 
-// Kernels for several instruction sets. Not with Clang, which rejects the inline assembly of an inlined function unless
-// that function's own target has the instruction.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Kernels for several instruction sets.
+#if defined(__x86_64__) && defined(__GNUC__)
 #define KDFAST_X86
+// Attributes of functions that are compiled for one set. Registers of 512 bits are used on request only.
+#ifdef __clang__
+#define KDFAST_TARGET_V3 __attribute__((target("arch=x86-64-v3,prfchw")))
+#define KDFAST_TARGET_V4 __attribute__((target("arch=x86-64-v4,prfchw"), __min_vector_width__(512)))
+#else
+#define KDFAST_TARGET_V3 __attribute__((target("arch=x86-64-v3,prfchw")))
+#define KDFAST_TARGET_V4 __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512")))
+#endif
 #endif
 
 namespace kdfast {
@@ -25,8 +32,8 @@ constexpr int kWidestIsa = 2;
   };
 KDFAST_ISA(Baseline, 4, )
 #ifdef KDFAST_X86
-KDFAST_ISA(X86V3, 8, __attribute__((target("arch=x86-64-v3,prfchw"))))
-KDFAST_ISA(X86V4, 16, __attribute__((target("arch=x86-64-v4,prfchw,prefer-vector-width=512"))))
+KDFAST_ISA(X86V3, 8, KDFAST_TARGET_V3)
+KDFAST_ISA(X86V4, 16, KDFAST_TARGET_V4)
 // Initializer of an array that isa_level indexes: make<Isa>() of each instruction set.
 #define KDFAST_FOR_EACH_ISA(make) {make<Baseline>(), make<X86V3>(), make<X86V4>()}
 #else

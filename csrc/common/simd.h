@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/instructions.h"
 #include "common/isa.h"
 
 #define KDFAST_EACH_PART(k) _Pragma("GCC unroll 4") for (int k = 0; k < kLanes / W; ++k)
@@ -117,10 +118,7 @@ template <int W>
 KDFAST_INLINE void stream(float* p, Floats<W> v) {
 #ifdef KDFAST_X86
   if constexpr (W >= 8) {
-    KDFAST_EACH_PART(k) {
-      using Part = typename Floats<W>::Part;
-      __asm__ volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Part*>(p + k * W)) : "v"(v.part[k]));
-    }
+    KDFAST_EACH_PART(k) instructions::stream(p + k * W, v.part[k]);
     return;
   }
 #endif
@@ -133,13 +131,13 @@ KDFAST_INLINE void stream_fence() {
 #endif
 }
 
-// The larger of each pair; b where a is NaN. Assembly, because compilers emit a comparison and a blend.
+// The larger of each pair; b where a is NaN.
 template <int W>
 KDFAST_INLINE Floats<W> max(Floats<W> a, Floats<W> b) {
   KDFAST_EACH_PART(k) {
 #ifdef KDFAST_X86
     if constexpr (W >= 8) {
-      __asm__("vmaxps %2, %1, %0" : "=v"(a.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
+      instructions::assign_max(a.part[k], b.part[k]);
       continue;
     }
 #endif
@@ -163,14 +161,13 @@ KDFAST_INLINE Floats<W> where_less(Floats<W> a, Floats<W> b, Floats<W> x, Floats
 }
 
 // a b + c, rounded once on every instruction set: by the C library, slowly, where the hardware has no such instruction.
-// Explicit, because compilers must not contract (-ffp-contract=off): their choice would differ between sets. Assembly,
-// because an intrinsic is allowed only in a function compiled for its set, and these bodies are compiled for all.
+// Explicit, because compilers must not contract (-ffp-contract=off): their choice would differ between sets.
 template <int W>
 KDFAST_INLINE Floats<W> fma(Floats<W> a, Floats<W> b, Floats<W> c) {
   KDFAST_EACH_PART(k) {
 #ifdef KDFAST_X86
     if constexpr (W >= 8) {
-      __asm__("vfmadd231ps %2, %1, %0" : "+v"(c.part[k]) : "v"(a.part[k]), "v"(b.part[k]));
+      instructions::assign_fma(c.part[k], a.part[k], b.part[k]);
       continue;
     }
 #endif
@@ -203,13 +200,13 @@ KDFAST_INLINE float max_of(Floats<W> v) {
   return e > f ? e : f;
 }
 
-// The same values in double. Assembly for x86-64-v4, where the compiler would convert two halves and join them.
+// The same values in double.
 template <int W>
 KDFAST_INLINE Doubles8 widen(Floats8 v) {
 #ifdef KDFAST_X86
   if constexpr (W == 16) {
     Doubles8 wide;
-    __asm__("vcvtps2pd %1, %0" : "=v"(wide) : "v"(v));
+    instructions::widen(wide, v);
     return wide;
   }
 #endif

@@ -175,8 +175,7 @@ class PartSum {
   AlignedFloats sums_, bias_sums_, products_, transposed_, copy_;
 };
 
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void add_samples(const Plan& plan, int64_t begin,
-                                                                                   int64_t end, double* totals) {
+KDFAST_TARGET_V4 void add_samples(const Plan& plan, int64_t begin, int64_t end, double* totals) {
   PartSum(plan, totals).add(begin, end);
 }
 

@@ -14,11 +14,15 @@ using Vector = Floats<W>;
 
 constexpr int kMaxColumns = 4;  // registers per row of a block of products
 
-// One element in all lanes. Assembly, because the compiler would keep copies of it in registers.
+// One element in all lanes. Assembly, because GCC would keep copies of it in registers.
 KDFAST_INLINE Vector repeated(const float* p) {
+#ifdef __clang__
+  return splat<W>(*p);
+#else
   Vector v;
   __asm__("vbroadcastss %1, %0" : "=v"(v.part[0]) : "m"(*p));
   return v;
+#endif
 }
 
 // c += a b for c (kRows, kColumns vectors), a (kRows, depth) and b (depth, kColumns vectors), each with a row stride.
