@@ -1,6 +1,7 @@
 // State shared by all rows of a kd_loss call, and the operands and results of a single row.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -18,6 +19,7 @@ struct CallContext {
   double kl_slope;          // kl_factor / T
   float inverse_t;          // 1 / T, or 1 without a teacher
   double* losses;
+  std::atomic<int64_t>& repeated_row;  // a row whose teacher repeats a class, or -1
 };
 
 inline bool is_counted(const KdLoss& a, int64_t i) {

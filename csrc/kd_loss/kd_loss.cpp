@@ -3,6 +3,7 @@
 #include "kd_loss/kd_loss.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 
@@ -30,7 +31,7 @@ class Workspace {
         floats_(DenseRows::capacity(width_) * 3 * width_),
         k_(a.classes && a.use_kl ? a.teacher.cols : 0),
         rows_(round_up_to_line(a.logits.rows)),
-        per_thread_(round_up_to_line(floats_ / 2 + 3 * k_)),
+        per_thread_(round_up_to_line(floats_ / 2 + 3 * k_ + (k_ + 1) / 2)),
         memory_(new double[static_cast<size_t>(rows_ + std::max(a.threads, 1) * per_thread_ + kLine)]),
         losses_(next_line(memory_.get())) {}
 
@@ -85,7 +86,7 @@ void compute_rows(const CallContext& call, const Workspace& memory, int64_t begi
   if (k > 0) {
     double* d = memory.doubles(slot);
     const Scratch scratch{f, f + width, f + 2 * width};
-    const TopKScratch topk{d, d + k, d + 2 * k};
+    const TopKScratch topk{d, d + k, d + 2 * k, reinterpret_cast<int32_t*>(d + 3 * k)};
     for_each_row([&](int64_t i) {
       prefetch_topk(a, i + kTopKDistance);
       compute_topk_row(call, scratch, topk, i);
@@ -106,16 +107,19 @@ void kd_loss(const KdLoss& a) {
   check_shapes(a);
   const double weights = check_rows(a);
   const Workspace memory(a);
+  std::atomic<int64_t> repeated_row{-1};
   const CallContext call{a,
                          row_kernels(a.isa_limit),
                          power_of(a),
                          reduction_factor(a, weights),
                          a.kl_factor / a.temperature,
                          a.use_kl ? static_cast<float>(1.0 / a.temperature) : 1.0f,
-                         memory.losses()};
+                         memory.losses(),
+                         repeated_row};
   // About a nanosecond per class, and 100 per row.
   parallel_rows(a.logits.rows, a.logits.cols + 100, std::max(a.threads, 1),
                 [&](int64_t begin, int64_t end, int slot) { compute_rows(call, memory, begin, end, slot); });
+  if (repeated_row >= 0) raise_repeated_class(a, repeated_row);
   const double* losses = memory.losses();
   if (a.reduction == kNone) {
     for (int64_t i = 0; i < a.logits.rows; ++i) a.loss[i] = static_cast<float>(losses[i]);

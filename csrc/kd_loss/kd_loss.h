@@ -18,13 +18,15 @@ struct KdLoss {
   int64_t labels_stride;
   const int64_t* rows;  // (N,) teacher row of each sample, or null: row i for sample i
   int64_t rows_stride;
-  const int32_t* classes;  // (M, k) contiguous class ids of a top-k teacher, or null: the teacher has all classes
-  const float* tail;       // (M,) log-mass of the classes that a top-k teacher leaves out; required with `classes`
-  const float* weights;    // (N,) contiguous, or null
-  bool use_ce, use_kl;     // whether the result includes each term
-  bool reverse;            // KL(softmax(z / T) || softmax(t / T)) instead
-  double ce_factor;        // 1 - alpha
-  double kl_factor;        // alpha T^2, or alpha
+  // (M, k) contiguous class ids of a top-k teacher, or null: the teacher has all classes. A class whose logit is -inf
+  // counts as left out.
+  const int32_t* classes;
+  const float* tail;     // (M,) log-mass of the classes that a top-k teacher leaves out; required with `classes`
+  const float* weights;  // (N,) contiguous, or null
+  bool use_ce, use_kl;   // whether the result includes each term
+  bool reverse;          // KL(softmax(z / T) || softmax(t / T)) instead
+  double ce_factor;      // 1 - alpha
+  double kl_factor;      // alpha T^2, or alpha
   double temperature;
   int64_t ignore_index;  // rows with this label have loss 0 and gradient 0
   int reduction;
@@ -37,8 +39,8 @@ struct KdLoss {
   int isa_limit;  // highest instruction set to use: 0 baseline, 1 x86-64-v3, 2 x86-64-v4
 };
 
-// Throws std::invalid_argument if sizes are inconsistent and std::out_of_range if a label, row or class id is outside
-// its range.
+// Throws std::invalid_argument if sizes are inconsistent or a teacher row repeats a class, and std::out_of_range if a
+// label, row or class id is outside its range.
 void kd_loss(const KdLoss& args);
 
 // out[i, j] = grad[i, j] * factor[i * factor_stride] * scale; out may be grad.

@@ -11,9 +11,10 @@
 namespace kdfast {
 
 // Scratch of one thread, k elements each, for the teacher's classes: the log-probabilities of the teacher (q) and the
-// student (p), and the student's exp(z - max z).
+// student (p), the student's exp(z - max z), and the class ids.
 struct TopKScratch {
   double *log_q, *log_p, *e1;
+  int32_t* ids;
 };
 
 // The student's classes that the teacher leaves out. Their exponents are b = (z - max z) / T.
@@ -31,8 +32,9 @@ inline double divergence_term(double log_x, double log_y, double shift = 0) {
 }
 
 // Recomputes the terms of the tail relative to its own largest exponent.
-inline void rescale_tail(const KdLoss& a, const Scratch& s, const int32_t* ids, int64_t i, float max_z, Tail* tail) {
-  const int64_t n = a.logits.cols, k = a.teacher.cols;
+inline void rescale_tail(const KdLoss& a, const Scratch& s, const int32_t* ids, int64_t k, int64_t i, float max_z,
+                         Tail* tail) {
+  const int64_t n = a.logits.cols;
   for (int64_t c = 0; c < n; ++c)
     s.u[c] = static_cast<float>((element(a.logits, i, c) - static_cast<double>(max_z)) / a.temperature);
   for (int64_t j = 0; j < k; ++j) s.u[ids[j]] = -kInf;
@@ -49,39 +51,57 @@ inline void rescale_tail(const KdLoss& a, const Scratch& s, const int32_t* ids, 
 
 // Removes the teacher's k classes from the terms s.e of a row and sums the others. The sum is accurate even if the tail
 // is a tiny part of the whole.
-inline Tail separate_tail(const CallContext& call, const Scratch& s, const int32_t* ids, int64_t i, float max_z) {
+inline Tail separate_tail(const CallContext& call, const Scratch& s, const int32_t* ids, int64_t k, int64_t i,
+                          float max_z) {
   const KdLoss& a = call.args;
-  const int64_t n = a.logits.cols, k = a.teacher.cols;
+  const int64_t n = a.logits.cols;
   Tail tail;
   double top_sum = 0;
-  for (int64_t j = 0; j < k; ++j) top_sum += static_cast<double>(s.e[ids[j]]);
+  bool repeated = false;
+  for (int64_t j = 0; j < k; ++j) {
+    const float e = s.e[ids[j]];
+    repeated |= e < 0;  // marked by an earlier j: terms are not negative
+    top_sum += static_cast<double>(e);
+    s.e[ids[j]] = -1.0f;
+  }
+  if (repeated) call.repeated_row.store(i, std::memory_order_relaxed);
   for (int64_t j = 0; j < k; ++j) s.e[ids[j]] = 0.0f;
   tail.sum = call.kernels.sum(s.e, n);
   tail.log_normaliser = std::log(top_sum + tail.sum);
-  if (tail.sum < 1e-30) rescale_tail(a, s, ids, i, max_z, &tail);
+  if (tail.sum < 1e-30) rescale_tail(a, s, ids, k, i, max_z, &tail);
   tail.log_p = std::log(tail.sum) + tail.offset - tail.log_normaliser;
   return tail;
 }
 
-// Computes the teacher's log-probabilities of the k + 1 outcomes.
-inline void teacher_outcomes(const KdLoss& a, const TopKScratch& t, int64_t row, Tail* rest) {
-  const int64_t k = a.teacher.cols;
+// The teacher's log-probability of the tail, and the number of its other outcomes.
+struct TeacherOutcomes {
+  double log_q_tail;
+  int64_t k;
+};
+
+// Computes the teacher's class ids and log-probabilities of a row. Classes whose logit is -inf are left in the tail.
+inline TeacherOutcomes teacher_outcomes(const KdLoss& a, const TopKScratch& t, int64_t row) {
+  const int32_t* ids = a.classes + row * a.teacher.cols;
   const double tail = static_cast<double>(a.tail[row]);
   double top = tail;
-  for (int64_t j = 0; j < k; ++j) {
-    t.log_q[j] = element(a.teacher, row, j) / a.temperature;
-    top = t.log_q[j] > top ? t.log_q[j] : top;
+  int64_t k = 0;
+  for (int64_t j = 0; j < a.teacher.cols; ++j) {
+    const double logit = element(a.teacher, row, j);
+    t.ids[k] = ids[j];
+    t.log_q[k] = logit / a.temperature;
+    top = t.log_q[k] > top ? t.log_q[k] : top;
+    k += logit != -HUGE_VAL;
   }
   double sum = std::exp(tail - top);
   for (int64_t j = 0; j < k; ++j) sum += std::exp(t.log_q[j] - top);
   const double log_normaliser = top + std::log(sum);
   for (int64_t j = 0; j < k; ++j) t.log_q[j] -= log_normaliser;
-  rest->log_q = tail - log_normaliser;
+  return {tail - log_normaliser, k};
 }
 
 // Inputs of the gradient of a row other than its terms.
 struct TopKRow {
-  const int32_t* ids;
+  int64_t k;
   double kl, e1_sum;
   double ce_slope, kl_slope;  // derivatives of the result w.r.t. CE, and w.r.t. KL over T
   int64_t label;
@@ -95,7 +115,7 @@ inline double divergence_slope(bool reverse, double log_p, double log_q, double 
 inline void store_topk_gradient(const CallContext& call, const Scratch& s, const TopKScratch& t, const Tail& tail,
                                 const TopKRow& r, int64_t i) {
   const KdLoss& a = call.args;
-  const int64_t n = a.logits.cols, k = a.teacher.cols;
+  const int64_t n = a.logits.cols;
   Slopes slopes;
   // A class of the tail has the probability exp(log_p) * term / sum; all of them share the tail's derivative.
   const double tail_slope = divergence_slope(a.reverse, tail.log_p, tail.log_q, r.kl);
@@ -106,29 +126,29 @@ inline void store_topk_gradient(const CallContext& call, const Scratch& s, const
                                                        gradient_row(a, i));
   double label_gradient = 0;
   if (r.label >= 0) label_gradient = static_cast<double>(e1_at(call, s, r.label) * slopes.e1 + s.e[r.label] * slopes.e);
-  for (int64_t j = 0; j < k; ++j) {
+  for (int64_t j = 0; j < r.k; ++j) {
     const double slope = divergence_slope(a.reverse, t.log_p[j], t.log_q[j], r.kl);
     const double g = r.ce_slope * t.e1[j] / r.e1_sum + r.kl_slope * slope;
-    store_gradient(a, i, r.ids[j], static_cast<float>(g));
-    if (r.ids[j] == r.label) label_gradient = g;
+    store_gradient(a, i, t.ids[j], static_cast<float>(g));
+    if (t.ids[j] == r.label) label_gradient = g;
   }
   if (r.label >= 0) store_gradient(a, i, r.label, static_cast<float>(label_gradient - r.ce_slope));
 }
 
 inline void compute_topk_row(const CallContext& call, const Scratch& s, const TopKScratch& t, int64_t i) {
   const KdLoss& a = call.args;
-  const int64_t n = a.logits.cols, k = a.teacher.cols, label = label_of(a, i), row = teacher_row(a, i);
-  const int32_t* ids = a.classes + row * k;
+  const int64_t n = a.logits.cols, label = label_of(a, i);
   float max_z = 0;
   const float* z = load_floats(call, a.logits, i, {0, n}, s.e, &max_z);
   int64_t next = i + 1;
   const Sums sums = call.kernels.student_sums[call.power](z, n, max_z, static_cast<float>(1.0 / a.temperature), true, s,
                                                           Prefetcher(a, s.e).for_row(i, &next));
-  Tail tail = separate_tail(call, s, ids, i, max_z);
-  teacher_outcomes(a, t, row, &tail);
+  const TeacherOutcomes teacher = teacher_outcomes(a, t, teacher_row(a, i));
+  Tail tail = separate_tail(call, s, t.ids, teacher.k, i, max_z);
+  tail.log_q = teacher.log_q_tail;
   double kl = a.reverse ? divergence_term(tail.log_p, tail.log_q) : divergence_term(tail.log_q, tail.log_p);
-  for (int64_t j = 0; j < k; ++j) {
-    const double d = element(a.logits, i, ids[j]) - static_cast<double>(max_z);
+  for (int64_t j = 0; j < teacher.k; ++j) {
+    const double d = element(a.logits, i, t.ids[j]) - static_cast<double>(max_z);
     t.e1[j] = std::exp(d);
     t.log_p[j] = d / a.temperature - tail.log_normaliser;
     kl += a.reverse ? divergence_term(t.log_p[j], t.log_q[j]) : divergence_term(t.log_q[j], t.log_p[j]);
@@ -139,7 +159,7 @@ inline void compute_topk_row(const CallContext& call, const Scratch& s, const To
   if (!a.grad) return;
   const double ce_slope = a.use_ce ? factor * a.grad_scale * a.ce_factor : 0.0;
   const double kl_slope = factor * a.grad_scale * a.kl_factor / a.temperature;
-  store_topk_gradient(call, s, t, tail, {ids, kl, sums.e1, ce_slope, kl_slope, label}, i);
+  store_topk_gradient(call, s, t, tail, {teacher.k, kl, sums.e1, ce_slope, kl_slope, label}, i);
 }
 
 }  // namespace kdfast

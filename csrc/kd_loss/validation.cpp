@@ -2,6 +2,7 @@
 #include "kd_loss/validation.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -11,7 +12,7 @@ namespace kdfast {
 namespace {
 
 [[noreturn]] void raise_out_of_range(const std::string& what, int64_t value, const std::string& owner, int64_t size) {
-  throw std::out_of_range(what + " is " + std::to_string(value) + ", but " + owner + " " + std::to_string(size) +
+  throw std::out_of_range("`" + what + "` is " + std::to_string(value) + ", but " + owner + " " + std::to_string(size) +
                           ": values must lie in [0, " + std::to_string(size) + ")");
 }
 
@@ -19,14 +20,15 @@ namespace {
 [[noreturn]] void raise_bad_index(const KdLoss& a, int64_t i) {
   const int64_t label = a.labels ? a.labels[i * a.labels_stride] : 0, row = teacher_row(a, i);
   if (label < 0 || label >= a.logits.cols) {
-    raise_out_of_range("labels[" + std::to_string(i) + "]", label, "the number of classes in logits is", a.logits.cols);
+    raise_out_of_range("labels[" + std::to_string(i) + "]", label, "the number of classes in `logits` is",
+                       a.logits.cols);
   }
   if (row < 0 || row >= a.teacher.rows)
-    raise_out_of_range("rows[" + std::to_string(i) + "]", row, "the number of teacher rows is", a.teacher.rows);
+    raise_out_of_range("rows[" + std::to_string(i) + "]", row, "the number of rows of `teacher` is", a.teacher.rows);
   int64_t j = 0;
   while (a.classes[row * a.teacher.cols + j] >= 0 && a.classes[row * a.teacher.cols + j] < a.logits.cols) ++j;
   raise_out_of_range("teacher.classes[" + std::to_string(row) + ", " + std::to_string(j) + "]",
-                     a.classes[row * a.teacher.cols + j], "the number of classes in logits is", a.logits.cols);
+                     a.classes[row * a.teacher.cols + j], "the number of classes in `logits` is", a.logits.cols);
 }
 
 bool has_bad_class(const KdLoss& a, int64_t row) {
@@ -39,15 +41,15 @@ bool has_bad_class(const KdLoss& a, int64_t row) {
 void check_shapes(const KdLoss& a) {
   check_dtype(a.logits.dtype);
   if (a.logits.rows == 0) return;  // addresses may be null
-  if (a.logits.cols < 1) throw std::invalid_argument("logits have no classes");
-  if (a.use_ce && !a.labels) throw std::invalid_argument("labels are needed unless alpha is 1");
+  if (a.logits.cols < 1) throw std::invalid_argument("`logits` have no classes");
+  if (a.use_ce && !a.labels) throw std::invalid_argument("`labels` are needed unless `alpha` is 1");
   if (!a.use_kl) return;
   check_dtype(a.teacher.dtype);
-  if (!(a.temperature > 0)) throw std::invalid_argument("temperature must be positive");
+  if (!(a.temperature > 0)) throw std::invalid_argument("`temperature` must be positive");
   if (!a.classes && a.teacher.cols != a.logits.cols)
-    throw std::invalid_argument("teacher and logits differ in classes");
-  if (a.classes && !a.tail) throw std::invalid_argument("a top-k teacher needs its tail");
-  if (!a.rows && a.teacher.rows < a.logits.rows) throw std::invalid_argument("teacher has fewer rows than logits");
+    throw std::invalid_argument("`teacher` and `logits` differ in classes");
+  if (a.classes && !a.tail) throw std::invalid_argument("a top-k `teacher` needs its tail");
+  if (!a.rows && a.teacher.rows < a.logits.rows) throw std::invalid_argument("`teacher` has fewer rows than `logits`");
 }
 
 double check_rows(const KdLoss& a) {
@@ -68,6 +70,21 @@ double check_rows(const KdLoss& a) {
     total += weight_of(a, i);
   }
   return total;
+}
+
+void raise_repeated_class(const KdLoss& a, int64_t i) {
+  const int64_t k = a.teacher.cols, row = teacher_row(a, i);
+  const int32_t* ids = a.classes + row * k;
+  const auto is_kept = [&](int64_t j) { return element(a.teacher, row, j) != -HUGE_VAL; };
+  const auto repeats = [&](int64_t j) {
+    for (int64_t before = 0; before < j; ++before)
+      if (ids[before] == ids[j] && is_kept(before) && is_kept(j)) return true;
+    return false;
+  };
+  int64_t j = 1;
+  while (j + 1 < k && !repeats(j)) ++j;
+  throw std::invalid_argument("`teacher.classes[" + std::to_string(row) + "]` holds class " + std::to_string(ids[j]) +
+                              " twice: pass each class of a row once, and -inf as the value of entries to leave out");
 }
 
 }  // namespace kdfast

@@ -12,4 +12,7 @@ void check_shapes(const KdLoss& args);
 // is out of range: as an index, it would read outside the tensors.
 double check_rows(const KdLoss& args);
 
+// Throws std::invalid_argument that names the class that the teacher of row i repeats.
+[[noreturn]] void raise_repeated_class(const KdLoss& args, int64_t i);
+
 }  // namespace kdfast

@@ -154,7 +154,7 @@ def kd_loss_terms(
         ShapeError, TypeError, IndexError, BackendUnavailable: As ``kd_loss``.
     """
     if labels is None:
-        raise ShapeError("labels are None: kd_loss_terms needs them for each row's cross-entropy")
+        raise ShapeError("`labels` are None: kd_loss_terms needs them for each row's cross-entropy")
     call = make_call(
         logits,
         labels,
@@ -198,7 +198,9 @@ class KDLoss(nn.Module):
         unknown = sorted(set(options) - known)
         if unknown:
             known_names = ", ".join(["alpha", "temperature", *sorted(known)])
-            raise TypeError(f"KDLoss was given {', '.join(unknown)}; its options are {known_names}")
+            raise TypeError(
+                f"KDLoss was given {', '.join(f'`{name}`' for name in unknown)}; its options are {known_names}"
+            )
         self.alpha = alpha
         self.temperature = temperature
         self.options: dict[str, Any] = options
@@ -242,9 +244,9 @@ def topk_teacher(teacher: Tensor, k: int, temperature: float) -> TopKTeacher:
     try:
         k = operator.index(k)
     except TypeError:
-        raise TypeError(f"k is {k!r}: pass an integer") from None
+        raise TypeError(f"`k` is {k!r}: pass an integer") from None
     if not 1 <= k <= teacher.shape[1]:
-        raise ShapeError(f"k is {k}: must be in [1, {teacher.shape[1]}], the number of classes")
+        raise ShapeError(f"`k` is {k}: must be in [1, {teacher.shape[1]}], the number of classes")
     values, classes = teacher.topk(k, 1)
     rest = (teacher.double() / temperature).scatter(1, classes, -torch.inf)
     return TopKTeacher(values, classes.to(torch.int32), rest.logsumexp(1).float())

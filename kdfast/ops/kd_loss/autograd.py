@@ -109,9 +109,10 @@ class EagerKDLoss(torch.autograd.Function):
     def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
         if ctx.stored is None:
             _ = ctx.saved_tensors  # raises PyTorch's own error about a graph that was freed
-        grad: Tensor
-        grad, backend, grad_scale = ctx.stored
-        if hooked := grad is None:
+        stored, backend, grad_scale = ctx.stored
+        hooked = stored is None
+        grad: Tensor = stored
+        if hooked:
             loss, grad = ctx.saved_tensors  # once only: checkpointing refuses to unpack a tensor again
         if torch.compiler.is_compiling():  # compiled autograd
             return _multiply(grad, grad_loss / grad_scale)

@@ -13,9 +13,14 @@ __all__ = ["KDCall", "TopKTeacher"]
 class TopKTeacher(NamedTuple):
     """The k most probable classes of a teacher in each of M rows.
 
+    A row may hold fewer than k classes: an entry whose value is -inf is left out, whatever its class id, and that class
+    counts as one of the tail. ``torch.save`` writes it, and ``torch.load`` reads it with its default,
+    ``weights_only=True``, in a process that has imported this class (``from kdfast import TopKTeacher``).
+
     Attributes:
         values: (M, k) raw logits of those classes, floating point.
-        classes: (M, k) int32 class ids, distinct within a row, in any order.
+        classes: (M, k) class ids, in any order, distinct within a row except those of entries that are left out; int32,
+            or int64, which each call of the loss converts.
         tail: (M,) log of the sum of exp(t / T) over the classes left out, at the temperature T of the loss; -inf if
             none is left out.
     """
@@ -23,6 +28,9 @@ class TopKTeacher(NamedTuple):
     values: Tensor
     classes: Tensor
     tail: Tensor
+
+
+torch.serialization.add_safe_globals([TopKTeacher])
 
 
 class KDCall(NamedTuple):

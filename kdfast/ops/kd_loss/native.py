@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss import gradient_buffer
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.native import DTYPE_CODES, WIDEST_ISA, extension
@@ -35,7 +36,7 @@ def kd_loss(
 
     Raises:
         IndexError: If a label, a row or a class id is out of range.
-        ValueError: If sizes do not fit.
+        ShapeError: If sizes do not fit, or a top-k teacher repeats a class within a row.
     """
     logits, teacher = call.logits.resolve_neg(), call.teacher.resolve_neg()
     if teacher.dtype == torch.float64:
@@ -44,21 +45,28 @@ def kd_loss(
     grad = gradient_buffer.new_gradient(logits, tuple(logits.shape) if need_grad else (0,))
     classes = None if call.classes is None else call.classes.contiguous()
     tail, weights = _float32_vector(call.tail), _float32_vector(call.weights)
-    extension.kd_loss(
-        _matrix(logits),
-        _matrix(teacher),
-        _vector(call.labels),
-        _vector(call.rows),
-        (_address(classes), _address(tail)),
-        _address(weights),
-        (call.use_ce, call.use_kl, call.reverse, 1 - call.alpha, call.kl_factor, call.temperature),
-        call.ignore_index,
-        _REDUCTIONS[call.reduction],
-        call.grad_scale(),
-        (loss.data_ptr(), *((0, 0) if terms is None else map(_address, terms)), grad.data_ptr() if need_grad else 0),
-        torch.get_num_threads(),
-        isa_limit,
-    )
+    try:
+        extension.kd_loss(
+            _matrix(logits),
+            _matrix(teacher),
+            _vector(call.labels),
+            _vector(call.rows),
+            (_address(classes), _address(tail)),
+            _address(weights),
+            (call.use_ce, call.use_kl, call.reverse, 1 - call.alpha, call.kl_factor, call.temperature),
+            call.ignore_index,
+            _REDUCTIONS[call.reduction],
+            call.grad_scale(),
+            (
+                loss.data_ptr(),
+                *((0, 0) if terms is None else map(_address, terms)),
+                grad.data_ptr() if need_grad else 0,
+            ),
+            torch.get_num_threads(),
+            isa_limit,
+        )
+    except ValueError as error:
+        raise ShapeError(str(error)) from None
     return loss, grad
 
 

@@ -14,7 +14,8 @@ def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -
     """Compute the cross-entropy and the divergence of each row, and a mask of non-ignored rows.
 
     Computes in float64 for float64 logits, else in float32. Ignored rows are zero, and so is a term that is not used. A
-    label, a row or a class id out of range is clamped and makes its row's term NaN.
+    label, a row or a class id out of range is clamped and makes its row's term NaN, and so does a class that a top-k
+    teacher repeats.
 
     Returns:
         Three tensors (N,); the last one boolean.
@@ -63,8 +64,8 @@ def _row_divergence(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:
     else:
         assert tail is not None
         ids, bad_ids = _clamp(classes.long(), z.shape[1])
-        bad = bad | bad_ids.any(1)
-        log_p, log_q = _topk_outcomes(log_p, t, ids, tail.to(z.dtype))
+        log_p, log_q, repeated = _topk_outcomes(log_p, t, ids, tail.to(z.dtype), ~torch.isneginf(teacher))
+        bad = bad | bad_ids.any(1) | repeated
     kl = _divergence(log_p, log_q) if call.reverse else _divergence(log_q, log_p)
     return _nan_where(bad, kl)
 
@@ -98,11 +99,18 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (torch.where(absent, 0, log_p.exp()) * difference).sum(1)
 
 
-def _topk_outcomes(log_p: Tensor, t: Tensor, classes: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the k + 1 outcomes: each of the teacher's classes, and any other class."""
+def _topk_outcomes(
+    log_p: Tensor, t: Tensor, classes: Tensor, tail: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the k + 1 outcomes, each of the teacher's classes and any other; and if a class repeats.
+
+    Entries that are not kept have probability zero, and their classes are among the others.
+    """
     log_q = torch.log_softmax(torch.cat([t, tail.unsqueeze(1)], 1), 1)
-    others = log_p.scatter(1, classes, -torch.inf)
+    count = torch.zeros_like(log_p).scatter_add(1, classes, kept.to(log_p.dtype))
+    others = torch.where(count > 0, -torch.inf, log_p)
     none = torch.isneginf(others).all(1)
     rest = torch.where(none.unsqueeze(1), 0, others).logsumexp(1)
     rest = torch.where(none, -torch.inf, rest)
-    return torch.cat([log_p.gather(1, classes), rest.unsqueeze(1)], 1), log_q
+    log_p = torch.where(kept, log_p.gather(1, classes), -torch.inf)
+    return torch.cat([log_p, rest.unsqueeze(1)], 1), log_q, (count > 1).any(1)

@@ -200,18 +200,20 @@ def divergence(d, e, d_tail, sum_tail, vk, tail_logit, scale, REVERSE: tl.conste
 def load_outcomes(
     z_base, v_base, ids_base, tail_ptr, teacher_row, z_col, v_col, c, k, live, temperature, K_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Return the teacher's class ids, clamped, and the logits of teacher and student for them and of the tail.
+    """Return the teacher's class ids, clamped, which of them are present, and the logits of teacher and student.
 
-    If an id is out of range, the student's logit is NaN, and with it the loss and the gradient of the row.
+    A class whose teacher's logit is -inf is not present, and stays in the tail. If an id is out of range, the student's
+    logit is NaN, and with it the loss and the gradient of the row.
     """
     j = tl.arange(0, K_BLOCK)
     ids = tl.load(ids_base + j, mask=j < k, other=0)
     vk = tl.load(v_base + j.to(tl.int64) * v_col, mask=j < k, other=float("-inf")).to(tl.float32)
     tail_logit = tl.load(tail_ptr + teacher_row).to(tl.float64) * tl.full((), temperature, tl.float64)
+    present = tl.where(live, vk, float("-inf")) != float("-inf")
     in_range = (ids >= 0) & (ids < c)
     ids = tl.minimum(tl.maximum(ids, 0), c - 1)
-    zk = tl.load(z_base + ids.to(tl.int64) * z_col, mask=j < tl.where(live, k, 0), other=float("-inf")).to(tl.float32)
-    return ids, vk, tail_logit, tl.where(in_range, zk, float("nan"))
+    zk = tl.load(z_base + ids.to(tl.int64) * z_col, mask=present, other=float("-inf")).to(tl.float32)
+    return ids, present, vk, tail_logit, tl.where(in_range, zk, float("nan"))
 
 
 @triton.jit(do_not_specialize=["k", "v_row"])
@@ -271,7 +273,6 @@ def topk_kernel(
     marks = marks_ptr + first * (tiles * REPEAT * WORDS)
     for i in range(0, tiles):
         tl.store(marks + i * REPEAT * WORDS + tl.arange(0, REPEAT * WORDS), 0)
-    j = tl.arange(0, K_BLOCK)
     share = row_factors(first < n, first, weights_ptr, mass_ptr, False, HAS_MASS)
 
     for step in range(0, tl.cdiv(n - first, tl.num_programs(0))):
@@ -284,12 +285,12 @@ def topk_kernel(
         if SINGLE:
             word, col = tile_columns(0, REPEAT, WORDS, VECTOR)
             z = load_tile(z_base, col, z_col, read, WIDE, "evict_first")
-        ids, vk, tail_logit, zk = load_outcomes(
+        ids, present, vk, tail_logit, zk = load_outcomes(
             z_base, v_ptr + teacher_row * v_row, ids_ptr + teacher_row * k, tail_ptr, teacher_row, z_col, v_col, c, k,
             live, temperature, K_BLOCK,
         )  # fmt: skip
         z_label = tl.load(z_base + label * z_col, mask=live, other=0.0).to(tl.float32)
-        set_marks(marks, ids, j < tl.where(live, k, 0))
+        set_marks(marks, ids, present)
         if SINGLE:
             x = mask_marked(z, marks, word, VECTOR)
             max_tail, sum_tail, sum_tail1, e, e1 = sum_row(x, scale, temperature, USE_CE, POWER)
@@ -310,7 +311,7 @@ def topk_kernel(
             sum_e1 = tl.sum(e1_k, 0) + sum_tail1 * factor1
             loss += ce_factor * (LN2 * tl.log2(sum_e1) - (z_label - top))
         tl.store(loss_ptr + r, tl.where(live, loss * factor, 0.0))
-        remove_marks(marks, ids, j < k)
+        remove_marks(marks, ids, present)
         if GRAD:
             kl_slope = factor * grad_scale * kl_factor / temperature
             ce_slope = factor * grad_scale * ce_factor
@@ -335,7 +336,7 @@ def topk_kernel(
                 tl.debug_barrier()
                 tl.store(out + label, g.to(grad_ptr.dtype.element_ty), mask=live)
             tl.debug_barrier()
-            tl.store(out + ids, tl.where(live, g_k, 0.0).to(grad_ptr.dtype.element_ty), mask=j < k)
+            tl.store(out + ids, g_k.to(grad_ptr.dtype.element_ty), mask=present)
 
 
 def topk_shape(c: int, k: int, itemsize: int, align: int) -> dict[str, int]:

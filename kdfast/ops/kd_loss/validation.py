@@ -42,7 +42,7 @@ def make_call(
     if labels is not None:
         _check_index("labels", labels, logits)
     elif alpha != 1:
-        raise ShapeError(f"labels are None, but alpha is {alpha}: pass labels, or alpha=1 to train without them")
+        raise ShapeError(f"`labels` are None, but `alpha` is {alpha}: pass `labels`, or alpha=1 to train without them")
     if rows is not None:
         _check_index("rows", rows, logits)
     if weights is not None:
@@ -66,17 +66,17 @@ def as_float(name: str, value: object) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{name} is a tensor of {value.dtype}: pass a number")
+            raise TypeError(f"`{name}` is a tensor of {value.dtype}: pass a number")
         if value.numel() != 1 or value.device.type != "cpu" or value.requires_grad:
             grad = " that requires a gradient" if value.requires_grad else ""
             raise TypeError(
-                f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}{grad}: "
+                f"`{name}` is a tensor of shape {tuple(value.shape)} on {value.device}{grad}: "
                 "pass a number, or a scalar CPU tensor without a gradient"
             )
         return float(value.item())
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
-    raise TypeError(f"{name} is {value!r}: pass a number")
+    raise TypeError(f"`{name}` is {value!r}: pass a number")
 
 
 def as_int(name: str, value: object) -> int:
@@ -89,10 +89,12 @@ def as_int(name: str, value: object) -> int:
         return value  # type: ignore[return-value]
     if isinstance(value, np.integer):
         return int(value)
-    raise TypeError(f"{name} is {value!r}: pass an integer")
+    raise TypeError(f"`{name}` is {value!r}: pass an integer")
 
 
-def check_temperature(temperature: float, *, name: str = "temperature", error: type[KdfastError] = ShapeError) -> None:
+def check_temperature(
+    temperature: float, *, name: str = "`temperature`", error: type[KdfastError] = ShapeError
+) -> None:
     """Check that 1 / T and T^2 are representable in float32.
 
     Args:
@@ -116,15 +118,15 @@ def check_teacher_logits(name: str, x: Tensor) -> None:
     """
     _check_tensor(name, x, 2)
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} is {x.dtype}: pass raw logits in float32, bfloat16, float16 or float64")
+        raise TypeError(f"`{name}` is {x.dtype}: pass raw logits in float32, bfloat16, float16 or float64")
 
 
 def check_values(call: KDCall, thorough: bool) -> None:
-    """Check that labels, rows and class ids are in range. On a GPU, reading them synchronizes with the device.
+    """Check labels, rows and class ids. On a GPU, reading them synchronizes with the device.
 
     Args:
         call: The call to check.
-        thorough: Check the class ids of every row of a top-k teacher, and that they are distinct within a row.
+        thorough: Check the class ids of every row of a top-k teacher, not only of those that are used.
 
     Raises:
         IndexError: If a label, a row or a class id is out of range.
@@ -134,9 +136,9 @@ def check_values(call: KDCall, thorough: bool) -> None:
     counted = torch.ones(n, dtype=torch.bool, device=call.logits.device)
     if call.labels is not None:
         counted = call.labels != call.ignore_index
-        _check_range("labels", call.labels, counted, c, f"or ignore_index ({call.ignore_index})")
+        _check_range("labels", call.labels, counted, c, f"or `ignore_index` ({call.ignore_index})")
     if call.rows is not None:
-        _check_range("rows", call.rows, counted, call.teacher.shape[0], "the teacher's rows")
+        _check_range("rows", call.rows, counted, call.teacher.shape[0], "the rows of `teacher`")
     if call.classes is None or not (call.alpha > 0 or thorough):
         return
     used = counted if call.rows is None else counted.new_zeros(call.classes.shape[0])
@@ -144,87 +146,98 @@ def check_values(call: KDCall, thorough: bool) -> None:
         used = torch.ones_like(used)
     elif call.rows is not None:
         used[call.rows[counted]] = True
-    _check_range("teacher.classes", call.classes, used.unsqueeze(1), c, "the classes of logits")
-    if thorough:
-        ordered = call.classes.sort(1).values
-        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-            raise ShapeError("teacher.classes repeat a class within a row: pass each class once")
+    _check_range("teacher.classes", call.classes, used.unsqueeze(1), c, "the classes of `logits`")
+    _check_distinct(call.teacher, call.classes, used)
+
+
+def _check_distinct(values: Tensor, classes: Tensor, used: Tensor) -> None:
+    values, ids = values[used], classes[used]
+    left_out = torch.arange(-1, -1 - ids.shape[1], -1, dtype=ids.dtype, device=ids.device)
+    ordered = torch.where(torch.isneginf(values), left_out, ids).sort(1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if bool(repeated.any()):
+        at = tuple(repeated.nonzero()[0])
+        row = int(used.nonzero()[at[0]])
+        raise ShapeError(
+            f"`teacher.classes[{row}]` holds class {int(ordered[:, 1:][at])} twice: "
+            "pass each class of a row once, and -inf as the value of entries to leave out"
+        )
 
 
 def _check_options(
     alpha: float, temperature: float, t_squared: bool, ignore_index: int, reduction: str, direction: str
 ) -> None:
     if not 0 <= alpha <= 1:
-        raise ShapeError(f"alpha is {alpha}: must be in [0, 1], the weight of the divergence")
+        raise ShapeError(f"`alpha` is {alpha}: must be in [0, 1], the weight of the divergence")
     check_temperature(temperature)
     if not isinstance(t_squared, bool):
-        raise TypeError(f"t_squared is {t_squared!r}: pass True or False")
+        raise TypeError(f"`t_squared` is {t_squared!r}: pass True or False")
     if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
-        raise ShapeError(f"ignore_index is {ignore_index}: must fit into int64, like the labels")
+        raise ShapeError(f"`ignore_index` is {ignore_index}: must fit into int64, like `labels`")
     if reduction not in ("mean", "sum", "none"):
-        raise ShapeError(f"reduction is {reduction!r}: pass 'mean', 'sum' or 'none'")
+        raise ShapeError(f"`reduction` is {reduction!r}: pass 'mean', 'sum' or 'none'")
     if direction not in ("forward", "reverse"):
-        raise ShapeError(f"direction is {direction!r}: pass 'forward' or 'reverse'")
+        raise ShapeError(f"`direction` is {direction!r}: pass 'forward' or 'reverse'")
 
 
 def _check_logits(logits: Tensor) -> None:
     _check_tensor("logits", logits, 2)
     if logits.dtype not in _FLOATS:
-        raise TypeError(f"logits are {logits.dtype}: must be float32, bfloat16, float16 or float64")
+        raise TypeError(f"`logits` are {logits.dtype}: must be float32, bfloat16, float16 or float64")
     n, c = logits.shape
     if c == 0 and n > 0:
-        raise ShapeError(f"logits have shape {(n, c)}: pass at least one class")
+        raise ShapeError(f"`logits` have shape {(n, c)}: pass at least one class")
 
 
 def _check_weights(weights: Tensor, logits: Tensor) -> None:
     _check_tensor("weights", weights, 1)
     n = logits.shape[0]
     if weights.shape[0] != n:
-        raise ShapeError(f"weights have shape {tuple(weights.shape)}: must be ({n},), one for each row of logits")
+        raise ShapeError(f"`weights` have shape {tuple(weights.shape)}: must be ({n},), one for each row of `logits`")
     if weights.dtype not in _FLOATS:
-        raise TypeError(f"weights are {weights.dtype}: must have a floating dtype")
+        raise TypeError(f"`weights` are {weights.dtype}: must have a floating dtype")
     _check_device("weights", weights, logits)
 
 
 def _check_tensor(name: str, x: object, dim: int) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}: pass a tensor")
+        raise TypeError(f"`{name}` is {type(x).__name__}: pass a tensor")
     if x.is_nested:
-        raise TypeError(f"{name} is a nested tensor: must be rectangular; pad it, and mark rows to ignore")
+        raise TypeError(f"`{name}` is a nested tensor: must be rectangular; pad it, and mark rows to ignore")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} is a {x.layout} tensor: must be dense; convert it with .to_dense()")
+        raise TypeError(f"`{name}` is a {x.layout} tensor: must be dense; convert it with .to_dense()")
     if x.dim() != dim:
         needed = "(rows, classes)" if dim == 2 else "one dimension"
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}: must have {needed}; flatten leading dimensions first")
+        raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must have {needed}; flatten leading dimensions first")
 
 
 def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
     if x.device != logits.device:
         move = f"move it with .to({str(logits.device)!r})"
-        raise TypeError(f"{name} is on {x.device} and logits are on {logits.device}: {move}")
+        raise TypeError(f"`{name}` is on {x.device} and `logits` are on {logits.device}: {move}")
 
 
 def _check_index(name: str, x: Tensor, logits: Tensor) -> None:
     _check_tensor(name, x, 1)
     n = logits.shape[0]
     if x.shape[0] != n:
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}: must be ({n},), one for each row of logits")
+        raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must be ({n},), one for each row of `logits`")
     if x.dtype != torch.int64:
-        raise TypeError(f"{name} is {x.dtype}: must be int64; convert it with .long()")
+        raise TypeError(f"`{name}` is {x.dtype}: must be int64; convert it with .long()")
     _check_device(name, x, logits)
 
 
 def _check_teacher(name: str, x: Tensor, rows: Tensor | None, logits: Tensor) -> None:
     check_teacher_logits(name, x)
     if x.requires_grad:
-        raise TypeError(f"{name} requires a gradient, which kd_loss does not compute: pass {name}.detach()")
+        raise TypeError(f"`{name}` requires a gradient, which kd_loss does not compute: pass {name}.detach()")
     _check_device(name, x, logits)
     n = logits.shape[0]
     if rows is not None and n > 0 and x.shape[0] == 0:
-        raise IndexError(f"{name} has no rows: pass at least one")
+        raise IndexError(f"`{name}` has no rows: pass at least one")
     if rows is None and x.shape[0] != n:
         raise ShapeError(
-            f"{name} has {x.shape[0]} rows and logits have {n}: pass rows, the teacher's row of each sample"
+            f"`{name}` has {x.shape[0]} rows and `logits` have {n}: pass `rows`, the teacher's row of each sample"
         )
 
 
@@ -232,34 +245,40 @@ def _check_dense_teacher(teacher: Tensor, rows: Tensor | None, logits: Tensor) -
     _check_teacher("teacher", teacher, rows, logits)
     if teacher.shape[1] != logits.shape[1]:
         raise ShapeError(
-            f"teacher has {teacher.shape[1]} classes and logits have {logits.shape[1]}: "
+            f"`teacher` has {teacher.shape[1]} classes and `logits` have {logits.shape[1]}: "
             "both need the same classes in the same order"
         )
 
 
 def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) -> TopKTeacher:
     if not isinstance(teacher, tuple) or len(teacher) != 3:
-        raise TypeError(f"teacher is {type(teacher).__name__}: pass a tensor of logits (M, C) or a TopKTeacher")
+        raise TypeError(f"`teacher` is {type(teacher).__name__}: pass a tensor of logits (M, C) or a TopKTeacher")
     values, classes, tail = teacher
     _check_teacher("teacher.values", values, rows, logits)
     _check_tensor("teacher.classes", classes, 2)
     _check_tensor("teacher.tail", tail, 1)
     if classes.shape != values.shape or tail.shape != values.shape[:1]:
         raise ShapeError(
-            f"teacher.values, classes and tail have shapes {tuple(values.shape)}, {tuple(classes.shape)} and "
-            f"{tuple(tail.shape)}: must be (M, k), (M, k) and (M,)"
+            f"`teacher.values`, `teacher.classes` and `teacher.tail` have shapes {tuple(values.shape)}, "
+            f"{tuple(classes.shape)} and {tuple(tail.shape)}: must be (M, k), (M, k) and (M,)"
         )
     k, c = values.shape[1], logits.shape[1]
     if not 1 <= k <= c:
-        raise ShapeError(f"teacher.values hold {k} classes per row: must be 1 to {c}, the number of classes in logits")
-    if classes.dtype != torch.int32:
-        raise TypeError(f"teacher.classes is {classes.dtype}: must be int32; convert it with .int()")
+        raise ShapeError(
+            f"`teacher.values` hold {k} classes per row: must be 1 to {c}, the number of classes in `logits`"
+        )
+    if classes.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"`teacher.classes` is {classes.dtype}: must be int32 or int64; convert it with .int()")
     if tail.dtype not in _FLOATS:
-        raise TypeError(f"teacher.tail is {tail.dtype}: must have a floating dtype")
+        raise TypeError(f"`teacher.tail` is {tail.dtype}: must have a floating dtype")
     if tail.requires_grad:
-        raise TypeError("teacher.tail requires a gradient, which kd_loss does not compute: pass teacher.tail.detach()")
+        raise TypeError(
+            "`teacher.tail` requires a gradient, which kd_loss does not compute: pass teacher.tail.detach()"
+        )
     _check_device("teacher.classes", classes, logits)
     _check_device("teacher.tail", tail, logits)
+    if classes.dtype == torch.int64:
+        classes = classes.clamp(-1, 2**31 - 1).int()  # an id that int32 cannot hold stays out of range
     return TopKTeacher(values, classes, tail)
 
 
@@ -268,4 +287,4 @@ def _check_range(name: str, x: Tensor, counted: Tensor, size: int, valid: str) -
     if bool(bad.any()):
         position = tuple(int(i) for i in bad.nonzero()[0])
         index = ", ".join(str(i) for i in position)
-        raise IndexError(f"{name}[{index}] is {int(x[position])}: must be in [0, {size}), {valid}")
+        raise IndexError(f"`{name}[{index}]` is {int(x[position])}: must be in [0, {size}), {valid}")

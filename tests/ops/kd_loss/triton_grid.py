@@ -177,6 +177,14 @@ def topk_edges():
         hidden.scatter_(1, sparse.classes[r].long(), False)
         hidden.scatter_(1, y.clamp_min(0)[:, None], False)
         check("topk edges", z.masked_fill(hidden, -math.inf), y, sparse, r, direction=direction, slack=2e-5)
+        for ids in (sparse.classes[:, :1].expand(-1, 2), torch.zeros_like(sparse.classes[:, :2])):
+            left_out = torch.full_like(sparse.values[:, :2], -math.inf)
+            padded = TopKTeacher(
+                torch.cat([left_out[:, :1], sparse.values, left_out[:, 1:]], 1),
+                torch.cat([ids[:, :1], sparse.classes, ids[:, 1:]], 1).contiguous(),
+                sparse.tail,
+            )
+            check("topk edges", z, y, padded, r, direction=direction, slack=2e-5)
         with torch.no_grad():
             loss = kdfast.kd_loss(z, y, sparse, r, direction=direction, backend="triton")
         same = torch.equal(loss, run_both(z, y, sparse, r, direction=direction)[0])
