@@ -37,6 +37,7 @@ class Case:
         widths: Bytes that a load or store should move at once, by argument: 16, or less where rows are not aligned.
         quick: Whether the case is in the small selection.
         table: Classes, dtype and direction, for a row of the printed table; else empty.
+        data_branches: Branches that depend on the data; what they may skip is counted.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     widths: dict[str, int]
     quick: bool = False
     table: tuple[Any, ...] = ()
+    data_branches: int = 0
 
 
 def cases() -> Iterator[Case]:
@@ -125,7 +127,8 @@ def topk(c: int, student: str, teacher: str, direction: str, k: int, quick: bool
     given = [f"{name}={value}" for name, value in options.items()]
     name = " ".join(["topk", f"C={c}", f"k={k}", student, teacher, direction, *given])
     table = (c, student, f"top-{k} {direction}") if teacher == "fp16" and k == 50 and not options else ()
-    return Case(name, "topk_kernel", lambda: run_loss(call, grad), n * c, traffic, widths, quick, table)
+    # Only the teacher's classes above -inf are marked.
+    return Case(name, "topk_kernel", lambda: run_loss(call, grad), n * c, traffic, widths, quick, table, 1)
 
 
 def row_cases() -> Iterator[Case]:

@@ -63,4 +63,5 @@ def _row(case: Case, arch: int) -> dict[str, Any]:
         "widths": {**counted.loads, **counted.stores},
         "expected_widths": case.widths,
         "unknown_branches": counted.unknown_branches,
+        "data_branches": case.data_branches,
     }
