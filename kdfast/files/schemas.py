@@ -229,21 +229,27 @@ class IfBetaProvenance(Struct, rename={"if_beta": "if-beta"}):
 
 
 Pair = Annotated[list[Number], Meta(min_length=2, max_length=2)]
+Logarithm = Annotated[float, Meta(ge=-14, le=14)]  # of a or b
 
 
 class SearchProgress(Struct, forbid_unknown_fields=True):
     """The state of a search."""
 
-    phi: Pair
+    phi: Annotated[list[Logarithm], Meta(min_length=2, max_length=2)]
     step: Count
     first: Pair
-    second: Pair
+    second: Annotated[list[NotNegative], Meta(min_length=2, max_length=2)]
     quiet: Count
     path: list[Parameters]
-    rewards: list[Number]
-    accuracies: list[Number]
+    rewards: list[Plotted]
+    accuracies: list[Plotted]
     trials: Count
     seconds: NotNegative
+
+    def __post_init__(self) -> None:
+        """Compare the lists with the number of steps."""
+        if not self.step == len(self.path) - 1 == len(self.rewards) == len(self.accuracies):
+            raise ValueError("step, path, rewards and accuracies are of different lengths")
 
 
 class SearchFile(Struct):
