@@ -120,15 +120,20 @@ class CheckedFiles(Struct):
     files: dict[str, Json]
 
 
-class RelabelledRecord(Struct):
-    """relabelled.json; version 1 has no digest of the labels."""
+class RelabelledRecord1(Struct):
+    """relabelled.json of version 1."""
 
     format: str
     data: str
     base: Sha256
     share: Annotated[float, Meta(gt=0, lt=1)]
     seed: int
-    labels: Sha256 | None = None
+
+
+class RelabelledRecord(RelabelledRecord1):
+    """relabelled.json of version 2, with the digest of the labels."""
+
+    labels: Sha256
 
 
 # Subsets: idx.json, and its part about IF-Beta; the checkpoint of a search.

@@ -177,7 +177,8 @@ def _read_record(path: Path) -> dict[str, Any]:
             record = read_sealed(file)
         except (OSError, ValueError) as error:
             raise DataError(f"{file} is damaged or was edited, its seal does not match: {_FLIP_AGAIN}") from error
-    check_type(record, schemas.RelabelledRecord, file, advice=_FLIP_AGAIN)
+    schema = schemas.RelabelledRecord if version == _FORMAT else schemas.RelabelledRecord1
+    check_type(record, schema, file, advice=_FLIP_AGAIN)
     return dict(record)
 
 

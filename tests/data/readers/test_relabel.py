@@ -6,6 +6,7 @@ import pytest
 from kdfast.data.readers.registry import open_source
 from kdfast.data.readers.relabel import flip_labels, replace_labels, write_flipped
 from kdfast.errors import DataError, OutputError, UsageError
+from kdfast.files import write_sealed
 
 
 def test_flips_the_requested_share_to_other_classes():
@@ -119,6 +120,18 @@ def test_names_the_field_of_a_record_that_has_no_seal(tmp_path, npz, field):
     edit(tmp_path / "noisy", version=1, **field)
     with pytest.raises(DataError, match=rf"relabelled\.json: field {next(iter(field))}"):
         open_source(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("field", ["labels", "base", "share"])
+def test_names_the_missing_field_of_a_sealed_record(tmp_path, npz, field):
+    data, folder = npz(tmp_path / "d.npz"), tmp_path / "noisy"
+    write_flipped(open_source(data), str(data), folder, share=0.25, seed=1)
+    record = json.loads((folder / "relabelled.json").read_text())
+    write_sealed(
+        folder / "relabelled.json", {k: v for k, v in record.items() if k not in (field, "sha256_of_the_rest")}
+    )
+    with pytest.raises(DataError, match=rf"relabelled\.json: .*{field}"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("way", ["itself", "another"])
