@@ -25,6 +25,7 @@ _PUBLIC = {
     "head_solve": "kdfast.ops.softmax_head",
     "NetworkCurvature": "kdfast.ops.network_curvature",
     "network_hvp": "kdfast.ops.network_curvature",
+    "register_grad_norms": "kdfast.ops.grad_norms",
     "topk_teacher": "kdfast.ops.kd_loss",
 }
 

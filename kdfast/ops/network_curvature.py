@@ -4,7 +4,7 @@ The objective is `F(theta) = (1/N) sum_i l_i(f(x_i; theta)) + (l2 / 2) ||theta||
 flattened into one vector. A Hessian product is the directional derivative of the gradient,
 `H v = d/de grad F(theta + e v)` at `e = 0`. The Gauss-Newton matrix is `G = J^T L'' J / N + l2 I`, with `J` the
 Jacobian of the outputs and `L''` the Hessian of the losses with respect to them. All K vectors share one forward and
-backward pass: ``vmap`` runs over the tangents only.
+backward pass: ``vmap`` runs over the tangents only. The row of an embedding at its ``padding_idx`` is a constant.
 
 Sources: B. Pearlmutter, *Fast exact multiplication by the Hessian*, 1994; N. Schraudolph, *Fast curvature matrix-vector
 products for second-order gradient descent*, 2002.
@@ -18,22 +18,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.conjugate_gradients import Solution, conjugate_gradients
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.grad_norms.layers import reject_batch_statistics
-from kdfast.ops.grad_norms.objective import (
-    Loss,
-    Objective,
+from kdfast.ops.grad_norms.layers import reject_unsuitable_layers
+from kdfast.ops.grad_norms.objective import Loss, Objective, logits_of
+from kdfast.ops.model_inputs import (
     batched_tensors,
     call_model,
     check_inputs,
-    logits_of,
     replace_tensors,
+    unchanged_buffers,
+    unwrap,
 )
 
 __all__ = ["KINDS", "NetworkCurvature", "network_hvp"]
@@ -142,14 +144,14 @@ class NetworkCurvature:
             raise UsageError(f"`l2` is {l2}: pass a finite number of at least 0")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"`batch_size` is {batch_size}: pass at least 1, or None")
-        model = getattr(model, "_orig_mod", model)  # torch.func does not reach into the graphs of torch.compile
+        model = unwrap(model)
         check_inputs(model, inputs)
-        reject_batch_statistics(model)
+        reject_unsuitable_layers(model)
         self.kind, self.l2 = kind, l2
         self._model, self._inputs, self._batch_size = model, inputs, batch_size
         # The compiled kd_loss has no second derivative.
         self._objective = Objective(loss, labels, teacher, alpha, temperature, backend="reference")
-        with torch.enable_grad():
+        with torch.enable_grad(), unchanged_buffers(model):
             outputs = call_model(model, inputs)
             self._n = len(self._objective.checked_losses(outputs))
         if kind == "gauss_newton":
@@ -235,7 +237,7 @@ class NetworkCurvature:
 
     def _mean_over_batches(self, compute: Callable[[Any, Objective], Tensor]) -> Tensor:
         total: Tensor | None = None
-        with torch.inference_mode(False), torch.no_grad(), _math_attention():
+        with torch.inference_mode(False), torch.no_grad(), _math_attention(), unchanged_buffers(self._model):
             for batch, objective in self._batches():
                 term = compute(batch, objective)
                 total = term if total is None else total + term
@@ -255,7 +257,8 @@ class NetworkCurvature:
 
     def _outputs(self, params: Params, batch: Any) -> Any:
         fixed = {name: p.detach() for name, p in self._model.named_parameters() if name not in params}
-        return call_model(lambda *a, **k: functional_call(self._model, {**fixed, **params}, a, k), batch)
+        with _ConstantPadding():
+            return call_model(lambda *a, **k: functional_call(self._model, {**fixed, **params}, a, k), batch)
 
     def _parameters(self) -> Params:
         return {name: p.detach() for name, p in self._named.items()}
@@ -263,6 +266,28 @@ class NetworkCurvature:
     def _unflatten(self, row: Tensor) -> Params:
         pieces = torch.split(row, [p.numel() for p in self._named.values()])
         return {name: x.view(p.shape) for (name, p), x in zip(self._named.items(), pieces, strict=True)}
+
+
+class _ConstantPadding(TorchFunctionMode):
+    """Makes the row of an embedding at ``padding_idx`` a constant, as the gradient of ``F.embedding`` assumes.
+
+    Its tangents do not: without this mode, products with a Hessian would be asymmetric.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function; replace the rows of padding in the result of an embedding."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is not F.embedding:
+            return out
+        given = {**dict(zip(("input", "weight", "padding_idx"), args, strict=False)), **kwargs}
+        if given.get("padding_idx") is None:
+            return out
+        ids, weight = given["input"], given["weight"]
+        padding = given["padding_idx"] % len(weight)
+        return torch.where((ids == padding).unsqueeze(-1), weight[padding].detach(), out)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ import kdfast
 from kdfast.cli.program import app
 from kdfast.nets import NETS
 from kdfast.ops import backends
+from kdfast.ops.grad_norms.layers import REGISTERED
 from kdfast.prune.rules.registry import RULES
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.selectors import SELECTORS
@@ -39,9 +40,17 @@ REGISTRIES = {
     "SELECTORS": SELECTORS,
     "TABLE": backends.TABLE,
     "DTYPES": backends.DTYPES,
+    "REGISTERED": REGISTERED,
 }
 # The registry to which each page must add an entry.
-EXTENSIONS = {"network": "NETS", "score": "SCORES", "rule": "RULES", "kernel": "TABLE", "loss": None}
+EXTENSIONS = {
+    "network": "NETS",
+    "score": "SCORES",
+    "rule": "RULES",
+    "kernel": "TABLE",
+    "layer": "REGISTERED",
+    "loss": None,
+}
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 GUIDES = sorted(path.stem for path in (ROOT / "docs/guides").glob("*.md"))

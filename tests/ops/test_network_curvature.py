@@ -109,6 +109,65 @@ def test_solves_several_systems_at_once(model, batch):
     torch.testing.assert_close(solution.x, torch.linalg.solve(matrix, b.T).T, rtol=1e-6, atol=1e-8)
 
 
+class Padded(nn.Module):
+    """Embeddings with a padding index, by a layer or a function, and output weights of their own or tied."""
+
+    def __init__(self, padding, tied=False, functional=False):
+        super().__init__()
+        self.tokens, self.mix = nn.Embedding(6, 4, padding_idx=padding), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6)
+        self.functional = functional
+        if tied:
+            self.head.weight = self.tokens.weight
+        with torch.no_grad():
+            self.tokens.weight.normal_()
+
+    def forward(self, ids):
+        if self.functional:
+            rows = F.embedding(ids, self.tokens.weight, padding_idx=self.tokens.padding_idx)
+        else:
+            rows = self.tokens(ids)
+        return self.head(self.mix(rows).tanh().mean(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [2, -4, None])
+@pytest.mark.parametrize(("tied", "functional"), [(False, False), (True, False), (False, True), (True, True)])
+def test_operator_with_a_padding_index_is_symmetric(padding, tied, functional, kind):
+    """The row of padding is a constant where it is looked up: neither gradients nor tangents pass."""
+    model = Padded(padding, tied, functional).double()
+    ids, y = torch.tensor([[2, 1, 3], [0, 2, 2], [5, 4, 2], [1, 1, 0]]), torch.tensor([0, 3, 1, 5])
+    curvature = NetworkCurvature(model, ids, y, kind=kind, l2=0.1, batch_size=3)
+    matrix = curvature(torch.eye(curvature.size, dtype=torch.float64))
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12)
+    F.cross_entropy(model(ids), y).backward()
+    expected = torch.cat([(p.grad + 0.1 * p.detach()).flatten() for p in model.parameters()])
+    torch.testing.assert_close(curvature.gradient(), expected, rtol=1e-12, atol=1e-14)
+    if kind == "gauss_newton":
+        b = torch.randn(2, curvature.size, dtype=torch.float64)
+        assert curvature.solve(b, tol=1e-8).residuals.max() <= 1e-8
+    if padding is not None and not tied:
+        row = matrix[8:12, :].clone()
+        row[:, 8:12] -= 0.1 * torch.eye(4, dtype=torch.float64)
+        assert row.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_index_that_is_not_in_the_batch_changes_nothing(kind):
+    model = Padded(2).double()
+    ids, y = torch.tensor([[0, 1, 3], [5, 4, 4]]), torch.tensor([0, 3])
+    v = torch.randn(NetworkCurvature(model, ids, y).size, dtype=torch.float64)
+    found = kdfast.network_hvp(model, ids, y, v, kind=kind)
+    model.tokens.padding_idx = None
+    torch.testing.assert_close(found, kdfast.network_hvp(model, ids, y, v, kind=kind), rtol=1e-12, atol=1e-14)
+
+
+def test_rejects_an_empty_batch(model):
+    x, y = torch.zeros(0, 1, 5, 5, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(DataError, match="the batch is empty"):
+        NetworkCurvature(model, x, y)
+
+
 def test_negative_curvature_raises(model, batch):
     x, y = batch
     values, vectors = torch.linalg.eigh(matrices(model, x, y, 0.0)["hessian"])

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Convolution", "DenseGrad", "Embedding", "Geometry", "GradFactors", "OuterProduct", "Sizes", "sizes_of"]
+__all__ = [
+    "Convolution",
+    "DenseGrad",
+    "Derived",
+    "Embedding",
+    "Geometry",
+    "GradFactors",
+    "OuterProduct",
+    "Recomputed",
+    "Sizes",
+    "sizes_of",
+]
 
 
 class Geometry(NamedTuple):
@@ -24,7 +36,7 @@ class Geometry(NamedTuple):
 class DenseGrad:
     """The gradients themselves, `(N, ...)`: for biases and the weights of normalization layers."""
 
-    grad: Tensor
+    b: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,42 @@ class Convolution:
     geometry: Geometry
 
 
-GradFactors = DenseGrad | OuterProduct | Embedding | Convolution
+@dataclass(frozen=True)
+class Recomputed:
+    """Gradients that an operation without a formula yields when it runs again on each sample.
+
+    Attributes:
+        compute: Returns the gradients `(n, *shape)` of a slice of the samples.
+        b: A gradient of its outputs, `(N, ...)`.
+        shape: Shape of the parameter.
+    """
+
+    compute: Callable[[slice], Tensor]
+    b: Tensor
+    shape: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Gradients of a parameter from those of a tensor that was computed from it, such as `1 + weight`.
+
+    Attributes:
+        factors: The factors of the computed tensor's gradients.
+        shape: Shape of the computed tensor.
+        pull: Maps its gradients `(n, *shape)` to those of the parameter.
+    """
+
+    factors: DenseGrad | OuterProduct | Embedding | Convolution | Recomputed
+    shape: Sequence[int]
+    pull: Callable[[Tensor], Tensor]
+
+    @property
+    def b(self) -> Tensor:
+        """A gradient `(N, ...)`."""
+        return self.factors.b
+
+
+GradFactors = DenseGrad | OuterProduct | Embedding | Convolution | Recomputed | Derived
 
 
 class Sizes(NamedTuple):

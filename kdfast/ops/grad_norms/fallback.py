@@ -2,102 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdfast.errors import UsageError
-from kdfast.ops.grad_norms.objective import Objective, batched_tensors, call_model, replace_tensors
+from kdfast.errors import ShapeError, UsageError
+from kdfast.ops.grad_norms.batch_axis import Batch, RngSnapshot
 from kdfast.ops.grad_norms.reference import iter_chunks
+from kdfast.ops.model_inputs import batched_tensors, call_model, replace_tensors
 
-__all__ = ["FALLBACKS", "Fallback", "RngSnapshot", "squared_norms_loop", "squared_norms_vmap"]
+__all__ = ["FALLBACKS", "Fallback", "squared_norms_loop", "squared_norms_vmap"]
 
-Fallback = Callable[[nn.Module, Any, Objective, Mapping[str, nn.Parameter], int], dict[str, Tensor]]
+Fallback = Callable[[Batch, Mapping[str, nn.Parameter], Tensor], dict[str, Tensor]]
 
 
-def squared_norms_vmap(
-    model: nn.Module, inputs: Any, objective: Objective, parameters: Mapping[str, nn.Parameter], n: int
-) -> dict[str, Tensor]:
+def squared_norms_vmap(batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor) -> dict[str, Tensor]:
     """Compute squared norms `(N,)` of the gradients of some parameters by running the whole model under vmap.
 
     Args:
-        model: The model; active dropout is rejected, because its draws could not be repeated.
-        inputs: As for ``grad_norms``; tensors whose first dimension is `n` are split into samples.
-        objective: Loss of the whole batch.
+        batch: Model, inputs and loss; active dropout is rejected, because its draws could not be repeated.
         parameters: Parameters of interest, by name.
-        n: Number of samples in the batch.
+        losses: The losses of the samples in the batch.
 
     Raises:
         UsageError: If the model cannot run under vmap, or the labels cannot be split.
+        ShapeError: If a sample alone has another loss than in the batch.
     """
+    batch.objective.require_sliceable_labels("fallback='vmap'")
     chosen = {name: p.detach() for name, p in parameters.items()}
-    fixed = {name: p.detach() for name, p in model.named_parameters() if name not in chosen}
-    names, batched = batched_tensors(inputs, n)
-    objective.require_sliceable_labels("fallback='vmap'")
-
-    def loss(params: dict[str, Tensor], tensors: tuple[Tensor, ...], label: Any) -> Tensor:
-        sample = replace_tensors(inputs, names, [x.unsqueeze(0) for x in tensors])
-        sample_objective = objective.with_targets(None if label is None else label.unsqueeze(0), None)
-        outputs = call_model(lambda *a, **k: functional_call(model, {**fixed, **params}, a, k), sample)
-        return sample_objective(outputs).sum()
-
-    per_sample = vmap(grad(loss), (None, 0, None if objective.labels is None else 0))
+    found = _allocate_norms(parameters, batch.n)
     sample_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
-    found = _allocate_norms(parameters, n)
-    for chunk in iter_chunks(n, sample_bytes):
-        label = None if objective.labels is None else objective.labels[chunk]
-        try:
-            # Only the math kernel of scaled_dot_product_attention has a batching rule.
-            with sdpa_kernel(SDPBackend.MATH):
-                grads = per_sample(chosen, tuple(x[chunk] for x in batched), label)
-        except RuntimeError as error:
-            raise UsageError(
-                f"fallback='vmap' for {', '.join(chosen)}: the model cannot run under torch.func.vmap ({error}); "
-                "fallback='loop' runs one sample at a time instead; with dropout, call model.eval() for either"
-            ) from error
-        for name, value in grads.items():
-            found[name][chunk] = value.flatten(1).to(found[name].dtype).square().sum(1)
+    for rows, shared in _groups(batch):
+        for chunk in iter_chunks(len(rows), sample_bytes):
+            grads, values = _vmapped(batch, chosen, rows[chunk], shared)
+            _check_losses(batch, values, rows[chunk], losses)
+            for name, value in grads.items():
+                found[name][rows[chunk]] = value.reshape(len(value), -1).to(found[name].dtype).square().sum(1)
     return found
 
 
-def squared_norms_loop(
-    model: nn.Module, inputs: Any, objective: Objective, parameters: Mapping[str, nn.Parameter], n: int
-) -> dict[str, Tensor]:
+def _groups(batch: Batch) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Yield groups of samples with the same masks, and the keys of these masks.
+
+    Models choose their attention by the values in a mask, which vmap does not allow; a mask that all samples share is
+    not under vmap.
+    """
+    keys, tensors = batched_tensors(batch.inputs, batch.n, batch.dim)
+    masks = [(key, x) for key, x in zip(keys[1:], tensors[1:], strict=True) if _is_mask(x)]
+    everything = torch.arange(batch.n, device=tensors[0].device)
+    if not masks:
+        yield everything, []
+        return
+    flat = torch.cat([x.movedim(batch.dim, 0).reshape(batch.n, -1) for _, x in masks], 1)
+    group = torch.unique(flat, dim=0, return_inverse=True)[1]
+    for i in range(int(group.max()) + 1):
+        yield everything[group == i], [key for key, _ in masks]
+
+
+def _is_mask(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and bool(((x == 0) | (x == 1)).all())
+
+
+def _vmapped(
+    batch: Batch, chosen: dict[str, Tensor], rows: Tensor, shared: list[Any]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the gradients and the losses of some samples that share the inputs at some keys."""
+    fixed = {name: p.detach() for name, p in batch.model.named_parameters() if name not in chosen}
+    keys, tensors = batched_tensors(batch.inputs, batch.n, batch.dim)
+    own = [i for i, key in enumerate(keys) if key not in shared]
+    common = {key: x.index_select(batch.dim, rows[:1]) for key, x in zip(keys, tensors, strict=True) if key in shared}
+
+    def loss(params: dict[str, Tensor], samples: tuple[Tensor, ...], label: Any) -> Tensor:
+        given = {keys[i]: x.unsqueeze(batch.dim) for i, x in zip(own, samples, strict=True)} | common
+        sample = replace_tensors(batch.inputs, list(given), list(given.values()))
+        objective = batch.objective.with_labels(None if label is None else label.unsqueeze(0))
+        outputs = call_model(lambda *a, **k: functional_call(batch.model, {**fixed, **params}, a, k), sample)
+        return objective(outputs).sum()
+
+    labels = batch.objective.labels
+    run = vmap(grad_and_value(loss), (None, batch.dim, None if labels is None else 0))
+    samples = tuple(tensors[i].index_select(batch.dim, rows) for i in own)
+    try:
+        # Only the math kernel of scaled_dot_product_attention has a batching rule.
+        with sdpa_kernel(SDPBackend.MATH):
+            found: tuple[dict[str, Tensor], Tensor] = run(chosen, samples, None if labels is None else labels[rows])
+    except Exception as error:  # a model may raise anything under vmap
+        raise UsageError(
+            f"fallback='vmap' for {', '.join(chosen)}: the model cannot run under torch.func.vmap ({error}); "
+            "fallback='loop' runs one sample at a time instead; with dropout, call model.eval() for either"
+        ) from error
+    return found
+
+
+def squared_norms_loop(batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor) -> dict[str, Tensor]:
     """Compute the same by one forward and backward pass per sample: slow, for models that do not run under vmap.
 
     Args:
-        model: The model.
-        inputs: As for ``squared_norms_vmap``.
-        objective: Loss of the whole batch.
+        batch: Model, inputs and loss.
         parameters: Parameters of interest, by name.
-        n: Number of samples in the batch.
+        losses: The losses of the samples in the batch.
 
     Raises:
         UsageError: If the model draws random numbers, which would score samples by different networks; if it cannot run
             on one sample; or if the labels cannot be split.
+        ShapeError: If a sample alone has another loss than in the batch.
     """
     chosen = list(parameters.values())
-    names, batched = batched_tensors(inputs, n)
-    objective.require_sliceable_labels("fallback='loop'")
-    found = _allocate_norms(parameters, n)
+    keys, tensors = batched_tensors(batch.inputs, batch.n, batch.dim)
+    batch.objective.require_sliceable_labels("fallback='loop'")
+    found = _allocate_norms(parameters, batch.n)
     rng = RngSnapshot(chosen[0].device)
-    for i in range(n):
+    for i in range(batch.n):
         one = slice(i, i + 1)
         try:
-            sample = replace_tensors(inputs, names, [x[one] for x in batched])
-            loss = objective.select(one)(call_model(model, sample)).sum()
-        except RuntimeError as error:
+            sample = replace_tensors(batch.inputs, keys, [x.narrow(batch.dim, i, 1) for x in tensors])
+            loss = batch.objective.select(one)(call_model(batch.model, sample))
+        except Exception as error:  # a model may raise anything on a single sample
             raise UsageError(
-                f"fallback='loop': the model cannot run on one sample ({error}); every input as long as the batch is "
-                "split: check those that are not batched"
+                f"fallback='loop': the model cannot run on one sample ({error}); every input with {batch.n} entries in "
+                f"dimension {batch.dim} is split: check those that are not batched"
             ) from error
         if rng.changed():
             raise UsageError("fallback='loop': the model draws random numbers (dropout?): call model.eval() first")
-        grads = torch.autograd.grad(loss, chosen, allow_unused=True)
+        _check_losses(batch, loss, slice(i, i + 1), losses)
+        grads = torch.autograd.grad(loss.sum(), chosen, allow_unused=True)
         for name, value in zip(parameters, grads, strict=True):
             found[name][i] = 0 if value is None else value.to(found[name].dtype).square().sum()
     return found
@@ -106,28 +138,20 @@ def squared_norms_loop(
 FALLBACKS: dict[str, Fallback] = {"vmap": squared_norms_vmap, "loop": squared_norms_loop}
 
 
+def _check_losses(batch: Batch, found: Tensor, rows: Any, losses: Tensor) -> None:
+    """Raise unless samples alone have the losses that they have in the batch.
+
+    Raises:
+        ShapeError: If they differ.
+    """
+    expected = losses[rows]
+    if found.shape != expected.shape or not batch.same_losses(found, expected, losses.abs().max()):
+        raise ShapeError(
+            f"a sample alone has another loss than in the batch: if the samples are not in dimension {batch.dim} of "
+            "the inputs, pass `batch_dim`; a model that mixes the samples has no gradient per sample"
+        )
+
+
 def _allocate_norms(parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
     """Allocate `(n,)` for each parameter, in float32 or the parameter's wider dtype."""
     return {name: p.new_empty(n, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
-
-
-class RngSnapshot:
-    """State of a device's random number generator at construction."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
-        self._state = self._current()
-
-    def changed(self) -> bool:
-        """Return whether random numbers were drawn since."""
-        return not torch.equal(self._state, self._current())
-
-    def restore(self) -> None:
-        """Reset the generator to the snapshot."""
-        if self._cuda is None:
-            torch.set_rng_state(self._state)
-        else:
-            torch.cuda.set_rng_state(self._state, self._cuda)
-
-    def _current(self) -> Tensor:
-        return torch.get_rng_state() if self._cuda is None else torch.cuda.get_rng_state(self._cuda)

@@ -1,24 +1,36 @@
 """Layers whose per-sample gradients are known in factored form, with a formula for each.
 
 A formula is a function of (layer, input, output gradient) that returns, for each parameter name, a function that
-computes the gradient factors: frozen parameters cost nothing. ``LAYERS`` maps classes to formulas. A subclass or an
-instance uses the formula of its class unless it overrides ``forward``.
+computes the gradient factors: frozen parameters cost nothing. ``LAYERS`` maps classes to formulas; ``REGISTERED`` holds
+those of ``register_grad_norms``. A subclass or an instance uses the formula of its class unless it overrides
+``forward``. Parameters of other layers are scored operation by operation (``kdfast.ops.grad_norms.operations``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from kdfast.errors import UsageError
 from kdfast.ops.grad_norms.factors import Convolution, DenseGrad, Embedding, Geometry, GradFactors, OuterProduct
 
-__all__ = ["LAYERS", "find_formula", "reject_batch_statistics", "trainable_parameters"]
+__all__ = [
+    "LAYERS",
+    "REGISTERED",
+    "find_formula",
+    "is_per_channel",
+    "may_be_sample_axis",
+    "register_grad_norms",
+    "reject_unsuitable_layers",
+    "trainable_parameters",
+]
 
 LazyFactors = dict[str, Callable[[], GradFactors]]
 Formula = Callable[[Any, Tensor, Tensor], LazyFactors]
@@ -34,17 +46,94 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def find_formula(module: nn.Module) -> Formula | None:
     """Return the formula of a module; None if there is none or if the module overrides its class's computation."""
     for cls in type(module).__mro__:
-        formula = LAYERS.get(cls) or LAYERS_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+        registered = REGISTERED.get(cls)
+        formula = registered or LAYERS.get(cls) or LAYERS_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
         if formula is not None:
             inherited = all(getattr(type(module), name, None) is getattr(cls, name, None) for name in _FORWARD_METHODS)
             inherited = inherited and not any(name in vars(module) for name in _FORWARD_METHODS)
             plain = set(dict(module.named_parameters(recurse=False))) <= {"weight", "bias"}
-            return formula if inherited and plain else None
+            return formula if inherited and (plain or registered) else None
     return None
 
 
-def reject_batch_statistics(model: nn.Module) -> None:
-    """Raise if a layer normalizes by statistics of the batch, so that there is no per-sample gradient.
+def register_grad_norms(
+    layer_class: type[nn.Module], fn: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor | GradFactors]]
+) -> None:
+    """Tell ``grad_norms`` how to compute the per-sample gradients of a layer.
+
+    Needed only for layers whose work PyTorch does not see, such as a custom ``autograd.Function``: other layers are
+    scored by the operations that they run. Applies to the class and to subclasses that do not override ``forward``; a
+    second registration replaces the first.
+
+    Args:
+        layer_class: A class of layers that take one tensor as first argument and return one tensor.
+        fn: A function of (layer, x, grad), called with gradients disabled: the layer, its first argument and the
+            gradient of the summed loss with respect to its output, both with the samples in the first dimension and in
+            float32 or float64. Returns, for the name of each of the layer's own trainable parameters, the gradients
+            `(N, *shape)` of all samples, or a factored form from ``kdfast.ops.grad_norms.factors`` such as
+            `OuterProduct(a, b)`.
+
+    Raises:
+        UsageError: If the arguments are not a class of layers and a function.
+
+    Example:
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.scale = torch.nn.Parameter(torch.ones(()))
+        ...     def forward(self, x):
+        ...         return self.scale * x
+        >>> kdfast.register_grad_norms(Scale, lambda layer, x, grad: {"scale": (x * grad).flatten(1).sum(1)})
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
+        raise UsageError(f"`layer_class` is {layer_class!r}: pass a subclass of torch.nn.Module")
+    if not callable(fn):
+        raise UsageError(f"`fn` is {fn!r}: pass a function (layer, x, grad) -> {{parameter name: gradients}}")
+    REGISTERED[layer_class] = _checked(fn)
+
+
+def _checked(fn: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor | GradFactors]]) -> Formula:
+    """Return the formula of a registered function, which checks what the function returns."""
+
+    def formula(layer: nn.Module, x: Tensor, grad: Tensor) -> LazyFactors:
+        found = fn(layer, x, grad)
+        factors: LazyFactors = {}
+        for name, p in trainable_parameters(layer).items():
+            value = found.get(name)
+            if isinstance(value, Tensor) and value.shape == (len(grad), *p.shape):
+                value = DenseGrad(value)
+            if not isinstance(value, get_args(GradFactors)):
+                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise UsageError(
+                    f"the function of register_grad_norms for {type(layer).__name__} returned {given} for {name!r}: it "
+                    f"must return gradients of shape {(len(grad), *p.shape)}, or gradient factors"
+                )
+            factors[name] = partial(_same, value)
+        return factors
+
+    return formula
+
+
+def _same(factors: GradFactors) -> GradFactors:
+    return factors
+
+
+def is_per_channel(layer: nn.Module) -> bool:
+    """Return whether a layer's channels are the second dimension of its input."""
+    return isinstance(layer, (_BatchNorm, nn.GroupNorm, _ConvNd))
+
+
+def may_be_sample_axis(layer: nn.Module, axis: int, dims: int) -> bool:
+    """Return whether a dimension of a layer's input, which has ``dims``, may count the samples."""
+    if is_per_channel(layer):
+        return axis == 0
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return axis < dims - len(layer.normalized_shape)
+    return isinstance(layer, nn.Embedding) or axis < max(1, dims - 1)
+
+
+def reject_unsuitable_layers(model: nn.Module) -> None:
+    """Raise if a layer normalizes by statistics of the batch, or changes its weights when it is called.
 
     Raises:
         UsageError: If there is such a layer; the message names it.
@@ -54,6 +143,11 @@ def reject_batch_statistics(model: nn.Module) -> None:
             raise UsageError(
                 f"layer {name!r} ({type(layer).__name__}) normalizes by statistics of the batch, so there is no "
                 "per-sample gradient: call model.eval() first, or replace the layer by GroupNorm"
+            )
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            raise UsageError(
+                f"layer {name!r} ({type(layer).__name__}) rescales its weights when it is called: set its max_norm to "
+                "None"
             )
 
 
@@ -161,3 +255,4 @@ LAYERS: Mapping[type[nn.Module], Formula] = {
 }
 # Layers of other libraries are listed by name, so that nothing is imported for them.
 LAYERS_BY_NAME: Mapping[str, Formula] = {"transformers.pytorch_utils.Conv1D": _transposed_linear}
+REGISTERED: dict[type[nn.Module], Formula] = {}

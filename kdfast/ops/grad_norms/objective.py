@@ -1,29 +1,20 @@
-"""The per-sample losses whose gradients are computed, and validation of a model's inputs and outputs."""
+"""The per-sample losses whose gradients are computed, and validation of a model's outputs and of the targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops.kd_loss.call import TopKTeacher
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 
-__all__ = [
-    "Loss",
-    "Objective",
-    "batched_tensors",
-    "call_model",
-    "check_inputs",
-    "iter_tensors",
-    "logits_of",
-    "replace_tensors",
-    "select_samples",
-]
+__all__ = ["Loss", "Objective", "logits_of"]
 
 Loss = str | Callable[[Any, Any], Tensor]
 
@@ -35,43 +26,47 @@ class Objective:
     Attributes:
         loss: "cross_entropy", "kd", or a function (outputs, labels) -> `(N,)`.
         labels: Labels, as the loss requires them.
-        teacher: The teacher's logits `(N, C)`, for "kd".
+        teacher: The teacher's logits `(M, C)` or a ``TopKTeacher``, for "kd".
         alpha: As in ``kdfast.kd_loss``.
         temperature: As in ``kdfast.kd_loss``.
         backend: Backend of ``kdfast.kd_loss``.
+        rows: As in ``kdfast.kd_loss``.
+        ignore_index: As in ``kdfast.kd_loss``.
     """
 
     loss: Loss
     labels: Any
-    teacher: Tensor | None = None
+    teacher: Tensor | TopKTeacher | None = None
     alpha: float = 0.5
     temperature: float = 4.0
     backend: str = "auto"
+    rows: Tensor | None = None
+    ignore_index: int = -100
 
     def __call__(self, outputs: Any) -> Tensor:
         """Return the losses without checking them."""
         if callable(self.loss):
             return self.loss(outputs, self.labels)
         logits = logits_of(outputs)
-        if self.loss == "cross_entropy":
-            assert self.labels is not None
-            # In float32, the gradient p_y - 1 of a well-learned sample would be lost to rounding.
-            return F.cross_entropy(logits.double(), self.labels, reduction="none")
-        # Deferred: only "kd" needs it.
-        from kdfast.ops.kd_loss import kd_loss
+        if self.loss == "kd" and not self._soft:
+            return self._divergence(logits, self.labels, self.alpha)
+        # In float32, the gradient p_y - 1 of a well-learned sample would be lost to rounding.
+        losses = F.cross_entropy(logits.double(), self.labels, reduction="none", ignore_index=self.ignore_index)
+        if self.loss == "kd":
+            return (1 - self.alpha) * losses + self.alpha * self._divergence(logits, None, 1.0)
+        return losses
 
-        assert self.teacher is not None
-        options = {"alpha": self.alpha, "temperature": self.temperature, "backend": self.backend}
-        return kd_loss(logits, self.labels, self.teacher, reduction="none", **options)  # type: ignore[arg-type]
-
-    def with_targets(self, labels: Tensor | None, teacher: Tensor | None) -> Objective:
-        """Return the same loss with other labels and teacher logits."""
-        return replace(self, labels=labels, teacher=teacher)
-
-    def select(self, rows: Any) -> Objective:
+    def select(self, indices: Any) -> Objective:
         """Return the same loss for the samples selected by an index."""
-        labels, teacher = (x[rows] if isinstance(x, Tensor) else x for x in (self.labels, self.teacher))
-        return self.with_targets(labels, teacher)
+        labels, rows = (x[indices] if isinstance(x, Tensor) else x for x in (self.labels, self.rows))
+        teacher = self.teacher
+        if rows is None and teacher is not None:
+            teacher = teacher[indices] if isinstance(teacher, Tensor) else TopKTeacher(*(x[indices] for x in teacher))
+        return replace(self, labels=labels, rows=rows, teacher=teacher)
+
+    def with_labels(self, labels: Tensor | None) -> Objective:
+        """Return the same loss with other labels."""
+        return replace(self, labels=labels)
 
     def require_sliceable_labels(self, option: str) -> None:
         """Raise unless the labels can be split into samples.
@@ -98,9 +93,7 @@ class Objective:
         """
         if callable(self.loss):
             return self, None
-        config = LossConfig(self.alpha if self.loss == "kd" else 0.0, self.temperature)
-        teacher = None if self.teacher is None else self.teacher.detach().double()
-        grads = residuals(logits_of(outputs).detach().double(), self.labels, teacher, config)
+        grads = self._logit_gradients(logits_of(outputs).detach().double())
         norms = torch.linalg.vector_norm(grads, dim=1)
         return Objective(_inner_products, grads / torch.where(norms > 0, norms, 1)[:, None]), norms
 
@@ -135,11 +128,57 @@ class Objective:
             )
         return losses
 
-    def _check_targets(self, logits: Tensor) -> None:
-        if self.loss not in ("cross_entropy", "kd"):
+    def check_name(self) -> None:
+        """Raise a UsageError if the loss is unknown."""
+        if not callable(self.loss) and self.loss not in ("cross_entropy", "kd"):
             raise UsageError(
                 f"`loss` is {self.loss!r}: choose 'cross_entropy', 'kd', or a function (outputs, labels) -> (N,)"
             )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is the result of ``linearize`` for a named loss."""
+        return self.loss is _inner_products
+
+    @property
+    def _soft(self) -> bool:
+        """Whether the labels are probabilities."""
+        return isinstance(self.labels, Tensor) and self.labels.is_floating_point()
+
+    def _divergence(self, logits: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
+        # Deferred: only "kd" needs it.
+        from kdfast.ops.kd_loss import kd_loss
+
+        assert self.teacher is not None
+        options = {"temperature": self.temperature, "backend": self.backend, "ignore_index": self.ignore_index}
+        return kd_loss(logits, labels, self.teacher, self.rows, alpha=alpha, reduction="none", **options)  # type: ignore[arg-type]
+
+    def _logit_gradients(self, z: Tensor) -> Tensor:
+        """Return the gradients of the losses at float64 logits, `(N, C)`."""
+        alpha = self.alpha if self.loss == "kd" else 0.0
+        labels, ignored = self.labels, None
+        if isinstance(labels, Tensor) and not self._soft:
+            ignored = labels == self.ignore_index
+            labels = labels.masked_fill(ignored, 0)
+        if self._soft or isinstance(self.teacher, TopKTeacher):
+            grads = (1 - alpha) * (_soft_residuals(z, labels.double()) if self._soft else _hard_residuals(z, labels))
+            if alpha:
+                grads = grads + alpha * self._divergence_gradients(z)
+        else:
+            teacher = None
+            if self.teacher is not None and alpha:
+                teacher = (self.teacher if self.rows is None else self.teacher[self.rows]).detach().double()
+            grads = residuals(z, labels, teacher, LossConfig(alpha, self.temperature))
+        return grads if ignored is None else grads.masked_fill(ignored.unsqueeze(1), 0)
+
+    def _divergence_gradients(self, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            losses = replace(self, backend="reference")._divergence(z, None, 1.0)
+            return torch.autograd.grad(losses.sum(), z)[0]
+
+    def _check_targets(self, logits: Tensor) -> None:
+        self.check_name()
         if logits.dim() != 2:
             raise ShapeError(
                 f"logits have shape {tuple(logits.shape)}: {self.loss} needs (N, C); pass a function as `loss`"
@@ -147,84 +186,17 @@ class Objective:
         if logits.shape[1] < 2:
             raise ShapeError("logits have one class: a softmax needs at least two to have a gradient; check the model")
         if self.loss == "kd":
-            _check_teacher(self.teacher, logits)
+            _check_teacher(self.teacher, self.rows, logits)
         if self.labels is None:
             if self.loss == "kd" and self.alpha == 1:
                 return
             raise UsageError("`labels` is None: pass labels, except for loss='kd' with alpha=1 or a function as `loss`")
         if not isinstance(self.labels, Tensor):
             raise UsageError(f"`labels` is a {type(self.labels).__name__}: pass an int64 tensor (N,)")
-        _check_labels(self.labels, logits)
-
-
-def _inner_products(outputs: Any, directions: Tensor) -> Tensor:
-    return (logits_of(outputs).double() * directions).sum(1)
-
-
-def _check_teacher(teacher: Tensor | None, logits: Tensor) -> None:
-    if teacher is None:
-        raise UsageError("`teacher` is None: loss='kd' needs the teacher's logits (N, C)")
-    if teacher.shape != logits.shape:
-        raise ShapeError(
-            f"`teacher` has shape {tuple(teacher.shape)}: pass {tuple(logits.shape)}, the shape of the logits"
-        )
-    if teacher.device != logits.device:
-        raise UsageError(f"`teacher` is on {teacher.device}, the model on {logits.device}: move one of them")
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    n, c = logits.shape
-    if labels.shape != (n,):
-        raise ShapeError(f"`labels` has shape {tuple(labels.shape)}: pass ({n},), one label per row of the logits")
-    if labels.dtype != torch.int64:
-        raise ShapeError(f"`labels` has dtype {labels.dtype}: must be int64; convert it with .long()")
-    if labels.device != logits.device:
-        raise UsageError(f"`labels` is on {labels.device}, the model on {logits.device}: move one of them")
-    bad = (labels < 0) | (labels >= c)
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise DataError(f"`labels[{at}]` is {int(labels[at])}: must be in [0, {c}), the classes of the logits")
-
-
-def check_inputs(model: nn.Module, inputs: Any) -> None:
-    """Raise unless the inputs are finite tensors on the model's device.
-
-    Raises:
-        DataError: If an input is empty or not finite.
-        UsageError: If the inputs contain no tensor, or one on another device than the model.
-    """
-    first = next(model.parameters(), None)
-    tensors = list(iter_tensors(inputs))
-    if not tensors:
-        raise UsageError(
-            f"`inputs` is a {type(inputs).__name__} without tensors: pass a tensor, or a tuple or dict with tensors"
-        )
-    for name, x in tensors:
-        if first is not None and x.device != first.device:
-            raise UsageError(f"`{name}` is on {x.device}, the model on {first.device}: move one of them")
-        if x.dim() and len(x) == 0:
-            raise DataError(f"`{name}` is empty, shape {tuple(x.shape)}: pass at least one sample")
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            raise DataError(f"`{name}` contains values that are not finite: remove or repair those samples")
-
-
-def iter_tensors(inputs: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors among the inputs, each with its name for error messages."""
-    if isinstance(inputs, Tensor):
-        yield "inputs", inputs
-    elif isinstance(inputs, Mapping):
-        yield from ((f"inputs[{name!r}]", x) for name, x in inputs.items() if isinstance(x, Tensor))
-    elif isinstance(inputs, (tuple, list)):
-        yield from ((f"inputs[{i}]", x) for i, x in enumerate(inputs) if isinstance(x, Tensor))
-
-
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model: pass a mapping by keyword, a tuple or list by position, anything else as the only argument."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        if self._soft and self.labels.dim() == 2:
+            _check_soft_labels(self.labels, logits)
+        else:
+            _check_labels(self.labels, logits, self.ignore_index)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -241,28 +213,69 @@ def logits_of(outputs: Any) -> Tensor:
     return found
 
 
-def batched_tensors(inputs: Any, n: int) -> tuple[list[Any], list[Tensor]]:
-    """Return the inputs with one entry per sample: their keys (or positions) and the tensors."""
-    if isinstance(inputs, Tensor):
-        return [None], [inputs]
-    items = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
-    found = [(key, x) for key, x in items if isinstance(x, Tensor) and x.dim() and len(x) == n]
-    return [key for key, _ in found], [x for _, x in found]
+def _inner_products(outputs: Any, directions: Tensor) -> Tensor:
+    return (logits_of(outputs).double() * directions).sum(1)
 
 
-def select_samples(inputs: Any, n: int, indices: list[int], first_only: bool = False) -> Any:
-    """Return the inputs of some of the `n` samples; with ``first_only``, treat only the first input as batched."""
-    keys, tensors = batched_tensors(inputs, n)
-    if first_only:
-        keys, tensors = keys[:1], tensors[:1]
-    return replace_tensors(inputs, keys, [x[torch.tensor(indices, device=x.device)] for x in tensors])
+def _hard_residuals(z: Tensor, labels: Tensor | None) -> Tensor:
+    return torch.zeros_like(z) if labels is None else residuals(z, labels, None, LossConfig(0.0))
 
 
-def replace_tensors(inputs: Any, keys: list[Any], tensors: list[Tensor]) -> Any:
-    """Return the inputs with the tensors at some keys replaced."""
-    if isinstance(inputs, Tensor):
-        return tensors[0]
-    replaced = dict(zip(keys, tensors, strict=True))
-    if isinstance(inputs, Mapping):
-        return {**inputs, **replaced}
-    return tuple(replaced.get(i, x) for i, x in enumerate(inputs))
+def _soft_residuals(z: Tensor, s: Tensor) -> Tensor:
+    """Return `p_j sum_k s_k - s_j` as `p_j sum_{k != j} s_k - s_j sum_{k != j} p_k`, which does not cancel."""
+    p = z.softmax(1)
+    return p * _sum_of_others(s) - s * _sum_of_others(p)
+
+
+def _sum_of_others(x: Tensor) -> Tensor:
+    """Return the sum of each row's other entries; next to its largest entry, without cancellation."""
+    largest = x.argmax(1, keepdim=True)
+    others = x.scatter(1, largest, 0.0).sum(1, keepdim=True)
+    return (x.sum(1, keepdim=True) - x).scatter(1, largest, others)
+
+
+def _check_teacher(teacher: Tensor | TopKTeacher | None, rows: Tensor | None, logits: Tensor) -> None:
+    if teacher is None:
+        raise UsageError("`teacher` is None: loss='kd' needs the teacher's logits (N, C)")
+    values = teacher.values if isinstance(teacher, TopKTeacher) else teacher
+    if values.device != logits.device:
+        raise UsageError(f"`teacher` is on {values.device}, the model on {logits.device}: move one of them")
+    needed = tuple(logits.shape) if rows is None else (len(values), logits.shape[1])
+    if not isinstance(teacher, TopKTeacher) and tuple(teacher.shape) != needed:
+        raise ShapeError(f"`teacher` has shape {tuple(teacher.shape)}: pass {needed}, with the classes of the logits")
+    if rows is None:
+        return
+    if rows.shape != logits.shape[:1] or rows.dtype != torch.int64 or rows.device != logits.device:
+        raise ShapeError(
+            f"`rows` is {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: pass int64 ({len(logits)},) on "
+            f"{logits.device}, the teacher's row of each sample"
+        )
+    bad = (rows < 0) | (rows >= len(values))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise DataError(f"`rows[{at}]` is {int(rows[at])}: must be in [0, {len(values)}), the teacher's rows")
+
+
+def _check_soft_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape:
+        raise ShapeError(f"`labels` has shape {tuple(labels.shape)}: pass {tuple(logits.shape)} probabilities, or (N,)")
+    if labels.device != logits.device:
+        raise UsageError(f"`labels` is on {labels.device}, the model on {logits.device}: move one of them")
+    if not bool((labels >= 0).all() and labels.isfinite().all()):
+        raise DataError("`labels` has an entry that is negative or not finite: pass probabilities (N, C)")
+
+
+def _check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
+    n, c = logits.shape
+    if labels.shape != (n,):
+        raise ShapeError(f"`labels` has shape {tuple(labels.shape)}: pass ({n},), one label per row of the logits")
+    if labels.dtype != torch.int64:
+        raise ShapeError(f"`labels` has dtype {labels.dtype}: must be int64; convert it with .long()")
+    if labels.device != logits.device:
+        raise UsageError(f"`labels` is on {labels.device}, the model on {logits.device}: move one of them")
+    bad = ((labels < 0) | (labels >= c)) & (labels != ignore_index)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise DataError(
+            f"`labels[{at}]` is {int(labels[at])}: must be in [0, {c}), the classes of the logits, or `ignore_index`"
+        )

@@ -11,10 +11,12 @@ from torch import Tensor
 from kdfast.ops.grad_norms.factors import (
     Convolution,
     DenseGrad,
+    Derived,
     Embedding,
     Geometry,
     GradFactors,
     OuterProduct,
+    Recomputed,
     sizes_of,
 )
 
@@ -33,7 +35,9 @@ def squared_norms(factors: GradFactors, algorithm: str = "direct") -> Tensor:
             convolutions.
     """
     if isinstance(factors, DenseGrad):
-        return factors.grad.flatten(1).square().sum(1)
+        return _squared(factors.b)
+    if isinstance(factors, (Recomputed, Derived)):
+        return _chunked(factors)
     if isinstance(factors, Embedding):
         return _embedding(factors)
     if isinstance(factors, OuterProduct):
@@ -52,7 +56,11 @@ def squared_norms(factors: GradFactors, algorithm: str = "direct") -> Tensor:
 def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Tensor:
     """Form the gradients of a chunk of samples, `(n, *shape)`."""
     if isinstance(factors, DenseGrad):
-        return factors.grad[chunk].reshape(-1, *shape)
+        return factors.b[chunk].reshape(-1, *shape)
+    if isinstance(factors, Recomputed):
+        return factors.compute(chunk)
+    if isinstance(factors, Derived):
+        return factors.pull(materialize(factors.factors, factors.shape, chunk))
     if isinstance(factors, Embedding):
         b = _without_padding(factors)[chunk]
         keys = _row_keys(factors.ids[chunk], factors.num_embeddings).reshape(-1)
@@ -63,6 +71,19 @@ def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Ten
         a = unfold_patches(factors.a[chunk], factors.geometry)
         out = torch.bmm(factors.b[chunk].reshape(a.shape[0], -1, a.shape[1]), a)
     return out.reshape(-1, *shape)
+
+
+def _chunked(factors: Recomputed | Derived) -> Tensor:
+    """Form the gradients of some samples at a time, then square."""
+    out = factors.b.new_empty(len(factors.b))
+    for chunk in iter_chunks(len(out), torch.Size(factors.shape).numel() * factors.b.element_size()):
+        out[chunk] = _squared(materialize(factors, factors.shape, chunk))
+    return out
+
+
+def _squared(grads: Tensor) -> Tensor:
+    """Return the squared norms of gradients `(n, ...)`."""
+    return grads.reshape(len(grads), -1).square().sum(1)
 
 
 def iter_chunks(n: int, sample_bytes: int) -> Iterator[slice]:

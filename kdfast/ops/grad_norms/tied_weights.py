@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdfast.errors import UsageError
 from kdfast.ops.grad_norms.capture import Call
 from kdfast.ops.grad_norms.factors import DenseGrad, Embedding, GradFactors, OuterProduct
-from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
+from kdfast.ops.grad_norms.operations.recompute import NotSeparable
 from kdfast.ops.grad_norms.reference import iter_chunks, materialize
 
 __all__ = ["SquaredNormAccumulator", "SquaredNorms", "squared_norms_of_sum"]
@@ -29,32 +28,29 @@ class SquaredNormAccumulator:
 
     Attributes:
         squares: Squared norms `(N,)` of the parameters completed so far, by id.
+        failed: For the ids of parameters whose samples could not be separated, the reason.
     """
 
     def __init__(
         self, parameters: Mapping[int, nn.Parameter], calls: Sequence[Call], squared_norms: SquaredNorms
     ) -> None:
         self.squares: dict[int, Tensor] = {}
+        self.failed: dict[int, NotSeparable] = {}
         self._parameters = parameters
         self._squared_norms = squared_norms
         self._uses: dict[int, list[GradFactors]] = {}
-        self._pending = Counter(id(p) for call in calls for p in trainable_parameters(call.layer).values())
+        self._pending = Counter(id(p) for call in calls for p in call.parameters())
 
-    def receive(self, call: Call, grad: Tensor) -> None:
-        """Add the factors of one call, given its output gradient."""
-        formula = find_formula(call.layer)
-        assert formula is not None
+    def receive(self, call: Call) -> None:
+        """Add the factors of one call."""
+        grad = next(iter(call.grads.values()))
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            x = call.take_input()
-            if grad.dtype in (torch.float16, torch.bfloat16):
-                grad = grad.float()
-            try:
-                factors = formula(call.layer, x.to(grad.dtype) if x.is_floating_point() else x, grad)
-            except UsageError as error:
-                raise UsageError(f"layer {call.name!r}: {error}") from None
-            for name, p in trainable_parameters(call.layer).items():
+            for p, factors in call.contributions():
                 if id(p) in self._parameters:
-                    self._uses.setdefault(id(p), []).append(factors[name]())
+                    try:
+                        self._uses.setdefault(id(p), []).append(factors())
+                    except NotSeparable as error:
+                        self.failed[id(p)] = error
                     self._pending[id(p)] -= 1
                     if not self._pending[id(p)]:
                         self._complete(id(p))
@@ -67,10 +63,15 @@ class SquaredNormAccumulator:
 
     def _complete(self, key: int) -> None:
         uses = self._uses.pop(key)
-        if len(uses) == 1:
-            self.squares[key] = self._squared_norms(uses[0])
-        else:
-            self.squares[key] = squared_norms_of_sum(uses, self._parameters[key].shape, self._squared_norms)
+        if key in self.failed:
+            return
+        try:
+            if len(uses) == 1:
+                self.squares[key] = self._squared_norms(uses[0])
+            else:
+                self.squares[key] = squared_norms_of_sum(uses, self._parameters[key].shape, self._squared_norms)
+        except NotSeparable as error:
+            self.failed[key] = error
 
 
 def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squared_norms: SquaredNorms) -> Tensor:
@@ -91,12 +92,12 @@ def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squa
         assert isinstance(embedding, Embedding)
         inner = _inner_product(output, embedding)
         return (squared_norms(output) + squared_norms(embedding) + 2 * inner).clamp_min_(0)
-    first = merged[0].grad if isinstance(merged[0], DenseGrad) else merged[0].b
+    first = merged[0].b
     out = first.new_empty(len(first))
     sample_bytes = torch.Size(shape).numel() * first.element_size() * len(merged)
     for chunk in iter_chunks(len(first), sample_bytes):
         total = sum((materialize(use, shape, chunk) for use in merged[1:]), materialize(merged[0], shape, chunk))
-        out[chunk] = total.flatten(1).square().sum(1)
+        out[chunk] = total.reshape(len(total), -1).square().sum(1)
     return out
 
 
@@ -107,7 +108,7 @@ def _merge(uses: Sequence[GradFactors]) -> list[GradFactors]:
     embeddings = [use for use in uses if isinstance(use, Embedding)]
     merged: list[GradFactors] = [use for use in uses if not isinstance(use, (DenseGrad, OuterProduct, Embedding))]
     if dense:
-        merged.append(DenseGrad(torch.stack([use.grad for use in dense]).sum(0)))
+        merged.append(DenseGrad(torch.stack([use.b for use in dense]).sum(0)))
     if products:
         merged.append(
             OuterProduct(torch.cat([use.a for use in products], 1), torch.cat([use.b for use in products], 1))

@@ -70,30 +70,17 @@ def test_row_shared_by_all_samples(n):
     torch.testing.assert_close(kdfast.grad_norms(model, ids, y), expected(model, ids, y), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("fallback", ["error", "vmap", "loop"])
 @pytest.mark.parametrize("n", [2, 4, LENGTH])
-@pytest.mark.parametrize("kind", ["positions", "time first"])
-def test_rejects_rows_that_are_not_samples_even_if_there_are_as_many(n, kind):
+@pytest.mark.parametrize("kind", ["positions", "time first", "table"])
+def test_rows_that_are_not_samples_even_if_there_are_as_many(n, kind, fallback):
     if kind == "positions":
-        model, layer, x = Positions(leading=False).double(), "positions", torch.randint(0, 10, (n, LENGTH))
+        model, x = Positions(leading=False).double(), torch.randint(0, 10, (n, LENGTH))
     else:
-        model, layer, x = TimeFirst().double(), "mix", torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
+        model = (TimeFirst if kind == "time first" else Table)().double()
+        x = torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
     y = torch.randint(0, CLASSES, (n,))
-    with pytest.raises(
-        ShapeError, match=f"layer '{layer}' returned {LENGTH} rows for a batch of {n} .* not the samples"
-    ):
-        kdfast.grad_norms(model, x, y)
-    for fallback in ("vmap", "loop"):
-        found = kdfast.grad_norms(model, x, y, fallback=fallback)
-        torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("n", [2, 5])
-def test_rejects_shared_row_that_is_not_broadcast(n):
-    model, x = Table().double(), torch.randn(n, LENGTH, WIDTH, dtype=torch.float64)
-    y = torch.randint(0, CLASSES, (n,))
-    with pytest.raises(ShapeError, match=r"layer 'make' returned .* not the samples"):
-        kdfast.grad_norms(model, x, y)
-    found = kdfast.grad_norms(model, x, y, fallback="loop")
+    found = kdfast.grad_norms(model, x, y, fallback=fallback)
     torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
 
 
@@ -126,12 +113,13 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize("fallback", ["error", "vmap", "loop"])
+@pytest.mark.parametrize("n", [5, LENGTH, WIDTH])
 @pytest.mark.parametrize("use", SHARED)
-def test_shared_row_is_scored_correctly_or_rejected(use, fallback):
+def test_shared_row_is_scored_correctly_or_rejected(use, n, fallback):
     model = Shared(use).double()
-    ids, y = torch.randint(0, 10, (5, LENGTH)), torch.randint(0, CLASSES, (5,))
-    if fallback == "error" and use not in ("added", "squeezed"):
-        with pytest.raises(ShapeError, match="layer 'positions' returned 1 rows for a batch of 5"):
+    ids, y = torch.randint(0, 10, (n, LENGTH)), torch.randint(0, CLASSES, (n,))
+    if fallback == "error" and use == "joined":
+        with pytest.raises(UsageError, match=r"parameter 'positions\.weight' (is not covered|enters other)"):
             kdfast.grad_norms(model, ids, y)
         return
     found = kdfast.grad_norms(model, ids, y, fallback=fallback)
@@ -219,15 +207,14 @@ def test_detects_use_outside_the_layer_through_autocast_copies(autocast, calls):
                 x = self.layer(x).tanh()
             return F.linear(x, self.layer.weight)
 
-    x, y = torch.randn(5, WIDTH), torch.randint(0, WIDTH, (5,))
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        pytest.raises(UsageError, match="used outside the forward pass"),
-    ):
-        kdfast.grad_norms(UsedOutside(), x, y)
+    model, x, y = UsedOutside(), torch.randn(5, WIDTH), torch.randint(0, WIDTH, (5,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = kdfast.grad_norms(model, x, y)
+        truth = expected(model, x, y)
+    torch.testing.assert_close(found.double(), truth, rtol=0.05 if autocast else 1e-5, atol=0)
 
 
-@pytest.mark.parametrize("fallback", ["vmap", "loop"])
+@pytest.mark.parametrize("fallback", ["error", "vmap", "loop"])
 def test_unused_call_does_not_hide_use_outside_the_layer(fallback):
     class UnusedCall(nn.Module):
         def __init__(self):
@@ -238,23 +225,20 @@ def test_unused_call_does_not_hide_use_outside_the_layer(fallback):
             return {"unused": self.layer(x), "logits": F.linear(x.tanh(), self.layer.weight)}
 
     model, x, y = UnusedCall().double(), torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (5,))
-    with pytest.raises(UsageError, match=r"'layer\.weight' is used outside"):
-        kdfast.grad_norms(model, x, y)
     found = kdfast.grad_norms(model, x, y, fallback=fallback)
     losses = F.cross_entropy(model(x)["logits"], y, reduction="none")
     grads = [torch.autograd.grad(loss, model.layer.weight, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(found, torch.stack([g.norm() for g in grads]), rtol=1e-12, atol=0)
 
 
-def test_instance_with_its_own_forward_has_no_formula():
+def test_instance_with_its_own_forward_matches_autograd():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)).double()
     first = model[0]
     first.forward = lambda x: F.linear(x, 2 * first.weight, first.bias)
     x, y = torch.randn(5, WIDTH, dtype=torch.float64), torch.randint(0, CLASSES, (5,))
-    with pytest.raises(UsageError, match=r"no formula for the parameters of '0' \(Linear\)"):
-        kdfast.grad_norms(model, x, y)
-    found = kdfast.grad_norms(model, x, y, fallback="loop")
-    torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
+    for fallback in ("error", "loop"):
+        found = kdfast.grad_norms(model, x, y, fallback=fallback)
+        torch.testing.assert_close(found, expected(model, x, y), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -34,12 +34,13 @@ def test_rejects_batch_statistics(trainable):
     ("x", "y", "error", "message"),
     [
         (X, torch.tensor([0, 1, 3, 0]), DataError, r"`labels\[2\]` is 3: must be in \[0, 3\)"),
-        (X, torch.tensor([0, -100, 2, 0]), DataError, r"`labels\[1\]` is -100"),
-        (X, Y[:3], ShapeError, r"`labels` has shape \(3,\): pass \(4,\)"),
+        (X, torch.tensor([0, -1, 2, 0]), DataError, r"`labels\[1\]` is -1: .* or `ignore_index`"),
+        (X, Y[:3], ShapeError, r"`labels` has 3 entries, and `inputs` of shape \(4, 5\) has 4 .* one label per sample"),
         (X, Y.float(), ShapeError, "`labels` has dtype torch.float32: must be int64"),
         (X, Y.to("meta"), UsageError, "`labels` is on meta"),
         (X, None, UsageError, "`labels` is None"),
-        (X[:0], Y[:0], DataError, "`inputs` is empty"),
+        (X, -torch.rand(N, CLASSES), DataError, "`labels` has an entry that is negative"),
+        (X, torch.rand(N, 2), ShapeError, r"`labels` has shape \(4, 2\): pass \(4, 3\) probabilities"),
         (X.clone().fill_(float("nan")), Y, DataError, "`inputs` contains values that are not finite"),
         (X.to("meta"), Y, UsageError, "`inputs` is on meta, the model on cpu"),
         ((X, X * float("inf")), Y, DataError, r"`inputs\[1\]` contains"),
@@ -63,11 +64,23 @@ def test_rejects_bad_inputs_and_labels(x, y, error, message):
         ({"loss": "kd", "teacher": torch.zeros(N, 2)}, ShapeError, r"`teacher` has shape \(4, 2\)"),
         ({"loss": "kd", "teacher": torch.zeros(N, CLASSES, device="meta")}, UsageError, "`teacher` is on meta"),
         (
+            {"loss": "kd", "teacher": torch.zeros(2, CLASSES), "rows": torch.tensor([0, 1, 2, 0])},
+            DataError,
+            r"`rows\[2\]` is 2: must be in \[0, 2\)",
+        ),
+        (
+            {"loss": "kd", "teacher": torch.zeros(2, CLASSES), "rows": Y[:2]},
+            ShapeError,
+            r"`rows` is .* pass int64 \(4,\)",
+        ),
+        ({"batch_dim": -1}, UsageError, "`batch_dim` is -1"),
+        (
             {"loss": lambda out, y: F.cross_entropy(out, y)},
             ShapeError,
             r"`loss` returned shape \(\): must return a tensor \(N,\)",
         ),
         ({"loss": lambda out, y: out.sum(1)[:2]}, ShapeError, "`labels` has 4 entries for 2 losses"),
+        ({"loss": lambda out, y: out.sum(1, keepdim=True)}, ShapeError, r"`loss` returned shape \(4, 1\)"),
         ({"loss": lambda out, y: out.sum(1) * float("nan")}, DataError, "loss of sample 0 is nan"),
         ({"loss": lambda out, y: out.sum(1).detach()}, UsageError, "does not depend on any trainable parameter"),
         ({"backend": "cuda"}, BackendUnavailable, "grad_norms on cpu cannot use it"),
@@ -90,17 +103,10 @@ def test_rejects_model_without_logits_or_trainable_parameters():
         kdfast.grad_norms(net().requires_grad_(False), X, Y)
 
 
-def test_rejects_model_that_changes_the_batch_dimension():
-    class Windows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mix = nn.Linear(1, CLASSES)
-
-        def forward(self, x):
-            return self.mix(x.reshape(-1, 1)).reshape(N, 5, CLASSES).mean(1)
-
-    with pytest.raises(ShapeError, match="layer 'mix' returned 20 rows for a batch of 4"):
-        kdfast.grad_norms(Windows(), X, Y)
+def test_rejects_a_loss_with_another_number_of_samples():
+    model = nn.Linear(5, CLASSES)
+    with pytest.raises(ShapeError, match="there are 2 losses for 4 samples in dimension 0"):
+        kdfast.grad_norms(model, X, None, loss=lambda out, y: out.sum(1)[:2])
 
 
 def test_rejects_input_changed_in_place_after_the_call():
@@ -139,18 +145,36 @@ def test_rejects_embedding_with_scale_grad_by_freq():
         kdfast.grad_norms(model, torch.randint(0, 4, (N, 2)), Y)
 
 
-def test_subclass_has_no_formula_if_it_overrides_forward():
-    class Squared(nn.Linear):
+def test_rejects_embedding_that_rescales_its_weights():
+    model = nn.Sequential(nn.Embedding(4, 5, max_norm=1.0), nn.Flatten(), nn.Linear(10, CLASSES))
+    before = model[0].weight.clone()
+    with pytest.raises(UsageError, match=r"layer '0' \(Embedding\) rescales its weights .* set its max_norm to None"):
+        kdfast.grad_norms(model, torch.randint(0, 4, (N, 2)), Y)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_rejects_parameters_inside_reentrant_checkpoint():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.rand(5)), nn.Linear(5, CLASSES)
+
         def forward(self, x):
-            return super().forward(x) ** 2
+            x = x.clone().requires_grad_()
+            return self.head(checkpoint(lambda v: v * self.scale, x, use_reentrant=True))
 
-    with pytest.raises(UsageError, match=r"no formula for the parameters of '0' \(Squared\)"):
-        kdfast.grad_norms(nn.Sequential(Squared(5, CLASSES)), X, Y)
+    with pytest.raises(UsageError, match=r"'scale' is used inside a reentrant checkpoint.* use_reentrant=False"):
+        kdfast.grad_norms(Checkpointed(), X, Y)
 
-    class Plain(nn.Linear):
-        pass
 
-    assert kdfast.grad_norms(nn.Sequential(Plain(5, CLASSES)), X, Y).shape == (N,)
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, CLASSES)))
-    with pytest.raises(UsageError, match="no formula"):
-        kdfast.grad_norms(normed, X, Y)
+class DTensor(torch.Tensor):
+    """Stands for a tensor that is split over processes."""
+
+
+@pytest.mark.parametrize("function", ["grad_norms", "network_hvp", "NetworkCurvature"])
+def test_rejects_parameters_that_are_split_over_processes(function):
+    model = net()
+    model[0]._parameters["weight"] = model[0].weight.detach().as_subclass(DTensor).requires_grad_()
+    more = [torch.zeros(1)] if function == "network_hvp" else []
+    with pytest.raises(UsageError, match=r"'0\.weight' is split over processes .*full_state_dict=True"):
+        getattr(kdfast, function)(model, X, Y, *more)

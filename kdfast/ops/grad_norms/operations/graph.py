@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["count_parameter_uses", "find_deepest_nodes", "sort_topologically"]
+__all__ = ["Edge", "Node", "bypassing_parameters", "count_parameter_uses", "find_deepest_nodes", "sort_topologically"]
 
 Node = Any  # torch.autograd.graph.Node and C++ nodes without a common Python class
+Edge = Any  # torch.autograd.graph.GradientEdge
 
 # Nodes that pass a parameter through: the copy that autocast shares among uses, and the transposition inside linear.
 _PASS_THROUGH = ("ToCopyBackward0", "TBackward0", "TransposeBackward0")
@@ -62,6 +63,28 @@ def find_deepest_nodes(order: Iterable[Node], marked: set[Node]) -> set[Node]:
         if node in marked and not below:
             found.add(node)
         marked_below[node] = below or node in marked
+    return found
+
+
+def bypassing_parameters(loss: Tensor, recorded: Mapping[Node, Sequence[Node]]) -> set[int]:
+    """Return the ids of parameters that the loss also depends on by a path that avoids the recorded operations.
+
+    Args:
+        loss: The loss.
+        recorded: For each node that is an output of a recorded operation, the nodes of its inputs from which the search
+            goes on: all but the parameters.
+    """
+    found: set[int] = set()
+    seen: set[Node] = set()
+    stack: list[Node] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += recorded[node] if node in recorded else _children(node)
     return found
 
 
