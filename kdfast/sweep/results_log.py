@@ -132,6 +132,6 @@ def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
         raise DataError(f"the last line of {path} is not a row of a sweep: move the file away")
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     return [
-        decode_json(line, schemas.SweepKey, f"line {number} of {path} is not a row of a sweep", advice=_ADVICE)
+        decode_json(line, schemas.SweepKey, f"line {number} of {path}", advice=_ADVICE)
         for number, line in enumerate(lines, 1)
     ]

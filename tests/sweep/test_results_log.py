@@ -128,5 +128,5 @@ def test_names_the_line_and_a_missing_field(tmp_path, name):
 def test_refuses_rows_that_are_no_strict_json(tmp_path, line):
     log = ResultsLog(tmp_path)
     log.path.write_text(json.dumps(ROW) + "\n" + line + "\n")
-    with pytest.raises(DataError, match=r"line 2 of .*results\.jsonl is not a row of a sweep"):
+    with pytest.raises(DataError, match=r"line 2 of \S*results\.jsonl is (not valid JSON|nested).*: delete that line"):
         log.rows()
