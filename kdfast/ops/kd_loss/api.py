@@ -81,16 +81,18 @@ def kd_loss(
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
         backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE``.
         direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        validate: On a GPU, also check that labels, rows and class ids are in range, which synchronizes with the device.
-            On a CPU they are always checked (class ids only in the rows that are used). Where they are not checked (on
-            a GPU, and in the reference implementation when compiled or transformed) they are clamped, and their rows
-            get NaN. Not available in compiled code or under ``torch.func.vmap``.
+        validate: On a GPU, also check that labels, rows and class ids are in range and that no class repeats within a
+            row, which synchronizes with the device. On a CPU that is always checked (class ids only in the rows that
+            are used). Where it is not checked (on a GPU, and in the reference implementation when compiled or
+            transformed), what is out of range is clamped, and its row gets NaN; a class that repeats on a GPU makes
+            its row wrong. Not available in compiled code or under ``torch.func.vmap``.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32, or float64 for float64 logits.
 
     Raises:
-        ShapeError: If shapes do not fit, or alpha or the temperature is out of range.
+        ShapeError: If shapes do not fit, alpha or the temperature is out of range, or a class repeats within a row of a
+            ``TopKTeacher``.
         TypeError: If a dtype or a device does not fit, or the teacher requires a gradient.
         IndexError: If a label, a row or a class id is out of range.
         BackendUnavailable: If a named backend cannot run here.
