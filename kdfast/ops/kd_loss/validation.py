@@ -204,6 +204,11 @@ def _check_tensor(name: str, x: object, dim: int) -> None:
         raise TypeError(f"`{name}` is {type(x).__name__}: pass a tensor")
     if x.is_nested:
         raise TypeError(f"`{name}` is a nested tensor: must be rectangular; pad it, and mark rows to ignore")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"`{name}` is a DTensor, split over processes: pass `{name}`.full_tensor(), or the rows of this process by "
+            ".to_local() if the split is along the rows"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"`{name}` is a {x.layout} tensor: must be dense; convert it with .to_dense()")
     if x.dim() != dim:

@@ -242,6 +242,19 @@ def test_wrapper_subclasses_are_dispatched(name):
     torch.testing.assert_close(found.b, expected)
 
 
+class DTensor(torch.Tensor):
+    """Stands for a tensor that is split over processes."""
+
+
+@pytest.mark.parametrize("function", [kdfast.kd_loss, kdfast.kd_loss_terms])
+@pytest.mark.parametrize("name", ["logits", "labels", "teacher", "rows"])
+def test_rejects_tensors_that_are_split_over_processes(name, function):
+    arguments = good()
+    arguments[name] = arguments[name].as_subclass(DTensor)
+    with pytest.raises(TypeError, match=rf"`{name}` is a DTensor, .* pass `{name}`\.full_tensor\(\)"):
+        function(**arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_default_dtype_does_not_matter(kd_loss_backend, dtype):
     arguments = good()
