@@ -103,7 +103,7 @@ def test_rejects_unknown_names_and_missing_inputs(text: str, given: frozenset[st
     ("text", "fixed"),
     [
         ("if-beta", {"influence_l2": 0.1}),
-        ("if-beta:score=removal,l2=0.5", {"influence_l2": 0.1}),
+        ("if-beta:score=removal,l2=0.5", {"influence_l2": 0.1, "influence_head": "optimum"}),
         ("if-beta:score=residual", {}),
         ("if-beta:score=crossfit", {}),
         ("influence", {}),
@@ -111,7 +111,7 @@ def test_rejects_unknown_names_and_missing_inputs(text: str, given: frozenset[st
         ("el2n", {}),
     ],
 )
-def test_only_if_beta_by_influence_has_a_fixed_setting(text: str, fixed: dict[str, float]) -> None:
+def test_only_if_beta_by_influence_has_a_fixed_setting(text: str, fixed: dict[str, float | str]) -> None:
     assert dict(recipe(text).fixed) == fixed
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from kdfast.errors import DataError, OutputError
+from kdfast.errors import DataError, OutputError, describe_changes
 from kdfast.files import read_json, schemas, write_json
 from kdfast.files.validate import check_type
 from kdfast.prune.if_beta.search import SearchState
@@ -22,10 +25,12 @@ class SearchCheckpoint:
     Args:
         path: The file; None disables saving.
         identity: Digest of everything that determines the search's outcome.
+        settings: The same as JSON values, so that a message about another search can name what differs.
     """
 
-    def __init__(self, path: Path | None, identity: str) -> None:
+    def __init__(self, path: Path | None, identity: str, settings: Mapping[str, Any] | None = None) -> None:
         self.path, self.identity = path, identity
+        self.settings = json.loads(json.dumps(settings or {}))  # as they are read back: tuples as lists
 
     def load(self) -> SearchState | None:
         """Return the saved state, or None if there is none.
@@ -42,10 +47,10 @@ class SearchCheckpoint:
                 f"{self.path} is not the checkpoint of a search and would be overwritten: choose another output name"
             )
         if content.get("identity") != self.identity:
+            difference = self._difference(content.get("settings"))
             raise OutputError(
-                f"{self.path} is the checkpoint of a search with other data or settings, or of another version of "
-                "kdfast: resume that search with its own command and version, choose another output name, or delete "
-                "the file to start over"
+                f"{self.path} is the checkpoint of another search ({difference}): resume that search with its own "
+                "command and version of kdfast, choose another output name, or delete the file to start over"
             )
         check_type(content, schemas.SearchFile, self.path, advice="delete it to start over")
         return SearchState(**content["state"])
@@ -59,13 +64,22 @@ class SearchCheckpoint:
         """
         if self.path is None:
             return
-        content = {"format": _FORMAT, "identity": self.identity, "state": state.to_dict()}
+        content = {"format": _FORMAT, "identity": self.identity, "settings": self.settings, "state": state.to_dict()}
         try:
             write_json(self.path, content)
         except ValueError as error:
             raise DataError(
                 f"the state of the search cannot be saved ({error}): rewards must be finite; use another reward"
             ) from error
+
+    def _difference(self, held: object) -> str:
+        """Return what distinguishes this search from the one with the settings `held`."""
+        if not isinstance(held, dict):
+            return (
+                "of a version of kdfast that saved no settings and computed the scores removal and absolute with the "
+                "teacher's own head, not at its optimum"
+            )
+        return describe_changes(held, self.settings) or "of another version of kdfast, whose scores differ"
 
 
 def digest(*parts: object) -> str:

@@ -22,7 +22,7 @@ from kdfast.prune.if_beta.inputs import check_fraction
 from kdfast.prune.if_beta.learner import Balance, IFBeta, IFBetaResult
 from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, Proxy, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import INFLUENCES, SAMPLE_SCORES, mean_logits
+from kdfast.prune.if_beta.scores import AT_OPTIMUM, INFLUENCES, SAMPLE_SCORES, mean_logits
 from kdfast.prune.if_beta.search import Schedule
 from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray
@@ -100,16 +100,19 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
     }
 
 
-def fixed_settings(options: Mapping[str, OptionValue]) -> dict[str, float]:
+def fixed_settings(options: Mapping[str, OptionValue]) -> dict[str, float | str]:
     """Return what determines a selection but is no option; it is part of idx.json and of the keys of a sweep's rows.
 
     Args:
         options: Options by name; a missing one has its default.
 
     Returns:
-        `influence_l2`, the penalty behind an influence score; nothing for the other scores.
+        `influence_l2`, the penalty behind an influence score, and `influence_head`, "optimum" for the scores that fit a
+        head of their own; nothing for the other scores.
     """
-    return {"influence_l2": DEFAULT_L2} if options.get("score", OPTIONS["score"].default) in INFLUENCES else {}
+    score = options.get("score", OPTIONS["score"].default)
+    penalty: dict[str, float | str] = {"influence_l2": DEFAULT_L2} if score in INFLUENCES else {}
+    return {**penalty, "influence_head": "optimum"} if score in AT_OPTIMUM else penalty
 
 
 IF_BETA = SubsetSelector(

@@ -177,7 +177,9 @@ class IFBeta:
         total = subset_size(len(pool), fraction)
         pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, strata[pool], total, mode)
 
-        checkpoint = SearchCheckpoint(None if state is None else Path(state), digest(task.identity, fraction))
+        settings = {**self.describe(), "fraction": fraction, "seed": seed, **task.inputs}
+        path = None if state is None else Path(state)
+        checkpoint = SearchCheckpoint(path, digest(task.identity, fraction), settings)
         found = self._search(task.evaluator, pool_sampler, checkpoint, progress)
         started = time.perf_counter()
         learned = averaged_parameters(found, self.schedule)
@@ -246,7 +248,9 @@ class IFBeta:
         seconds = time.perf_counter() - started
         data = ProxyData(proxy.transform(moved_h, seed), moved_y, z.to(device))
         evaluator = PolicyEvaluator(proxy, reward, self.budget, data, held_out, seed)
-        return _Task(values, held_out, evaluator, digest(self.describe(), seed, z, h, labels, values), seconds)
+        inputs_digests = {"data": digest(z, h, labels), "scores": digest(values)}
+        identity = digest(self.describe(), seed, z, h, labels, values)
+        return _Task(values, held_out, evaluator, identity, inputs_digests, seconds)
 
     def _search(
         self,
@@ -283,6 +287,7 @@ class _Task:
     held_out: IntArray
     evaluator: PolicyEvaluator
     identity: str
+    inputs: dict[str, str]
     score_seconds: float
 
 

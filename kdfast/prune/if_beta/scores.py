@@ -3,7 +3,8 @@
 They require only the teacher's cached logits and features; higher = harder. The teacher fits its own training set
 almost perfectly, so a single residual is mostly rounding and chance. A student trains on a sample's views, so the
 relevant gradient is the mean over views: `mean_logits` returns the logits whose softmax is the mean probability over
-the views, and the residual in every score below becomes the mean residual.
+the views, and the residual in every score below becomes the mean residual. Only `removal` and `absolute` fit
+a head of their own.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class HeadInputs:
 
 SampleScore = Callable[[HeadInputs], FloatArray]
 
-# Names of the scores that depend on `DEFAULT_L2`.
+# Names of the scores that depend on `DEFAULT_L2`, and of those that fit a head to its optimum.
 INFLUENCES = ("self", "removal", "absolute")
+AT_OPTIMUM = ("removal", "absolute")
 
 
 def mean_logits(views: Iterable[Tensor]) -> Tensor:
@@ -89,10 +91,14 @@ def self_influence(inputs: HeadInputs) -> FloatArray:
 def removal(inputs: HeadInputs) -> FloatArray:
     """Return `g_val^T H^-1 g_i / N`: the increase of the held-out loss when a sample is removed; > 0: it helps.
 
+    The teacher's head is not at the optimum of its cached features, where alone the prediction holds, so a head is
+    first fitted to all samples: the logits of the teacher are not used.
+
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, equation 2.
     """
     rows = torch.from_numpy(inputs.held_out).to(inputs.features.device)
-    z, h, y = inputs.logits, inputs.features, inputs.labels
+    h, y = inputs.features, inputs.labels
+    z = head_logits(h, head_newton(h, y, l2=DEFAULT_L2, classes=inputs.logits.shape[1], method="cg"))
     return head_influence(h, z, y, h[rows], z[rows], y[rows], l2=DEFAULT_L2).double().cpu().numpy()
 
 

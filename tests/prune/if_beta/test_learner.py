@@ -107,14 +107,21 @@ def test_resumes_after_an_interruption(cloud, tmp_path, stop):
 def test_rejects_the_checkpoint_of_another_search(cloud, tmp_path):
     state = tmp_path / "idx.search.json"
     fit(cloud, state=state)
-    for change in (
-        {"fraction": 0.3},
-        {"seed": 1},
-        {"scores": -cloud.scores},
-        {"learner": IFBeta(schedule=Schedule(3))},
+    for change, said in (
+        ({"fraction": 0.3}, "`fraction` was 0.2, is 0.3"),
+        ({"seed": 1}, "`seed` was 0, is 1"),
+        ({"scores": -cloud.scores}, '`scores` was "[0-9a-f]{12}'),
+        ({"learner": IFBeta(schedule=Schedule(3))}, "`schedule` .steps. was 6, is 3"),
     ):
-        with pytest.raises(OutputError, match="other data or settings"):
+        with pytest.raises(OutputError, match=f"of another search.*{said}"):
             fit(cloud, state=state, **change)
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "identity": "older", "settings": None}))
+    with pytest.raises(OutputError, match="computed the scores removal and absolute with the teacher's own head"):
+        fit(cloud, state=state)
+    state.write_text(json.dumps({**content, "identity": "newer"}))
+    with pytest.raises(OutputError, match="another version of kdfast, whose scores differ"):
+        fit(cloud, state=state)
     state.write_text('{"mine": 1}')
     with pytest.raises(OutputError, match="is not the checkpoint of a search"):
         fit(cloud, state=state)
@@ -168,7 +175,7 @@ def test_a_part_without_identity_cannot_use_a_checkpoint(cloud, tmp_path):
     one, other = scaled(1.0), scaled(-1.0)
     one.identity, other.identity = "1", "-1"
     fit(cloud, dataclasses.replace(QUICK, reward=one), state=state)
-    with pytest.raises(OutputError, match="other data or settings"):
+    with pytest.raises(OutputError, match=r"`reward` was .*reward:1\", is .*reward:-1\"\): resume"):
         fit(cloud, dataclasses.replace(QUICK, reward=other), state=state)
 
 
