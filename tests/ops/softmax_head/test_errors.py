@@ -140,7 +140,7 @@ def test_rejects_malformed_vectors(data, v, kind, message):
         ({"alpha": -0.1}, "`alpha` is -0.1"),
         ({"alpha": 1.5}, "`alpha` is 1.5"),
         ({"temperature": 0.0}, "`temperature` is 0"),
-        ({"temperature": 1e-40}, "temperature is 1e-40"),
+        ({"temperature": 1e-40}, "`temperature` is 1e-40"),
         ({"l2": -1.0}, "`l2` is -1"),
         ({"tile_rows": 0}, "`tile_rows` is 0"),
     ],
