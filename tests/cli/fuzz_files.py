@@ -301,7 +301,8 @@ def seal_again(root: Path, path: Path, before: bytes) -> None:
                 content["seal"] = checkpoint._seal(content)
                 torch.save(content, path)
         elif path.suffix == ".npz":
-            arrays = dict(np.load(path))
+            with np.load(path) as archive:
+                arrays = dict(archive)
             about = json.loads(str(arrays["about"]))
             facts = (about[key] for key in ("method", "data"))
             content = ScoreFile(arrays["scores"], *facts, parameters=about["parameters"], sources=about["sources"])
