@@ -144,6 +144,17 @@ class Windows(nn.Module):
         return self.project(x).view(n, 8, WIDTH)
 
 
+class Rows(nn.Module):
+    """A functional projection of the rows of all samples in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return F.linear(x.reshape(-1, WIDTH), self.weight).view(x.shape)
+
+
 class Scan(nn.Module):
     """Parts of Mamba: parameters in exponentials, and a layer's weight used without the layer."""
 
@@ -252,6 +263,7 @@ LAYERS = {
     "ViT, in place": (lambda: ViT(in_place=True), (3, 8, 8)),
     "sliced positions": (SlicedPositions, SEQUENCE),
     "Swin": (Windows, (8, WIDTH)),
+    "flattened rows": (Rows, SEQUENCE),
     "Mamba": (Scan, SEQUENCE),
     "DoRA": (Dora, SEQUENCE),
     "merged LoRA": (Merged, SEQUENCE),

@@ -104,6 +104,17 @@ def batch_statistics(net, x):
     return F.batch_norm(x, None, None, net.scale, training=True)
 
 
+def test_operations_with_other_results_on_single_samples_are_rejected():
+    """Statistics of a batch of one sample exist here, and differ."""
+
+    def use(net, x):
+        return F.batch_norm(x[..., None] * x.new_tensor([1.0, 2.0]), None, None, net.scale, training=True).sum(2)
+
+    model, (x, y) = Net(use), data()
+    with pytest.raises(UsageError, match="batch_norm gives other results on a single sample than on the batch"):
+        kdfast.grad_norms(model, x, y)
+
+
 def test_operations_that_mix_samples_are_rejected():
     model, (x, y) = Net(batch_statistics), data()
     with pytest.raises(UsageError, match=r"parameter 'scale' (is not covered|is used by an operation that mixes)"):
