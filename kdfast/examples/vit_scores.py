@@ -6,7 +6,7 @@
 Needs ``transformers`` (``pip install 'kdfast[examples]'``); downloads nothing: the model has random weights, and the
 images are scikit-learn's digits. The program changes some labels and trains the model for a few epochs. Then it ranks
 the training samples by the norm of their gradient over all parameters, which is largest for labels that contradict the
-others. kdfast has no closed form for the class token and the position embeddings, so these need ``fallback="vmap"``.
+others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compute_scores(model: ViTForImageClassification, images: Tensor, labels: Ten
     batches = []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         inputs = {"pixel_values": x.to(model.device)}
-        norms = kdfast.grad_norms(model, inputs, y.to(model.device), fallback="vmap")
+        norms = kdfast.grad_norms(model, inputs, y.to(model.device))
         assert isinstance(norms, Tensor)
         batches.append(norms.cpu())
     return torch.cat(batches)
