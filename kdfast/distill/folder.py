@@ -216,7 +216,7 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
     saved, new = read_json(file, schemas.RunConfigFile), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
     if changes := describe_changes(saved, new):
-        raise UsageError(f"{path} holds a run with other settings: {changes}. Choose another `out`")
+        raise UsageError(f"{path} holds a run with other settings: {changes}. Choose another `out`, or delete it")
     return True
 
 

@@ -175,8 +175,9 @@ class Trainer:
             return
         bad, what = (int(bad), "loss is") if bad >= 0 else (self.step - 1, "weights are")
         raise DivergedError(
-            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}); any earlier checkpoint is "
-            "kept: lower `lr`, add `warmup_epochs`, or check the data and the teacher"
+            f"the {what} not finite at step {bad} (epoch {bad // self.batches.per_epoch}): lower `lr`, add "
+            "`warmup_epochs`, or check the data and the teacher. The files of this run are kept; the corrected run "
+            "replaces them if they hold no checkpoint and no recorded epoch, else it needs another `out`"
         )
 
     def take_metrics(self) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class DynamicsRecorder:
         self.close()
 
     def _claim(self, plan: dict[str, Any]) -> None:
-        """Write the plan, or check that the folder has the same plan."""
+        """Write the plan, or check that the folder has the same plan; one without a recorded epoch is replaced."""
         check_dynamics_folder(self.path)
         folder = check_writable(self.path)
         with FolderLock(folder):
@@ -248,11 +248,14 @@ class DynamicsRecorder:
             if (folder / layout.PLAN).exists():
                 held = layout.read_sealed_json(folder / layout.PLAN, schemas.DynamicsPlan)
                 changed = [name for name, value in plan.items() if held.get(name) != value]
-                if changed:
+                if changed and _discard_empty_runs(folder):
+                    (folder / layout.LABELS).unlink(missing_ok=True)
+                    write_sealed(folder / layout.PLAN, plan)
+                elif changed:
                     raise UsageError(
                         f"{folder} holds dynamics with other data or settings: "
                         f"{describe_changes(_settings(held, changed), _settings(plan, changed))}. Choose another "
-                        "folder, or use the same data and settings"
+                        "folder, delete this one, or use the same data and settings"
                     )
             else:
                 write_sealed(folder / layout.PLAN, plan)
@@ -377,6 +380,26 @@ def check_dynamics_folder(folder: Path) -> None:
     entries = visible_entries(folder)
     if entries and not (folder / layout.PLAN).exists():
         raise OutputError(f"{folder} is not empty ({entries[0]}) and holds no dynamics: choose another folder")
+
+
+def _discard_empty_runs(folder: Path) -> bool:
+    """Remove what runs wrote before their first epoch, as after diverged training, so that other settings may follow.
+
+    Returns:
+        False, with nothing removed, if an epoch is recorded or another process records.
+    """
+    runs = [run for run in folder.glob("run-*") if run.is_dir() and not run.is_symlink()]
+    if any((run / layout.SEAL).exists() or any(run.glob("epoch-*.npz")) for run in runs):
+        return False
+    with contextlib.ExitStack() as locks:
+        try:
+            for run in runs:
+                locks.enter_context(FolderLock(run))
+        except OutputError:
+            return False
+        for run in runs:
+            (run / layout.MASK).unlink(missing_ok=True)
+    return True
 
 
 def _settings(plan: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -195,6 +195,30 @@ def test_rejects_foreign_folders(tmp_path):
         Dynamics.open(tmp_path / "mine")
 
 
+def test_other_settings_replace_runs_without_an_epoch(tmp_path):
+    """Training that diverges at once leaves a plan and a mask; the corrected run must not be refused."""
+    with (
+        DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3, facts={"lr": 10.0}),
+        pytest.raises(UsageError, match="delete this one"),  # another process may be recording
+    ):
+        DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3, run=1, runs=2, facts={"lr": 0.1})
+    others = {"facts": {"lr": 0.1}, "mask": np.arange(N) > 3}
+    record(tmp_path / "dyn", runs=1, **others)
+    assert Dynamics.open(tmp_path / "dyn").facts == {"lr": 0.1}
+    with pytest.raises(UsageError, match="other data or settings"):
+        DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3, facts={"lr": 10.0})
+
+
+def test_other_settings_do_not_replace_a_recorded_epoch(tmp_path):
+    with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3) as recorder:
+        update_all(recorder, 0, 0)
+        recorder.end_epoch()
+    with pytest.raises(UsageError, match="other data or settings"):
+        DynamicsRecorder(tmp_path / "dyn", N, (LABELS + 1) % C, epochs=3)
+    with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=3) as recorder:
+        assert recorder.epoch == 1
+
+
 def test_rejects_a_second_writer(tmp_path):
     with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1), pytest.raises(OutputError, match="in use"):
         DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1)

@@ -94,6 +94,7 @@ def run(
     from kdfast.distill.train import Monitoring, train
     from kdfast.files import refuse_links
 
+    make_writer = _summary_writer() if tensorboard and plan.distributed.is_main else None
     with (
         progress(label, shown=plan.distributed.is_main) as report,
         plan.distributed.process_group(plan.device),
@@ -101,18 +102,19 @@ def run(
         contextlib.ExitStack() as stack,
     ):
         writer = None
-        if tensorboard and plan.distributed.is_main:
-            writer = _writer(refuse_links(out, "tensorboard"))
+        if make_writer is not None:
+            writer = make_writer(str(refuse_links(out, "tensorboard")))
             stack.callback(writer.close)
         return train(plan, folder, Monitoring(log_every, eval_every, checkpoint_seconds, writer, report))
 
 
-def _writer(folder: Path) -> Any:
+def _summary_writer() -> Any:
+    """Return TensorBoard's writer; a missing package is reported before any file is written."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard needs a missing package: pip install 'kdfast[tensorboard]'") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def refuse_existing(out: Path) -> None:
