@@ -119,8 +119,9 @@ def _torch_dtype(x: npt.NDArray[Any]) -> Any:
 
 
 def _check_layout(name: str, x: Tensor) -> None:
-    if x.layout != torch.strided or x.is_meta:
-        kind = "is on meta, which holds no values" if x.is_meta else f"has layout {x.layout}"
+    empty = x.is_meta and type(x) is Tensor  # a subclass may hold its values elsewhere
+    if x.layout != torch.strided or empty:
+        kind = "is on meta, which holds no values" if empty else f"has layout {x.layout}"
         raise ShapeError(f"`{name}` {kind}: pass a dense tensor")
 
 
