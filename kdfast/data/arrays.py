@@ -32,7 +32,7 @@ def as_labels(labels: npt.ArrayLike) -> IntArray:
     Raises:
         DataError: They are not integers, not one-dimensional, empty, or negative or too large.
     """
-    array = as_array(labels, "labels", "one class per sample")
+    array = as_array(labels, "`labels`", "one class per sample")
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         raise DataError(
             f"`labels` are {array.dtype} of shape {array.shape}: pass integers (N,), one class per sample, from 0 on"

@@ -236,7 +236,7 @@ class IFBeta:
         score = look_up(SAMPLE_SCORES, self.score, "IF-Beta score") if isinstance(self.score, str) else self.score
         proxy = look_up(PROXIES, self.proxy, "IF-Beta proxy")() if isinstance(self.proxy, str) else self.proxy
         reward = look_up(REWARDS, self.reward, "IF-Beta reward") if isinstance(self.reward, str) else self.reward
-        z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.from_numpy(labels)
+        z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.tensor(labels)
         score_z = z if score_logits is None else as_tensor("score_logits", score_logits)
         check_inputs(z, h, labels)
         check_inputs(score_z, h, labels)
