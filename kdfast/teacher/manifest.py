@@ -57,9 +57,7 @@ def read_sealed_json(path: Path, schema: type) -> dict[str, Any]:
             f"cannot read {path} ({error.strerror}): not a finished cache; build one with kdfast cache"
         ) from error
     except ValueError as error:
-        raise CacheMismatch(
-            f"{path} is damaged: its content does not match its own digest; {_BUILD_AGAIN}"
-        ) from error
+        raise CacheMismatch(f"{path} is damaged: its content does not match its own digest; {_BUILD_AGAIN}") from error
     check_type(fields, schema, path, error=CacheMismatch, advice=_BUILD_AGAIN)
     return fields
 

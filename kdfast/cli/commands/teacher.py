@@ -37,6 +37,7 @@ def train(
     precision: options.Precision = "fp32",
     resume: training.Resume = "auto",
     size: options.Size = None,
+    order: options.Order = "path",
     seed: options.Seed = 0,
     device: options.Device = "auto",
     log_every: training.LogEvery = 50,
@@ -71,7 +72,7 @@ def train(
         seed=seed,
     )
     plan = plan_run(
-        InputPaths(data=data, loader=loader, size=size),
+        InputPaths(data=data, loader=loader, size=size, order=order),
         settings,
         device=place,
         execution=Execution(compile_network, cuda_graph),
@@ -133,6 +134,7 @@ def import_(
         ),
     ] = None,
     size: options.Size = None,
+    order: options.Order = "path",
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
@@ -149,7 +151,7 @@ def import_(
 
     training.refuse_existing(out)
     normalization = _normalization(mean, std)
-    source = open_source(data, size=size)
+    source = open_source(data, size=size, order=order)
     model, report = import_checkpoint(
         checkpoint,
         net=net,

@@ -2,8 +2,8 @@
 
 No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and
 gradient of its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number
-of classes. Without it nothing is timed. Before a call is captured in a CUDA graph, one like it, with tensors of the same
-alignment, must have compiled its kernel.
+of classes. Without it nothing is timed. Before a call is captured in a CUDA graph, one like it, whose tensors have the
+same alignment, must have compiled its kernel.
 """
 
 from __future__ import annotations
