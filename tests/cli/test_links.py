@@ -42,7 +42,7 @@ def unchanged(victim: Path) -> bool:
 def commands(tiny: Path, teacher: Path, out: Path) -> dict[str, tuple[object, ...]]:
     training = ("--data", tiny, "--net", "resnet8", "--epochs", 1, "--batch-size", 20)
     return {
-        "distill": ("distill", *training, "--alpha", 0, "--tensorboard", "--out", out),
+        "distill": ("distill", *training, "--alpha", 0, "--out", out),
         "train": ("teacher", "train", *training, "--out", out.with_suffix("")),
         "dynamics": ("dynamics", *training, "--out", out),
         "cache": ("cache", "--data", tiny, "--teacher", teacher, "--views", 1, "--out", out),
