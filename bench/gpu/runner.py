@@ -54,7 +54,7 @@ def run(
             env=environment,
             cwd=folder,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_prepare,
         )
         try:
             code, cut = process.wait(seconds), False
@@ -82,7 +82,11 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end the command when the queue is killed, so that a second queue has the GPU to itself."""
+def _prepare() -> None:
+    """Let the command heed SIGINT, which a shell's background ignores, and end when the queue is killed.
+
+    A second queue then has the GPU to itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

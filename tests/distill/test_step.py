@@ -1,6 +1,7 @@
 """A training step on a GPU waits for nothing and copies nothing from the CPU. Meta tensors show it without a GPU."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdfast.data import views as views_module
 from kdfast.distill import targets as targets_module
 from kdfast.distill.batches import Batch
 from kdfast.distill.config import Execution
@@ -53,6 +55,9 @@ def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
 ) -> None:
     monkeypatch.setattr(targets_module, "fits_in_memory", lambda size, device: True)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    # Caches of their own, which other tests on meta tensors must not see.
+    monkeypatch.setattr(views_module, "_affine", functools.cache(views_module._affine.__wrapped__))
+    monkeypatch.setattr(backends, "_resolve", functools.cache(backends._resolve.__wrapped__))
     for op in ("kd_loss", "views"):
         monkeypatch.setitem(backends.TABLE, (op, "meta"), ("triton",))
     targets = TeacherTargets(cache=cache) if alpha else TeacherTargets()
