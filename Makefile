@@ -10,7 +10,7 @@ EMULATION := $(wildcard $(addprefix tests/cuda_emulation/,*.cpp *.cu *.h */*.h))
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
-.PHONY: demo test test-slow test-matrix docs lint format bench cuda-check gpu setup clean
+.PHONY: demo test test-slow test-matrix sanitize docs lint format bench cuda-check gpu setup clean
 
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
@@ -25,6 +25,10 @@ test-slow: setup
 # Builds and tests the operators with other interpreters, torch versions and compilers; see the top of the script.
 test-matrix:
 	bash .ci/matrix.sh
+
+# Runs the operators' tests on kernels built with the address and undefined-behavior sanitizers.
+sanitize: setup
+	PYTHON=$(BIN)/python bash .ci/sanitize.sh
 
 # Warnings are errors: a broken link or docstring fails the build.
 docs: setup
