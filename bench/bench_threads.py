@@ -20,7 +20,8 @@ from harness import table, write_results
 SETTINGS = {
     "threads spin": {"OMP_WAIT_POLICY": "ACTIVE"},
     "OpenMP's default": {},
-    "threads sleep (kdfast's default)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "threads sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "threads spin briefly (kdfast's default)": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 
