@@ -21,6 +21,7 @@ __all__ = [
     "is_legacy_batched",
     "is_plain_eager",
     "no_dispatch_modes",
+    "no_torch_function",
     "saved_tensors_are_hooked",
     "storage_use_count",
     "tracing_state",
@@ -47,6 +48,9 @@ backward_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph
 
 no_dispatch_modes: Callable[[], Any] = torch._C._DisableTorchDispatch
 """Context manager that hides tensors from dispatch modes, such as fake-tensor mode."""
+
+no_torch_function: Callable[[], Any] = torch._C.DisableTorchFunction
+"""Context manager that hides operations from function modes."""
 
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)

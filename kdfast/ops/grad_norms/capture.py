@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
+from kdfast.ops._torch_compat import no_torch_function
 from kdfast.ops.grad_norms.factors import GradFactors
 from kdfast.ops.grad_norms.layers import find_formula, is_per_channel, may_be_sample_axis, trainable_parameters
 from kdfast.ops.grad_norms.operations.axes import SampleAxis, axis_between
@@ -207,7 +208,7 @@ def _recording_hook(name: str, calls: list[LayerCall], n: int, expand: bool) -> 
                 f"layer {name!r} ran without gradients (torch.no_grad, or reentrant checkpointing) though it is "
                 "trainable: freeze it with requires_grad_(False), or enable gradients"
             )
-        with torch._C.DisableTorchFunction():  # recording is no operation of the model
+        with no_torch_function():  # recording is no operation of the model
             expanded = expand and n > 1 and has_batch_of_one(x.shape, out.shape)
             if expanded:
                 out = out.expand(n, *out.shape[1:]).clone()
