@@ -90,8 +90,8 @@ class DataFile(Struct):
     sha256: Sha256
 
 
-class BetonRecord(Struct):
-    """data.json of version 2. `files` is empty while a conversion is under way."""
+class BetonFacts(Struct):
+    """What both versions of data.json hold."""
 
     format: str
     classes: Annotated[list[str], Meta(min_length=1)]
@@ -99,18 +99,17 @@ class BetonRecord(Struct):
     jpeg_quality: int | None
     origin: Sha256 | None
     fingerprint: Sha256 | None
+
+
+class BetonRecord(BetonFacts):
+    """data.json of version 2. `files` is empty while a conversion is under way."""
+
     files: dict[str, DataFile]
 
 
-class BetonRecord1(Struct):
+class BetonRecord1(BetonFacts):
     """data.json of version 1: of each file, its size in bytes and time of modification in nanoseconds."""
 
-    format: str
-    classes: Annotated[list[str], Meta(min_length=1)]
-    views: Json
-    jpeg_quality: int | None
-    origin: Sha256 | None
-    fingerprint: Sha256 | None
     files: dict[str, Annotated[list[int], Meta(min_length=2, max_length=2)]]
 
 
