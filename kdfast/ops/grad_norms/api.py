@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from kdfast.errors import DataError, UsageError
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.grad_norms.batch_axis import Batch
-from kdfast.ops.grad_norms.capture import run_backward
 from kdfast.ops.grad_norms.dispatch import METHODS, squared_norms
 from kdfast.ops.grad_norms.fallback import FALLBACKS, Fallback
-from kdfast.ops.grad_norms.forward import Forward, record_forward
 from kdfast.ops.grad_norms.layers import reject_unsuitable_layers
 from kdfast.ops.grad_norms.objective import Loss, Objective
+from kdfast.ops.grad_norms.recording.batch_axis import Batch
+from kdfast.ops.grad_norms.recording.capture import run_backward
+from kdfast.ops.grad_norms.recording.forward import Forward, record_forward
 from kdfast.ops.grad_norms.tied_weights import SquaredNormAccumulator, SquaredNorms
 from kdfast.ops.kd_loss.call import TopKTeacher
 from kdfast.ops.model_inputs import check_inputs, count_samples, unchanged_buffers, unwrap

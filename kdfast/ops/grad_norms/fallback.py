@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import ShapeError, UsageError
-from kdfast.ops.grad_norms.batch_axis import Batch, RngSnapshot
+from kdfast.ops.grad_norms.recording.batch_axis import Batch, RngSnapshot
 from kdfast.ops.grad_norms.reference import iter_chunks
 from kdfast.ops.model_inputs import batched_tensors, call_model, replace_tensors
 

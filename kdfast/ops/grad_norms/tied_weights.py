@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops.grad_norms.capture import Call
 from kdfast.ops.grad_norms.factors import DenseGrad, Embedding, GradFactors, OuterProduct
 from kdfast.ops.grad_norms.operations.recompute import NotSeparable
+from kdfast.ops.grad_norms.recording.capture import Call
 from kdfast.ops.grad_norms.reference import iter_chunks, materialize
 
 __all__ = ["SquaredNormAccumulator", "SquaredNorms", "squared_norms_of_sum"]

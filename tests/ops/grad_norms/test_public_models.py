@@ -90,9 +90,9 @@ def test_language_models_without_a_classifier(name):
 
 
 def test_vmap_with_an_attention_mask():
-    from kdfast.ops.grad_norms.batch_axis import Batch
     from kdfast.ops.grad_norms.fallback import squared_norms_vmap
     from kdfast.ops.grad_norms.objective import Objective
+    from kdfast.ops.grad_norms.recording.batch_axis import Batch
 
     model = make_text("Llama").eval()
     batch, y = text()

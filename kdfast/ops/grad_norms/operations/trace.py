@@ -20,13 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from kdfast.errors import ShapeError, UsageError
-from kdfast.ops.grad_norms.capture import Call, LazyFactors
 from kdfast.ops.grad_norms.factors import Derived, GradFactors
 from kdfast.ops.grad_norms.operations.axes import SampleAxis, axis_between, find_axis
 from kdfast.ops.grad_norms.operations.graph import Edge, Node, bypassing_parameters
 from kdfast.ops.grad_norms.operations.operation import Operation, iter_tensors, name_of
 from kdfast.ops.grad_norms.operations.recompute import NotSeparable
 from kdfast.ops.grad_norms.operations.rules import factors_of
+from kdfast.ops.grad_norms.recording.capture import Call, LazyFactors
 
 __all__ = ["Axes", "LoggedOperation", "OperationCall", "OperationTracer", "plan_between"]
 

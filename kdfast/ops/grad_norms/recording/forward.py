@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
-from kdfast.ops.grad_norms.batch_axis import (
+from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
+from kdfast.ops.grad_norms.operations.axes import SampleAxis
+from kdfast.ops.grad_norms.operations.graph import Node
+from kdfast.ops.grad_norms.operations.trace import Axes, LoggedOperation, plan_between
+from kdfast.ops.grad_norms.recording.batch_axis import (
     Batch,
     RngSnapshot,
     Run,
@@ -22,11 +26,7 @@ from kdfast.ops.grad_norms.batch_axis import (
     mixes_samples,
     not_the_samples,
 )
-from kdfast.ops.grad_norms.capture import Call, LayerCall, calls_in_graph, used_outside_calls
-from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
-from kdfast.ops.grad_norms.operations.axes import SampleAxis
-from kdfast.ops.grad_norms.operations.graph import Node
-from kdfast.ops.grad_norms.operations.trace import Axes, LoggedOperation, plan_between
+from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, calls_in_graph, used_outside_calls
 
 __all__ = ["Forward", "record_forward"]
 

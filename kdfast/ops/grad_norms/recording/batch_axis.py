@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
-from kdfast.ops.grad_norms.capture import Call, LayerCall, has_batch_of_one, record_calls
 from kdfast.ops.grad_norms.objective import Objective
 from kdfast.ops.grad_norms.operations.trace import Axes, OperationTracer
+from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, has_batch_of_one, record_calls
 from kdfast.ops.model_inputs import batched_tensors, call_model, iter_tensors, select_samples
 
 __all__ = [
