@@ -94,6 +94,10 @@ class Distributed:
         if self.world_size == 1:
             yield
             return
+        # Imported later, by DistributedDataParallel, this module would keep the group alive in default arguments of its
+        # functions, and the group's threads would outlive the interpreter, which now and then aborts the process.
+        import torch.distributed.nn
+
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)

@@ -74,6 +74,10 @@ def shard_loss(net: nn.Module, batch: Batch, shard: slice) -> Tensor:
 
 def run_worker(rank: int, processes: int, folder: str) -> None:
     """Compute the gradient of one step on this process's shard, and save it in the first process."""
+    # Imported later, by DistributedDataParallel, this module would keep the group alive in default arguments of its
+    # functions, and the group's threads would outlive the interpreter, which now and then aborts the process.
+    import torch.distributed.nn
+
     # Under torchrun, init_process_group("gloo") suffices.
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     batch = make_batch()

@@ -133,3 +133,33 @@ def test_processes_look_for_a_stop_every_twenty_steps_and_when_they_log(
         assert loop.metrics is not None
         loop.metrics.close()
     assert asked == [20, 33, 40, 60]
+
+
+_GROUP_OF_TWO = """
+import os, pathlib, sys
+import torch
+from kdfast.distill.distributed import Distributed
+
+ranks = Distributed.from_environment()
+device = torch.device("cpu")
+
+
+def train():
+    with ranks.process_group(device):
+        ranks.wrap(torch.nn.Linear(3, 2), device)(torch.ones(4, 3)).sum().backward()
+        ranks.barrier()
+
+
+train()
+names = {(task / "comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()}
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads in /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "group.py"
+    script.write_text(_GROUP_OF_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
