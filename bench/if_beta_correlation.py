@@ -20,6 +20,7 @@ import torch
 from harness import write_results
 from scipy.stats import spearmanr
 
+from kdfast.data.holdout import hold_out
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
 from kdfast.data.subset import write_subset
@@ -30,7 +31,6 @@ from kdfast.distill.plan import InputPaths, plan_run
 from kdfast.distill.train import train
 from kdfast.prune.if_beta.estimators import Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-from kdfast.prune.if_beta.inputs import hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 from kdfast.prune.if_beta.proxy import PROXIES, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS

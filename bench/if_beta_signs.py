@@ -19,8 +19,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import kdfast
+from kdfast.data.holdout import hold_out
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta.inputs import hold_out
 from kdfast.prune.if_beta.scores import HeadInputs, removal
 from kdfast.prune.scores.influence import DEFAULT_L2
 from kdfast.teacher.cache import TeacherCache

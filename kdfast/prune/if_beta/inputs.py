@@ -1,4 +1,4 @@
-"""Checks of a search's inputs, and the split of the training set into a pool and a held-out set."""
+"""Checks of a search's inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.arrays import as_values
-from kdfast.data.stateless_random import IntArray, Purpose, hash64
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, ShapeError, SubsetError
 from kdfast.ops.softmax_head.validation import as_tensor as share_memory
 from kdfast.prune.rules.base import FloatArray
@@ -81,43 +81,3 @@ def check_scores(values: npt.ArrayLike, count: int) -> FloatArray:
     if values.min() == values.max():
         raise DataError(f"all {count} scores equal {values[0]:.6g}: ranks need different scores; use another score")
     return values
-
-
-def hold_out(
-    labels: IntArray, classes: int, *, share: float = 0.05, least: int = 20, seed: int = 0
-) -> tuple[IntArray, IntArray]:
-    """Split the training set into a pool to draw subsets from and a held-out set to evaluate proxies on.
-
-    The test split takes no part. The teacher was trained on the held-out samples too; the reward measures how well the
-    teacher's function transfers to them through a proxy that was not.
-
-    Args:
-        labels: int64 (N,), classes in [0, C).
-        classes: C.
-        share: Share of each class to hold out, in (0, 0.5].
-        least: Minimum number of samples to hold out of each class, but never more than half of it; a class with one
-            sample keeps it in the pool.
-        seed: Seed of the split.
-
-    Returns:
-        The pool and the held-out set: positions, int64, ascending, disjoint; their union is the training set.
-
-    Raises:
-        DataError: No class has two samples, or a label is outside [0, C).
-    """
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise DataError(
-            f"labels range from {labels.min()} to {labels.max()}: the teacher has the classes 0 to {classes - 1}; use "
-            "a teacher of this data"
-        )
-    sizes = np.bincount(labels, minlength=classes)
-    if sizes.max() < 2:
-        raise DataError(
-            "every class has a single training sample, and one must be held out of a class of two: use another method"
-        )
-    counts = np.minimum(np.maximum(np.ceil(share * sizes).astype(np.int64), least), sizes // 2)
-    keys = hash64(Purpose.HOLDOUT, seed, np.arange(len(labels), dtype=np.int64))
-    order = np.lexsort((keys, labels))
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    held_out = np.sort(np.concatenate([order[s : s + n] for s, n in zip(starts, counts, strict=True)]))
-    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), held_out), held_out

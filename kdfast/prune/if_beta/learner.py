@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from kdfast.data.arrays import as_labels
+from kdfast.data.holdout import hold_out
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError, look_up, unknown_name
@@ -24,7 +25,7 @@ from kdfast.progress import Progress
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
-from kdfast.prune.if_beta.inputs import as_tensor, check_fraction, check_inputs, check_scores, hold_out
+from kdfast.prune.if_beta.inputs import as_tensor, check_fraction, check_inputs, check_scores
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS, Reward

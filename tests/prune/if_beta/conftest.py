@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.prune.if_beta.inputs import hold_out
+from kdfast.data.holdout import hold_out
 
 
 class Cloud(NamedTuple):

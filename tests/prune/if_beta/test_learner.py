@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.data.holdout import hold_out
 from kdfast.errors import DataError, DivergedError, OutputError, ShapeError, SubsetError, UsageError
 from kdfast.prune.if_beta import IFBeta
 from kdfast.prune.if_beta.command import distillation_seconds
 from kdfast.prune.if_beta.estimators import Estimate, ScoreFunction, Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-from kdfast.prune.if_beta.inputs import hold_out
 from kdfast.prune.if_beta.policy import StratifiedSampler
 from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS

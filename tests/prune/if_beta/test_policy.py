@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, rankdata
 
-from kdfast.errors import DataError, SubsetError
-from kdfast.prune.if_beta.inputs import hold_out
+from kdfast.errors import SubsetError
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 
 
@@ -106,32 +105,6 @@ def test_extreme_policies_stay_finite():
     for a, b in ((0.05, 50.0), (50.0, 0.05), (50.0, 50.0)):
         drawn = sampler.draw(a, b, sampler.gumbel(0, 0, 0))
         assert np.isfinite(sampler.log_probability_gradient(drawn, a, b)).all()
-
-
-def test_held_out_set_covers_every_class_and_is_disjoint_from_the_pool():
-    labels = np.repeat(np.arange(3), [1000, 60, 7])
-    pool, held = hold_out(labels, 3, seed=5)
-    assert np.bincount(labels[held]).tolist() == [50, 20, 3]
-    np.testing.assert_array_equal(np.sort(np.concatenate([pool, held])), np.arange(1067))
-    assert not np.array_equal(held, hold_out(labels, 3, seed=6)[1])
-
-
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_class_too_small_to_hold_out_stays_in_the_pool(size):
-    labels = np.repeat(np.arange(3), [10, size, 10])
-    pool, held = hold_out(labels, 3)
-    assert np.bincount(labels[pool], minlength=3).tolist() == [5, size, 5]
-    assert np.bincount(labels[held], minlength=3).tolist() == [5, 0, 5]
-
-
-def test_rejects_classes_of_single_samples():
-    with pytest.raises(DataError, match="single training sample"):
-        hold_out(np.arange(3), 3)
-
-
-def test_rejects_labels_unknown_to_the_teacher():
-    with pytest.raises(DataError, match="the teacher has the classes 0 to 1"):
-        hold_out(np.array([0, 1, 2] * 5), 2)
 
 
 def test_rejects_a_total_that_leaves_a_class_empty():

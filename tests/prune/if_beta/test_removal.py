@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 import kdfast
-from kdfast.prune.if_beta.inputs import hold_out
+from kdfast.data.holdout import hold_out
 from kdfast.prune.if_beta.scores import HeadInputs, absolute, removal
 from kdfast.prune.scores.influence import DEFAULT_L2
 
