@@ -3,11 +3,11 @@
 - `plan.json`: what to record (samples, epochs, digest of the labels, fingerprint of the data); written first.
 - `labels.npy`: int64 (N,).
 - `run-00/`, one folder per training run:
-    - `p_y.npy`, `margin.npy`, `el2n.npy`: float16 (E, N).
+    - `p_y.npy`, `margin.npy`, `el2n.npy`, `p_other.npy`: float16 (E, N); version 1 has no `p_other.npy`.
     - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample.
     - `mask.npy`: uint8 (ceil(N / 8),), one bit per sample: whether the run trained on it.
     - `features-0019.npy`: float32 (N, D), after that epoch.
-    - `epoch-0007.npz`: while recording, one epoch of the first four arrays, and the SHA-256 of its features.
+    - `epoch-0007.npz`: while recording, one epoch of these and of `correct`, and the SHA-256 of its features.
     - `sealed.json`: size and SHA-256 of the run's files; written once all epochs are recorded.
 - `manifest.json`: the plan and the seals of all runs; written last.
 """
@@ -27,7 +27,7 @@ from kdfast.files import is_plain_name, read_sealed, sha256_file
 from kdfast.files.validate import check_type
 
 FORMAT = "kdfast-dynamics"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 LABELS = "labels.npy"
@@ -36,8 +36,8 @@ CORRECT = "correct.npy"
 MASK = "mask.npy"
 # In the file of an epoch that has features: the SHA-256 of theirs.
 FEATURES_DIGEST = "features_sha256"
-# Recorded per sample and epoch as float16.
-METRICS = ("p_y", "margin", "el2n")
+# Recorded per sample and epoch as float16, by version of the format.
+METRICS = {1: ("p_y", "margin", "el2n"), VERSION: ("p_y", "margin", "el2n", "p_other")}
 
 
 def run_folder(run: int) -> str:

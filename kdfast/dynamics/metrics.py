@@ -73,8 +73,9 @@ def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any
         labels: int64 (B,), on the same device.
 
     Returns:
-        float16 (B,) each: `p_y` (probability of the label), `margin` (logit of the label minus the largest other logit,
-        clamped to the range of float16) and `el2n` (see `el2n`); and bool (B,) `correct`.
+        float16 (B,) each: `p_y` (probability of the label), `p_other` (largest probability of another class), `margin`
+        (logit of the label minus the largest other logit, clamped to the range of float16) and `el2n` (see `el2n`); and
+        bool (B,) `correct`.
     """
     rows = torch.arange(len(labels), device=logits.device)
     others = logits.clone()
@@ -82,6 +83,7 @@ def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any
     probabilities = torch.softmax(logits, dim=1)
     values = {
         "p_y": probabilities[rows, labels],
+        "p_other": probabilities.scatter(1, labels[:, None], 0).amax(dim=1),
         "margin": (logits[rows, labels] - others.amax(dim=1)).clamp(-_FLOAT16_MAX, _FLOAT16_MAX),
         "el2n": el2n(probabilities, labels),
     }

@@ -40,6 +40,7 @@ class Dynamics:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
+        self._version: int = manifest["version"]
         self.n: int = manifest["samples"]
         self.epochs: int = manifest["epochs"]
         self.runs: int = len(manifest["runs"])
@@ -75,7 +76,7 @@ class Dynamics:
         if not (folder / layout.MANIFEST).exists():
             raise DataError(_unfinished(folder))
         manifest = layout.read_sealed_json(folder / layout.MANIFEST, schemas.FormatVersion)
-        if (manifest["format"], manifest["version"]) != (layout.FORMAT, layout.VERSION):
+        if manifest["format"] != layout.FORMAT or manifest["version"] not in layout.METRICS:
             raise DataError(f"{folder} does not hold dynamics of this version of kdfast: record them again")
         check_type(manifest, schemas.DynamicsManifest, folder / layout.MANIFEST, advice=_RECORD_AGAIN)
         for run, files in enumerate(manifest["runs"]):
@@ -92,6 +93,14 @@ class Dynamics:
     def p_y(self, run: int) -> Float16Array:
         """Return the probability of the label, float16 (E, N), memory-mapped."""
         return self._metric(run, "p_y")
+
+    def p_other(self, run: int) -> Float16Array:
+        """Return the largest probability of a class other than the label, float16 (E, N), memory-mapped.
+
+        Raises:
+            UsageError: There is no such run, or the dynamics were recorded by a version of kdfast without it.
+        """
+        return self._metric(run, "p_other")
 
     def margin(self, run: int) -> Float16Array:
         """Return the logit of the label minus the largest other logit, float16 (E, N), memory-mapped."""
@@ -145,6 +154,11 @@ class Dynamics:
             )
 
     def _metric(self, run: int, name: str) -> Float16Array:
+        if name not in layout.METRICS[self._version]:
+            raise UsageError(
+                f"{self.path} was recorded by an earlier version of kdfast, without {name}: record again with kdfast "
+                "dynamics, to another folder"
+            )
         return self._array(run, f"{name}.npy", (self.epochs, self.n), np.float16)
 
     def _array(self, run: int, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:

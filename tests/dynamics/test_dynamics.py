@@ -48,13 +48,15 @@ def test_metrics_match_plain_loops(tmp_path):
                 one = np.zeros(C)
                 one[y] = 1
                 assert dynamics.p_y(run)[epoch, i] == pytest.approx(p[y], rel=1e-3, abs=1e-6)
+                other = max(p[k] for k in range(C) if k != y)
+                assert dynamics.p_other(run)[epoch, i] == pytest.approx(other, rel=1e-3, abs=1e-6)
                 margin = z[y] - max(z[k] for k in range(C) if k != y)
                 assert dynamics.margin(run)[epoch, i] == pytest.approx(margin, rel=1e-3, abs=1e-3)
                 assert dynamics.el2n(run)[epoch, i] == pytest.approx(np.sqrt(((p - one) ** 2).sum()), rel=1e-3)
                 assert dynamics.correct(run)[epoch, i] == (z.argmax() == y)
         assert dynamics.mask(run).all()
     assert np.array_equal(dynamics.features(1, 2), features_of(1, 2))
-    for array in (dynamics.p_y(0), dynamics.margin(0), dynamics.el2n(0)):
+    for array in (dynamics.p_y(0), dynamics.p_other(0), dynamics.margin(0), dynamics.el2n(0)):
         assert array.dtype == np.float16
         assert array.shape == (3, N)
         assert isinstance(array, np.memmap)
@@ -108,7 +110,7 @@ def test_recording_resumes_at_its_epoch(tmp_path):
             recorder.end_epoch()
             assert recorder.finished == (epoch == 2)
     record(tmp_path / "whole", runs=1)
-    for file in ("p_y.npy", "margin.npy", "el2n.npy", "correct.npy", "mask.npy", "sealed.json"):
+    for file in ("p_y.npy", "margin.npy", "el2n.npy", "p_other.npy", "correct.npy", "mask.npy", "sealed.json"):
         assert (tmp_path / "cut/run-00" / file).read_bytes() == (tmp_path / "whole/run-00" / file).read_bytes()
     assert (tmp_path / "cut/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
     assert not list((tmp_path / "cut").rglob("epoch-*"))
@@ -132,7 +134,7 @@ def test_rewind_discards_epochs(tmp_path):
 def test_resumes_a_kill_between_the_last_epoch_and_the_seal(tmp_path):
     record(tmp_path / "whole", runs=1)
     with DynamicsRecorder(tmp_path / "cut", N, LABELS, epochs=3) as recorder:
-        recorder._seal = lambda: None
+        recorder._complete = lambda: None
         for epoch in range(3):
             update_all(recorder, 0, epoch)
             recorder.end_epoch()
@@ -298,10 +300,10 @@ def test_rejects_another_version(tmp_path):
     from kdfast.files import read_sealed, write_sealed
 
     path = record(tmp_path / "dyn") / "manifest.json"
-    write_sealed(path, {**read_sealed(path), "version": 2})
+    write_sealed(path, {**read_sealed(path), "version": 3})
     with pytest.raises(DataError, match="version"):
         Dynamics.open(tmp_path / "dyn")
-    assert json.loads(path.read_text())["version"] == 2
+    assert json.loads(path.read_text())["version"] == 3
 
 
 def test_copied_folder_opens(tmp_path):

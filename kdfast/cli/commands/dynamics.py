@@ -70,7 +70,7 @@ def dynamics(
     from kdfast.distill.plan import LoadedInputs
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
-    from kdfast.dynamics.recorder import check_dynamics_folder
+    from kdfast.dynamics.plan import check_dynamics_folder
     from kdfast.nets.registry import build_net
 
     place = resolve_device(device)
@@ -94,7 +94,7 @@ def dynamics(
     source = open_source(data, size=size, order=order)
     if dry_run:
         build_net(net, len(source.classes))
-        bits = len(source.train) * (epochs // record_every) * runs * (3 * 16 + 1)
+        bits = len(source.train) * (epochs // record_every) * runs * (4 * 16 + 1)
         say(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
     inputs = LoadedInputs(

@@ -1,0 +1,129 @@
+"""The files of one run: an epoch at a time while recording, then sealed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdfast.dynamics import format as layout
+from kdfast.dynamics.plan import RecordingPlan
+from kdfast.dynamics.values import EpochValues
+from kdfast.errors import DataError, UsageError
+from kdfast.files import FolderLock, atomic_write, remove_stale, schemas, sha256_file, write_sealed
+from kdfast.files.arrays import read_npy, read_npz
+
+_HEADER_BYTES = 4096  # more than the header of an array of one epoch, or a digest
+
+
+class RunFiles:
+    """The folder of a run.
+
+    Args:
+        folder: The folder; locked by the caller.
+        plan: What the run records.
+    """
+
+    def __init__(self, folder: Path, plan: RecordingPlan) -> None:
+        self.folder, self._plan = folder, plan
+
+    @property
+    def sealed(self) -> bool:
+        """Whether all epochs are recorded and sealed."""
+        return (self.folder / layout.SEAL).exists()
+
+    def resume(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Write the mask of an unfinished run, or check it, and check the epochs that are recorded.
+
+        Args:
+            mask: bool (N,), the samples that the run trains on.
+
+        Returns:
+            The first epoch that is not recorded.
+
+        Raises:
+            UsageError: The run has another mask.
+            DataError: A file is damaged.
+        """
+        remove_stale(self.folder)
+        if self.sealed:
+            return self._plan.epochs
+        packed = np.packbits(mask)
+        path = self.folder / layout.MASK
+        if path.exists():
+            held = read_npy(path, shape=packed.shape, dtype=np.uint8, advice=self._record_again())
+            if not np.array_equal(held, packed):
+                raise UsageError(f"{self.folder} was started with another mask: choose another folder")
+        else:
+            _save(path, packed)
+        epoch = 0
+        while epoch < self._plan.epochs and (self.folder / layout.epoch_file(epoch)).exists():
+            self.read_epoch(epoch)
+            epoch += 1
+        return epoch
+
+    def write_epoch(self, epoch: int, values: EpochValues) -> None:
+        """Write an epoch; its file last, because that marks the epoch as recorded."""
+        packed: dict[str, Any] = {name: values.metrics[name] for name in self._plan.metrics}
+        packed["correct"] = np.packbits(values.metrics["correct"])
+        if values.features is not None:
+            path = self.folder / layout.features_file(epoch)
+            _save(path, values.features)
+            packed[layout.FEATURES_DIGEST] = np.array(sha256_file(path))
+        with atomic_write(self.folder / layout.epoch_file(epoch)) as file:
+            np.savez(file, **packed)
+
+    def read_epoch(self, epoch: int) -> dict[str, npt.NDArray[Any]]:
+        """Read an epoch of an unfinished run, and check its features.
+
+        Raises:
+            DataError: Its files are damaged.
+        """
+        path, n = self.folder / layout.epoch_file(epoch), self._plan.samples
+        arrays = read_npz(path, member_bytes=_HEADER_BYTES + 2 * n, advice=self._record_again())
+        wanted: dict[str, tuple[np.dtype[Any], tuple[int]]] = {
+            name: (np.dtype(np.float16), (n,)) for name in self._plan.metrics
+        }
+        wanted["correct"] = (np.dtype(np.uint8), (-(-n // 8),))
+        if any(name not in arrays or (arrays[name].dtype, arrays[name].shape) != wanted[name] for name in wanted):
+            raise DataError(f"{path} does not hold an epoch of {n} samples: {self._record_again()}")
+        features = self.folder / layout.features_file(epoch)
+        # Recorders of earlier versions wrote no digest of the features.
+        if layout.FEATURES_DIGEST in arrays and str(arrays[layout.FEATURES_DIGEST]) != sha256_file(features):
+            raise DataError(f"{features} is damaged: {self._record_again()}")
+        return arrays
+
+    def discard_epochs(self, first: int = 0) -> None:
+        """Remove the files of the epochs from `first` on."""
+        for epoch in range(first, self._plan.epochs):
+            (self.folder / layout.epoch_file(epoch)).unlink(missing_ok=True)
+
+    def seal(self) -> None:
+        """Join the epochs into the final arrays and write the seal."""
+        epochs = [self.read_epoch(epoch) for epoch in range(self._plan.epochs)]
+        for name in (*self._plan.metrics, "correct"):
+            _save(self.folder / f"{name}.npy", np.stack([epoch[name] for epoch in epochs]))
+        names = [f"{name}.npy" for name in self._plan.metrics] + [layout.CORRECT, layout.MASK]
+        names += [layout.features_file(epoch) for epoch in self._plan.feature_epochs]
+        write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
+
+    def _record_again(self) -> str:
+        return f"remove {self.folder} to record that run again"
+
+
+def write_manifest(path: Path, runs: int) -> None:
+    """Write the manifest of a folder if all of its runs are sealed."""
+    seals = [path / layout.run_folder(run) / layout.SEAL for run in range(runs)]
+    if not all(seal.exists() for seal in seals):
+        return
+    with FolderLock(path):
+        plan = layout.read_sealed_json(path / layout.PLAN, schemas.DynamicsPlan)
+        files = [layout.read_sealed_json(seal, schemas.RunSeal)["files"] for seal in seals]
+        write_sealed(path / layout.MANIFEST, {**plan, "runs": files})
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    with atomic_write(path) as file:
+        np.save(file, array)
