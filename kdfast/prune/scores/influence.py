@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import numpy as np
 import torch
 
@@ -29,7 +31,15 @@ OPTIONS = {
     "polish": Option(
         "yes", "train the head to its optimum first, or use the teacher's head (no)", choices=("yes", "no")
     ),
+    "alpha": Option(0.0, "weight of the teacher in the training loss (1 - alpha) CE + alpha T^2 KL", low=0, high=1),
+    "temperature": Option(4.0, "temperature T of the teacher's term", low=1e-3, high=1e3),
 }
+
+
+class _Distillation(TypedDict, total=False):
+    teacher: torch.Tensor
+    alpha: float
+    temperature: float
 
 
 def influence(inputs: ScoreInputs) -> ScoreResult:
@@ -43,7 +53,12 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
     every class, in two halves. The head is trained and differentiated twice, each time without one half, on which it is
     then validated. A sample outside both halves has two effects, and its score is their mean; a sample in one half has
     the effect found when the other half validated.
+    A class of one sample is never held out, so the loss is not validated on it.
     `self` needs no validation, so the head sees all samples. It solves one system per sample, hence forms the Hessian.
+
+    The head's training loss is the cross-entropy or, with `alpha` above 0, the distillation loss (1 - alpha) CE +
+    alpha T^2 KL with the cached logits as the teacher's; `self` is then the rise of that loss. The validation loss is
+    the cross-entropy always. At the teacher's own head (`polish=no`) the gradient of the teacher's term is zero.
 
     A head trained by SGD is not at its optimum, so by default it is first trained to its optimum on the cached features
     and the labels of the data. At the optimum the gradients of the training samples sum to zero up to the penalty, and
@@ -64,7 +79,7 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
     for half in halves:
         trained = np.setdiff1d(np.arange(len(inputs.labels)), half)
         # The optimum is unique, and the second head is close to the first: start from the first.
-        weights = _head(inputs, features[trained], inputs.labels[trained], weights)
+        weights = _head(inputs, features[trained], logits[trained], inputs.labels[trained], weights)
         total[trained] += _removal(inputs, features, logits, weights, trained, half)
         count[trained] += 1
     effect = total / count
@@ -74,7 +89,8 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
 def draw_holdout(labels: IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
     """Draw two disjoint validation sets, each with the same number of samples from every class that has enough.
 
-    A class with too few gives up at most half of its samples less one to each set, so that one is left to train on.
+    Of a class with too few, at least one sample stays outside both sets; but a class of two samples gives one to each
+    set, so that a head trained without one set has seen it. A class of one sample stays outside.
 
     Args:
         labels: int64 (N,).
@@ -85,14 +101,15 @@ def draw_holdout(labels: IntArray, share: float, seed: int) -> tuple[IntArray, I
         Two int64 arrays of ascending indices.
 
     Raises:
-        DataError: No class has three samples.
+        DataError: Every class has one sample.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    each = np.minimum(max(1, round(share * len(labels) / len(classes) / 2)), (sizes - 1) // 2)
+    most = np.where(sizes == 2, 1, (sizes - 1) // 2)
+    each = np.minimum(max(1, round(share * len(labels) / len(classes) / 2)), most)
     if not each.any():
         raise DataError(
-            "influence on a validation loss needs a class with three samples, one to train on and two to hold out: "
-            "use the score's option kind=self, which holds out none"
+            "every class has a single training sample, and influence on a validation loss holds one out of a class of "
+            "two: use the score's option kind=self, which holds out none"
         )
     order = np.argsort(hash64(Purpose.HOLDOUT, seed, np.arange(len(labels), dtype=np.int64)), kind="stable")
     drawn = [order[labels[order] == label][: 2 * count] for label, count in zip(classes, each, strict=True)]
@@ -129,31 +146,50 @@ def _removal(
         _tensor(labels[held], inputs),
         l2=inputs.number("l2"),
         method="cg",
+        **_distillation(inputs, logits[trained]),
     )
     return _array(effect)
 
 
 def _self_influence(inputs: ScoreInputs, features: Float32Array, logits: Float32Array) -> FloatArray:
-    weights = _head(inputs, features, inputs.labels)
+    weights = _head(inputs, features, logits, inputs.labels)
     effect = head_self_influence(
         _rows(features, inputs),
         _logits(inputs, features, logits, weights),
         _tensor(inputs.labels, inputs),
         l2=inputs.number("l2"),
+        **_distillation(inputs, logits),
     )
     return _array(effect)
 
 
 def _head(
-    inputs: ScoreInputs, features: Float32Array, labels: IntArray, start: torch.Tensor | None = None
+    inputs: ScoreInputs,
+    features: Float32Array,
+    logits: Float32Array,
+    labels: IntArray,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Return the head's optimal weights (C, D + 1), or None for the teacher's own head."""
     if inputs.options["polish"] == "no":
         return None
     # For a few solves use conjugate gradients: the Hessian takes minutes to build at 100 classes.
     return head_newton(
-        _rows(features, inputs), _tensor(labels, inputs), l2=inputs.number("l2"), init=start, method="cg"
+        _rows(features, inputs),
+        _tensor(labels, inputs),
+        l2=inputs.number("l2"),
+        init=start,
+        method="cg",
+        **_distillation(inputs, logits),
     )
+
+
+def _distillation(inputs: ScoreInputs, logits: Float32Array) -> _Distillation:
+    """Return the arguments of the head's operators for the teacher's term of the training loss; none without it."""
+    alpha = inputs.number("alpha")
+    if alpha == 0:
+        return {}
+    return {"teacher": _tensor(logits, inputs), "alpha": alpha, "temperature": inputs.number("temperature")}
 
 
 def _logits(
