@@ -130,6 +130,8 @@ def _inputs(needs: frozenset[str]) -> str:
 
 
 def _values(option: Option) -> str:
+    if option.span:
+        return "FIRST..LAST"
     return "|".join(option.choices) or ("INTEGER" if option.integer else "NUMBER")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Option:
         high: Largest number allowed.
         integer: Whether the number must be an integer.
         choices: Allowed values, if the option is not a number.
+        span: Whether the value is a range of whole numbers, the text `first..last`; `low` and `high` bound both ends.
     """
 
     default: OptionValue
@@ -30,12 +32,15 @@ class Option:
     high: float = math.inf
     integer: bool = False
     choices: tuple[str, ...] = ()
+    span: bool = False
 
     @property
     def values_text(self) -> str:
         """The allowed values, for messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        if self.span:
+            return f"first..last, two whole numbers from {self.low:g} to {self.high:g}, as in 1..10"
         return f"{'a whole number' if self.integer else 'a number'} from {self.low:g} to {self.high:g}"
 
     def parse(self, name: str, value: OptionValue) -> OptionValue:
@@ -46,7 +51,7 @@ class Option:
             value: The value; None stays None.
 
         Raises:
-            UsageError: The value is not one of the choices, not a number, or out of range.
+            UsageError: The value is not one of the choices, not a number or range, or out of range.
         """
         if value is None:
             return None
@@ -54,6 +59,11 @@ class Option:
             if value not in self.choices:
                 raise UsageError(f"option {name}={value}: must be {self.values_text}")
             return value
+        if self.span:
+            numbers = read_span(value) if re.fullmatch(r"\d+\.\.\d+", str(value)) else range(0)
+            if not numbers or not self.low <= numbers[0] <= numbers[-1] <= self.high:
+                raise UsageError(f"option {name}={value}: must be {self.values_text}")
+            return f"{numbers[0]}..{numbers[-1]}"
         try:
             number = float(value)
         except ValueError:
@@ -61,6 +71,12 @@ class Option:
         if not self.low <= number <= self.high or (self.integer and number != int(number)):
             raise UsageError(f"option {name}={value}: must be {self.values_text}")
         return int(number) if self.integer else number
+
+
+def read_span(value: OptionValue) -> range:
+    """Return the numbers of a range `first..last`, both ends included; the value of an option with `span`."""
+    first, last = str(value).split("..")
+    return range(int(first), int(last) + 1)
 
 
 def complete_options(

@@ -3,7 +3,7 @@
 import pytest
 
 from kdfast.errors import UsageError
-from kdfast.prune.options import Option, complete_options, parse_options
+from kdfast.prune.options import Option, complete_options, parse_options, read_span
 from kdfast.prune.rules.registry import RULES
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.selectors import SELECTORS
@@ -48,6 +48,16 @@ def test_rejects_unknown_options_and_bad_values() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             complete_options("twins", options, given)
+
+
+def test_parses_ranges_of_whole_numbers() -> None:
+    options = {"epochs": Option(None, "automatic: one", low=1, high=20, span=True)}
+    assert complete_options("twins", options, {}) == {"epochs": None}
+    assert complete_options("twins", options, {"epochs": "01..10"}) == {"epochs": "1..10"}
+    assert list(read_span("3..5")) == [3, 4, 5]
+    for bad in ("10", 10, "0..4", "4..3", "1..21", "1-10", "1..", "a..b", "1.5..2", "1..2..3", " 1..2"):
+        with pytest.raises(UsageError, match=r"must be first..last, two whole numbers from 1 to 20, as in 1..10"):
+            complete_options("twins", options, {"epochs": bad})
 
 
 def test_parses_name_value_texts() -> None:

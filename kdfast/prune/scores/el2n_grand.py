@@ -12,9 +12,10 @@ from kdfast.dynamics.metrics import el2n
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
 from kdfast.ops.grad_norms import grad_norms
-from kdfast.prune.options import Option
+from kdfast.prune.options import Option, OptionValue, read_span
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import (
+    HOW_TO_GET,
     USE,
     Float32Array,
     ScoreInputs,
@@ -37,10 +38,18 @@ _EPOCH = Option(
     high=1e6,
     integer=True,
 )
-EL2N_OPTIONS = {"use": USE, "epoch": _EPOCH}
+_EPOCHS = Option(
+    None,
+    "range of epochs over which the score is summed, instead of epoch; automatic: only one epoch. CCS and D2: 1..10",
+    low=1,
+    high=1e6,
+    span=True,
+)
+EL2N_OPTIONS = {"use": USE, "epoch": _EPOCH, "epochs": _EPOCHS}
 GRAND_OPTIONS = {
     "use": USE,
     "epoch": _EPOCH,
+    "epochs": _EPOCHS,
     "network": Option(
         "head",
         "weights to differentiate: the classifier's, in closed form (head), or all of the teacher network (full)",
@@ -52,16 +61,25 @@ GRAND_OPTIONS = {
 def el2n_score(inputs: ScoreInputs) -> ScoreResult:
     """||softmax(z) - onehot(y)||: the mean over the runs of the dynamics, or the teacher's.
 
-    The default epoch is the 20th, or the last if there are fewer. The paper averages at least ten runs.
+    The default epoch is the 20th, or the last if there are fewer. The paper averages at least ten runs. `epochs` sums
+    over several epochs of each run, as the public codes of CCS and D2 do over the first ten.
 
     Source:
         Paul et al., Deep Learning on a Data Diet, NeurIPS 2021, definition 2.
     """
-    if not use_dynamics(inputs, "el2n"):
+    if not _use_dynamics(inputs, "el2n"):
         return ScoreResult(compute_el2n(require_logits(inputs, "el2n"), inputs.labels))
     dynamics = require_dynamics(inputs, "el2n")
-    epoch = _epoch(inputs, dynamics, range(1, dynamics.epochs + 1))
-    return ScoreResult(average_over_runs(dynamics, lambda run: dynamics.el2n(run)[epoch - 1]), used={"epoch": epoch})
+    epochs, used = _epochs(inputs, dynamics, range(1, dynamics.epochs + 1))
+
+    def errors(run: int) -> FloatArray:
+        recorded = dynamics.el2n(run)
+        total = np.zeros(dynamics.n)
+        for epoch in epochs:
+            total += recorded[epoch - 1]
+        return total
+
+    return ScoreResult(average_over_runs(dynamics, errors), used=used)
 
 
 def grand(inputs: ScoreInputs) -> ScoreResult:
@@ -69,7 +87,8 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
 
     For the weights and bias of the classifier it is ||softmax(z) - onehot(y)|| sqrt(1 + ||h||^2), where h are the
     features that enter the classifier: a closed form, so the norm does not depend on a batch. From dynamics it is the
-    mean over runs, by default at the epoch nearest the 20th that has features; otherwise it is the teacher's.
+    mean over runs, by default at the epoch nearest the 20th that has features, or the sum over `epochs`, which must all
+    have features; otherwise it is the teacher's.
     `network=full` differentiates all weights of the given network on the unaugmented images.
 
     Source:
@@ -77,17 +96,20 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
     """
     if inputs.options["network"] == "full":
         return ScoreResult(_full_gradient_norms(inputs))
-    if not use_dynamics(inputs, "grand"):
+    if not _use_dynamics(inputs, "grand"):
         errors = compute_el2n(require_logits(inputs, "grand"), inputs.labels)
         return ScoreResult(errors * _norms_with_bias(require_features(inputs, "grand")))
     dynamics = require_dynamics(inputs, "grand")
-    epoch = _epoch(inputs, dynamics, [recorded + 1 for recorded in dynamics.feature_epochs])
+    epochs, used = _epochs(inputs, dynamics, [recorded + 1 for recorded in dynamics.feature_epochs])
 
     def norms(run: int) -> FloatArray:
-        errors: FloatArray = dynamics.el2n(run)[epoch - 1].astype(np.float64)
-        return errors * _norms_with_bias(dynamics.features(run, epoch - 1))
+        errors = dynamics.el2n(run)
+        total = np.zeros(dynamics.n)
+        for epoch in epochs:
+            total += errors[epoch - 1].astype(np.float64) * _norms_with_bias(dynamics.features(run, epoch - 1))
+        return total
 
-    return ScoreResult(average_over_runs(dynamics, norms), used={"epoch": epoch})
+    return ScoreResult(average_over_runs(dynamics, norms), used=used)
 
 
 def compute_el2n(logits: Float32Array, labels: IntArray) -> FloatArray:
@@ -112,18 +134,38 @@ def _norms_with_bias(features: npt.NDArray[np.float32]) -> FloatArray:
     return np.sqrt(1 + squares)
 
 
-def _epoch(inputs: ScoreInputs, dynamics: Dynamics, available: range | list[int]) -> int:
-    """Return the epoch given, or the available one nearest the paper's; counted from 1."""
-    asked = inputs.options["epoch"]
-    if asked is None and available:
-        return min(available, key=lambda epoch: abs(epoch - _PAPER_EPOCH))
-    if asked is None or int(asked) not in available:
+def _use_dynamics(inputs: ScoreInputs, method: str) -> bool:
+    """Return whether to read dynamics.
+
+    Raises:
+        UsageError: There are neither dynamics nor logits, or `epochs` is given and there are no dynamics to use.
+    """
+    from_dynamics = use_dynamics(inputs, method)
+    if inputs.options["epochs"] is not None and not from_dynamics:
+        raise UsageError(
+            f"option epochs={inputs.options['epochs']}: {method} of a teacher has no epochs; omit it, or use "
+            f"{HOW_TO_GET['dynamics']}"
+        )
+    return from_dynamics
+
+
+def _epochs(
+    inputs: ScoreInputs, dynamics: Dynamics, available: range | list[int]
+) -> tuple[range, dict[str, OptionValue]]:
+    """Return the epochs given, or the available one nearest the paper's, counted from 1; and the option to record."""
+    asked, span = inputs.options["epoch"], inputs.options["epochs"]
+    if asked is not None and span is not None:
+        raise UsageError(f"options epoch={asked} and epochs={span} exclude each other: pass one of them")
+    if asked is None and span is None and available:
+        asked = min(available, key=lambda epoch: abs(epoch - _PAPER_EPOCH))
+    epochs = range(int(asked or 0), int(asked or 0) + 1) if span is None else read_span(span)
+    if not set(epochs) <= set(available):
         held = f"{min(available)} to {max(available)}" if isinstance(available, range) else available or "none"
         raise UsageError(
-            f"{dynamics.path} has the required values after epochs {held}, not {asked}: use one of those, or record "
-            "again with kdfast dynamics, for more epochs or with features of other epochs"
+            f"{dynamics.path} has the required values after epochs {held}, not {asked or span}: use one of those, or "
+            "record again with kdfast dynamics, for more epochs or with features of other epochs"
         )
-    return int(asked)
+    return epochs, {"epoch": asked, "epochs": span}
 
 
 def _full_gradient_norms(inputs: ScoreInputs) -> FloatArray:
