@@ -12,7 +12,7 @@ import numpy as np
 from kdfast.data.stateless_random import Purpose, hash64, uniform
 from kdfast.errors import look_up
 from kdfast.prune.options import Option, complete_options
-from kdfast.prune.scores import el2n_grand, influence, moderate, trajectory
+from kdfast.prune.scores import el2n_grand, influence, memorization, moderate, trajectory, windows
 from kdfast.prune.scores.base import Score, ScoreInputs, ScoreResult, check_inputs, check_values
 
 _CACHE, _DYNAMICS = frozenset({"cache"}), frozenset({"dynamics"})
@@ -59,10 +59,10 @@ SCORES: dict[str, Score] = {
         options=el2n_grand.EL2N_OPTIONS,
     ),
     "memorization": Score(
-        trajectory.memorization,
+        memorization.memorization,
         "accuracy of runs that trained on the sample minus accuracy of runs that did not",
         _DYNAMICS,
-        options=trajectory.MEMORIZATION_OPTIONS,
+        options=memorization.OPTIONS,
     ),
     "moderate": Score(
         moderate.moderate,
@@ -79,14 +79,26 @@ SCORES: dict[str, Score] = {
         options={"score": Option("el2n", "score to start from", choices=("el2n", "aum", "forgetting"))},
     ),
     "dual": Score(
-        trajectory.dual,
+        windows.dual,
         "difficulty times uncertainty early in training",
         _DYNAMICS,
         rule="dual",
-        options=trajectory.DUAL_OPTIONS,
+        options=windows.DUAL_OPTIONS,
     ),
-    "ccs": Score(trajectory.aum, "the same as aum, but selected by the rule strata", _DYNAMICS, rule="strata"),
-    "aum": Score(trajectory.aum, "minus the area under the margin", _DYNAMICS),
+    "dyn-unc": Score(
+        windows.dyn_unc,
+        "how much the probability of the label varies within windows of epochs",
+        _DYNAMICS,
+        options=windows.DYN_UNC_OPTIONS,
+    ),
+    "ccs": Score(
+        trajectory.aum,
+        "the same as aum, but selected by the rule strata",
+        _DYNAMICS,
+        rule="strata",
+        options=trajectory.AUM_OPTIONS,
+    ),
+    "aum": Score(trajectory.aum, "minus the area under the margin", _DYNAMICS, options=trajectory.AUM_OPTIONS),
     "influence": Score(
         influence.influence,
         "change of a loss when the sample is removed from training, without retraining",

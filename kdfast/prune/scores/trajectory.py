@@ -1,4 +1,4 @@
-"""Scores from the trajectory of training: forgetting, area under the margin, DUAL, memorization.
+"""Scores from the trajectory of training: forgetting and the area under the margin.
 
 They are averaged over runs; a run counts for the samples it trained on.
 """
@@ -19,23 +19,17 @@ from kdfast.prune.scores.base import ScoreInputs, ScoreResult, require_dynamics
 FORGETTING_OPTIONS = {
     "never_learned": Option(
         "max",
-        "score of a sample that was never correct: above all others (max, the paper), or 0 (zero)",
-        choices=("max", "zero"),
+        "events of a run in which a sample was never correct: one for each epoch, above all others (max, the paper's "
+        "code), 0 (zero; CCS, D2, DUAL), or infinitely many, whatever the other runs say (infinite; Data Diet)",
+        choices=("max", "zero", "infinite"),
     )
 }
-DUAL_OPTIONS = {
-    "window": Option(10, "number of epochs per window", low=2, high=1e6, integer=True),
-    "first": Option(30, "number of epochs to use, from the first on", low=2, high=1e6, integer=True),
-}
-MEMORIZATION_OPTIONS = {
-    "epoch": Option(
-        None, "number of epochs after which accuracy is measured; automatic: all", low=1, high=1e6, integer=True
-    ),
-    "measure": Option(
-        "correct",
-        "what to average: correctness (correct, the paper), or the label's probability (p_y), which has less noise",
-        choices=("correct", "p_y"),
-    ),
+AUM_OPTIONS = {
+    "margin": Option(
+        "logit",
+        "what to subtract: logits (logit, Pleiss et al.), or probabilities (probability, the code of CCS and D2)",
+        choices=("logit", "probability"),
+    )
 }
 
 
@@ -69,9 +63,10 @@ def average_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np
 def forgetting(inputs: ScoreInputs) -> ScoreResult:
     """Number of epochs at which a sample is wrong that was correct one epoch earlier; mean over runs.
 
-    Samples that were never correct were never forgotten either. The paper ranks them as forgotten infinitely often;
-    here such a run counts E events, more than E epochs can hold. Several public implementations count 0, so that they
-    are pruned first: `never_learned=zero`.
+    Samples that were never correct were never forgotten either. The paper ranks them as forgotten infinitely often; its
+    code counts E events for such a run, more than E epochs can hold, and so does `never_learned=max`. The codes of CCS,
+    D2 and DUAL count 0, so that they are pruned first (`zero`). Data Diet's code counts infinitely many before it
+    averages over runs, so that a sample which any run never learned ranks above all others: `infinite`, as the score E.
 
     Source:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network Learning, ICLR 2019.
@@ -81,123 +76,39 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
         raise UsageError(
             f"forgetting compares epochs, but {dynamics.path} has only one: record more with kdfast dynamics"
         )
-    hardest = inputs.options["never_learned"] == "max"
+    never_learned = inputs.options["never_learned"]
+    events_if_never = {"max": float(dynamics.epochs), "zero": 0.0, "infinite": np.inf}[str(never_learned)]
 
     def events(run: int) -> FloatArray:
         correct = dynamics.correct(run)
         count: FloatArray = (correct[:-1] & ~correct[1:]).sum(axis=0).astype(np.float64)
-        if hardest:
-            count[~correct.any(axis=0)] = dynamics.epochs
+        count[~correct.any(axis=0)] = events_if_never
         return count
 
-    return ScoreResult(average_over_runs(dynamics, events))
+    mean = average_over_runs(dynamics, events)
+    return ScoreResult(np.where(np.isinf(mean), dynamics.epochs, mean))
 
 
 def aum(inputs: ScoreInputs) -> ScoreResult:
     """Minus the area under the margin: the mean over epochs of (largest other logit - logit of the label).
 
+    `margin=probability` subtracts probabilities instead. They bound a sample's share of each epoch to 1, so the two
+    rank confidently learned samples differently.
+
     Source:
         Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking, NeurIPS 2020, equation 1.
-        Zheng et al., Coverage-centric Coreset Selection for High Pruning Rates, ICLR 2023, divide it into strata.
+        Zheng et al., Coverage-centric Coreset Selection for High Pruning Rates, ICLR 2023, divide it into strata; their
+        code, and that of D2, accumulates probability margins.
     """
     dynamics = require_dynamics(inputs, "aum")
-    return ScoreResult(average_over_runs(dynamics, lambda run: -dynamics.margin(run).mean(axis=0, dtype=np.float64)))
+    of_logits = inputs.options["margin"] == "logit"
 
+    def area(run: int) -> FloatArray:
+        if of_logits:
+            margin: FloatArray = dynamics.margin(run).mean(axis=0, dtype=np.float64)
+        else:
+            p_y, p_other = (p.mean(axis=0, dtype=np.float64) for p in (dynamics.p_y(run), dynamics.p_other(run)))
+            margin = p_y - p_other
+        return -margin
 
-def dual(inputs: ScoreInputs) -> ScoreResult:
-    """Mean over windows of std(p_y) * (1 - mean p_y), in the first epochs of training.
-
-    Windows are all `window` consecutive epochs among the first `first`. The extra `mean_p` is the mean of p_y over the
-    first `first` epochs, for the rule `dual`. The standard deviation has the divisor `window`; another divisor would
-    scale all scores alike.
-
-    Source:
-        Cho et al., Lightweight Dataset Pruning without Full Training via Example Difficulty and Prediction
-        Uncertainty, ICML 2025, section 4.2.
-    """
-    dynamics = require_dynamics(inputs, "dual")
-    window = int(inputs.number("window"))
-    first = min(int(inputs.number("first")), dynamics.epochs)
-    if window > first:
-        raise UsageError(
-            f"dual needs {window} epochs for a window, but there are {first}: record more with kdfast dynamics, or "
-            "lower the option window"
-        )
-
-    def uncertainty(run: int) -> FloatArray:
-        p = dynamics.p_y(run)
-        total = np.zeros(dynamics.n)
-        for start in range(first - window + 1):
-            part = p[start : start + window].astype(np.float64)
-            total += part.std(axis=0) * (1 - part.mean(axis=0))
-        return total / (first - window + 1)
-
-    mean_p = average_over_runs(dynamics, lambda run: dynamics.p_y(run)[:first].mean(axis=0, dtype=np.float64))
-    return ScoreResult(average_over_runs(dynamics, uncertainty), {"mean_p": mean_p}, {"first": first})
-
-
-def memorization(inputs: ScoreInputs) -> ScoreResult:
-    """Accuracy on a sample of the runs that trained on it, minus that of the runs that did not.
-
-    P[h(x) = y | x in the run's subset] - P[h(x) = y | x not in it], estimated by the two means over runs. The extras
-    `inside` and `outside` are these means, and `stderr` is the standard error of their difference: sqrt(p (1 - p) / m)
-    on each side, with p = (k + 1) / (m + 2) for k hits in m runs, so that a few agreeing runs do not count as certain.
-    With `measure=p_y` it is the standard deviation over the side's runs, or 1/2 for a single run, over sqrt(m).
-
-    Source:
-        Feldman and Zhang, What Neural Networks Memorize and Why, NeurIPS 2020, equation 1. They use 2,000 to 4,000
-        runs on 70% of the data; with fewer runs, check the standard error.
-    """
-    dynamics = require_dynamics(inputs, "memorization")
-    asked = inputs.options["epoch"]
-    epoch = dynamics.epochs if asked is None else int(asked)
-    if epoch > dynamics.epochs:
-        raise UsageError(f"{dynamics.path} has {dynamics.epochs} epochs, not {epoch}: choose an earlier epoch")
-    soft = inputs.options["measure"] == "p_y"
-    sides = {name: _RunningMean(dynamics.n) for name in ("inside", "outside")}
-    for run in range(dynamics.runs):
-        hits = (dynamics.p_y(run) if soft else dynamics.correct(run))[epoch - 1].astype(np.float64)
-        trained = dynamics.mask(run)
-        sides["inside"].add(hits, trained)
-        sides["outside"].add(hits, ~trained)
-    for name, side in sides.items():
-        side.check_complete(name, dynamics)
-    inside, outside = sides["inside"], sides["outside"]
-    spread = np.sqrt(inside.variance(soft) + outside.variance(soft))
-    extras = {"stderr": spread, "inside": inside.mean, "outside": outside.mean}
-    return ScoreResult(inside.mean - outside.mean, extras, {"epoch": epoch})
-
-
-class _RunningMean:
-    """Mean of a value per sample over some of the runs, and the variance of that mean."""
-
-    def __init__(self, n: int) -> None:
-        self._count, self._sum, self._squares = np.zeros(n), np.zeros(n), np.zeros(n)
-
-    def add(self, values: FloatArray, samples: npt.NDArray[np.bool_]) -> None:
-        self._count += samples
-        self._sum += values * samples
-        self._squares += values**2 * samples
-
-    def check_complete(self, side: str, dynamics: Dynamics) -> None:
-        """Raise DataError unless every sample was counted."""
-        if not self._count.all():
-            missing = np.flatnonzero(self._count == 0)
-            raise DataError(
-                f"{len(missing)} of {dynamics.n} samples (for example {missing[0]}) were never {side} the subset that "
-                f"one of the {dynamics.runs} runs of {dynamics.path} trained on: record again with kdfast "
-                "dynamics: more runs, each of which trains on less than the whole training split, for example keep=0.7"
-            )
-
-    @property
-    def mean(self) -> FloatArray:
-        return self._sum / self._count
-
-    def variance(self, soft: bool) -> FloatArray:
-        """Return the variance of the mean, of probabilities (soft) or of hits."""
-        m = self._count
-        if not soft:
-            p = (self._sum + 1) / (m + 2)
-            return p * (1 - p) / m
-        sample_variance = np.maximum(self._squares - self._sum**2 / m, 0) / np.maximum(m - 1, 1)
-        return np.where(m > 1, sample_variance, 0.25) / m
+    return ScoreResult(average_over_runs(dynamics, area))
