@@ -150,7 +150,12 @@ def subset_size(n: int, fraction: float) -> int:
     return size
 
 
-def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "equal"] = "proportional") -> IntArray:
+def class_budgets(
+    labels: IntArray,
+    total: int,
+    mode: Literal["proportional", "equal"] = "proportional",
+    available: IntArray | None = None,
+) -> IntArray:
     """Return the number of samples to keep of each class, `total` in sum, at least one of each.
 
     "proportional": in proportion to the class sizes, by largest remainder; a class whose share rounds to none keeps one
@@ -162,6 +167,9 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
         labels: `(n,)` int64 from 0; the classes are 0 to the largest label.
         total: Samples to keep, in `[1, n]`.
         mode: "proportional" or "equal".
+        available: `(classes,)` int64, the samples that may be kept of each class: at least one of each class that has
+            samples, and at least `total` in sum. A class that has too few keeps all of these, and the others divide the
+            rest. None: all samples.
 
     Returns:
         `(classes,)` int64; 0 only for a class without samples.
@@ -180,7 +188,19 @@ def class_budgets(labels: IntArray, total: int, mode: Literal["proportional", "e
             f"keeping {total} of {len(labels)} samples leaves {classes - total} classes empty: keep at least "
             f"{classes}, one of each class, which is a `fraction` of {_round_up(classes / len(labels))}"
         )
-    return _equal_budgets(sizes, total) if mode == "equal" else _proportional_budgets(sizes, total)
+    if mode == "equal":
+        return _equal_budgets(sizes if available is None else available, total)
+    return _proportional_budgets(sizes, total) if available is None else _capped_budgets(sizes, total, available)
+
+
+def _capped_budgets(sizes: IntArray, total: int, available: IntArray) -> IntArray:
+    capped = np.zeros(len(sizes), np.bool_)
+    while True:
+        shared = _proportional_budgets(np.where(capped, 0, sizes), total - int(available[capped].sum()))
+        budgets = np.where(capped, available, shared)
+        if (budgets <= available).all():
+            return budgets
+        capped |= budgets > available  # the share of the others only grows, so these stay too small
 
 
 def _proportional_budgets(sizes: IntArray, total: int) -> IntArray:

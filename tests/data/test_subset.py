@@ -268,6 +268,60 @@ def test_long_tails_keep_one_sample_of_each_class():
     assert class_budgets(labels_of([20, 0, 20]), 9, "equal").tolist() == [5, 0, 4]
 
 
+def long_tail(classes, largest, factor):
+    """Return class sizes that fall exponentially to `largest / factor`, as CIFAR-100-LT's do."""
+    return [int(largest * factor ** (-c / (classes - 1))) for c in range(classes)]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("factor", [10, 50, 100, 200])
+def test_cifar_100_with_a_long_tail_keeps_every_class_and_its_shape(factor, fraction):
+    sizes = np.array(long_tail(100, 500, factor))
+    total = round(fraction * sizes.sum())
+    budgets = class_budgets(labels_of(sizes), total)
+    assert budgets.sum() == total
+    assert budgets.min() >= 1
+    assert (np.diff(budgets) <= 0).all(), "a larger class never keeps less"
+    single = budgets == 1
+    rest = total - single.sum()
+    quotas = rest * sizes[~single] / sizes[~single].sum()
+    assert np.abs(budgets[~single] - quotas).max() < 1
+    equal = class_budgets(labels_of(sizes), total, "equal")
+    assert (equal[equal < sizes] >= equal.max() - 1).all()
+
+
+def capped_by_hand(sizes, total, available):
+    """Give the samples out one by one, each to the class that is furthest below its share of the sizes."""
+    budgets = [1 if size else 0 for size in sizes]
+    for _ in range(total - sum(budgets)):
+        open_ones = [c for c in range(len(sizes)) if budgets[c] < available[c]]
+        budgets[min(open_ones, key=lambda c: budgets[c] / sizes[c])] += 1
+    return budgets
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.data())
+def test_budgets_respect_what_is_available(sizes, data):
+    available = [data.draw(st.integers(1, size)) for size in sizes]
+    total = data.draw(st.integers(len(sizes), sum(available)))
+    for mode in ("proportional", "equal"):
+        budgets = class_budgets(labels_of(sizes), total, mode, np.array(available))
+        assert budgets.sum() == total
+        assert (budgets >= 1).all()
+        assert (budgets <= available).all()
+        assert class_budgets(labels_of(sizes), total, mode, np.array(sizes)).tolist() == (
+            class_budgets(labels_of(sizes), total, mode).tolist()
+        )
+    by_hand = capped_by_hand(sizes, total, available)
+    proportional = class_budgets(labels_of(sizes), total, "proportional", np.array(available))
+    assert np.abs(proportional - by_hand).max() <= 2, "largest remainders and one by one differ by rounding only"
+
+
+def test_known_budgets_where_less_is_available():
+    assert class_budgets(labels_of([50, 30, 20]), 10, "proportional", np.array([2, 30, 20])).tolist() == [2, 5, 3]
+    assert class_budgets(labels_of([50, 30, 20]), 60, "proportional", np.array([50, 1, 15])).tolist() == [44, 1, 15]
+    assert class_budgets(labels_of([50, 30, 20]), 9, "equal", np.array([1, 30, 20])).tolist() == [1, 4, 4]
+
+
 def test_known_budgets_and_ties():
     assert class_budgets(labels_of([50, 30, 20]), 10).tolist() == [5, 3, 2]
     assert class_budgets(labels_of([10, 10, 10]), 10).tolist() == [4, 3, 3]

@@ -14,7 +14,7 @@ from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.class_budget import BALANCE, select_by_class
+from kdfast.prune.rules.class_budget import BALANCE, find_budgets, select_by_class
 from kdfast.prune.rules.dual import MEAN_P
 from kdfast.prune.rules.registry import get_rule
 
@@ -81,10 +81,11 @@ def select_subset(
     labels = as_labels(labels)
     n = len(labels)
     ids = np.arange(n, dtype=np.int64)
+    count = subset_size(n, fraction)
     inputs = RuleInputs(
         scores=as_values(scores, n, "scores"),
         ties=uniform(hash64(Purpose.TIE, seed, ids)),
-        count=subset_size(n, fraction),
+        count=count,
         fraction=fraction,
         seed=seed,
         ids=ids,
@@ -93,6 +94,8 @@ def select_subset(
         options=complete_options(f"rule {rule!r}", entry.options, options or {}),
         classes=int(labels.max()) + 1,
         device=device,
+        labels=labels,
+        budgets=find_budgets(labels, count, balance),
     )
     for need in sorted(entry.needs):
         if (inputs.features is None) if need == "features" else (need not in inputs.extras):

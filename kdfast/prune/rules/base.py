@@ -32,6 +32,9 @@ class RuleInputs:
         options: Every option of the rule, checked.
         classes: Number of classes of the training split.
         device: Device for expensive computations.
+        labels: int64 (n,), classes in [0, `classes`), or None. Needed only by rules that train a classifier.
+        budgets: int64 (`classes`,), the samples to keep of each class, for `resolve_defaults` and `pool`; None if all
+            samples are ranked together.
     """
 
     scores: FloatArray
@@ -45,6 +48,8 @@ class RuleInputs:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     classes: int = 1
     device: str = "cpu"
+    labels: IntArray | None = None
+    budgets: IntArray | None = None
 
     def number(self, option: str) -> float:
         """Return an option's value as a float; NaN if it has no value yet."""
@@ -63,6 +68,9 @@ class Rule:
         needs: Required inputs: "features", or names of extras.
         resolve_defaults: Return values for the options whose default is None, given all samples as one group; every
             group is then selected with these values. None if there are no such options.
+        pool: Return the positions, int64 and ascending, of the samples that remain after a cut across classes, given
+            all samples as one group; at least `count` of them, and one of each class if there are budgets. Budgets are
+            then filled from these. None: from all samples.
     """
 
     select: Callable[[RuleInputs], IntArray]
@@ -70,6 +78,7 @@ class Rule:
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     resolve_defaults: Callable[[RuleInputs], dict[str, OptionValue]] | None = None
+    pool: Callable[[RuleInputs], IntArray] | None = None
 
     def __call__(self, inputs: RuleInputs) -> IntArray:
         """Return the positions of the samples to keep."""
@@ -96,12 +105,12 @@ def drop_hardest(inputs: RuleInputs, share: float) -> IntArray:
 
 
 def require_features(inputs: RuleInputs) -> npt.NDArray[np.float32]:
-    """Return the group's features.
+    """Return the group's features, contiguous; other real numbers are converted to float32.
 
     Raises:
         DataError: The features are missing, not (n, D), or not finite.
     """
-    features = inputs.features
+    features = None if inputs.features is None else np.ascontiguousarray(inputs.features, np.float32)
     if features is None or features.ndim != 2 or len(features) != len(inputs.scores):
         shape = None if features is None else features.shape
         raise DataError(f"features {shape} for {len(inputs.scores)} samples: pass one row per sample, from this data")

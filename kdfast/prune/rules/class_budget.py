@@ -22,8 +22,27 @@ def check_budgets(labels: IntArray, total: int, balance: str) -> None:
     Raises:
         SubsetError: A class would be.
     """
-    if balance != "unbalanced":
-        _budgets(labels, total, balance)
+    find_budgets(labels, total, balance)
+
+
+def find_budgets(labels: IntArray, total: int, balance: str, available: IntArray | None = None) -> IntArray | None:
+    """Return the number of samples to keep of each class, int64 (C,); None if all samples are ranked together.
+
+    Args:
+        labels: int64 (N,).
+        total: Samples to keep.
+        balance: One of `BALANCE`.
+        available: int64 (C,), the samples that may be kept of each class; None: all.
+
+    Raises:
+        SubsetError: A class would be empty.
+    """
+    if balance == "unbalanced":
+        return None
+    try:
+        return class_budgets(labels, total, "equal" if balance == "equal" else "proportional", available)
+    except SubsetError as error:
+        raise SubsetError(f"{error}; or pass `balance` unbalanced, to select from all samples together") from error
 
 
 def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: str) -> IntArray:
@@ -41,24 +60,19 @@ def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: s
     Raises:
         SubsetError: A class would be empty.
     """
-    if balance == "unbalanced":
-        return np.sort(rule(inputs))
-    budgets = _budgets(labels, inputs.count, balance)
+    pool = None if rule.pool is None else rule.pool(inputs)
+    available = None if pool is None else np.bincount(labels[pool], minlength=inputs.classes)
+    budgets = find_budgets(labels, inputs.count, balance, available)
+    if budgets is None:
+        return np.sort(rule(inputs) if pool is None else pool[rule(_part(inputs, pool, inputs.count))])
     kept = []
     for label in np.flatnonzero(budgets):
-        members = np.flatnonzero(labels == label)
-        kept.append(members[rule(_class_inputs(inputs, members, int(budgets[label])))])
+        members = np.flatnonzero(labels == label) if pool is None else pool[labels[pool] == label]
+        kept.append(members[rule(_part(inputs, members, int(budgets[label])))])
     return np.sort(np.concatenate(kept))
 
 
-def _budgets(labels: IntArray, total: int, balance: str) -> IntArray:
-    try:
-        return class_budgets(labels, total, "equal" if balance == "equal" else "proportional")
-    except SubsetError as error:
-        raise SubsetError(f"{error}; or pass `balance` unbalanced, to select from all samples together") from error
-
-
-def _class_inputs(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
+def _part(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
     return replace(
         inputs,
         scores=inputs.scores[members],
@@ -67,4 +81,6 @@ def _class_inputs(inputs: RuleInputs, members: IntArray, count: int) -> RuleInpu
         ids=members,
         features=None if inputs.features is None else inputs.features[members],
         extras={name: values[members] for name, values in inputs.extras.items()},
+        labels=None if inputs.labels is None else inputs.labels[members],
+        budgets=None,
     )
