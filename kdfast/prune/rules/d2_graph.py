@@ -20,7 +20,7 @@ _PIECE = 32
 
 
 def nearest_neighbors(
-    features: npt.NDArray[np.float32], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
+    features: npt.NDArray[np.floating], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
 ) -> tuple[IntArray, FloatArray]:
     """Find the k nearest other samples of each sample, by Euclidean distance.
 
@@ -29,7 +29,7 @@ def nearest_neighbors(
     float64 throughout, on every device. Time grows as N^2 D, memory as N D plus one block.
 
     Args:
-        features: float32 (N, D), finite.
+        features: (N, D), finite; rounded to float32.
         k: Neighbors per sample; all others if there are fewer than k.
         device: Device to compute on.
         block_bytes: Size of one block of distances.
@@ -38,6 +38,7 @@ def nearest_neighbors(
         Neighbors int64 (N, min(k, N - 1)), nearest first and the lower index first at equal distance, and their
         distances, float64 of the same shape.
     """
+    features = np.ascontiguousarray(features, np.float32)
     n, depth = features.shape
     k = min(k, n - 1)
     if k < 1:

@@ -1,15 +1,21 @@
 """D2 matches dense brute force: neighbors, graph, messages and greedy selection."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdfast.errors import UsageError
+from kdfast.prune.options import complete_options
 from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.rules.base import RuleInputs
 from kdfast.prune.rules.d2 import default_cut, pass_messages
 from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
 from kdfast.prune.rules.d2_greedy import select_greedily
+from kdfast.prune.rules.registry import RULES
 
 RNG = np.random.default_rng(0)
 
@@ -126,6 +132,90 @@ def test_d2_matches_brute_force(labels, fidelity: str, fraction: float, shift: f
         assert mine == {int(members[i]) for i in expected}
     everyone = select_subset(scores, labels, fraction, rule="d2", balance="unbalanced", features=x, options=options).ids
     assert set(everyone.tolist()) == d2_by_hand(scores, x, np.zeros(240), len(everyone), **plain)
+
+
+def public_pipeline(forgetting, margin, x, labels, count: int, cut: float, k: int, gamma: float) -> set[int]:
+    """Select with dense matrices as the public code does (coreset mode class, uniform budgets, graph mode sum)."""
+    left = np.argsort(margin, kind="stable")[int(cut * len(margin)) :]
+    sizes = np.bincount(labels[left])
+    budgets, rest = np.zeros(len(sizes), int), count
+    for done, label in enumerate(np.argsort(sizes, kind="stable")):
+        budgets[label] = min(sizes[label], rest // (len(sizes) - done))
+        rest -= budgets[label]
+    kept: set[int] = set()
+    for label, budget in enumerate(budgets):
+        pool = left[labels[left] == label]
+        if len(pool) <= k:
+            assert budget == len(pool), "otherwise the public code draws at random"
+            kept |= set(pool.tolist())
+            continue
+        distances = dense_distances(x[pool])
+        connect = np.zeros((len(pool), len(pool)))
+        for i, j in np.argwhere(graph_by_hand(x[pool], k)):
+            connect[i, j] = np.exp(-distances[i, j]) * max(forgetting[pool][j], 1e-7)
+        density = connect.sum(1) + forgetting[pool]
+        batch: list[int] = []
+        while len(batch) < budget:
+            best = int(np.argmax(density))
+            near = connect[best] > 0
+            density[near] -= np.exp(-distances[best, near] * gamma) * density[best]
+            batch.append(best)
+            density[batch] = density.min() - 1
+        kept |= set(pool[batch].tolist())
+    return kept
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("sizes", [[100, 100, 100], [120, 100, 80], [200, 60, 40, 10]], ids=str)
+def test_d2_matches_the_public_pipeline(fraction: float, sizes: list[int]) -> None:
+    """Cut by the area under the margin of all samples, forgetting events with many zeros, equal budgets: overlap 1."""
+    rng = np.random.default_rng(round(10 * fraction))
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n = len(labels)
+    margin = rng.normal(size=n) + 0.5 * (labels == 0)
+    forgetting = np.maximum(0, rng.poisson(1.5, n) - 1).astype(float)
+    x = (rng.normal(size=(n, 3)) + labels[:, None]).astype(np.float32)
+    cut = 0.4 if fraction < 0.6 else 0.2
+    count = round(fraction * n) // len(sizes) * len(sizes)
+    options = {"cut_by": "aum", "cut": cut}
+    chosen = select_subset(
+        forgetting, labels, count / n, rule="d2", balance="equal", features=x, extras={"aum": -margin}, options=options
+    )
+    assert set(chosen.ids.tolist()) == public_pipeline(forgetting, margin, x, labels, count, cut, k=5, gamma=0.1)
+    within = select_subset(forgetting, labels, count / n, rule="d2", balance="equal", features=x, options={"cut": cut})
+    assert set(within.ids.tolist()) != set(chosen.ids.tolist())
+
+
+def test_a_cut_by_the_margin_spares_classes_and_the_budget() -> None:
+    """All samples of a class below the cut: it keeps its easiest; so much is cut that too few would remain: less is."""
+    labels = np.repeat(np.arange(3), [50, 45, 5])
+    aum = np.where(labels == 2, 10.0, 0.0) + np.arange(100) / 1000
+    x, scores = RNG.normal(size=(100, 3)), RNG.random(100)
+    keep = {"rule": "d2", "features": x, "extras": {"aum": aum}}
+    for balance in ("balanced", "equal"):
+        kept = select_subset(scores, labels, 0.3, balance=balance, options={"cut_by": "aum", "cut": 0.5}, **keep).ids
+        assert len(kept) == 30
+        assert kept[labels[kept] == 2].tolist() == [95]
+    together = select_subset(
+        scores, labels, 0.3, balance="unbalanced", options={"cut_by": "aum", "cut": 1}, **keep
+    )  # fmt: skip
+    assert together.ids.tolist() == list(range(30)), "only the 30 easiest remain"
+    with pytest.raises(UsageError, match="cut_by=aum needs the area under the margin: score with the method d2"):
+        select_subset(scores, labels, 0.3, rule="d2", features=x, options={"cut_by": "aum"})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
+def test_features_and_scores_of_any_dtype_give_one_subset(dtype: type) -> None:
+    """Also where the rule is called directly, without the conversions of `select_subset`."""
+    x = RNG.integers(-50, 50, size=(80, 6))
+    scores = RNG.integers(0, 1000, 80) / 1024  # exact in half precision
+    inputs = RuleInputs(scores, np.arange(80) / 80, 20, 0.25, 0, np.arange(80), x.astype(np.float32))
+    inputs = replace(inputs, options=complete_options("d2", RULES["d2"].options, {"cut": 0.1}))
+    expected = RULES["d2"](inputs)
+    assert expected.dtype == np.int64
+    kinds = replace(inputs, features=x.astype(dtype), scores=scores.astype(np.float32))
+    assert (RULES["d2"](kinds) == expected).all()
+    assert (nearest_neighbors(x.astype(dtype), 3)[0] == nearest_neighbors(x.astype(np.float32), 3)[0]).all()
 
 
 @settings(max_examples=60, deadline=None)
