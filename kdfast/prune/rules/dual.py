@@ -20,9 +20,6 @@ OPTIONS = {
     ),
     "total": Option(15.0, "the constant C of the density, with a + b = C + 1", low=0, high=1e6),
     "anchors": Option(10, "number of highest scores that define mu", low=1, high=1e9, integer=True),
-    "fidelity": Option(
-        "paper", "exponent of the prune rate: c (paper) or c + 2 (public code)", choices=("paper", "code")
-    ),
     "mu": Option(
         None,
         "mean probability of the label over the anchors; automatic: measured on all samples",
@@ -58,13 +55,12 @@ def dual(inputs: RuleInputs) -> IntArray:
 
     Source:
         Cho et al. 2025, Lightweight dataset pruning without full training via example difficulty and prediction
-        uncertainty, section 4.3. The public code uses the exponent c + 2 and does not seed the draw.
+        uncertainty, section 4.3. The public code draws without a seed.
     """
     if len(inputs.scores) and inputs.scores.min() < 0:
         raise DataError(f"the rule dual draws by the score, but {inputs.scores.min():g} is negative: score with dual")
     p = np.clip(_probabilities(inputs), _CLIP, 1 - _CLIP)
-    exponent = inputs.number("c") + (2 if inputs.options["fidelity"] == "code" else 0)
-    a, b = beta_parameters(inputs.number("mu"), inputs.fraction, exponent, inputs.number("total"))
+    a, b = beta_parameters(inputs.number("mu"), inputs.fraction, inputs.number("c"), inputs.number("total"))
     with np.errstate(divide="ignore"):
         return draw_weighted(inputs, np.log(inputs.scores) + (a - 1) * np.log(p) + (b - 1) * np.log1p(-p))
 
