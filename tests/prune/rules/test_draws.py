@@ -57,7 +57,7 @@ def test_strata_match_plain_loops(fraction: float, balance: str) -> None:
     for group in groups:
         members = np.flatnonzero(group)
         mine = {int(np.searchsorted(members, i)) for i in kept if group[i]}
-        allowed, bins = strata_by_hand(SCORES[members], len(mine), default_cut(fraction), 7)
+        allowed, bins = strata_by_hand(SCORES[members], len(mine), default_cut(fraction, 4), 7)
         assert mine <= allowed
         assert sorted(len(mine & set(b)) for b in bins) == water_level([len(b) for b in bins], len(mine))
 
@@ -74,6 +74,59 @@ def test_strata_cut_the_hardest_but_keep_enough() -> None:
     assert select_subset(scores, labels, 0.5, rule="strata").ids.max() > 90, "no cut from f = .5 on"
     everything_else = select_subset(scores, labels, 0.2, rule="strata", options={"cut": 0.95}).ids
     assert everything_else.tolist() == list(range(20)), "20 are to be kept: 80 may be cut, not 95"
+
+
+@pytest.mark.parametrize(
+    ("classes", "cuts"),
+    [
+        (10, {0.1: 0.3, 0.2: 0.1, 0.3: 0.1, 0.5: 0.0, 0.7: 0.0}),
+        (100, {0.1: 0.5, 0.2: 0.4, 0.3: 0.2, 0.5: 0.2, 0.7: 0.1}),
+        (1000, {0.1: 0.3, 0.2: 0.2, 0.3: 0.2, 0.5: 0.1, 0.7: 0.0}),
+    ],
+    ids=["CIFAR-10", "CIFAR-100", "ImageNet"],
+)
+def test_default_cuts_are_those_of_the_paper(classes: int, cuts: dict[float, float]) -> None:
+    assert {fraction: default_cut(fraction, classes) for fraction in cuts} == pytest.approx(cuts)
+    assert default_cut(0.02, classes) == default_cut(0.1, classes)
+    assert default_cut(1.0, classes) == 0
+    labels = np.arange(4000) % classes
+    for fraction, cut in cuts.items():
+        options = select_subset(np.arange(4000.0), labels, fraction, rule="strata", balance="unbalanced").options
+        assert options["cut"] == pytest.approx(cut)
+
+
+def public_ccs_counts(margin: np.ndarray, count: int, cut: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the samples the public code of CCS leaves after the cut, their strata, and the number kept of each."""
+    left = np.argsort(margin)[int(cut * len(margin)) :]
+    low, high = margin[left].min(), margin[left].max() * 1.0001
+    edges = low + np.arange(51) * (high - low) / 50
+    stratum = np.array([next(k for k in range(50) if edges[k] <= value < edges[k + 1]) for value in margin[left]])
+    sizes = np.bincount(stratum, minlength=50)
+    budgets, rest = np.zeros(50, int), count
+    for done, k in enumerate(np.argsort(sizes, kind="stable")):
+        budgets[k] = min(sizes[k], rest // (50 - done))
+        rest -= budgets[k]
+    return left, stratum, budgets
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_strata_match_the_public_code_of_ccs(fraction: float) -> None:
+    """Ranked together, the cut and the number kept of every stratum of the probability margin are the public code's."""
+    rng = np.random.default_rng(2)
+    levels = np.concatenate(([0.0, 50.0], rng.integers(0, 50, 3998) + 0.5))  # in the middle of a stratum, or at the end
+    margin = np.where(rng.random(4000) < 0.5, levels, np.minimum(levels + 20, 49.5)) / 50
+    margin[:2] = (0.0, 1.0)
+    hard = rng.choice(np.arange(2, 4000), 1200 if fraction == 0.1 else 400, replace=False)
+    margin[hard] = -rng.random(len(hard)) - 0.01
+    labels = rng.integers(0, 10, 4000)
+    labels[0] = 9
+    kept = select_subset(-margin, labels, fraction, rule="strata", balance="unbalanced").ids
+    left, stratum, budgets = public_ccs_counts(margin, len(kept), len(hard) / 4000)
+    assert set(kept) <= set(left)
+    of_sample = dict(zip(left.tolist(), stratum.tolist(), strict=True))
+    counts = np.bincount([of_sample[i] for i in kept], minlength=50)
+    assert np.abs(counts - budgets).max() <= 1, "strata of one size may differ in which of them gets a remainder"
+    assert sorted(counts) == sorted(budgets)
 
 
 def test_equal_scores_form_one_stratum() -> None:
