@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdfast.errors import look_up
-from kdfast.prune.rules import beta, ccs, d2, dual, rank
+from kdfast.prune.rules import beta, bws, ccs, d2, dual, rank
 from kdfast.prune.rules.base import Rule
 
 RULES: dict[str, Rule] = {
@@ -24,6 +24,14 @@ RULES: dict[str, Rule] = {
         d2.OPTIONS,
         frozenset({"features"}),
         d2.resolve_defaults,
+        d2.cut_pool,
+    ),
+    "bws": Rule(
+        bws.select_window,
+        "BWS: keep consecutive ranks: those on which a linear classifier of the features learns all samples best",
+        bws.OPTIONS,
+        frozenset({"features"}),
+        bws.resolve_defaults,
     ),
     "dual": Rule(
         dual.dual,

@@ -92,7 +92,7 @@ def test_ties_are_broken_by_seed_not_by_index(rule: str) -> None:
         assert 0.3 < (ids < n // 2).mean() < 0.7, "ties must not fall to one end of the data set"
 
 
-@pytest.mark.parametrize("rule", ["hard", "easy", "moderate", "strata", "d2"])
+@pytest.mark.parametrize("rule", ["hard", "easy", "moderate", "strata", "d2", "bws"])
 def test_rules_are_invariant_to_a_factor(labels, rule: str) -> None:
     plain = inputs_of(labels)
     scaled = {**plain, "scores": plain["scores"] * 64}  # exact in binary
@@ -160,6 +160,23 @@ def test_rank_rules_match_brute_force_in_every_class(labels, rule: str, fraction
     assert set(everyone.tolist()) == brute(scores, len(everyone), rule)
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7])
+def test_moderate_without_class_budgets_matches_the_public_code(fraction: float) -> None:
+    """The public code ranks the distances to the class medians of all samples together, and drops both tails."""
+    rng = np.random.default_rng(4)
+    labels = rng.permutation(np.repeat(np.arange(4), [200, 100, 60, 40]))
+    features = rng.normal(size=(400, 5)) * (1 + labels[:, None]) + labels[:, None]
+    features = features.astype(np.float32)
+    inputs = ScoreInputs(labels, 0, np.zeros((400, 4)), features, options={"fidelity": "code"})
+    distances = compute_score("moderate", inputs).values
+    kept = select_subset(distances, labels, fraction, rule="moderate", balance="unbalanced").ids
+    medians = np.array([np.median(features[labels == c], axis=0) for c in range(4)])
+    order = np.linalg.norm(features - medians[labels], axis=1).argsort()
+    low, high = round(400 * (0.5 - fraction / 2)), round(400 * (0.5 + fraction / 2))
+    assert set(kept.tolist()) == set(order[low:high].tolist())
+    assert len(np.unique(np.bincount(labels[kept], minlength=4) / [200, 100, 60, 40])) > 1, "classes have no budgets"
+
+
 def test_moderate_keeps_the_middle() -> None:
     scores = np.arange(100.0)
     ids = select_subset(scores, np.zeros(100, np.int64), 0.2, rule="moderate").ids
@@ -189,7 +206,7 @@ def test_keeps_the_exact_number_for_any_scores_and_labels(data) -> None:
     n = len(labels)
     # Few distinct values, so that ties are common.
     scores = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.25]), min_size=n, max_size=n)))
-    rule = data.draw(st.sampled_from(sorted(set(RULES) - {"d2"})))
+    rule = data.draw(st.sampled_from(sorted(set(RULES) - {"d2", "bws"})))
     balance = data.draw(st.sampled_from(BALANCE))
     fraction = data.draw(st.floats(1 / n, 1))
     extras = {"mean_p": np.linspace(0, 1, n)}
@@ -209,7 +226,7 @@ def test_classes_are_selected_independently(labels) -> None:
     """The selection from a class depends only on its own samples."""
     plain = inputs_of(labels)
     other = np.where(labels == 0, plain["scores"], plain["scores"][::-1])
-    for rule in sorted(set(RULES) - {"dual"}):
+    for rule in sorted(set(RULES) - {"dual", "bws"}):
         first, second = (pick(labels, 0.2, rule=rule, **{**plain, "scores": s}) for s in (plain["scores"], other))
         assert (first[labels[first] == 0] == second[labels[second] == 0]).all(), rule
 
@@ -282,6 +299,7 @@ def test_rule_returns_distinct_positions_in_its_group(rule: str) -> None:
         features=given["features"],
         extras=given["extras"],
         options=complete_options(rule, RULES[rule].options, {}),
+        labels=np.zeros(n, np.int64),
     )
     chosen = RULES[rule]
     inputs = chosen.with_defaults(inputs)
