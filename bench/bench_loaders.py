@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdfast.data.ffcv.read import BetonLoader, load_ffcv, worker_count
 from kdfast.data.ffcv.write import convert
+from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.resident import ResidentLoader
 from kdfast.data.source import Source, compute_normalization
 from kdfast.data.views import Normalization, apply_views, draw_view_indices
 

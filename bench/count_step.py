@@ -20,8 +20,8 @@ import torch
 from harness import table, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.resident import ResidentLoader
 from kdfast.data.source import compute_normalization
 from kdfast.distill import optimizer, targets
 from kdfast.distill.config import RunConfig

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.data.resident import ResidentLoader
+from kdfast.data.loaders import ResidentLoader
 from kdfast.errors import SubsetError, UsageError
 
 

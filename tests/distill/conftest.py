@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.resident import ResidentLoader
 from kdfast.data.source import Source, compute_normalization
 from kdfast.distill.config import RunConfig
 from kdfast.distill.plan import LoadedInputs, Plan

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.resident import ResidentLoader
 from kdfast.distill.batches import Batches
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdfast.data.loaders import ResidentLoader
 from kdfast.data.order import epoch_order
 from kdfast.data.readers.registry import open_source
-from kdfast.data.resident import ResidentLoader
 from kdfast.data.views import Normalization
 from kdfast.distill import targets as targets_module
 from kdfast.distill.batches import Batches
