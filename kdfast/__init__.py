@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Dynamics": "kdfast.dynamics.reader",
     "DynamicsRecorder": "kdfast.dynamics.recorder",
+    "fisher_diagonal": "kdfast.ops.grad_norms",
+    "grad_dots": "kdfast.ops.grad_norms",
     "grad_norms": "kdfast.ops.grad_norms",
     "kd_loss": "kdfast.ops.kd_loss",
     "kd_loss_terms": "kdfast.ops.kd_loss",

@@ -1,8 +1,6 @@
 """Norms of each sample's gradient over a whole network, without forming the gradients ("ghost norms").
 
-One forward and one backward pass of the summed loss give every layer's inputs `a` and output gradients `b`; a sample's
-weight gradient is `G = sum_t b_t a_t^T`, and `||G||` follows from these factors. No buffer of size samples x weights is
-allocated.
+Also norms in a diagonal metric, the diagonal of the Fisher matrix, and dot products with a given vector.
 
 Sources: I. Goodfellow, *Efficient per-example gradient computations*, 2015 (arXiv 1510.01799); X. Li et al., *Large
 language models can be strong differentially private learners*, ICLR 2022 (ghost norms of sequences); G. Rochette,
@@ -12,6 +10,7 @@ A. Manoel, E. Tramel, *Efficient per-example gradient computations in convolutio
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,20 +19,13 @@ from torch import Tensor, nn
 
 from kdfast.errors import DataError, UsageError
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.grad_norms.dispatch import METHODS, squared_norms
-from kdfast.ops.grad_norms.fallback import FALLBACKS, Fallback
-from kdfast.ops.grad_norms.layers import reject_unsuitable_layers
+from kdfast.ops.grad_norms.dispatch import METHODS
+from kdfast.ops.grad_norms.evaluation import evaluate, make_batch, trainable
+from kdfast.ops.grad_norms.functionals import DotProducts, SquaredNorms, SumsOfSquares, check_vectors, weights_of
 from kdfast.ops.grad_norms.objective import Loss, Objective
-from kdfast.ops.grad_norms.recording.batch_axis import Batch
-from kdfast.ops.grad_norms.recording.capture import run_backward
-from kdfast.ops.grad_norms.recording.forward import Forward, record_forward
-from kdfast.ops.grad_norms.tied_weights import SquaredNormAccumulator, SquaredNorms
 from kdfast.ops.kd_loss.call import TopKTeacher
-from kdfast.ops.model_inputs import check_inputs, count_samples, unchanged_buffers, unwrap
 
-__all__ = ["grad_norms"]
-
-Parameters = dict[str, nn.Parameter]
+__all__ = ["fisher_diagonal", "grad_dots", "grad_norms"]
 
 
 @full_float32()
@@ -42,6 +34,7 @@ def grad_norms(
     inputs: Any,
     labels: Any,
     *,
+    metric: Mapping[str, Tensor] | None = None,
     loss: Loss = "cross_entropy",
     per_layer: bool = False,
     teacher: Tensor | TopKTeacher | None = None,
@@ -68,6 +61,9 @@ def grad_norms(
         inputs: A tensor, a tuple of arguments, or a dict of keyword arguments. Where samples are run separately (by the
             fallbacks, and to identify the samples' dimension), every tensor as long as the batch is split.
         labels: `(N,)` int64, or probabilities `(N, C)`; for a custom loss, anything it accepts.
+        metric: For each trainable parameter, by its name in ``model.named_parameters()``, a tensor `F` of its shape
+            with positive entries, such as a damped ``fisher_diagonal``: the norm is then `sqrt(sum_j g_j^2 / F_j)`.
+            None for 1.
         loss: "cross_entropy" or "kd" of the logits `(N, C)` (the model's output, or its ``.logits``), or a function
             (outputs, labels) -> `(N,)` losses.
         per_layer: Return one norm per layer instead.
@@ -82,7 +78,7 @@ def grad_norms(
             "vmap" runs the model on all samples in parallel for them, which takes more time and memory; "loop" runs it
             on one sample at a time, for models that vmap cannot run. ``kdfast.register_grad_norms`` avoids both.
         method: "auto" selects the cheapest algorithm for each layer; "direct", "gram" or "pixel" forces one
-            (``kdfast.ops.grad_norms.dispatch``).
+            (``kdfast.ops.grad_norms.dispatch``). A metric needs "auto" or "direct".
         backend: "auto", or the name of an implementation in the row "grad_norms" of ``kdfast.ops.backends``.
 
     Returns:
@@ -91,9 +87,9 @@ def grad_norms(
 
     Raises:
         UsageError: If a parameter is not covered, or split over processes; if a layer uses statistics of the batch; if
-            an argument is not one of its choices; or if devices differ.
+            an argument is not one of its choices; if ``metric`` lacks a parameter, or has others; or if devices differ.
         ShapeError: If shapes do not fit, or the samples are not in ``batch_dim``.
-        DataError: If inputs or losses are not finite, or a label is out of range.
+        DataError: If inputs or losses are not finite, a label is out of range, or the metric is not positive.
         BackendUnavailable: If a named implementation cannot run here.
 
     Example:
@@ -101,28 +97,165 @@ def grad_norms(
         >>> kdfast.grad_norms(net, torch.randn(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])).shape
         torch.Size([5])
     """
-    if fallback not in ("error", *FALLBACKS):
-        raise UsageError(f"`fallback` is {fallback!r}: choose one of error, {', '.join(FALLBACKS)}")
     if method not in METHODS:
         raise UsageError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}")
-    if batch_dim < 0:
-        raise UsageError(f"`batch_dim` is {batch_dim}: pass a dimension of the inputs, counted from 0")
-    model = unwrap(model)
-    check_inputs(model, inputs)
-    reject_unsuitable_layers(model)
     objective = Objective(loss, labels, teacher, alpha, temperature, rows=rows, ignore_index=ignore_index)
-    objective.check_name()
-    batch = Batch(model, inputs, objective, count_samples(inputs, labels, batch_dim), batch_dim)
-    squared = partial(squared_norms, method=method, backend=backend)
-    with torch.inference_mode(False), torch.enable_grad(), unchanged_buffers(model):
-        squares, scales, dtype = _squares_by_parameter(batch, FALLBACKS.get(fallback), squared)
+    batch = make_batch(model, inputs, labels, batch_dim, objective)
+    weights = None
+    if metric is not None:
+        if method not in ("auto", "direct"):
+            raise UsageError(f"`method` is {method!r}: a `metric` needs 'auto' or 'direct', which form each gradient")
+        weights = weights_of(metric, trainable(batch.model))
+    functional = SquaredNorms(method, backend, weights)
+    found = evaluate(batch, fallback, lambda scales: functional)
     layers: dict[str, Tensor] = {}
-    for name, value in squares.items():
+    for name, value in found.values.items():
         layer = name.rpartition(".")[0]
         layers[layer] = layers[layer] + value if layer in layers else value
     if per_layer:
-        return {name: _norms(value, scales, dtype) for name, value in layers.items()}
-    return _norms(sum(layers.values(), torch.zeros_like(next(iter(layers.values())))), scales, dtype)
+        return {name: _norms(value, found.scales, found.dtype) for name, value in layers.items()}
+    total = sum(layers.values(), torch.zeros_like(next(iter(layers.values()))))
+    return _norms(total, found.scales, found.dtype)
+
+
+@full_float32()
+def fisher_diagonal(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss = "cross_entropy",
+    teacher: Tensor | TopKTeacher | None = None,
+    alpha: float = 0.5,
+    temperature: float = 4.0,
+    ignore_index: int = -100,
+    batch_dim: int = 0,
+    fallback: str = "error",
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Compute the sum over samples of the squared gradient of each sample's loss: `sum_n g_n * g_n`.
+
+    Divided by the number of samples, this is the diagonal of the empirical Fisher matrix. As a metric of
+    ``grad_norms`` it needs damping, since entries can be zero: for example ``F / N + 0.1 * (F / N).mean()``. Gradients
+    of the samples are neither formed at once nor averaged over a batch before they are squared.
+
+    Args:
+        model: As for ``grad_norms``.
+        batches: Pairs (inputs, labels), or, for a teacher with rows of its own, triples (inputs, labels, rows); each as
+            for ``grad_norms``. Batches may differ in size.
+        loss: As for ``grad_norms``.
+        teacher: As for ``grad_norms``; the rows of all batches index it.
+        alpha: As for ``grad_norms``.
+        temperature: As for ``grad_norms``.
+        ignore_index: As for ``grad_norms``.
+        batch_dim: As for ``grad_norms``.
+        fallback: As for ``grad_norms``.
+        backend: As for ``grad_norms``.
+
+    Returns:
+        For each trainable parameter, by name, a tensor of its shape in float64, because squares of the gradients of
+        well-fitted samples are below the range of float32. Batches are added in float64; the squares of a batch, whose
+        gradients are in the model's dtype, at least in float32, relative to its largest gradient at the logits.
+
+    Raises:
+        UsageError: If there is no batch, or as for ``grad_norms``.
+        ShapeError: As for ``grad_norms``.
+        DataError: As for ``grad_norms``.
+        BackendUnavailable: As for ``grad_norms``.
+
+    Example:
+        >>> net = torch.nn.Linear(12, 3)
+        >>> batches = [(torch.randn(5, 12), torch.tensor([0, 1, 2, 0, 1])) for _ in range(2)]
+        >>> fisher = kdfast.fisher_diagonal(net, batches)
+        >>> metric = {name: f / 10 + 1e-3 for name, f in fisher.items()}
+        >>> kdfast.grad_norms(net, *batches[0], metric=metric).shape
+        torch.Size([5])
+    """
+    total: dict[str, Tensor] = {}
+    for each in batches:
+        if not isinstance(each, (tuple, list)) or len(each) not in (2, 3):
+            raise UsageError(
+                f"`batches` yields a {type(each).__name__}: yield pairs (inputs, labels), or triples with `rows`"
+            )
+        inputs, labels, rows = (*each, None)[:3]
+        objective = Objective(loss, labels, teacher, alpha, temperature, rows=rows, ignore_index=ignore_index)
+        batch = make_batch(model, inputs, labels, batch_dim, objective)
+        found = evaluate(batch, fallback, partial(_sums_of_squares, backend))
+        for name, value in found.values.items():
+            if found.scales is not None and batch.n:
+                value = value * found.scales.max() ** 2
+            total[name] = total[name] + value if name in total else value
+    if not total:
+        raise UsageError("`batches` is empty: pass at least one batch (an iterator can be read only once)")
+    for name, value in total.items():
+        if not bool(value.isfinite().all()):
+            raise DataError(
+                f"the sum of the squared gradients of parameter {name!r} overflows: check for huge "
+                "activations, or convert the model and its inputs to float64"
+            )
+    return total
+
+
+@full_float32()
+def grad_dots(
+    model: nn.Module,
+    inputs: Any,
+    labels: Any,
+    vectors: Mapping[str, Tensor],
+    *,
+    loss: Loss = "cross_entropy",
+    teacher: Tensor | TopKTeacher | None = None,
+    rows: Tensor | None = None,
+    alpha: float = 0.5,
+    temperature: float = 4.0,
+    ignore_index: int = -100,
+    batch_dim: int = 0,
+    fallback: str = "error",
+) -> Tensor:
+    """Compute the dot product of the gradient of each sample's loss with a given vector.
+
+    With the gradient of a validation loss as the vector, this is the first-order effect of a step on the sample: if it
+    is positive, the step lowers the validation loss. Linear and convolution layers take one product of the layer more,
+    and form no gradient.
+
+    Args:
+        model: As for ``grad_norms``.
+        inputs: As for ``grad_norms``.
+        labels: As for ``grad_norms``.
+        vectors: For each trainable parameter, by its name in ``model.named_parameters()``, a tensor of its shape.
+        loss: As for ``grad_norms``.
+        teacher: As for ``grad_norms``.
+        rows: As for ``grad_norms``.
+        alpha: As for ``grad_norms``.
+        temperature: As for ``grad_norms``.
+        ignore_index: As for ``grad_norms``.
+        batch_dim: As for ``grad_norms``.
+        fallback: As for ``grad_norms``.
+
+    Returns:
+        `(N,)` in float32 (float64 for a model in float64).
+
+    Raises:
+        UsageError: If ``vectors`` lacks a parameter, or has others, or as for ``grad_norms``.
+        ShapeError: As for ``grad_norms``.
+        DataError: If an entry of the vectors is not finite, or as for ``grad_norms``.
+
+    Example:
+        >>> net = torch.nn.Linear(12, 3)
+        >>> vectors = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+        >>> kdfast.grad_dots(net, torch.randn(5, 12), torch.tensor([0, 1, 2, 0, 1]), vectors).shape
+        torch.Size([5])
+    """
+    objective = Objective(loss, labels, teacher, alpha, temperature, rows=rows, ignore_index=ignore_index)
+    batch = make_batch(model, inputs, labels, batch_dim, objective)
+    parameters = trainable(batch.model)
+    check_vectors("vectors", vectors, parameters)
+    for name, v in vectors.items():
+        if not bool(v.isfinite().all()):
+            raise DataError(f"`vectors[{name!r}]` has an entry that is not finite: replace it")
+    functional = DotProducts({id(p): vectors[name].detach() for name, p in parameters.items()})
+    found = evaluate(batch, fallback, lambda scales: functional)
+    products = torch.stack(list(found.values.values())).sum(0)
+    return _finite(products if found.scales is None else products * found.scales, found.dtype)
 
 
 def _norms(squares: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -131,84 +264,27 @@ def _norms(squares: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor
     Raises:
         DataError: If a norm is not finite.
     """
-    norms = squares.sqrt() if scales is None else squares.double().sqrt() * scales
-    norms = norms.to(dtype)
-    if not bool(norms.isfinite().all()):
-        bad = int((~norms.isfinite()).nonzero()[0])
+    return _finite(squares.sqrt() if scales is None else squares.double().sqrt() * scales, dtype)
+
+
+def _sums_of_squares(backend: str, scales: Tensor | None) -> SumsOfSquares:
+    """Return the functional for losses that were divided by ``scales``: relative to the largest of these."""
+    if scales is None:
+        return SumsOfSquares(backend, None)
+    return SumsOfSquares(backend, scales / scales.max().clamp_min(torch.finfo(scales.dtype).tiny))
+
+
+def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values `(N,)` in another dtype.
+
+    Raises:
+        DataError: If one is not finite.
+    """
+    values = values.to(dtype)
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).nonzero()[0])
         raise DataError(
             f"the gradient of sample {bad} is not finite, or its square overflows: check for huge activations, or "
             "convert the model and its inputs to float64"
         )
-    return norms
-
-
-def _squares_by_parameter(
-    batch: Batch, fallback: Fallback | None, squared: SquaredNorms
-) -> tuple[dict[str, Tensor], Tensor | None, torch.dtype]:
-    """Compute the squared norms `(N,)` for each trainable parameter, with gradients at the logits scaled to norm 1.
-
-    Returns:
-        The squares by parameter name, the ``scales`` of ``Forward``, and the dtype for the result.
-    """
-    model = batch.model
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise UsageError("the model has no trainable parameter: set requires_grad on the parameters of interest")
-    double = any(p.dtype == torch.float64 for p in parameters.values())
-    dtype = torch.float64 if double else torch.float32
-    if batch.n == 0:
-        return {name: p.new_zeros(0, dtype=dtype) for name, p in parameters.items()}, None, dtype
-
-    forward, uncovered = record_forward(batch, parameters)
-    covered = {id(p): p for name, p in parameters.items() if name not in uncovered}
-    found: dict[str, Tensor] = {}
-    if uncovered and batch.n == 1:
-        found = _only_sample(forward, {name: parameters[name] for name in uncovered}, dtype)
-        uncovered = {}
-    if uncovered and not fallback:
-        raise UsageError(_describe(uncovered))
-    batch, scales, losses = forward.batch, forward.scales, forward.losses.detach()
-    squares, failed = _squares_by_formula(forward, covered, squared)
-    del forward  # frees the graph before the fallback runs
-    uncovered |= {name: failed[id(p)] for name, p in parameters.items() if id(p) in failed}
-    if uncovered and not fallback:
-        raise UsageError(_describe(uncovered))
-    for name, p in parameters.items():
-        found.setdefault(name, squares.get(id(p), p.new_zeros(batch.n, dtype=dtype)))
-    if uncovered and fallback:
-        found.update(fallback(batch, {name: parameters[name] for name in uncovered}, losses))
-    return found, scales, dtype
-
-
-def _only_sample(forward: Forward, parameters: Parameters, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Compute the squared norms `(1,)` of the gradients of a batch of one sample."""
-    grads = torch.autograd.grad(forward.losses.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
-    zero = torch.zeros(1, dtype=dtype, device=forward.losses.device)
-    return {
-        name: zero if g is None else g.to(dtype).square().sum().reshape(1)
-        for name, g in zip(parameters, grads, strict=True)
-    }
-
-
-def _squares_by_formula(
-    forward: Forward, parameters: dict[int, nn.Parameter], squared: SquaredNorms
-) -> tuple[dict[int, Tensor], dict[int, str]]:
-    """Run the backward pass and return the squared norms of the given parameters, by id; unused ones are missing.
-
-    Returns:
-        The squares, and the reasons why others failed.
-    """
-    calls = [call for call in forward.calls if any(id(p) in parameters for p in call.parameters())]
-    accumulator = SquaredNormAccumulator(parameters, calls, squared)
-    run_backward(forward.losses.sum(), forward.order, calls, accumulator.receive)
-    accumulator.finish()
-    return accumulator.squares, {key: f"is not covered: {error}" for key, error in accumulator.failed.items()}
-
-
-def _describe(uncovered: dict[str, str]) -> str:
-    name, reason = next(iter(uncovered.items()))
-    return (
-        f"parameter {name!r} {reason}: freeze it with requires_grad_(False), tell kdfast.register_grad_norms how to "
-        "compute its layer's gradients, or pass fallback='vmap' to run the model sample by sample for it, or "
-        "fallback='loop'"
-    )
+    return values

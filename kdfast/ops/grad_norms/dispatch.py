@@ -11,9 +11,12 @@ algorithms compute `||G||^2`; each is listed with its number of multiply-adds:
   the offsets relative to the layer's stride (1 for stride 1; pixels of different phases never meet).
 
 "auto" selects the cheapest. Memory is not a criterion: every algorithm keeps at most one chunk of samples at a time.
+What needs the elements of `G`, such as a sum of their squares with weights, is computed by ``direct``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +26,23 @@ from kdfast.ops.backends import resolve
 from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.factors import Convolution, GradFactors, OuterProduct, Sizes, sizes_of
 
-__all__ = ["METHODS", "estimate_costs", "select_algorithm", "squared_norms"]
+__all__ = ["METHODS", "estimate_costs", "select_algorithm", "squared_norms", "sums_of_squares"]
 
 METHODS = ("auto", "direct", "gram", "pixel")
 
 
-def squared_norms(factors: GradFactors, method: str = "auto", backend: str = "auto") -> Tensor:
-    """Compute `||G_n||^2` of each sample.
+def squared_norms(
+    factors: GradFactors, method: str = "auto", backend: str = "auto", weights: Tensor | None = None
+) -> Tensor:
+    """Compute `||G_n||^2` of each sample, or with weights `sum_j w_j G_nj^2`.
 
     Args:
         factors: Gradient factors in float32 or float64.
         method: One of ``METHODS``; applies to outer products and convolutions.
         backend: "auto", or the name of an implementation in the row "grad_norms" of ``kdfast.ops.backends``; applies
             to the same.
+        weights: Factors of the squares, in the shape of the gradient of one sample and the dtype of the factors; None
+            for 1. The method must then be "auto" or "direct".
 
     Returns:
         `(N,)`: in float64 from the compiled kernels, otherwise in the dtype of the factors.
@@ -44,6 +51,8 @@ def squared_norms(factors: GradFactors, method: str = "auto", backend: str = "au
         UsageError: If ``method`` is unknown.
         BackendUnavailable: If a named backend cannot run here.
     """
+    if weights is not None:
+        return reference.weighted_squared_norms(factors, weights)
     if not isinstance(factors, (OuterProduct, Convolution)):
         return reference.squared_norms(factors)
     if backend == "auto" and factors.b.dtype == torch.float64:
@@ -57,6 +66,20 @@ def squared_norms(factors: GradFactors, method: str = "auto", backend: str = "au
     from kdfast.ops.grad_norms import native
 
     return native.squared_norms(factors, algorithm)
+
+
+def sums_of_squares(factors: GradFactors, shape: Sequence[int], backend: str = "auto") -> Tensor:
+    """Compute `sum_n G_n^2`, element by element: ``shape`` in float64.
+
+    Args:
+        factors: Gradient factors in float32 or float64.
+        shape: Shape of the gradient of one sample.
+        backend: As for ``squared_norms``.
+
+    Raises:
+        BackendUnavailable: If a named backend cannot run here.
+    """
+    return reference.sums_of_squares(factors, shape)
 
 
 def select_algorithm(sizes: Sizes, method: str = "auto") -> str:

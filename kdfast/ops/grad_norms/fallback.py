@@ -11,22 +11,26 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdfast.errors import ShapeError, UsageError
+from kdfast.ops.grad_norms.functionals import Functional
 from kdfast.ops.grad_norms.recording.batch_axis import Batch, RngSnapshot
 from kdfast.ops.grad_norms.reference import iter_chunks
 from kdfast.ops.model_inputs import batched_tensors, call_model, replace_tensors
 
-__all__ = ["FALLBACKS", "Fallback", "squared_norms_loop", "squared_norms_vmap"]
+__all__ = ["FALLBACKS", "Fallback", "evaluate_by_loop", "evaluate_by_vmap"]
 
-Fallback = Callable[[Batch, Mapping[str, nn.Parameter], Tensor], dict[str, Tensor]]
+Fallback = Callable[[Batch, Mapping[str, nn.Parameter], Tensor, Functional], dict[str, Tensor]]
 
 
-def squared_norms_vmap(batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor) -> dict[str, Tensor]:
-    """Compute squared norms `(N,)` of the gradients of some parameters by running the whole model under vmap.
+def evaluate_by_vmap(
+    batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor, functional: Functional
+) -> dict[str, Tensor]:
+    """Evaluate a functional of the gradients of some parameters by running the whole model under vmap.
 
     Args:
         batch: Model, inputs and loss; active dropout is rejected, because its draws could not be repeated.
         parameters: Parameters of interest, by name.
         losses: The losses of the samples in the batch.
+        functional: What to compute.
 
     Raises:
         UsageError: If the model cannot run under vmap, or the labels cannot be split.
@@ -34,14 +38,14 @@ def squared_norms_vmap(batch: Batch, parameters: Mapping[str, nn.Parameter], los
     """
     batch.objective.require_sliceable_labels("fallback='vmap'")
     chosen = {name: p.detach() for name, p in parameters.items()}
-    found = _allocate_norms(parameters, batch.n)
+    found = {name: functional.zeros(p, batch.n) for name, p in parameters.items()}
     sample_bytes = sum(p.numel() * p.element_size() for p in chosen.values())
     for rows, shared in _groups(batch):
         for chunk in iter_chunks(len(rows), sample_bytes):
             grads, values = _vmapped(batch, chosen, rows[chunk], shared)
             _check_losses(batch, values, rows[chunk], losses)
             for name, value in grads.items():
-                found[name][rows[chunk]] = value.reshape(len(value), -1).to(found[name].dtype).square().sum(1)
+                functional.add(found[name], parameters[name], value, rows[chunk])
     return found
 
 
@@ -98,13 +102,16 @@ def _vmapped(
     return found
 
 
-def squared_norms_loop(batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor) -> dict[str, Tensor]:
+def evaluate_by_loop(
+    batch: Batch, parameters: Mapping[str, nn.Parameter], losses: Tensor, functional: Functional
+) -> dict[str, Tensor]:
     """Compute the same by one forward and backward pass per sample: slow, for models that do not run under vmap.
 
     Args:
         batch: Model, inputs and loss.
         parameters: Parameters of interest, by name.
         losses: The losses of the samples in the batch.
+        functional: What to compute.
 
     Raises:
         UsageError: If the model draws random numbers, which would score samples by different networks; if it cannot run
@@ -114,7 +121,7 @@ def squared_norms_loop(batch: Batch, parameters: Mapping[str, nn.Parameter], los
     chosen = list(parameters.values())
     keys, tensors = batched_tensors(batch.inputs, batch.n, batch.dim)
     batch.objective.require_sliceable_labels("fallback='loop'")
-    found = _allocate_norms(parameters, batch.n)
+    found = {name: functional.zeros(p, batch.n) for name, p in parameters.items()}
     rng = RngSnapshot(chosen[0].device)
     for i in range(batch.n):
         one = slice(i, i + 1)
@@ -130,12 +137,13 @@ def squared_norms_loop(batch: Batch, parameters: Mapping[str, nn.Parameter], los
             raise UsageError("fallback='loop': the model draws random numbers (dropout?): call model.eval() first")
         _check_losses(batch, loss, slice(i, i + 1), losses)
         grads = torch.autograd.grad(loss.sum(), chosen, allow_unused=True)
-        for name, value in zip(parameters, grads, strict=True):
-            found[name][i] = 0 if value is None else value.to(found[name].dtype).square().sum()
+        for (name, p), value in zip(parameters.items(), grads, strict=True):
+            if value is not None:
+                functional.add(found[name], p, value.unsqueeze(0), one)
     return found
 
 
-FALLBACKS: dict[str, Fallback] = {"vmap": squared_norms_vmap, "loop": squared_norms_loop}
+FALLBACKS: dict[str, Fallback] = {"vmap": evaluate_by_vmap, "loop": evaluate_by_loop}
 
 
 def _check_losses(batch: Batch, found: Tensor, rows: Any, losses: Tensor) -> None:
@@ -150,8 +158,3 @@ def _check_losses(batch: Batch, found: Tensor, rows: Any, losses: Tensor) -> Non
             f"a sample alone has another loss than in the batch: if the samples are not in dimension {batch.dim} of "
             "the inputs, pass `batch_dim`; a model that mixes the samples has no gradient per sample"
         )
-
-
-def _allocate_norms(parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
-    """Allocate `(n,)` for each parameter, in float32 or the parameter's wider dtype."""
-    return {name: p.new_empty(n, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}

@@ -1,4 +1,8 @@
-"""Squared norms of per-sample gradients from their factors, in plain PyTorch."""
+"""Functions of per-sample gradients from their factors, in plain PyTorch.
+
+Squared norms, also with weights of the elements, sums of squares over samples, and dot products. Only one chunk of
+samples has its gradients formed at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,16 @@ from kdfast.ops.grad_norms.factors import (
     sizes_of,
 )
 
-__all__ = ["iter_chunks", "materialize", "squared_norms", "unfold_patches"]
+__all__ = [
+    "dot_products",
+    "iter_chunks",
+    "iter_materialized",
+    "materialize",
+    "squared_norms",
+    "sums_of_squares",
+    "unfold_patches",
+    "weighted_squared_norms",
+]
 
 # Approximate limit on scratch memory: samples are processed in chunks that fit, of at least one sample.
 CHUNK_BYTES = 2**24
@@ -53,6 +66,89 @@ def squared_norms(factors: GradFactors, algorithm: str = "direct") -> Tensor:
     return out
 
 
+def weighted_squared_norms(factors: GradFactors, weights: Tensor) -> Tensor:
+    """Compute `sum_j w_j G_nj^2` of each sample, `(N,)`.
+
+    Args:
+        factors: Gradient factors in float32 or float64.
+        weights: Factors of the squares, in the shape of the gradient of one sample and the dtype of the factors.
+    """
+    if isinstance(factors, OuterProduct) and factors.a.shape[1] == 1:
+        a, b = factors.a[:, 0].square(), factors.b[:, 0].square()
+        return (torch.mm(b, weights.reshape(b.shape[1], a.shape[1])) * a).sum(1)
+    if isinstance(factors, Embedding):
+        keys, grads = _rows_of_table(factors)
+        squares = (grads.square() * weights[keys % factors.num_embeddings]).sum(1)
+        return factors.b.new_zeros(len(factors.b)).index_add_(0, keys // factors.num_embeddings, squares)
+    out = factors.b.new_empty(len(factors.b))
+    for chunk, grads in iter_materialized([factors], weights.shape):
+        out[chunk] = torch.mv(grads.flatten(1).square(), weights.flatten())
+    return out
+
+
+def sums_of_squares(factors: GradFactors, shape: Sequence[int]) -> Tensor:
+    """Compute `sum_n G_n^2`, element by element: ``shape`` in float64.
+
+    Args:
+        factors: Gradient factors in float32 or float64.
+        shape: Shape of the gradient of one sample.
+    """
+    if isinstance(factors, OuterProduct) and factors.a.shape[1] == 1:
+        return torch.mm(factors.b[:, 0].square().T, factors.a[:, 0].square()).reshape(*shape).double()
+    out = factors.b.new_zeros(*shape, dtype=torch.float64)
+    if isinstance(factors, Embedding):
+        keys, grads = _rows_of_table(factors)
+        return out.index_add_(0, keys % factors.num_embeddings, grads.double().square_())
+    for _, grads in iter_materialized([factors], shape):
+        out += grads.square().sum(0)
+    return out
+
+
+def dot_products(factors: GradFactors, vector: Tensor) -> Tensor:
+    """Compute `<G_n, v>` of each sample, `(N,)` float64.
+
+    The gradient of a linear or convolution layer is linear in its weight, so that `<G_n, v>` is the inner product of
+    the output gradients and the outputs of the layer with the weight `v`.
+
+    Args:
+        factors: Gradient factors in float32 or float64.
+        vector: `v`, in the shape of the gradient of one sample and the dtype of the factors.
+    """
+    b = factors.b
+    if isinstance(factors, OuterProduct):
+        products = torch.matmul(b, vector.reshape(b.shape[2], -1)) * factors.a
+    elif isinstance(factors, Embedding):
+        products = vector[factors.ids] * _without_padding(factors)
+    elif isinstance(factors, Convolution):
+        _, stride, dilation, (top, bottom, left, right), groups = factors.geometry
+        a = F.pad(factors.a, (left, right, top, bottom))
+        weight = vector.reshape(b.shape[1], -1, *factors.geometry.kernel)
+        products = F.conv2d(a, weight, stride=stride, dilation=dilation, groups=groups) * b
+    elif isinstance(factors, DenseGrad):
+        products = b.reshape(-1, *vector.shape) * vector
+    else:
+        out = b.new_empty(len(b), dtype=torch.float64)
+        for chunk, grads in iter_materialized([factors], vector.shape):
+            out[chunk] = (grads * vector).flatten(1).sum(1, dtype=torch.float64)
+        return out
+    return products.flatten(1).sum(1, dtype=torch.float64)
+
+
+def iter_materialized(uses: Sequence[GradFactors], shape: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the sums over uses of the gradients of some samples at a time: slices of the samples, `(n, *shape)`."""
+    first = uses[0].b
+    sample_bytes = torch.Size(shape).numel() * first.element_size() * len(uses)
+    for use in uses:
+        if isinstance(use, Convolution):
+            sizes = sizes_of(use)
+            sample_bytes += sizes.positions * sizes.inputs * use.geometry.groups * first.element_size()
+    for chunk in iter_chunks(len(first), sample_bytes):
+        total = materialize(uses[0], shape, chunk)
+        for use in uses[1:]:
+            total = total + materialize(use, shape, chunk)
+        yield chunk, total
+
+
 def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Tensor:
     """Form the gradients of a chunk of samples, `(n, *shape)`."""
     if isinstance(factors, DenseGrad):
@@ -76,8 +172,8 @@ def materialize(factors: GradFactors, shape: Sequence[int], chunk: slice) -> Ten
 def _chunked(factors: Recomputed | Derived) -> Tensor:
     """Form the gradients of some samples at a time, then square."""
     out = factors.b.new_empty(len(factors.b))
-    for chunk in iter_chunks(len(out), torch.Size(factors.shape).numel() * factors.b.element_size()):
-        out[chunk] = _squared(materialize(factors, factors.shape, chunk))
+    for chunk, grads in iter_materialized([factors], factors.shape):
+        out[chunk] = _squared(grads)
     return out
 
 
@@ -149,11 +245,20 @@ def _pixel_gram(factors: Convolution) -> Tensor:
 
 
 def _embedding(factors: Embedding) -> Tensor:
-    """Sum the gradients of a row that a sample looks up more than once, then square."""
-    n, _, p = factors.b.shape
+    keys, grads = _rows_of_table(factors)
+    return factors.b.new_zeros(len(factors.b)).index_add_(0, keys // factors.num_embeddings, grads.square().sum(1))
+
+
+def _rows_of_table(factors: Embedding) -> tuple[Tensor, Tensor]:
+    """Return the ``_row_keys`` `(m,)` of all rows that samples look up, and each row's gradient, `(m, p)`.
+
+    The gradients of a row that a sample looks up more than once are added.
+    """
+    p = factors.b.shape[2]
     keys, where = torch.unique(_row_keys(factors.ids, factors.num_embeddings), return_inverse=True)
-    grads = factors.b.new_zeros(len(keys), p).index_add_(0, where.reshape(-1), _without_padding(factors).reshape(-1, p))
-    return factors.b.new_zeros(n).index_add_(0, keys // factors.num_embeddings, grads.square().sum(1))
+    return keys, factors.b.new_zeros(len(keys), p).index_add_(
+        0, where.reshape(-1), _without_padding(factors).reshape(-1, p)
+    )
 
 
 def _row_keys(ids: Tensor, num_embeddings: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Squared norms of parameters that may be used more than once: their gradients are summed before they are squared."""
+"""Parameters that may be used more than once: the gradients of all uses are added before they are squared."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from torch import Tensor, nn
 from kdfast.ops.grad_norms.factors import DenseGrad, Embedding, GradFactors, OuterProduct
 from kdfast.ops.grad_norms.operations.recompute import NotSeparable
 from kdfast.ops.grad_norms.recording.capture import Call
-from kdfast.ops.grad_norms.reference import iter_chunks, materialize
+from kdfast.ops.grad_norms.reference import iter_chunks, iter_materialized
 
-__all__ = ["SquaredNormAccumulator", "SquaredNorms", "squared_norms_of_sum"]
-
-SquaredNorms = Callable[[GradFactors], Tensor]
+__all__ = ["FactorCollector", "merge_uses", "squared_norms_of_sum"]
 
 
-class SquaredNormAccumulator:
-    """Collects gradient factors and squares each parameter's as soon as those of its last use have arrived.
+class FactorCollector:
+    """Collects gradient factors and evaluates each parameter's as soon as those of its last use have arrived.
 
     Args:
         parameters: The parameters of interest, by id.
         calls: All recorded calls whose output gradients will arrive.
-        squared_norms: Computes the squared norms of one use.
+        evaluate: Called with a parameter and the factors of its uses.
 
     Attributes:
-        squares: Squared norms `(N,)` of the parameters completed so far, by id.
+        values: What ``evaluate`` returned for the parameters completed so far, by id.
         failed: For the ids of parameters whose samples could not be separated, the reason.
     """
 
     def __init__(
-        self, parameters: Mapping[int, nn.Parameter], calls: Sequence[Call], squared_norms: SquaredNorms
+        self,
+        parameters: Mapping[int, nn.Parameter],
+        calls: Sequence[Call],
+        evaluate: Callable[[nn.Parameter, Sequence[GradFactors]], Tensor],
     ) -> None:
-        self.squares: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
         self.failed: dict[int, NotSeparable] = {}
         self._parameters = parameters
-        self._squared_norms = squared_norms
+        self._evaluate = evaluate
         self._uses: dict[int, list[GradFactors]] = {}
         self._pending = Counter(id(p) for call in calls for p in call.parameters())
 
@@ -65,24 +66,29 @@ class SquaredNormAccumulator:
         uses = self._uses.pop(key)
         if key in self.failed:
             return
+        device = uses[0].b.device.type
         try:
-            if len(uses) == 1:
-                self.squares[key] = self._squared_norms(uses[0])
-            else:
-                self.squares[key] = squared_norms_of_sum(uses, self._parameters[key].shape, self._squared_norms)
+            with torch.autocast(device, enabled=False):
+                self.values[key] = self._evaluate(self._parameters[key], uses)
         except NotSeparable as error:
             self.failed[key] = error
 
 
-def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squared_norms: SquaredNorms) -> Tensor:
+def squared_norms_of_sum(
+    uses: Sequence[GradFactors],
+    shape: Sequence[int],
+    squared_norms: Callable[[GradFactors], Tensor],
+    weights: Tensor | None = None,
+) -> Tensor:
     """Compute the squared norm of the sum of a parameter's gradients, `(N,)`.
 
     Args:
         uses: Gradient factors of all uses of the parameter.
         shape: Shape of the parameter.
         squared_norms: Computes the squared norms of one use.
+        weights: Factors of the squares that ``squared_norms`` applies; None for 1.
     """
-    merged = _merge(uses)
+    merged = merge_uses(uses)
     if len(merged) == 1:
         return squared_norms(merged[0])
     tied = {type(factors): factors for factors in merged}
@@ -90,18 +96,16 @@ def squared_norms_of_sum(uses: Sequence[GradFactors], shape: Sequence[int], squa
         output, embedding = tied[OuterProduct], tied[Embedding]
         assert isinstance(output, OuterProduct)
         assert isinstance(embedding, Embedding)
-        inner = _inner_product(output, embedding)
+        inner = _inner_product(output, embedding, weights)
         return (squared_norms(output) + squared_norms(embedding) + 2 * inner).clamp_min_(0)
-    first = merged[0].b
-    out = first.new_empty(len(first))
-    sample_bytes = torch.Size(shape).numel() * first.element_size() * len(merged)
-    for chunk in iter_chunks(len(first), sample_bytes):
-        total = sum((materialize(use, shape, chunk) for use in merged[1:]), materialize(merged[0], shape, chunk))
-        out[chunk] = total.reshape(len(total), -1).square().sum(1)
+    out = merged[0].b.new_empty(len(merged[0].b))
+    for chunk, total in iter_materialized(merged, shape):
+        squares = total.reshape(len(total), -1).square()
+        out[chunk] = squares.sum(1) if weights is None else torch.mv(squares, weights.flatten())
     return out
 
 
-def _merge(uses: Sequence[GradFactors]) -> list[GradFactors]:
+def merge_uses(uses: Sequence[GradFactors]) -> list[GradFactors]:
     """Merge factors of one type where that is cheap: add dense gradients, concatenate positions of the others."""
     dense = [use for use in uses if isinstance(use, DenseGrad)]
     products = [use for use in uses if isinstance(use, OuterProduct)]
@@ -121,8 +125,11 @@ def _merge(uses: Sequence[GradFactors]) -> list[GradFactors]:
     return merged
 
 
-def _inner_product(output: OuterProduct, embedding: Embedding) -> Tensor:
-    """Compute `<sum_s g_s h_s^T, sum_t e_{id_t} b_t^T> = sum_{s,t} g_s[id_t] (h_s . b_t)` of each sample."""
+def _inner_product(output: OuterProduct, embedding: Embedding, weights: Tensor | None) -> Tensor:
+    """Compute `<sum_s g_s h_s^T, sum_t e_{id_t} b_t^T> = sum_{s,t} g_s[id_t] (h_s . b_t)` of each sample.
+
+    With weights of the elements, `b_t` is multiplied by their row `id_t`.
+    """
     n, s = output.b.shape[:2]
     t = embedding.ids.shape[1]
     out = output.b.new_empty(n)
@@ -131,5 +138,6 @@ def _inner_product(output: OuterProduct, embedding: Embedding) -> Tensor:
         picked = torch.gather(output.b[chunk], 2, ids)
         if embedding.padding_idx is not None:
             picked = picked * (ids != embedding.padding_idx)
-        out[chunk] = (picked * torch.bmm(output.a[chunk], embedding.b[chunk].transpose(1, 2))).sum((1, 2))
+        b = embedding.b[chunk] if weights is None else embedding.b[chunk] * weights[embedding.ids[chunk]]
+        out[chunk] = (picked * torch.bmm(output.a[chunk], b.transpose(1, 2))).sum((1, 2))
     return out

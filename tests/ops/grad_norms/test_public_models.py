@@ -90,7 +90,8 @@ def test_language_models_without_a_classifier(name):
 
 
 def test_vmap_with_an_attention_mask():
-    from kdfast.ops.grad_norms.fallback import squared_norms_vmap
+    from kdfast.ops.grad_norms.fallback import evaluate_by_vmap
+    from kdfast.ops.grad_norms.functionals import SquaredNorms
     from kdfast.ops.grad_norms.objective import Objective
     from kdfast.ops.grad_norms.recording.batch_axis import Batch
 
@@ -102,7 +103,8 @@ def test_vmap_with_an_attention_mask():
 
     losses = loss(model(**batch), y).detach()
     parameters = dict(model.named_parameters())
-    squares = squared_norms_vmap(Batch(model, batch, Objective(loss, y), N, 0), parameters, losses)
+    objective = Objective(loss, y)
+    squares = evaluate_by_vmap(Batch(model, batch, objective, N, 0), parameters, losses, SquaredNorms("auto", "auto"))
     found = sum(squares.values()).sqrt().double()
     torch.testing.assert_close(found, expected(model, batch, y), rtol=1e-5, atol=0)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kdfast
-from kdfast.ops.grad_norms import api
+from kdfast.ops.grad_norms import evaluation
 from kdfast.ops.grad_norms.operations import recompute, rules
 
 WIDTH, LENGTH, CLASSES = 6, 5, 4
@@ -326,7 +326,7 @@ def expected(model, x, y):
 
 @pytest.fixture(autouse=True)
 def no_fallback(monkeypatch):
-    monkeypatch.setattr(api, "FALLBACKS", {})
+    monkeypatch.setattr(evaluation, "FALLBACKS", {})
 
 
 @pytest.mark.parametrize("n", [1, 3, LENGTH, WIDTH])
