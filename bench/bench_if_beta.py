@@ -18,7 +18,7 @@ import torch
 from harness import table, write_results
 
 from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.command import distillation_seconds
+from kdfast.prune.if_beta.selector.costs import distillation_seconds
 
 
 def make_data(samples: int, dim: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

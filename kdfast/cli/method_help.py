@@ -7,6 +7,7 @@ The registries import torch, so they are imported only when such help is printed
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdfast.cli.command import Command
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A score, rule or selector, and the flag that sets its options."""
+    """A score, rule or selector, the flag that sets its options, and the options of each preset that it has."""
 
     title: str
     summary: str
     flag: str
     options: Mapping[str, Option]
+    presets: Mapping[str, Mapping[str, Option]] = MappingProxyType({})
 
 
 class ScoreCommand(Command):
@@ -110,11 +112,17 @@ def selectors() -> dict[str, Entry]:
     """Return every method that selects the subset directly."""
     from kdfast.prune.selectors import SELECTORS
 
-    return {name: Entry(f"Method {name}", m.summary, "--option", m.options) for name, m in SELECTORS.items()}
+    return {
+        name: Entry(f"Method {name}", m.summary, "--option", m.options, m.presets) for name, m in SELECTORS.items()
+    }
 
 
 def write_options(formatter: Any, entry: Entry) -> None:
-    """Write the options of an entry as a section."""
+    """Write the options of an entry as a section, or as one section for each of its presets."""
+    for preset, options in entry.presets.items():
+        write_options(formatter, Entry(f"{entry.title}, preset={preset}", entry.summary, entry.flag, options))
+    if entry.presets:
+        return
     with formatter.section(entry.title):
         formatter.write_text(entry.summary)
         if not entry.options:

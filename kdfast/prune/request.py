@@ -9,6 +9,7 @@ from pathlib import Path
 from kdfast.data.source import Source
 from kdfast.errors import UsageError, unknown_name
 from kdfast.progress import Progress
+from kdfast.prune.flat_scores import FVM, flatten_network, fvm_scores, state_paths
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.registry import get_rule
 from kdfast.prune.score_file import ScoreFile, read_scores
@@ -17,6 +18,7 @@ from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import SCORES
 from kdfast.prune.select import Selection, SelectionMethod, SubsetPipeline, published_rule
 from kdfast.prune.selectors import SELECTORS
+from kdfast.teacher.flatten import FlattenConfig
 
 FRACTION_FIELD = "{fraction}"
 
@@ -49,15 +51,16 @@ class PruneRequest:
     Attributes:
         fractions: Shares of the training split to keep, one subset each.
         method: A key of `SCORES` or `SELECTORS`; None: `random`, unless `scores` is given.
-        scores: A score file to use instead, or None.
+        scores: A score file to use instead of a score, or None.
         rule: A key of `RULES`; None: the rule published with the score.
         options: Options of the rule, or of the selector.
-        score_options: Options of the score.
+        score_options: Options of the score; for a selector, of the score that its option `score` names.
         balance: One of `kdfast.prune.rules.class_budget.BALANCE`.
         seed: Seed of scores, tie-breaks and random draws.
         device: Device for expensive computations.
         cache: Folder of a teacher's cache, or None.
         dynamics: Folder of training dynamics, or None.
+        teacher: File of a network, or None.
     """
 
     fractions: tuple[float, ...]
@@ -71,11 +74,17 @@ class PruneRequest:
     device: str = "cpu"
     cache: Path | None = None
     dynamics: Path | None = None
+    teacher: Path | None = None
 
     @property
     def uses_selector(self) -> bool:
         """Whether the method is a selector: long-running, with a file to resume from."""
         return self.method in SELECTORS
+
+    @property
+    def ranks_by_fvm(self) -> bool:
+        """Whether the method is a selector that ranks by the score of a flattened network, which takes long."""
+        return self.scores is None and self.uses_selector and self._selector_options().get("score") == FVM
 
     def check(self) -> None:
         """Check the arguments before any file is read.
@@ -83,10 +92,11 @@ class PruneRequest:
         Raises:
             UsageError: A name or an option does not exist, or arguments exclude each other or are missing.
         """
-        if self.scores is not None:
+        if self.scores is not None and not self.uses_selector:
             if self.method is not None or self.score_options:
                 raise UsageError(
-                    "`scores` excludes `method` and `score_options`: the file contains finished scores, so omit them"
+                    "`scores` excludes `method` and `score_options`: the file contains finished scores, so omit them; "
+                    f"only the methods that select the subset directly ({', '.join(SELECTORS)}) can rank by it"
                 )
             if self.rule is not None:
                 complete_options(f"rule {self.rule!r}", get_rule(self.rule).options, self.options)
@@ -94,14 +104,26 @@ class PruneRequest:
         name = self.method or "random"
         if name not in SCORES and name not in SELECTORS:
             raise unknown_name("no pruning method is named", name, [*SCORES, *SELECTORS])
-        if self.uses_selector and (self.rule is not None or self.score_options):
-            raise UsageError(f"{name} selects the subset directly: omit `rule` and `score_options`")
-        self._selection_method(name, published_rule(name)).check()
+        if self.uses_selector and self.rule is not None:
+            raise UsageError(f"{name} selects the subset directly: omit `rule`")
+        if self.scores is not None and "score" in self.options:
+            raise UsageError(f"`scores` excludes the option score of {name}: the file contains the scores; omit one")
+        self._selection_method(name, published_rule(name)).check(self._file_names)
         if self.uses_selector and self.cache is None:
             raise UsageError(f"{name} needs {HOW_TO_GET['cache']}")
+        if self.ranks_by_fvm and self.teacher is None:
+            raise UsageError(
+                f"{name} ranks by {FVM}, which needs a network: pass `teacher`, or finished scores as `scores`, or "
+                "another score with the option score"
+            )
 
     def run(
-        self, source: Source, states: Sequence[Path | None] | None = None, progress: Progress | None = None
+        self,
+        source: Source,
+        states: Sequence[Path | None] | None = None,
+        progress: Progress | None = None,
+        *,
+        score_state: Path | None = None,
     ) -> Iterator[Selection]:
         """Select the subsets, in the order of the fractions. All fractions are checked before the first.
 
@@ -112,31 +134,63 @@ class PruneRequest:
             source: The data.
             states: For each fraction the file that a selector resumes from; None: none.
             progress: Called by a selector with (done, total, note).
+            score_state: Where a selector that ranks by `influence-fvm` keeps the state of flattening and the scores:
+                the two files of `kdfast.prune.flat_scores.state_paths`. None: nowhere.
 
         Raises:
             DataError, SubsetError, UsageError, CacheMismatch: As for scores and selections.
         """
-        dynamics = None if self.uses_selector else self.dynamics
-        sources = ScoreSources.open(source, cache=self.cache, dynamics=dynamics)
-        files: dict[str, ScoreFile] = {}
-        name = score = self.method or "random"
-        if self.scores is not None:
-            name = str(self.scores)
-            files = {name: read_scores(self.scores, n=len(source.train), fingerprint=source.fingerprint)}
-            score = files[name].method
-        method = self._selection_method(name, published_rule(score))
-        method.check(files)
-        pipeline = SubsetPipeline(sources, files, balance=self.balance, device=self.device)
-        for fraction in self.fractions:
-            pipeline.check(method, fraction)
+        method, sources, pipeline = self._open(source)
+        if self.ranks_by_fvm:
+            pipeline = self._with_flat_scores(sources, score_state, progress)
         selections = (
             pipeline.select(method, fraction, self.seed, state=state, progress=progress)
             for fraction, state in zip(self.fractions, states or [None] * len(self.fractions), strict=True)
         )
         yield from selections if self.uses_selector else list(selections)
 
+    def check_data(self, source: Source) -> None:
+        """Open every input and check it, and the fractions, without computing anything; errors as for `run`."""
+        self._open(source)
+
+    def _open(self, source: Source) -> tuple[SelectionMethod, ScoreSources, SubsetPipeline]:
+        sources = ScoreSources.open(source, cache=self.cache, dynamics=self.dynamics, teacher=self.teacher)
+        files: dict[str, ScoreFile] = {}
+        name = score = self.method or "random"
+        if self.scores is not None:
+            file = read_scores(self.scores, n=len(source.train), fingerprint=source.fingerprint)
+            files = {self._file_names[0]: file}
+            if not self.uses_selector:
+                name, score = self._file_names[0], file.method
+        method = self._selection_method(name, published_rule(score))
+        method.check(files)
+        pipeline = SubsetPipeline(sources, files, balance=self.balance, device=self.device)
+        for fraction in self.fractions:
+            pipeline.check(method, fraction)
+        return method, sources, pipeline
+
     def _selection_method(self, name: str, published: str) -> SelectionMethod:
         options = tuple(self.options.items())
         if self.uses_selector:
-            return SelectionMethod(name, options)
+            ranked = (("score", self._file_names[0]),) if self._file_names else ()
+            return SelectionMethod(name, (*options, *ranked), score_options=tuple(self.score_options.items()))
         return SelectionMethod(name, tuple(self.score_options.items()), self.rule or published, options)
+
+    @property
+    def _file_names(self) -> tuple[str, ...]:
+        """The name of the score file for the pipeline, if there is one."""
+        return () if self.scores is None else (self.scores.name,)
+
+    def _selector_options(self) -> dict[str, OptionValue]:
+        return self._selection_method(str(self.method), "").selector_options(self._file_names)
+
+    def _with_flat_scores(self, sources: ScoreSources, state: Path | None, progress: Progress | None) -> SubsetPipeline:
+        """Return a pipeline with the scores of the network, which is flattened unless it is flat already."""
+        flat_state, score_state = (None, None) if state is None else state_paths(state)
+        held = self._selector_options().get("held")
+        config = FlattenConfig(seed=self.seed) if held is None else FlattenConfig(held=float(held), seed=self.seed)
+        sources = flatten_network(sources, config, device=self.device, state=flat_state, progress=progress)
+        scores = fvm_scores(
+            sources, self.score_options, seed=self.seed, device=self.device, state=score_state, progress=progress
+        )
+        return SubsetPipeline(sources, {FVM: scores}, balance=self.balance, device=self.device)

@@ -40,12 +40,14 @@ class SelectionMethod:
         options: Options of the score or the selector.
         rule: A key of `RULES`; None for a selector.
         rule_options: Options of the rule.
+        score_options: Options of the score that a selector ranks by, if it is one of `SCORES`.
     """
 
     name: str
     options: Options = ()
     rule: str | None = None
     rule_options: Options = ()
+    score_options: Options = ()
 
     def check(self, files: Collection[str] = ()) -> None:
         """Check names and options.
@@ -57,13 +59,26 @@ class SelectionMethod:
             UsageError: A name or an option does not exist (the nearest is suggested), or a value is not allowed.
         """
         if self.rule is None:
-            complete_options(self.name, SELECTORS[self.name].options, dict(self.options))
+            self._check_selector(files)
             return
         if self.name not in files:
             complete_options(self.name, get_score(self.name).options, dict(self.options))
         elif self.options:
             raise UsageError(f"scores read from a file take no options, got {self.options[0][0]!r}: omit it")
         complete_options(f"rule {self.rule!r}", get_rule(self.rule).options, dict(self.rule_options))
+
+    def _check_selector(self, files: Collection[str]) -> None:
+        score = self.selector_options(files).get("score")
+        if score not in files and score in SCORES:
+            complete_options(str(score), get_score(str(score)).options, dict(self.score_options))
+        elif self.score_options:
+            raise UsageError(
+                f"{self.name} ranks by {score or 'its own score'}, which takes no `score_options`: omit them"
+            )
+
+    def selector_options(self, files: Collection[str]) -> dict[str, OptionValue]:
+        """Return every option of the selector with its value; arguments and errors as for `check`."""
+        return SELECTORS[self.name].complete_options(self.name, dict(self.options), files)
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ class SubsetPipeline:
 
     def _by_rule(self, method: SelectionMethod, rule: str, fraction: float, seed: int) -> Selection:
         started = time.perf_counter()
-        scored = self._score(method, seed)
+        scored = self._score(method.name, method.options, seed)
         selecting = time.perf_counter()
         sources = self._sources
         cache = sources.cache if "features" in get_rule(rule).needs else None
@@ -197,8 +212,10 @@ class SubsetPipeline:
         sources, selector = self._sources, SELECTORS[method.name]
         if sources.cache is None:
             raise UsageError(f"{method.name} needs {HOW_TO_GET['cache']}")
-        options = complete_options(method.name, selector.options, dict(method.options))
+        options = method.selector_options(self._files)
         started = time.perf_counter()
+        scored = self._selector_scores(method, options.get("score"), seed, progress)
+        selecting = time.perf_counter()
         ids, details = selector.select(
             SelectorInputs(
                 source=sources.source,
@@ -207,29 +224,42 @@ class SubsetPipeline:
                 balance=self._balance,
                 seed=seed,
                 options=options,
+                scores=scored,
+                network=sources.network,
                 device=self._device,
                 state=state,
                 progress=progress,
             )
         )
-        seconds = time.perf_counter() - started
-        provenance = {
+        ended = time.perf_counter()
+        provenance: dict[str, Any] = {
             "data": sources.source.fingerprint,
             "seed": seed,
-            "seconds": seconds,
+            "seconds": ended - selecting + (0 if scored is None else scored.seconds),
             "method": method.name,
             "parameters": {"fraction": fraction, "balance": self._balance, "options": options},
             "scores": None,
             method.name: details,
         }
-        return Selection(fraction, ids, provenance, details, seconds)
+        if scored is not None:
+            provenance["parameters"]["score"] = {"method": scored.method, **scored.parameters}
+            provenance |= {"scores": scored.digest, "sources": scored.sources, "score_seconds": scored.seconds}
+        return Selection(fraction, ids, provenance, details, ended - started)
 
-    def _score(self, method: SelectionMethod, seed: int) -> ScoreFile:
-        if method.name in self._files:
-            return self._files[method.name]
-        key = (method.name, method.options, seed)
+    def _selector_scores(
+        self, method: SelectionMethod, score: OptionValue, seed: int, progress: Progress | None
+    ) -> ScoreFile | None:
+        """Return the scores that a selector's option `score` names; None for a score of the selector's own."""
+        if score in self._files or score in SCORES:
+            return self._score(str(score), method.score_options, seed, progress)
+        return None
+
+    def _score(self, name: str, options: Options, seed: int, progress: Progress | None = None) -> ScoreFile:
+        if name in self._files:
+            return self._files[name]
+        key = (name, options, seed)
         if key not in self._scores:
             self._scores[key] = self._sources.score(
-                method.name, seed=seed, options=dict(method.options), device=self._device
+                name, seed=seed, options=dict(options), device=self._device, progress=progress
             )
         return self._scores[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdfast.prune.if_beta.command import IF_BETA
+from kdfast.prune.if_beta.selector.select import IF_BETA
 from kdfast.prune.selector import SubsetSelector
 
 SELECTORS: dict[str, SubsetSelector] = {"if-beta": IF_BETA}

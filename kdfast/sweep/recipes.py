@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.prune.if_beta.command import fixed_settings
+from kdfast.prune.if_beta.selector.select import fixed_settings
 from kdfast.prune.rules.registry import RULES, get_rule
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.base import HOW_TO_GET
@@ -57,7 +57,7 @@ def resolve_method(spec: MethodSpec, files: Mapping[str, ScoreFile], given: froz
             is missing (the message names the command that makes it).
     """
     if spec.name in SELECTORS and spec.name not in files:
-        return _resolve_selector(spec, given)
+        return _resolve_selector(spec, files, given)
     if spec.name in RULES and spec.name not in SCORES and spec.name not in files and spec.rule is None:
         spec = MethodSpec(*SCORE_OF_A_RULE, spec.name, spec.options)
     if spec.name not in SCORES and spec.name not in files:
@@ -85,15 +85,21 @@ def resolve_method(spec: MethodSpec, files: Mapping[str, ScoreFile], given: froz
     return ResolvedMethod(str(label), method, _inputs(label, rule, options, files, given))
 
 
-def _resolve_selector(spec: MethodSpec, given: frozenset[str]) -> ResolvedMethod:
+def _resolve_selector(spec: MethodSpec, files: Mapping[str, ScoreFile], given: frozenset[str]) -> ResolvedMethod:
     if spec.rule is not None:
         raise UsageError(f"`methods`: {spec.name} selects the subset directly and takes no rule: omit /{spec.rule}")
     if "cache" not in given:
         raise UsageError(f"`methods`: {spec.name} needs {HOW_TO_GET['cache']}")
     method = SelectionMethod(spec.name, spec.options)
-    _check(method, spec, {})
+    _check(method, spec, files)
+    score = method.selector_options(files).get("score")
+    inputs = {"cache"}
+    if score in files:
+        inputs.add(f"scores {score}")
+    elif score in SCORES:
+        inputs |= _score_inputs(spec, str(score), (), given)
     fixed = _FIXED_SETTINGS[spec.name](dict(spec.options)) if spec.name in _FIXED_SETTINGS else {}
-    return ResolvedMethod(str(spec), method, frozenset({"cache"}), tuple(fixed.items()))
+    return ResolvedMethod(str(spec), method, frozenset(inputs), tuple(fixed.items()))
 
 
 def _check(method: SelectionMethod, spec: MethodSpec, files: Mapping[str, ScoreFile]) -> None:
@@ -107,15 +113,17 @@ def _inputs(
     label: MethodSpec, rule: str, options: Options, files: Mapping[str, ScoreFile], given: frozenset[str]
 ) -> frozenset[str]:
     """Return what the method is computed from, out of what is given."""
-    if label.name in files:
-        used = {f"scores {label.name}"}
-    else:
-        usable = SCORES[label.name].usable_inputs(dict(options))
-        if usable and not usable & given:
-            raise UsageError(f"`methods`: {label} needs {' or '.join(HOW_TO_GET[name] for name in sorted(usable))}")
-        used = set(usable & given)
+    used = {f"scores {label.name}"} if label.name in files else _score_inputs(label, label.name, options, given)
     if "features" in RULES[rule].needs:
         if "cache" not in given:
             raise UsageError(f"`methods`: {label} needs {HOW_TO_GET['cache']} for the features")
         used.add("cache")
     return frozenset(used)
+
+
+def _score_inputs(label: MethodSpec, score: str, options: Options, given: frozenset[str]) -> set[str]:
+    """Return what a score of the registry is computed from, out of what is given."""
+    usable = SCORES[score].usable_inputs(dict(options))
+    if usable and not usable & given:
+        raise UsageError(f"`methods`: {label} needs {' or '.join(HOW_TO_GET[name] for name in sorted(usable))}")
+    return set(usable & given)

@@ -156,9 +156,10 @@ def make_data(root: Path) -> None:
 
 
 def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
-    from kdfast.prune.if_beta import command, learner
+    from kdfast.prune.if_beta.search import Schedule
+    from kdfast.prune.if_beta.selector import costs
 
-    patch.setattr(command, "distillation_seconds", lambda *_: 1.0)
+    patch.setattr(costs, "distillation_seconds", lambda *_: 1.0)
     call(f"teacher train --data data.npz --net resnet8 {TRAINING} --out teacher.pt")
     state = torch.load(root / "teacher.pt", weights_only=True)["state_dict"]
     torch.save({"state_dict": state, "epoch": 3}, root / "weights.pt")
@@ -176,14 +177,14 @@ def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
     (root / "stopped" / "result.json").unlink()
     call(f"{SWEEP} --out sweep")
     steps = iter(range(2))
-    take_step = learner.take_step
+    take_step = Schedule.take_step
 
     def interrupted(*arguments: Any) -> Any:
         if next(steps, None) is None:
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    patch.setattr(learner, "take_step", interrupted)
+    patch.setattr(Schedule, "take_step", interrupted)
     call(f"{POLICY} --out stopped-policy.npy", code=75)
     assert (root / "stopped-policy.search.json").is_file()
 

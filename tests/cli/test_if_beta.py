@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta import command as if_beta_command
+from kdfast.prune.if_beta.search import Schedule
+from kdfast.prune.if_beta.selector import costs, select
 from kdfast.sweep.summary import group_rows
 from kdfast.teacher.build import build_cache
 
@@ -17,14 +18,12 @@ QUICK = ("--option", "steps=3", "--option", "inner_steps=20", "--option", "held=
 
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(if_beta_command, "distillation_seconds", lambda *_: 1000.0)
+    monkeypatch.setattr(costs, "distillation_seconds", lambda *_: 1000.0)
 
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Interrupt the search step with this number, counted from 1 over all searches; return a list of the steps."""
-    from kdfast.prune.if_beta import learner
-
-    take_step, calls = learner.take_step, []
+    take_step, calls = Schedule.take_step, []
 
     def killed(*arguments: object) -> object:
         calls.append(1)
@@ -32,7 +31,7 @@ def interrupt_step(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    monkeypatch.setattr(learner, "take_step", killed)
+    monkeypatch.setattr(Schedule, "take_step", killed)
     return calls
 
 
@@ -111,7 +110,7 @@ def test_dry_run_writes_nothing(kdfast, tiny: Path, cache: Path, tmp_path: Path)
         (("--option", "score=nosuch"), 2, "must be one of"),
         (("--option", "stepps=3"), 2, "did you mean 'steps'"),
         (("--option", "alpha=2"), 2, "from 0 to 1"),
-        (("--rule", "hard"), 2, "omit --rule and --score-option"),
+        (("--rule", "hard"), 2, "omit --rule"),
     ],
 )
 def test_rejects_bad_options(
@@ -191,7 +190,7 @@ def test_sweep_runs_again_if_the_influence_has_another_l2(
                "--methods", methods, "--fractions", 0.25, "--kd", "on", "--out", tmp_path)  # fmt: skip
     outcome = kdfast(*command)
     assert outcome.code == 0, outcome.err
-    monkeypatch.setattr(if_beta_command, "DEFAULT_L2", 0.5)
+    monkeypatch.setattr(select, "DEFAULT_L2", 0.5)
     assert "would run 1 of 4 rows" in kdfast(*command, "--dry-run").out
     assert kdfast(*command).code == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -42,18 +42,33 @@ def prune(
             "{fraction} into the name, as in idx-{fraction}.npy.",
         ),
     ],
-    scores: Annotated[Path | None, typer.Option("--scores", help="Score file written by `kdfast score`.")] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            help="Score file written by `kdfast score`, to select by with a rule, or to rank by with a --method that "
+            "selects the subset directly.",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
-            help="Instead of --scores: compute this score, or let this method select the subset directly; the lists "
-            "are below. Without --scores and --method: random.",
+            help="Compute this score instead of reading --scores, or let this method select the subset directly; the "
+            "lists are below. Without --scores and --method: random.",
             metavar="NAME",
         ),
     ] = None,
     cache: Cache = None,
     dynamics: Dynamics = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher",
+            help="Network, T.pt, for scores that differentiate it. if-beta with preset=paper flattens it first, unless "
+            "it comes from `kdfast teacher flatten`.",
+        ),
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +88,11 @@ def prune(
     ] = None,
     score_option: Annotated[
         list[str] | None,
-        typer.Option("--score-option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
+        typer.Option(
+            "--score-option",
+            help="Option of the score, also of the one that a --method with an option score ranks by; repeatable.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     help_options: Annotated[
         bool,
@@ -108,9 +127,10 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path, write_subset
+    from kdfast.data.subset import check_subset_path, subset_size, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
+    from kdfast.prune.flat_scores import state_paths
     from kdfast.prune.options import parse_options
     from kdfast.prune.request import PruneRequest, subset_paths
 
@@ -129,22 +149,32 @@ def prune(
         device=str(resolve_device(device)),
         cache=cache,
         dynamics=dynamics,
+        teacher=teacher,
     )
     request.check()
     source = open_source(data, size=size, order=order)
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)
+    if request.ranks_by_fvm and dry_run:
+        request.check_data(source)
+        kept = ", ".join(str(subset_size(len(source.train), share)) for share in fraction)
+        say(f"would flatten {teacher} if it is not flat, score {len(source.train)} samples and keep {kept} of them")
+        return
     states = [path.with_suffix(".search.json") for path in paths]
+    score_state = None if dry_run else paths[0]
     selections = []
     with progress(method or "prune", shown=request.uses_selector) as report:
-        found = request.run(source, None if dry_run else states, report)
+        found = request.run(source, None if dry_run else states, report, score_state=score_state)
         for path, state, selection in zip(paths, states, found, strict=True):
             selections.append(selection)
             if not dry_run:
                 write_subset(path, selection.ids, selection.provenance)
                 if request.uses_selector:
                     state.unlink(missing_ok=True)
+    if request.ranks_by_fvm:
+        for path in state_paths(paths[0]):
+            path.unlink(missing_ok=True)
     for selection in selections:
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         least, most = counts.min(), counts.max()

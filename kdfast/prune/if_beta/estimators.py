@@ -37,6 +37,8 @@ class Outcome(NamedTuple):
 
 
 Evaluate = Callable[[Sequence[Trial]], list[Outcome]]
+# Maps trials and the number of a step, which selects the noise that they share, to their outcomes.
+EvaluateAt = Callable[[Sequence[Trial], int], list[Outcome]]
 
 
 class Estimate(NamedTuple):
@@ -86,7 +88,7 @@ class CommonNoise:
         outcomes = evaluate([Trial(a, b, draw) for draw in range(self.repeats) for a, b in points])
         rewards = np.array([o.reward for o in outcomes])
         up, down = rewards.reshape(self.repeats, 2, 2).mean(0).T
-        return Estimate((up - down) / (2 * self.delta), *_means(outcomes))
+        return Estimate((up - down) / (2 * self.delta), *mean_outcomes(outcomes))
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,13 @@ class ScoreFunction:
         if self.natural:
             covariance = scores.T @ scores / self.draws
             gradient = np.linalg.solve(covariance + 1e-3 * np.trace(covariance) * np.eye(2), gradient)
-        return Estimate(gradient, *_means(outcomes))
+        return Estimate(gradient, *mean_outcomes(outcomes))
 
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {"crn": CommonNoise, "score": ScoreFunction}
 
 
-def _means(outcomes: list[Outcome]) -> tuple[float, float, int]:
+def mean_outcomes(outcomes: list[Outcome]) -> tuple[float, float, int]:
+    """Return the mean reward, the mean accuracy and the number of the outcomes: the last fields of an `Estimate`."""
     rewards, accuracies = np.array([(o.reward, o.accuracy) for o in outcomes]).T
     return float(rewards.mean()), float(accuracies.mean()), len(outcomes)

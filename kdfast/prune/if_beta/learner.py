@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -23,14 +23,15 @@ from kdfast.errors import UsageError, look_up, unknown_name
 from kdfast.ops.float32 import full_float32
 from kdfast.progress import Progress
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
-from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimate, Estimator
+from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimator, Outcome, Trial
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
 from kdfast.prune.if_beta.inputs import as_tensor, check_fraction, check_inputs, check_scores
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
 from kdfast.prune.if_beta.proxy import PROXIES, Proxy, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS, Reward
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, SampleScore
-from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
+from kdfast.prune.if_beta.search import Schedule, SearchState
+from kdfast.prune.if_beta.stages import TwoStages
 from kdfast.prune.rules.base import FloatArray
 
 Balance: TypeAlias = Literal["balanced", "equal", "unbalanced"]
@@ -46,8 +47,8 @@ class IFBetaResult:
 
     Attributes:
         ids: int64 (m,), indices of the samples to keep, ascending.
-        a: First parameter of the policy that drew `ids`: the learned one, or 1 if the learned policy does not beat the
-            uniform policy on the proxies at the 95% level.
+        a: First parameter of the policy that drew `ids`: the learned one, or with a `Schedule` 1 if the learned policy
+            does not beat the uniform policy on the proxies at the 95% level.
         b: Second parameter, likewise.
         learned: (a, b) as learned.
         u: float64 (N,), rank of each sample in (0, 1), within its class if draws are by class.
@@ -95,7 +96,7 @@ class IFBeta:
         reward: A key of `REWARDS`, or a `Reward`.
         estimator: A key of `ESTIMATORS`, or an `Estimator`.
         budget: Training settings of the proxies.
-        schedule: Settings of the search over (a, b).
+        schedule: Settings of the search over (a, b): a `Schedule`, or the published `TwoStages`.
         balance: `balanced` ranks and draws within each class, in proportion to the class sizes; `equal` draws the same
             number from each class; `unbalanced` ranks and draws all samples together.
         held_share: Share of each class to hold out, at least 20 samples but at most half of the class.
@@ -107,7 +108,7 @@ class IFBeta:
     reward: str | Reward = "kd"
     estimator: str | Estimator = "crn"
     budget: ProxyTrainingConfig = field(default_factory=ProxyTrainingConfig)
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule | TwoStages = field(default_factory=Schedule)
     balance: Balance = "balanced"
     held_share: float = 0.05
     candidates: int = 1
@@ -183,9 +184,9 @@ class IFBeta:
         checkpoint = SearchCheckpoint(path, digest(task.identity, fraction), settings)
         found = self._search(task.evaluator, pool_sampler, checkpoint, progress)
         started = time.perf_counter()
-        learned = averaged_parameters(found, self.schedule)
+        learned = self.schedule.learned(found)
         gain = task.evaluator.compare(pool_sampler, learned, (1.0, 1.0), step=_FINAL)
-        a, b = learned if gain.difference > gain.half_width else (1.0, 1.0)
+        a, b = (1.0, 1.0) if self.schedule.keeps_uniform and gain.difference <= gain.half_width else learned
         draws = [sampler.draw(a, b, sampler.gumbel(seed, _FINAL, k)) for k in range(self.candidates)]
         kept = draws[0] if self.candidates == 1 else draws[task.evaluator.select_best(draws, step=_FINAL)]
         return IFBetaResult(
@@ -234,7 +235,6 @@ class IFBeta:
         device: torch.device | str,
     ) -> _Task:
         """Check the inputs, score the samples, and build the evaluator."""
-        score = look_up(SAMPLE_SCORES, self.score, "IF-Beta score") if isinstance(self.score, str) else self.score
         proxy = look_up(PROXIES, self.proxy, "IF-Beta proxy")() if isinstance(self.proxy, str) else self.proxy
         reward = look_up(REWARDS, self.reward, "IF-Beta reward") if isinstance(self.reward, str) else self.reward
         z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.tensor(labels)
@@ -245,13 +245,17 @@ class IFBeta:
         started = time.perf_counter()
         moved_h, moved_y = h.to(device), y.to(device)
         inputs = HeadInputs(score_z.to(device), moved_h, moved_y, held_out, seed)
-        values = check_scores(score(inputs) if scores is None else scores, len(labels))
+        values = check_scores(self._compute_scores(inputs) if scores is None else scores, len(labels))
         seconds = time.perf_counter() - started
         data = ProxyData(proxy.transform(moved_h, seed), moved_y, z.to(device))
         evaluator = PolicyEvaluator(proxy, reward, self.budget, data, held_out, seed)
         inputs_digests = {"data": digest(z, h, labels), "scores": digest(values)}
         identity = digest(self.describe(), seed, z, h, labels, values)
         return _Task(values, held_out, evaluator, identity, inputs_digests, seconds)
+
+    def _compute_scores(self, inputs: HeadInputs) -> FloatArray:
+        score = look_up(SAMPLE_SCORES, self.score, "IF-Beta score") if isinstance(self.score, str) else self.score
+        return score(inputs)
 
     def _search(
         self,
@@ -264,19 +268,19 @@ class IFBeta:
         if isinstance(estimator, str):
             estimator = look_up(ESTIMATORS, estimator, "IF-Beta estimator")()
 
-        def estimate(phi: FloatArray, step: int) -> Estimate:
-            return estimator(phi, partial(evaluator.evaluate, sampler=sampler, step=step))
+        def evaluate(trials: Sequence[Trial], step: int) -> list[Outcome]:
+            return evaluator.evaluate(trials, sampler=sampler, step=step)
 
-        found = checkpoint.load() or SearchState.initial(self.schedule)
-        while not is_finished(found, self.schedule):
+        found = checkpoint.load() or self.schedule.initial()
+        while not self.schedule.is_finished(found):
             started = time.perf_counter()
-            take_step(found, self.schedule, estimate)
+            self.schedule.take_step(found, estimator, evaluate)
             found.seconds += time.perf_counter() - started
             checkpoint.save(found)
             if progress is not None:
                 a, b = found.path[-1]
                 note = f"reward {found.rewards[-1]:.4f}  a {a:.2f}  b {b:.2f}"
-                progress(found.step, self.schedule.steps, note)
+                progress(found.step, self.schedule.total, note)
         return found
 
 

@@ -2,8 +2,9 @@
 
 A full linear head on the teacher's own features can reproduce the teacher exactly from any training set: the divergence
 reaches zero on every drawn sample, so the reward carries no information. Therefore a proxy has limited capacity: a
-linear head on a fixed random projection to fewer dimensions, or a narrow hidden layer. Every parameter has a leading
-axis of K proxies, and every layer is one batched matrix product.
+linear head on a fixed random projection to fewer dimensions, or a narrow hidden layer. Or it is trained briefly, for
+one pass over its subset: `Linear`. Every parameter has a leading axis of K proxies, and every layer is one batched
+matrix product.
 
 All K proxies start from the same parameters and visit the positions of their subsets in the same order, so two subsets
 that share most samples also share most of the training noise. The loss is one `kdfast.kd_loss` over the K batches.
@@ -95,6 +96,26 @@ class Bottleneck:
         return torch.baddbmm(parameters[1][:, -1:], hidden, parameters[1][:, :-1])
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A linear head on all standardized features, to be trained for one pass: it does not limit the capacity.
+
+    Not in `PROXIES`, whose entries can be trained to the end.
+    """
+
+    def transform(self, features: Tensor, seed: int) -> Tensor:
+        """Standardize and append a constant 1 for the bias."""
+        return _append_one(_standardize(features))
+
+    def init_parameters(self, width: int, classes: int, seed: int) -> list[Tensor]:
+        """Return zero weights."""
+        return [torch.zeros(width, classes)]
+
+    def forward(self, parameters: list[Tensor], x: Tensor) -> Tensor:
+        """Return `x W`."""
+        return torch.bmm(x, parameters[0])
+
+
 PROXIES: dict[str, Callable[[], Proxy]] = {"projection": Projection, "bottleneck": Bottleneck}
 
 
@@ -103,9 +124,9 @@ class ProxyTrainingConfig:
     """Training settings of each proxy, equal for all draws of all policies.
 
     Attributes:
-        steps: Number of Adam steps.
-        batch_size: Samples per step and proxy, drawn with replacement from its subset.
-        lr: Initial learning rate; it decays to zero along a cosine.
+        steps: Number of Adam steps; None: one pass over the subset, without replacement, at a constant learning rate.
+        batch_size: Samples per step and proxy, drawn with replacement from its subset if there are `steps`.
+        lr: Initial learning rate; it decays to zero along a cosine if there are `steps`.
         weight_decay: L2 penalty on all parameters, added to the gradient. Students underfit the teacher; without a
             strong penalty the proxies do not, and then favor harder samples than students benefit from.
         alpha: Weight of the teacher's term in the loss. `alpha` and `weight_decay` were chosen by the accuracy of real
@@ -113,7 +134,7 @@ class ProxyTrainingConfig:
         temperature: Temperature of the teacher's term.
     """
 
-    steps: int = 200
+    steps: int | None = 200
     batch_size: int = 128
     lr: float = 0.05
     weight_decay: float = 0.1
@@ -121,7 +142,7 @@ class ProxyTrainingConfig:
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.lr <= 0:
+        if (self.steps is not None and self.steps < 1) or self.batch_size < 1 or self.lr <= 0:
             raise UsageError(
                 f"ProxyTrainingConfig has steps {self.steps}, batch_size {self.batch_size} and lr {self.lr}: pass "
                 "positive values"
@@ -176,18 +197,19 @@ def train_proxies(
     # One launch per step on a GPU; None is PyTorch's choice, which searches on a CPU reproduce.
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.Adam(parameters, budget.lr, weight_decay=budget.weight_decay, fused=fused)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
-    subsets = torch.from_numpy(draws).to(device)
+    schedule = None
+    if budget.steps is not None:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     batch = min(budget.batch_size, size)
-    positions = torch.randint(size, (budget.steps, batch), generator=torch.Generator().manual_seed(key)).to(device)
-    step_rows = subsets[:, positions].transpose(0, 1).reshape(budget.steps, -1)
-    for rows, labels in zip(step_rows, data.labels[step_rows], strict=True):
-        x = data.x[rows].view(count, batch, -1)
+    order = _order(size, None if budget.steps is None else budget.steps * batch, key).to(device)
+    for part in torch.split(torch.from_numpy(draws).to(device)[:, order], batch, 1):
+        rows = part.reshape(-1)
+        x = data.x[rows].view(*part.shape, -1)
         logits = proxy.forward(parameters, x).reshape(-1, classes)
         # The sum over the proxies of their batch means: each proxy gets the gradient of its own mean loss.
         loss = kd_loss(
             logits,
-            labels,
+            data.labels[rows],
             data.teacher_logits,
             rows,
             alpha=budget.alpha,
@@ -195,10 +217,19 @@ def train_proxies(
             reduction="sum",
         )
         optimizer.zero_grad()
-        (loss / batch).backward()
+        torch.autograd.backward(loss / part.shape[1])
         optimizer.step()
-        schedule.step()
+        if schedule is not None:
+            schedule.step()
     return [p.detach() for p in parameters]
+
+
+def _order(size: int, length: int | None, key: int) -> Tensor:
+    """Return the positions of a subset in the order of training: `length` with replacement, or each of them once."""
+    generator = torch.Generator().manual_seed(key)
+    if length is None:
+        return torch.randperm(size, generator=generator)
+    return torch.randint(size, (length,), generator=generator)
 
 
 def _standardize(features: Tensor) -> Tensor:

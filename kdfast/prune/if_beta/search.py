@@ -1,19 +1,19 @@
 """The outer loop: gradient ascent of the reward in phi = (ln a, ln b) with Adam, with a state that can be saved.
 
-The logarithms keep both Beta parameters positive and make a step a relative change.
+The logarithms keep both Beta parameters positive and make a step a relative change. `kdfast.prune.if_beta.stages` has
+the published outer loop, with the same state and methods.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from kdfast.errors import DivergedError, UsageError
-from kdfast.prune.if_beta.estimators import Estimate
+from kdfast.prune.if_beta.estimators import Estimate, Estimator, EvaluateAt
 from kdfast.prune.if_beta.policy import MAX_PARAMETER, MIN_PARAMETER
 from kdfast.prune.rules.base import FloatArray
 
@@ -21,41 +21,12 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.99, 1e-12
 _PATIENCE = 5
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Settings of the search; part of its identity on disk.
-
-    Attributes:
-        steps: Maximum number of steps.
-        lr: Initial step size of Adam in phi; it decays to zero along a cosine.
-        tolerance: The search ends after five consecutive steps shorter than this.
-        average: Share of the steps, counted from the end, over which phi is averaged for the result: near an optimum
-            the gradient is mostly noise, and so is the last iterate.
-        start: Initial (a, b).
-    """
-
-    steps: int = 50
-    lr: float = 0.1
-    tolerance: float = 0.01
-    average: float = 0.2
-    start: tuple[float, float] = (1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 < self.average <= 1:
-            raise UsageError(
-                f"Schedule has steps {self.steps}, lr {self.lr} and average {self.average}: pass at least one step, a "
-                "positive finite lr and an average in (0, 1]"
-            )
-        if not all(MIN_PARAMETER <= value <= MAX_PARAMETER for value in self.start):
-            raise UsageError(f"Schedule has start {self.start}: pass a and b in [{MIN_PARAMETER:g}, {MAX_PARAMETER:g}]")
-
-
 @dataclass
 class SearchState:
     """Progress of a search. The fields are plain numbers and the keys of the checkpoint, so JSON stores them exactly.
 
     Attributes:
-        phi: (ln a, ln b).
+        phi: The two numbers that the search moves: (ln a, ln b), or (mu, ln tau).
         step: Number of completed steps.
         first: Adam's running mean of the gradient.
         second: Adam's running mean of the squared gradient.
@@ -78,62 +49,115 @@ class SearchState:
     trials: int = 0
     seconds: float = 0.0
 
-    @classmethod
-    def initial(cls, schedule: Schedule) -> SearchState:
-        """Return the state before the first step."""
-        return cls(phi=[math.log(value) for value in schedule.start], path=[list(schedule.start)])
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return asdict(self)
 
+    def check(self, found: Estimate) -> None:
+        """Raise unless the reward and the gradient of the current step are finite.
 
-def is_finished(state: SearchState, schedule: Schedule) -> bool:
-    """Return whether all steps are done or the search has converged."""
-    return state.step >= schedule.steps or state.quiet >= _PATIENCE
+        Raises:
+            DivergedError: One is not.
+        """
+        if not (np.isfinite(found.gradient).all() and math.isfinite(found.reward)):
+            a, b = self.path[-1]
+            raise DivergedError(
+                f"step {self.step} at a = {a:.3g}, b = {b:.3g}: the reward {found.reward} or its gradient "
+                f"{found.gradient.tolist()} is not finite: lower the proxies' learning rate or correct the reward"
+            )
+
+    def adam_step(self, gradient: FloatArray, rate: float) -> FloatArray:
+        """Update Adam's running means and return the step, float64 (n,).
+
+        All entries share one scale: in a valley, Adam's scale per axis would amplify the noise of the flat axis.
+
+        Args:
+            gradient: float64 (n,), n = 1 or 2; it belongs to the last n numbers of `phi`.
+            rate: Step size.
+        """
+        count, size = self.step + 1, len(gradient)
+        first = _BETA1 * np.array(self.first[-size:]) + (1 - _BETA1) * gradient
+        second = _BETA2 * np.array(self.second[-size:]) + (1 - _BETA2) * gradient**2
+        scale = math.sqrt(second.mean() / (1 - _BETA2**count)) + _EPSILON
+        self.first[-size:], self.second[-size:] = first.tolist(), second.tolist()
+        step: FloatArray = rate * first / (1 - _BETA1**count) / scale
+        return step
+
+    def complete_step(self, phi: list[float], policy: list[float], found: Estimate) -> None:
+        """Move on to `phi` and the (a, b) that it stands for, after a step with the outcome `found`."""
+        self.step += 1
+        self.phi = phi
+        self.path.append(policy)
+        self.rewards.append(found.reward)
+        self.accuracies.append(found.accuracy)
+        self.trials += found.trials
 
 
-def take_step(state: SearchState, schedule: Schedule, estimate: Callable[[FloatArray, int], Estimate]) -> Estimate:
-    """Update the state by one step of Adam, in place.
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of the search; part of its identity on disk.
 
-    Args:
-        state: The search.
-        schedule: Its settings.
-        estimate: Maps (phi, step) to a gradient estimate.
-
-    Returns:
-        The estimate behind the step.
-
-    Raises:
-        DivergedError: A reward or the gradient is not finite. The state is unchanged.
+    Attributes:
+        steps: Maximum number of steps.
+        lr: Initial step size of Adam in phi; it decays to zero along a cosine.
+        tolerance: The search ends after five consecutive steps shorter than this.
+        average: Share of the steps, counted from the end, over which phi is averaged for the result: near an optimum
+            the gradient is mostly noise, and so is the last iterate.
+        start: Initial (a, b).
+        keeps_uniform: Whether the uniform policy is used where the learned one is not better on fresh draws.
     """
-    phi = np.array(state.phi)
-    found = estimate(phi, state.step)
-    if not (np.isfinite(found.gradient).all() and math.isfinite(found.reward)):
-        a, b = np.exp(phi)
-        raise DivergedError(
-            f"step {state.step} at a = {a:.3g}, b = {b:.3g}: the reward {found.reward} or its gradient "
-            f"{found.gradient.tolist()} is not finite: lower the proxies' learning rate or correct the reward"
-        )
-    count = state.step + 1
-    first = _BETA1 * np.array(state.first) + (1 - _BETA1) * found.gradient
-    second = _BETA2 * np.array(state.second) + (1 - _BETA2) * found.gradient**2
-    # Both axes share one scale: in a valley, Adam's scale per axis would amplify the noise of the flat axis.
-    scale = math.sqrt(second.mean() / (1 - _BETA2**count)) + _EPSILON
-    rate = schedule.lr * (1 + math.cos(math.pi * state.step / schedule.steps)) / 2
-    moved = np.clip(phi + rate * first / (1 - _BETA1**count) / scale, math.log(MIN_PARAMETER), math.log(MAX_PARAMETER))
-    state.quiet = state.quiet + 1 if float(np.linalg.norm(moved - phi)) < schedule.tolerance else 0
-    state.step, state.phi = count, moved.tolist()
-    state.first, state.second = first.tolist(), second.tolist()
-    state.path.append(np.exp(moved).tolist())
-    state.rewards.append(found.reward)
-    state.accuracies.append(found.accuracy)
-    state.trials += found.trials
-    return found
 
+    steps: int = 50
+    lr: float = 0.1
+    tolerance: float = 0.01
+    average: float = 0.2
+    start: tuple[float, float] = (1.0, 1.0)
 
-def averaged_parameters(state: SearchState, schedule: Schedule) -> tuple[float, float]:
-    """Return the geometric mean of (a, b) over the last part of the path."""
-    count = max(1, math.ceil(schedule.average * state.step))
-    a, b = np.exp(np.log(np.array(state.path[-count:])).mean(0))
-    return float(a), float(b)
+    keeps_uniform: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.lr < math.inf or not 0 < self.average <= 1:
+            raise UsageError(
+                f"Schedule has steps {self.steps}, lr {self.lr} and average {self.average}: pass at least one step, a "
+                "positive finite lr and an average in (0, 1]"
+            )
+        if not all(MIN_PARAMETER <= value <= MAX_PARAMETER for value in self.start):
+            raise UsageError(f"Schedule has start {self.start}: pass a and b in [{MIN_PARAMETER:g}, {MAX_PARAMETER:g}]")
+
+    @property
+    def total(self) -> int:
+        """Maximum number of steps."""
+        return self.steps
+
+    def initial(self) -> SearchState:
+        """Return the state at `start`."""
+        return SearchState(phi=[math.log(value) for value in self.start], path=[list(self.start)])
+
+    def is_finished(self, state: SearchState) -> bool:
+        """Return whether all steps are done or the search has converged."""
+        return state.step >= self.steps or state.quiet >= _PATIENCE
+
+    def take_step(self, state: SearchState, estimator: Estimator, evaluate: EvaluateAt) -> None:
+        """Update the state by one step of Adam, in place.
+
+        Args:
+            state: The search.
+            estimator: Estimator of the gradient of the reward.
+            evaluate: Trains proxies on the draws of trials.
+
+        Raises:
+            DivergedError: A reward or the gradient is not finite. The state is unchanged.
+        """
+        phi = np.array(state.phi)
+        found = estimator(phi, lambda trials: evaluate(trials, state.step))
+        state.check(found)
+        rate = self.lr * (1 + math.cos(math.pi * state.step / self.steps)) / 2
+        moved = np.clip(phi + state.adam_step(found.gradient, rate), math.log(MIN_PARAMETER), math.log(MAX_PARAMETER))
+        state.quiet = state.quiet + 1 if float(np.linalg.norm(moved - phi)) < self.tolerance else 0
+        state.complete_step(moved.tolist(), np.exp(moved).tolist(), found)
+
+    def learned(self, state: SearchState) -> tuple[float, float]:
+        """Return the geometric mean of (a, b) over the last part of the path."""
+        count = max(1, math.ceil(self.average * state.step))
+        a, b = np.exp(np.log(np.array(state.path[-count:])).mean(0))
+        return float(a), float(b)

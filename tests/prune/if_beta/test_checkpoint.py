@@ -7,17 +7,17 @@ import pytest
 
 from kdfast.errors import DataError, OutputError
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint
-from kdfast.prune.if_beta.search import Schedule, SearchState
+from kdfast.prune.if_beta.search import Schedule
 
 
 def saved(path: Path) -> SearchCheckpoint:
     checkpoint = SearchCheckpoint(path / "idx.search.json", "the search")
-    checkpoint.save(SearchState.initial(Schedule()))
+    checkpoint.save(Schedule().initial())
     return checkpoint
 
 
 def test_loads_what_it_saved(tmp_path: Path) -> None:
-    assert saved(tmp_path).load() == SearchState.initial(Schedule())
+    assert saved(tmp_path).load() == Schedule().initial()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import torch
 from kdfast.data.holdout import hold_out
 from kdfast.errors import DataError, DivergedError, OutputError, ShapeError, SubsetError, UsageError
 from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.command import distillation_seconds
+from kdfast.prune.if_beta.selector.costs import distillation_seconds
 from kdfast.prune.if_beta.estimators import Estimate, ScoreFunction, Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
 from kdfast.prune.if_beta.policy import StratifiedSampler
 from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, ProxyTrainingConfig
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
-from kdfast.prune.if_beta.search import Schedule, SearchState, averaged_parameters, is_finished, take_step
+from kdfast.prune.if_beta.search import Schedule
 
 QUICK = IFBeta(proxy=Projection(4), budget=ProxyTrainingConfig(steps=30, batch_size=32), schedule=Schedule(steps=6))
 
@@ -280,20 +280,20 @@ def test_selects_among_several_draws(cloud):
 
 def test_adam_reaches_the_optimum_and_stops():
     schedule = Schedule(steps=200, lr=0.1)
-    state = SearchState.initial(schedule)
+    state = schedule.initial()
     top = np.log([3.0, 0.5])
-    while not is_finished(state, schedule):
-        take_step(state, schedule, lambda phi, step: Estimate(top - phi, -float(((top - phi) ** 2).sum()), 0.0, 4))
-    assert averaged_parameters(state, schedule) == pytest.approx((3.0, 0.5), rel=0.05)
+    while not schedule.is_finished(state):
+        schedule.take_step(state, lambda phi, _: Estimate(top - phi, -float(((top - phi) ** 2).sum()), 0.0, 4), None)
+    assert schedule.learned(state) == pytest.approx((3.0, 0.5), rel=0.05)
     assert state.step < 200
     assert state.trials == 4 * state.step
 
 
 def test_parameters_stay_within_their_bounds():
     schedule = Schedule(steps=100, lr=1.0)
-    state = SearchState.initial(schedule)
-    while not is_finished(state, schedule):
-        take_step(state, schedule, lambda phi, step: Estimate(np.array([1.0, -1.0]), 0.0, 0.0, 0))
+    state = schedule.initial()
+    while not schedule.is_finished(state):
+        schedule.take_step(state, lambda phi, _: Estimate(np.array([1.0, -1.0]), 0.0, 0.0, 0), None)
     assert state.path[-1] == pytest.approx([50, 0.05])
 
 

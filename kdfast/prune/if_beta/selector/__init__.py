@@ -1,0 +1,1 @@
+"""IF-Beta as a subset selector for `kdfast prune` and `kdfast sweep`."""
