@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from kdfast.data.stateless_random import Purpose, hash64, uniform
-from kdfast.errors import look_up
+from kdfast.errors import UsageError, look_up
 from kdfast.prune.options import Option, complete_options
 from kdfast.prune.scores import el2n_grand, influence, memorization, moderate, trajectory, windows
 from kdfast.prune.scores.base import Score, ScoreInputs, ScoreResult, check_inputs, check_values
@@ -29,13 +29,48 @@ def random(inputs: ScoreInputs) -> ScoreResult:
 def d2(inputs: ScoreInputs) -> ScoreResult:
     """The score that D2 starts from; the rule `d2` adds the graph.
 
+    The other options are those of that score. The extra `aum` is minus the area under the margin, for the rule's
+    `cut_by=aum`; it needs dynamics, and `margin` applies to it too.
+
+    Raises:
+        UsageError: An option does not belong to the score to start from.
+
     Source:
         Maharana et al., D2 Pruning: Message Passing for Balancing Diversity and Difficulty in Data Pruning, ICLR 2024,
         which starts from forgetting, the area under the margin or other scores, depending on the data.
     """
     name = str(inputs.options["score"])
-    options = complete_options(name, SCORES[name].options, {})
-    return SCORES[name].compute(dataclasses.replace(inputs, options=options))
+    given = {option: value for option, value in inputs.options.items() if option != "score" and value is not None}
+    for option, value in given.items():
+        if option not in SCORES[name].options and option not in trajectory.AUM_OPTIONS:
+            raise UsageError(
+                f"option {option}={value}: the score {name}, which d2 starts from, does not have it: omit it, or "
+                "choose a score that has it by the option score"
+            )
+
+    def compute(start: str) -> ScoreResult:
+        own = {option: value for option, value in given.items() if option in SCORES[start].options}
+        options = complete_options(start, SCORES[start].options, own)
+        result = SCORES[start].compute(dataclasses.replace(inputs, options=options))
+        return dataclasses.replace(result, used={**options, **result.used})
+
+    result = compute(name)
+    extras = {} if inputs.dynamics is None else {"aum": compute("aum").values}
+    return dataclasses.replace(result, extras={**result.extras, **extras})
+
+
+def _d2_options() -> dict[str, Option]:
+    starts = {
+        "el2n": el2n_grand.EL2N_OPTIONS,
+        "aum": trajectory.AUM_OPTIONS,
+        "forgetting": trajectory.FORGETTING_OPTIONS,
+    }
+    options = {"score": Option("el2n", "score to start from", choices=tuple(starts))}
+    for name, own in starts.items():
+        for option, declared in own.items():
+            summary = f"with score={name}: {declared.summary}"
+            options[option] = dataclasses.replace(declared, default=None, summary=summary)
+    return options
 
 
 SCORES: dict[str, Score] = {
@@ -76,7 +111,7 @@ SCORES: dict[str, Score] = {
         "the score that the option score names, by default el2n; the rule d2 adds diversity",
         _CACHE | _DYNAMICS,
         rule="d2",
-        options={"score": Option("el2n", "score to start from", choices=("el2n", "aum", "forgetting"))},
+        options=_d2_options(),
     ),
     "dual": Score(
         windows.dual,
