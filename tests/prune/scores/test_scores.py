@@ -385,6 +385,13 @@ def test_rejects_dynamics_with_too_few_epochs_or_runs(tmp_path):
         compute_score("memorization", inputs)
 
 
+@pytest.mark.parametrize("method", [name for name, entry in SCORES.items() if "cache" in entry.needs])
+def test_accepts_float64_logits_and_features(inputs, teacher, method):
+    wide = {"logits": teacher[0].astype(np.float64), "features": torch.from_numpy(teacher[1]).double()}
+    found, expected = (compute_score(method, inputs(dynamics=None, **given)).values for given in (wide, {}))
+    assert np.array_equal(found, expected)
+
+
 def test_inputs_are_not_modified(inputs):
     given = inputs()
     before = {f.name: np.array(getattr(given, f.name)) for f in dataclasses.fields(given) if f.name != "dynamics"}
