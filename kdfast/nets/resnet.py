@@ -64,13 +64,15 @@ class BasicBlock(nn.Module):
             else:
                 projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
                 self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+        # A module, so that a hook can read what enters it: the block's activations before the ReLU.
+        self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) -> (B, outputs, h / stride, w / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out = out + (x if self.downsample is None else self.downsample(x))
-        return F.relu(out)
+        return cast(Tensor, self.relu2(out))
 
 
 class CifarResNet(nn.Module):
@@ -93,6 +95,7 @@ class CifarResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = self._stage(16, 16, 1, blocks, shortcut)
         self.layer2 = self._stage(16, 32, 2, blocks, shortcut)
         self.layer3 = self._stage(32, 64, 2, blocks, shortcut)
@@ -107,7 +110,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, h, w) -> logits (B, classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         head = cast(nn.Linear, self.get_submodule(self.head_name))
         return cast(torch.Tensor, head(global_average(x)))

@@ -1,0 +1,1 @@
+"""Terms that compare activations of student and teacher, one file each."""

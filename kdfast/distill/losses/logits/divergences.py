@@ -1,0 +1,76 @@
+"""Other divergences between the two networks' probabilities, and between their logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast.distill.losses.base import Outputs, Term, TermEntry
+from kdfast.errors import UsageError
+from kdfast.ops.kd_loss import kd_loss
+
+
+class ReverseDivergence(Term):
+    """T^2 KL(student || teacher) at a temperature, mean over rows."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        """Return the term's value for a batch."""
+        return kd_loss(
+            student.logits, labels, teacher.logits, alpha=1.0, temperature=self.temperature, direction="reverse"
+        )
+
+
+class JensenShannon(Term):
+    """T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m)) with m = beta teacher + (1 - beta) student.
+
+    Args:
+        beta: In (0, 1); 1/2 is symmetric.
+        temperature: T of the probabilities.
+    """
+
+    def __init__(self, beta: float, temperature: float) -> None:
+        super().__init__()
+        if not 0 < beta < 1:
+            raise UsageError(f"the term jsd has beta {beta:g}: pass a number above 0 and below 1")
+        self.beta, self.temperature = beta, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        """Return the term's value for a batch."""
+        s, t = ((x.logits / self.temperature).log_softmax(1) for x in (student, teacher))
+        mixture = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
+        forward, backward = ((p.exp() * (p - mixture)).sum(1) for p in (t, s))
+        return self.temperature**2 * (self.beta * forward + (1 - self.beta) * backward).mean()
+
+
+class LogitDistance(Term):
+    """Mean squared difference of the logits."""
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        """Return the term's value for a batch."""
+        return F.mse_loss(student.logits, teacher.logits)
+
+
+REVERSE = TermEntry(
+    lambda shapes, options: ReverseDivergence(options["temperature"]),
+    "KL(student || teacher)",
+    "Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, ICLR 2024, equation 1",
+    options={"temperature": 4.0},
+)
+JENSEN_SHANNON = TermEntry(
+    lambda shapes, options: JensenShannon(options["beta"], options["temperature"]),
+    "generalized Jensen-Shannon divergence",
+    "Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024, equation 1",
+    options={"beta": 0.5, "temperature": 4.0},
+)
+LOGIT_DISTANCE = TermEntry(
+    lambda shapes, options: LogitDistance(),
+    "mean squared difference of the logits",
+    "Ba and Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014, equation 1",
+)
