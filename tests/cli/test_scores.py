@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from kdfast.errors import DataWarning
 
 METHODS = {
     "random": [],
@@ -23,6 +26,7 @@ METHODS = {
     "ccs": [],
     "aum": [],
     "influence": [],
+    "medium": [],
 }
 
 
@@ -102,6 +106,33 @@ def test_computes_grand_of_a_full_network(kdfast, tiny, teacher, tmp_path) -> No
     expect(kdfast(*arguments), 2, r"takes a --teacher \(train one with kdfast teacher train\)")
     ran = kdfast(*arguments, "--teacher", teacher)
     assert ran.code == 0, ran.err
+
+
+def test_computes_the_influence_of_a_flattened_teacher(kdfast, tiny, teacher, tmp_path) -> None:
+    flat, out = tmp_path / "flat.pt", tmp_path / "s.npz"
+    arguments = ("score", "--data", tiny, "--method", "influence-fvm", "--out", out)
+    expect(kdfast(*arguments), 2, r"needs a network .* kdfast teacher flatten and pass --teacher to kdfast score")
+    expect(kdfast(*arguments, "--teacher", teacher, "--option", "fisher=validation"), 2, "was not flattened on one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        expect(kdfast(*arguments, "--teacher", teacher), 0, "network was not flattened.* kdfast teacher flatten")
+    ran = kdfast("teacher", "flatten", "--data", tiny, "--teacher", teacher, "--iterations", 3, "--out", flat)
+    assert ran.code == 0, ran.err
+    for fisher in ("train", "validation"):
+        ran = kdfast(*arguments, "--teacher", flat, "--option", f"fisher={fisher}", "--option", "views=2")
+        assert (ran.code, ran.err) == (0, "")
+        with np.load(out) as held:
+            about = json.loads(str(held["about"]))
+        assert about["parameters"]["network"].startswith("flattened, sharpness fsam, teacher ")
+        assert about["parameters"]["fisher"] == fisher
+        assert set(about["sources"]) == {"teacher"}
+    kept = kdfast("prune", "--data", tiny, "--scores", out, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
+    assert kept.code == 0, kept.err
+    expect(
+        kdfast("prune", "--data", tiny, "--method", "influence-fvm", "--fraction", 0.5, "--out", tmp_path / "idx.npy"),
+        2,
+        "kdfast score, whose score file kdfast prune",
+    )
 
 
 def test_scoring_is_deterministic_but_for_the_seconds(kdfast, tiny, dynamics, tmp_path) -> None:

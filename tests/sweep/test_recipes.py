@@ -23,12 +23,17 @@ def recipe(text: str, given: frozenset[str] = ALL) -> ResolvedMethod:
     return resolve_method(spec, FILES, given)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [name for name, entry in SCORES.items() if "teacher" not in entry.needs])
 def test_score_alone_has_its_published_rule(name: str) -> None:
     made = recipe(name)
     assert (made.method.name, made.method.rule, made.label) == (name, SCORES[name].rule, name)
     assert recipe(f"{name}/{made.method.rule}") == made
     assert made.inputs >= SCORES[name].needs
+
+
+def test_score_that_needs_a_network_is_taken_from_a_file() -> None:
+    with pytest.raises(UsageError, match=r"influence-fvm needs a network .* kdfast score, whose score file"):
+        recipe("influence-fvm")
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - set(SCORES)))

@@ -9,6 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.output import say
+from kdfast.cli.progress import progress
 
 Cache = Annotated[Path | None, typer.Option("--cache", help="Teacher's cache, for its logits and features.")]
 Dynamics = Annotated[Path | None, typer.Option("--dynamics", help="Folder written by `kdfast dynamics`.")]
@@ -56,7 +57,8 @@ def score(
     if dry_run:
         say(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")
         return
-    content = sources.score(method, seed=seed, options=score_options, device=place)
+    with progress(method) as report:
+        content = sources.score(method, seed=seed, options=score_options, device=place, progress=report)
     write_scores(out, content)
     low, high = content.scores.min(), content.scores.max()
     say(

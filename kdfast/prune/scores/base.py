@@ -14,6 +14,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import DataError, UsageError
+from kdfast.progress import Progress
 from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray
 
@@ -26,6 +27,8 @@ Float32Array = npt.NDArray[np.float32]
 HOW_TO_GET = {
     "cache": "a teacher's cache (make one with kdfast cache and pass `cache`)",
     "dynamics": "training dynamics (record them with kdfast dynamics and pass `dynamics`)",
+    "teacher": "a network (make one with kdfast teacher flatten and pass `teacher` to kdfast score, whose score file "
+    "kdfast prune and kdfast sweep take)",
 }
 
 
@@ -43,6 +46,7 @@ class ScoreInputs:
         options: Options by name; the others have their defaults.
         source: The data, for scores that run a network on the images, or None.
         network: The network for such scores, or None.
+        progress: Called with (done, total, note) by scores that take long, or None.
     """
 
     labels: IntArray
@@ -54,6 +58,7 @@ class ScoreInputs:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     source: Source | None = None
     network: Model | None = None
+    progress: Progress | None = None
 
     def number(self, option: str) -> float:
         """Return an option's value as a float."""
@@ -85,7 +90,7 @@ class Score:
     Attributes:
         compute: The function.
         summary: One line for help.
-        needs: `cache`, `dynamics` or both, of which one suffices. Empty: the labels suffice.
+        needs: `cache`, `dynamics` or both, of which one suffices; or `teacher`, a network. Empty: the labels suffice.
         rule: The selection rule it was published with.
         options: Options by name.
     """

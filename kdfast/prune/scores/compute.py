@@ -15,6 +15,7 @@ from kdfast.dynamics.reader import Dynamics
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit
+from kdfast.progress import Progress
 from kdfast.prune.options import OptionValue
 from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.base import ScoreInputs
@@ -85,7 +86,13 @@ class ScoreSources:
         return digests
 
     def inputs(
-        self, name: str, *, seed: int, options: Mapping[str, OptionValue] | None = None, device: str = "cpu"
+        self,
+        name: str,
+        *,
+        seed: int,
+        options: Mapping[str, OptionValue] | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
     ) -> ScoreInputs:
         """Return the inputs of a score: those there are, of those it can use.
 
@@ -94,6 +101,7 @@ class ScoreSources:
             seed: Seed of the score's random draws.
             options: Options of the score.
             device: Device for expensive computations.
+            progress: Called with (done, total, note) by scores that take long.
         """
         options = dict(options or {})
         usable = get_score(name).usable_inputs(options)
@@ -108,13 +116,20 @@ class ScoreSources:
             options=options,
             source=self.source,
             network=self.network,
+            progress=progress,
         )
 
     def score(
-        self, name: str, *, seed: int, options: Mapping[str, OptionValue] | None = None, device: str = "cpu"
+        self,
+        name: str,
+        *,
+        seed: int,
+        options: Mapping[str, OptionValue] | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
     ) -> ScoreFile:
         """Compute a score with its provenance; arguments and errors as for `inputs` and `compute_score`."""
-        inputs = self.inputs(name, seed=seed, options=options, device=device)
+        inputs = self.inputs(name, seed=seed, options=options, device=device, progress=progress)
         started = time.perf_counter()
         result = compute_score(name, inputs)
         seconds = time.perf_counter() - started

@@ -12,7 +12,7 @@ import numpy as np
 from kdfast.data.stateless_random import Purpose, hash64, uniform
 from kdfast.errors import UsageError, look_up
 from kdfast.prune.options import Option, complete_options
-from kdfast.prune.scores import el2n_grand, influence, memorization, moderate, trajectory, windows
+from kdfast.prune.scores import el2n_grand, fvm, influence, medium, memorization, moderate, trajectory, windows
 from kdfast.prune.scores.base import Score, ScoreInputs, ScoreResult, check_inputs, check_values
 
 _CACHE, _DYNAMICS = frozenset({"cache"}), frozenset({"dynamics"})
@@ -139,6 +139,15 @@ SCORES: dict[str, Score] = {
         "change of a loss when the sample is removed from training, without retraining",
         _CACHE,
         options=influence.OPTIONS,
+    ),
+    "influence-fvm": Score(
+        fvm.influence_fvm,
+        "second-order influence over all weights of a teacher that was flattened on held-out samples",
+        frozenset({"teacher"}),
+        options=fvm.OPTIONS,
+    ),
+    "medium": Score(
+        medium.medium, "cross-entropy of the teacher, selected by the middle of its ranking", _CACHE, rule="moderate"
     ),
 }
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from kdfast.data.source import ArraySplit, Source, default_view_spec
+from kdfast.data.views import Normalization
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, UsageError
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
 from kdfast.prune.rules.registry import RULES
 from kdfast.prune.scores.base import ScoreInputs
 from kdfast.prune.scores.registry import SCORES, compute_score
@@ -44,11 +47,24 @@ def teacher():
     return features @ weights[:, :D].T + weights[:, D], features
 
 
+@pytest.fixture(scope="module")
+def images():
+    """Return random images of the labels as a source, and a flattened network for them."""
+    pixels = np.random.default_rng(3).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
+    split = ArraySplit(pixels, LABELS, "images")
+    source = Source("memory", "npz", ("a", "b", "c"), split, split, default_view_spec(split.shape, flip=False))
+    torch.manual_seed(0)
+    statistics = Normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    settings = {"sharpness": "none", "teacher": "0" * 64, "data": source.fingerprint, "held": 0.1, "seed": 0}
+    metadata = {"flattened": settings}
+    return source, Model(build_net("resnet8", C).eval(), "resnet8", C, source.classes, statistics, metadata)
+
+
 @pytest.fixture
-def inputs(dynamics, teacher):
+def inputs(dynamics, teacher, images):
     def make(**changes):
         base = {"labels": LABELS, "seed": 0, "logits": teacher[0], "features": teacher[1], "dynamics": dynamics}
-        return ScoreInputs(**{**base, **changes})
+        return ScoreInputs(**{**base, "source": images[0], "network": images[1], **changes})
 
     return make
 
@@ -128,27 +144,19 @@ def test_grand_from_dynamics(inputs, dynamics):
         assert found.used["epoch"] == epoch
 
 
-def test_grand_of_the_full_network(inputs):
-    from kdfast.nets import build_net
-    from kdfast.nets.checkpoint import Model
-
-    images = np.random.default_rng(3).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
-    split = ArraySplit(images, LABELS, "images")
-    source = Source("memory", "npz", ("a", "b", "c"), split, split, default_view_spec(split.shape, flip=False))
-    from kdfast.data.views import Normalization
-
-    torch.manual_seed(0)
-    net = build_net("resnet8", C).eval()
-    statistics = Normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    model = Model(net, "resnet8", C, source.classes, statistics, {})
-    found = compute_score("grand", inputs(options={"network": "full"}, source=source, network=model)).values
+def test_grand_of_the_full_network(inputs, images):
+    source, model = images
+    net, statistics = model.net, model.normalization
+    found = compute_score("grand", inputs(options={"network": "full"})).values
     expected = []
-    for image, y in zip(images, LABELS, strict=True):
+    for image, y in zip(source.train.images, LABELS, strict=True):
         x = (torch.from_numpy(image).float() / 255 - torch.tensor(statistics.mean)) / torch.tensor(statistics.std)
         loss = torch.nn.functional.cross_entropy(net(x.permute(2, 0, 1)[None]), torch.tensor([int(y)]))
         gradients = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
         expected.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with pytest.raises(UsageError, match="kdfast teacher train"):
+        compute_score("grand", inputs(options={"network": "full"}, network=None))
 
 
 def test_memorization(inputs, dynamics):
@@ -319,7 +327,8 @@ def test_error_about_a_missing_input_names_its_command(method):
     with pytest.raises(UsageError) as caught:
         compute_score(method, ScoreInputs(LABELS, 0))
     for need in SCORES[method].needs:
-        assert f"kdfast {need} and pass `{need}`" in str(caught.value)
+        command = {"teacher": "teacher flatten"}.get(need, need)
+        assert f"kdfast {command} and pass `{need}`" in str(caught.value)
 
 
 def test_error_about_a_typo_suggests_the_nearest_name(inputs):
@@ -364,7 +373,6 @@ def test_rejects_inputs_that_do_not_fit(inputs, case):
         ("memorization", {"epoch": 13}, "has 12 epochs, not 13"),
         ("dual", {"window": 20}, "20 epochs for a window, but there are 12"),
         ("influence", {"holdout": 0.5, "kind": "absolute", "l2": -1}, "l2=-1"),
-        ("grand", {"network": "full"}, "kdfast teacher train"),
     ],
 )
 def test_rejects_options_that_the_inputs_cannot_meet(inputs, method, options, message):
