@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     HOLDOUT = 9
     RULE = 10
     PROXY = 11
+    FLATTEN = 12
 
 
 def mix64(words: WordArray) -> WordArray:

@@ -440,6 +440,15 @@ class ModelFields(Struct):
     seal: Sha256 | None = None
 
 
+class FlattenState(Struct):
+    """The state of a flattening, apart from the tensors."""
+
+    settings: Json
+    step: Count
+    seconds: NotNegative
+    seal: Sha256
+
+
 class TrainingState(Struct):
     """The plain fields of a checkpoint of a training run."""
 
