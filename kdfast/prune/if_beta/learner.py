@@ -176,7 +176,8 @@ class IFBeta:
         ids = np.arange(len(labels), dtype=np.int64)
         sampler = StratifiedSampler.from_ranks(u, ids, strata, subset_size(len(ids), fraction), mode)
         pool = np.setdiff1d(ids, task.held_out)
-        total = subset_size(len(pool), fraction)
+        # Without the held-out samples, the fraction may round to fewer samples than there are classes.
+        total = max(round(fraction * len(pool)), len(np.unique(strata[pool])))
         pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, strata[pool], total, mode)
 
         settings = {**self.describe(), "fraction": fraction, "seed": seed, **task.inputs}
