@@ -291,3 +291,49 @@ def test_rejects_data_that_do_not_fit(source, teacher, new_source):
     three = Model(teacher.net, "resnet8", 3, tuple("012"), teacher.normalization)
     with pytest.raises(DataError, match="the teacher has the classes 0 to 2"):
         flatten_teacher(three, source)
+
+
+class Two(nn.Module):
+    """Two layers for images of 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(12, 32), nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x.flatten(1)).relu())
+
+
+def loss_near(net: nn.Module, x: torch.Tensor, y: torch.Tensor, rho: float = 0.1, draws: int = 50) -> float:
+    """Return the mean loss at weights with Gaussian noise of rho times the norm of each row."""
+    draw, total = torch.Generator().manual_seed(1), 0.0
+    for _ in range(draws):
+        noisy = copy.deepcopy(net)
+        with torch.no_grad():
+            for p in noisy.parameters():
+                rows = p.view(len(p), -1) if p.dim() > 1 else p.view(1, -1)
+                rows += rho * rows.norm(dim=1, keepdim=True) * torch.randn(rows.shape, generator=draw)
+            total += F.cross_entropy(noisy(x), y).item()
+    return total / draws
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_minima_are_flatter_than_those_of_plain_sgd(seed):
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 3
+    images = rng.integers(0, 256, (400, 2, 2, 3), dtype=np.uint8)
+    images[np.arange(400), 0, 0, labels] //= 2
+    split = ArraySplit(images, labels, "noisy colors")
+    toy = Source("noisy colors", "datasets", tuple("012"), split, split, ViewSpec(kind="shift", size=(2, 2)))
+    torch.manual_seed(seed)
+    start = Model(Two(), "two", 3, tuple("012"), Normalization((0.4,) * 3, (0.25,) * 3))
+    held_out = hold_out(labels, 3, share=0.5, seed=seed)[1]
+    x = (torch.from_numpy(images[held_out]).permute(0, 3, 1, 2) / 255 - 0.4) / 0.25
+    y = torch.from_numpy(labels[held_out])
+    near = {}
+    for sharpness, rho in (("none", None), ("fsam", 0.5), ("lpf", 0.1)):
+        settings = {"iterations": 250, "batch_size": 20, "held": 0.5, "lr": 0.1, "seed": seed}
+        flat = flatten_teacher(start, toy, FlattenConfig(sharpness, rho, **settings))
+        near[sharpness] = loss_near(flat.net, x, y)
+    assert near["fsam"] < 0.75 * near["none"], near
+    assert near["lpf"] < 0.9 * near["none"], near
