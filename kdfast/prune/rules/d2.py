@@ -27,7 +27,9 @@ OPTIONS = {
         choices=("score", AUM),
     ),
     "fidelity": Option(
-        "code", "decay of messages: exp(-gamma d) (public code) or exp(-gamma d^2) (paper)", choices=("paper", "code")
+        "code",
+        "messages: scores of at least 1e-7, times exp(-gamma d) (public code), or any, times exp(-gamma d^2) (paper)",
+        choices=("paper", "code"),
     ),
 }
 # Importance that the public code gives a sample of score 0 in messages, so that its edges do not vanish.
