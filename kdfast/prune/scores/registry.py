@@ -68,7 +68,8 @@ def _d2_options() -> dict[str, Option]:
     options = {"score": Option("el2n", "score to start from", choices=tuple(starts))}
     for name, own in starts.items():
         for option, declared in own.items():
-            summary = f"with score={name}: {declared.summary}"
+            default = "" if declared.default is None else f"; automatic: {declared.default}"
+            summary = f"with score={name}: {declared.summary}{default}"
             options[option] = dataclasses.replace(declared, default=None, summary=summary)
     return options
 
