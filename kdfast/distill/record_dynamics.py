@@ -21,6 +21,7 @@ from kdfast.distill.folder import CHECKPOINTS, RunFolder
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
+from kdfast.dynamics.plan import check_top_k
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import UsageError
 from kdfast.files import refuse_links
@@ -43,6 +44,7 @@ class RecordingConfig:
         record_every: Epochs between two recordings; must divide the number of epochs. Readers of the dynamics count
             recorded epochs only.
         features_every: Recorded epochs between two that keep features; 0: none but the last, which always keeps them.
+        top_k: Classes to keep of each prediction, the most probable ones with their probabilities; 0: none.
 
     Raises:
         UsageError: If a value is out of range.
@@ -53,9 +55,10 @@ class RecordingConfig:
     keep: float = 1.0
     record_every: int = 1
     features_every: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("runs", 1), ("record_every", 1), ("features_every", 0)):
+        for name, least in (("runs", 1), ("record_every", 1), ("features_every", 0), ("top_k", 0)):
             check_integer(name, getattr(self, name), least)
         if not 0 < self.keep <= 1:
             raise UsageError(f"`keep` is {self.keep}: pass a number in (0, 1]")
@@ -125,6 +128,7 @@ def record_dynamics(
         raise UsageError(
             f"`record_every` is {recording.record_every}, which does not divide {config.epochs} `epochs`: change one"
         )
+    check_top_k(recording.top_k, len(inputs.source.classes))
     results = []
     for run in recording.selected_runs:
         mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
@@ -172,6 +176,8 @@ def _open_recorder(
         fingerprint=source.fingerprint,
         feature_epochs=[e for e in range(epochs) if e == epochs - 1 or (every and (e + 1) % every == 0)],
         facts=facts,
+        top_k=recording.top_k,
+        classes=len(source.classes),
     )
 
 

@@ -7,7 +7,10 @@
     - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample.
     - `mask.npy`: uint8 (ceil(N / 8),), one bit per sample: whether the run trained on it.
     - `features-0019.npy`: float32 (N, D), after that epoch.
-    - `epoch-0007.npz`: while recording, one epoch of these and of `correct`, and the SHA-256 of its features.
+    - `top-ids-0007.npy`: unsigned integers (N, k), the most probable classes after that epoch, and `top-p-0007.npy`:
+      float16 (N, k), their probabilities. Both if the plan has a `top_k` k.
+    - `epoch-0007.npz`: while recording, one epoch of the float16 values and of `correct`, and the SHA-256 of the other
+      files of that epoch.
     - `sealed.json`: size and SHA-256 of the run's files; written once all epochs are recorded.
 - `manifest.json`: the plan and the seals of all runs; written last.
 """
@@ -34,8 +37,8 @@ LABELS = "labels.npy"
 SEAL = "sealed.json"
 CORRECT = "correct.npy"
 MASK = "mask.npy"
-# In the file of an epoch that has features: the SHA-256 of theirs.
-FEATURES_DIGEST = "features_sha256"
+# Arrays of an epoch in files of their own. Its own file holds the SHA-256 of each as NAME_sha256.
+FEATURES, TOP_IDS, TOP_P = "features", "top_ids", "top_p"
 # Recorded per sample and epoch as float16, by version of the format.
 METRICS = {1: ("p_y", "margin", "el2n"), VERSION: ("p_y", "margin", "el2n", "p_other")}
 
@@ -45,14 +48,29 @@ def run_folder(run: int) -> str:
     return f"run-{run:02d}"
 
 
-def features_file(epoch: int) -> str:
-    """Return the file name of the features after an epoch, counted from 0."""
-    return f"features-{epoch:04d}.npy"
+def array_file(name: str, epoch: int) -> str:
+    """Return the file name of the features, or another array with a file for each epoch, counted from 0."""
+    return f"{name.replace('_', '-')}-{epoch:04d}.npy"
+
+
+def digest_name(name: str) -> str:
+    """Return the name of the SHA-256 of such an array in the file of its epoch."""
+    return f"{name}_sha256"
 
 
 def epoch_file(epoch: int) -> str:
     """Return the file name of one epoch's metrics while recording, counted from 0."""
     return f"epoch-{epoch:04d}.npz"
+
+
+def class_dtype(classes: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type of class ids."""
+    return np.min_scalar_type(classes - 1)
+
+
+def bits_per_sample(top_k: int, classes: int) -> int:
+    """Return the bits that an epoch takes per sample, without features."""
+    return 16 * len(METRICS[VERSION]) + 1 + top_k * (16 + 8 * class_dtype(classes).itemsize)
 
 
 def labels_digest(labels: npt.NDArray[np.int64]) -> str:

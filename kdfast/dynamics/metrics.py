@@ -65,6 +65,17 @@ def el2n_without_cancellation(logits: Tensor, labels: Tensor) -> Tensor:
     return norms
 
 
+def most_probable(logits: Tensor, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
+    """Return the k most probable classes, the most probable first, and their probabilities, (B, k) each.
+
+    Args:
+        logits: float32 (B, C), raw.
+        k: At most C.
+    """
+    top = logits.softmax(1).topk(k, dim=1)
+    return top.indices.cpu().numpy(), top.values.half().cpu().numpy()
+
+
 def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, npt.NDArray[Any]]:
     """Compute what trajectory scores need of a batch.
 

@@ -36,6 +36,8 @@ _WORDS = {
     "fingerprint": "fingerprint of the data",
     "feature_epochs": "epochs with features",
 }
+# Fields that version 1 lacks, and their meaning there.
+_ADDED: dict[str, Any] = {"top_k": 0, "classes": 0}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class RecordingPlan:
         fingerprint: Fingerprint of the data, or None.
         feature_epochs: Epochs (from 0) that have features.
         facts: Further JSON values.
+        top_k: Number of classes kept of each prediction; 0: none.
+        classes: Number of classes if predictions are kept, else 0.
         version: Version of the format.
     """
 
@@ -58,12 +62,19 @@ class RecordingPlan:
     fingerprint: str | None
     feature_epochs: list[int]
     facts: dict[str, Any]
+    top_k: int = 0
+    classes: int = 0
     version: int = layout.VERSION
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the float16 values of each sample and epoch."""
         return layout.METRICS[self.version]
+
+    def arrays(self, epoch: int) -> list[str]:
+        """Return the names of the arrays that have files of their own after an epoch."""
+        names = [layout.FEATURES] if epoch in self.feature_epochs else []
+        return names + [layout.TOP_IDS, layout.TOP_P] * (self.top_k > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of plan.json."""
@@ -110,8 +121,18 @@ def check_dynamics_folder(folder: Path) -> None:
         raise OutputError(f"{folder} is not empty ({entries[0]}) and holds no dynamics: choose another folder")
 
 
+def check_top_k(top_k: int, classes: int) -> None:
+    """Check how many classes of each prediction to keep.
+
+    Raises:
+        UsageError: It is negative, or more than there are.
+    """
+    if not 0 <= top_k <= classes:
+        raise UsageError(f"`top_k` is {top_k} of {classes} classes: pass 0 to {classes}")
+
+
 def _match_held_plan(folder: Path, plan: RecordingPlan) -> RecordingPlan:
-    held = layout.read_sealed_json(folder / layout.PLAN, schemas.DynamicsPlan)
+    held = {**_ADDED, **layout.read_sealed_json(folder / layout.PLAN, schemas.DynamicsPlan)}
     if held == plan.to_dict():
         return plan
     if _discard_empty_runs(folder):

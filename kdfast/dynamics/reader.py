@@ -36,6 +36,7 @@ class Dynamics:
         fingerprint: Fingerprint of the data; None if the recording loop gave none.
         feature_epochs: Epochs after which features were recorded, counted from 0.
         facts: Further metadata passed to the recorder.
+        top_k: Number of classes kept of each prediction, k; 0 if none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -48,6 +49,8 @@ class Dynamics:
         self.fingerprint: str | None = manifest["fingerprint"]
         self.feature_epochs: list[int] = manifest["feature_epochs"]
         self.facts: dict[str, Any] = manifest["facts"]
+        self.top_k: int = manifest.get("top_k", 0)
+        self._classes: int = manifest.get("classes", 0)
         self.labels: IntArray = _load(path / layout.LABELS, (self.n,), np.int64)
         if layout.labels_digest(self.labels) != self.labels_digest:
             raise DataError(f"{path / layout.LABELS} is damaged: delete {path} and run kdfast dynamics again")
@@ -131,7 +134,40 @@ class Dynamics:
                 f"{self.path} holds features after {held} epochs of training, not after {epoch + 1}: use one of "
                 "those, or record features after more epochs"
             )
-        return self._array(run, layout.features_file(epoch), (self.n, -1), np.float32)
+        return self._array(run, layout.array_file(layout.FEATURES, epoch), (self.n, -1), np.float32)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, C.
+
+        Raises:
+            UsageError: No predictions were recorded.
+        """
+        self._require_predictions()
+        return self._classes
+
+    def top(self, run: int, epoch: int) -> tuple[npt.NDArray[np.unsignedinteger[Any]], Float16Array]:
+        """Return the most probable classes after an epoch and their probabilities, memory-mapped.
+
+        Classes are in descending order of probability. The others have together what is missing to 1, which rounding
+        may make negative.
+
+        Args:
+            run: The run.
+            epoch: The epoch, from 0.
+
+        Returns:
+            Unsigned integers (N, k) and float16 (N, k), with k = `top_k`.
+
+        Raises:
+            UsageError: There is no such run or epoch, or no predictions were recorded.
+        """
+        self._require_predictions()
+        if not 0 <= epoch < self.epochs:
+            raise UsageError(f"{self.path} holds the epochs 0 to {self.epochs - 1}, not {epoch}: choose one of them")
+        shape, dtype = (self.n, self.top_k), layout.class_dtype(self._classes).type
+        ids = self._array(run, layout.array_file(layout.TOP_IDS, epoch), shape, dtype)
+        return ids, self._array(run, layout.array_file(layout.TOP_P, epoch), shape, np.float16)
 
     def check_matches(self, labels: npt.ArrayLike | None = None, fingerprint: str | None = None) -> None:
         """Check that the dynamics belong to the data; None is not compared.
@@ -151,6 +187,13 @@ class Dynamics:
             raise DataError(
                 f"{self.path} was recorded on {self.n} samples, this data has {len(labels)}, or other labels: "
                 "run kdfast dynamics on this data"
+            )
+
+    def _require_predictions(self) -> None:
+        if not self.top_k:
+            raise UsageError(
+                f"{self.path} was recorded without predictions: record again with kdfast dynamics, to another folder, "
+                "with a `top_k` above 0"
             )
 
     def _metric(self, run: int, name: str) -> Float16Array:

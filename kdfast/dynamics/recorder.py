@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kdfast.data.arrays import as_array
 from kdfast.data.source import check_labels
 from kdfast.dynamics import format as layout
-from kdfast.dynamics.plan import RecordingPlan, as_json, claim_folder
+from kdfast.dynamics.plan import RecordingPlan, as_json, check_top_k, claim_folder
 from kdfast.dynamics.run_files import RunFiles, write_manifest
 from kdfast.dynamics.values import EpochValues, SampleIds, Values
 from kdfast.errors import DataError, UsageError
@@ -46,6 +46,8 @@ class DynamicsRecorder:
         fingerprint: Fingerprint of the data, if it is a kdfast source. The labels are compared in any case.
         feature_epochs: Epochs (from 0) after which `update` also needs features.
         facts: Further JSON values to store. A folder recorded with different values raises an error.
+        top_k: Classes to keep of each prediction, the most probable ones with their probabilities; 0: none.
+        classes: Number of classes, C; needed with `top_k` if some have no sample. By default the largest label + 1.
 
     Attributes:
         epoch: The epoch to record next.
@@ -70,6 +72,8 @@ class DynamicsRecorder:
         fingerprint: str | None = None,
         feature_epochs: Sequence[int] = (),
         facts: Mapping[str, Any] | None = None,
+        top_k: int = 0,
+        classes: int | None = None,
     ) -> None:
         n, epochs, run, runs = map(_as_int, ("n", "epochs", "run", "runs"), (n, epochs, run, runs))
         feature_epochs = [_as_int("feature_epochs", epoch) for epoch in feature_epochs]
@@ -86,6 +90,8 @@ class DynamicsRecorder:
         self._mask = np.ones(n, np.bool_) if mask is None else as_array(mask, "the mask", f"bool ({n},)")
         if self._mask.shape != (n,) or self._mask.dtype != np.bool_ or not self._mask.any():
             raise DataError(f"the mask is {self._mask.dtype} {self._mask.shape}: pass bool ({n},), not all False")
+        classes = int(self._labels.max()) + 1 if classes is None else _as_int("classes", classes)
+        check_top_k(_as_int("top_k", top_k), classes)
         self._epochs, self._runs = epochs, runs
         self._feature_epochs = sorted(set(feature_epochs))
         plan = RecordingPlan(
@@ -95,6 +101,8 @@ class DynamicsRecorder:
             fingerprint=fingerprint,
             feature_epochs=self._feature_epochs,
             facts=as_json(facts or {}),
+            top_k=int(top_k),
+            classes=classes if top_k else 0,
         )
         self._plan = claim_folder(self.path, plan, self._labels)
         self.folder = make_subfolder(self.path, layout.run_folder(run))
@@ -146,7 +154,7 @@ class DynamicsRecorder:
             OutputError: The epoch cannot be written.
         """
         self._check_open()
-        if self.finished:
+        if self.epoch == self._epochs:
             raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop")
         missing = np.flatnonzero(~self._values.seen)
         if len(missing):
@@ -193,7 +201,7 @@ class DynamicsRecorder:
             raise UsageError(f"the recorder of {self.folder} is closed: make another one, which resumes the run")
 
     def _new_values(self) -> EpochValues:
-        return EpochValues(self.epoch, self._labels, wants_features=self.wants_features)
+        return EpochValues(self.epoch, self._labels, self._plan)
 
     def _complete(self) -> None:
         """Seal the run, remove the epochs' files, and write the manifest once all runs are sealed."""

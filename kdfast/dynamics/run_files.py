@@ -68,15 +68,15 @@ class RunFiles:
         """Write an epoch; its file last, because that marks the epoch as recorded."""
         packed: dict[str, Any] = {name: values.metrics[name] for name in self._plan.metrics}
         packed["correct"] = np.packbits(values.metrics["correct"])
-        if values.features is not None:
-            path = self.folder / layout.features_file(epoch)
-            _save(path, values.features)
-            packed[layout.FEATURES_DIGEST] = np.array(sha256_file(path))
+        for name in self._plan.arrays(epoch):
+            path = self.folder / layout.array_file(name, epoch)
+            _save(path, values.arrays[name])
+            packed[layout.digest_name(name)] = np.array(sha256_file(path))
         with atomic_write(self.folder / layout.epoch_file(epoch)) as file:
             np.savez(file, **packed)
 
     def read_epoch(self, epoch: int) -> dict[str, npt.NDArray[Any]]:
-        """Read an epoch of an unfinished run, and check its features.
+        """Read an epoch of an unfinished run, and check its other files.
 
         Raises:
             DataError: Its files are damaged.
@@ -89,10 +89,11 @@ class RunFiles:
         wanted["correct"] = (np.dtype(np.uint8), (-(-n // 8),))
         if any(name not in arrays or (arrays[name].dtype, arrays[name].shape) != wanted[name] for name in wanted):
             raise DataError(f"{path} does not hold an epoch of {n} samples: {self._record_again()}")
-        features = self.folder / layout.features_file(epoch)
-        # Recorders of earlier versions wrote no digest of the features.
-        if layout.FEATURES_DIGEST in arrays and str(arrays[layout.FEATURES_DIGEST]) != sha256_file(features):
-            raise DataError(f"{features} is damaged: {self._record_again()}")
+        for name in self._plan.arrays(epoch):
+            file, digest = self.folder / layout.array_file(name, epoch), layout.digest_name(name)
+            # Recorders of earlier versions wrote no digest of the features.
+            if digest in arrays and str(arrays[digest]) != sha256_file(file):
+                raise DataError(f"{file} is damaged: {self._record_again()}")
         return arrays
 
     def discard_epochs(self, first: int = 0) -> None:
@@ -102,11 +103,12 @@ class RunFiles:
 
     def seal(self) -> None:
         """Join the epochs into the final arrays and write the seal."""
-        epochs = [self.read_epoch(epoch) for epoch in range(self._plan.epochs)]
+        numbers = range(self._plan.epochs)
+        epochs = [self.read_epoch(epoch) for epoch in numbers]
         for name in (*self._plan.metrics, "correct"):
             _save(self.folder / f"{name}.npy", np.stack([epoch[name] for epoch in epochs]))
         names = [f"{name}.npy" for name in self._plan.metrics] + [layout.CORRECT, layout.MASK]
-        names += [layout.features_file(epoch) for epoch in self._plan.feature_epochs]
+        names += [layout.array_file(name, epoch) for epoch in numbers for name in self._plan.arrays(epoch)]
         write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
 
     def _record_again(self) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kdfast.data.arrays import as_array
 from kdfast.data.stateless_random import IntArray
-from kdfast.dynamics.metrics import compute_metrics
+from kdfast.dynamics import format as layout
+from kdfast.dynamics.metrics import compute_metrics, most_probable
+from kdfast.dynamics.plan import RecordingPlan
 from kdfast.errors import DataError, ShapeError
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
@@ -24,46 +26,60 @@ class EpochValues:
     Args:
         epoch: The epoch, for messages.
         labels: int64 (N,).
-        wants_features: Whether `add` needs features.
+        plan: What to record.
 
     Attributes:
         metrics: (N,) each: the metrics of `compute_metrics`.
-        features: float32 (N, D), once some were added.
+        arrays: The arrays that have files of their own: float32 (N, D) features, and the most probable classes.
         seen: bool (N,), the samples that were added.
     """
 
-    def __init__(self, epoch: int, labels: IntArray, *, wants_features: bool) -> None:
-        self._epoch, self._labels, self._wants_features = epoch, labels, wants_features
-        self._classes = int(labels.max()) + 1
+    def __init__(self, epoch: int, labels: IntArray, plan: RecordingPlan) -> None:
+        self._epoch, self._labels, self._plan = epoch, labels, plan
+        self._least_classes = int(labels.max()) + 1
         self.metrics: dict[str, npt.NDArray[Any]] = {}
-        self.features: npt.NDArray[np.float32] | None = None
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
         self.seen = np.zeros(len(labels), np.bool_)
 
     def add(self, sample_ids: SampleIds, logits: Values, features: Values | None) -> None:
         """Add some samples, see `DynamicsRecorder.update`."""
         ids = check_ids(sample_ids, len(self._labels))
-        scores = check_logits(logits, len(ids), self._classes)
+        scores = check_logits(logits, len(ids), self._least_classes)
+        top_k, classes = self._plan.top_k, scores.shape[1]
+        if top_k and classes != self._plan.classes:
+            raise ShapeError(
+                f"logits have {classes} columns, but `classes` is {self._plan.classes}: pass the number of columns"
+            )
         if not bool(torch.isfinite(scores).all()):
             raise DataError(f"logits are not finite in epoch {self._epoch}: training diverged; lower its learning rate")
-        if self._wants_features:
-            self._add_features(ids, features)
+        if layout.FEATURES in self._plan.arrays(self._epoch):
+            _put(self.arrays, layout.FEATURES, ids, self._check_features(ids, features), len(self._labels))
         for name, values in compute_metrics(scores, torch.from_numpy(self._labels[ids]).to(scores.device)).items():
-            if name not in self.metrics:
-                self.metrics[name] = np.zeros(len(self._labels), values.dtype)
-            self.metrics[name][ids] = values
+            _put(self.metrics, name, ids, values, len(self._labels))
+        if top_k:
+            top_ids, top_p = most_probable(scores, top_k)
+            top_ids = top_ids.astype(layout.class_dtype(classes))
+            _put(self.arrays, layout.TOP_IDS, ids, top_ids, len(self._labels))
+            _put(self.arrays, layout.TOP_P, ids, top_p, len(self._labels))
         self.seen[ids] = True
 
-    def _add_features(self, ids: IntArray, features: Values | None) -> None:
+    def _check_features(self, ids: IntArray, features: Values | None) -> npt.NDArray[np.float32]:
         if features is None:
             raise DataError(f"features of epoch {self._epoch} are missing: pass `features` to update()")
-        rows = as_floats(features, "features").cpu().numpy()
+        rows: npt.NDArray[np.float32] = as_floats(features, "features").cpu().numpy()
         if rows.ndim != 2 or len(rows) != len(ids):
             raise ShapeError(f"features {rows.shape} for {len(ids)} samples: pass (B, D)")
-        if self.features is None:
-            self.features = np.zeros((len(self._labels), rows.shape[1]), np.float32)
-        if rows.shape[1] != self.features.shape[1] or not np.isfinite(rows).all():
+        width = self.arrays.get(layout.FEATURES, rows).shape[1]
+        if rows.shape[1] != width or not np.isfinite(rows).all():
             raise DataError(f"features of epoch {self._epoch} change their width or are not finite: check the network")
-        self.features[ids] = rows
+        return rows
+
+
+def _put(arrays: dict[str, npt.NDArray[Any]], name: str, ids: IntArray, rows: npt.NDArray[Any], n: int) -> None:
+    """Set rows of an array of `n` rows; the last row of several of a sample counts."""
+    if name not in arrays:
+        arrays[name] = np.zeros((n, *rows.shape[1:]), rows.dtype)
+    arrays[name][ids] = rows
 
 
 def check_ids(sample_ids: SampleIds, n: int) -> IntArray:

@@ -27,6 +27,8 @@ Samples = Annotated[int, Meta(ge=0, le=2**40)]
 Json = dict[str, Any]
 
 
+CHECKPOINT_NAME = r"^step-[0-9]{9,18}\.pt$"
+
 # A training run: config.json, metrics.jsonl, checkpoints/latest.json, result.json.
 
 
@@ -39,7 +41,7 @@ class RunConfigFile(Struct):
 class SavedCheckpoint(Struct):
     """A checkpoint of latest.json."""
 
-    file: Annotated[str, Meta(pattern=r"^step-[0-9]{9,18}\.pt$")]
+    file: Annotated[str, Meta(pattern=CHECKPOINT_NAME)]
     sha256: Sha256
     step: Count = 0
 
@@ -197,8 +199,15 @@ class Distillation(Struct):
 Parameters = Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], Meta(min_length=2, max_length=2)]
 
 
+class TeacherEpoch(Struct):
+    """The estimated cost of one epoch of the teacher's training."""
+
+    network: str
+    seconds: Above0
+
+
 class IfBetaRecord(Struct):
-    """The record of a search in idx.json."""
+    """The record of a search in idx.json; the fields with defaults are missing in older files."""
 
     a: Annotated[float, Meta(gt=0, le=1e6)]
     b: Annotated[float, Meta(gt=0, le=1e6)]
@@ -215,6 +224,10 @@ class IfBetaRecord(Struct):
     scores: Histogram
     classes: ClassCounts
     ends: Extremes
+    preset: str = "kdfast"
+    flatten_seconds: NotNegative = 0.0
+    epoch: TeacherEpoch | None = None
+    epochs: NotNegative | None = None
 
 
 class IfBetaParameters(Struct):
@@ -362,6 +375,8 @@ class DynamicsPlan(FormatVersion):
     fingerprint: str | None
     feature_epochs: list[Count]
     facts: Json
+    top_k: Count = 0
+    classes: Count = 0
 
 
 class RunSeal(Struct):

@@ -41,6 +41,14 @@ def dynamics(
         int,
         typer.Option("--features-every", help="Recorded epochs between two copies of the features; 0: only the last."),
     ] = 0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k",
+            help="Classes to keep of each prediction, the most probable ones with their probabilities, as tdds needs "
+            "them; the number of classes keeps all, 0 none.",
+        ),
+    ] = 0,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
     momentum: training.Momentum = 0.9,
@@ -70,7 +78,8 @@ def dynamics(
     from kdfast.distill.plan import LoadedInputs
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
-    from kdfast.dynamics.plan import check_dynamics_folder
+    from kdfast.dynamics.format import bits_per_sample
+    from kdfast.dynamics.plan import check_dynamics_folder, check_top_k
     from kdfast.nets.registry import build_net
 
     place = resolve_device(device)
@@ -88,13 +97,14 @@ def dynamics(
         seed=seed,
     )
     recording = RecordingConfig(
-        runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every
+        runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every, top_k=top_k
     )
     check_dynamics_folder(out)
     source = open_source(data, size=size, order=order)
     if dry_run:
         build_net(net, len(source.classes))
-        bits = len(source.train) * (epochs // record_every) * runs * (4 * 16 + 1)
+        check_top_k(top_k, len(source.classes))
+        bits = bits_per_sample(top_k, len(source.classes)) * len(source.train) * (epochs // record_every) * runs
         say(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
     inputs = LoadedInputs(
