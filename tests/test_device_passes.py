@@ -107,8 +107,10 @@ def scores(source: Source, device: str) -> list[Any]:
         ("influence", {"polish": "no"}),
         ("moderate", {}),
     ]
-    runs.append(("grand", {"network": "full"}))
-    return [compute_score(name, ScoreInputs(**inputs, options=o, network=model_of(source))).values for name, o in runs]
+    runs += [("influence", {"alpha": 0.5}), ("grand", {"network": "full"}), ("influence-fvm", {})]
+    network = model_of(source)
+    network.metadata = {"flattened": {"sharpness": "none", "teacher": network.digest}}
+    return [compute_score(name, ScoreInputs(**inputs, options=o, network=network)).values for name, o in runs]
 
 
 def search(score: str) -> Callable[[Source, str], list[Any]]:
