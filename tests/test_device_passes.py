@@ -21,10 +21,10 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.prune.if_beta.selector.costs import distillation_seconds
 from kdfast.prune.if_beta.learner import IFBeta
 from kdfast.prune.if_beta.proxy import ProxyTrainingConfig
 from kdfast.prune.if_beta.search import Schedule
+from kdfast.prune.if_beta.selector.costs import distillation_seconds
 from kdfast.prune.rules.d2_graph import nearest_neighbors
 from kdfast.prune.scores.base import ScoreInputs
 from kdfast.prune.scores.registry import compute_score
