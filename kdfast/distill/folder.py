@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from kdfast.files import (
     make_subfolder,
     open_own,
     read_json,
-    refuse_links,
     remove_stale,
     schemas,
     sha256_file,
@@ -75,8 +75,6 @@ class RunFolder:
             raise UsageError(f"`resume` is {resume!r}: pass auto or never")
         self.path = Path(path)
         self.writes = writes
-        if writes:
-            check_writable(self.path)
         self._lock = FolderLock(self.path)
         self._config = json.loads(json.dumps(config))
         self._metadata = dict(metadata or {})
@@ -85,7 +83,8 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self.writes:
             return self
-        check_run_folder(self.path, self._config, self.resume)  # leave no lock in a foreign folder
+        check_run_folder(self.path, self._config, self.resume)  # leave nothing in a foreign folder
+        check_writable(self.path)
         self._lock.__enter__()
         try:
             self._claim()
@@ -99,13 +98,12 @@ class RunFolder:
 
     def _claim(self) -> None:
         resumes = check_run_folder(self.path, self._config, self.resume)
-        checkpoints = refuse_links(self.path, CHECKPOINTS)
+        checkpoints = make_subfolder(self.path, CHECKPOINTS)  # whoever ran it may have removed it after its end
         remove_stale(self.path)
+        remove_stale(checkpoints)
         if resumes:
-            remove_stale(checkpoints)
             return
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        make_subfolder(self.path, CHECKPOINTS)
         write_json(self.path / "config.json", {**self._config, METADATA_KEY: self._metadata})
 
     def save_checkpoint(self, state: Mapping[str, Any], step: int) -> None:
@@ -121,9 +119,9 @@ class RunFolder:
             torch.save(dict(state), temporary)
         write_json(pointer, {"file": file.name, "step": step, "sha256": sha256_file(file), "before": before})
         kept = {file.name} | ({before["file"]} if before else set())
-        for other in folder.glob("step-*.pt"):
-            if other.name not in kept:
-                other.unlink()
+        for name in os.listdir(folder):
+            if name not in kept and re.fullmatch(schemas.CHECKPOINT_NAME, name):
+                (folder / name).unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Load the latest intact state; None if none was saved.
@@ -138,7 +136,7 @@ class RunFolder:
         for entry in filter(None, (latest, latest.get("before"))):
             file = pointer.parent / entry["file"]
             if file.exists() and sha256_file(file) == entry["sha256"]:
-                state: dict[str, Any] = read_torch_file(file)
+                state: dict[str, Any] = read_torch_file(file, advice=self._start_over())
                 return state
         raise CheckpointError(
             f"{pointer.parent / latest['file']} is missing or damaged, and so is any previous checkpoint: delete "
@@ -183,9 +181,10 @@ def read_finished_run(path: Path) -> dict[str, Any] | None:
     result = read_json(file, schemas.RunResult, advice=f"delete {path} and run again")
     advice = f"delete {student} and run the same command again, which writes it anew"
     try:
-        model = load_model(student)
+        model = load_model(student, advice=advice)
     except CheckpointError as error:
-        raise CheckpointError(f"the run is finished, but {error}; or {advice}") from error
+        rest = "" if advice in str(error) else f"; or {advice}"
+        raise CheckpointError(f"the run is finished, but {error}{rest}") from error
     same_accuracy = model.metadata.get("test_top1", result["test_top1"]) == result["test_top1"]
     if model.digest != result["weights"] or not same_accuracy:
         raise CheckpointError(f"{student} is not the student that {file} describes: {advice}")

@@ -377,6 +377,7 @@ class DynamicsPlan(FormatVersion):
     facts: Json
     top_k: Count = 0
     classes: Count = 0
+    record: Literal["epoch", "batch"] = "epoch"
 
 
 class RunSeal(Struct):

@@ -107,12 +107,15 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
         torch.save(content, file)
 
 
-def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> Model:
+def load_model(
+    path: str | os.PathLike[str], *, classes: int | None = None, advice: str = "copy or train it again"
+) -> Model:
     """Read a checkpoint that `save_model` wrote.
 
     Args:
         path: The file.
         classes: The required number of classes; None accepts any.
+        advice: The end of messages about damage, what to do.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -122,7 +125,7 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
             or holds another number of classes or non-finite weights.
         UsageError: The network's package is not installed or does not work.
     """
-    content = read_torch_file(path)
+    content = read_torch_file(path, advice=advice)
     if not is_own_checkpoint(content):
         raise CheckpointError(
             f"{path} is not a kdfast checkpoint: import a foreign one first with kdfast teacher import"
@@ -135,12 +138,12 @@ def load_model(path: str | os.PathLike[str], *, classes: int | None = None) -> M
         )
     try:
         if version == _UNSEALED:
-            check_archive(path)
-        model = _model_from(path, content)
+            check_archive(path, advice)
+        model = _model_from(path, content, advice)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if isinstance(error, (CheckpointError, LibraryError)):
             raise
-        raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from error
+        raise CheckpointError(f"{path} is damaged ({error}): {advice}") from error
     check_finite(path, model.net.state_dict())
     if classes is not None and model.classes != classes:
         raise CheckpointError(
@@ -165,9 +168,9 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([fields, counters], sort_keys=True).encode()).hexdigest()
 
 
-def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Model:
+def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any], advice: str) -> Model:
     fields = {name: value for name, value in content.items() if name != "state_dict"}
-    where, advice = f"{path} is damaged", "copy or train it again"
+    where = f"{path} is damaged"
     check_type(fields, schemas.ModelFields, where, error=CheckpointError, advice=advice)
     state, classes = content["state_dict"], content["classes"]
     if len(content["class_names"]) != classes:

@@ -24,9 +24,15 @@ import torch
 from kdfast.errors import CheckpointError
 from kdfast.nets.file_kinds import describe_kind, resave_recipe
 
+FETCH_AGAIN = "download it again"
 
-def read_torch_file(path: str | os.PathLike[str]) -> Any:
+
+def read_torch_file(path: str | os.PathLike[str], *, advice: str = FETCH_AGAIN) -> Any:
     """Load a ``torch.save`` file onto the CPU; accept only tensors and plain data.
+
+    Args:
+        path: The file.
+        advice: The end of messages about damage, what to do.
 
     Raises:
         CheckpointError: The file is missing, damaged or of another kind, or its pickle contains code (none of it is
@@ -40,7 +46,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         refusal = re.search(r"(?i)unsupported (?:(?:global|class)\S* )+\S+", str(error))
         if refusal is None:
-            raise CheckpointError(describe_damage(file, "not what torch.save writes")) from error
+            raise CheckpointError(describe_damage(file, "not what torch.save writes", advice)) from error
         # A pickle alone was not written by torch.save: nothing in it is worth the risk.
         recipe = f": {resave_recipe(file)}" if zipfile.is_zipfile(file) else ""
         raise CheckpointError(
@@ -48,10 +54,10 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
             f"({refusal[0]}). Use a file with the state dict alone, or a .safetensors file{recipe}"
         ) from error
     except Exception as error:  # a damaged file can fail in any part of the reader
-        raise CheckpointError(describe_damage(file, error)) from error
+        raise CheckpointError(describe_damage(file, error, advice)) from error
 
 
-def check_archive(path: str | os.PathLike[str]) -> None:
+def check_archive(path: str | os.PathLike[str], advice: str = FETCH_AGAIN) -> None:
     """Compare every member of a ``torch.save`` file with its checksum, which ``torch.load`` does not.
 
     Raises:
@@ -61,9 +67,9 @@ def check_archive(path: str | os.PathLike[str]) -> None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except Exception as error:  # a damaged archive can fail in any part of the reader
-        raise CheckpointError(describe_damage(Path(path), error)) from error
+        raise CheckpointError(describe_damage(Path(path), error, advice)) from error
     if bad is not None:
-        raise CheckpointError(describe_damage(Path(path), f"{bad} does not match its checksum"))
+        raise CheckpointError(describe_damage(Path(path), f"{bad} does not match its checksum", advice))
 
 
 def existing_file(path: str | os.PathLike[str]) -> Path:
@@ -108,12 +114,9 @@ def _path_globals() -> list[Any]:
     ]
 
 
-def describe_damage(file: Path, error: BaseException | str) -> str:
+def describe_damage(file: Path, error: BaseException | str, advice: str = FETCH_AGAIN) -> str:
     """Return the message about a file that a reader failed on: what it is if it is recognized, else the reason."""
     if (kind := describe_kind(file)) is not None:
         return f"{file} {kind}"
     reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-    return (
-        f"{file} cannot be read as a checkpoint: it is truncated, damaged or of another kind ({reason}); "
-        "download it again"
-    )
+    return f"{file} cannot be read as a checkpoint: it is truncated, damaged or of another kind ({reason}); {advice}"

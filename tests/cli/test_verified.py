@@ -63,6 +63,8 @@ def test_a_finished_run_whose_student_has_changed(kdfast, tiny: Path, tmp_path: 
         outcome = kdfast(*command)
         assert (outcome.code, outcome.out) == (3, ""), f"{change.__name__}: {outcome}"
         assert re.search(r"student\.pt", outcome.err)
+        assert re.search(r"delete \S*student\.pt and run the same command again", outcome.err)
+        assert not re.search("download|copy", outcome.err), "the student can be made here"
         assert not (tmp_path / "out").is_file(), "nothing is copied"
         shutil.copy(backup, student)
     assert kdfast(*command).code == 0

@@ -139,13 +139,16 @@ def check_trained_model(out: Path, folder: Path) -> None:
 
     Raises:
         OutputError: The file exists and holds anything but the run's result, or its folder cannot be written.
+        CheckpointError: The run is finished, and its own student is damaged.
     """
+    from kdfast.distill.folder import read_finished_run
     from kdfast.errors import CheckpointError
     from kdfast.nets.checkpoint import load_model
 
     if not os.path.lexists(out) or not (folder / "student.pt").is_file():
         refuse_existing(out)
         return
+    read_finished_run(folder)
     try:
         same = load_model(out).digest == load_model(folder / "student.pt").digest
     except CheckpointError:
