@@ -4,7 +4,8 @@ The objective is `F(theta) = (1/N) sum_i l_i(f(x_i; theta)) + (l2 / 2) ||theta||
 flattened into one vector. A Hessian product is the directional derivative of the gradient,
 `H v = d/de grad F(theta + e v)` at `e = 0`. The Gauss-Newton matrix is `G = J^T L'' J / N + l2 I`, with `J` the
 Jacobian of the outputs and `L''` the Hessian of the losses with respect to them. All K vectors share one forward and
-backward pass: ``vmap`` runs over the tangents only. The row of an embedding at its ``padding_idx`` is a constant.
+backward pass: ``vmap`` runs over the tangents only. The row of an embedding at its ``padding_idx`` is a constant;
+``scale_grad_by_freq`` has no effect, since it changes gradients and not the loss.
 
 Sources: B. Pearlmutter, *Fast exact multiplication by the Hessian*, 1994; N. Schraudolph, *Fast curvature matrix-vector
 products for second-order gradient descent*, 2002.
@@ -257,7 +258,7 @@ class NetworkCurvature:
 
     def _outputs(self, params: Params, batch: Any) -> Any:
         fixed = {name: p.detach() for name, p in self._model.named_parameters() if name not in params}
-        with _ConstantPadding():
+        with _PlainEmbeddings():
             return call_model(lambda *a, **k: functional_call(self._model, {**fixed, **params}, a, k), batch)
 
     def _parameters(self) -> Params:
@@ -268,26 +269,37 @@ class NetworkCurvature:
         return {name: x.view(p.shape) for (name, p), x in zip(self._named.items(), pieces, strict=True)}
 
 
-class _ConstantPadding(TorchFunctionMode):
-    """Makes the row of an embedding at ``padding_idx`` a constant, as the gradient of ``F.embedding`` assumes.
+class _PlainEmbeddings(TorchFunctionMode):
+    """Makes embeddings functions of their weights whose derivatives of all orders agree.
 
-    Its tangents do not: without this mode, products with a Hessian would be asymmetric.
+    PyTorch's backward pass of an embedding omits the row at ``padding_idx``, divides by frequencies with
+    ``scale_grad_by_freq``, and gives a sparse gradient with ``sparse``, while tangents know none of this: products with
+    a Hessian would be asymmetric. Here the row of padding is a constant, and the other two options have no effect.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function; replace the rows of padding in the result of an embedding."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is not F.embedding:
+        """Run a function; an embedding without these options."""
+        given = kwargs or {}
+        if func not in _EMBEDDINGS:
+            return func(*args, **given)
+        given = {**dict(zip(_EMBEDDINGS[func], args, strict=False)), **given}
+        given.update(scale_grad_by_freq=False, sparse=False)
+        padding = given.pop("padding_idx", None)
+        out = func(**given)
+        if padding is None or (func is torch.embedding and padding < 0):
             return out
-        given = {**dict(zip(("input", "weight", "padding_idx"), args, strict=False)), **kwargs}
-        if given.get("padding_idx") is None:
-            return out
-        ids, weight = given["input"], given["weight"]
-        padding = given["padding_idx"] % len(weight)
+        ids, weight = given["input" if func is F.embedding else "indices"], given["weight"]
+        padding %= len(weight)
         return torch.where((ids == padding).unsqueeze(-1), weight[padding].detach(), out)
+
+
+# Names of the arguments by position.
+_EMBEDDINGS: dict[Any, tuple[str, ...]] = {
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+}
 
 
 @contextmanager

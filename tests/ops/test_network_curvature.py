@@ -162,6 +162,49 @@ def test_padding_index_that_is_not_in_the_batch_changes_nothing(kind):
     torch.testing.assert_close(found, kdfast.network_hvp(model, ids, y, v, kind=kind), rtol=1e-12, atol=1e-14)
 
 
+class LookedUp(nn.Module):
+    """A classifier of looked-up rows."""
+
+    def __init__(self, look_up):
+        super().__init__()
+        self.rows, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 3)
+        self.look_up = look_up
+
+    def forward(self, ids):
+        return self.head(self.look_up(ids, self.rows).tanh().mean(1))
+
+
+LOOK_UPS = {
+    "torch.embedding": (lambda ids, w: torch.embedding(w, ids, 2), 2),
+    "torch.embedding without padding": (lambda ids, w: torch.embedding(w, ids), None),
+    "scaled by frequency": (lambda ids, w: F.embedding(ids, w, scale_grad_by_freq=True), None),
+    "sparse": (lambda ids, w: F.embedding(ids, w, sparse=True), None),
+    "all by position": (lambda ids, w: F.embedding(ids, w, -4, None, 2.0, True, True), 2),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_options_of_embeddings_that_change_gradients_alone_have_no_effect(name):
+    look_up, padding = LOOK_UPS[name]
+    model = LookedUp(look_up).double()
+    ids, y = torch.tensor([[2, 1, 3], [0, 2, 2], [5, 4, 2], [1, 1, 0]]), torch.tensor([0, 2, 1, 1])
+    constant = model.rows.detach().clone()
+
+    def loss(flat):
+        rows, weight, bias = flat[:24].view(6, 4), flat[24:36].view(3, 4), flat[36:]
+        looked = (
+            rows[ids] if padding is None else torch.where((ids == padding)[..., None], constant[padding], rows[ids])
+        )
+        return F.cross_entropy(looked.tanh().mean(1) @ weight.T + bias, y)
+
+    at = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = torch.autograd.functional.hessian(loss, at)
+    found = kdfast.network_hvp(model, ids, y, torch.eye(len(at), dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    gauss_newton = kdfast.network_hvp(model, ids, y, torch.eye(len(at), dtype=torch.float64), kind="gauss_newton")
+    torch.testing.assert_close(gauss_newton, gauss_newton.T, rtol=0, atol=1e-14)
+
+
 def test_rejects_an_empty_batch(model):
     x, y = torch.zeros(0, 1, 5, 5, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     with pytest.raises(DataError, match="the batch is empty"):
