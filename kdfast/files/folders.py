@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -15,7 +16,8 @@ from kdfast.files.atomic import make_write_error, open_temporary
 from kdfast.files.own import open_own, refuse_links
 
 _LOCK_NAME = ".kdfast.lock"
-_HOLDER = b"process "  # the start of a lock file
+_HOLDER = re.compile(rb"(process [0-9]+ on \S*)?")  # the content of a lock file
+_HOLDER_BYTES = 300
 _LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -99,7 +101,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         path = self.folder / _LOCK_NAME
         descriptor = open_own(path)
-        if os.pread(descriptor, len(_HOLDER), 0) not in (b"", _HOLDER):
+        if not _HOLDER.fullmatch(os.pread(descriptor, _HOLDER_BYTES, 0)):
             os.close(descriptor)
             raise OutputError(f"{path} is not a lock file of kdfast: move it away, or use another folder")
         try:
@@ -107,7 +109,7 @@ class FolderLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         except OSError as exc:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") if exc.errno in _LOCKED else ""
+            holder = os.pread(descriptor, _HOLDER_BYTES, 0).decode(errors="replace") if exc.errno in _LOCKED else ""
             os.close(descriptor)
             self._raise_not_locked(exc, holder)
         self._descriptor = descriptor

@@ -91,7 +91,7 @@ def test_no_command_writes_through_a_link(kdfast, tiny, teacher, victim, tmp_pat
     assert not os.listdir(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("made", ["a pipe", "a foreign file", "a hard link"])
+@pytest.mark.parametrize("made", ["a pipe", "a foreign file", "a hard link", "a file that begins like a lock"])
 def test_locks_only_a_lock_file(victim: Path, tmp_path: Path, made: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -99,11 +99,15 @@ def test_locks_only_a_lock_file(victim: Path, tmp_path: Path, made: str) -> None
         os.mkfifo(out / LOCK)
     elif made == "a foreign file":
         (out / LOCK).write_bytes(VICTIM)
+    elif made == "a file that begins like a lock":
+        (out / LOCK).write_bytes(notes := b"process 12 on my list: buy milk")
     else:
         os.link(victim, out / LOCK)
     with pytest.raises(OutputError, match=r"\.kdfast\.lock"), FolderLock(out):
         pass
     assert unchanged(victim)
+    if made == "a file that begins like a lock":
+        assert (out / LOCK).read_bytes() == notes
     if made == "a foreign file":
         assert (out / LOCK).read_bytes() == VICTIM
 
