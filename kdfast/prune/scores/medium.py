@@ -15,8 +15,11 @@ def medium(inputs: ScoreInputs) -> ScoreResult:
     """Cross-entropy of the teacher on the unaugmented samples; the rule `moderate` keeps the middle of the ranking.
 
     The published method ranks each class by itself, as every balance but `none` does. Its public code computes the
-    cross-entropy on one augmented view of each sample, here it is the sample itself. The paper also reshapes the
-    teacher's logits during distillation, which does not change the selection.
+    cross-entropy on one augmented view of each sample, here it is the sample itself.
+
+    The method also reshapes the teacher's logits during distillation, which does not change the selection and is no
+    part of this score: it divides the logits of a sample by their standard deviation over the classes, and multiplies
+    them by the mean of that deviation over the training samples of the same label.
 
     Source:
         Chen et al., Medium-Difficulty Samples Constitute Smoothed Decision Boundary for Knowledge Distillation on
