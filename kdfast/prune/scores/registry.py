@@ -12,7 +12,7 @@ import numpy as np
 from kdfast.data.stateless_random import Purpose, hash64, uniform
 from kdfast.errors import UsageError, look_up
 from kdfast.prune.options import Option, complete_options
-from kdfast.prune.scores import el2n_grand, fvm, influence, medium, memorization, moderate, trajectory, windows
+from kdfast.prune.scores import el2n_grand, fvm, influence, medium, memorization, moderate, tdds, trajectory, windows
 from kdfast.prune.scores.base import Score, ScoreInputs, ScoreResult, check_inputs, check_values
 
 _CACHE, _DYNAMICS = frozenset({"cache"}), frozenset({"dynamics"})
@@ -126,6 +126,12 @@ SCORES: dict[str, Score] = {
         "how much the probability of the label varies within windows of epochs",
         _DYNAMICS,
         options=windows.DYN_UNC_OPTIONS,
+    ),
+    "tdds": Score(
+        tdds.tdds,
+        "how unevenly predictions change from epoch to epoch",
+        _DYNAMICS,
+        options=tdds.OPTIONS,
     ),
     "ccs": Score(
         trajectory.aum,

@@ -29,7 +29,7 @@ def dynamics(tmp_path_factory):
     easy = rng.normal(0, 1, (N, 1))
     for run in range(RUNS):
         mask = np.arange(N) % RUNS != run
-        with DynamicsRecorder(path, N, LABELS, epochs=EPOCHS, run=run, runs=RUNS, mask=mask,
+        with DynamicsRecorder(path, N, LABELS, epochs=EPOCHS, run=run, runs=RUNS, mask=mask, top_k=2,
                               feature_epochs=(3, 7, 11)) as recorder:  # fmt: skip
             for epoch in range(EPOCHS):
                 logits = rng.normal(0, 1, (N, C)) + np.eye(C)[LABELS] * (easy + 0.1 * epoch)
