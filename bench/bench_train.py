@@ -34,7 +34,7 @@ def logits_difference(cached: Plan, online: Plan) -> tuple[float, float]:
     for a, b in zip(cached.batches().epoch(0), online.batches().epoch(0), strict=True):
         if not torch.equal(a.ids, b.ids) or not torch.equal(a.view_ids, b.view_ids):
             raise SystemExit("cached and online runs see different samples or views")
-        computed = online.targets.compute(b.images, b.image_rows, b.view_ids, b.ids)
+        computed = online.targets.compute(b.images, b.image_rows, b.view_ids, b.ids).logits
         stored = a.teacher if a.teacher_rows is None else a.teacher[a.teacher_rows]
         difference = (stored.float() - computed).abs()
         spacing = 2.0 ** (computed.abs().amax(1, keepdim=True).log2().floor() - 10)

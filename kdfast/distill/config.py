@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from kdfast.distill.losses.settings import INITIAL_SHARE, TermSetting
 from kdfast.distill.schedule import LR_SCHEDULES
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss.validation import check_temperature
@@ -32,12 +33,19 @@ class RunConfig:
         weight_decay: L2 penalty on every parameter.
         schedule: A key of `LR_SCHEDULES`.
         warmup_epochs: Epochs of linear warm-up.
-        alpha: Weight of the distillation term in [0, 1]; 0 is training without a teacher.
-        temperature: Temperature of the distillation term, > 0.
+        alpha: Weight of the divergence from the teacher, in [0, 1] unless `ce` is set; 0 without terms is training
+            without a teacher.
+        temperature: Temperature of that divergence, > 0.
         views: Number of augmentation views per sample; 0 means all of them.
         view_seed: Seed of the choice of views; None until it is resolved to the cache's view seed, or 0.
         precision: `fp32`, or `bf16` / `fp16` for automatic mixed precision.
         seed: Seed of the initial weights, the order and the views.
+        ce: Weight of the cross-entropy, >= 0; None for 1 - alpha.
+        terms: Further terms of the loss.
+        taps: Where the terms read activations, if not at the default places: (`student.TAP` or `teacher.TAP`, place)
+            each; see `kdfast.nets.taps`.
+        initial_epochs: Epochs of the phase in which terms train alone that ask for one, the first of the run's epochs;
+            None for an eighth if there is such a term, else 0.
 
     Raises:
         UsageError: If a value is out of range.
@@ -57,6 +65,10 @@ class RunConfig:
     view_seed: int | None = None
     precision: str = "fp32"
     seed: int = 0
+    ce: float | None = None
+    terms: tuple[TermSetting, ...] = ()
+    taps: tuple[tuple[str, str], ...] = ()
+    initial_epochs: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
@@ -72,14 +84,47 @@ class RunConfig:
         if self.warmup_epochs > self.epochs:
             raise UsageError(f"`warmup_epochs` is {self.warmup_epochs} of {self.epochs} epochs: lower it")
         check_temperature(self.temperature, name="`temperature`", error=UsageError)
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"`alpha` is {self.alpha}: pass a number in [0, 1]")
+        self._check_weights()
         _check_choice("schedule", self.schedule, tuple(LR_SCHEDULES))
         _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
 
+    def _check_weights(self) -> None:
+        if self.ce is None and not 0 <= self.alpha <= 1:
+            raise UsageError(f"`alpha` is {self.alpha}: pass a number in [0, 1], or also the weight `ce`")
+        for name, value in (("alpha", self.alpha), ("ce", self.ce or 0.0)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
+        if self.cross_entropy_weight == self.alpha == 0 and not any(term.weight for term in self.terms):
+            raise UsageError("every weight of the loss is 0: raise `ce`, `alpha` or the weight of a term")
+        check_integer("initial_epochs", self.initial_epochs or 0, 0)
+        if (self.initial_epochs or 0) > self.epochs:
+            raise UsageError(f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs: lower it")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss depends on a teacher."""
+        return self.alpha > 0 or bool(self.terms)
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """The weight of the cross-entropy."""
+        return 1 - self.alpha if self.ce is None else self.ce
+
+    @property
+    def initial_phase(self) -> int:
+        """Epochs of the initial phase."""
+        if self.initial_epochs is not None:
+            return self.initial_epochs
+        asked = any(term.entry.initial or term.entry.prepares for term in self.terms)
+        return round(INITIAL_SHARE * self.epochs) if asked else 0
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return dataclasses.asdict(self)
+        """Return the settings as plain values; those of the loss only where they are not the default."""
+        fields = dataclasses.asdict(self) | {"terms": [term.to_dict() for term in self.terms], "taps": dict(self.taps)}
+        for name in ("ce", "terms", "taps", "initial_epochs"):
+            if not fields[name] and fields[name] != 0:
+                del fields[name]
+        return fields
 
 
 def check_integer(name: str, value: int, least: int, most: int = LARGEST_COUNT) -> None:

@@ -19,7 +19,7 @@ class ScheduledSGD:
     graph of a step is valid for every step.
 
     Args:
-        parameters: Parameters to train, on the device.
+        parameters: Parameters to train, on the device, or groups of them with settings of their own.
         config: Learning rate, momentum, weight decay and schedule.
         total_steps: Steps of the run.
         warmup_steps: Steps of linear warm-up.
@@ -31,7 +31,7 @@ class ScheduledSGD:
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
         config: RunConfig,
         total_steps: int,
         warmup_steps: int,

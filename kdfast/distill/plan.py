@@ -25,6 +25,7 @@ from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
+from kdfast.distill.losses.plan import TermPlan, plan_terms
 from kdfast.distill.schedule import parse_alpha
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
@@ -74,6 +75,7 @@ class Plan:
         metadata: Values for config.json: paths, device, versions.
         stage_seconds: Seconds spent in earlier stages, where known.
         execution: How the steps are computed.
+        terms: What the terms of the loss read of both networks.
     """
 
     config: RunConfig
@@ -88,6 +90,7 @@ class Plan:
     metadata: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     execution: Execution = field(default_factory=Execution)
+    terms: TermPlan = field(default_factory=TermPlan)
 
     def can_capture(self) -> bool:
         """Return whether a step may run as a CUDA graph.
@@ -177,7 +180,8 @@ class LoadedInputs:
         """
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config = self.teacher.resolve_views(config, source.view_spec.count)
-        targets = self.teacher.open(source, ids, config, device)
+        terms = self._plan_terms(config, distributed, execution)
+        targets = self.teacher.open(source, ids, config, device, terms.teacher)
         return Plan(
             config=config,
             source=source,
@@ -208,7 +212,32 @@ class LoadedInputs:
             },
             stage_seconds={**(stage_seconds or {}), "compile loader": self.loader.compile_seconds},
             execution=execution,
+            terms=terms,
         )
+
+    def _plan_terms(self, config: RunConfig, distributed: Distributed, execution: Execution) -> TermPlan:
+        """Plan the terms of the loss, and check that they can be computed as the run is."""
+        if not config.terms:
+            return TermPlan()
+        if config.initial_phase and distributed.world_size > 1:
+            raise UsageError(
+                f"{distributed.world_size} processes cannot train a phase in which only a part of the student trains: "
+                "pass `initial_epochs` 0, or use one process"
+            )
+        with torch.random.fork_rng(devices=[]):
+            student = build_net(config.student, len(self.source.classes))
+        plan = plan_terms(
+            config.terms,
+            config.taps,
+            student,
+            self.teacher.model,
+            self.teacher.cache,
+            views=config.views,
+            size=self.source.view_spec.size,
+        )
+        if plan.student and execution.compile:
+            raise UsageError("`compile` cannot read activations: omit it, or use terms of the logits alone")
+        return plan
 
 
 def plan_run(
@@ -251,7 +280,7 @@ def plan_run(
     stage_seconds = {"open data": time.perf_counter() - started}
     if subset.provenance and "seconds" in subset.provenance:
         stage_seconds["prune"] = float(subset.provenance["seconds"])
-    teacher = TeacherTargets() if config.alpha == 0 else _open_teacher(paths, source, subset.ids, stage_seconds)
+    teacher = TeacherTargets() if not config.needs_teacher else _open_teacher(paths, source, subset.ids, stage_seconds)
     loader = make_loader(source.train, paths.loader, device)
     inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
     metadata = dataclasses.asdict(paths)
@@ -307,7 +336,8 @@ def _open_teacher(
     """Open the cache or the teacher, and add what they cost to `stage_seconds`."""
     if paths.cache is None and paths.teacher is None:
         raise UsageError(
-            "`alpha` above 0 needs `cache` or `teacher`: pass one, or `alpha` 0 to train without a teacher"
+            "`alpha` above 0 and terms of the loss need `cache` or `teacher`: pass one, or `alpha` 0 without terms to "
+            "train without a teacher"
         )
     model = None if paths.teacher is None else load_model(paths.teacher)
     if model is not None and paths.teacher is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
+from kdfast.distill.batches import Batch
 from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import CHECKPOINTS, RunFolder
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
+from kdfast.dynamics.batches import BatchCorrectness
+from kdfast.dynamics.format import check_when
 from kdfast.dynamics.plan import check_top_k
 from kdfast.dynamics.recorder import DynamicsRecorder
-from kdfast.errors import UsageError
+from kdfast.errors import CheckpointError, UsageError
 from kdfast.files import refuse_links
 from kdfast.progress import Progress
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
@@ -45,6 +50,8 @@ class RecordingConfig:
             recorded epochs only.
         features_every: Recorded epochs between two that keep features; 0: none but the last, which always keeps them.
         top_k: Classes to keep of each prediction, the most probable ones with their probabilities; 0: none.
+        record: When correctness is recorded: `epoch`, after each recorded epoch; or `batch`, also in the training
+            batches of each recorded epoch, before the step and with their augmentation.
 
     Raises:
         UsageError: If a value is out of range.
@@ -56,10 +63,12 @@ class RecordingConfig:
     record_every: int = 1
     features_every: int = 0
     top_k: int = 0
+    record: str = "epoch"
 
     def __post_init__(self) -> None:
         for name, least in (("runs", 1), ("record_every", 1), ("features_every", 0), ("top_k", 0)):
             check_integer(name, getattr(self, name), least)
+        check_when("record", self.record)
         if not 0 < self.keep <= 1:
             raise UsageError(f"`keep` is {self.keep}: pass a number in (0, 1]")
         if self.only is not None and not 0 <= self.only < self.runs:
@@ -144,8 +153,37 @@ def record_dynamics(
                 progress=None if progress is None else _overall_progress(progress, recording, run),
                 on_epoch_end=_epoch_end_callback(recorder, recording.record_every),
             )
-            results.append(_train_run(plan, refuse_links(recorder.folder, _TRAINING), monitoring))
+            results.append(_train_run(plan, recorder, monitoring, recording.record == "batch"))
     return results
+
+
+class _BatchRecordingTrainer(Trainer):
+    """Records whether the student is right about the samples of each batch, without waiting for the device.
+
+    Args:
+        plan: The plan of the run.
+        batches: What the batches are added to; part of the checkpoints, as they are taken within epochs too.
+    """
+
+    def __init__(self, plan: Plan, batches: BatchCorrectness) -> None:
+        super().__init__(plan)
+        self._recorded = batches
+
+    def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        self._recorded.add(batch.ids, logits)
+        return super().compute_loss(logits, batch)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "batches": self._recorded.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        try:
+            self._recorded.load_state(state["batches"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint holds no correctness in batches ({error}): choose another `out`"
+            ) from error
 
 
 def _open_recorder(
@@ -178,6 +216,7 @@ def _open_recorder(
         facts=facts,
         top_k=recording.top_k,
         classes=len(source.classes),
+        record=recording.record,
     )
 
 
@@ -194,10 +233,14 @@ def _epoch_end_callback(recorder: DynamicsRecorder, every: int) -> Callable[[Tra
     return on_epoch_end
 
 
-def _train_run(plan: Plan, path: Path, monitoring: Monitoring) -> dict[str, Any]:
+def _train_run(plan: Plan, recorder: DynamicsRecorder, monitoring: Monitoring, record_batches: bool) -> dict[str, Any]:
     """Train one run to its end, resuming from its last checkpoint."""
+    path = refuse_links(recorder.folder, _TRAINING)
+    make_trainer: Callable[[Plan], Trainer] = Trainer
+    if record_batches:
+        make_trainer = functools.partial(_BatchRecordingTrainer, batches=recorder.batches_on(plan.device))
     with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
-        result = train(plan, folder, monitoring)
+        result = train(plan, folder, monitoring, make_trainer)
         # A finished run needs no checkpoints, and there may be many runs.
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
     return result

@@ -18,9 +18,12 @@ from kdfast.data.source import Source
 from kdfast.data.transfer import to_device
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.distill.config import RunConfig
+from kdfast.distill.losses.base import Outputs
+from kdfast.distill.losses.total import Places
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TeacherLogits, map_logits, slice_rows, tensors_of
@@ -56,7 +59,7 @@ class CachedTargets:
         *,
         resident: bool = False,
     ) -> None:
-        self._cache = cache
+        self.cache = cache
         self._ids = np.sort(ids)
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
@@ -74,7 +77,7 @@ class CachedTargets:
         if self.resident:
             self._table = self._read_all() if self._table is None else self._table
         else:
-            rows = max(1, WINDOW_BYTES // self._cache.row_bytes)
+            rows = max(1, WINDOW_BYTES // self.cache.row_bytes)
             self._windows = _Windows(
                 lambda part: self._look_up(ids[part], view_indices[part]), len(ids), rows, self._reader
             )
@@ -87,8 +90,8 @@ class CachedTargets:
         return map_logits(lambda part: to_device(part, self._device), self._windows.take(start, count))
 
     def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> TeacherLogits:
-        cached = self._cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
-        lookup = self._cache.lookup if self._cache.top_k is None else self._cache.lookup_top_k
+        cached = self.cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
+        lookup = self.cache.lookup if self.cache.top_k is None else self.cache.lookup_top_k
         return lookup(ids, cached)
 
     def _read_all(self) -> TeacherLogits:
@@ -141,6 +144,25 @@ class _Windows:
         self._next = self._reader.submit(self._look_up, following) if stop < self._count else None
 
 
+class CachedFeatures:
+    """The classifier's inputs of a run's samples, on the device.
+
+    Args:
+        cache: The opened cache; it must cover the samples.
+        ids: int64 (n,), the samples of the run.
+        device: Device of the student.
+    """
+
+    def __init__(self, cache: TeacherCache, ids: NDArray[np.int64], device: torch.device) -> None:
+        ordered = np.sort(ids)
+        self._ids = torch.from_numpy(ordered).to(device)
+        self._features = torch.from_numpy(cache.features()[np.searchsorted(cache.coverage, ordered)]).to(device)
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return the features (B, D) of samples, int64 (B,), as the tap `pooled`."""
+        return {"pooled": self._features.index_select(0, torch.searchsorted(self._ids, ids))}
+
+
 class OnlineTargets:
     """Logits computed by the teacher on the views that the student sees, normalized with the teacher's statistics.
 
@@ -148,23 +170,25 @@ class OnlineTargets:
         model: The teacher. It moves to the device and into evaluation mode.
         spec: The data's set of views.
         device: Device of student and teacher.
+        places: The teacher's activations to return too, by name.
     """
 
     name = "online teacher"
 
-    def __init__(self, model: Model, spec: ViewSpec, device: torch.device) -> None:
+    def __init__(self, model: Model, spec: ViewSpec, device: torch.device, places: Places | None = None) -> None:
         self._net = model.net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._normalization = model.normalization
         self._spec = spec
+        self._taps = TapRecorder(self._net, places or {})
 
     @full_float32()
     @torch.no_grad()
-    def compute(self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor) -> Tensor:
-        """Return the logits (B, C) of a batch, whose fields these are; see `Batch`."""
-        logits: Tensor = self._net(
-            apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows)
-        )
-        return logits
+    def compute(self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor) -> Outputs:
+        """Return the outputs for a batch, whose fields these are; see `Batch`."""
+        inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows)
+        with self._taps:
+            logits = self._net(inputs)
+        return Outputs(logits, self._taps.take())
 
 
 @dataclass(frozen=True)
@@ -205,7 +229,12 @@ class TeacherTargets:
         return dataclasses.replace(config, views=config.views or most, view_seed=view_seed)
 
     def open(
-        self, source: Source, ids: NDArray[np.int64], config: RunConfig, device: torch.device
+        self,
+        source: Source,
+        ids: NDArray[np.int64],
+        config: RunConfig,
+        device: torch.device,
+        places: Places | None = None,
     ) -> CachedTargets | OnlineTargets | None:
         """Return the source of a run's teacher logits; None without a teacher.
 
@@ -214,6 +243,7 @@ class TeacherTargets:
             ids: int64 (n,), the samples of the run; a cache must cover them.
             config: The settings, with the views resolved.
             device: Device of the student.
+            places: The activations that the loss reads of an online teacher.
 
         Raises:
             CacheMismatch: If the cache lacks the views of the run, or is for another temperature.
@@ -228,7 +258,7 @@ class TeacherTargets:
             resident = device.type != "cpu" and fits_in_memory(size, device)
             return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident)
         if self.model is not None:
-            return OnlineTargets(self.model, source.view_spec, device)
+            return OnlineTargets(self.model, source.view_spec, device, places)
         return None
 
 

@@ -42,13 +42,19 @@ class Monitoring:
     on_epoch_end: Callable[[Trainer], None] | None = None
 
 
-def train(plan: Plan, folder: RunFolder, monitoring: Monitoring | None = None) -> dict[str, Any]:
+def train(
+    plan: Plan,
+    folder: RunFolder,
+    monitoring: Monitoring | None = None,
+    make_trainer: Callable[[Plan], Trainer] = Trainer,
+) -> dict[str, Any]:
     """Train to the end of the plan, resuming from the folder's last checkpoint.
 
     Args:
         plan: The plan of the run.
         folder: The run's folder, entered.
         monitoring: Logging, evaluation, checkpoints and callbacks.
+        make_trainer: Returns a trainer of the plan, before its first step.
 
     Returns:
         The content of result.json; an empty dict in processes other than the main one. The result of a finished run is
@@ -62,7 +68,7 @@ def train(plan: Plan, folder: RunFolder, monitoring: Monitoring | None = None) -
     finished = folder.read_result()
     if finished is not None:
         return finished
-    trainer = Trainer(plan)
+    trainer = make_trainer(plan)
     plan.distributed.barrier()
     saved = folder.load_checkpoint()
     if saved is not None:

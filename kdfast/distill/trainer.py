@@ -13,14 +13,17 @@ from torch import Tensor
 from kdfast.data.views import apply_views
 from kdfast.distill.batches import Batch
 from kdfast.distill.cuda_graph import CapturedStep
+from kdfast.distill.losses.base import Outputs
+from kdfast.distill.losses.total import LossTerms
 from kdfast.distill.optimizer import ScheduledSGD
 from kdfast.distill.plan import Plan
-from kdfast.distill.targets import OnlineTargets
+from kdfast.distill.targets import CachedFeatures, CachedTargets, OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.files import schemas
 from kdfast.files.validate import check_type
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
 
@@ -46,10 +49,19 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = build_net(config.student, len(plan.source.classes))
         self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Initialized after the student, whose weights do not depend on the terms.
+        self.terms = LossTerms(config.terms, plan.terms.shapes).to(device)
+        self._taps = TapRecorder(self.net, plan.terms.student)
+        self._cached_features = (
+            CachedFeatures(plan.targets.cache, plan.ids, device)
+            if isinstance(plan.targets, CachedTargets) and plan.terms.student
+            else None
+        )
         network = plan.distributed.wrap(self.net, device)
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
-        self.optimizer = ScheduledSGD(self.net.parameters(), config, self.total_steps, warmup_steps, device)
+        groups: list[dict[str, Any]] = [{"params": list(self.net.parameters())}, *self.terms.parameter_groups()]
+        self.optimizer = ScheduledSGD(groups, config, self.total_steps, warmup_steps, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.labels = torch.from_numpy(plan.source.train.labels).to(device)
         self.step = 0
@@ -73,6 +85,7 @@ class Trainer:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "net": self.net.state_dict(),
+            "terms": self.terms.state_dict(),
             "optimizer": self.optimizer.sgd.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
@@ -91,6 +104,7 @@ class Trainer:
         check_type(state, schemas.TrainingState, "the checkpoint", error=CheckpointError, advice=advice)
         try:
             self.net.load_state_dict(state["net"])
+            self.terms.load_state_dict(state.get("terms", {}))
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.train_seconds = state["step"], state["train_seconds"]
@@ -107,9 +121,14 @@ class Trainer:
         """Return a context in which all steps must run, and everything else that uses the network meanwhile."""
         return contextlib.nullcontext() if self._captured is None else self._captured.stream()
 
+    @property
+    def in_initial_phase(self) -> bool:
+        """Whether only the terms with a phase of their own train at the next step."""
+        return self.step < self.plan.config.initial_phase * self.batches.per_epoch
+
     def train_step(self, batch: Batch) -> None:
         """Take one step of SGD. On a GPU, return before it is done."""
-        if self._captured is None:
+        if self._captured is None or self.in_initial_phase:
             self._take_step(batch)
         else:
             self._captured(batch, self._take_step)
@@ -129,30 +148,60 @@ class Trainer:
         inputs = apply_views(
             batch.images, view_ids, spec, plan.normalization, sample_ids=ids, rows=batch.image_rows, dtype=dtype
         )
-        with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST):
+        with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST), self._taps:
             logits = self._forward(inputs)
+        teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
             teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids)
-            batch = dataclasses.replace(batch, teacher=teacher, index=batch.index[:2])
+            batch = dataclasses.replace(batch, teacher=teacher.logits, index=batch.index[:2])
+            teacher_taps = dict(teacher.taps)
         loss = self.compute_loss(logits, batch)
+        if config.terms:
+            loss = self._add_terms(loss, logits, batch, teacher_taps)
         if plan.distributed.world_size > 1:
             # Gradients are averaged over processes whose shares of a batch may differ by one sample.
             loss = loss * (len(batch.ids) * plan.distributed.world_size / self.batches.global_size(self.step))
         self.optimizer.sgd.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for parameter in self.terms.parameters():
+            if parameter.grad is not None:
+                plan.distributed.mean(parameter.grad)
         self.scaler.step(self.optimizer.sgd)
         self.scaler.update()
         self._count_step(loss.detach())
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch: distillation with a teacher, else cross-entropy in float32."""
+        """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32."""
         labels = self.labels[batch.ids]
-        if batch.teacher is None:
-            return F.cross_entropy(logits.float(), labels)
         config = self.plan.config
-        return kd_loss(
-            logits, labels, batch.teacher, batch.teacher_rows, alpha=config.alpha, temperature=config.temperature
+        total = 1.0 if config.ce is None else config.ce + config.alpha
+        if batch.teacher is None or total == 0:
+            return total * F.cross_entropy(logits.float(), labels)
+        loss = kd_loss(
+            logits,
+            labels,
+            batch.teacher,
+            batch.teacher_rows,
+            alpha=config.alpha / total,
+            temperature=config.temperature,
         )
+        return loss if total == 1 else total * loss
+
+    def _add_terms(self, loss: Tensor, logits: Tensor, batch: Batch, teacher_taps: dict[str, Tensor]) -> Tensor:
+        """Return the loss with the terms, in float32; in the initial phase, the terms of that phase alone."""
+        assert isinstance(batch.teacher, Tensor), "the plan refuses caches of some classes"
+        rows = batch.teacher_rows
+        teacher = batch.teacher if rows is None else batch.teacher.index_select(0, rows)
+        if self._cached_features is not None:
+            teacher_taps = self._cached_features.take(batch.ids)
+        taps = {name: x.float() for name, x in self._taps.take().items()}
+        terms: Tensor = self.terms(
+            Outputs(logits.float(), taps),
+            Outputs(teacher.float(), teacher_taps),
+            self.labels[batch.ids],
+            initial=self.in_initial_phase,
+        )
+        return terms if self.in_initial_phase else loss + terms
 
     def _count_step(self, loss: Tensor) -> None:
         """Add up the loss and record the first step whose loss is not finite, without synchronizing the device."""
@@ -167,7 +216,8 @@ class Trainer:
         Raises:
             DivergedError: Names the first such step.
         """
-        values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
+        state = [*self.net.state_dict().values(), *self.terms.state_dict().values()]
+        values = [v for v in state if v.is_floating_point()]
         # The norm is not finite if a value is not, and takes a few launches for all tensors together.
         largest = torch.nn.utils.get_total_norm(values, norm_type=float("inf"))
         bad, weights_are_finite = torch.stack([self._bad_step.double(), torch.isfinite(largest).double()]).tolist()

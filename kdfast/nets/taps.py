@@ -50,14 +50,11 @@ class TapRecorder:
 
         with TapRecorder(net, {"stage2": "layer2"}) as recorder:
             logits = net(images)
-        recorder.taken["stage2"]
+        recorder.take()["stage2"]
 
     Args:
         net: The network.
         places: A place for each name, see `default_places`.
-
-    Attributes:
-        taken: The activations of the last forward pass, by name.
 
     Raises:
         UsageError: The network has no such module; the nearest name is suggested.
@@ -65,7 +62,7 @@ class TapRecorder:
 
     def __init__(self, net: nn.Module, places: Mapping[str, str]) -> None:
         modules = dict(net.named_modules())
-        self.taken: dict[str, Tensor] = {}
+        self._taken: dict[str, Tensor] = {}
         self._hooks: list[tuple[nn.Module, str, bool]] = []
         for name, place in places.items():
             module = place.removesuffix(INPUT)
@@ -94,15 +91,20 @@ class TapRecorder:
             self._open.close()
             self._open = None
 
+    def take(self) -> dict[str, Tensor]:
+        """Return the activations of the last forward pass by name, and forget them."""
+        taken, self._taken = self._taken, {}
+        return taken
+
     def _before(self, name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.taken[name] = _tensor(name, inputs[0])
+            self._taken[name] = _tensor(name, inputs[0])
 
         return hook
 
     def _after(self, name: str) -> Any:
         def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            self.taken[name] = _tensor(name, output)
+            self._taken[name] = _tensor(name, output)
 
         return hook
 

@@ -76,6 +76,16 @@ def test_rejects_a_folder_in_use(tmp_path: Path) -> None:
         pass
 
 
+def test_keeps_the_copy_of_a_checkpoint_under_another_name(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as folder:
+        for step in range(1, 5):
+            folder.save_checkpoint({"step": step}, step)
+            (tmp_path / "checkpoints" / "step-best.pt").write_bytes(b"mine")
+    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("*.pt")) == [
+        "step-000000003.pt", "step-000000004.pt", "step-best.pt",
+    ]  # fmt: skip
+
+
 def test_checkpoints_round_trip_and_only_two_are_kept(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG) as folder:
         assert folder.load_checkpoint() is None

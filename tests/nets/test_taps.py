@@ -16,7 +16,7 @@ def record(name, places=None):
     places = default_places(net) if places is None else places
     with torch.no_grad(), TapRecorder(net, places) as recorder:
         logits = net(IMAGES)
-    return net, logits, recorder.taken
+    return net, logits, recorder.take()
 
 
 @pytest.mark.parametrize(("name", "widths"), [("resnet20", (16, 32, 64)), ("resnet14a", (16, 32, 64)),
@@ -64,7 +64,7 @@ def test_hooks_are_gone_after_the_block_and_after_an_error():
         net(IMAGES[:, :2])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     net(IMAGES)
-    assert recorder.taken == {}
+    assert recorder.take() == {}
 
 
 def test_unknown_module_suggests_the_nearest():

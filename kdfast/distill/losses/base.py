@@ -60,6 +60,10 @@ class Term(nn.Module):
         """Return the term's value for a batch."""
         raise NotImplementedError
 
+    def preparation(self, teacher: Outputs) -> Tensor:
+        """Return the loss that fits the term to the teacher, for a term that is prepared first."""
+        raise NotImplementedError
+
     def parameters_without_decay(self) -> list[nn.Parameter]:
         """Return the parameters that weight decay must leave alone."""
         return []

@@ -97,7 +97,7 @@ def test_factor_transfer(student, teacher, labels, shapes):
     ours, theirs = same_size(through(term.translator, student.taps["stage3"]), code)
     check(term(student, teacher, labels), np.abs(attention(ours) - attention(theirs)).mean())
     decoded = through(term.decoder.train(), term.encoder.train()(teacher.taps["stage3"]))
-    check(term.reconstruction(teacher), ((decoded - array(teacher.taps["stage3"])) ** 2).mean())
+    check(term.preparation(teacher), ((decoded - array(teacher.taps["stage3"])) ** 2).mean())
 
 
 def test_factor_transfer_leaves_the_fitted_paraphraser_alone(student, teacher, labels, shapes):

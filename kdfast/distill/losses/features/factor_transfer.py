@@ -18,7 +18,7 @@ class FactorTransfer(Term):
     """Mean absolute difference of the attention maps of the translated student and of the teacher's code.
 
     The paraphraser, an auto-encoder of the teacher's activations with half as many channels in its code, is fitted
-    first (`reconstruction`); then the translator and the student train with the paraphraser fixed.
+    first (`preparation`); then the translator and the student train with the paraphraser fixed.
     """
 
     def __init__(self, shapes: TapShapes) -> None:
@@ -29,7 +29,7 @@ class FactorTransfer(Term):
         self.decoder = _convolutions(code, code, teacher[0], teacher[0])
         self.translator = _convolutions(student[0], student[0], code, code)
 
-    def reconstruction(self, teacher: Outputs) -> Tensor:
+    def preparation(self, teacher: Outputs) -> Tensor:
         """Return the paraphraser's mean squared error on the teacher's activations."""
         self.encoder.train()
         self.decoder.train()
