@@ -85,6 +85,8 @@ class Convolution:
         pad: Sequence[int],
         groups: int,
         algorithm: int,
+        weights: int,
+        squares: int,
         /,
     ) -> None: ...
 

@@ -20,7 +20,8 @@ using Strides = std::array<int64_t, 4>;
 // sizes: batch, channels, height, width, outputs, out_height, out_width.
 Convolution make_convolution(uintptr_t a, const Strides& a_strides, uintptr_t b, const Strides& b_strides,
                              const std::array<int64_t, 7>& sizes, const Pair& kernel, const Pair& stride,
-                             const Pair& dilation, const Pair& pad, int64_t groups, int algorithm) {
+                             const Pair& dilation, const Pair& pad, int64_t groups, int algorithm, uintptr_t weights,
+                             uintptr_t squares) {
   Convolution args{};
   args.a = reinterpret_cast<const float*>(a);
   args.b = reinterpret_cast<const float*>(b);
@@ -34,6 +35,8 @@ Convolution make_convolution(uintptr_t a, const Strides& a_strides, uintptr_t b,
   std::copy(pad.begin(), pad.end(), args.pad);
   args.groups = groups;
   args.algorithm = algorithm;
+  args.weights = reinterpret_cast<const float*>(weights);
+  args.squares = reinterpret_cast<double*>(squares);
   grad_norms::check(args);
   return args;
 }

@@ -1,4 +1,5 @@
-// Squared norms of a convolution's per-sample weight gradients, without storing the gradients.
+// Functions of a convolution's per-sample weight gradients, without storing the gradients: squared norms, also with
+// weights of the elements, and sums of squares over the samples.
 //
 // The weight gradient of sample n is G_n = sum_t b_t a_t^T over the output positions t, where a_t is the patch of the
 // input at t and b_t the output gradient at t.
@@ -25,7 +26,10 @@ struct Convolution {
   int64_t pad[2];  // zeros above and to the left
   int64_t groups;
   int algorithm;
-  double* out;             // (N,): ||G_n||^2; on a GPU (N, parts), whose rows the caller must sum
+  // At most one of these, not for kGram; both contiguous, (outputs, channels / groups, kernel[0], kernel[1]).
+  const float* weights;  // factors w of the squares, or null for 1
+  double* squares;       // the sum over samples of the squares of G_n is added; null where norms are wanted
+  double* out;  // (N,): sum of w G_n^2; on a GPU (N, parts), whose rows the caller must sum. Unused with squares
   int threads, isa_limit;  // ignored on a GPU
 };
 

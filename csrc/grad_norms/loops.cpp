@@ -91,10 +91,10 @@ struct WeightedSum {
 };
 
 template <int W, int R>
-KDFAST_INLINE double squared_dots(const float* const* rows, const float* x, int64_t size) {
+KDFAST_INLINE void dots_of(const float* const* rows, const float* x, int64_t size, double* totals) {
   // Blocks of floats are added in double, so that the error does not grow with the size.
   constexpr int64_t kBlock = 64 * kLanes;
-  double totals[R] = {};
+  for (int r = 0; r < R; ++r) totals[r] = 0;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     Floats<W> sums[R];
     for (int r = 0; r < R; ++r) sums[r] = broadcast<W>(0);
@@ -104,6 +104,22 @@ KDFAST_INLINE double squared_dots(const float* const* rows, const float* x, int6
     }
     for (int r = 0; r < R; ++r) totals[r] += sum_of(sums[r]);
   }
+}
+
+struct Dots {
+  template <int W>
+  KDFAST_INLINE static void run(const float* const* rows, int count, const float* x, int64_t size, double* out) {
+    int r = 0;
+    for (; r + 9 <= count; r += 9) dots_of<W, 9>(rows + r, x, size, out + r);
+    for (; r + 3 <= count; r += 3) dots_of<W, 3>(rows + r, x, size, out + r);
+    for (; r < count; ++r) dots_of<W, 1>(rows + r, x, size, out + r);
+  }
+};
+
+template <int W, int R>
+KDFAST_INLINE double squared_dots(const float* const* rows, const float* x, int64_t size) {
+  double totals[R];
+  dots_of<W, R>(rows, x, size, totals);
   double square = 0;
   for (int r = 0; r < R; ++r) square += totals[r] * totals[r];
   return square;
@@ -138,10 +154,43 @@ struct SumOfSquares {
   }
 };
 
+struct WeightedSquares {
+  template <int W>
+  KDFAST_INLINE static double run(const float* x, const float* weights, int64_t size) {
+    // Several sums, so that additions need not wait for each other.
+    constexpr int kSums = 4;
+    constexpr int64_t kStep = kSums * kLanes, kBlock = 64 * kStep;
+    double total = 0;
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+      Floats<W> sums[kSums];
+      for (int j = 0; j < kSums; ++j) sums[j] = broadcast<W>(0);
+      for (int64_t s = begin; s < std::min(begin + kBlock, size); s += kStep) {
+        _Pragma("GCC unroll 4") for (int j = 0; j < kSums; ++j) {
+          const Floats<W> v = load<W>(x + s + j * kLanes);
+          sums[j] = multiply_add(v * v, load<W>(weights + s + j * kLanes), sums[j]);
+        }
+      }
+      total += sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return total;
+  }
+};
+
+struct AddSquares {
+  template <int W>
+  KDFAST_INLINE static void run(const float* x, float* sums, int64_t size) {
+    for (int64_t s = 0; s < size; s += kLanes) {
+      const Floats<W> v = load<W>(x + s);
+      store(sums + s, multiply_add(v, v, load<W>(sums + s)));
+    }
+  }
+};
+
 template <class Isa>
 constexpr VectorLoops make_loops() {
-  return {Isa::template run<Multiply>, Isa::template run<WeightedSum>, Isa::template run<SquaredDots>,
-          Isa::template run<SumOfSquares>};
+  return {Isa::template run<Multiply>,  Isa::template run<WeightedSum>,  Isa::template run<SquaredDots>,
+          Isa::template run<Dots>,      Isa::template run<SumOfSquares>, Isa::template run<WeightedSquares>,
+          Isa::template run<AddSquares>};
 }
 
 constexpr VectorLoops kLoops[] = KDFAST_FOR_EACH_ISA(make_loops);

@@ -33,8 +33,14 @@ struct VectorLoops {
   // Sum over r < count of (sum over s < size of x[s] * rows[r][s])^2. Reads up to 15 more elements, for which x must be
   // zero.
   double (*squared_dots)(const float* const* rows, int count, const float* x, int64_t size);
+  // out[r] = sum over s < size of x[s] * rows[r][s], for r < count. Reads up to 15 more elements, likewise.
+  void (*dots)(const float* const* rows, int count, const float* x, int64_t size, double* out);
   // Sum of squares; size is a multiple of 16.
   double (*sum_of_squares)(const float* x, int64_t size);
+  // Sum of weights[i] * x[i]^2; size is a multiple of 64.
+  double (*weighted_squares)(const float* x, const float* weights, int64_t size);
+  // sums[i] += x[i]^2; size is a multiple of 16.
+  void (*add_squares)(const float* x, float* sums, int64_t size);
 };
 
 const VectorLoops& vector_loops(int isa_limit);

@@ -26,23 +26,26 @@ from kdfast.ops.backends import resolve
 from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.factors import Convolution, GradFactors, OuterProduct, Sizes, sizes_of
 
-__all__ = ["METHODS", "estimate_costs", "select_algorithm", "squared_norms", "sums_of_squares"]
+__all__ = [
+    "METHODS",
+    "estimate_costs",
+    "select_algorithm",
+    "squared_norms",
+    "sums_of_squares",
+    "weighted_squared_norms",
+]
 
 METHODS = ("auto", "direct", "gram", "pixel")
 
 
-def squared_norms(
-    factors: GradFactors, method: str = "auto", backend: str = "auto", weights: Tensor | None = None
-) -> Tensor:
-    """Compute `||G_n||^2` of each sample, or with weights `sum_j w_j G_nj^2`.
+def squared_norms(factors: GradFactors, method: str = "auto", backend: str = "auto") -> Tensor:
+    """Compute `||G_n||^2` of each sample.
 
     Args:
         factors: Gradient factors in float32 or float64.
         method: One of ``METHODS``; applies to outer products and convolutions.
         backend: "auto", or the name of an implementation in the row "grad_norms" of ``kdfast.ops.backends``; applies
             to the same.
-        weights: Factors of the squares, in the shape of the gradient of one sample and the dtype of the factors; None
-            for 1. The method must then be "auto" or "direct".
 
     Returns:
         `(N,)`: in float64 from the compiled kernels, otherwise in the dtype of the factors.
@@ -51,21 +54,37 @@ def squared_norms(
         UsageError: If ``method`` is unknown.
         BackendUnavailable: If a named backend cannot run here.
     """
-    if weights is not None:
-        return reference.weighted_squared_norms(factors, weights)
     if not isinstance(factors, (OuterProduct, Convolution)):
         return reference.squared_norms(factors)
-    if backend == "auto" and factors.b.dtype == torch.float64:
-        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
-    dtype = str(factors.b.dtype).removeprefix("torch.")
-    compiled = resolve("grad_norms", factors.b.device.type, dtype, backend) != "reference"
+    compiled = _is_compiled(factors, backend)
     algorithm = select_algorithm(sizes_of(factors), method)
     if not compiled:
         return reference.squared_norms(factors, algorithm)
-    # Deferred: the compiled extension may be missing.
+    # Deferred, as below: the compiled extension may be missing.
     from kdfast.ops.grad_norms import native
 
     return native.squared_norms(factors, algorithm)
+
+
+def weighted_squared_norms(factors: GradFactors, weights: Tensor, backend: str = "auto") -> Tensor:
+    """Compute `sum_j w_j G_nj^2` of each sample.
+
+    Args:
+        factors: Gradient factors in float32 or float64.
+        weights: `w`, in the shape of the gradient of one sample and the dtype of the factors.
+        backend: As for ``squared_norms``.
+
+    Returns:
+        `(N,)`: in float64 from the compiled kernels, otherwise in the dtype of the factors.
+
+    Raises:
+        BackendUnavailable: If a named backend cannot run here.
+    """
+    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend, elements=True):
+        return reference.weighted_squared_norms(factors, weights)
+    from kdfast.ops.grad_norms import native
+
+    return native.weighted_squared_norms(factors, weights)
 
 
 def sums_of_squares(factors: GradFactors, shape: Sequence[int], backend: str = "auto") -> Tensor:
@@ -79,7 +98,24 @@ def sums_of_squares(factors: GradFactors, shape: Sequence[int], backend: str = "
     Raises:
         BackendUnavailable: If a named backend cannot run here.
     """
-    return reference.sums_of_squares(factors, shape)
+    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend, elements=True):
+        return reference.sums_of_squares(factors, shape)
+    from kdfast.ops.grad_norms import native
+
+    return native.sums_of_squares(factors, shape)
+
+
+def _is_compiled(factors: OuterProduct | Convolution, backend: str, elements: bool = False) -> bool:
+    """Return whether a backend for these factors is compiled; ``elements``: for functions of the elements of `G`.
+
+    Raises:
+        BackendUnavailable: If a named backend cannot run here.
+    """
+    if backend == "auto" and factors.b.dtype == torch.float64:
+        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
+    dtype = str(factors.b.dtype).removeprefix("torch.")
+    device = factors.b.device.type
+    return resolve("grad_norms", device, dtype, backend) != "reference" and not (elements and device == "cuda")
 
 
 def select_algorithm(sizes: Sizes, method: str = "auto") -> str:

@@ -7,7 +7,7 @@ have been formed for some samples.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.grad_norms import reference
-from kdfast.ops.grad_norms.dispatch import squared_norms, sums_of_squares
+from kdfast.ops.grad_norms.dispatch import squared_norms, sums_of_squares, weighted_squared_norms
 from kdfast.ops.grad_norms.factors import GradFactors
 from kdfast.ops.grad_norms.tied_weights import merge_uses, squared_norms_of_sum
 
@@ -59,7 +59,7 @@ class SquaredNorms(Functional):
     """Squared norms `(N,)`.
 
     Args:
-        method: As for ``grad_norms``.
+        method: As for ``grad_norms``; without effect if squares are weighted.
         backend: As for ``grad_norms``.
         weights: Factors of the squares, by the parameter's id; None for 1.
     """
@@ -89,7 +89,9 @@ class SquaredNorms(Functional):
         return self._of_sum(parameter, uses, weights.values.to(uses[0].b.dtype)).double() * weights.scale
 
     def _of_sum(self, parameter: nn.Parameter, uses: Sequence[GradFactors], weights: Tensor | None) -> Tensor:
-        of_one = partial(squared_norms, method=self._method, backend=self._backend, weights=weights)
+        of_one: Callable[[GradFactors], Tensor] = partial(squared_norms, method=self._method, backend=self._backend)
+        if weights is not None:
+            of_one = partial(weighted_squared_norms, weights=weights, backend=self._backend)
         if len(uses) == 1:
             return of_one(uses[0])
         return squared_norms_of_sum(uses, parameter.shape, of_one, weights)

@@ -1,6 +1,8 @@
-"""Squared norms of per-sample gradients by the compiled kernels, in float32 on a CPU or a GPU."""
+"""Functions of per-sample gradients by the compiled kernels, in float32 on a CPU or a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +12,16 @@ from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, s
 from kdfast.ops.grad_norms.reference import iter_chunks, unfold_patches
 from kdfast.ops.native import WIDEST_ISA, extension
 
-__all__ = ["DEPTHWISE", "DIRECT", "GRAM", "conv_squared_norms", "squared_norms"]
+__all__ = [
+    "DEPTHWISE",
+    "DIRECT",
+    "GRAM",
+    "conv_squared_norms",
+    "conv_sums_of_squares",
+    "squared_norms",
+    "sums_of_squares",
+    "weighted_squared_norms",
+]
 
 # Algorithms of the kernels. On a CPU, GRAM means the Gram matrices of pixels.
 DIRECT, GRAM, DEPTHWISE = 0, 1, 2
@@ -36,7 +47,34 @@ def squared_norms(factors: OuterProduct | Convolution, algorithm: str) -> Tensor
     return conv_squared_norms(a, b, geometry, GRAM)
 
 
-def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int, isa_limit: int = WIDEST_ISA) -> Tensor:
+def weighted_squared_norms(factors: OuterProduct | Convolution, weights: Tensor) -> Tensor:
+    """Compute ``kdfast.ops.grad_norms.reference.weighted_squared_norms`` in float64."""
+    if isinstance(factors, OuterProduct):
+        if factors.a.shape[1] == 1:
+            return reference.weighted_squared_norms(factors, weights).double()
+        factors = _as_convolution(factors)
+    algorithm = _elementwise_algorithm(factors)
+    return conv_squared_norms(factors.a, factors.b, factors.geometry, algorithm, weights=weights)
+
+
+def sums_of_squares(factors: OuterProduct | Convolution, shape: Sequence[int]) -> Tensor:
+    """Compute ``kdfast.ops.grad_norms.reference.sums_of_squares``."""
+    if isinstance(factors, OuterProduct):
+        if factors.a.shape[1] == 1:
+            return reference.sums_of_squares(factors, shape)
+        factors = _as_convolution(factors)
+    found = conv_sums_of_squares(factors.a, factors.b, factors.geometry, _elementwise_algorithm(factors))
+    return found.reshape(*shape)
+
+
+def conv_squared_norms(
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    algorithm: int,
+    isa_limit: int = WIDEST_ISA,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Compute the squared norms of a convolution's per-sample weight gradients, `(N,)` float64.
 
     Args:
@@ -45,11 +83,55 @@ def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int,
         geometry: Geometry of the convolution.
         algorithm: ``DIRECT``, ``GRAM``, or ``DEPTHWISE`` for one input channel per group.
         isa_limit: 0, 1 or 2 for baseline, x86-64-v3 or x86-64-v4, so that tests can compare instruction sets.
+        weights: Factors of the squares in float32, as many as the weight has elements and in their order; None for 1.
+            Not with ``GRAM``.
 
     Raises:
         ValueError: If the sizes are inconsistent.
     """
-    call = extension.Convolution(
+    weights = None if weights is None else weights.contiguous()
+    call = _convolution(a, b, geometry, algorithm, weights=weights)
+    if a.is_cuda:
+        partial = torch.empty(len(a), extension.conv_squared_norms_parts(call), dtype=torch.float64, device=a.device)
+        with torch.cuda.device(a.device):
+            extension.conv_squared_norms_cuda(call, partial.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        return partial.sum(1)
+    out = torch.empty(len(a), dtype=torch.float64)
+    extension.conv_squared_norms(call, out.data_ptr(), torch.get_num_threads(), isa_limit)
+    return out
+
+
+def conv_sums_of_squares(
+    a: Tensor, b: Tensor, geometry: Geometry, algorithm: int, isa_limit: int = WIDEST_ISA
+) -> Tensor:
+    """Compute the sum over samples of the squares of a convolution's weight gradients, in the weight's shape, float64.
+
+    Args:
+        a: As for ``conv_squared_norms``.
+        b: As for ``conv_squared_norms``.
+        geometry: As for ``conv_squared_norms``.
+        algorithm: ``DIRECT``, or ``DEPTHWISE`` for one input channel per group.
+        isa_limit: As for ``conv_squared_norms``.
+
+    Raises:
+        ValueError: If the sizes are inconsistent.
+    """
+    shape = (b.shape[1], a.shape[1] // geometry.groups, *geometry.kernel)
+    squares = torch.zeros(shape, dtype=torch.float64, device=a.device)
+    call = _convolution(a, b, geometry, algorithm, squares=squares)
+    extension.conv_squared_norms(call, 0, torch.get_num_threads(), isa_limit)
+    return squares
+
+
+def _convolution(
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    algorithm: int,
+    weights: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> extension.Convolution:
+    return extension.Convolution(
         a.data_ptr(),
         a.stride(),
         b.data_ptr(),
@@ -61,21 +143,24 @@ def conv_squared_norms(a: Tensor, b: Tensor, geometry: Geometry, algorithm: int,
         (geometry.pads[0], geometry.pads[2]),
         geometry.groups,
         algorithm,
+        0 if weights is None else weights.data_ptr(),
+        0 if squares is None else squares.data_ptr(),
     )
-    if a.is_cuda:
-        partial = torch.empty(len(a), extension.conv_squared_norms_parts(call), dtype=torch.float64, device=a.device)
-        with torch.cuda.device(a.device):
-            extension.conv_squared_norms_cuda(call, partial.data_ptr(), torch.cuda.current_stream().cuda_stream)
-        return partial.sum(1)
-    out = torch.empty(len(a), dtype=torch.float64)
-    extension.conv_squared_norms(call, out.data_ptr(), torch.get_num_threads(), isa_limit)
-    return out
+
+
+def _elementwise_algorithm(factors: Convolution) -> int:
+    return DEPTHWISE if factors.geometry.groups == factors.a.shape[1] else DIRECT
+
+
+def _as_convolution(factors: OuterProduct) -> Convolution:
+    """Return a sequence as an image of one line under a 1x1 kernel."""
+    line, grads = factors.a.transpose(1, 2).unsqueeze(2), factors.b.transpose(1, 2).unsqueeze(2)
+    return Convolution(line, grads, _POINTWISE)
 
 
 def _outer_product(a: Tensor, b: Tensor, algorithm: str) -> Tensor:
-    """Treat a sequence as an image of one line under a 1x1 kernel."""
-    line, grads = a.transpose(1, 2).unsqueeze(2), b.transpose(1, 2).unsqueeze(2)
-    return conv_squared_norms(line, grads, _POINTWISE, DIRECT if algorithm == "direct" else GRAM)
+    line = _as_convolution(OuterProduct(a, b))
+    return conv_squared_norms(line.a, line.b, line.geometry, DIRECT if algorithm == "direct" else GRAM)
 
 
 def _patch_gram(factors: Convolution) -> Tensor:

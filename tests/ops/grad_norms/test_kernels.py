@@ -9,16 +9,23 @@ import torch.nn.functional as F
 
 from kdfast.ops import backends
 from kdfast.ops.grad_norms import reference
-from kdfast.ops.grad_norms.dispatch import METHODS, estimate_costs, select_algorithm, squared_norms
+from kdfast.ops.grad_norms.dispatch import (
+    METHODS,
+    estimate_costs,
+    select_algorithm,
+    squared_norms,
+    sums_of_squares,
+    weighted_squared_norms,
+)
 from kdfast.ops.grad_norms.factors import Convolution, Geometry, OuterProduct, Sizes
 
 TOLERANCE = 1e-5  # relative, of a squared norm
 
 
-def truth(factors):
-    """Compute squared norms by autograd in float64, one sample at a time."""
+def gradients(factors):
+    """Form the gradients `(N, *shape)` by autograd in float64, one sample at a time."""
     if isinstance(factors, OuterProduct):
-        return torch.bmm(factors.b.double().transpose(1, 2), factors.a.double()).square().sum((1, 2))
+        return torch.bmm(factors.b.double().transpose(1, 2), factors.a.double())
     g = factors.geometry
     top, bottom, left, right = g.pads
     a = F.pad(factors.a.double(), (left, right, top, bottom))
@@ -27,8 +34,12 @@ def truth(factors):
     for x, grad in zip(a, factors.b.double(), strict=True):
         w = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         y = F.conv2d(x.unsqueeze(0), w, stride=g.stride, dilation=g.dilation, groups=g.groups)
-        out.append(torch.autograd.grad(y, w, grad.unsqueeze(0))[0].square().sum())
+        out.append(torch.autograd.grad(y, w, grad.unsqueeze(0))[0])
     return torch.stack(out)
+
+
+def truth(factors):
+    return gradients(factors).flatten(1).square().sum(1)
 
 
 def convolution(channels, outputs, size, geometry, n=3, dtype=torch.float32, channels_last=False):
@@ -94,6 +105,59 @@ def test_sequences(grad_norms_backend, method, t, d, p):
     assert error(squared_norms(factors, method, grad_norms_backend), factors) < TOLERANCE
 
 
+def check_elements(factors, backend, tolerance=TOLERANCE):
+    """Compare sums of weighted squares and sums of squares over the samples with the gradients."""
+    grads = gradients(factors)
+    weights = 10 ** torch.rand(grads.shape[1:], dtype=factors.b.dtype).mul(4).sub(2)
+    found = weighted_squared_norms(factors, weights, backend)
+    expected = (grads.square() * weights).flatten(1).sum(1)
+    assert ((found - expected).abs() / expected).max() < tolerance, factors
+    found, expected = sums_of_squares(factors, grads.shape[1:], backend), grads.square().sum(0)
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float64
+    # Relative to the mean: an element of G may nearly cancel in each sample.
+    assert ((found - expected).abs() / (expected + expected.mean())).max() < tolerance, factors
+
+
+def test_elements_of_convolutions_of_the_grid(grad_norms_backend):
+    for i, geometry in enumerate(GRID):
+        check_elements(convolution(8, 12, (11, 13), geometry, channels_last=i % 2 == 1), grad_norms_backend)
+
+
+def test_elements_of_wide_layers_and_odd_sizes(grad_norms_backend):
+    rng = random.Random(1)
+    for _ in range(25):
+        pair = lambda values: (rng.choice(values), rng.choice(values))  # noqa: E731
+        kernel, strides, dilation = pair((1, 2, 3, 4)), pair((1, 2, 3)), pair((1, 2))
+        groups = rng.choice((1, 3))
+        geometry = Geometry(kernel, strides, dilation, (*pair((0, 1, 3)), *pair((0, 1, 2))), groups)
+        factors = convolution(
+            groups * rng.choice((1, 5, 17, 33, 60, 100)), groups * rng.choice((1, 7, 8, 20, 90)),
+            (rng.choice((8, 20)), rng.choice((9, 16, 40))), geometry, channels_last=rng.random() < 0.5,
+        )  # fmt: skip
+        check_elements(factors, grad_norms_backend)
+
+
+@pytest.mark.parametrize(("stride", "multiplier", "kernel"), list(itertools.product((1, 2), (1, 2), (1, 3, 5))))
+def test_elements_of_depthwise_convolutions(grad_norms_backend, stride, multiplier, kernel):
+    geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (kernel // 2,) * 4, 6)
+    check_elements(convolution(6, 6 * multiplier, (9, 17), geometry), grad_norms_backend)
+
+
+@pytest.mark.parametrize(("t", "d", "p"), [(1, 5, 3), (2, 100, 70), (37, 20, 9), (300, 8, 49), (600, 3, 2)])
+def test_elements_of_sequences(grad_norms_backend, t, d, p):
+    check_elements(OuterProduct(torch.randn(4, t, d), torch.randn(4, t, p)), grad_norms_backend)
+
+
+def test_elements_of_more_samples_than_are_packed_together(grad_norms_backend):
+    check_elements(convolution(3, 5, (6, 6), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1), n=70), grad_norms_backend)
+
+
+def test_elements_are_exact_in_float64():
+    for geometry in GRID[::5]:
+        check_elements(convolution(8, 12, (11, 13), geometry, dtype=torch.float64), "reference", 1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_reference_is_exact_in_float64(method):
     for geometry in GRID[::5]:
@@ -123,6 +187,15 @@ def test_instruction_sets_with_fma_give_the_same_bits():
         results = [native.conv_squared_norms(x.a, x.b, x.geometry, algorithm, isa_limit=level) for level in (0, 1, 2)]
         assert torch.equal(results[1], results[2])
         torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=0)
+    for x, algorithm in (calls[0], calls[2]):
+        shape = (x.b.shape[1], x.a.shape[1] // x.geometry.groups, *x.geometry.kernel)
+        weights = torch.rand(shape)
+        for results in (
+            [native.conv_squared_norms(x.a, x.b, x.geometry, algorithm, level, weights) for level in (0, 1, 2)],
+            [native.conv_sums_of_squares(x.a, x.b, x.geometry, algorithm, level) for level in (0, 1, 2)],
+        ):
+            assert torch.equal(results[1], results[2])
+            torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not backends.is_available("grad_norms", "cpu", "native"), reason="needs the compiled extension")
@@ -130,6 +203,7 @@ def test_thread_count_does_not_change_the_bits():
     from kdfast.ops.grad_norms import native
 
     factors = convolution(33, 20, (11, 13), GRID[30]._replace(groups=1), n=9)
+    deep = convolution(20, 20, (11, 13), Geometry((3, 3), (2, 2), (1, 1), (1,) * 4, 20), n=9)
     before = torch.get_num_threads()
     found = []
     try:
@@ -138,6 +212,11 @@ def test_thread_count_does_not_change_the_bits():
             found.append(
                 [native.conv_squared_norms(factors.a, factors.b, factors.geometry, algorithm) for algorithm in (0, 1)]
             )
+            for x, algorithm in ((factors, native.DIRECT), (deep, native.DEPTHWISE)):
+                shape = (x.b.shape[1], x.a.shape[1] // x.geometry.groups, *x.geometry.kernel)
+                weights = torch.arange(1.0, 1 + torch.Size(shape).numel())
+                found[-1].append(native.conv_squared_norms(x.a, x.b, x.geometry, algorithm, weights=weights))
+                found[-1].append(native.conv_sums_of_squares(x.a, x.b, x.geometry, algorithm))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -154,6 +233,8 @@ def test_rejects_inconsistent_sizes():
         native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(groups=4), native.DIRECT)
     with pytest.raises(ValueError, match="positive"):
         native.conv_squared_norms(factors.a, factors.b, factors.geometry._replace(stride=(0, 1)), native.DIRECT)
+    with pytest.raises(ValueError, match="weights and squares need the direct or the depthwise algorithm"):
+        native.conv_sums_of_squares(factors.a, factors.b, factors.geometry, native.GRAM)
 
 
 def test_auto_selects_the_cheapest_algorithm():
