@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
+from kdfast.data.holdout import SplitPart
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.nets import build_net
@@ -29,6 +30,8 @@ from kdfast.prune.rules.d2_graph import nearest_neighbors
 from kdfast.prune.scores.base import ScoreInputs
 from kdfast.prune.scores.registry import compute_score
 from kdfast.teacher import evaluate as evaluation
+from kdfast.teacher.flatten import FlattenConfig
+from kdfast.teacher.flatten.flattener import Flattener
 from kdfast.teacher.predictor import Predictor
 
 spec = importlib.util.spec_from_file_location("stand_in_device", Path(__file__).with_name("stand_in_device.py"))
@@ -123,9 +126,19 @@ def search(score: str) -> Callable[[Source, str], list[Any]]:
     return run
 
 
+def flatten(source: Source, device: str) -> list[Any]:
+    model, ids = model_of(source), np.arange(60, dtype=np.int64)
+    model.net.to(device)
+    flattener = Flattener(model, SplitPart(source.train, ids), ids, source.view_spec, FlattenConfig(batch_size=25))
+    for _ in range(4):
+        flattener.take_step()
+    return [flattener.take_loss(), *model.net.parameters()]
+
+
 PASSES: dict[str, Callable[[Source, str], list[Any]]] = {
     "evaluate": evaluate,
     "predict": predict,
+    "flatten": flatten,
     "grad_norms": grad_norms,
     "softmax head": softmax_head,
     "nearest neighbors": nearest,
@@ -173,6 +186,9 @@ def test_waits_for_the_device_do_not_grow_with_the_batches_or_steps(source: Sour
     with stand_in.StandInDevice() as device:
         evaluate(source, stand_in.DEVICE.type)
     assert len(device.reads) == 3, "two counts and the loss"
+    with stand_in.StandInDevice() as device:
+        flatten(source, stand_in.DEVICE.type)
+    assert len(device.reads) == 2, "the loss of all steps, and whether the weights are finite"
 
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "mkldnn_convolution"}
