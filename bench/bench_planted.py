@@ -1,14 +1,26 @@
-"""How well each score finds training labels that were flipped on purpose.
+r"""How well each score finds training labels that were flipped on purpose.
 
     kdfast data flip cifar-10-batches-py noisy10 --share 0.1 --seed 0
     kdfast dynamics --data noisy10 --net resnet8 --epochs 15 --features-every 5 ... --out dyn
     python bench/bench_planted.py --data noisy10 --dynamics dyn --cache c10 [--memorization mem]
 
-The cache is that of a teacher trained on the true labels; scores combine its logits and features with the flipped
-labels. AUC is the probability that a flipped sample scores higher than another one (lower for the influence of removal,
-which is negative for harmful samples). "top" is the share of flipped samples among the highest (lowest) scores, as many
-as there are flipped samples. "seconds" excludes opening the inputs. Prints a table and writes
-bench/results/planted.json.
+With a teacher that was itself trained on the flipped labels, for --share 0.1 and 0.4:
+
+    kdfast teacher train --data noisy10 ... --out teacher.pt
+    kdfast cache --data noisy10 --teacher teacher.pt --views 1 --out own
+    kdfast teacher flatten --data cifar-10-batches-py --teacher teacher.pt --out flat.pt    # held-out labels are true
+    kdfast teacher flatten --data noisy10 --teacher teacher.pt --out flat-noisy.pt          # or flipped as the others
+    kdfast score --data noisy10 --method influence-fvm --teacher flat.pt --out fvm.npz
+    python bench/bench_planted.py --data noisy10 --dynamics dyn --own-cache own --scores clean=fvm.npz \
+        --held-out flat.pt --name planted_own_10
+
+--cache is that of a teacher trained on the true labels; scores combine its logits and features with the flipped
+labels. --own-cache is that of a teacher trained on the flipped labels. --scores adds the scores of a file. --held-out
+leaves out the samples that a flattened teacher was fine-tuned on, whose scores are not comparable, in all rows.
+
+AUC is the probability that a flipped sample scores higher than another one (lower for the influence of removal, which
+is negative for harmful samples). "top" is the share of flipped samples among the highest (lowest) scores, as many as
+there are flipped samples. "seconds" excludes opening the inputs. Prints a table and writes bench/results/<name>.json.
 """
 
 import argparse
@@ -20,14 +32,19 @@ import numpy as np
 from harness import table, write_results
 
 from kdfast.data.readers.registry import open_source
+from kdfast.data.source import Source
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import KdfastError
 from kdfast.files import read_json
+from kdfast.nets.checkpoint import load_model
+from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.scores.base import ScoreInputs
+from kdfast.prune.scores.fvm import held_out_samples
 from kdfast.prune.scores.registry import compute_score
 from kdfast.teacher.cache import TeacherCache
 
 TARGET_AUC = 0.85
+FVM, FVM_TARGET_AUC = "influence-fvm", 0.95
 # Method, options, input, whether the target applies, whether flipped labels should have the lowest scores.
 ROWS = (
     ("random", {}, None, False, False),
@@ -48,6 +65,13 @@ ROWS = (
     ("d2", {"score": "el2n"}, "dynamics", False, False),
     ("moderate", {"use": "dynamics"}, "dynamics", False, False),
     ("moderate", {"use": "cache"}, "cache", False, False),
+    ("medium", {}, "cache", False, False),
+    ("medium", {}, "own cache", False, False),
+    ("el2n", {"use": "cache"}, "own cache", False, False),
+    ("grand", {"use": "cache"}, "own cache", False, False),
+    ("influence", {"kind": "self"}, "own cache", False, False),
+    ("influence", {"kind": "self", "polish": "no"}, "own cache", False, False),
+    ("influence", {"kind": "removal"}, "own cache", False, True),
 )
 
 
@@ -66,23 +90,40 @@ def main() -> None:
     planted = source.train.labels != original.train.labels
     base = {"labels": source.train.labels, "seed": arguments.seed}
     inputs: dict[str | None, ScoreInputs] = {None: ScoreInputs(**base)}
-    if arguments.cache:
-        cache = TeacherCache.open(arguments.cache, source=original)
-        inputs["cache"] = ScoreInputs(**base, logits=cache.identity_logits(), features=cache.features())
+    for name, path, data in (("cache", arguments.cache, original), ("own cache", arguments.own_cache, source)):
+        if path:
+            cache = TeacherCache.open(path, source=data)
+            inputs[name] = ScoreInputs(**base, logits=cache.identity_logits(), features=cache.features())
     for name in ("dynamics", "memorization"):
         if path := getattr(arguments, name):
             opened = Dynamics.open(path, labels=source.train.labels, fingerprint=source.fingerprint)
             inputs[name] = ScoreInputs(**base, dynamics=opened)
-    rows = [measure(row, inputs[row[2]], planted) for row in ROWS if row[2] in inputs]
+    judged = judged_samples(arguments.held_out, source, original)
+    rows = [measure(row, inputs[row[2]], planted, judged) for row in ROWS if row[2] in inputs]
+    for text in arguments.scores:
+        name, _, path = text.partition("=")
+        scores = read_scores(path, n=len(planted), fingerprint=source.fingerprint)
+        rows.append(file_row(name, scores, planted, judged))
     print(table(rows))
     recorded = {name: describe(given.dynamics) for name, given in inputs.items() if given.dynamics}
-    path = write_results("planted", rows, planted=int(planted.sum()), samples=len(planted), recorded=recorded)
-    print(f"\n{int(planted.sum())} of {len(planted)} labels flipped; written to {path}")
+    counts = {"planted": int(planted.sum()), "samples": len(planted), "judged": len(judged)}
+    path = write_results(arguments.name, rows, **counts, recorded=recorded)
+    print(f"\n{counts['planted']} of {len(planted)} labels flipped, {len(judged)} samples judged; written to {path}")
     if low := [f"{row['method']} {row['options']}" for row in rows if row["bar"] and float(row["AUC"]) < row["bar"]]:
-        sys.exit(f"below the target AUC of {TARGET_AUC}: {', '.join(low)}")
+        sys.exit(f"below the target AUC: {', '.join(low)}")
 
 
-def measure(row: tuple, inputs: ScoreInputs, planted: np.ndarray) -> dict:
+def judged_samples(flattened: str | None, source: Source, original: Source) -> np.ndarray:
+    """Return the samples to judge: all but those that a flattened teacher was fine-tuned on, if one is given."""
+    everything = np.arange(len(source.train))
+    if flattened is None:
+        return everything
+    model = load_model(flattened)
+    data = next(d for d in (original, source) if d.fingerprint == model.metadata["flattened"]["data"])
+    return np.setdiff1d(everything, held_out_samples(model, data))
+
+
+def measure(row: tuple, inputs: ScoreInputs, planted: np.ndarray, judged: np.ndarray) -> dict:
     """Compute one score and return its row of the table."""
     method, options, origin, has_target, lower = row
     inputs = ScoreInputs(**{**vars(inputs), "options": options})
@@ -93,17 +134,35 @@ def measure(row: tuple, inputs: ScoreInputs, planted: np.ndarray) -> dict:
         sys.exit(f"{method} {options}: {error}")
     seconds = time.perf_counter() - started
     signed = -values if lower else values
-    top = np.argsort(-signed, kind="stable")[: planted.sum()]
     return {
         "method": method,
         "options": ", ".join(f"{k}={v}" for k, v in options.items() if k != "use"),
         "from": origin or "",
         "flipped at": "low end" if lower else "high end",
-        "AUC": f"{auc(signed, planted):.4f}",
-        "top": f"{planted[top].mean():.3f}",
+        **separation(signed[judged], planted[judged]),
         "bar": TARGET_AUC if has_target else "",
         "seconds": f"{seconds:.2f}",
     }
+
+
+def file_row(name: str, scores: ScoreFile, planted: np.ndarray, judged: np.ndarray) -> dict:
+    """Return the row of a score file."""
+    shown = ("kind", "fisher", "damping", "views", "layers", "sharpness")
+    return {
+        "method": scores.method,
+        "options": ", ".join(f"{k}={scores.parameters[k]}" for k in shown if k in scores.parameters),
+        "from": name,
+        "flipped at": "high end",
+        **separation(scores.scores[judged], planted[judged]),
+        "bar": FVM_TARGET_AUC if scores.method == FVM else "",
+        "seconds": f"{scores.seconds:.2f}",
+    }
+
+
+def separation(values: np.ndarray, planted: np.ndarray) -> dict:
+    """Return how well values separate the planted samples, which should be the highest."""
+    top = np.argsort(-values, kind="stable")[: planted.sum()]
+    return {"AUC": f"{auc(values, planted):.4f}", "top": f"{planted[top].mean():.3f}"}
 
 
 def describe(dynamics: Dynamics) -> dict:
@@ -125,6 +184,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dynamics", help="dynamics of a run on the data")
     parser.add_argument("--memorization", help="dynamics of runs with --keep on the data")
     parser.add_argument("--cache", help="a teacher's cache of the data with the true labels")
+    parser.add_argument("--own-cache", help="cache of a teacher trained on the flipped labels, of the data")
+    parser.add_argument("--scores", action="append", default=[], metavar="NAME=FILE", help="score file; repeatable")
+    parser.add_argument("--held-out", metavar="FLAT.pt", help="leave out what this flattened teacher was fine-tuned on")
+    parser.add_argument("--name", default="planted", help="name of the result file")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
