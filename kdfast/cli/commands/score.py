@@ -42,6 +42,8 @@ def score(
     config: options.Config = None,
 ) -> None:
     """Score every training sample from a teacher's cache or recorded dynamics; a higher score means harder."""
+    import numpy as np
+
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.prune.options import complete_options, parse_options
@@ -65,3 +67,6 @@ def score(
         f"scored {len(content.scores)} samples by {method} in {content.seconds:.2f} s, from {low:.4g} to {high:.4g}; "
         f"written to {out}"
     )
+    if "stderr" in content.extras:
+        median = float(np.median(content.extras["stderr"]))
+        say(f"the median standard error of a score is {median:.2g}; four times as many runs halve it")
