@@ -227,7 +227,7 @@ def test_rejects_bad_score_commands(kdfast, tiny, tmp_path, case) -> None:
 def test_messages_of_scores_name_no_option_of_another_command(kdfast, tiny, dynamics, tmp_path) -> None:
     command = ("prune", "--data", tiny, "--fraction", 0.25, "--out", tmp_path / "idx.npy", "--method")
     expect(kdfast(*command, "grand", "--score-option", "network=full"), 2,
-           "with kdfast score, which takes a teacher .*pass its score file to kdfast prune")  # fmt: skip
+           "with kdfast score, which takes a --teacher .*pass its score file to kdfast prune")  # fmt: skip
     expect(kdfast(*command, "memorization", "--dynamics", dynamics), 3,
            "with kdfast dynamics, at least 20 runs, each of which trains on less than the whole training split, for "
            "example keep=0.7 .standard error of a score at most 0.24 with 20 runs, ")  # fmt: skip
