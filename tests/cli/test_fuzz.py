@@ -42,6 +42,7 @@ PLAIN = f"{TRAIN} --alpha 0"
 IMPORT = "--data data.npz --net resnet8 --mean .3,.3,.3 --std .2,.2,.2 --out new.pt"
 DYNAMICS = f"dynamics --data data.npz --net resnet8 {TRAINING} --epochs 2"
 CACHE = "cache --data data.npz --teacher teacher.pt --views 2"
+FLATTEN = "teacher flatten --data data.npz --teacher teacher.pt --iterations 2 --device cpu"
 PAGE = "report scores scores.npz --data data.npz --cache cache --subset idx.npy"
 SWEEP = "sweep --data data.npz --student resnet8 --fractions .5 --kd off --steps 2 --batch-size 8"
 QUICK = "--option steps=3 --option inner_steps=5 --option held=.25"
@@ -59,6 +60,7 @@ COMMANDS: list[tuple[str, list[str]]] = [
     (f"teacher train --data data.npz --net resnet8 {TRAINING} --out teacher.pt", ["teacher.pt", "teacher.pt.run/*"]),
     (f"teacher import weights.pt {IMPORT}", ["weights.pt", "weights.pt"]),
     (f"teacher import weights.safetensors {IMPORT}", ["weights.safetensors"]),
+    (f"{FLATTEN} --out stopped-flat.pt", ["stopped-flat.pt.state", "teacher.pt"]),
     (f"{CACHE} --out new", ["teacher.pt", "data.npz"]),
     (f"{CACHE} --out cache", ["cache/*"]),
     ("cache verify --data data.npz --teacher teacher.pt --cache cache --samples 4", ["cache/*", "teacher.pt"]),
@@ -106,7 +108,7 @@ FLAGS = [
     "--unbalanced", "--help", "--no-cuda-graph",
 ]  # fmt: skip
 # Large values mean real work: the commands may start it only in a dry run.
-WORKS = ("--epochs", "--steps", "--runs", "--option", "--score-option")
+WORKS = ("--epochs", "--iterations", "--steps", "--runs", "--option", "--score-option")
 LEFT_OUT = ("jobs", "compile_network")  # a thousand processes; minutes of compilation
 
 
@@ -176,6 +178,10 @@ def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
     shutil.copytree("run", "stopped")
     (root / "stopped" / "result.json").unlink()
     call(f"{SWEEP} --out sweep")
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr("kdfast.nets.checkpoint.save_model", interrupt)
+        call(f"{FLATTEN} --out stopped-flat.pt", code=75)
+    assert (root / "stopped-flat.pt.state").is_file()
     steps = iter(range(2))
     take_step = Schedule.take_step
 
@@ -187,6 +193,10 @@ def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Schedule, "take_step", interrupted)
     call(f"{POLICY} --out stopped-policy.npy", code=75)
     assert (root / "stopped-policy.search.json").is_file()
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def call(words: str, code: int = 0) -> None:
