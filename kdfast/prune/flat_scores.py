@@ -15,9 +15,9 @@ from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import get_score
 from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
+from kdfast.teacher.flatten.flatten import METADATA_KEY
 
 FVM = "influence-fvm"
-_FLATTENED = "flattened"
 
 
 def state_paths(path: Path) -> tuple[Path, Path]:
@@ -27,7 +27,7 @@ def state_paths(path: Path) -> tuple[Path, Path]:
 
 def is_flattened(network: Model) -> bool:
     """Return whether a network was written by kdfast teacher flatten."""
-    return _FLATTENED in network.metadata
+    return METADATA_KEY in network.metadata
 
 
 def flatten_network(

@@ -66,7 +66,7 @@ class SearchState:
                 f"{found.gradient.tolist()} is not finite: lower the proxies' learning rate or correct the reward"
             )
 
-    def adam_step(self, gradient: FloatArray, rate: float) -> FloatArray:
+    def adam_step(self, gradient: FloatArray, rate: float, count: int) -> FloatArray:
         """Update Adam's running means and return the step, float64 (n,).
 
         All entries share one scale: in a valley, Adam's scale per axis would amplify the noise of the flat axis.
@@ -74,8 +74,9 @@ class SearchState:
         Args:
             gradient: float64 (n,), n = 1 or 2; it belongs to the last n numbers of `phi`.
             rate: Step size.
+            count: Number of this step of Adam, from 1.
         """
-        count, size = self.step + 1, len(gradient)
+        size = len(gradient)
         first = _BETA1 * np.array(self.first[-size:]) + (1 - _BETA1) * gradient
         second = _BETA2 * np.array(self.second[-size:]) + (1 - _BETA2) * gradient**2
         scale = math.sqrt(second.mean() / (1 - _BETA2**count)) + _EPSILON
@@ -152,7 +153,11 @@ class Schedule:
         found = estimator(phi, lambda trials: evaluate(trials, state.step))
         state.check(found)
         rate = self.lr * (1 + math.cos(math.pi * state.step / self.steps)) / 2
-        moved = np.clip(phi + state.adam_step(found.gradient, rate), math.log(MIN_PARAMETER), math.log(MAX_PARAMETER))
+        moved = np.clip(
+            phi + state.adam_step(found.gradient, rate, state.step + 1),
+            math.log(MIN_PARAMETER),
+            math.log(MAX_PARAMETER),
+        )
         state.quiet = state.quiet + 1 if float(np.linalg.norm(moved - phi)) < self.tolerance else 0
         state.complete_step(moved.tolist(), np.exp(moved).tolist(), found)
 

@@ -126,8 +126,9 @@ class TwoStages:
         slopes = math.exp(log_tau) * np.array([(1 - mu) / a, mu / b])
         found = found._replace(gradient=np.array([found.gradient @ slopes]))
         state.check(found)
-        share = (state.step - len(self.grid)) / max(1, self.steps - 1)
+        done = state.step - len(self.grid)
+        share = done / max(1, self.steps - 1)
         rate = self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
-        moved = log_tau + float(state.adam_step(found.gradient, rate)[0])
+        moved = log_tau + float(state.adam_step(found.gradient, rate, done + 1)[0])
         moved = min(max(moved, math.log(MIN_TAU)), math.log(MAX_TAU))
         state.complete_step([mu, moved], list(beta_parameters(mu, math.exp(moved))), found)

@@ -56,3 +56,35 @@ def two_halves():
     side = 6 * (scores - 0.5)
     logits = np.stack([side, -side], 1) + 0.3 * rng.normal(size=(n, 2))
     return Cloud(torch.tensor(logits).float(), torch.tensor(features).float(), labels, scores)
+
+
+@pytest.fixture(scope="session")
+def noisy_fifth():
+    """The highest fifth of each class's ranks looks like another class, except on the held-out set of seed 0."""
+    rng = np.random.default_rng(0)
+    n, classes, dim = 10_000, 5, 32
+    labels, scores = np.arange(n, dtype=np.int64) % classes, rng.random(n)
+    means = rng.normal(size=(classes, dim))
+    shown = labels.copy()
+    for c in range(classes):
+        members = np.flatnonzero(labels == c)
+        shown[members[np.argsort(scores[members])[-len(members) // 5 :]]] += 1
+    clean = hold_out(labels, classes, seed=0)[1]
+    shown[clean] = labels[clean]
+    features = means[shown % classes] + 1.5 * rng.normal(size=(n, dim))
+    logits = (features @ means.T - (means**2).sum(1) / 2) / 1.5**2
+    return Cloud(torch.tensor(logits).float(), torch.tensor(features).float(), labels, scores)
+
+
+@pytest.fixture(scope="session")
+def two_modes():
+    """Classes with two centers each, one for low and one for high ranks: samples of both are needed."""
+    rng = np.random.default_rng(1)
+    n, classes, dim = 10_000, 5, 32
+    labels, scores = np.arange(n, dtype=np.int64) % classes, rng.random(n)
+    means = rng.normal(size=(2, classes, dim))
+    features = means[(scores > 0.5).astype(int), labels] + rng.normal(size=(n, dim))
+    log_p = [-((features[:, None] - center) ** 2).sum(2) / 2 for center in means]
+    logits = np.logaddexp(*log_p)
+    logits -= logits.max(1, keepdims=True)
+    return Cloud(torch.tensor(logits).float(), torch.tensor(features).float(), labels, scores)

@@ -10,7 +10,6 @@ import torch
 from kdfast.data.holdout import hold_out
 from kdfast.errors import DataError, DivergedError, OutputError, ShapeError, SubsetError, UsageError
 from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.selector.costs import distillation_seconds
 from kdfast.prune.if_beta.estimators import Estimate, ScoreFunction, Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
 from kdfast.prune.if_beta.policy import StratifiedSampler
@@ -18,6 +17,7 @@ from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyDat
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
 from kdfast.prune.if_beta.search import Schedule
+from kdfast.prune.if_beta.selector.costs import distillation_seconds
 
 QUICK = IFBeta(proxy=Projection(4), budget=ProxyTrainingConfig(steps=30, batch_size=32), schedule=Schedule(steps=6))
 

@@ -17,6 +17,7 @@ from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
 from kdfast.prune.if_beta.learner import IFBetaResult
 from kdfast.prune.selector import SelectorInputs
+from kdfast.teacher.flatten.flatten import METADATA_KEY
 
 # The distillation that the cost of a search is compared with.
 _STUDENT, _EPOCHS, _BATCH = "resnet32", 240, 64
@@ -93,7 +94,7 @@ def _flatten_seconds(inputs: SelectorInputs) -> float:
     network, scores = inputs.network, inputs.scores
     if network is None or scores is None or scores.sources.get("teacher") != network.digest:
         return 0.0
-    return float(network.metadata.get("flattened", {}).get("seconds", 0.0))
+    return float(network.metadata.get(METADATA_KEY, {}).get("seconds", 0.0))
 
 
 @full_float32()
