@@ -24,6 +24,7 @@ ALIASES = {
     "folder": ("out",),
     "normalization": ("mean",),
     "jpeg_quality": ("jpeg",),
+    "ce": ("ce_weight",),
 }
 
 _BACKTICKED = re.compile(r"`([A-Za-z_]\w*)`")

@@ -94,11 +94,26 @@ class RunConfig:
         for name, value in (("alpha", self.alpha), ("ce", self.ce or 0.0)):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
-        if self.cross_entropy_weight == self.alpha == 0 and not any(term.weight for term in self.terms):
-            raise UsageError("every weight of the loss is 0: raise `ce`, `alpha` or the weight of a term")
         check_integer("initial_epochs", self.initial_epochs or 0, 0)
         if (self.initial_epochs or 0) > self.epochs:
             raise UsageError(f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs: lower it")
+        if self.initial_epochs and not self._has_initial_phase():
+            raise UsageError(
+                f"`initial_epochs` is {self.initial_epochs}, and no term trains alone first: omit it, or add such a "
+                "term"
+            )
+
+    def check_total(self) -> None:
+        """Check that some part of the loss has a weight, once alpha is resolved.
+
+        Raises:
+            UsageError: None has.
+        """
+        if self.cross_entropy_weight == self.alpha == 0 and not any(term.weight for term in self.terms):
+            raise UsageError("every weight of the loss is 0: raise `ce`, `alpha` or the weight of a term")
+
+    def _has_initial_phase(self) -> bool:
+        return any(term.entry.initial or term.entry.prepares for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
@@ -115,8 +130,7 @@ class RunConfig:
         """Epochs of the initial phase."""
         if self.initial_epochs is not None:
             return self.initial_epochs
-        asked = any(term.entry.initial or term.entry.prepares for term in self.terms)
-        return round(INITIAL_SHARE * self.epochs) if asked else 0
+        return round(INITIAL_SHARE * self.epochs) if self._has_initial_phase() else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; those of the loss only where they are not the default."""

@@ -18,12 +18,15 @@ from kdfast.files import (
     atomic_write,
     check_writable,
     make_subfolder,
+    matches_seal,
     open_own,
     read_json,
     remove_stale,
     schemas,
+    seal,
     sha256_file,
     visible_entries,
+    without_seal,
     write_json,
 )
 from kdfast.files.validate import decode_json
@@ -34,7 +37,8 @@ from kdfast.nets.foreign import read_torch_file
 METADATA_KEY = "started_with"
 
 # Files that a run writes beside its checkpoints. A folder with one of them must have a run's config.json.
-RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "result.json", "student.pt")
+RESULT = "result.json"
+RUN_FILES = ("config.json", "metrics.jsonl", "status.json", RESULT, "student.pt")
 
 CHECKPOINTS = "checkpoints"
 # The start of a row of metrics.jsonl, as far as a killed process has written it.
@@ -162,7 +166,7 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which marks the run as finished."""
         if self.writes:
-            write_json(self.path / "result.json", dict(result))
+            write_json(self.path / RESULT, seal(result))
 
 
 def read_finished_run(path: Path) -> dict[str, Any] | None:
@@ -175,10 +179,10 @@ def read_finished_run(path: Path) -> dict[str, Any] | None:
         DataError: If result.json is damaged.
         CheckpointError: If student.pt is damaged, or is not the student of this result.
     """
-    file, student = path / "result.json", path / "student.pt"
-    if not file.exists() or not student.exists():
+    file, student = path / RESULT, path / "student.pt"
+    result = read_result(path)
+    if result is None or not student.exists():
         return None
-    result = read_json(file, schemas.RunResult, advice=f"delete {path} and run again")
     advice = f"delete {student} and run the same command again, which writes it anew"
     try:
         model = load_model(student, advice=advice)
@@ -188,7 +192,28 @@ def read_finished_run(path: Path) -> dict[str, Any] | None:
     same_accuracy = model.metadata.get("test_top1", result["test_top1"]) == result["test_top1"]
     if model.digest != result["weights"] or not same_accuracy:
         raise CheckpointError(f"{student} is not the student that {file} describes: {advice}")
-    return dict(result)
+    return result
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Read result.json alone.
+
+    Returns:
+        Its content; None if it is missing.
+
+    Raises:
+        DataError: If it is damaged or was edited.
+    """
+    file = path / RESULT
+    if not file.exists():
+        return None
+    result: dict[str, Any] = read_json(file, schemas.RunResult, advice=f"delete {path} and run again")
+    if not matches_seal(result):
+        raise DataError(
+            f"{file} was damaged or edited, it does not match its own digest: delete it and run the same command "
+            "again, which writes it anew"
+        )
+    return without_seal(result)
 
 
 def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool:
@@ -210,7 +235,7 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
         return False
     if resume == "never":
         raise OutputError(f"{path} already holds a run: choose another `out`, or `resume` auto to resume it")
-    if not (path / CHECKPOINTS / "latest.json").exists() and not (path / "result.json").exists():
+    if not (path / CHECKPOINTS / "latest.json").exists() and not (path / RESULT).exists():
         return False
     saved, new = read_json(file, schemas.RunConfigFile), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -179,6 +180,7 @@ class LoadedInputs:
             UsageError, CacheMismatch: If there are fewer views than requested.
         """
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
+        config.check_total()
         config = self.teacher.resolve_views(config, source.view_spec.count)
         terms = self._plan_terms(config, distributed, execution)
         targets = self.teacher.open(source, ids, config, device, terms.teacher)
@@ -276,7 +278,8 @@ def plan_run(
     distributed.check_batches(samples, config.batch_size)
     check_student(config, samples, source, distributed, device)
     if alpha is not None:
-        config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train)))
+        most = 1.0 if config.ce is None else math.inf
+        config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train), most))
     stage_seconds = {"open data": time.perf_counter() - started}
     if subset.provenance and "seconds" in subset.provenance:
         stage_seconds["prune"] = float(subset.provenance["seconds"])

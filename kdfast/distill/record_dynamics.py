@@ -157,7 +157,7 @@ def record_dynamics(
     return results
 
 
-class _BatchRecordingTrainer(Trainer):
+class BatchRecordingTrainer(Trainer):
     """Records whether the student is right about the samples of each batch, without waiting for the device.
 
     Args:
@@ -170,13 +170,20 @@ class _BatchRecordingTrainer(Trainer):
         self._recorded = batches
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, and record whether its logits are right."""
         self._recorded.add(batch.ids, logits)
         return super().compute_loss(logits, batch)
 
     def state(self) -> dict[str, Any]:
+        """Return the state, with what the batches of this epoch have recorded."""
         return {**super().state(), "batches": self._recorded.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore a saved state, before the first step.
+
+        Raises:
+            CheckpointError: If it is not a state of this run, or not one of a recording of batches.
+        """
         super().load_state(state)
         try:
             self._recorded.load_state(state["batches"])
@@ -238,7 +245,7 @@ def _train_run(plan: Plan, recorder: DynamicsRecorder, monitoring: Monitoring, r
     path = refuse_links(recorder.folder, _TRAINING)
     make_trainer: Callable[[Plan], Trainer] = Trainer
     if record_batches:
-        make_trainer = functools.partial(_BatchRecordingTrainer, batches=recorder.batches_on(plan.device))
+        make_trainer = functools.partial(BatchRecordingTrainer, batches=recorder.batches_on(plan.device))
     with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
         result = train(plan, folder, monitoring, make_trainer)
         # A finished run needs no checkpoints, and there may be many runs.

@@ -44,8 +44,8 @@ def compute_alpha(fraction: float) -> float:
     return high_alpha + share * (low_alpha - high_alpha)
 
 
-def parse_alpha(text: str, fraction: float) -> float:
-    """Parse alpha: a number in [0, 1], or `auto` for `compute_alpha`.
+def parse_alpha(text: str, fraction: float, most: float = 1.0) -> float:
+    """Parse alpha: a number from 0 to `most`, or `auto` for `compute_alpha`.
 
     Raises:
         UsageError: If the text is neither.
@@ -56,8 +56,9 @@ def parse_alpha(text: str, fraction: float) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= 1:
-        raise UsageError(f"`alpha` is {text!r}: pass a number in [0, 1], or auto")
+    if not 0 <= value <= most or not math.isfinite(value):
+        interval = "in [0, 1]" if most == 1 else "of at least 0"
+        raise UsageError(f"`alpha` is {text!r}: pass a number {interval}, or auto")
     return value
 
 

@@ -43,6 +43,13 @@ def distill(
     warmup_epochs: training.Warmup = 0.0,
     alpha: training.Alpha = "auto",
     temperature: training.Temperature = 4.0,
+    ce_weight: training.CeWeight = None,
+    kd_term: training.KdTerm = None,
+    kd_weight: training.KdWeight = None,
+    kd_preset: training.KdPreset = "paper",
+    tap: training.Tap = None,
+    initial_epochs: training.InitialEpochs = None,
+    list_terms: training.ListTerms = False,
     views: training.Views = 0,
     view_seed: training.ViewSeed = None,
     loader: options.Loader = "auto",
@@ -63,12 +70,14 @@ def distill(
 ) -> None:
     """Distill a teacher into a student on a subset of the data.
 
-    The loss is (1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student) at temperature T. The run folder
-    contains config.json, metrics.jsonl, status.json, result.json, student.pt and checkpoints.
+    The loss is (1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student) at temperature T, plus the weighted
+    terms of --kd-term. The run folder contains config.json, metrics.jsonl, status.json, result.json, student.pt and
+    checkpoints.
     """
     from kdfast.device import resolve_device
     from kdfast.distill.config import Execution, RunConfig
     from kdfast.distill.folder import check_run_folder
+    from kdfast.distill.losses.settings import parse_taps, parse_terms
     from kdfast.distill.plan import InputPaths, plan_run
 
     place = resolve_device(device)
@@ -88,6 +97,10 @@ def distill(
             view_seed=view_seed,
             precision=options.choose_precision(precision, place),
             seed=seed,
+            ce=ce_weight,
+            terms=parse_terms(kd_term or [], kd_weight or [], kd_preset),
+            taps=parse_taps(tap or []),
+            initial_epochs=initial_epochs,
         ),
         alpha=alpha,
         device=place,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdfast.cli import term_help
 from kdfast.cli.progress import progress
 from kdfast.errors import OutputError, UsageError
 
@@ -53,6 +54,58 @@ Alpha = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="Temperature of the teacher's term, above 0.")]
+CeWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--ce-weight",
+        help="Weight of the cross-entropy with the labels; --alpha may then exceed 1. Default: 1 - alpha.",
+    ),
+]
+KdTerm = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kd-term",
+        help="Further term of the loss, NAME or NAME:option=number,...; repeatable. --list-terms prints them.",
+        metavar="TERM",
+    ),
+]
+KdWeight = Annotated[
+    list[float] | None,
+    typer.Option("--kd-weight", help="Weight of a term, in the order of --kd-term; repeatable."),
+]
+KdPreset = Annotated[
+    str,
+    typer.Option(
+        "--kd-preset",
+        help="Weights of the terms without --kd-weight. paper: 1, as in the comparison under pruning; tuned: those of "
+        "RepDistiller's scripts, or of the term's paper.",
+        metavar="paper|tuned",
+    ),
+]
+Tap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tap",
+        help="Where a term reads an activation: student.NAME=MODULE or teacher.NAME=MODULE, with a NAME that "
+        "--list-terms prints; MODULE@input is what enters a module. Repeatable. Default: known for kdfast's networks.",
+        metavar="SIDE.NAME=MODULE",
+    ),
+]
+InitialEpochs = Annotated[
+    int | None,
+    typer.Option(
+        "--initial-epochs",
+        help="The first epochs of --epochs, in which ab and fsp train alone and ft is prepared. Default: an eighth of "
+        "--epochs if there is such a term.",
+        min=0,
+    ),
+]
+ListTerms = Annotated[
+    bool,
+    typer.Option(
+        "--list-terms", help="Print the terms of the loss and exit.", is_eager=True, callback=term_help.list_terms
+    ),
+]
 Resume = Annotated[
     str,
     typer.Option("--resume", help="auto: resume the run in --out; never: fail if one exists.", metavar="auto|never"),
@@ -141,16 +194,17 @@ def check_trained_model(out: Path, folder: Path) -> None:
         OutputError: The file exists and holds anything but the run's result, or its folder cannot be written.
         CheckpointError: The run is finished, and its own student is damaged.
     """
-    from kdfast.distill.folder import read_finished_run
+    from kdfast.distill.folder import read_finished_run, read_result
     from kdfast.errors import CheckpointError
     from kdfast.nets.checkpoint import load_model
 
-    if not os.path.lexists(out) or not (folder / "student.pt").is_file():
+    result = read_result(folder)
+    if not os.path.lexists(out) or result is None:
         refuse_existing(out)
         return
     read_finished_run(folder)
     try:
-        same = load_model(out).digest == load_model(folder / "student.pt").digest
+        same = load_model(out).digest == result["weights"]
     except CheckpointError:
         same = False
     if not same:

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from kdfast.distill.losses.base import Shape, TapShapes
-from kdfast.distill.losses.settings import TermSetting
+from kdfast.distill.losses.settings import SIDES, TermSetting
 from kdfast.distill.losses.total import LossTerms, Places, choose_places, probe_shapes, required_taps
-from kdfast.errors import CacheMismatch, UsageError
+from kdfast.errors import CacheMismatch
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache
 
-SIDES = ("student", "teacher")
 # The cache holds the features of the unaugmented image alone.
 POOLED = ("pooled",)
 
@@ -81,8 +80,6 @@ def _by_side(taps: tuple[tuple[str, str], ...]) -> dict[str, dict[str, str]]:
     given: dict[str, dict[str, str]] = {side: {} for side in SIDES}
     for key, place in taps:
         side, _, name = key.partition(".")
-        if side not in SIDES or not name or not place:
-            raise UsageError(f"`taps` is {key}={place}: write student.TAP=MODULE or teacher.TAP=MODULE")
         given[side][name] = place
     return given
 

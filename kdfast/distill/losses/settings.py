@@ -9,10 +9,12 @@ from typing import Any
 from kdfast.distill.losses.base import TermEntry
 from kdfast.distill.losses.registry import get_term
 from kdfast.errors import UsageError, unknown_name
+from kdfast.nets.taps import TAPS
 
 # Share of a run's epochs in which terms with a phase of their own train; RepDistiller has 30 epochs for 240.
 INITIAL_SHARE = 1 / 8
 PRESETS = ("paper", "tuned")
+SIDES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,25 @@ def parse_terms(texts: list[str], weights: list[float], preset: str = "paper") -
         weight = weights[position] if weights else get_term(name).tuned if preset == "tuned" else 1.0
         terms.append(TermSetting(name, weight, _parse_options(text, rest)))
     return tuple(terms)
+
+
+def parse_taps(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """Parse places of activations, `SIDE.NAME=MODULE` each, into the pairs of `RunConfig.taps`, sorted.
+
+    Raises:
+        UsageError: One is not of that form, or a name is given twice.
+    """
+    places: dict[str, str] = {}
+    for text in texts:
+        key, _, place = (word.strip() for word in text.partition("="))
+        side, _, name = key.partition(".")
+        if side not in SIDES or name not in TAPS or not place or key in places:
+            raise UsageError(
+                f"`tap` is {text!r}: write student.NAME=MODULE or teacher.NAME=MODULE, each once, with a NAME of "
+                f"{', '.join(TAPS)}"
+            )
+        places[key] = place
+    return tuple(sorted(places.items()))
 
 
 def _parse_options(text: str, rest: str) -> tuple[tuple[str, float], ...]:

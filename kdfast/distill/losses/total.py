@@ -78,7 +78,7 @@ def choose_places(net: nn.Module, taps: Sequence[str], given: Places, side: str)
     if missing:
         raise UsageError(
             f"a term reads the {side}'s {missing[0]}, and {type(net).__name__} has no default for it: name a module "
-            f"with `taps` {side}.{missing[0]}=MODULE"
+            f"with `tap` {side}.{missing[0]}=MODULE"
         )
     return {tap: places[tap] for tap in taps}
 
