@@ -35,7 +35,8 @@ def select_window(inputs: RuleInputs) -> IntArray:
     Source:
         Choi et al. 2024, BWS: best window selection based on sample scores for data pruning across broad ranges. The
         public code ranks by forgetting or EL2N, within classes, and takes the features from a network trained for 20
-        epochs on a random subset of the same size.
+        epochs on a random subset of the same size. In the features of a teacher that fits its training set, nearly all
+        windows are equally good.
     """
     order = by_rank(inputs.scores, inputs.ties)
     first = _first_rank(len(order), inputs.count, inputs.number("start"))
