@@ -182,8 +182,8 @@ def fisher_diagonal(
         found = evaluate(batch, fallback, partial(_sums_of_squares, backend))
         for name, value in found.values.items():
             if found.scales is not None and batch.n:
-                value = value * found.scales.max() ** 2
-            total[name] = total[name] + value if name in total else value
+                value.mul_(found.scales.max() ** 2)
+            total[name] = total[name].add_(value) if name in total else value
     if not total:
         raise UsageError("`batches` is empty: pass at least one batch (an iterator can be read only once)")
     for name, value in total.items():

@@ -125,7 +125,7 @@ class SumsOfSquares(Functional):
         if len(merged) == 1:
             return sums_of_squares(merged[0], parameter.shape, self._backend)
         out = self.zeros(parameter, 0)
-        for _, grads in reference.iter_materialized(merged, parameter.shape):
+        for _, grads in reference.iter_materialized(merged, parameter.shape, copies=1):
             out += grads.square().sum(0)
         return out
 

@@ -81,7 +81,7 @@ def weighted_squared_norms(factors: GradFactors, weights: Tensor) -> Tensor:
         squares = (grads.square() * weights[keys % factors.num_embeddings]).sum(1)
         return factors.b.new_zeros(len(factors.b)).index_add_(0, keys // factors.num_embeddings, squares)
     out = factors.b.new_empty(len(factors.b))
-    for chunk, grads in iter_materialized([factors], weights.shape):
+    for chunk, grads in iter_materialized([factors], weights.shape, copies=1):
         out[chunk] = torch.mv(grads.flatten(1).square(), weights.flatten())
     return out
 
@@ -99,7 +99,7 @@ def sums_of_squares(factors: GradFactors, shape: Sequence[int]) -> Tensor:
     if isinstance(factors, Embedding):
         keys, grads = _rows_of_table(factors)
         return out.index_add_(0, keys % factors.num_embeddings, grads.double().square_())
-    for _, grads in iter_materialized([factors], shape):
+    for _, grads in iter_materialized([factors], shape, copies=1):
         out += grads.square().sum(0)
     return out
 
@@ -128,16 +128,24 @@ def dot_products(factors: GradFactors, vector: Tensor) -> Tensor:
         products = b.reshape(-1, *vector.shape) * vector
     else:
         out = b.new_empty(len(b), dtype=torch.float64)
-        for chunk, grads in iter_materialized([factors], vector.shape):
+        for chunk, grads in iter_materialized([factors], vector.shape, copies=1):
             out[chunk] = (grads * vector).flatten(1).sum(1, dtype=torch.float64)
         return out
     return products.flatten(1).sum(1, dtype=torch.float64)
 
 
-def iter_materialized(uses: Sequence[GradFactors], shape: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the sums over uses of the gradients of some samples at a time: slices of the samples, `(n, *shape)`."""
+def iter_materialized(
+    uses: Sequence[GradFactors], shape: Sequence[int], copies: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the sums over uses of the gradients of some samples at a time: slices of the samples, `(n, *shape)`.
+
+    Args:
+        uses: Gradient factors of all uses of a parameter.
+        shape: Shape of the parameter.
+        copies: Number of other tensors of the same size that the caller makes.
+    """
     first = uses[0].b
-    sample_bytes = torch.Size(shape).numel() * first.element_size() * len(uses)
+    sample_bytes = torch.Size(shape).numel() * first.element_size() * (len(uses) + copies)
     for use in uses:
         if isinstance(use, Convolution):
             sizes = sizes_of(use)

@@ -11,32 +11,45 @@ from torch import nn
 torch.set_num_threads(1)
 model = {model}
 x, y = {inputs}, torch.zeros({n}, dtype=torch.long)
-kdfast.grad_norms(model, x[:2], y[:2])
+vectors = {{name: torch.ones_like(p) for name, p in model.named_parameters()}}
+call = lambda x, y: {call}
+call(x[:2], y[:2])
 open("/proc/self/clear_refs", "w").write("5")
 read = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 before = read("VmRSS")
-kdfast.grad_norms(model, x, y, method={method!r})
+call(x, y)
 print(read("VmHWM") - before, {n} * sum(p.numel() for p in model.parameters()) * 4)
 """
 CONV = "nn.Sequential(nn.Conv2d(256, 512, 3), nn.Flatten(), nn.Linear(8192, 10))"
 SEQUENCE = "nn.Sequential(nn.Linear(1024, 2048), nn.Flatten(), nn.Linear(8192, 10))"
+NORMS = "kdfast.grad_norms(model, x, y, method={!r})"
+METRIC = "kdfast.grad_norms(model, x, y, metric=vectors)"
+FISHER = "kdfast.fisher_diagonal(model, [(x, y)])"
+DOTS = "kdfast.grad_dots(model, x, y, vectors)"
 TABLE = "nn.Sequential(nn.Embedding(100_000, 16), nn.Flatten(), nn.Linear(64, 10))"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("model", "inputs", "method", "backend"),
+    ("model", "inputs", "call", "backend"),
     [
-        (CONV, "torch.randn(64, 256, 6, 6)", "auto", "auto"),
-        (CONV, "torch.randn(64, 256, 6, 6)", "direct", "auto"),
-        (CONV, "torch.randn(64, 256, 6, 6)", "direct", "reference"),
-        (SEQUENCE, "torch.randn(64, 4, 1024)", "direct", "reference"),
-        (TABLE, "torch.randint(0, 100_000, (64, 4))", "auto", "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", NORMS.format("auto"), "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", NORMS.format("direct"), "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", NORMS.format("direct"), "reference"),
+        (SEQUENCE, "torch.randn(64, 4, 1024)", NORMS.format("direct"), "reference"),
+        (TABLE, "torch.randint(0, 100_000, (64, 4))", NORMS.format("auto"), "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", METRIC, "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", FISHER, "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", DOTS, "auto"),
+        (CONV, "torch.randn(64, 256, 6, 6)", METRIC, "reference"),
+        (CONV, "torch.randn(64, 256, 6, 6)", FISHER, "reference"),
+        (SEQUENCE, "torch.randn(64, 4, 1024)", FISHER, "auto"),
+        (TABLE, "torch.randint(0, 100_000, (64, 4))", FISHER, "auto"),
     ],
 )
-def test_peak_memory_is_far_below_the_size_of_all_gradients(monkeypatch, model, inputs, method, backend):
+def test_peak_memory_is_far_below_the_size_of_all_gradients(monkeypatch, model, inputs, call, backend):
     monkeypatch.setenv("KDFAST_BACKEND", backend)
-    code = PEAK.format(model=model, inputs=inputs, n=64, method=method)
+    code = PEAK.format(model=model, inputs=inputs, n=64, call=call)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, gradients = (int(word) for word in run.stdout.split())
     assert gradients > 2.5e8
