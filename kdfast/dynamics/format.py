@@ -4,12 +4,13 @@
 - `labels.npy`: int64 (N,).
 - `run-00/`, one folder per training run:
     - `p_y.npy`, `margin.npy`, `el2n.npy`, `p_other.npy`: float16 (E, N); version 1 has no `p_other.npy`.
-    - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample.
+    - `correct.npy`: uint8 (E, ceil(N / 8)), one bit per sample. `correct_batch.npy` is of the same form and there if
+      the plan has `record` batch.
     - `mask.npy`: uint8 (ceil(N / 8),), one bit per sample: whether the run trained on it.
     - `features-0019.npy`: float32 (N, D), after that epoch.
     - `top-ids-0007.npy`: unsigned integers (N, k), the most probable classes after that epoch, and `top-p-0007.npy`:
       float16 (N, k), their probabilities. Both if the plan has a `top_k` k.
-    - `epoch-0007.npz`: while recording, one epoch of the float16 values and of `correct`, and the SHA-256 of the other
+    - `epoch-0007.npz`: while recording, one epoch of the float16 values and of the bits, and the SHA-256 of the other
       files of that epoch.
     - `sealed.json`: size and SHA-256 of the run's files; written once all epochs are recorded.
 - `manifest.json`: the plan and the seals of all runs; written last.
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.errors import DataError
+from kdfast.errors import DataError, UsageError
 from kdfast.files import is_plain_name, read_sealed, sha256_file
 from kdfast.files.validate import check_type
 
@@ -35,8 +36,10 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 LABELS = "labels.npy"
 SEAL = "sealed.json"
-CORRECT = "correct.npy"
+CORRECT, CORRECT_BATCH = "correct", "correct_batch"
 MASK = "mask.npy"
+# When correctness is recorded: after each epoch, or also in its training batches.
+RECORD = ("epoch", "batch")
 # Arrays of an epoch in files of their own. Its own file holds the SHA-256 of each as NAME_sha256.
 FEATURES, TOP_IDS, TOP_P = "features", "top_ids", "top_p"
 # Recorded per sample and epoch as float16, by version of the format.
@@ -63,14 +66,25 @@ def epoch_file(epoch: int) -> str:
     return f"epoch-{epoch:04d}.npz"
 
 
+def check_when(name: str, value: str) -> None:
+    """Check an argument that is one of `RECORD`.
+
+    Raises:
+        UsageError: It is none of them.
+    """
+    if value not in RECORD:
+        raise UsageError(f"`{name}` is {value!r}: pass one of {', '.join(RECORD)}")
+
+
 def class_dtype(classes: int) -> np.dtype[Any]:
     """Return the smallest unsigned type of class ids."""
     return np.min_scalar_type(classes - 1)
 
 
-def bits_per_sample(top_k: int, classes: int) -> int:
+def bits_per_sample(top_k: int, classes: int, record: str) -> int:
     """Return the bits that an epoch takes per sample, without features."""
-    return 16 * len(METRICS[VERSION]) + 1 + top_k * (16 + 8 * class_dtype(classes).itemsize)
+    correct = 2 if record == "batch" else 1
+    return 16 * len(METRICS[VERSION]) + correct + top_k * (16 + 8 * class_dtype(classes).itemsize)
 
 
 def labels_digest(labels: npt.NDArray[np.int64]) -> str:

@@ -37,7 +37,7 @@ _WORDS = {
     "feature_epochs": "epochs with features",
 }
 # Fields that version 1 lacks, and their meaning there.
-_ADDED: dict[str, Any] = {"top_k": 0, "classes": 0}
+_ADDED: dict[str, Any] = {"top_k": 0, "classes": 0, "record": "epoch"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class RecordingPlan:
         facts: Further JSON values.
         top_k: Number of classes kept of each prediction; 0: none.
         classes: Number of classes if predictions are kept, else 0.
+        record: When correctness is recorded, one of `format.RECORD`.
         version: Version of the format.
     """
 
@@ -64,12 +65,18 @@ class RecordingPlan:
     facts: dict[str, Any]
     top_k: int = 0
     classes: int = 0
+    record: str = "epoch"
     version: int = layout.VERSION
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the float16 values of each sample and epoch."""
         return layout.METRICS[self.version]
+
+    @property
+    def bits(self) -> tuple[str, ...]:
+        """Names of the bool values of each sample and epoch."""
+        return (layout.CORRECT, layout.CORRECT_BATCH) if self.record == "batch" else (layout.CORRECT,)
 
     def arrays(self, epoch: int) -> list[str]:
         """Return the names of the arrays that have files of their own after an epoch."""

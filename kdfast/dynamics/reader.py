@@ -37,6 +37,7 @@ class Dynamics:
         feature_epochs: Epochs after which features were recorded, counted from 0.
         facts: Further metadata passed to the recorder.
         top_k: Number of classes kept of each prediction, k; 0 if none.
+        record: When correctness was recorded: `epoch`, or `batch` if also in the training batches.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -50,6 +51,7 @@ class Dynamics:
         self.feature_epochs: list[int] = manifest["feature_epochs"]
         self.facts: dict[str, Any] = manifest["facts"]
         self.top_k: int = manifest.get("top_k", 0)
+        self.record: str = manifest.get("record", "epoch")
         self._classes: int = manifest.get("classes", 0)
         self.labels: IntArray = _load(path / layout.LABELS, (self.n,), np.int64)
         if layout.labels_digest(self.labels) != self.labels_digest:
@@ -113,9 +115,26 @@ class Dynamics:
         """Return the L2 norm of probabilities minus one-hot label, float16 (E, N), memory-mapped."""
         return self._metric(run, "el2n")
 
-    def correct(self, run: int) -> BoolArray:
-        """Return whether the arg-max is the label, bool (E, N)."""
-        packed = self._array(run, layout.CORRECT, (self.epochs, -(-self.n // 8)), np.uint8)
+    def correct(self, run: int, *, when: str = "epoch") -> BoolArray:
+        """Return whether the arg-max is the label, bool (E, N).
+
+        Args:
+            run: The run.
+            when: `epoch`, after each epoch; or `batch`, before the step of the last training batch of the epoch that
+                held the sample, augmented as it was trained on. A sample that was in no batch of the epoch keeps the
+                value of the epoch before, at first False, and so do those outside the run's mask.
+
+        Raises:
+            UsageError: There is no such run, or correctness in training batches was not recorded.
+        """
+        layout.check_when("when", when)
+        if when == "batch" and self.record != "batch":
+            raise UsageError(
+                f"{self.path} was recorded without correctness in training batches: record again with kdfast dynamics, "
+                "to another folder, with `record` batch"
+            )
+        name = layout.CORRECT if when == "epoch" else layout.CORRECT_BATCH
+        packed = self._array(run, f"{name}.npy", (self.epochs, -(-self.n // 8)), np.uint8)
         return np.unpackbits(packed, axis=1, count=self.n).astype(np.bool_)
 
     def mask(self, run: int) -> BoolArray:

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kdfast.data.arrays import as_array
 from kdfast.data.source import check_labels
 from kdfast.dynamics import format as layout
+from kdfast.dynamics.batches import BatchCorrectness
 from kdfast.dynamics.plan import RecordingPlan, as_json, check_top_k, claim_folder
 from kdfast.dynamics.run_files import RunFiles, write_manifest
-from kdfast.dynamics.values import EpochValues, SampleIds, Values
+from kdfast.dynamics.values import EpochValues, SampleIds, Values, as_floats, check_logits, place_ids
 from kdfast.errors import DataError, UsageError
 from kdfast.files import FolderLock, make_subfolder
 
@@ -48,6 +50,8 @@ class DynamicsRecorder:
         facts: Further JSON values to store. A folder recorded with different values raises an error.
         top_k: Classes to keep of each prediction, the most probable ones with their probabilities; 0: none.
         classes: Number of classes, C; needed with `top_k` if some have no sample. By default the largest label + 1.
+        record: When correctness is recorded: `epoch`, by `update`; or `batch`, also in the training batches, by
+            `update_batch`.
 
     Attributes:
         epoch: The epoch to record next.
@@ -74,6 +78,7 @@ class DynamicsRecorder:
         facts: Mapping[str, Any] | None = None,
         top_k: int = 0,
         classes: int | None = None,
+        record: str = "epoch",
     ) -> None:
         n, epochs, run, runs = map(_as_int, ("n", "epochs", "run", "runs"), (n, epochs, run, runs))
         feature_epochs = [_as_int("feature_epochs", epoch) for epoch in feature_epochs]
@@ -92,6 +97,7 @@ class DynamicsRecorder:
             raise DataError(f"the mask is {self._mask.dtype} {self._mask.shape}: pass bool ({n},), not all False")
         classes = int(self._labels.max()) + 1 if classes is None else _as_int("classes", classes)
         check_top_k(_as_int("top_k", top_k), classes)
+        layout.check_when("record", record)
         self._epochs, self._runs = epochs, runs
         self._feature_epochs = sorted(set(feature_epochs))
         plan = RecordingPlan(
@@ -103,10 +109,12 @@ class DynamicsRecorder:
             facts=as_json(facts or {}),
             top_k=int(top_k),
             classes=classes if top_k else 0,
+            record=record,
         )
         self._plan = claim_folder(self.path, plan, self._labels)
         self.folder = make_subfolder(self.path, layout.run_folder(run))
         self._files = RunFiles(self.folder, self._plan)
+        self._batches: BatchCorrectness | None = None
         self._closed = False
         self._lock = FolderLock(self.folder)
         with contextlib.ExitStack() as undo:
@@ -145,11 +153,48 @@ class DynamicsRecorder:
             raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop, or record more `epochs`")
         self._values.add(sample_ids, logits, features)
 
+    def update_batch(self, sample_ids: SampleIds, logits: Values) -> None:
+        """Record whether the network is right about the samples of a training batch.
+
+        Pass the logits that the loss is computed from. On a GPU nothing waits for it, so logits that are not finite,
+        and ids on the GPU that are out of range, are reported by `end_epoch`. Of a sample given twice in an epoch, the
+        last row counts. A sample that is in no batch of an epoch keeps the value of the epoch before, at first False.
+
+        Args:
+            sample_ids: Integers (B,), indices into the training split.
+            logits: (B, C), floating point; on any device.
+
+        Raises:
+            ShapeError: The shapes or dtypes do not fit.
+            DataError: Ids are out of range.
+            UsageError: `record` is not `batch`, or the recorder is closed.
+        """
+        self._check_open()
+        scores = as_floats(logits, "logits")
+        batches = self.batches_on(scores.device)
+        ids = place_ids(sample_ids, len(self._labels), batches.device)
+        batches.add(ids, check_logits(scores, len(ids), int(self._labels.max()) + 1))
+
+    def batches_on(self, device: torch.device) -> BatchCorrectness:
+        """Return what `update_batch` adds to, for loops that replay their steps as CUDA graphs.
+
+        Args:
+            device: Device of the training; that of the first call stays.
+
+        Raises:
+            UsageError: `record` is not `batch`.
+        """
+        if self._plan.record != "batch":
+            raise UsageError(f"`record` is {self._plan.record}: pass batch to record training batches")
+        if self._batches is None:
+            self._batches = BatchCorrectness(self._labels, device)
+        return self._batches
+
     def end_epoch(self) -> None:
         """Write the epoch to disk; after the last epoch, complete the run.
 
         Raises:
-            DataError: Some samples were not given in this epoch.
+            DataError: Some samples were not given in this epoch, or no training batch with `record` batch.
             UsageError: All epochs are recorded.
             OutputError: The epoch cannot be written.
         """
@@ -162,7 +207,11 @@ class DynamicsRecorder:
                 f"epoch {self.epoch}: {len(missing)} of {len(self._labels)} samples were never given (for example "
                 f"{missing[0]}): pass every training sample, including those the run does not train on"
             )
+        if self._plan.record == "batch":
+            self._values.metrics[layout.CORRECT_BATCH] = self._read_batches()
         self._files.write_epoch(self.epoch, self._values)
+        if self._batches is not None:
+            self._batches.reset()
         self.epoch += 1
         self._values = self._new_values()
         if self.finished:
@@ -170,6 +219,8 @@ class DynamicsRecorder:
 
     def rewind(self, epoch: int) -> None:
         """Discard the epochs from `epoch` on, for training that resumed from an older checkpoint.
+
+        What `update` recorded of the current epoch is discarded too; what `update_batch` recorded stays.
 
         Raises:
             UsageError: There are fewer epochs, the run is complete, or the recorder is closed.
@@ -199,6 +250,17 @@ class DynamicsRecorder:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(f"the recorder of {self.folder} is closed: make another one, which resumes the run")
+
+    def _read_batches(self) -> npt.NDArray[np.bool_]:
+        """Return correctness in the batches of this epoch, bool (N,)."""
+        correct, seen = self.batches_on(torch.device("cpu")).read()
+        if not seen.any():
+            raise DataError(
+                f"no training batch was given in epoch {self.epoch}: pass each to update_batch(), or `record` epoch"
+            )
+        if self.epoch and not seen.all():
+            correct = np.where(seen, correct, self._files.read_bits(self.epoch - 1, layout.CORRECT_BATCH))
+        return correct
 
     def _new_values(self) -> EpochValues:
         return EpochValues(self.epoch, self._labels, self._plan)

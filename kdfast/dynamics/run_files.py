@@ -67,7 +67,7 @@ class RunFiles:
     def write_epoch(self, epoch: int, values: EpochValues) -> None:
         """Write an epoch; its file last, because that marks the epoch as recorded."""
         packed: dict[str, Any] = {name: values.metrics[name] for name in self._plan.metrics}
-        packed["correct"] = np.packbits(values.metrics["correct"])
+        packed |= {name: np.packbits(values.metrics[name]) for name in self._plan.bits}
         for name in self._plan.arrays(epoch):
             path = self.folder / layout.array_file(name, epoch)
             _save(path, values.arrays[name])
@@ -86,7 +86,7 @@ class RunFiles:
         wanted: dict[str, tuple[np.dtype[Any], tuple[int]]] = {
             name: (np.dtype(np.float16), (n,)) for name in self._plan.metrics
         }
-        wanted["correct"] = (np.dtype(np.uint8), (-(-n // 8),))
+        wanted |= {name: (np.dtype(np.uint8), (-(-n // 8),)) for name in self._plan.bits}
         if any(name not in arrays or (arrays[name].dtype, arrays[name].shape) != wanted[name] for name in wanted):
             raise DataError(f"{path} does not hold an epoch of {n} samples: {self._record_again()}")
         for name in self._plan.arrays(epoch):
@@ -95,6 +95,10 @@ class RunFiles:
             if digest in arrays and str(arrays[digest]) != sha256_file(file):
                 raise DataError(f"{file} is damaged: {self._record_again()}")
         return arrays
+
+    def read_bits(self, epoch: int, name: str) -> npt.NDArray[np.bool_]:
+        """Read the bits of that name of an epoch of an unfinished run, bool (N,)."""
+        return np.unpackbits(self.read_epoch(epoch)[name], count=self._plan.samples).astype(np.bool_)
 
     def discard_epochs(self, first: int = 0) -> None:
         """Remove the files of the epochs from `first` on."""
@@ -105,9 +109,10 @@ class RunFiles:
         """Join the epochs into the final arrays and write the seal."""
         numbers = range(self._plan.epochs)
         epochs = [self.read_epoch(epoch) for epoch in numbers]
-        for name in (*self._plan.metrics, "correct"):
+        joined = [*self._plan.metrics, *self._plan.bits]
+        for name in joined:
             _save(self.folder / f"{name}.npy", np.stack([epoch[name] for epoch in epochs]))
-        names = [f"{name}.npy" for name in self._plan.metrics] + [layout.CORRECT, layout.MASK]
+        names = [*(f"{name}.npy" for name in joined), layout.MASK]
         names += [layout.array_file(name, epoch) for epoch in numbers for name in self._plan.arrays(epoch)]
         write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdfast.data.arrays import as_array
 from kdfast.data.stateless_random import IntArray
+from kdfast.data.transfer import to_device
 from kdfast.dynamics import format as layout
 from kdfast.dynamics.metrics import compute_metrics, most_probable
 from kdfast.dynamics.plan import RecordingPlan
@@ -18,6 +19,8 @@ from kdfast.errors import DataError, ShapeError
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class EpochValues:
@@ -95,6 +98,22 @@ def check_ids(sample_ids: SampleIds, n: int) -> IntArray:
     if given.min() < 0 or given.max() >= n:
         raise DataError(f"sample ids go from {given.min()} to {given.max()}: pass 0 to {n - 1}")
     return given.astype(np.int64)
+
+
+def place_ids(sample_ids: SampleIds, n: int, device: torch.device) -> Tensor:
+    """Return sample ids as int64 (B,) on a device; the values of those on a GPU are not checked, as that would wait.
+
+    Raises:
+        ShapeError: They are not integers (B,), or none.
+        DataError: They are out of range.
+    """
+    if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "cpu":
+        return to_device(torch.from_numpy(check_ids(sample_ids, n)), device)
+    if sample_ids.ndim != 1 or not len(sample_ids) or sample_ids.dtype not in _INTEGERS:
+        raise ShapeError(
+            f"sample ids are {sample_ids.dtype} {tuple(sample_ids.shape)}: pass integers (B,), at least one"
+        )
+    return sample_ids.to(device, torch.int64)
 
 
 def check_logits(logits: Values, count: int, classes: int) -> Tensor:

@@ -34,13 +34,25 @@ def test_keeps_predictions(record, tmp_path) -> None:
         assert np.array_equal(p[:, 0], first)
 
 
+def test_records_batches(record, tmp_path) -> None:
+    assert record("d", "--record", "batch").code == 0
+    dynamics = opened(tmp_path / "d")
+    before, after = (dynamics.correct(0, when=when) for when in ("batch", "epoch"))
+    assert before[0].mean() < after[0].mean(), "the first epoch begins with an untrained network"
+    assert before[1].mean() > 0.5
+    ran = record("d")
+    assert ran.code == 2
+    assert '--record was "batch", is "epoch"' in ran.err
+
+
 def test_a_dry_run_prints_the_size_of_the_files(record, tmp_path) -> None:
     sizes = {}
-    for name, more in {"plain": (), "top": ("--top-k", 3)}.items():
+    for name, more in {"plain": (), "batch": ("--record", "batch"), "top": ("--top-k", 3)}.items():
         ran = record(name, *more, "--dry-run", "--runs", 10_000)
         assert ran.code == 0
         sizes[name] = float(ran.out.split(" write ")[1].split(" MB")[0])
     assert sizes["plain"] == pytest.approx(120 * 2 * 10_000 * (4 * 2 + 1 / 8) / 1e6, abs=0.05)
+    assert sizes["batch"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 / 8 / 1e6, abs=0.1)
     assert sizes["top"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 * 3 * 3 / 1e6, abs=0.1)
     assert not list(tmp_path.glob("*/plan.json"))
 

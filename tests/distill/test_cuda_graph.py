@@ -23,9 +23,11 @@ from kdfast.distill.config import Execution
 from kdfast.distill.cuda_graph import CapturedStep
 from kdfast.distill.folder import RunFolder
 from kdfast.distill.plan import Plan
+from kdfast.distill.record_dynamics import BatchRecordingTrainer
 from kdfast.distill.targets import CachedTargets, TeacherTargets
 from kdfast.distill.train import train
 from kdfast.distill.trainer import Trainer
+from kdfast.dynamics.batches import BatchCorrectness
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache
 
@@ -188,6 +190,26 @@ def test_resumed_run_captures_again_and_ends_alike(
     with resumed.stream():
         take_steps(resumed, resumed.total_steps)
     assert_same_state(resumed, run(plan))
+
+
+def test_replayed_steps_record_correctness_as_plain_steps_do(
+    make_plan: Callable[..., Plan], emulated: Emulation
+) -> None:
+    plan = make_plan(TeacherTargets())
+
+    def recorded() -> tuple[Any, Any]:
+        batches = BatchCorrectness(plan.source.train.labels, CPU)
+        trainer = BatchRecordingTrainer(plan, batches)
+        take_steps(trainer, trainer.total_steps)
+        return batches.read()
+
+    replayed = recorded()
+    assert len(emulated.graphs) == 2
+    plan.execution = Execution(cuda_graph=False)
+    for one, other in zip(replayed, recorded(), strict=True):
+        assert (one == other).all()
+    assert replayed[1].sum() == len(plan.ids)
+    assert 0.1 < replayed[0].sum() / len(plan.ids) < 0.9
 
 
 def test_step_that_reads_a_value_runs_uncaptured(make_plan: Callable[..., Plan], emulated: Emulation) -> None:

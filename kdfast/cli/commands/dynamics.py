@@ -49,6 +49,15 @@ def dynamics(
             "them; the number of classes keeps all, 0 none.",
         ),
     ] = 0,
+    record: Annotated[
+        str,
+        typer.Option(
+            "--record",
+            help="When correctness is recorded, for forgetting: after each epoch, or also in its training batches, as "
+            "they are augmented and before their steps.",
+            metavar="epoch|batch",
+        ),
+    ] = "epoch",
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
     momentum: training.Momentum = 0.9,
@@ -97,14 +106,21 @@ def dynamics(
         seed=seed,
     )
     recording = RecordingConfig(
-        runs=runs, only=only, keep=keep, record_every=record_every, features_every=features_every, top_k=top_k
+        runs=runs,
+        only=only,
+        keep=keep,
+        record_every=record_every,
+        features_every=features_every,
+        top_k=top_k,
+        record=record,
     )
     check_dynamics_folder(out)
     source = open_source(data, size=size, order=order)
     if dry_run:
         build_net(net, len(source.classes))
         check_top_k(top_k, len(source.classes))
-        bits = bits_per_sample(top_k, len(source.classes)) * len(source.train) * (epochs // record_every) * runs
+        bits = bits_per_sample(top_k, len(source.classes), record)
+        bits *= len(source.train) * (epochs // record_every) * runs
         say(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
         return
     inputs = LoadedInputs(
