@@ -52,6 +52,9 @@ class DynamicsRecorder:
         classes: Number of classes, C; needed with `top_k` if some have no sample. By default the largest label + 1.
         record: When correctness is recorded: `epoch`, by `update`; or `batch`, also in the training batches, by
             `update_batch`.
+        incomplete: What to do with samples that an epoch lacks, as loops that drop their last batch leave some out:
+            `error`, or `repeat` their values of the epoch before. In the first epoch these are the values of equal
+            logits, and the prediction counts as wrong. Epochs with features must be complete.
 
     Attributes:
         epoch: The epoch to record next.
@@ -79,6 +82,7 @@ class DynamicsRecorder:
         top_k: int = 0,
         classes: int | None = None,
         record: str = "epoch",
+        incomplete: str = "error",
     ) -> None:
         n, epochs, run, runs = map(_as_int, ("n", "epochs", "run", "runs"), (n, epochs, run, runs))
         feature_epochs = [_as_int("feature_epochs", epoch) for epoch in feature_epochs]
@@ -98,6 +102,9 @@ class DynamicsRecorder:
         classes = int(self._labels.max()) + 1 if classes is None else _as_int("classes", classes)
         check_top_k(_as_int("top_k", top_k), classes)
         layout.check_when("record", record)
+        if incomplete not in ("error", "repeat"):
+            raise UsageError(f"`incomplete` is {incomplete!r}: pass one of error, repeat")
+        self._repeats = incomplete == "repeat"
         self._epochs, self._runs = epochs, runs
         self._feature_epochs = sorted(set(feature_epochs))
         plan = RecordingPlan(
@@ -194,19 +201,16 @@ class DynamicsRecorder:
         """Write the epoch to disk; after the last epoch, complete the run.
 
         Raises:
-            DataError: Some samples were not given in this epoch, or no training batch with `record` batch.
+            DataError: Some samples were not given in this epoch and cannot or may not be repeated; or no training batch
+                was given with `record` batch.
             UsageError: All epochs are recorded.
             OutputError: The epoch cannot be written.
         """
         self._check_open()
         if self.epoch == self._epochs:
             raise UsageError(f"{self.folder} has all {self._epochs} epochs: end the loop")
-        missing = np.flatnonzero(~self._values.seen)
-        if len(missing):
-            raise DataError(
-                f"epoch {self.epoch}: {len(missing)} of {len(self._labels)} samples were never given (for example "
-                f"{missing[0]}): pass every training sample, including those the run does not train on"
-            )
+        if not self._values.seen.all():
+            self._repeat_missing()
         if self._plan.record == "batch":
             self._values.metrics[layout.CORRECT_BATCH] = self._read_batches()
         self._files.write_epoch(self.epoch, self._values)
@@ -250,6 +254,19 @@ class DynamicsRecorder:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(f"the recorder of {self.folder} is closed: make another one, which resumes the run")
+
+    def _repeat_missing(self) -> None:
+        missing = np.flatnonzero(~self._values.seen)
+        start = f"epoch {self.epoch}: {len(missing)} of {len(self._labels)} samples were never given (for example "
+        start += f"{missing[0]}): pass every training sample"
+        if not self._repeats or len(missing) == len(self._labels):
+            raise DataError(
+                f"{start}, including those the run does not train on, or `incomplete` repeat to keep their values of "
+                "the epoch before"
+            )
+        if self.wants_features:
+            raise DataError(f"{start}, because features of other epochs cannot stand in for those of this epoch")
+        self._values.fill(self._files.read_values(self.epoch - 1) if self.epoch else None)
 
     def _read_batches(self) -> npt.NDArray[np.bool_]:
         """Return correctness in the batches of this epoch, bool (N,)."""

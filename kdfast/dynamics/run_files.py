@@ -96,6 +96,14 @@ class RunFiles:
                 raise DataError(f"{file} is damaged: {self._record_again()}")
         return arrays
 
+    def read_values(self, epoch: int) -> dict[str, npt.NDArray[Any]]:
+        """Read an epoch of an unfinished run: metrics, correctness as bool (N,), and predictions."""
+        arrays = {name: array for name, array in self.read_epoch(epoch).items() if name in self._plan.metrics}
+        for name in self._plan.arrays(epoch):
+            path = self.folder / layout.array_file(name, epoch)
+            arrays[name] = read_npy(path, mmap_mode="r", advice=self._record_again())
+        return arrays | {layout.CORRECT: self.read_bits(epoch, layout.CORRECT)}
+
     def read_bits(self, epoch: int, name: str) -> npt.NDArray[np.bool_]:
         """Read the bits of that name of an epoch of an unfinished run, bool (N,)."""
         return np.unpackbits(self.read_epoch(epoch)[name], count=self._plan.samples).astype(np.bool_)

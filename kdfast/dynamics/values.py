@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,7 +40,7 @@ class EpochValues:
 
     def __init__(self, epoch: int, labels: IntArray, plan: RecordingPlan) -> None:
         self._epoch, self._labels, self._plan = epoch, labels, plan
-        self._least_classes = int(labels.max()) + 1
+        self._least_classes = self._columns = int(labels.max()) + 1
         self.metrics: dict[str, npt.NDArray[Any]] = {}
         self.arrays: dict[str, npt.NDArray[Any]] = {}
         self.seen = np.zeros(len(labels), np.bool_)
@@ -49,6 +50,7 @@ class EpochValues:
         ids = check_ids(sample_ids, len(self._labels))
         scores = check_logits(logits, len(ids), self._least_classes)
         top_k, classes = self._plan.top_k, scores.shape[1]
+        self._columns = classes
         if top_k and classes != self._plan.classes:
             raise ShapeError(
                 f"logits have {classes} columns, but `classes` is {self._plan.classes}: pass the number of columns"
@@ -65,6 +67,27 @@ class EpochValues:
             _put(self.arrays, layout.TOP_IDS, ids, top_ids, len(self._labels))
             _put(self.arrays, layout.TOP_P, ids, top_p, len(self._labels))
         self.seen[ids] = True
+
+    def fill(self, before: Mapping[str, npt.NDArray[Any]] | None) -> None:
+        """Give the samples that were not added the values of another epoch, or of an untrained network.
+
+        Args:
+            before: Values (N, ...) by name; None: those of equal logits, not correct.
+        """
+        if before is None:
+            before = self._untrained()
+        for arrays in (self.metrics, self.arrays):
+            for name, array in arrays.items():
+                array[~self.seen] = np.broadcast_to(before[name], array.shape)[~self.seen]
+
+    def _untrained(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the values of equal logits, with a first axis of 1."""
+        logits = torch.zeros(1, self._columns)
+        values = compute_metrics(logits, torch.zeros(1, dtype=torch.int64))
+        values["correct"] = np.zeros(1, np.bool_)
+        if self._plan.top_k:
+            values[layout.TOP_IDS], values[layout.TOP_P] = most_probable(logits, self._plan.top_k)
+        return values
 
     def _check_features(self, ids: IntArray, features: Values | None) -> npt.NDArray[np.float32]:
         if features is None:
