@@ -12,6 +12,7 @@ import numpy as np
 from kdfast.errors import DataError
 from kdfast.files import read_json, schemas
 from kdfast.files.validate import check_type
+from kdfast.prune.if_beta.stages import mode_and_sharpness
 from kdfast.report import charts
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import check_page_path, render_page, write_page
@@ -85,10 +86,14 @@ def _render_page(content: dict[str, Any]) -> str:
 
 def _render_statistics(record: dict[str, Any]) -> Safe:
     gain = record["gain"]
-    better = "yes" if gain["difference"] > gain["half_width"] else "no; the uniform policy was used"
+    better = "yes" if gain["difference"] > gain["half_width"] else "no"
+    if [record["a"], record["b"]] != record["learned"]:
+        better += "; the uniform policy was used"
     return statistics_list(
         [
+            ("Preset", record.get("preset", "kdfast")),
             ("a, b", f"{record['a']:.2f}, {record['b']:.2f}"),
+            *_mode_and_sharpness(record),
             ("Better than uniform on the proxies", better),
             ("Reward minus that of uniform", f"{gain['difference']:+.4f} ± {gain['half_width']:.4f}"),
             ("Held-out accuracy of the proxies", f"{gain['accuracy']:.2%} (uniform {gain['baseline_accuracy']:.2%})"),
@@ -96,6 +101,15 @@ def _render_statistics(record: dict[str, Any]) -> Safe:
             ("Cost relative to one distillation", f"{record['percent_of_distillation']:.2g}%"),
         ]
     )
+
+
+def _mode_and_sharpness(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the statistic of the two numbers that the preset `paper` searches; nothing for other presets."""
+    a, b = record["learned"]
+    if record.get("preset") != "paper" or a + b <= 2:
+        return []
+    mu, tau = mode_and_sharpness(a, b)
+    return [("Mode mu, sharpness tau (mu = 0: the hardest samples)", f"{mu:.2f}, {tau:.2f}")]
 
 
 def _render_density(record: dict[str, Any]) -> Safe:
@@ -163,5 +177,11 @@ def _render_cost(record: dict[str, Any]) -> Safe:
         ["Search", f"{record['search_seconds']:.1f}"],
         [f"One distillation of {student}, {epochs} epochs (estimated)", f"{distillation['seconds']:.0f}"],
     ]
-    caption = f"Scores and search take {record['percent_of_distillation']:.2g}% of the time of one distillation"
+    if record.get("flatten_seconds"):
+        rows.insert(0, ["Flattening of the teacher", f"{record['flatten_seconds']:.1f}"])
+    caption = f"All steps take {record['percent_of_distillation']:.2g}% of the time of one distillation"
+    epoch, epochs_of_data = record.get("epoch"), record.get("epochs")
+    if epoch is not None and epochs_of_data is not None:
+        rows.append([f"One epoch of training {epoch['network']} on all data (estimated)", f"{epoch['seconds']:.0f}"])
+        caption += f", or that of {epochs_of_data:.2g} epochs of training the teacher's network on all data"
     return table(caption, ["", "seconds"], rows)

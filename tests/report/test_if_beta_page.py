@@ -33,6 +33,10 @@ RECORD = {
         "ends": {"lowest": [END], "highest": [END]},
         "distillation": {"student": "resnet32", "epochs": 240, "seconds": 100.0},
         "percent_of_distillation": 2.0,
+        "preset": "paper",
+        "flatten_seconds": 20.0,
+        "epoch": {"network": "resnet56a", "seconds": 55.0},
+        "epochs": 0.4,
     },
 }
 VALUES: list[Any] = [None, -1, 0, 2**62, 1e308, "x", []]
@@ -94,3 +98,23 @@ def test_every_changed_value_gives_a_page_or_a_clear_message(tmp_path: Path) -> 
 )
 def test_names_the_field(tmp_path: Path, way: tuple, value: Any, message: str) -> None:
     assert re.search(re.escape(message), page(changed(way, value), tmp_path))
+
+
+def test_reads_files_without_the_fields_of_presets(tmp_path: Path) -> None:
+    content = copy.deepcopy(RECORD)
+    for name in ("preset", "flatten_seconds", "epoch", "epochs"):
+        del content["if-beta"][name]
+    assert not page(content, tmp_path)
+    text = (tmp_path / "page.html").read_text()
+    assert "Flattening" not in text
+    assert "sharpness" not in text
+
+
+def test_says_whether_the_uniform_policy_was_used(tmp_path: Path) -> None:
+    content = copy.deepcopy(RECORD)
+    content["if-beta"]["gain"]["difference"] = 0.0
+    assert not page(content, tmp_path)
+    assert "the uniform policy was used" not in (tmp_path / "page.html").read_text()
+    content["if-beta"] |= {"a": 1.0, "b": 1.0, "preset": "kdfast"}
+    assert not page(content, tmp_path)
+    assert "no; the uniform policy was used" in (tmp_path / "page.html").read_text()
