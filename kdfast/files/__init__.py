@@ -6,7 +6,17 @@ from kdfast.files.atomic import atomic_path, atomic_write, remove_stale
 from kdfast.files.folders import FolderLock, check_writable, make_subfolder, visible_entries
 from kdfast.files.outputs import check_replaceable
 from kdfast.files.own import is_plain_name, open_own, refuse_links
-from kdfast.files.records import read_json, read_sealed, sha256_file, sha256_json, write_json, write_sealed
+from kdfast.files.records import (
+    matches_seal,
+    read_json,
+    read_sealed,
+    seal,
+    sha256_file,
+    sha256_json,
+    without_seal,
+    write_json,
+    write_sealed,
+)
 
 __all__ = [
     "FolderLock",
@@ -16,14 +26,17 @@ __all__ = [
     "check_writable",
     "is_plain_name",
     "make_subfolder",
+    "matches_seal",
     "open_own",
     "read_json",
     "read_sealed",
     "refuse_links",
     "remove_stale",
+    "seal",
     "sha256_file",
     "sha256_json",
     "visible_entries",
+    "without_seal",
     "write_json",
     "write_sealed",
 ]

@@ -1,7 +1,7 @@
 """JSON files and digests.
 
-A sealed (checksummed) file contains the digest of its own fields and is stored in one canonical form, so that any
-changed byte is detected.
+A sealed record contains the digest of its other fields. A sealed (checksummed) file is in addition stored in one
+canonical form, so that any changed byte is detected.
 """
 
 from __future__ import annotations
@@ -70,6 +70,26 @@ def write_sealed(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> Non
     content = _canonical({**fields, _DIGEST_KEY: sha256_json(fields)})
     with atomic_write(path) as file:
         file.write(content)
+
+
+def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON fields with their digest.
+
+    Raises:
+        ValueError: A field holds NaN or infinity.
+    """
+    plain = json.loads(json.dumps(dict(fields), allow_nan=False))  # keys and tuples as they are read again
+    return {**plain, _DIGEST_KEY: sha256_json(plain)}
+
+
+def matches_seal(fields: Mapping[str, Any]) -> bool:
+    """Return whether fields are those that were sealed; True without a digest, as in records of earlier versions."""
+    return _DIGEST_KEY not in fields or fields[_DIGEST_KEY] == sha256_json(without_seal(fields))
+
+
+def without_seal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields without their digest."""
+    return {name: value for name, value in fields.items() if name != _DIGEST_KEY}
 
 
 def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import DataError, OutputError
-from kdfast.files import open_own, refuse_links, schemas, visible_entries
+from kdfast.files import matches_seal, open_own, refuse_links, schemas, seal, visible_entries, without_seal
 from kdfast.files.validate import check_type, decode_json, read_regular
 
 RESULTS = "results.jsonl"
@@ -42,6 +42,9 @@ class ResultsLog:
         Raises:
             DataError: The file cannot be read, or a line other than an incomplete last one is not a row.
         """
+        return [without_seal(row) for row in self._read()]
+
+    def _read(self) -> list[dict[str, Any]]:
         try:
             return _parse(self.path, read_regular(self.path))
         except FileNotFoundError:
@@ -68,12 +71,15 @@ class ResultsLog:
         """Return all complete rows, checked in full, for tables and messages.
 
         Raises:
-            DataError: As `rows`, or a field is missing or has another type.
+            DataError: As `rows`, or a field is missing or has another type, or a row does not match its own digest.
         """
-        return [
-            check_type(row, schemas.SweepRow, f"line {number} of {self.path}", advice=_ADVICE)
-            for number, row in enumerate(self.rows(), 1)
-        ]
+        rows = self._read()
+        for number, row in enumerate(rows, 1):
+            where = f"line {number} of {self.path}"
+            check_type(row, schemas.SweepRow, where, advice=_ADVICE)
+            if not matches_seal(row):
+                raise DataError(f"{where} was damaged or edited, it does not match its own digest: {_ADVICE}")
+        return [without_seal(row) for row in rows]
 
     def done(self) -> set[str]:
         """Return the keys of all rows."""
@@ -86,7 +92,7 @@ class ResultsLog:
             OutputError: The file cannot be written.
             DataError: The file contains anything but rows.
         """
-        line = json.dumps(dict(row), allow_nan=False).encode() + b"\n"
+        line = json.dumps(seal(row), allow_nan=False).encode() + b"\n"
         try:
             with open(open_own(self.path), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)

@@ -71,6 +71,10 @@ def test_a_finished_run_whose_student_has_changed(kdfast, tiny: Path, tmp_path: 
     if name == "sweep":
         rows = [json.loads(text) for text in ((tmp_path / "out" / "results.jsonl").read_bytes(), table)]
         assert rows[0]["weights"] == rows[1]["weights"]
+        (tmp_path / "out" / "results.jsonl").unlink()
+    student.unlink()
+    assert kdfast(*command).code == 0
+    assert load_model(student).digest == load_model(backup).digest, "the advice makes the same student again"
 
 
 class Creates:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 
 import pytest
@@ -41,6 +42,17 @@ def test_every_changed_byte_of_a_sealed_file_is_detected(tmp_path):
             files.read_sealed(path)
     with pytest.raises(FileNotFoundError):
         files.read_sealed(tmp_path / "missing.json")
+
+
+def test_a_seal_survives_json_and_covers_every_field():
+    fields = files.seal({"name": "caf\udce9", "pair": (1, 2.5), "by number": {3: None}, "nested": {"b": [True]}})
+    read = json.loads(json.dumps(fields))
+    assert files.matches_seal(read)
+    assert files.without_seal(read) == {"name": "caf\udce9", "pair": [1, 2.5], "by number": {"3": None},
+                                        "nested": {"b": [True]}}  # fmt: skip
+    for name, value in (("name", "cafe"), ("pair", [1, 2.25]), ("nested", {"b": [1]}), ("more", 0)):
+        assert not files.matches_seal({**read, name: value})
+    assert files.matches_seal(files.without_seal(read)), "records of earlier versions"
 
 
 def test_sha256_of_json_ignores_the_order_of_keys():

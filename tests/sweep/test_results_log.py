@@ -25,6 +25,21 @@ def test_reads_each_row_once_in_order(tmp_path: Path) -> None:
     assert log.done() == {"a", "b"}
 
 
+def test_refuses_an_edited_row_in_tables(tmp_path: Path) -> None:
+    row = {"key": KEY, "method": "random", "fraction": 0.5, "kd": False, "seed": 0, "steps": 1, "kept": 10,
+           "test_top1": 43.25, "seconds": 1.0, "settings": {"data": "f", "student": "resnet8", "steps": 1}}  # fmt: skip
+    log = ResultsLog(tmp_path)
+    log.append(row)
+    assert log.results() == [row]
+    raw = log.path.read_bytes()
+    for old, new in ((b"43.25", b"63.25"), (b"random", b"rbndom"), (b'"seed": 0', b'"seed": 1'), (b"0.5", b"0.4")):
+        log.path.write_bytes(raw.replace(old, new))
+        with pytest.raises(DataError, match=r"line 1 of .* does not match its own digest: delete that line"):
+            log.results()
+    log.path.write_text(json.dumps(row) + "\n")  # as earlier versions wrote it
+    assert log.results() == [row]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_next_row_replaces_an_incomplete_last_line(tmp_path: Path, cut: int) -> None:
     log = ResultsLog(tmp_path)
