@@ -22,7 +22,13 @@ FORGETTING_OPTIONS = {
         "events of a run in which a sample was never correct: one for each epoch, above all others (max, the paper's "
         "code), 0 (zero; CCS, D2, DUAL), or infinitely many, whatever the other runs say (infinite; Data Diet)",
         choices=("max", "zero", "infinite"),
-    )
+    ),
+    "when": Option(
+        "epoch",
+        "where correctness is measured: after each epoch on all samples without augmentation (epoch), or when the "
+        "sample is in a training batch, with augmentation (batch, the paper)",
+        choices=("epoch", "batch"),
+    ),
 }
 AUM_OPTIONS = {
     "margin": Option(
@@ -63,6 +69,8 @@ def average_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np
 def forgetting(inputs: ScoreInputs) -> ScoreResult:
     """Number of epochs at which a sample is wrong that was correct one epoch earlier; mean over runs.
 
+    The paper measures correctness in the training batches: `when=batch`, for dynamics that were recorded so.
+
     Samples that were never correct were never forgotten either. The paper ranks them as forgotten infinitely often; its
     code counts E events for such a run, more than E epochs can hold, and so does `never_learned=max`. The codes of CCS,
     D2 and DUAL count 0, so that they are pruned first (`zero`). Data Diet's code counts infinitely many before it
@@ -76,11 +84,11 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
         raise UsageError(
             f"forgetting compares epochs, but {dynamics.path} has only one: record more with kdfast dynamics"
         )
-    never_learned = inputs.options["never_learned"]
-    events_if_never = {"max": float(dynamics.epochs), "zero": 0.0, "infinite": np.inf}[str(never_learned)]
+    never_learned, when = (str(inputs.options[name]) for name in ("never_learned", "when"))
+    events_if_never = {"max": float(dynamics.epochs), "zero": 0.0, "infinite": np.inf}[never_learned]
 
     def events(run: int) -> FloatArray:
-        correct = dynamics.correct(run)
+        correct = dynamics.correct(run, when=when)
         count: FloatArray = (correct[:-1] & ~correct[1:]).sum(axis=0).astype(np.float64)
         count[~correct.any(axis=0)] = events_if_never
         return count

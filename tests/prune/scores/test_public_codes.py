@@ -209,3 +209,23 @@ def test_forgetting_of_never_learned_samples_follows_the_code_of_data_diet(three
     epochs, which no other sample reaches."""
     found = score("forgetting", three_samples, np.zeros(3, int), never_learned="infinite").values
     np.testing.assert_allclose(found, [(1 + 2) / 2, 4, 0])
+
+
+def test_forgetting_in_training_batches_follows_the_code_of_toneva(tmp_path):
+    """Events are counted from one training batch with the sample to the next, never learned included."""
+    labels = np.zeros(3, int)
+    in_batches, after_epochs = CORRECT
+    with DynamicsRecorder(tmp_path / "dyn", 3, labels, epochs=4, record="batch") as recorder:
+        for epoch in range(4):
+            for ids in ([2, 0], [1]):
+                recorder.update_batch(ids, np.where(in_batches[epoch][ids][:, None], [2.0, 0.0], [0.0, 2.0]))
+            recorder.update([0, 1, 2], np.where(after_epochs[epoch][:, None], [2.0, 0.0], [0.0, 2.0]))
+            recorder.end_epoch()
+    dynamics = Dynamics.open(tmp_path / "dyn")
+    np.testing.assert_allclose(score("forgetting", dynamics, labels, when="batch").values, [1, 2, 0])
+    np.testing.assert_allclose(score("forgetting", dynamics, labels).values, [2, 4, 0])
+
+
+def test_forgetting_in_training_batches_needs_them(three_samples):
+    with pytest.raises(UsageError, match="record again with kdfast dynamics"):
+        score("forgetting", three_samples, np.zeros(3, int), when="batch")
