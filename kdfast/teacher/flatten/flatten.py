@@ -54,7 +54,7 @@ def flatten_teacher(
         config: The settings; None: the defaults.
         state: File of the state; a call with the same arguments resumes from it to the same bits. It remains after the
             last step, so that nothing is lost before the result is saved; delete it then.
-        progress: Called with (steps done, steps, note) every ten steps.
+        progress: Called with (steps done, steps, note) every ten steps and after each write of the state.
         device: Where to compute.
         checkpoint_seconds: Seconds between two writes of the state.
 
