@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from kdfast.nets.registry import build_net
 
 # Largest difference to the values in a file that counts as rounding: publications give three digits.
 _ROUNDING = 1e-3
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def import_checkpoint(
@@ -77,6 +78,7 @@ def import_checkpoint(
     report = report.with_notes(notes)
     if not report.complete:
         raise CheckpointError(report.summary().replace("\n  ", "; "))
+    _check_numbers(path, tensors, module.state_dict())
     check_finite(path, tensors)
     normalization = _resolve_normalization(normalization, report.normalization, path)
     if report.gray is not None:
@@ -86,6 +88,27 @@ def import_checkpoint(
     names = tuple(map(str, range(classes))) if class_names is None else tuple(class_names)
     metadata = {"imported_from": Path(path).name}
     return Model(module.eval(), net, classes, names, normalization, metadata), report
+
+
+def _check_numbers(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check that tensors hold the numbers of the network, where copying would change them or fail.
+
+    Raises:
+        CheckpointError: One is quantized, sparse, without values, or of integers or complex numbers.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            kind = "a sparse tensor"
+        elif tensor.is_meta:
+            kind = "a tensor without values (of the device meta)"
+        elif wanted[name].is_floating_point() and (tensor.is_quantized or tensor.dtype not in _FLOATS):
+            kind = str(tensor.dtype).removeprefix("torch.")
+        else:
+            continue
+        raise CheckpointError(
+            f"{path} holds {name} as {kind}, not as plain floating-point numbers: save the weights as float32 tensors "
+            "(quantized ones dequantized, sparse ones dense), or use another checkpoint"
+        )
 
 
 def _resolve_normalization(

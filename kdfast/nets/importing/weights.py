@@ -58,7 +58,8 @@ def find_weights(content: Any, path: str | os.PathLike[str], key: str | None = N
         content = _descend(path, content, key)
     places = _find_places(content)
     if not places:
-        raise CheckpointError(f"no weights found in {path}: it holds {_describe(content)}; pass `key` to locate them")
+        advice = "pass `key` to locate them" if isinstance(content, Mapping) and content else "use another file"
+        raise CheckpointError(f"no weights found in {path}: it holds {_describe(content)}; {advice}")
     chosen = _choose(places)
     if chosen is None:
         found = _list_places(places)
@@ -143,7 +144,7 @@ def _list_places(places: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
 
 
 def _describe(content: Any) -> str:
-    if isinstance(content, Mapping):
+    if isinstance(content, Mapping) and content:
         rest = f" and {len(content) - 12} more" if len(content) > 12 else ""
         return "a dict with the keys " + ", ".join(repr(key) for key in list(content)[:12]) + rest
-    return f"a {type(content).__name__}"
+    return f"{'an empty' if isinstance(content, Mapping) else 'a'} {type(content).__name__}"

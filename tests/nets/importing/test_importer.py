@@ -318,3 +318,39 @@ def test_an_own_checkpoint_must_agree_with_what_is_given(tmp_path, net):
         import_checkpoint(tmp_path / "T.pt", net="resnet14", classes=3)
     with pytest.raises(CheckpointError, match="normalization"):
         import_checkpoint(tmp_path / "T.pt", net="resnet8", classes=3, normalization=GRAY)
+
+
+ODD = {
+    "int8": lambda t: t.to(torch.int8),
+    "complex64": lambda t: t.to(torch.complex64),
+    "float8_e4m3fn": lambda t: t.to(torch.float8_e4m3fn),
+    "qint8": lambda t: torch.quantize_per_tensor(t, 0.01, 0, torch.qint8),
+    "sparse": lambda t: t.to_sparse(),
+    "without values": lambda t: t.to("meta"),
+    "bool": lambda t: t > 0,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(tmp_path, net, kind):
+    """Copying them into the network would change the values without a word, or fail."""
+    state = {**net.state_dict(), "fc.weight": ODD[kind](net.state_dict()["fc.weight"])}
+    with pytest.raises(CheckpointError, match=rf"holds fc\.weight as .*{kind}.*save the weights as float32"):
+        load(tmp_path / "w.pt", state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_converted(tmp_path, net, dtype):
+    model, _ = load(
+        tmp_path / "w.pt", {n: t.to(dtype) if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    )
+    assert torch.equal(model.net.fc.weight, net.fc.weight.to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [({}, "an empty dict; use another file"), ([torch.ones(2)], "a list; use")]
+)
+def test_says_what_a_file_without_weights_holds(tmp_path, content, found):
+    with pytest.raises(CheckpointError, match=f"it holds {found}"):
+        load(tmp_path / "w.pt", content)
