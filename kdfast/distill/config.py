@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.losses.settings import INITIAL_SHARE, TermSetting
-from kdfast.distill.schedule import LR_SCHEDULES
+from kdfast.distill.optimizer import LR_SCHEDULES
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss.validation import check_temperature
 

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.distill.config import RunConfig
-from kdfast.distill.schedule import compute_learning_rate
+# Where the step schedule divides the rate by ten, as fractions of the run: epochs 150, 180 and 210 of 240.
+STEP_MILESTONES = (150 / 240, 180 / 240, 210 / 240)
+
+
+def step_decay(progress: float) -> float:
+    """Divide by 10 after 62.5%, 75% and 87.5% of the run, as RepDistiller does (epochs 150, 180, 210 of 240)."""
+    return float(0.1 ** sum(progress >= m for m in STEP_MILESTONES))
+
+
+def cosine(progress: float) -> float:
+    """Decay from 1 to 0 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def constant(progress: float) -> float:
+    """Do not decay."""
+    return 1.0
+
+
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {"step": step_decay, "cosine": cosine, "constant": constant}
+
+
+def compute_learning_rate(base: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
+    """Return the learning rate of one step: a linear warm-up, then the schedule over the remaining steps.
+
+    Args:
+        base: Highest rate.
+        schedule: A key of `LR_SCHEDULES`.
+        step: Number of steps done.
+        total: Number of steps of the run.
+        warmup: Number of warm-up steps.
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * LR_SCHEDULES[schedule]((step - warmup) / max(total - warmup, 1))
 
 
 class ScheduledSGD:
@@ -20,31 +54,31 @@ class ScheduledSGD:
 
     Args:
         parameters: Parameters to train, on the device, or groups of them with settings of their own.
-        config: Learning rate, momentum, weight decay and schedule.
+        rate: The learning rate of a step, counted from 0.
         total_steps: Steps of the run.
-        warmup_steps: Steps of linear warm-up.
+        momentum: In [0, 1).
+        weight_decay: L2 penalty on every parameter.
         device: Device of the parameters.
 
     Attributes:
+        rate: The learning rate of a step.
         sgd: The optimizer.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
-        config: RunConfig,
+        rate: Callable[[int], float],
         total_steps: int,
-        warmup_steps: int,
+        *,
+        momentum: float,
+        weight_decay: float,
         device: torch.device,
     ) -> None:
-        self._schedule = (config.lr, config.schedule, total_steps, warmup_steps)
+        self.rate = rate
         on_device = runs_on_device(device)
         self.sgd = torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=on_device or None,
+            parameters, lr=rate(0), momentum=momentum, weight_decay=weight_decay, fused=on_device or None
         )
         self._rate: Tensor | None = None
         if on_device:
@@ -52,11 +86,6 @@ class ScheduledSGD:
             self._rate = torch.zeros((), device=device)
             self._set(self._rate)
             self._start_momentum()
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        base, schedule, total, warmup = self._schedule
-        return compute_learning_rate(base, schedule, step, total, warmup)
 
     def set_rate(self, step: int, step_on_device: Tensor) -> None:
         """Set the learning rate for a step; the two numbers are equal, and a GPU reads only the second.

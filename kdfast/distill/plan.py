@@ -26,8 +26,8 @@ from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
+from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.distill.losses.plan import TermPlan, plan_terms
-from kdfast.distill.schedule import parse_alpha
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
 from kdfast.nets import build_net

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kdfast.distill.batches import Batch
 from kdfast.distill.cuda_graph import CapturedStep
 from kdfast.distill.losses.base import Outputs
 from kdfast.distill.losses.total import LossTerms
-from kdfast.distill.optimizer import ScheduledSGD
+from kdfast.distill.optimizer import ScheduledSGD, compute_learning_rate
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import CachedFeatures, CachedTargets, OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
@@ -61,7 +62,14 @@ class Trainer:
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
         groups: list[dict[str, Any]] = [{"params": list(self.net.parameters())}, *self.terms.parameter_groups()]
-        self.optimizer = ScheduledSGD(groups, config, self.total_steps, warmup_steps, device)
+        self.optimizer = ScheduledSGD(
+            groups,
+            partial(compute_learning_rate, config.lr, config.schedule, total=self.total_steps, warmup=warmup_steps),
+            self.total_steps,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            device=device,
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.labels = torch.from_numpy(plan.source.train.labels).to(device)
         self.step = 0

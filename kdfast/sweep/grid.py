@@ -9,7 +9,7 @@ from typing import Any
 
 from kdfast.data.order import batch_count
 from kdfast.distill.config import RunConfig, check_integer
-from kdfast.distill.schedule import parse_alpha
+from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.errors import UsageError
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec

@@ -3,7 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from kdfast.distill.schedule import LR_SCHEDULES, compute_alpha, compute_learning_rate, parse_alpha, step_decay
+from kdfast.distill.losses.alpha import compute_alpha, parse_alpha
+from kdfast.distill.optimizer import LR_SCHEDULES, compute_learning_rate, step_decay
 from kdfast.errors import UsageError
 
 

@@ -1,17 +1,13 @@
-"""Schedules: the distillation weight by kept fraction, and the learning rate by step."""
+"""The weight of the divergence from the teacher, by the kept fraction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from kdfast.errors import UsageError
 
 # (kept fraction, alpha): interpolated linearly, constant outside.
 ALPHA_ANCHORS = ((0.1, 1.0), (0.7, 0.5))
-
-# Where the step schedule divides the rate by ten, as fractions of the run: epochs 150, 180 and 210 of 240.
-STEP_MILESTONES = (150 / 240, 180 / 240, 210 / 240)
 
 
 def compute_alpha(fraction: float) -> float:
@@ -60,36 +56,3 @@ def parse_alpha(text: str, fraction: float, most: float = 1.0) -> float:
         interval = "in [0, 1]" if most == 1 else "of at least 0"
         raise UsageError(f"`alpha` is {text!r}: pass a number {interval}, or auto")
     return value
-
-
-def step_decay(progress: float) -> float:
-    """Divide by 10 after 62.5%, 75% and 87.5% of the run, as RepDistiller does (epochs 150, 180, 210 of 240)."""
-    return float(0.1 ** sum(progress >= m for m in STEP_MILESTONES))
-
-
-def cosine(progress: float) -> float:
-    """Decay from 1 to 0 along half a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def constant(progress: float) -> float:
-    """Do not decay."""
-    return 1.0
-
-
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {"step": step_decay, "cosine": cosine, "constant": constant}
-
-
-def compute_learning_rate(base: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
-    """Return the learning rate of one step: a linear warm-up, then the schedule over the remaining steps.
-
-    Args:
-        base: Highest rate.
-        schedule: A key of `LR_SCHEDULES`.
-        step: Number of steps done.
-        total: Number of steps of the run.
-        warmup: Number of warm-up steps.
-    """
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return base * LR_SCHEDULES[schedule]((step - warmup) / max(total - warmup, 1))
