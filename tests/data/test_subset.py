@@ -295,7 +295,7 @@ def capped_by_hand(sizes, total, available):
     budgets = [1 if size else 0 for size in sizes]
     for _ in range(total - sum(budgets)):
         open_ones = [c for c in range(len(sizes)) if budgets[c] < available[c]]
-        budgets[min(open_ones, key=lambda c: budgets[c] / sizes[c])] += 1
+        budgets[min(open_ones, key=lambda c: (budgets[c] + 0.5) / sizes[c])] += 1
     return budgets
 
 

@@ -35,7 +35,8 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
 
     Source:
         Xia et al., Moderate Coreset: A Universal Method of Data Selection for Real-world Data-efficient Deep
-        Learning, ICLR 2023. The center is the mean in the paper and the median of each feature in its code.
+        Learning, ICLR 2023. The center is the mean in the paper and the median of each feature in its code, which
+        ranks the samples of all classes together (`balance` unbalanced).
     """
     median = inputs.options["fidelity"] == "code"
     use = inputs.options["use"]
