@@ -126,6 +126,21 @@ def test_caching_survives_kill_9(tmp_path: Path, kills: int) -> None:
 
 
 @pytest.mark.slow
+def test_recording_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
+    """Kills come within epochs, between an epoch's files and its checkpoint, and between two runs."""
+
+    def make(out: Path) -> list[object]:
+        return ["dynamics", "--data", tiny, "--net", "resnet8", "--epochs", 10, "--runs", 2, "--batch-size", 10,
+                "--top-k", 2, "--record", "batch", "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
+
+    def same(whole: Path, cut: Path) -> None:
+        same_files(whole, cut)
+        assert (whole / "manifest.json").read_bytes() == (cut / "manifest.json").read_bytes()
+
+    check(make, tmp_path, 6, same)
+
+
+@pytest.mark.slow
 def test_converting_survives_kill_9(tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
     rng = np.random.default_rng(0)
