@@ -151,7 +151,7 @@ def opacus_contenders(name: str, device: str) -> dict[str, Call]:
     return {"opacus ghost": norms, "opacus per-sample": per_sample}
 
 
-def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
+def vmapped(model: nn.Module, x: Tensor, y: Tensor, metric: dict[str, Tensor] | None = None) -> Call:
     """Return a call that uses torch.func: vmap over grad, with 0.25 GiB (GPU: 4 GiB) of gradients at a time."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -159,7 +159,10 @@ def vmapped(model: nn.Module, x: Tensor, y: Tensor) -> Call:
         return F.cross_entropy(functional_call(model, q, (image.unsqueeze(0),)), label.unsqueeze(0))
 
     def norm(q: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return torch.stack([g.square().sum() for g in grad(loss)(q, image, label).values()]).sum().sqrt()
+        squares = {name: g.square() for name, g in grad(loss)(q, image, label).items()}
+        if metric is not None:
+            squares = {name: square / metric[name] for name, square in squares.items()}
+        return torch.stack([square.sum() for square in squares.values()]).sum().sqrt()
 
     memory = 2**32 if x.is_cuda else 2**28
     size = sum(p.numel() * p.element_size() for p in params.values())
@@ -237,7 +240,7 @@ PEAK = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 torch.set_num_threads({threads})
-import bench_grad_norms as b
+import {module} as b
 call = b.contenders({name!r}, "cpu")[{what!r}]
 call()
 open("/proc/self/clear_refs", "w").write("5")
@@ -248,13 +251,14 @@ print((read("VmHWM") - before) / 2**20)
 """
 
 
-def peak(name: str, what: str, call: Call, device: str) -> str:
-    """Return the increase in memory use in MB during a call after the first."""
+def peak(name: str, what: str, call: Callable[[], Any], device: str, module: str = "bench_grad_norms") -> str:
+    """Return the increase in memory use in MB during a call after the first, one of the `contenders` of a module."""
     if device == "cuda":
         return f"{cuda_peak(call) / 2**20:.0f}"
     if not sys.platform.startswith("linux"):
         return ""
-    code = PEAK.format(folder=str(Path(__file__).parent), name=name, what=what, threads=torch.get_num_threads())
+    folder, threads = str(Path(__file__).parent), torch.get_num_threads()
+    code = PEAK.format(folder=folder, module=module, name=name, what=what, threads=threads)
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     return f"{float(run.stdout.split()[-1]):.0f}"
 
