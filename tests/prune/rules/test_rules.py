@@ -100,6 +100,21 @@ def test_rules_are_invariant_to_a_factor(labels, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("sizes", [[1], [2], [3], [1, 1, 1], [1, 5, 1], [2] * 25], ids=str)
+def test_tiny_classes_and_duplicate_samples(rule: str, sizes: list[int]) -> None:
+    """Equal scores, features and extras: each class still has its budget, and a single sample is kept."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(labels)
+    same = {"scores": np.zeros(n), "features": np.ones((n, 2)), "extras": {"mean_p": np.full(n, 0.5)}}
+    assert (pick(labels, 1.0, rule=rule, **same) == np.arange(n)).all()
+    fraction = max(0.5, len(sizes) / n)
+    for balance in ("balanced", "equal"):
+        kept = np.bincount(labels[pick(labels, fraction, rule=rule, balance=balance, **same)], minlength=len(sizes))
+        mode = "equal" if balance == "equal" else "proportional"
+        assert kept.tolist() == class_budgets(labels, max(1, round(fraction * n)), mode).tolist()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
 def test_returned_options_reproduce_the_selection(labels, rule: str) -> None:
     inputs = inputs_of(labels)
     scores = inputs.pop("scores")
