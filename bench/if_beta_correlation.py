@@ -32,9 +32,11 @@ from kdfast.distill.train import train
 from kdfast.prune.if_beta.estimators import Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES, ProxyData, ProxyTrainingConfig
+from kdfast.prune.if_beta.proxy import PROXIES, ProxyData
 from kdfast.prune.if_beta.reward import REWARDS
 from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
+from kdfast.prune.if_beta.selector.presets import OPTIONS, build_learner
+from kdfast.prune.if_beta.selector.select import IF_BETA
 from kdfast.teacher.cache import TeacherCache
 
 POLICIES = [
@@ -106,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", default="residual", choices=SAMPLE_SCORES)
+    parser.add_argument("--preset", default="kdfast", choices=OPTIONS, help="whose proxies and reward")
     return parser.parse_args()
 
 
@@ -124,9 +127,10 @@ def main() -> None:
     pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, labels[pool], round(options.fraction * len(pool)))
     rows = train_students(source, sampler, options)
 
-    proxy = PROXIES["projection"]()
+    method = build_learner(IF_BETA.complete_options("if-beta", {"preset": options.preset}), "balanced")
+    proxy = PROXIES[method.proxy]() if isinstance(method.proxy, str) else method.proxy
     data = ProxyData(proxy.transform(features, options.seed), y, logits)
-    evaluator = PolicyEvaluator(proxy, REWARDS["kd"], ProxyTrainingConfig(), data, held_out, options.seed)
+    evaluator = PolicyEvaluator(proxy, REWARDS[method.reward], method.budget, data, held_out, options.seed)
     found = []
     for a, b in sorted({(row["a"], row["b"]) for row in rows}):
         top1 = [row["test_top1"] for row in rows if (row["a"], row["b"]) == (a, b)]
@@ -137,7 +141,8 @@ def main() -> None:
     correlation = spearmanr([row["reward"] for row in found], [row["test_top1"] for row in found])
     print(f"Spearman {correlation.statistic:+.2f} over {len(found)} policies (p = {correlation.pvalue:.3f})")
     numbers = {"spearman": float(correlation.statistic), "p": float(correlation.pvalue)}
-    write_results("if_beta_correlation", found, data=Path(options.data).name, fraction=options.fraction, **numbers)
+    topic = "if_beta_correlation" if options.preset == "kdfast" else f"if_beta_correlation_{options.preset}"
+    write_results(topic, found, data=Path(options.data).name, fraction=options.fraction, **numbers)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 For a candidate (a, b), subsets are drawn and a small proxy is trained on each in the teacher's feature space with the
 distillation loss. The proxies' performance on held-out training samples is the reward that the search over (a, b)
-maximizes. The only input is the teacher's cache.
+maximizes. The inputs are the teacher's cache and, if they are not computed from it, the scores.
 
 Source: Wu et al., "Distill on a Diet: Efficient Knowledge Distillation via Learnable Data Pruning", 2026, arXiv
-2606.25488. The abstract fixes this outline; the scores, proxies, reward and search are kdfast's own.
+2606.25488. The published search is `TwoStages` with `Linear` proxies; all other parts are kdfast's own.
 """
 
 from kdfast.prune.if_beta.estimators import ESTIMATORS
