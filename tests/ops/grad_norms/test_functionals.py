@@ -112,8 +112,9 @@ def per_sample(model, x, y, loss=None):
 
 
 def metric_for(model):
-    """Return positive tensors whose entries differ by orders of magnitude."""
-    return {name: 10 ** torch.empty_like(p).uniform_(-3, 1).detach() for name, p in model.named_parameters()}
+    """Return positive tensors whose entries differ by orders of magnitude, those of images with channels last."""
+    found = {name: 10 ** torch.empty_like(p).uniform_(-3, 1).detach() for name, p in model.named_parameters()}
+    return {name: f.contiguous(memory_format=torch.channels_last) if f.dim() == 4 else f for name, f in found.items()}
 
 
 def vectors_for(model):
@@ -141,47 +142,46 @@ def double(model, x):
     return model.double(), x.double() if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_norms_in_a_metric(case, grad_norms_backend, dtype):
-    if dtype == torch.float64 and grad_norms_backend != "reference":
-        pytest.skip("the kernels compute in float32")
-    model, x, y = case
+def check_norms(model, x, y, tolerance, **options):
     metric = metric_for(model)
-    if dtype == torch.float64:
-        model, x = double(model, x)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
-    found = kdfast.grad_norms(model, x, y, metric=metric, backend=grad_norms_backend)
-    layers = kdfast.grad_norms(model, x, y, metric=metric, backend=grad_norms_backend, per_layer=True)
+    found = kdfast.grad_norms(model, x, y, metric=metric, **options)
+    layers = kdfast.grad_norms(model, x, y, metric=metric, per_layer=True, **options)
     grads = per_sample(model, x, y)
-    assert found.dtype == dtype
     torch.testing.assert_close(found.double(), metric_norms(grads, metric), rtol=tolerance, atol=0)
     assert set(layers) == {name.rpartition(".")[0] for name in grads}
     for layer, value in layers.items():
         torch.testing.assert_close(value.double(), metric_norms(grads, metric, layer), rtol=tolerance, atol=1e-14)
+    return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fisher_diagonal_adds_squares_over_samples(case, grad_norms_backend, dtype):
-    if dtype == torch.float64 and grad_norms_backend != "reference":
-        pytest.skip("the kernels compute in float32")
+def test_norms_in_a_metric(case, grad_norms_backend):
+    assert check_norms(*case, 1e-5, backend=grad_norms_backend).dtype == torch.float32
+
+
+def test_norms_in_a_metric_of_networks_in_float64(case):
     model, x, y = case
-    if dtype == torch.float64:
-        model, x = double(model, x)
+    assert check_norms(*double(model, x), y, 1e-11).dtype == torch.float64
+
+
+def check_fisher(model, x, y, rtol, atol, **options):
     batches = ((x[rows], y[rows]) for rows in (slice(0, 3), slice(3, 5)))
-    found = kdfast.fisher_diagonal(model, batches, backend=grad_norms_backend)
+    found = kdfast.fisher_diagonal(model, batches, **options)
     for name, grads in per_sample(model, x, y).items():
         exact = grads.square().sum(0)
         assert found[name].dtype == torch.float64
         assert found[name].shape == exact.shape
-        # An element that nearly cancels in a sample is exact relative to the parameter's others.
-        tolerance = (1e-5, 1e-6) if dtype == torch.float32 else (1e-9, 1e-14)
-        torch.testing.assert_close(
-            found[name],
-            exact,
-            rtol=tolerance[0],
-            atol=tolerance[1] * float(exact.max()),
-            msg=lambda m, n=name: f"{n} {m}",
-        )
+        # Relative to the parameter's largest: an element may nearly cancel in each sample.
+        error = ((found[name] - exact).abs() / (rtol * exact + atol * exact.max())).max()
+        assert error < 1, name
+
+
+def test_fisher_diagonal_adds_squares_over_samples(case, grad_norms_backend):
+    check_fisher(*case, 1e-5, 1e-6, backend=grad_norms_backend)
+
+
+def test_fisher_diagonal_of_networks_in_float64(case):
+    model, x, y = case
+    check_fisher(*double(model, x), y, 1e-9, 1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -385,6 +385,28 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
     whole = found()
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
     torch.testing.assert_close(found(), whole, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast):
+    model, x, y = small()
+    metric, vectors = metric_for(model), vectors_for(model)
+    expected = [
+        kdfast.grad_norms(model, x, y, metric=metric),
+        kdfast.grad_dots(model, x, y, vectors),
+        kdfast.fisher_diagonal(model, [(x, y)])["weight"],
+    ]
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = [
+            kdfast.grad_norms(model, x, y, metric=metric),
+            kdfast.grad_dots(model, x, y, vectors),
+            kdfast.fisher_diagonal(model, [(x, y)])["weight"],
+        ]
+    assert [value.dtype for value in found] == [torch.float32, torch.float32, torch.float64]
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=0.03, atol=0.03 * float(exact.abs().max()))
 
 
 def test_leaves_the_model_unchanged():
