@@ -6,10 +6,11 @@
     python bench/selection_students.py cifar10 ... --full --seeds 2
 
 Each step is a `kdfast` command, printed before it runs: the teacher is imported, cached on 5 views and flattened; a
-ResNet-20 is trained for the dynamics; every method chooses subsets and students train on them with the teacher, for the
-same number of steps. Seeds come one after another, so that an interrupted command leaves whole comparisons. Two rows
-have all data: for the same steps, and for the same epochs as the subset. `--full` trains for 240 epochs of a tenth, the
-recipe of RepDistiller, and only the methods of `FULL`.
+ResNet-20 is trained for the dynamics, and a ResNet-8 for 20 epochs of a random tenth, for the windows of BWS (in the
+features of the teacher, which fits its training split, all windows are alike). Then every method chooses subsets, and
+students train on them with the teacher for the same number of steps. Seeds come one after another, so that an
+interrupted command leaves whole comparisons. Two rows have all data: for the same steps, and for the same epochs as the
+subset. `--full` trains for 240 epochs of a tenth, the recipe of RepDistiller, and only the methods of `FULL`.
 
 Finished rows are appended to bench/results/selection_students.jsonl; the table shows means, standard deviations and
 95% intervals of the paired difference from random. `--report` only prints the tables of that file.
@@ -41,6 +42,8 @@ FRACTIONS = (0.1, 0.3, 0.5)
 SHORT_STEPS = 1250
 FULL_EPOCHS, FULL_FRACTION = 240, 0.1
 
+EL2N = "el2n:use=dynamics,epochs=1..10"
+BWS = EL2N + "/bws:start={start}"
 METHODS = (
     "random",
     "if-beta:preset=paper,score=fvm",
@@ -48,10 +51,10 @@ METHODS = (
     "dual",
     "ccs",
     "d2:use=dynamics",
-    "el2n:use=dynamics,epochs=1..10/bws",
+    BWS,
     "medium",
     "moderate:use=cache",
-    "el2n:use=dynamics,epochs=1..10",
+    EL2N,
 )
 FULL = ("random", "if-beta:preset=paper,score=fvm", "if-beta", "dual")
 ALL_STEPS, ALL_EPOCHS = "all data, the same steps", "all data, the same epochs"
@@ -121,6 +124,25 @@ def prepare(preset: Preset, checkpoint: str, paths: Paths) -> None:
         run_kdfast("score", *data, *flags, "--out", out / "fvm.npz")
 
 
+def best_window(paths: Paths, fraction: float) -> float:
+    """Return the start of BWS's window, chosen with the features of a network that is trained briefly."""
+    data, out = ("--data", paths.data), paths.out / "bws"
+    out.mkdir(exist_ok=True)
+    if not (out / "cache" / "manifest.json").exists():
+        subset = out / "random.npy"
+        run_kdfast("prune", *data, "--method", "random", "--fraction", 0.1, "--out", subset)
+        flags = ("--student", "resnet8", "--alpha", 0, "--epochs", 20, "--precision", "auto")
+        run_kdfast("distill", *data, "--subset", subset, *flags, "--out", out / "short")
+        run_kdfast("cache", *data, "--teacher", out / "short" / "student.pt", "--views", 1, "--out", out / "cache")
+    chosen = out / f"idx-{fraction:g}.npy"
+    if not chosen.exists():
+        score = ("--method", "el2n", "--score-option", "use=dynamics", "--score-option", "epochs=1..10")
+        inputs = ("--dynamics", paths.out / "dyn", "--cache", out / "cache")
+        run_kdfast("prune", *data, *inputs, *score, "--rule", "bws", "--fraction", fraction, "--out", chosen)
+    provenance = json.loads(chosen.with_suffix(".json").read_text())
+    return float(provenance["parameters"]["options"]["start"])
+
+
 def sweep(
     paths: Paths, name: str, student: str, methods: str, fraction: float, steps: int, seed: int, full: bool
 ) -> None:
@@ -144,8 +166,11 @@ def train_all(preset: Preset, paths: Paths, student: str, seeds: int, full: bool
             per_epoch = math.ceil(round(fraction * preset.samples) / BATCH)
             epochs = FULL_EPOCHS if full else max(1, round(SHORT_STEPS / per_epoch))
             steps = epochs * per_epoch
+            names = ",".join(methods)
+            if BWS in methods:
+                names = names.replace(BWS, BWS.format(start=best_window(paths, fraction)))
             plan = {
-                f"{kind}-{student}": (",".join(methods), fraction, steps),
+                f"{kind}-{student}": (names, fraction, steps),
                 f"{kind}-{student}-all-{steps}": ("random", 1.0, steps),
             }
             # All data for 240 epochs takes ten times as long as the rest together.
@@ -156,7 +181,8 @@ def train_all(preset: Preset, paths: Paths, student: str, seeds: int, full: bool
                 label = None if share < 1 else ALL_STEPS if count == steps else ALL_EPOCHS
                 for row in read_rows(paths.out / name / "results.jsonl"):
                     if row["seed"] == seed and row["fraction"] == share:
-                        yield {**row, "method": label or row["method"], "compared_at": fraction, "kind": kind}
+                        method = label or (BWS.split(":start")[0] if "/bws" in row["method"] else row["method"])
+                        yield {**row, "method": method, "compared_at": fraction, "kind": kind}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
