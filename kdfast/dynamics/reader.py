@@ -130,8 +130,8 @@ class Dynamics:
         layout.check_when("when", when)
         if when == "batch" and self.record != "batch":
             raise UsageError(
-                f"{self.path} was recorded without correctness in training batches: record again with kdfast dynamics, "
-                "to another folder, with `record` batch"
+                f"{self.path} was recorded without correctness in training batches: record again with kdfast dynamics "
+                "and record=batch, to another folder"
             )
         name = layout.CORRECT if when == "epoch" else layout.CORRECT_BATCH
         packed = self._array(run, f"{name}.npy", (self.epochs, -(-self.n // 8)), np.uint8)
@@ -211,8 +211,8 @@ class Dynamics:
     def _require_predictions(self) -> None:
         if not self.top_k:
             raise UsageError(
-                f"{self.path} was recorded without predictions: record again with kdfast dynamics, to another folder, "
-                "with a `top_k` above 0"
+                f"{self.path} was recorded without predictions: record again with kdfast dynamics and, for "
+                "example, top_k=5, to another folder"
             )
 
     def _metric(self, run: int, name: str) -> Float16Array:

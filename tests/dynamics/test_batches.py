@@ -168,7 +168,7 @@ def test_batches_need_a_recording_of_batches(tmp_path: Path) -> None:
             one.update_batch([0], torch.zeros(1, C))
         for _ in range(EPOCHS):
             end_epoch(one)
-    with pytest.raises(UsageError, match=r"without correctness in training batches: record again .*`record` batch"):
+    with pytest.raises(UsageError, match=r"without correctness in training batches: record again .*record=batch"):
         Dynamics.open(tmp_path / "dyn").correct(0, when="batch")
     with pytest.raises(UsageError, match=r"`record` is 'step': pass one of epoch, batch"):
         recorder(tmp_path, record="step")
