@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.prune.if_beta.estimators import ScoreFunction
 from kdfast.prune.if_beta.learner import IFBeta
-from kdfast.prune.if_beta.proxy import ProxyTrainingConfig
+from kdfast.prune.if_beta.proxy import Linear, ProxyTrainingConfig
 from kdfast.prune.if_beta.search import Schedule
 from kdfast.prune.if_beta.selector.costs import distillation_seconds
+from kdfast.prune.if_beta.stages import TwoStages
 from kdfast.prune.rules.d2_graph import nearest_neighbors
 from kdfast.prune.scores.base import ScoreInputs
 from kdfast.prune.scores.registry import compute_score
@@ -116,11 +119,20 @@ def scores(source: Source, device: str) -> list[Any]:
     return [compute_score(name, ScoreInputs(**inputs, options=o, network=network)).values for name, o in runs]
 
 
-def search(score: str) -> Callable[[Source, str], list[Any]]:
+IF_BETA = IFBeta(budget=ProxyTrainingConfig(steps=5), schedule=Schedule(steps=2), candidates=2)
+PUBLISHED = IFBeta(
+    proxy=Linear(),
+    reward="ce",
+    estimator=ScoreFunction(4),
+    budget=ProxyTrainingConfig(steps=None, batch_size=16),
+    schedule=TwoStages(mu_step=0.5, steps=2, repeats=2),
+)
+
+
+def search(score: str, learner: IFBeta = IF_BETA) -> Callable[[Source, str], list[Any]]:
     def run(source: Source, device: str) -> list[Any]:
         features, logits, labels = torch.randn(200, 8), torch.randn(200, 4), np.arange(200, dtype=np.int64) % 4
-        learner = IFBeta(score=score, budget=ProxyTrainingConfig(steps=5), schedule=Schedule(steps=2), candidates=2)
-        result = learner.fit(logits, features, labels, 0.3, device=device)
+        result = replace(learner, score=score).fit(logits, features, labels, 0.3, device=device)
         return [result.ids, result.scores, result.path, result.rewards]
 
     return run
@@ -147,6 +159,7 @@ PASSES: dict[str, Callable[[Source, str], list[Any]]] = {
     "IF-Beta by removal": search("removal"),
     "IF-Beta by residual": search("residual"),
     "IF-Beta by cross-fit": search("crossfit"),
+    "IF-Beta as published": search("self", PUBLISHED),
 }
 
 

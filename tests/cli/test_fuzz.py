@@ -46,6 +46,10 @@ FLATTEN = "teacher flatten --data data.npz --teacher teacher.pt --iterations 2 -
 PAGE = "report scores scores.npz --data data.npz --cache cache --subset idx.npy"
 SWEEP = "sweep --data data.npz --student resnet8 --fractions .5 --kd off --steps 2 --batch-size 8"
 QUICK = "--option steps=3 --option inner_steps=5 --option held=.25"
+PUBLISHED = (
+    "prune --data data.npz --cache cache --method if-beta --option preset=paper --option held=.25 --option mu_step=.5 "
+    "--option steps=1 --fraction .5"
+)
 POLICY = f"prune --data data.npz --cache cache --method if-beta {QUICK} --fraction .5"
 
 # Each command with the files that it reads, which are damaged in turn.
@@ -73,6 +77,8 @@ COMMANDS: list[tuple[str, list[str]]] = [
     ("prune --data data.npz --fraction .5 --scores scores.npz --out new.npy", ["scores.npz", "scores.npz"]),
     ("prune --data data.npz --fraction .5 --method random --out idx.npy", ["idx.npy", "idx.json"]),
     (f"{POLICY} --out stopped-policy.npy", ["stopped-policy.search.json"]),
+    (f"{PUBLISHED} --scores scores.npz --out new.npy", ["scores.npz", "cache/*"]),
+    (f"{PUBLISHED} --teacher teacher.pt --dry-run --out new.npy", ["teacher.pt"]),
     (f"{TRAIN} --subset idx.npy --cache cache --out new", ["idx.npy", "idx.json", "cache/*"]),
     (f"{TRAIN} --teacher teacher.pt --alpha .5 --out new", ["teacher.pt"]),
     (f"{PLAIN} --out run", ["run/*", "run/*", "run/checkpoints/*"]),

@@ -17,6 +17,7 @@ from kdfast.files.validate import check_type
 from kdfast.prune.if_beta.search import SearchState
 
 _FORMAT = "kdfast-if-beta-search"
+START_OVER = "delete it to start over"
 
 
 class SearchCheckpoint:
@@ -52,7 +53,7 @@ class SearchCheckpoint:
                 f"{self.path} is the checkpoint of another search ({difference}): resume that search with its own "
                 "command and version of kdfast, choose another output name, or delete the file to start over"
             )
-        check_type(content, schemas.SearchFile, self.path, advice="delete it to start over")
+        check_type(content, schemas.SearchFile, self.path, advice=START_OVER)
         return SearchState(**content["state"])
 
     def save(self, state: SearchState) -> None:

@@ -19,10 +19,10 @@ from kdfast.data.arrays import as_labels
 from kdfast.data.holdout import hold_out
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import subset_size
-from kdfast.errors import UsageError, look_up, unknown_name
+from kdfast.errors import DataError, UsageError, look_up, unknown_name
 from kdfast.ops.float32 import full_float32
 from kdfast.progress import Progress
-from kdfast.prune.if_beta.checkpoint import SearchCheckpoint, digest
+from kdfast.prune.if_beta.checkpoint import START_OVER, SearchCheckpoint, digest
 from kdfast.prune.if_beta.estimators import ESTIMATORS, Estimator, Outcome, Trial
 from kdfast.prune.if_beta.evaluator import PairedComparison, PolicyEvaluator
 from kdfast.prune.if_beta.inputs import as_tensor, check_fraction, check_inputs, check_scores
@@ -273,6 +273,8 @@ class IFBeta:
             return evaluator.evaluate(trials, sampler=sampler, step=step)
 
         found = checkpoint.load() or self.schedule.initial()
+        if not np.allclose(self.schedule.policy(found.phi), found.path[-1]):
+            raise DataError(f"{checkpoint.path}: its phi and the end of its path contradict each other: {START_OVER}")
         while not self.schedule.is_finished(found):
             started = time.perf_counter()
             self.schedule.take_step(found, estimator, evaluate)

@@ -85,7 +85,7 @@ class SearchState:
         return step
 
     def complete_step(self, phi: list[float], policy: list[float], found: Estimate) -> None:
-        """Move on to `phi` and the (a, b) that it stands for, after a step with the outcome `found`."""
+        """Move on to `phi`, which stands for the (a, b) `policy`, after a step with the outcome `found`."""
         self.step += 1
         self.phi = phi
         self.path.append(policy)
@@ -134,6 +134,11 @@ class Schedule:
         """Return the state at `start`."""
         return SearchState(phi=[math.log(value) for value in self.start], path=[list(self.start)])
 
+    def policy(self, phi: list[float]) -> list[float]:
+        """Return the (a, b) that phi stands for."""
+        a, b = np.exp(phi).tolist()
+        return [a, b]
+
     def is_finished(self, state: SearchState) -> bool:
         """Return whether all steps are done or the search has converged."""
         return state.step >= self.steps or state.quiet >= _PATIENCE
@@ -159,7 +164,7 @@ class Schedule:
             math.log(MAX_PARAMETER),
         )
         state.quiet = state.quiet + 1 if float(np.linalg.norm(moved - phi)) < self.tolerance else 0
-        state.complete_step(moved.tolist(), np.exp(moved).tolist(), found)
+        state.complete_step(moved.tolist(), self.policy(moved.tolist()), found)
 
     def learned(self, state: SearchState) -> tuple[float, float]:
         """Return the geometric mean of (a, b) over the last part of the path."""

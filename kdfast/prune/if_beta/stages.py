@@ -88,8 +88,13 @@ class TwoStages:
 
     def initial(self) -> SearchState:
         """Return the state at the first mode of the grid."""
-        mu = float(self.grid[0])
-        return SearchState(phi=[mu, math.log(self.tau)], path=[list(beta_parameters(mu, self.tau))])
+        phi = [float(self.grid[0]), math.log(self.tau)]
+        return SearchState(phi, path=[self.policy(phi)])
+
+    def policy(self, phi: list[float]) -> list[float]:
+        """Return the (a, b) that phi = (mu, ln tau) stands for."""
+        mu, log_tau = phi
+        return list(beta_parameters(mu, math.exp(log_tau)))
 
     def is_finished(self, state: SearchState) -> bool:
         """Return whether both stages are done."""
@@ -115,8 +120,8 @@ class TwoStages:
         state.check(found)
         rewards = [*state.rewards, found.reward]
         following = len(rewards) if len(rewards) < len(self.grid) else int(np.argmax(rewards))
-        mu = float(self.grid[following])
-        state.complete_step([mu, math.log(self.tau)], list(beta_parameters(mu, self.tau)), found)
+        phi = [float(self.grid[following]), math.log(self.tau)]
+        state.complete_step(phi, self.policy(phi), found)
 
     def _move_sharpness(self, state: SearchState, estimator: Estimator, evaluate: EvaluateAt) -> None:
         mu, log_tau = state.phi
@@ -131,4 +136,4 @@ class TwoStages:
         rate = self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
         moved = log_tau + float(state.adam_step(found.gradient, rate, done + 1)[0])
         moved = min(max(moved, math.log(MIN_TAU)), math.log(MAX_TAU))
-        state.complete_step([mu, moved], list(beta_parameters(mu, math.exp(moved))), found)
+        state.complete_step([mu, moved], self.policy([mu, moved]), found)

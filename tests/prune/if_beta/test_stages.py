@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from kdfast.errors import DivergedError, OutputError, UsageError
+from kdfast.errors import DataError, DivergedError, OutputError, UsageError
 from kdfast.prune.if_beta import IFBeta
 from kdfast.prune.if_beta.estimators import Estimate, Outcome, ScoreFunction
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
@@ -70,8 +70,8 @@ def test_every_mode_is_tried_once_with_the_same_noise():
     for _ in range(5):
         search.take_step(state, None, evaluate)
     modes = [0, 0.25, 0.5, 0.75, 1]
-    assert seen == [(0, [(*beta_parameters(mu, 2.0), draw) for draw in range(3)]) for mu in modes]
-    assert state.path == [list(beta_parameters(mu, 2.0)) for mu in [*modes, 0.75]]
+    assert seen == [(0, [(*map(pytest.approx, beta_parameters(mu, 2.0)), k) for k in range(3)]) for mu in modes]
+    assert state.path == [pytest.approx(beta_parameters(mu, 2.0)) for mu in [*modes, 0.75]]
     assert (state.step, state.trials, state.phi) == (5, 15, [0.75, math.log(2)])
 
 
@@ -283,6 +283,16 @@ def test_refuses_the_checkpoint_of_another_preset_or_of_other_settings(cloud, tm
         fit(cloud, quick, state=state)
     with pytest.raises(OutputError, match=r"of another search.*`proxy` was"):
         fit(cloud, IFBeta(proxy=Projection(4)), state=state)
+
+
+def test_refuses_a_damaged_checkpoint(cloud, tmp_path):
+    state = tmp_path / "idx.search.json"
+    fit(cloud, state=state)
+    content = json.loads(state.read_text())
+    content["state"]["phi"][0] = 9.5  # no mode
+    state.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"idx\.search\.json: its phi .* contradict each other: delete it"):
+        fit(cloud, state=state)
 
 
 def test_any_score_ranks_in_both_presets(cloud):
