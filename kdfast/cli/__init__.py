@@ -12,10 +12,13 @@ def main() -> None:
     """Run the command line; turn errors into one line on stderr and an exit code of `kdfast.errors`."""
     # First of all, because the imports below take a moment too.
     INTERRUPTER.install()
-    configure_threads()
-    from kdfast.cli.program import run
+    try:
+        configure_threads()
+        from kdfast.cli.program import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before the command began, or while its outcome was being printed
+        INTERRUPTER.exit()
 
 
 def __getattr__(name: str) -> Any:

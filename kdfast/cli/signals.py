@@ -7,9 +7,12 @@ reports progress and when an exception ends it, and so does a training loop when
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 from types import FrameType
+from typing import NoReturn
 
 # KdfastError is not imported: this file must be loaded before anything that takes time.
 EXIT_CODE = 75
@@ -40,6 +43,14 @@ class Interrupter:
         """Ignore both signals from now on: the interpreter that shuts down would die of them after all work is done."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+
+    def exit(self) -> NoReturn:
+        """Say that the command was interrupted, and exit."""
+        self.ignore()
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(MESSAGE, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt, or exit at once if a module is being imported."""

@@ -93,6 +93,21 @@ def test_signal_whose_exception_is_lost(kdfast, tiny, teacher, tmp_path, monkeyp
     assert kdfast(*arguments).code == 0
 
 
+@pytest.mark.parametrize("kind", SIGNALS)
+@pytest.mark.parametrize(("place", "data"), [
+    ("program.find_command", "nowhere.npz"), ("program.complain", "nowhere.npz"), ("program.flush_output", None),
+    ("program.prepare_streams", None), ("configure_threads", None),
+])  # fmt: skip
+def test_signal_before_the_command_or_while_it_prints_its_outcome(kdfast, tiny, monkeypatch, place, data, kind) -> None:
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), getattr(signal, kind))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(f"kdfast.cli.{place}", interrupt)
+    ran = kdfast("data", "info", data or tiny)
+    assert (ran.code, ran.err) == (75, "kdfast: interrupted; run the same command again to resume\n")
+
+
 @pytest.mark.slow  # it loads FFCV
 @pytest.mark.parametrize("kind", ["SIGINT", "KeyError"])
 def test_conversion_that_ends_early_says_why(kdfast, tiny: Path, tmp_path: Path, monkeypatch, kind: str) -> None:
