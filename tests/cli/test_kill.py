@@ -120,6 +120,18 @@ def test_training_survives_kill_9(tiny: Path, cache: Path, tmp_path: Path, kills
     check(training(tiny, cache), tmp_path, kills, same_files)
 
 
+@pytest.mark.slow
+def test_training_with_adapters_survives_kill_9(tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    """The adapters of a term and their momentum are part of the checkpoint, and so is the phase that comes first."""
+
+    def make(out: Path) -> list[object]:
+        return ["distill", "--data", tiny, "--student", "resnet8", "--teacher", teacher, "--epochs", 16,
+                "--batch-size", 25, "--kd-term", "vid", "--kd-term", "ft", "--log-every", 7,
+                "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
+
+    check(make, tmp_path, 6, same_files)
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_caching_survives_kill_9(tmp_path: Path, kills: int) -> None:
     check(caching(tmp_path), tmp_path, kills, same_files)
