@@ -39,6 +39,10 @@ def expect(outcome, code: int, pattern: str) -> None:
     assert "Traceback" not in outcome.err
 
 
+# What the fixture `dynamics` records.
+RECORDED = ["--runs", 2, "--features-every", 1, "--top-k", 3]
+
+
 def dynamics_command(data, out, *more, epochs=3) -> list[object]:
     return ["dynamics", "--data", data, "--net", "resnet8", "--epochs", epochs, "--batch-size", 20, "--out", out, *more]
 
@@ -47,7 +51,7 @@ def dynamics_command(data, out, *more, epochs=3) -> list[object]:
 def dynamics(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of three epochs on the tiny data."""
     out = tmp_path_factory.mktemp("dynamics") / "dyn"
-    finish(dynamics_command(tiny, out, "--runs", 2, "--features-every", 1, "--top-k", 3))
+    finish(dynamics_command(tiny, out, *RECORDED))
     return out
 
 
@@ -150,7 +154,7 @@ def test_scoring_is_deterministic_but_for_the_seconds(kdfast, tiny, dynamics, tm
 
 def test_does_not_repeat_a_finished_recording(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
-    ran = kdfast(*dynamics_command(tiny, dynamics, "--runs", 2, "--features-every", 1))
+    ran = kdfast(*dynamics_command(tiny, dynamics, *RECORDED))
     assert ran.code == 0
     assert "recorded 2 runs of 3 epochs on 120 samples" in ran.out
     assert arrays_of(dynamics) == before
@@ -179,7 +183,7 @@ def test_records_every_other_epoch(kdfast, tiny, tmp_path) -> None:
 def test_processes_can_share_runs(kdfast, tiny, dynamics, tmp_path) -> None:
     for run in (1, 0):
         assert not (tmp_path / "d" / "manifest.json").exists()
-        command = dynamics_command(tiny, tmp_path / "d", "--runs", 2, "--features-every", 1, "--only", run)
+        command = dynamics_command(tiny, tmp_path / "d", *RECORDED, "--only", run)
         assert kdfast(*command).code == 0
     assert arrays_of(tmp_path / "d") == arrays_of(dynamics)
     expect(kdfast(*dynamics_command(tiny, tmp_path / "d", "--runs", 2, "--only", 2)), 2, "0 to 1")
@@ -269,11 +273,11 @@ def test_rejects_unfinished_dynamics(kdfast, tiny, dynamics, tmp_path) -> None:
 
 def test_rejects_other_settings_in_the_same_folder(kdfast, tiny, dynamics) -> None:
     before = arrays_of(dynamics)
-    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, "--runs", 2, "--features-every", 1)), 2,
+    expect(kdfast(*dynamics_command(tiny, dynamics, "--lr", 0.01, *RECORDED)), 2,
            r"other data or settings: --lr was 0\.[0-9]+, is 0\.01\. Choose")  # fmt: skip
     expect(kdfast(*dynamics_command(tiny, dynamics, "--runs", 2, epochs=2)), 2,
            "number of recorded epochs was 3, is 2; epochs with features was .*; --epochs was 3, is 2")  # fmt: skip
-    expect(kdfast(*dynamics_command("digits", dynamics, "--runs", 2, "--features-every", 1)), 2,
+    expect(kdfast(*dynamics_command("digits", dynamics, *RECORDED)), 2,
            "number of samples was 120, is .*; digest of the labels was .*; fingerprint of the data was ")  # fmt: skip
     assert arrays_of(dynamics) == before
 

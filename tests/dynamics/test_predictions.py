@@ -128,8 +128,9 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
 
 def test_another_top_k_is_refused_in_a_folder_with_epochs(tmp_path: Path) -> None:
     record(tmp_path, 1)
-    with pytest.raises(UsageError, match="`top_k` was 3, is 2"):
-        recorder(tmp_path, top_k=2)
+    for other in (2, 0):
+        with pytest.raises(UsageError, match=rf"settings: `top_k` was 3, is {other}\. Choose"):
+            recorder(tmp_path, top_k=other)
 
 
 KILLED = """
