@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ def main() -> None:
         for name, line in zip(values, matrix, strict=True)
     ]
     print(table([{"": index + 1, **row} for index, row in enumerate(rows)]))
-    path = write_results(options.name, rows, samples=len(labels), fingerprint=source.fingerprint)
+    path = write_results(options.name, rows, data=Path(options.data).name, samples=len(labels))
     print(f"\nwritten to {path}")
 
 

@@ -29,7 +29,7 @@ Parameters = dict[str, Tensor]
 _CPU_PIXELS = 1 << 16
 _CUDA_PIXELS = 1 << 20
 
-DEFAULT_DAMPING = 0.1
+DEFAULT_DAMPING = 1e-3
 
 OPTIONS = {
     "fisher": Option(
