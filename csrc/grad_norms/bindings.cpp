@@ -55,6 +55,7 @@ void bind_grad_norms(py::module_& m) {
   });
 #ifdef KDFAST_WITH_CUDA
   m.def("conv_squared_norms_parts", &grad_norms::parts);
+  m.def("conv_sums_of_squares_parts", &grad_norms::squares_parts);
   m.def("conv_squared_norms_cuda", [](Convolution args, uintptr_t out, uintptr_t stream) {
     args.out = reinterpret_cast<double*>(out);
     py::gil_scoped_release release;

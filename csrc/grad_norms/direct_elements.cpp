@@ -47,7 +47,10 @@ class DirectElements final : public ElementAlgorithm {
     const Part part = find_part(index);
     float *tiles = scratch, *weights = tiles + tile_planes() * plane_, *squares = weights + offsets_ * plane_;
     if (a_.weights) {
-      for_each_element(part, [&](int64_t at, int64_t from) { weights[at] = from < 0 ? 0.0f : a_.weights[from]; });
+      std::fill_n(weights, offsets_ * plane_, 0.0f);
+      for_each_run(part, [&](int64_t at, int64_t element, int64_t step, int64_t size) {
+        copy_strided(a_.weights + element, step, weights + at, size);
+      });
     }
     if (a_.squares) std::fill_n(squares, offsets_ * plane_, 0.0f);
     for (int64_t i = 0; i < count; ++i) {
@@ -55,8 +58,8 @@ class DirectElements final : public ElementAlgorithm {
       sums[i] = sum(part, from, tiles, weights, squares);
     }
     if (a_.squares) {
-      for_each_element(part, [&](int64_t at, int64_t to) {
-        if (to >= 0) a_.squares[to] += static_cast<double>(squares[at]);
+      for_each_run(part, [&](int64_t at, int64_t element, int64_t step, int64_t size) {
+        for (int64_t j = 0; j < size; ++j) a_.squares[element + j * step] += static_cast<double>(squares[at + j]);
       });
     }
   }
@@ -101,22 +104,24 @@ class DirectElements final : public ElementAlgorithm {
     return total;
   }
 
-  // Calls visit(index in the planes of the part, index in the gradient of all outputs, or -1 beside the gradient).
+  // Calls visit(index in the part's planes, index in the weight, its step, size) for the runs of elements of the part.
   template <class Visit>
-  void for_each_element(const Part& part, const Visit& visit) const {
-    const int64_t offsets = a_.kernel[0] * a_.kernel[1], width = part.width();
+  void for_each_run(const Part& part, const Visit& visit) const {
+    const int64_t offsets = a_.kernel[0] * a_.kernel[1], end = std::min(part.start + part.width(), panels_.inputs);
     for (int64_t row = 0; row < part.blocks * kTileRows; ++row) {
-      const int64_t output = part.first_block * kTileRows + row;
+      const int64_t output = part.first_block * kTileRows + row, at = row * part.width();
+      if (output >= panels_.outputs) break;
       const int64_t first = (part.group * panels_.outputs + output) * panels_.channels * offsets;
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t input = part.start + j;
-        const bool inside = output < panels_.outputs && input < panels_.inputs;
-        for (int64_t offset = 0; offset < offsets_; ++offset) {
-          // A row of unfolded inputs has the channels of the first offset, then those of the next.
-          const int64_t element =
-              panels_.unfold ? input % panels_.channels * offsets + input / panels_.channels : input * offsets + offset;
-          visit(offset * plane_ + row * width + j, inside ? first + element : int64_t{-1});
+      for (int64_t offset = 0; offset < offsets; ++offset) {
+        if (!panels_.unfold) {
+          visit(offset * plane_ + at, first + part.start * offsets + offset, offsets, end - part.start);
+          continue;
         }
+        // A row of unfolded inputs has the channels of the first offset, then those of the next.
+        const int64_t channel = std::max<int64_t>(part.start - offset * panels_.channels, 0);
+        const int64_t input = offset * panels_.channels + channel;
+        const int64_t size = std::min(panels_.channels - channel, end - input);
+        if (size > 0) visit(at + input - part.start, first + channel * offsets + offset, offsets, size);
       }
     }
   }

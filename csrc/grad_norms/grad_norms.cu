@@ -1,5 +1,5 @@
-// Squared norms of a convolution's per-sample weight gradients on a GPU, as one partial sum per tile and sample: the
-// caller adds them in a fixed order, so that the result has the same bits every time. grad_norms.h has the formulas.
+// Functions of a convolution's per-sample weight gradients on a GPU, as partial sums: the caller adds them in a fixed
+// order, so that the result has the same bits every time. grad_norms.h has the formulas.
 //
 // A block multiplies two matrices that are gathered from memory: a line of either belongs to a row or column of the
 // block's tile, and the depth of the product is cut into stages. While one stage is multiplied, the next is copied to
@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "grad_norms/gpu_layer.h"
 #include "grad_norms/grad_norms.h"
 
 namespace kdfast::grad_norms {
@@ -27,109 +28,16 @@ constexpr int kDepth = 16;            // terms of the products in a stage
 constexpr int kPitch = kColumns + 4;  // so that threads that copy along the depth use different banks
 constexpr int kStages =
     32;  // added before the sums move to a second set, so that their error does not grow with the depth
-constexpr int64_t kMaxBlocks = 65535;
-constexpr int kOutside = 1 << 29;  // added to a coordinate, it exceeds every size
+constexpr int64_t kMaxBlocks = 65535;  // of the samples
+static_assert(kThreads <= kMargin, "no thread counts beyond the margin");
+// What needs the elements of G: blocks that a launch aims at, each of which takes several samples in turn.
+constexpr int64_t kElementBlocks = 4096;
+constexpr int64_t kSumBlocks = 1024;  // of tiles that are kept, in 32 KiB each
+constexpr int kMaxAdded = 32;         // squares that are added in float
 
-// A convolution as the blocks see it; channels, outputs and inputs are per group. Within a sample, sizes and offsets
-// fit 32 bits, since 64-bit arithmetic is several times as slow.
-struct Layer {
-  const float *a, *b;
-  double* out;
-  int64_t batch, a_sample, b_sample, a_group, b_group;  // strides of samples and groups
-  int channels, outputs, offsets, inputs, positions, out_width;
-  int size[2], kernel[2], stride[2], dilation[2], pad[2];
-  uint32_t a_strides[3], b_strides[3];  // in bytes, of channels or outputs, rows and columns
-  bool channels_last;
-
-  __device__ const char* image(int64_t sample, int group) const {
-    return reinterpret_cast<const char*>(a + sample * a_sample + group * a_group);
-  }
-  __device__ const char* gradients(int64_t sample, int group) const {
-    return reinterpret_cast<const char*>(b + sample * b_sample + group * b_group);
-  }
-};
-
-// What a position, an element of a patch or an output adds to offsets and coordinates. Offsets are modulo 2^32, since
-// those of a position or an element alone can be negative.
-struct alignas(16) Entry {
-  uint32_t input;
-  int x, y;
-  uint32_t gradient;
-};
-
-// An index and its three digits.
-struct Counter {
-  int index, high, middle, low;
-};
-
-// Number systems, in which a counter advances without divisions.
-struct Digits {
-  int middle_size, low_size;
-
-  __device__ Counter count(int index) const {
-    const int rest = index / low_size;
-    return {index, rest / middle_size, rest % middle_size, index % low_size};
-  }
-  __device__ void advance(Counter& counter, const Counter& step) const {
-    counter.index += step.index;
-    counter.low += step.low;
-    counter.middle += step.middle;
-    counter.high += step.high;
-    if (counter.low >= low_size) counter.low -= low_size, ++counter.middle;
-    if (counter.middle >= middle_size) counter.middle -= middle_size, ++counter.high;
-  }
-};
-
-constexpr int kUnlimited = 0x7fffffff;
-
-// Positions of the output: where the patch begins, and the output gradient.
-struct Positions {
-  const Layer& s;
-  __device__ Digits digits() const { return {kUnlimited, s.out_width}; }
-  __device__ Entry entry(const Counter& c) const {
-    const int y = c.middle * s.stride[0] - s.pad[0], x = c.low * s.stride[1] - s.pad[1];
-    return {y * s.a_strides[1] + x * s.a_strides[2], x, c.index < s.positions ? y : kOutside,
-            c.middle * s.b_strides[1] + c.low * s.b_strides[2]};
-  }
-};
-
-// Elements of a patch, those that are adjacent in memory first.
-struct Elements {
-  const Layer& s;
-  __device__ Digits digits() const {
-    return s.channels_last ? Digits{s.kernel[1], s.channels} : Digits{s.kernel[0], s.kernel[1]};
-  }
-  __device__ Entry entry(const Counter& c) const {
-    const int channel = s.channels_last ? c.low : c.high;
-    const int y = (s.channels_last ? c.high : c.middle) * s.dilation[0];
-    const int x = (s.channels_last ? c.middle : c.low) * s.dilation[1];
-    return {channel * s.a_strides[0] + y * s.a_strides[1] + x * s.a_strides[2], x, c.index < s.inputs ? y : kOutside,
-            0};
-  }
-};
-
-struct Outputs {
-  const Layer& s;
-  __device__ Digits digits() const { return {kUnlimited, kUnlimited}; }
-  __device__ Entry entry(const Counter& c) const {
-    return {0, 0, c.index < s.outputs ? 0 : kOutside, c.index * s.b_strides[0]};
-  }
-};
-
-// Element i, j of a matrix of inputs or output gradients: its offset in bytes, and whether it exists. Others are 0.
-struct Element {
-  uint32_t offset;
-  bool inside;
-};
-
-__device__ Element input_of(const Layer& s, const Entry& i, const Entry& j) {
-  return {i.input + j.input, static_cast<unsigned>(i.y + j.y) < static_cast<unsigned>(s.size[0]) &&
-                                 static_cast<unsigned>(i.x + j.x) < static_cast<unsigned>(s.size[1])};
-}
-
-__device__ Element gradient_of(const Entry& i, const Entry& j) {
-  return {i.gradient + j.gradient, i.y + j.y < kOutside / 2};
-}
+// What is computed from the elements of G: the sum of the squares, also with weights, or the squares' sums over
+// samples.
+enum class Use { kNorm, kWeightedNorm, kSquares };
 
 __device__ float at(const char* source, const Element& element) {
   return *reinterpret_cast<const float*>(source + element.offset);
@@ -242,27 +150,97 @@ __device__ double block_sum(double value) {
   return total;
 }
 
-// A block forms one tile of G, whose size is outputs x inputs, and squares it.
-template <int kPerRow, bool kAlongDepth>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) direct(Layer s, int row_tiles, int column_tiles) {
-  __shared__ Staging staging;
-  const int group = blockIdx.x / (row_tiles * column_tiles), tile = blockIdx.x % (row_tiles * column_tiles);
-  fill(staging.rows, kRowThreads * kPerRow, Outputs{s}, tile / column_tiles * kRowThreads * kPerRow);
-  fill(staging.columns, kColumns, Elements{s}, tile % column_tiles * kColumns);
-  for (int64_t n = blockIdx.y; n < s.batch; n += gridDim.y) {
-    float g[kPerRow][kPerColumn] = {};
+// A block's tile of G, whose size is outputs x inputs.
+template <int kPerRow>
+struct DirectTile {
+  int group, row, column;
+
+  __device__ DirectTile(int row_tiles, int column_tiles) {
+    const int tile = blockIdx.x % (row_tiles * column_tiles);
+    group = blockIdx.x / (row_tiles * column_tiles);
+    row = tile / column_tiles * kRowThreads * kPerRow;
+    column = tile % column_tiles * kColumns;
+  }
+  __device__ void fill_lines(Staging& staging, const Layer& s) const {
+    fill(staging.rows, kRowThreads * kPerRow, Outputs{s}, row);
+    fill(staging.columns, kColumns, Elements{s}, column);
+  }
+  // Adds the thread's elements of the tile of a sample.
+  template <bool kAlongDepth>
+  __device__ void form(Staging& staging, const Layer& s, int64_t sample, float (&g)[kPerRow][kPerColumn]) const {
     multiply<kPerRow, kAlongDepth>(
-        staging, Positions{s}, s.positions, s.gradients(n, group), gradient_of, s.image(n, group),
+        staging, Positions{s}, s.positions, s.gradients(sample, group), gradient_of, s.image(sample, group),
         [&](const Entry& i, const Entry& j) { return input_of(s, i, j); },
         [&](const float (&sums)[kPerRow][kPerColumn]) {
           for (int i = 0; i < kPerRow; ++i)
             for (int j = 0; j < kPerColumn; ++j) g[i][j] += sums[i][j];
         });
+  }
+  // Calls visit(index, index in the weight) for the thread's elements that exist.
+  template <class Visit>
+  __device__ void for_each_element(const Layer& s, const Visit& visit) const {
+    for (int j = 0; j < kPerColumn; ++j) {
+      const int c = column + first_column() + j;
+      const int input = s.channels_last ? c % s.channels * s.offsets + c / s.channels : c;
+      for (int i = 0; i < kPerRow; ++i) {
+        const int r = row + first_row<kPerRow>() + i;
+        if (r < s.outputs && c < s.inputs)
+          visit(i * kPerColumn + j, (static_cast<int64_t>(group) * s.outputs + r) * s.inputs + input);
+      }
+    }
+  }
+};
+
+// A block forms one tile of G and squares it.
+template <int kPerRow, bool kAlongDepth>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) direct(Layer s, int row_tiles, int column_tiles) {
+  __shared__ Staging staging;
+  const DirectTile<kPerRow> tile(row_tiles, column_tiles);
+  tile.fill_lines(staging, s);
+  for (int64_t n = blockIdx.y; n < s.batch; n += gridDim.y) {
+    float g[kPerRow][kPerColumn] = {};
+    tile.template form<kAlongDepth>(staging, s, n, g);
     double square = 0;
     for (int i = 0; i < kPerRow; ++i)
       for (int j = 0; j < kPerColumn; ++j) square += static_cast<double>(g[i][j]) * g[i][j];
     square = block_sum(square);
     if (threadIdx.x == 0) s.out[n * gridDim.x + blockIdx.x] = square;
+  }
+}
+
+// A block forms one tile of G for several samples, and either squares it with weights or adds its squares.
+template <int kPerRow, bool kAlongDepth, Use kUse>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) direct_elements(Layer s, int row_tiles, int column_tiles) {
+  __shared__ Staging staging;
+  __shared__ float kept[kPerRow * kPerColumn][kThreads];  // each thread's own weights or sums of squares
+  const DirectTile<kPerRow> tile(row_tiles, column_tiles);
+  tile.fill_lines(staging, s);
+  const auto clear = [&] {
+    for (int i = 0; i < kPerRow * kPerColumn; ++i) kept[i][threadIdx.x] = 0;
+  };
+  clear();
+  if constexpr (kUse == Use::kWeightedNorm)
+    tile.for_each_element(s, [&](int i, int64_t at) { kept[i][threadIdx.x] = s.weights[at]; });
+  [[maybe_unused]] int added = 0;
+  for (int64_t n = blockIdx.y; n < s.batch; n += gridDim.y) {
+    float g[kPerRow][kPerColumn] = {};
+    tile.template form<kAlongDepth>(staging, s, n, g);
+    if constexpr (kUse == Use::kWeightedNorm) {
+      double square = 0;
+      for (int i = 0; i < kPerRow; ++i)
+        for (int j = 0; j < kPerColumn; ++j)
+          square += static_cast<double>(g[i][j]) * g[i][j] * kept[i * kPerColumn + j][threadIdx.x];
+      square = block_sum(square);
+      if (threadIdx.x == 0) s.out[n * gridDim.x + blockIdx.x] = square;
+    } else {
+      for (int i = 0; i < kPerRow; ++i)
+        for (int j = 0; j < kPerColumn; ++j) kept[i * kPerColumn + j][threadIdx.x] += g[i][j] * g[i][j];
+      if (++added < kMaxAdded && n + gridDim.y < s.batch) continue;
+      double* squares = s.squares + blockIdx.y * s.weight_size;
+      tile.for_each_element(s, [&](int i, int64_t at) { squares[at] += kept[i][threadIdx.x]; });
+      clear();
+      added = 0;
+    }
   }
 }
 
@@ -304,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) gram(Layer s, int tiles)
 }
 
 // A block computes one output channel of a convolution with one input channel per group: one dot product per offset.
+template <Use kUse>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(Layer s) {
   const int group = blockIdx.x / s.outputs;
   const Positions positions{s};
@@ -323,60 +302,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) depthwise(Layer s) {
         if (input.inside) sum += static_cast<double>(at(gradients, gradient_of(position, output))) * at(image, input);
       }
       sum = block_sum(sum);
-      square += sum * sum;
+      if (kUse == Use::kNorm) square += sum * sum;
+      if (kUse == Use::kNorm || threadIdx.x) continue;
+      const int64_t at = static_cast<int64_t>(blockIdx.x) * s.offsets + offset;
+      if (kUse == Use::kWeightedNorm) square += sum * sum * s.weights[at];
+      if (kUse == Use::kSquares) s.squares[blockIdx.y * s.weight_size + at] += sum * sum;
     }
-    if (threadIdx.x == 0) s.out[n * gridDim.x + blockIdx.x] = square;
+    if (kUse != Use::kSquares && threadIdx.x == 0) s.out[n * gridDim.x + blockIdx.x] = square;
   }
-}
-
-constexpr int64_t kBytes = sizeof(float);
-constexpr int64_t kMaxOffset = (int64_t{1} << 32) - 1;
-constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
-
-int narrow(int64_t size) {
-  if (size > kMaxInt - kThreads) throw std::invalid_argument("convolution: a layer has too many positions or weights");
-  return static_cast<int>(size);
-}
-
-// Strides of channels, rows and columns of a sample in bytes; the offsets of its elements must fit 32 bits.
-void narrow_strides(const int64_t* strides, int64_t channels, int64_t height, int64_t width, uint32_t* out) {
-  const int64_t last = (channels - 1) * strides[1] + (height - 1) * strides[2] + (width - 1) * strides[3];
-  if (last * kBytes > kMaxOffset)
-    throw std::invalid_argument("convolution: the inputs or output gradients of a sample span more than 4 GiB");
-  for (int i = 0; i < 3; ++i) out[i] = static_cast<uint32_t>(strides[i + 1] * kBytes);
-}
-
-Layer make_layer(const Convolution& a) {
-  Layer s{};
-  const int64_t offsets = a.kernel[0] * a.kernel[1], channels = a.channels / a.groups, outputs = a.outputs / a.groups;
-  s.a = a.a;
-  s.b = a.b;
-  s.out = a.out;
-  s.batch = a.batch;
-  s.a_sample = a.a_strides[0];
-  s.b_sample = a.b_strides[0];
-  s.a_group = channels * a.a_strides[1];
-  s.b_group = outputs * a.b_strides[1];
-  s.channels = narrow(channels);
-  s.outputs = narrow(outputs);
-  s.offsets = narrow(offsets);
-  s.inputs = narrow(channels * offsets);
-  s.positions = narrow(a.out_height * a.out_width);
-  s.out_width = narrow(a.out_width);
-  const int64_t size[2] = {a.height, a.width}, out_size[2] = {a.out_height, a.out_width};
-  for (int i = 0; i < 2; ++i) {
-    const int64_t end = std::max(size[i], out_size[i] * a.stride[i] + a.kernel[i] * a.dilation[i]) + a.pad[i];
-    if (end >= kOutside / 2) throw std::invalid_argument("convolution: an image is too high or too wide");
-    s.size[i] = static_cast<int>(size[i]);
-    s.kernel[i] = static_cast<int>(a.kernel[i]);
-    s.stride[i] = static_cast<int>(a.stride[i]);
-    s.dilation[i] = static_cast<int>(a.dilation[i]);
-    s.pad[i] = static_cast<int>(a.pad[i]);
-  }
-  narrow_strides(a.a_strides, channels, a.height, a.width, s.a_strides);
-  narrow_strides(a.b_strides, outputs, a.out_height, a.out_width, s.b_strides);
-  s.channels_last = a.a_strides[1] < a.a_strides[3];
-  return s;
 }
 
 int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
@@ -388,9 +321,28 @@ int rows_per_thread(const Layer& s) {
   return rows;
 }
 
+using DirectKernel = void (*)(Layer, int, int);
+
+template <int kPerRow, bool kAlongDepth>
+DirectKernel direct_kernel(const Layer& s) {
+  if (s.weights) return direct_elements<kPerRow, kAlongDepth, Use::kWeightedNorm>;
+  if (s.squares) return direct_elements<kPerRow, kAlongDepth, Use::kSquares>;
+  return direct<kPerRow, kAlongDepth>;
+}
+
 template <int kPerRow>
-auto direct_kernel(const Layer& s) {
-  return s.channels_last ? direct<kPerRow, false> : direct<kPerRow, true>;
+DirectKernel direct_kernel(const Layer& s) {
+  return s.channels_last ? direct_kernel<kPerRow, false>(s) : direct_kernel<kPerRow, true>(s);
+}
+
+void (*depthwise_kernel(const Layer& s))(Layer) {
+  if (s.weights) return depthwise<Use::kWeightedNorm>;
+  return s.squares ? depthwise<Use::kSquares> : depthwise<Use::kNorm>;
+}
+
+// Blocks that share the samples of a tile, if there are about `blocks` for all tiles.
+int64_t blocks_per_tile(const Convolution& args, int64_t tiles, int64_t blocks) {
+  return std::clamp<int64_t>((blocks + tiles - 1) / tiles, 1, std::max<int64_t>(args.batch, 1));
 }
 
 }  // namespace
@@ -404,16 +356,24 @@ int64_t parts(const Convolution& args) {
   return rows * tiles_of(is_gram ? s.positions : s.inputs, kColumns) * args.groups;
 }
 
+int64_t squares_parts(const Convolution& args) {
+  return blocks_per_tile(args, parts(args), args.algorithm == kDepthwise ? kElementBlocks : kSumBlocks);
+}
+
 void squared_norms_cuda(const Convolution& args, void* stream) {
   check(args);
   if (args.batch == 0) return;
   const Layer s = make_layer(args);
   const int64_t tiles = parts(args);
   if (tiles > kMaxInt) throw std::invalid_argument("convolution: too many tiles for one launch");
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(args.batch, kMaxBlocks)));
+  const int64_t sample_blocks = args.squares   ? squares_parts(args)
+                                : args.weights ? blocks_per_tile(args, tiles, kElementBlocks)
+                                               : std::min(args.batch, kMaxBlocks);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(sample_blocks));
   const auto queue = static_cast<cudaStream_t>(stream);
   if (args.algorithm == kDepthwise) {
-    depthwise<<<grid, kThreads, 0, queue>>>(s);
+    const auto kernel = depthwise_kernel(s);
+    kernel<<<grid, kThreads, 0, queue>>>(s);
   } else if (args.algorithm == kGram) {
     const auto kernel = s.channels_last ? gram<true> : gram<false>;
     kernel<<<grid, kThreads, 0, queue>>>(s, tiles_of(s.positions, kMaxRows));

@@ -28,7 +28,9 @@ struct Convolution {
   int algorithm;
   // At most one of these, not for kGram; both contiguous, (outputs, channels / groups, kernel[0], kernel[1]).
   const float* weights;  // factors w of the squares, or null for 1
-  double* squares;       // the sum over samples of the squares of G_n is added; null where norms are wanted
+  // The sum over samples of the squares of G_n is added; on a GPU (squares_parts, ...), whose sum is the caller's. Null
+  // where norms are wanted.
+  double* squares;
   double* out;  // (N,): sum of w G_n^2; on a GPU (N, parts), whose rows the caller must sum. Unused with squares
   int threads, isa_limit;  // ignored on a GPU
 };
@@ -39,6 +41,8 @@ void check(const Convolution& args);
 void squared_norms(const Convolution& args);
 #ifdef KDFAST_WITH_CUDA
 int64_t parts(const Convolution& args);
+// At most as many as samples, and 32 MiB more than one gradient.
+int64_t squares_parts(const Convolution& args);
 // `stream` is a cudaStream_t of the current device, which must own all operands. Does not synchronize with the device.
 void squared_norms_cuda(const Convolution& args, void* stream);
 #endif
