@@ -15,8 +15,9 @@ With a teacher that was itself trained on the flipped labels, for --share 0.1 an
         --held-out flat.pt --name planted_own_10
 
 --cache is that of a teacher trained on the true labels; scores combine its logits and features with the flipped
-labels. --own-cache is that of a teacher trained on the flipped labels. --scores adds the scores of a file. --held-out
-leaves out the samples that a flattened teacher was fine-tuned on, whose scores are not comparable, in all rows.
+labels. --own-cache is that of a teacher trained on the flipped labels. --scores adds the scores of a file; the name
+"clean" says that the teacher was flattened on true labels, for which there is a target. --held-out leaves out the
+samples that a flattened teacher was fine-tuned on, whose scores are not comparable, in all rows.
 
 AUC is the probability that a flipped sample scores higher than another one (lower for the influence of removal, which
 is negative for harmful samples). "top" is the share of flipped samples among the highest (lowest) scores, as many as
@@ -44,7 +45,7 @@ from kdfast.prune.scores.registry import compute_score
 from kdfast.teacher.cache import TeacherCache
 
 TARGET_AUC = 0.85
-FVM, FVM_TARGET_AUC = "influence-fvm", 0.95
+FVM_TARGET_AUC = 0.95  # of influence-fvm after flattening on true labels
 # Method, options, input, whether the target applies, whether flipped labels should have the lowest scores.
 ROWS = (
     ("random", {}, None, False, False),
@@ -154,7 +155,7 @@ def file_row(name: str, scores: ScoreFile, planted: np.ndarray, judged: np.ndarr
         "from": name,
         "flipped at": "high end",
         **separation(scores.scores[judged], planted[judged]),
-        "bar": FVM_TARGET_AUC if scores.method == FVM else "",
+        "bar": FVM_TARGET_AUC if (scores.method, name) == ("influence-fvm", "clean") else "",
         "seconds": f"{scores.seconds:.2f}",
     }
 
