@@ -3,7 +3,8 @@
     python bench/bench_terms.py [--student resnet20] [--teacher resnet32] [--rounds 9]
 
 Random images of 32 x 32 pixels, 100 classes, batches of 64; the teacher runs online, on the student's views. The steps
-of all terms are interleaved; those of ab and fsp are of the phase in which they train alone. Prints a table and writes bench/results/terms.json.
+of all terms are interleaved; those of ab and fsp are of the phase in which they train alone. Prints a table and writes
+bench/results/terms.json.
 """
 
 from __future__ import annotations
