@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kdfast.errors import CheckpointError
+from kdfast.files.inputs import available_memory
 from kdfast.nets.file_kinds import describe_kind, resave_recipe
 
 FETCH_AGAIN = "download it again"
@@ -39,6 +40,7 @@ def read_torch_file(path: str | os.PathLike[str], *, advice: str = FETCH_AGAIN) 
             run).
     """
     file = existing_file(path)
+    _check_size(file)
     try:
         with torch.serialization.safe_globals(_plain_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,6 +84,24 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
     if not file.is_file():
         raise CheckpointError(f"no checkpoint at {file}: pass the path of an existing file")
     return file
+
+
+def _check_size(file: Path) -> None:
+    """Check that the unpacked members of an archive fit into memory: torch unpacks compressed ones of any size.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            need = sum(member.file_size for member in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # of another kind, or damaged, as torch will say
+    if need > (free := available_memory()):
+        raise CheckpointError(
+            f"{file} takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: free some, or use a "
+            "smaller checkpoint"
+        )
 
 
 def _plain_globals() -> list[Any]:

@@ -1,6 +1,7 @@
 """A file of another kind is named, and the recipe for its weights works."""
 
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from kdfast.data.views import Normalization
 from kdfast.errors import CheckpointError
 from kdfast.nets import build_net
+from kdfast.nets.foreign import read_torch_file
 from kdfast.nets.importing import import_checkpoint
 
 
@@ -105,3 +107,17 @@ def test_names_files_by_their_suffix(tmp_path, net):
 def test_an_unknown_file_is_called_damaged(tmp_path):
     (tmp_path / "c.pth").write_bytes(b"PK\x03\x04 and nothing else")
     assert "truncated, damaged or of another kind" in refusal(tmp_path / "c.pth")
+
+
+def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """torch.load unpacks compressed members, so a few MB could fill any memory."""
+    torch.save({"weight": torch.zeros(1 << 20)}, tmp_path / "small.pt")
+    with zipfile.ZipFile(tmp_path / "small.pt") as small, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for member in small.infolist():
+            bomb.writestr(member.filename, small.read(member), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "bomb.pt").stat().st_size < 20_000
+    assert read_torch_file(tmp_path / "bomb.pt")["weight"].shape == (1 << 20,)
+    monkeypatch.setattr("kdfast.nets.foreign.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(CheckpointError, match=r"bomb\.pt takes 0\.0 GB, and 0\.0 GB of memory are free"):
+        read_torch_file(tmp_path / "bomb.pt")
