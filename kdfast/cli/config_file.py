@@ -9,7 +9,6 @@ import typer
 
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.errors import UsageError, did_you_mean
-from kdfast.files.inputs import MAX_CONFIG_BYTES, read_bounded
 
 _MAX_DEPTH = 8  # of nested mappings and lists; the options need two
 _SHOWN = 80  # characters of a value in a message
@@ -53,6 +52,8 @@ def _read_yaml(path: Path) -> Any:
             few lines can stand for a value that fills the memory.
     """
     import yaml
+
+    from kdfast.files.inputs import MAX_CONFIG_BYTES, read_bounded
 
     try:
         text = read_bounded(path, MAX_CONFIG_BYTES).decode()

@@ -8,13 +8,15 @@ import time
 import pytest
 
 
-@pytest.mark.parametrize("code", ["import kdfast", "import kdfast.cli"])
+@pytest.mark.parametrize("code", ["import kdfast", "import kdfast.cli", "import kdfast.cli.program"])
 def test_no_heavy_import(code: str) -> None:
     script = f"import sys; {code}; print(*sys.modules)"
     loaded = set(
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert loaded.isdisjoint({"torch", "numba", "ffcv", "triton", "scipy", "sklearn", "matplotlib", "numpy"})
+    assert loaded.isdisjoint(
+        {"torch", "numba", "ffcv", "triton", "scipy", "sklearn", "matplotlib", "numpy", "yaml", "msgspec"}
+    )
 
 
 def test_doctor_reports_that_the_extension_is_not_built() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
 from kdfast.data.ffcv.record import (
     PARTS,
+    RECORD,
     UNSEALED,
     check_files,
     file_marks,
@@ -66,7 +67,9 @@ def open_ffcv_folder(path: Path) -> Source:
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
         classes = infer_class_names(train.labels, str(path))
-        return Source(str(path), "beton", classes, train, test, default_view_spec(train.shape, flip=False))
+        note = f"{path} has no {RECORD}: its files are not verified, its classes are numbers, and views do not flip"
+        spec = default_view_spec(train.shape, flip=False)
+        return Source(str(path), "beton", classes, train, test, spec, notes=(note,))
     if record["format"] == UNSEALED:
         record = seal_older(path, record, train)
     else:

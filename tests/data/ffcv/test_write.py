@@ -12,7 +12,7 @@ from kdfast.data.ffcv.record import CHECKED
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import ArraySplit, Source, compute_fingerprint, default_view_spec
-from kdfast.errors import DataError, OutputError, UsageError
+from kdfast.errors import DataError, DataWarning, OutputError, UsageError
 
 pytest.importorskip("ffcv")
 
@@ -106,7 +106,8 @@ def test_converts_a_changed_file_again(source, split, tmp_path):
 def test_opens_betons_without_a_record(source, tmp_path):
     convert(source, tmp_path)
     (tmp_path / "data.json").unlink()
-    result = open_source(tmp_path)
+    with pytest.warns(DataWarning, match=r"has no data\.json: its files are not verified"):
+        result = open_source(tmp_path)
     assert result.classes == ("0", "1", "2")
     assert result.fingerprint == source.fingerprint
 
