@@ -46,6 +46,7 @@ class RunConfig:
             each; see `kdfast.nets.taps`.
         initial_epochs: Epochs of the phase in which terms train alone that ask for one, the first of the run's epochs;
             None for an eighth if there is such a term, else 0.
+        reshape_logits: Whether the teacher's logits are reshaped; see `kdfast.distill.losses.logits.reshaped`.
 
     Raises:
         UsageError: If a value is out of range.
@@ -69,6 +70,7 @@ class RunConfig:
     terms: tuple[TermSetting, ...] = ()
     taps: tuple[tuple[str, str], ...] = ()
     initial_epochs: int | None = None
+    reshape_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
@@ -138,6 +140,8 @@ class RunConfig:
         for name in ("ce", "terms", "taps", "initial_epochs"):
             if not fields[name] and fields[name] != 0:
                 del fields[name]
+        if not self.reshape_logits:
+            del fields["reshape_logits"]
         return fields
 
 

@@ -19,6 +19,7 @@ from kdfast.data.transfer import to_device
 from kdfast.data.views import ViewSpec, apply_views
 from kdfast.distill.config import RunConfig
 from kdfast.distill.losses.base import Outputs
+from kdfast.distill.losses.logits.reshaped import Reshaping
 from kdfast.distill.losses.total import Places
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
@@ -45,6 +46,7 @@ class CachedTargets:
         view_seed: Seed of the run's choice of views.
         device: Device of the student.
         resident: Whether to keep all rows on the device; the first epoch reads them.
+        reshaping: Changes the logits of samples; None leaves them as they are.
     """
 
     name = "cache"
@@ -58,8 +60,9 @@ class CachedTargets:
         device: torch.device,
         *,
         resident: bool = False,
+        reshaping: Reshaping | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self._reshaping = cache, reshaping
         self._ids = np.sort(ids)
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
@@ -91,8 +94,10 @@ class CachedTargets:
 
     def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> TeacherLogits:
         cached = self.cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
-        lookup = self.cache.lookup if self.cache.top_k is None else self.cache.lookup_top_k
-        return lookup(ids, cached)
+        if self.cache.top_k is not None:
+            return self.cache.lookup_top_k(ids, cached)
+        logits = self.cache.lookup(ids, cached)
+        return logits if self._reshaping is None else self._reshaping(logits, ids)
 
     def _read_all(self) -> TeacherLogits:
         """Read one view of all samples at a time, the order of the rows in the cache."""
@@ -246,9 +251,16 @@ class TeacherTargets:
             places: The activations that the loss reads of an online teacher.
 
         Raises:
-            CacheMismatch: If the cache lacks the views of the run, or is for another temperature.
+            CacheMismatch: If the cache lacks the views of the run, is for another temperature, or lacks what the
+                reshaping of logits needs.
+            UsageError: If logits are to be reshaped without a cache.
         """
         seed = config.view_seed or 0
+        if config.reshape_logits and self.cache is None:
+            raise UsageError(
+                "`reshape_logits` changes the logits of a teacher's cache, and this run has none: pass `cache`, of the "
+                "whole training split, and an `alpha` above 0, or omit it"
+            )
         if self.cache is not None:
             # Raises if the cache was built with another view seed.
             self.cache.translate_view_indices(ids[:1], np.zeros(1, np.int64), config.views, seed)
@@ -256,7 +268,8 @@ class TeacherTargets:
             size = len(ids) * config.views * self.cache.row_bytes
             # On a CPU the file is in memory already, in the system's cache.
             resident = device.type != "cpu" and fits_in_memory(size, device)
-            return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident)
+            reshaping = Reshaping.of_cache(self.cache, source.train.labels) if config.reshape_logits else None
+            return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident, reshaping=reshaping)
         if self.model is not None:
             return OnlineTargets(self.model, source.view_spec, device, places)
         return None

@@ -100,6 +100,14 @@ InitialEpochs = Annotated[
         min=0,
     ),
 ]
+ReshapeLogits = Annotated[
+    bool,
+    typer.Option(
+        "--reshape-logits",
+        help="Give a sample's logits the mean spread of its class in the cache, which must cover the whole training "
+        "split (ICLR 2025, with the method medium).",
+    ),
+]
 ListTerms = Annotated[
     bool,
     typer.Option(

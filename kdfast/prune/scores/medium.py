@@ -17,9 +17,8 @@ def medium(inputs: ScoreInputs) -> ScoreResult:
     The published method ranks each class by itself, as every balance but `none` does. Its public code computes the
     cross-entropy on one augmented view of each sample, here it is the sample itself.
 
-    The method also reshapes the teacher's logits during distillation, which does not change the selection and is no
-    part of this score: it divides the logits of a sample by their standard deviation over the classes, and multiplies
-    them by the mean of that deviation over the training samples of the same label.
+    The method also reshapes the teacher's logits during distillation, which does not change the selection: see
+    `reshape_logits` in `kdfast.distill.config.RunConfig`.
 
     Source:
         Chen et al., Medium-Difficulty Samples Constitute Smoothed Decision Boundary for Knowledge Distillation on
