@@ -38,9 +38,10 @@ def tdds(inputs: ScoreInputs) -> ScoreResult:
     norm of their deviations from their mean. The score is the moving average R <- decay * value + (1 - decay) * R over
     all windows of the first `first` epochs, from R = 0. With decay .9, the last windows decide.
 
-    Predictions are the recorded `k` largest probabilities; the rest is spread evenly over the other classes, which is
-    exact for k = C. The public code reads predictions during training, on augmented images; dynamics hold those after
-    each epoch, without augmentation.
+    Predictions are the recorded k largest probabilities. A class that is among them in only one of two epochs is taken
+    to be among the next k in the other, where probabilities fall geometrically from the k-th and add up to the rest;
+    all further classes share evenly what is left. This is exact for k = C. The public code reads predictions during
+    training, on augmented images; dynamics hold those after each epoch, without augmentation.
 
     Source:
         Zhang et al., Spanning Training Progress: Temporal Dual-Depth Scoring (TDDS) for Enhanced Dataset Pruning, CVPR
@@ -85,7 +86,7 @@ def compute_changes(
     """Return how much each prediction changed, from the k largest probabilities before and after.
 
     Args:
-        ids_before: Classes, integers (N, k), without repetition in a row.
+        ids_before: Classes, integers (N, k), the most probable first.
         p_before: Their probabilities, (N, k).
         ids_after: As `ids_before`, later.
         p_after: As `p_before`, later.
@@ -107,19 +108,23 @@ def compute_changes(
 
 
 class _Prediction:
-    """The largest probabilities of a block of samples, and the even share of the rest.
+    """The k largest probabilities of a block of samples, and estimates of the others.
 
     Attributes:
         ids: int64 (B, k), classes.
         p: float64 (B, k), their probabilities.
-        other: float64 (B, 1), the probability of each other class.
     """
 
     def __init__(self, ids: npt.NDArray[Any], p: npt.NDArray[np.float16], classes: int) -> None:
         self.ids = ids.astype(np.int64)
         self.p = p.astype(np.float64)
-        rest = np.maximum(1 - self.p.sum(axis=1, keepdims=True), 0)
-        self.other = rest / max(classes - p.shape[1], 1)
+        self._unknown = classes - p.shape[1]
+        smallest = self.p[:, -1]
+        # Rounded probabilities may add up to more or less than they should.
+        self._rest = np.clip(1 - self.p.sum(axis=1), 0, self._unknown * smallest)
+        near = min(p.shape[1], self._unknown)
+        ratio = np.divide(self._rest, self._rest + smallest, out=np.zeros_like(smallest), where=smallest > 0)
+        self._near = self._rest * (1 - ratio**near) / max(near, 1)
 
     def look_up(self, ids: IntArray, table: FloatArray) -> FloatArray:
         """Return the probabilities of classes if they are among the largest, else NaN; float64 (B, k).
@@ -133,6 +138,20 @@ class _Prediction:
         np.put_along_axis(table, self.ids, np.nan, axis=1)
         return found
 
+    def estimate(self, near: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Estimate the probabilities of the classes that are not among the largest.
+
+        Args:
+            near: int64 (B,), how many of them are among the largest of the other epoch.
+
+        Returns:
+            The probability of each of these and of each further class, float64 (B, 1) each.
+        """
+        far = self._unknown - near
+        of_near = np.where(far > 0, self._near, self._rest / np.maximum(near, 1))
+        of_far = np.maximum(self._rest - near * of_near, 0) / np.maximum(far, 1)
+        return of_near[:, None], of_far[:, None]
+
 
 def _sum_terms(before: _Prediction, after: _Prediction, classes: int, absolute: bool, table: FloatArray) -> FloatArray:
     """Return the sum of the divergence's terms over all classes: largest after, largest only before, and neither."""
@@ -142,9 +161,11 @@ def _sum_terms(before: _Prediction, after: _Prediction, classes: int, absolute: 
         return np.abs(values, out=values) if absolute else values
 
     found = before.look_up(after.ids, table)
-    total: FloatArray = terms(after.p, np.where(np.isnan(found), before.other, found)).sum(axis=1)
     only_before = np.isnan(after.look_up(before.ids, table))
-    total += (terms(after.other, before.p) * only_before).sum(axis=1)
-    neither = classes - after.p.shape[1] - only_before.sum(axis=1)
-    total += neither * terms(after.other, before.other)[:, 0]
+    # Both have k classes, so as many are only in the one as only in the other.
+    near = only_before.sum(axis=1)
+    (near_before, far_before), (near_after, far_after) = before.estimate(near), after.estimate(near)
+    total: FloatArray = terms(after.p, np.where(np.isnan(found), near_before, found)).sum(axis=1)
+    total += (terms(near_after, before.p) * only_before).sum(axis=1)
+    total += (classes - after.p.shape[1] - near) * terms(far_after, far_before)[:, 0]
     return total

@@ -102,22 +102,47 @@ def top(p, k):
     return ids.astype(np.uint8), np.take_along_axis(p, ids, axis=1)
 
 
+def complete(row, other, k):
+    """One sample's probabilities from its k largest ones and the k largest classes of the other epoch."""
+    largest, near = (sorted(range(C), key=lambda c, p=p: -p[c])[:k] for p in (row, other))
+    near = [c for c in near if c not in largest]
+    smallest = row[largest[-1]]
+    rest = min(max(1 - sum(row[c] for c in largest), 0), (C - k) * smallest)
+    ranks = min(k, C - k)
+    ratio = rest / (rest + smallest)
+    next_k = [smallest * ratio ** (j + 1) for j in range(ranks)]
+    far = C - k - len(near)
+    of_near = sum(next_k) / ranks if far else rest / max(len(near), 1)
+    of_far = (rest - len(near) * of_near) / max(far, 1)
+    return [row[c] if c in largest else of_near if c in near else of_far for c in range(C)]
+
+
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_the_rest_is_spread_evenly_over_the_other_classes(logits, k, absolute, monkeypatch):
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_classes_of_the_other_epoch_are_among_the_next_k(logits, k, absolute, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 7 * C)  # several blocks, the last one shorter
     before, after = probabilities(logits)[0, :2]
-    spread = []
-    for p in (before, after):
-        dense = np.empty_like(p)
-        for i, row in enumerate(p):
-            largest = sorted(range(C), key=lambda c, row=row: -row[c])[:k]
-            rest = max(1 - sum(row[c] for c in largest), 0)
-            dense[i] = [row[c] if c in largest else rest / (C - k) for c in range(C)]
-        spread.append(dense)
-    expected = [change(p, q, absolute) for p, q in zip(*spread, strict=True)]
+    pairs = [(complete(p, q, k), complete(q, p, k)) for p, q in zip(before, after, strict=True)]
+    for pair in pairs:
+        np.testing.assert_allclose(np.sum(pair, axis=1), 1, atol=1e-3)
+    expected = [change(p, q, absolute) for p, q in pairs]
     found = compute_changes(*top(before, k), *top(after, k), C, absolute)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("k", [C - 1, C])
+def test_predictions_are_exact_where_at_most_one_class_is_missing(logits, k, absolute):
+    before, after = torch.from_numpy(logits[0, :2]).double().softmax(-1).numpy()  # without rounding
+    expected = [change(p, q, absolute) for p, q in zip(before, after, strict=True)]
+    found = compute_changes(*top(before, k), *top(after, k), C, absolute)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_certain_prediction_has_a_finite_change():
+    ids, certain = np.array([[0, 1], [1, 0]], np.uint8), np.array([[1, 0], [1, 0]], np.float16)
+    found = compute_changes(ids, certain, ids[::-1], certain, 9, False)
+    np.testing.assert_allclose(found, math.log(1e8), rtol=1e-6)
 
 
 def test_needs_predictions_and_a_window_of_epochs(dynamics, tmp_path, logits):
