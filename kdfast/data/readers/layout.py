@@ -91,7 +91,17 @@ def _list_sorted(root: Path, classes: tuple[str, ...], order: str) -> ImageFiles
     unknown = [name for name in names if name not in set(classes)]
     if unknown:
         raise DataError(f"{root} has classes that train/ lacks: {', '.join(unknown)}; add or remove them")
-    return _join(by_class, lister)
+    found = _join(by_class, lister)
+    empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
+    return ImageFiles(found.files, found.labels, found.notes + _note_empty(root, empty))
+
+
+def _note_empty(root: Path, classes: list[str]) -> tuple[str, ...]:
+    """Return a note about classes without test images, on which accuracies then say nothing; none without any."""
+    if not classes:
+        return ()
+    shown = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+    return (f"{root} has no images of {len(classes)} class{'es' * (len(classes) > 1)} of train/: {shown}",)
 
 
 def _list_annotated(root: Path, classes: tuple[str, ...], order: str) -> ImageFiles | None:
@@ -121,7 +131,8 @@ def _list_annotated(root: Path, classes: tuple[str, ...], order: str) -> ImageFi
     extra = len(paths) - len(labels)
     notes = (f"{root}: skipped {extra} images that {ANNOTATIONS} does not name",) if extra else ()
     found = _join(by_class, lister)
-    return ImageFiles(found.files, found.labels, found.notes + notes)
+    empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
+    return ImageFiles(found.files, found.labels, found.notes + notes + _note_empty(root, empty))
 
 
 def _read_annotations(table: Path, classes: tuple[str, ...]) -> dict[str, int]:

@@ -124,6 +124,22 @@ def test_a_labeled_test_split_is_preferred_and_checked(tmp_path, image_folder):
         open_source(root)
 
 
+@pytest.mark.parametrize("kind", ["missing", "empty", "annotated"])
+def test_a_class_without_test_images_is_noted(tmp_path, image_folder, kind):
+    root = image_folder(tmp_path, per_class=2, test="val" if kind == "annotated" else "test")
+    assert not any("has no images of" in note for note in open_source(root).notes)
+    if kind == "annotated":
+        shutil.rmtree(root / "val")
+        write_image(root / "val" / "images" / "1.png")
+        (root / "val" / "val_annotations.txt").write_text("1.png\tbee\n")
+    else:
+        shutil.rmtree(root / "test" / "ant")
+        if kind == "empty":
+            (root / "test" / "ant").mkdir()
+    with pytest.warns(DataWarning, match=r"has no images of 1 class of train/: ant"):
+        assert set(open_source(root).test.labels) == {1}
+
+
 def test_two_unlabeled_splits_are_an_error_that_names_both(tmp_path, image_folder):
     root = image_folder(tmp_path, test="other")
     write_image(root / "test" / "1.png")
