@@ -13,8 +13,8 @@ __all__ = ["KDCall", "TopKTeacher"]
 class TopKTeacher(NamedTuple):
     """The k most probable classes of a teacher in each of M rows.
 
-    A row may hold fewer than k classes: an entry whose value is -inf is left out, whatever its class id, and that class
-    counts as one of the tail. ``torch.save`` writes it, and ``torch.load`` reads it with its default,
+    A row may hold fewer than k classes: an entry whose value is -inf is left out, whichever class it names, and that
+    class counts as one of the tail. ``torch.save`` writes it, and ``torch.load`` reads it with its default,
     ``weights_only=True``, in a process that has imported this class (``from kdfast import TopKTeacher``).
 
     Attributes:
