@@ -25,6 +25,7 @@ ALIASES = {
     "normalization": ("mean",),
     "jpeg_quality": ("jpeg",),
     "ce": ("ce_weight",),
+    "terms_warmup_epochs": ("kd_warmup_epochs",),
 }
 
 _BACKTICKED = re.compile(r"`([A-Za-z_]\w*)`")

@@ -70,6 +70,7 @@ class RunConfig:
     terms: tuple[TermSetting, ...] = ()
     taps: tuple[tuple[str, str], ...] = ()
     initial_epochs: int | None = None
+    terms_warmup_epochs: float = 0.0
     reshape_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -77,14 +78,15 @@ class RunConfig:
             check_integer(name, getattr(self, name), least)
         check_integer("seed", self.seed, 0, LARGEST_SEED)
         check_integer("view_seed", self.view_seed or 0, 0, LARGEST_SEED)
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "terms_warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
         if self.momentum >= 1:
             raise UsageError(f"`momentum` is {self.momentum}: pass a number in [0, 1)")
-        if self.warmup_epochs > self.epochs:
-            raise UsageError(f"`warmup_epochs` is {self.warmup_epochs} of {self.epochs} epochs: lower it")
+        for name in ("warmup_epochs", "terms_warmup_epochs"):
+            if getattr(self, name) > self.epochs:
+                raise UsageError(f"`{name}` is {getattr(self, name)} of {self.epochs} epochs: lower it")
         check_temperature(self.temperature, name="`temperature`", error=UsageError)
         self._check_weights()
         _check_choice("schedule", self.schedule, tuple(LR_SCHEDULES))
@@ -137,8 +139,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; those of the loss only where they are not the default."""
         fields = dataclasses.asdict(self) | {"terms": [term.to_dict() for term in self.terms], "taps": dict(self.taps)}
-        for name in ("ce", "terms", "taps", "initial_epochs"):
-            if not fields[name] and fields[name] != 0:
+        for name in ("ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs"):
+            if fields[name] in (None, [], {}) or (name == "terms_warmup_epochs" and not fields[name]):
                 del fields[name]
         if not self.reshape_logits:
             del fields["reshape_logits"]

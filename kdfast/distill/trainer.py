@@ -209,7 +209,16 @@ class Trainer:
             self.labels[batch.ids],
             initial=self.in_initial_phase,
         )
-        return terms if self.in_initial_phase else loss + terms
+        return terms if self.in_initial_phase else loss + self._terms_weight() * terms
+
+    def _terms_weight(self) -> Tensor | float:
+        """Return the factor of all terms at this step, from a number on the device."""
+        config, per_epoch = self.plan.config, self.batches.per_epoch
+        warmup = config.terms_warmup_epochs * per_epoch
+        if not warmup:
+            return 1.0
+        done = self._step_on_device - config.initial_phase * per_epoch
+        return ((done + 1) / warmup).clamp(max=1.0).float()
 
     def _count_step(self, loss: Tensor) -> None:
         """Add up the loss and record the first step whose loss is not finite, without synchronizing the device."""

@@ -108,6 +108,12 @@ ReshapeLogits = Annotated[
         "split (ICLR 2025, with the method medium).",
     ),
 ]
+KdWarmup = Annotated[
+    float,
+    typer.Option(
+        "--kd-warmup-epochs", help="Epochs over which the weights of --kd-term rise linearly from 0.", min=0.0
+    ),
+]
 ListTerms = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,7 @@ from kdfast.distill.losses.features.fitnets import FITNETS
 from kdfast.distill.losses.features.flow import FLOW
 from kdfast.distill.losses.features.probabilities import PROBABILITIES
 from kdfast.distill.losses.features.relations import RELATIONS
+from kdfast.distill.losses.features.review import REVIEW
 from kdfast.distill.losses.features.selectivity import SELECTIVITY
 from kdfast.distill.losses.features.similarity import SIMILARITY
 from kdfast.distill.losses.features.variational import VARIATIONAL_INFORMATION
@@ -37,6 +38,7 @@ LOSSES: dict[str, TermEntry] = {
     "rkd": RELATIONS,
     "sp": SIMILARITY,
     "vid": VARIATIONAL_INFORMATION,
+    "review": REVIEW,
 }
 
 

@@ -232,6 +232,35 @@ def test_variance_starts_at_five_and_is_trained_without_decay(student, teacher, 
     assert all(rho.grad.abs().min() > 0 for rho in free)
 
 
+def test_review(student, teacher, labels, shapes):
+    term = build("review", shapes)
+
+    def pooled(x, grid):
+        return shrink(x, grid) if x.shape[2] % grid == 0 else None
+
+    def distance(s, t):
+        total, weights = ((s - t) ** 2).mean(), 1.0
+        for grid, weight in zip([g for g in (4, 2, 1) if g < s.shape[2]], (1 / 2, 1 / 4, 1 / 8), strict=False):
+            total += weight * ((pooled(s, grid) - pooled(t, grid)) ** 2).mean()
+            weights += weight
+        return total / weights
+
+    expected, deeper = 0.0, None
+    for tap, stage in reversed(list(zip(("stage1", "stage2", "stage3", "pooled"), term.stages, strict=True))):
+        ours, theirs = (x.taps[tap] for x in (student, teacher))
+        if tap == "pooled":
+            ours, theirs = ours[..., None, None], theirs[..., None, None]
+        x = through(stage.narrow, ours)
+        if deeper is not None:
+            factor = x.shape[2] // deeper.shape[2]
+            deeper = deeper.repeat(factor, axis=2).repeat(factor, axis=3)
+            shares = through(stage.attention, torch.from_numpy(np.concatenate([x, deeper], 1)))
+            x = x * shares[:, 0:1] + deeper * shares[:, 1:2]
+        deeper = x
+        expected += distance(*same_size(through(stage.widen, torch.from_numpy(x)), array(theirs)))
+    check(term(student, teacher, labels), expected)
+
+
 @pytest.mark.parametrize("name", [name for name in FEATURE_TERMS if name != "fsp"])
 def test_gradients(name, labels, shapes):
     """Gradients at the student's activations and at the term's parameters against finite differences."""
@@ -263,6 +292,6 @@ def test_no_gradient_reaches_the_teacher_and_equal_networks_have_a_small_loss(na
     other = draw_outputs(STUDENT, 8)
     term(student, other, labels).backward()
     assert all(p.grad is None for p in other.taps.values())
-    if name not in ("fitnets", "ab", "ft", "vid"):  # those have an adapter between the two
+    if name not in ("fitnets", "ab", "ft", "vid", "review"):  # those have an adapter between the two
         same = Outputs(student.logits.detach(), {k: v.detach() for k, v in student.taps.items()})
         assert term(student, same, labels).item() == pytest.approx(0, abs=1e-6)

@@ -152,6 +152,15 @@ def test_cached_outputs_train_as_the_teacher_does(inputs, cached_inputs, name):
         torch.testing.assert_close(cached[key], x, rtol=1e-3, atol=1e-5)
 
 
+def test_weights_of_terms_rise_over_the_warm_up(inputs):
+    trainer = make_trainer(inputs, terms=(TermSetting("logit-mse"),), epochs=4, terms_warmup_epochs=2.0)
+    factors = []
+    for _ in range(6):
+        factors.append(float(trainer._terms_weight()))
+        run(trainer, steps=1)
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
 def test_weights_of_the_loss(inputs):
     """ce = 1 and alpha = 2 is three times the loss with alpha = 2/3, and a third of the rate makes up for it."""
     weighted = make_trainer(inputs, ce=1.0, alpha=2.0, lr=0.01, weight_decay=0.0)
@@ -163,7 +172,7 @@ def test_weights_of_the_loss(inputs):
 
 
 def test_a_run_without_terms_has_the_identity_it_always_had():
-    assert not CONFIG.to_dict().keys() & {"ce", "terms", "taps", "initial_epochs"}
+    assert not CONFIG.to_dict().keys() & {"ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs"}
     fields = dataclasses.replace(CONFIG, ce=0.0, terms=parse_terms(["jsd:beta=0.2"], [])).to_dict()
     assert fields["ce"] == 0.0
     assert fields["terms"] == [{"name": "jsd", "weight": 1.0, "options": {"beta": 0.2, "temperature": 4.0}}]
