@@ -47,6 +47,7 @@ class RunConfig:
         initial_epochs: Epochs of the phase in which terms train alone that ask for one, the first of the run's epochs;
             None for an eighth if there is such a term, else 0.
         reshape_logits: Whether the teacher's logits are reshaped; see `kdfast.distill.losses.logits.reshaped`.
+        terms_warmup_epochs: Epochs over which the terms' weights rise linearly from 0, after the initial phase.
 
     Raises:
         UsageError: If a value is out of range.
