@@ -11,7 +11,7 @@ from kdfast.errors import DataError, UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.prune.options import OptionValue, complete_options
-from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
+from kdfast.prune.score_file import ScoreFile, check_score_path, read_scores, write_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import get_score
 from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
@@ -84,6 +84,8 @@ def fvm_scores(
     kept = None if state is None else _read_state(state, sources, options, seed)
     if kept is not None:
         return kept
+    if state is not None:
+        check_score_path(state)
     found = sources.score(FVM, seed=seed, options=options, device=device, progress=progress)
     if state is not None:
         write_scores(state, found)

@@ -113,6 +113,17 @@ def test_takes_a_flat_teacher_as_it_is(kdfast, tiny: Path, cache: Path, teacher:
     assert record(one)["if-beta"]["flatten_seconds"] > 0
 
 
+def test_a_rule_selects_by_the_score_of_a_network(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
+    """Without IF-Beta, too, prune takes the network of a score."""
+    grand = ("--method", "grand", "--score-option", "network=full", "--teacher", teacher)
+    assert kdfast("prune", "--data", tiny, "--fraction", 0.25, "--out", tmp_path / "one.npy", *grand).code == 0
+    scored = ("score", "--data", tiny, "--method", "grand", "--option", "network=full", "--teacher", teacher)
+    assert kdfast(*scored, "--out", tmp_path / "grand.npz").code == 0
+    scores = ("--scores", tmp_path / "grand.npz")
+    assert kdfast("prune", "--data", tiny, "--fraction", 0.25, "--out", tmp_path / "two.npy", *scores).code == 0
+    assert (np.load(tmp_path / "one.npy") == np.load(tmp_path / "two.npy")).all()
+
+
 @pytest.mark.parametrize("preset", [PAPER, QUICK], ids=["paper", "kdfast"])
 def test_ranks_by_a_score_file_or_a_registered_score(
     kdfast, tiny: Path, cache: Path, tmp_path: Path, scores: Path, preset: tuple[str, ...]

@@ -59,7 +59,7 @@ class TwoStages:
     """
 
     mu_step: float = 0.1
-    tau: float = 4.0
+    tau: float = 6.0
     repeats: int = 8
     steps: int = 20
     lr: float = 0.1

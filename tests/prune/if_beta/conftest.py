@@ -60,19 +60,20 @@ def two_halves():
 
 @pytest.fixture(scope="session")
 def noisy_fifth():
-    """The highest fifth of each class's ranks looks like another class, except on the held-out set of seed 0."""
+    """The highest fifth of each class's ranks looks like another class and has negated logits, but the held-out set."""
     rng = np.random.default_rng(0)
     n, classes, dim = 10_000, 5, 32
     labels, scores = np.arange(n, dtype=np.int64) % classes, rng.random(n)
     means = rng.normal(size=(classes, dim))
-    shown = labels.copy()
+    noise = 1.5 * rng.normal(size=(n, dim))
+    hard = np.zeros(n, bool)
     for c in range(classes):
         members = np.flatnonzero(labels == c)
-        shown[members[np.argsort(scores[members])[-len(members) // 5 :]]] += 1
-    clean = hold_out(labels, classes, seed=0)[1]
-    shown[clean] = labels[clean]
-    features = means[shown % classes] + 1.5 * rng.normal(size=(n, dim))
-    logits = (features @ means.T - (means**2).sum(1) / 2) / 1.5**2
+        hard[members[np.argsort(scores[members])[-len(members) // 5 :]]] = True
+    hard[hold_out(labels, classes, seed=0)[1]] = False
+    features = means[(labels + hard) % classes] + noise
+    logits = ((means[labels] + noise) @ means.T - (means**2).sum(1) / 2) / 1.5**2
+    logits[hard] *= -1
     return Cloud(torch.tensor(logits).float(), torch.tensor(features).float(), labels, scores)
 
 

@@ -154,7 +154,7 @@ def test_the_mode_stays_and_tau_keeps_within_its_bounds():
 def test_a_reward_that_is_not_finite_leaves_the_state():
     search = TwoStages(mu_step=0.5)
     state = search.initial()
-    with pytest.raises(DivergedError, match=r"step 0 at a = 5, b = 1: the reward nan"):
+    with pytest.raises(DivergedError, match=r"step 0 at a = 7, b = 1: the reward nan"):
         search.take_step(state, None, outcomes_of(lambda a, b: math.nan))
     assert state == search.initial()
 
@@ -236,7 +236,7 @@ def test_reaches_the_best_of_a_grid_with_a_quarter_of_its_runs(noisy_fifth):
     from kdfast.prune.if_beta.evaluator import PolicyEvaluator
     from kdfast.prune.if_beta.reward import REWARDS
 
-    found = fit(noisy_fifth, PAPER)
+    found = fit(noisy_fifth, build_learner(DEFAULTS | {"preset": "paper"}, "balanced"))
     pool, held_out = hold_out(noisy_fifth.labels, 5)
     sampler = StratifiedSampler.from_ranks(found.u[pool], pool, noisy_fifth.labels[pool], round(0.2 * len(pool)))
     x = Linear().transform(noisy_fifth.features, 0)
@@ -249,13 +249,12 @@ def test_reaches_the_best_of_a_grid_with_a_quarter_of_its_runs(noisy_fifth):
         return np.array([o.reward for o in outcomes]).reshape(len(policies), draws)
 
     repeats = 8
-    policies = [beta_parameters(mu, tau) for mu in np.linspace(0, 1, 11) for tau in np.geomspace(0.5, 40, 12)]
+    policies = [beta_parameters(mu, tau) for mu in np.linspace(0, 1, 11) for tau in np.geomspace(0.5, 40, 19)]
     best = policies[np.concatenate([rewards([p], 999, repeats) for p in policies]).mean(1).argmax()]
-    mine, other = rewards([found.learned, best], 1234, 64)  # fresh draws: the grid's best is selected by its draws
-    difference = mine - other
+    # Fresh draws: the grid's best is selected by its draws.
+    mine, other, uniform = rewards([found.learned, best, (1.0, 1.0)], 1234, 64).mean(1)
     assert found.trials <= 0.25 * len(policies) * repeats
-    # Within the spread of one draw: with one pass, rewards differ by far less than that between good policies.
-    assert difference.mean() > -2 * other.std(ddof=1)
+    assert mine - uniform > 0.85 * (other - uniform) > 0
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6, 8])
@@ -279,7 +278,7 @@ def test_refuses_the_checkpoint_of_another_preset_or_of_other_settings(cloud, tm
     state = tmp_path / "idx.search.json"
     fit(cloud, state=state)
     quick = dataclasses.replace(QUICK, schedule=dataclasses.replace(QUICK.schedule, tau=2.0))
-    with pytest.raises(OutputError, match=r"`schedule` \(tau\) was 4.0, is 2.0"):
+    with pytest.raises(OutputError, match=r"`schedule` \(tau\) was 6.0, is 2.0"):
         fit(cloud, quick, state=state)
     with pytest.raises(OutputError, match=r"of another search.*`proxy` was"):
         fit(cloud, IFBeta(proxy=Projection(4)), state=state)
