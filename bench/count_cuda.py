@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes of a multiprocessor
 RESERVED = {80: 1 << 10, 90: 0}  # bytes of a block for the system that `shared` lacks
 REGISTERS, BLOCKS, WARPS = 65536, 32, 64  # of a multiprocessor
-KERNEL = re.compile(r"Function : \S*?(direct|gram|depthwise)(\S*)")
+KERNEL = re.compile(r"Function : \S*?\d(direct_elements|direct|gram|depthwise)I?(\S*)")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def count(text: str, threads: int, arch: int) -> Iterator[dict[str, Any]]:
         for body, inside in main_loops(instructions(part)):
             ffma = sum(each.base == "FFMA" for each in body)
             yield {
-                "kernel": " ".join([kernel[1], *re.findall(r"L[ib](\d+)E", kernel[2])]),
+                "kernel": " ".join([kernel[1], *re.findall(r"(?:L[ib]|UseE)(\d+)E", kernel[2])]),
                 "instructions": len(body),
                 "FFMA": ffma,
                 "share": round(ffma / len(body), 2),

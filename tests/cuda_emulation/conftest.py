@@ -29,6 +29,8 @@ COMPILER = os.environ.get("CXX", "g++")
 LAUNCH = re.compile(r"(?P<kernel>[\w:]+(?:<[^<>;]*>)?)<<<(?P<config>.*?)>>>\((?P<arguments>.*?)\);", re.DOTALL)
 # __shared__ Type name[size];
 SHARED = re.compile(r"__shared__\s+(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<size>(?:\[[^\];]+\])*);")
+# Constants that only decide how blocks share the work, so small that small layers reach every way to share it.
+SMALL = {"kElementBlocks": 4, "kSumBlocks": 4, "kMaxAdded": 2}
 
 
 class EmulationError(AssertionError):
@@ -41,6 +43,14 @@ def to_cpp(source: str) -> str:
     source = SHARED.sub(r"auto& \g<name> = emulation::shared<\g<type>\g<size>>(__COUNTER__);", source)
     left = re.search(r"^.*(<<<|__shared__).*$", source, re.MULTILINE)
     assert not left, f"the emulation does not understand: {left and left[0].strip()}"
+    return source
+
+
+def shrink(source: str) -> str:
+    """Replace the constants of SMALL, which a source of csrc defines."""
+    for name, value in SMALL.items():
+        source, count = re.subn(rf"({name} = )\d+;", rf"\g<1>{value};", source)
+        assert count == 1, f"{count} definitions of {name}"
     return source
 
 
@@ -83,6 +93,7 @@ def build(units: dict[str, Path | str]) -> Path:
 def kernel_units() -> dict[str, Path | str]:
     """Return every CUDA source, translated, and what the kernels call on the host."""
     units: dict[str, Path | str] = {path.stem: to_cpp(path.read_text()) for path in sorted(CSRC.rglob("*.cu"))}
+    units["grad_norms"] = shrink(str(units["grad_norms"]))
     return {**units, "validation": CSRC / "grad_norms" / "validation.cpp", "main": HERE / "main.cpp"}
 
 

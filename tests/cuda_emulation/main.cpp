@@ -11,7 +11,7 @@ namespace {
 
 using namespace kdfast;
 
-void squared_norms(Request& request) {
+grad_norms::Convolution read_convolution(Request& request) {
   grad_norms::Convolution args{};
   args.a = request.array<const float>();
   args.b = request.array<const float>();
@@ -26,9 +26,25 @@ void squared_norms(Request& request) {
   request.fill(args.pad);
   args.groups = request.integer();
   args.algorithm = static_cast<int>(request.integer());
+  return args;
+}
+
+// An empty array of weights is left out.
+void squared_norms(Request& request) {
+  grad_norms::Convolution args = read_convolution(request);
+  args.weights = request.array<const float>();
   std::vector<double> parts(static_cast<size_t>(args.batch * grad_norms::parts(args)),
                             std::numeric_limits<double>::quiet_NaN());
   args.out = parts.data();
+  grad_norms::squared_norms_cuda(args, nullptr);
+  respond(parts.data(), parts.size() * sizeof(double));
+}
+
+void sums_of_squares(Request& request) {
+  grad_norms::Convolution args = read_convolution(request);
+  const int64_t size = args.outputs * (args.channels / args.groups) * args.kernel[0] * args.kernel[1];
+  std::vector<double> parts(static_cast<size_t>(grad_norms::squares_parts(args) * size));
+  args.squares = parts.data();
   grad_norms::squared_norms_cuda(args, nullptr);
   respond(parts.data(), parts.size() * sizeof(double));
 }
@@ -80,6 +96,8 @@ int main() try {
     emulation::seed(static_cast<uint32_t>(request.integer()));
     if (request.name == "squared_norms") {
       squared_norms(request);
+    } else if (request.name == "sums_of_squares") {
+      sums_of_squares(request);
     } else if (request.name == "residuals") {
       residuals(request);
     } else {

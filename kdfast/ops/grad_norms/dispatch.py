@@ -80,7 +80,7 @@ def weighted_squared_norms(factors: GradFactors, weights: Tensor, backend: str =
     Raises:
         BackendUnavailable: If a named backend cannot run here.
     """
-    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend, elements=True):
+    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend):
         return reference.weighted_squared_norms(factors, weights)
     from kdfast.ops.grad_norms import native
 
@@ -98,15 +98,15 @@ def sums_of_squares(factors: GradFactors, shape: Sequence[int], backend: str = "
     Raises:
         BackendUnavailable: If a named backend cannot run here.
     """
-    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend, elements=True):
+    if not isinstance(factors, (OuterProduct, Convolution)) or not _is_compiled(factors, backend):
         return reference.sums_of_squares(factors, shape)
     from kdfast.ops.grad_norms import native
 
     return native.sums_of_squares(factors, shape)
 
 
-def _is_compiled(factors: OuterProduct | Convolution, backend: str, elements: bool = False) -> bool:
-    """Return whether a backend for these factors is compiled; ``elements``: for functions of the elements of `G`.
+def _is_compiled(factors: OuterProduct | Convolution, backend: str) -> bool:
+    """Return whether the backend for these factors is compiled.
 
     Raises:
         BackendUnavailable: If a named backend cannot run here.
@@ -114,8 +114,7 @@ def _is_compiled(factors: OuterProduct | Convolution, backend: str, elements: bo
     if backend == "auto" and factors.b.dtype == torch.float64:
         backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
     dtype = str(factors.b.dtype).removeprefix("torch.")
-    device = factors.b.device.type
-    return resolve("grad_norms", device, dtype, backend) != "reference" and not (elements and device == "cuda")
+    return resolve("grad_norms", factors.b.device.type, dtype, backend) != "reference"
 
 
 def select_algorithm(sizes: Sizes, method: str = "auto") -> str:

@@ -117,7 +117,14 @@ def conv_sums_of_squares(
         ValueError: If the sizes are inconsistent.
     """
     shape = (b.shape[1], a.shape[1] // geometry.groups, *geometry.kernel)
-    squares = torch.zeros(shape, dtype=torch.float64, device=a.device)
+    if a.is_cuda:
+        parts = extension.conv_sums_of_squares_parts(_convolution(a, b, geometry, algorithm))
+        partial = torch.zeros(parts, *shape, dtype=torch.float64, device=a.device)
+        call = _convolution(a, b, geometry, algorithm, squares=partial)
+        with torch.cuda.device(a.device):
+            extension.conv_squared_norms_cuda(call, 0, torch.cuda.current_stream().cuda_stream)
+        return partial.sum(0)
+    squares = torch.zeros(shape, dtype=torch.float64)
     call = _convolution(a, b, geometry, algorithm, squares=squares)
     extension.conv_squared_norms(call, 0, torch.get_num_threads(), isa_limit)
     return squares
