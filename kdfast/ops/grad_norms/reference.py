@@ -82,7 +82,8 @@ def weighted_squared_norms(factors: GradFactors, weights: Tensor) -> Tensor:
         return factors.b.new_zeros(len(factors.b)).index_add_(0, keys // factors.num_embeddings, squares)
     out = factors.b.new_empty(len(factors.b))
     for chunk, grads in iter_materialized([factors], weights.shape, copies=1):
-        out[chunk] = torch.mv(grads.flatten(1).square(), weights.flatten())
+        # Not a matrix product, which adds millions of terms one after the other.
+        out[chunk] = grads.flatten(1).square().mul_(weights.flatten()).sum(1)
     return out
 
 

@@ -101,7 +101,7 @@ def squared_norms_of_sum(
     out = merged[0].b.new_empty(len(merged[0].b))
     for chunk, total in iter_materialized(merged, shape):
         squares = total.reshape(len(total), -1).square()
-        out[chunk] = squares.sum(1) if weights is None else torch.mv(squares, weights.flatten())
+        out[chunk] = (squares if weights is None else squares.mul_(weights.flatten())).sum(1)
     return out
 
 

@@ -153,6 +153,13 @@ def test_elements_of_more_samples_than_are_packed_together(grad_norms_backend):
     check_elements(convolution(3, 5, (6, 6), Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1), n=70), grad_norms_backend)
 
 
+def test_weighted_norms_of_large_weights_do_not_lose_digits(grad_norms_backend):
+    factors, weights = OuterProduct(torch.randn(2, 2, 1000), torch.randn(2, 2, 1500)), torch.rand(1500, 1000)
+    expected = (gradients(factors).square() * weights).flatten(1).sum(1)
+    found = weighted_squared_norms(factors, weights, grad_norms_backend)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+
+
 def test_elements_are_exact_in_float64():
     for geometry in GRID[::5]:
         check_elements(convolution(8, 12, (11, 13), geometry, dtype=torch.float64), "reference", 1e-12)
