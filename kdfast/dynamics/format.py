@@ -108,6 +108,8 @@ def read_sealed_json(path: Path, schema: type) -> dict[str, Any]:
         DataError: The file is missing or damaged.
     """
     advice = f"delete {path.parent} and run kdfast dynamics again"
+    if path.name == MANIFEST:
+        advice = "run kdfast dynamics again, which writes it anew"
     try:
         fields = read_sealed(path)
     except (OSError, ValueError) as error:
@@ -115,6 +117,11 @@ def read_sealed_json(path: Path, schema: type) -> dict[str, Any]:
         raise DataError(f"{path} {state}: {advice}") from error
     check_type(fields, schema, path, advice=advice)
     return fields
+
+
+def record_again(folder: Path) -> str:
+    """Return what messages advise if the folder of a run is damaged."""
+    return f"delete {folder} and record that run again"
 
 
 def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_sums: bool) -> None:
@@ -130,9 +137,9 @@ def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check
     """
     for name, seal in files.items():
         if not is_plain_name(name):
-            raise DataError(f"{folder} names {name!r}, which is no file of it: delete it and run kdfast dynamics again")
+            raise DataError(f"{folder} names {name!r}, which is no file of it: {record_again(folder)}")
         path = folder / name
         held = path.stat().st_size if path.is_file() else None
         if held != seal["bytes"] or (check_sums and sha256_file(path) != seal["sha256"]):
             found = "missing" if held is None else "damaged"
-            raise DataError(f"{path} is {found}: delete {folder.parent} and run kdfast dynamics again")
+            raise DataError(f"{path} is {found}: {record_again(folder)}")

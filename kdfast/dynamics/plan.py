@@ -19,6 +19,7 @@ from kdfast.files import (
     FolderLock,
     atomic_write,
     check_writable,
+    has_format,
     remove_stale,
     schemas,
     visible_entries,
@@ -124,7 +125,7 @@ def check_dynamics_folder(folder: Path) -> None:
         OutputError: It holds something else.
     """
     entries = visible_entries(folder)
-    if entries and not (folder / layout.PLAN).exists():
+    if entries and not has_format(folder / layout.PLAN, layout.FORMAT):
         raise OutputError(f"{folder} is not empty ({entries[0]}) and holds no dynamics: choose another folder")
 
 

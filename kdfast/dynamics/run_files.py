@@ -35,7 +35,7 @@ class RunFiles:
         return (self.folder / layout.SEAL).exists()
 
     def resume(self, mask: npt.NDArray[np.bool_]) -> int:
-        """Write the mask of an unfinished run, or check it, and check the epochs that are recorded.
+        """Check what is recorded, and the mask; write the mask of a new run.
 
         Args:
             mask: bool (N,), the samples that the run trains on.
@@ -48,16 +48,18 @@ class RunFiles:
             DataError: A file is damaged.
         """
         remove_stale(self.folder)
+        path, packed = self.folder / layout.MASK, np.packbits(mask)
         if self.sealed:
-            return self._plan.epochs
-        packed = np.packbits(mask)
-        path = self.folder / layout.MASK
+            seal = layout.read_sealed_json(self.folder / layout.SEAL, schemas.RunSeal)
+            layout.require_files(self.folder, seal["files"], check_sums=True)
         if path.exists():
             held = read_npy(path, shape=packed.shape, dtype=np.uint8, advice=self._record_again())
             if not np.array_equal(held, packed):
                 raise UsageError(f"{self.folder} was started with another mask: choose another folder")
         else:
             _save(path, packed)
+        if self.sealed:
+            return self._plan.epochs
         epoch = 0
         while epoch < self._plan.epochs and (self.folder / layout.epoch_file(epoch)).exists():
             self.read_epoch(epoch)
@@ -125,7 +127,7 @@ class RunFiles:
         write_sealed(self.folder / layout.SEAL, {"files": layout.compute_file_digests(self.folder, names)})
 
     def _record_again(self) -> str:
-        return f"remove {self.folder} to record that run again"
+        return layout.record_again(self.folder)
 
 
 def write_manifest(path: Path, runs: int) -> None:

@@ -7,6 +7,7 @@ from kdfast.files.folders import FolderLock, check_writable, make_subfolder, vis
 from kdfast.files.outputs import check_replaceable
 from kdfast.files.own import is_plain_name, open_own, refuse_links
 from kdfast.files.records import (
+    has_format,
     matches_seal,
     read_json,
     read_sealed,
@@ -24,6 +25,7 @@ __all__ = [
     "atomic_write",
     "check_replaceable",
     "check_writable",
+    "has_format",
     "is_plain_name",
     "make_subfolder",
     "matches_seal",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not sealed:
         raise ValueError(f"{path} does not match its own digest")
     return dict(fields)
+
+
+def has_format(path: str | os.PathLike[str], name: str) -> bool:
+    """Return whether a file, damaged or not, names itself a file of a format, as "format": "NAME"; False if missing."""
+    try:
+        return re.search(rb'"format": *"%s"' % re.escape(name.encode()), read_regular(path)) is not None
+    except OSError:
+        return False
 
 
 def sha256_json(fields: Mapping[str, Any]) -> str:

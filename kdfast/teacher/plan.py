@@ -12,7 +12,7 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
-from kdfast.files import refuse_links, visible_entries, write_sealed
+from kdfast.files import has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
@@ -63,7 +63,7 @@ def check_cache_folder(folder: Path) -> None:
     refuse_links(folder, BUILDING)
     entries = [name for name in visible_entries(folder) if name != BUILDING]
     # The plan exists before any other file of a cache, and until the manifest is written: check in this order.
-    if entries and not (folder / BUILDING / PLAN).exists() and not (folder / MANIFEST).exists():
+    if entries and not any(has_format(file, FORMAT) for file in (folder / BUILDING / PLAN, folder / MANIFEST)):
         raise OutputError(f"{folder} holds {entries[0]}, which is not part of a cache: choose an empty or new folder")
 
 

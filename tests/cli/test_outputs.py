@@ -50,7 +50,8 @@ def command_for(name: str, tiny: Path, scores: Path, teacher: Path, out: Path) -
 FOREIGN = [
     ("score", "mine.npz"), ("prune", "mine.npy"), ("prune", "mine.json"), ("report", "index.html"),
     ("sweep", "table.md"), ("sweep", "plot.png"), ("sweep", "notes.txt"), ("distill", "notes.txt"),
-    ("dynamics", "labels.npy"), ("cache", "features.npy"), ("flip", "labels.npy"), ("train", "t.pt"),
+    ("dynamics", "labels.npy"), ("dynamics", "plan.json"), ("cache", "features.npy"), ("cache", "manifest.json"),
+    ("flip", "labels.npy"), ("train", "t.pt"),
 ]  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def test_refuses_foreign_files_before_the_work(kdfast, tiny, scores, teacher, tm
     def work(*_: object, **__: object) -> None:
         pytest.fail("the work began")
 
-    for place in ("distill.train.train", "prune.scores.compute.ScoreSources.score", "prune.select.select_subset"):
+    for place in ("distill.record_dynamics.train", "distill.train.train", "prune.scores.compute.ScoreSources.score",
+                  "prune.select.select_subset"):  # fmt: skip
         monkeypatch.setattr(f"kdfast.{place}", work)
     ran = kdfast(*command, *(["--dry-run"] if dry else []))
     assert ran.code == 4, (ran.err, ran.out)

@@ -77,6 +77,20 @@ def test_a_finished_run_whose_student_has_changed(kdfast, tiny: Path, tmp_path: 
     assert load_model(student).digest == load_model(backup).digest, "the advice makes the same student again"
 
 
+@pytest.mark.parametrize("name", ["el2n.npy", "mask.npy"])
+def test_a_finished_recording_that_has_changed(kdfast, tiny: Path, tmp_path: Path, name: str) -> None:
+    command = (*COMMANDS["dynamics"][0], "--data", tiny, "--out", tmp_path / "out")
+    assert kdfast(*command).code == 0
+    file = tmp_path / "out" / "run-00" / name
+    before = file.read_bytes()
+    file.write_bytes(before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+    outcome = kdfast(*command)
+    assert (outcome.code, outcome.out) == (3, ""), outcome
+    assert re.search(rf"run-00/{name} is damaged: delete \S*run-00 and record that run again", outcome.err)
+    shutil.rmtree(tmp_path / "out" / "run-00")
+    assert (kdfast(*command).code, file.read_bytes()) == (0, before), "the advice works"
+
+
 class Creates:
     """A pickle that makes a folder if an unsafe loader reads it."""
 

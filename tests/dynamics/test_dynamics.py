@@ -187,6 +187,14 @@ def test_rejects_other_data(tmp_path):
         Dynamics.open(tmp_path / "dyn", labels=LABELS[:-1])
 
 
+@pytest.mark.parametrize("text", ["{}", '{"format": "geojson"}', "my plan"])
+def test_rejects_a_foreign_plan_without_advice_to_delete_it(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(OutputError, match=r"plan\.json\) and holds no dynamics: choose another folder"):
+        DynamicsRecorder(tmp_path, N, LABELS, epochs=1)
+    assert (tmp_path / "plan.json").read_text() == text
+
+
 def test_rejects_foreign_folders(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -284,7 +292,7 @@ def test_error_names_a_damaged_file_of_an_unfinished_run(tmp_path, name):
     one_epoch(0)
     (part,) = (tmp_path / "dyn").rglob(f"{name}*")
     part.write_bytes(part.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"is damaged.*remove .*run-00"):
+    with pytest.raises(DataError, match=r"is damaged.*delete .*run-00 and record that run again"):
         one_epoch(1)
 
 

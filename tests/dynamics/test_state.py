@@ -1,6 +1,7 @@
 """What is on disk is verified before it is used, and what cannot be stored or resumed is refused at once."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,39 @@ def test_a_flipped_bit_in_an_unfinished_recording_is_refused(tmp_path: Path, nam
     error = UsageError if "mask" in name else DataError
     with pytest.raises(error, match=r"mask" if "mask" in name else re.escape(name)):
         recorder(tmp_path, feature_epochs=[0])
+
+
+FINISHED = ["el2n.npy", "correct.npy", "mask.npy", "features-0000.npy", "sealed.json"]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_flipped_bit_in_a_finished_run_is_refused_and_the_advice_works(tmp_path: Path, name: str) -> None:
+    record(tmp_path, 2, feature_epochs=[0])
+    before = {file.name: file.read_bytes() for file in (tmp_path / "dyn" / "run-00").iterdir()}
+    flip(tmp_path / "dyn" / "run-00" / name)
+    with pytest.raises(DataError, match=rf"{re.escape(name)} is damaged: delete (\S*run-00) "):
+        recorder(tmp_path, feature_epochs=[0])
+    shutil.rmtree(tmp_path / "dyn" / "run-00")
+    record(tmp_path, 2, feature_epochs=[0])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "dyn" / "run-00").iterdir()} == before
+    Dynamics.open(tmp_path / "dyn")
+
+
+def test_a_damaged_manifest_is_written_anew(tmp_path: Path) -> None:
+    record(tmp_path, 2)
+    file = tmp_path / "dyn" / "manifest.json"
+    before = file.read_bytes()
+    flip(file, len(before) // 2)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: run kdfast dynamics again"):
+        Dynamics.open(tmp_path / "dyn")
+    recorder(tmp_path).close()
+    assert file.read_bytes() == before
+
+
+def test_a_finished_run_of_another_mask_is_refused(tmp_path: Path) -> None:
+    record(tmp_path, 2)
+    with pytest.raises(UsageError, match="another mask"):
+        recorder(tmp_path, mask=np.arange(N) > 3)
 
 
 def test_damaged_labels_can_be_deleted_and_nothing_is_lost(tmp_path: Path) -> None:

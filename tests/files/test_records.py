@@ -55,6 +55,18 @@ def test_a_seal_survives_json_and_covers_every_field():
     assert files.matches_seal(files.without_seal(read)), "records of earlier versions"
 
 
+def test_a_damaged_file_still_names_its_format(tmp_path):
+    path = tmp_path / "f.json"
+    files.write_sealed(path, {"format": "x-y", "more": 1})
+    path.write_bytes(path.read_bytes()[:-20])
+    assert files.has_format(path, "x-y")
+    for name, text in (("x.y", path.read_text()), ("x-y", '{"format": "other", "is": "x-y"}'), ("x-y", "")):
+        path.write_text(text)
+        assert not files.has_format(path, name)
+    assert not files.has_format(tmp_path / "missing", "x-y")
+    assert not files.has_format(tmp_path, "x-y")
+
+
 def test_sha256_of_json_ignores_the_order_of_keys():
     assert files.sha256_json({"a": 1, "b": {"c": 2, "d": 3}}) == files.sha256_json({"b": {"d": 3, "c": 2}, "a": 1})
     assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 2})
