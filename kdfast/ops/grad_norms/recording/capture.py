@@ -7,6 +7,7 @@ reaches them. Gradients are requested only at the lowest layers, so no weight gr
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,12 +63,16 @@ class Call:
     receive: Receive | None = None
 
     def watch(self, outputs: Sequence[Tensor]) -> None:
-        """Receive the gradients of the outputs in the backward pass."""
+        """Receive the gradients of the outputs in the backward pass, while the call exists."""
+        # The graph holds the hook, and the edges hold the graph: with a reference to the call, nothing of the pass
+        # would be freed, since Python does not see cycles through the graph.
+        call = weakref.ref(self)
         for i, out in enumerate(outputs):
             self.edges.append(torch.autograd.graph.get_gradient_edge(out))
-            out.register_hook(partial(self._arrive, i))  # type: ignore[no-untyped-call]
+            out.register_hook(partial(_pass_on, call, i))  # type: ignore[no-untyped-call]
 
-    def _arrive(self, position: int, grad: Tensor) -> None:
+    def arrive(self, position: int, grad: Tensor) -> None:
+        """Take the gradient of an output."""
         if self.receive is not None and position in self.expected:
             self.grads[position] = grad
             if len(self.grads) == len(self.expected):
@@ -92,6 +97,12 @@ class Call:
             UsageError: If the recorded values were changed in place, or the layer mixes samples.
         """
         raise NotImplementedError
+
+
+def _pass_on(reference: weakref.ref[Call], position: int, grad: Tensor) -> None:
+    call = reference()
+    if call is not None:
+        call.arrive(position, grad)
 
 
 @dataclass
