@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kdfast.prune import request
 from kdfast.prune.if_beta.selector import costs
@@ -192,6 +193,13 @@ def test_keeps_scores_and_flat_network_of_an_interrupted_command(
     assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts.json", "parts.npy"]
     assert (np.load(parts) == np.load(whole)).all()
     assert record(parts)["scores"] == record(whole)["scores"]
+
+
+def test_timing_a_network_leaves_the_random_numbers() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(3 * 8 * 8, 2))
+    state = torch.get_rng_state()
+    assert costs._epoch_seconds(net, 100, 2, (8, 8), torch.device("cpu"), distilled=False) > 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def interrupt(*_: object, **__: object) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from kdfast.errors import DataError, OutputError, describe_changes
-from kdfast.files import read_json, schemas, write_json
+from kdfast.files import matches_seal, read_json, schemas, seal, write_json
 from kdfast.files.validate import check_type
 from kdfast.prune.if_beta.search import SearchState
 
@@ -54,6 +54,8 @@ class SearchCheckpoint:
                 "command and version of kdfast, choose another output name, or delete the file to start over"
             )
         check_type(content, schemas.SearchFile, self.path, advice=START_OVER)
+        if not matches_seal(content):
+            raise DataError(f"{self.path} was damaged or edited, it does not match its own digest: {START_OVER}")
         return SearchState(**content["state"])
 
     def save(self, state: SearchState) -> None:
@@ -67,7 +69,7 @@ class SearchCheckpoint:
             return
         content = {"format": _FORMAT, "identity": self.identity, "settings": self.settings, "state": state.to_dict()}
         try:
-            write_json(self.path, content)
+            write_json(self.path, seal(content))
         except ValueError as error:
             raise DataError(
                 f"the state of the search cannot be saved ({error}): rewards must be finite; use another reward"

@@ -108,14 +108,16 @@ def _epoch_seconds(
     labels = torch.arange(batch, device=device) % classes
     teacher = torch.zeros(batch, classes, device=device)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    seconds = []
-    for _ in range(_WARMUP_STEPS + _TIMED_STEPS):
-        started = time.perf_counter()
-        optimizer.zero_grad()
-        logits = net(images)
-        torch.autograd.backward(kd_loss(logits, labels, teacher) if distilled else F.cross_entropy(logits, labels))
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+    # A network with dropout draws from the global generators.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seconds = []
+        for _ in range(_WARMUP_STEPS + _TIMED_STEPS):
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            logits = net(images)
+            torch.autograd.backward(kd_loss(logits, labels, teacher) if distilled else F.cross_entropy(logits, labels))
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[_WARMUP_STEPS:]) * math.ceil(samples / batch)
