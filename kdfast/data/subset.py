@@ -24,7 +24,17 @@ import numpy.typing as npt
 import kdfast
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, SubsetError, UsageError
-from kdfast.files import atomic_write, check_replaceable, check_writable, read_json, schemas, write_json
+from kdfast.files import (
+    atomic_write,
+    check_replaceable,
+    check_writable,
+    matches_seal,
+    read_json,
+    schemas,
+    seal,
+    without_seal,
+    write_json,
+)
 from kdfast.files.arrays import read_npy
 
 
@@ -93,14 +103,13 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
 
     Raises:
         UsageError: `path` does not end in .npy.
-        OutputError: The existing file, or the .json beside it, was not written by kdfast.
+        OutputError: The existing file, or the .json beside it, was not written by kdfast, or changed since.
     """
     file = Path(path)
     if file.suffix != ".npy":
         raise UsageError(f"{file} is not a valid name of a subset file: rename it to end in .npy")
-    beside = file.with_suffix(".json")
-    check_replaceable(beside, _is_own_provenance)
-    check_replaceable(file, lambda _: beside.exists())
+    with _folder_for_one_writer(file.parent):
+        _check_replaceable(file)
 
 
 def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance: Mapping[str, Any]) -> None:
@@ -117,7 +126,7 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
         UsageError: `path` does not end in .npy.
         OutputError: A file cannot be written, or would replace one that kdfast did not write.
     """
-    file = Path(path)
+    file, beside = Path(path), Path(path).with_suffix(".json")
     check_subset_path(file)
     if not isinstance(provenance.get("data"), str):
         raise SubsetError(
@@ -126,8 +135,10 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
     checked = _check_ids(ids, "the subset to write")
     check_writable(file.parent)
     with _folder_for_one_writer(file.parent):
-        # Write provenance first, so that a failed second write is detected: the digest does not match the old ids.
-        write_json(file.with_suffix(".json"), {**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__})
+        _check_replaceable(file)
+        # The old ids go first: beside the new provenance they would look like ids that someone changed.
+        file.unlink(missing_ok=True)
+        write_json(beside, seal({**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__}))
         with atomic_write(file) as stream:
             np.save(stream, checked, allow_pickle=False)
 
@@ -237,6 +248,9 @@ def _round_up(share: float) -> str:
 @contextlib.contextmanager
 def _folder_for_one_writer(folder: Path) -> Iterator[None]:
     """Wait until no other process writes a subset there, so that both files of a subset come from one of them."""
+    if not folder.is_dir():
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -295,9 +309,25 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
     if provenance["ids"] != _digest(ids):
         raise SubsetError(
             f"{beside} describes other indices than those in {file.name}: remove it if you changed them on purpose, or "
-            "prune again"
+            "remove both and prune again"
         )
-    return provenance
+    if not matches_seal(provenance):
+        raise SubsetError(f"{beside} was damaged or edited, it does not match its own digest: prune again")
+    return without_seal(provenance)
+
+
+def _check_replaceable(file: Path) -> None:
+    """Check that a subset file and its provenance may be written, while no other process writes there."""
+    beside = file.with_suffix(".json")
+    check_replaceable(beside, _is_own_provenance)
+    check_replaceable(file, lambda _: _is_own_subset(file, beside))
+
+
+def _is_own_subset(file: Path, beside: Path) -> bool:
+    try:
+        return bool(_digest(_check_ids(_load(file), str(file))) == read_json(beside, schemas.Provenance)["ids"])
+    except (DataError, SubsetError):
+        return False
 
 
 def _is_own_provenance(path: Path) -> bool:

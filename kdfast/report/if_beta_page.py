@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import DataError
-from kdfast.files import read_json, schemas
+from kdfast.files import matches_seal, read_json, schemas
 from kdfast.files.validate import check_type
 from kdfast.prune.if_beta.stages import mode_and_sharpness
 from kdfast.report import charts
@@ -47,6 +47,8 @@ def write_if_beta_page(provenance: Path, out: Path) -> int:
         )
     check_type(content, schemas.IfBetaProvenance, provenance, advice=_PRUNE_AGAIN)
     _check_counts(content[METHOD], provenance)
+    if not matches_seal(content):
+        raise DataError(f"{provenance} was damaged or edited, it does not match its own digest: {_PRUNE_AGAIN}")
     return write_page(_render_page(content), out)
 
 

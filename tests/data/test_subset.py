@@ -204,14 +204,55 @@ def test_does_not_replace_a_foreign_json(tmp_path, text):
     assert (tmp_path / "idx.json").read_text() == text
 
 
-def test_detects_a_write_interrupted_between_the_two_files(tmp_path):
+def test_a_write_interrupted_between_the_two_files_can_be_repeated(tmp_path, monkeypatch):
     path = tmp_path / "idx.npy"
     write_subset(path, np.arange(4), PROVENANCE)
-    old = path.read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr(module.np, "save", lambda *_, **__: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            write_subset(path, np.arange(5), PROVENANCE)
+    rejects(path, "cannot read")
+    check_subset_path(path)
     write_subset(path, np.arange(5), PROVENANCE)
-    path.write_bytes(old)
-    rejects(path, "describes other indices")
-    assert json.loads((tmp_path / "idx.json").read_text())["data"] == "f" * 64
+    assert len(read_subset(path, n=10).ids) == 5
+
+
+MINE = {"ids": lambda path: np.save(path, np.arange(3, 9)), "an order": lambda path: np.save(path, np.arange(4)[::-1]),
+        "other data": lambda path: np.save(path, np.eye(3)), "text": lambda path: path.write_text("1 2 3"),
+        "an archive": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18))}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_does_not_replace_indices_changed_by_hand(tmp_path, name):
+    path = tmp_path / "idx.npy"
+    write_subset(path, np.arange(4), PROVENANCE)
+    MINE[name](path)
+    mine = path.read_bytes()
+    for call in (check_subset_path, lambda path: write_subset(path, np.arange(3), PROVENANCE)):
+        with pytest.raises(OutputError, match=r"idx\.npy exists, and kdfast did not write it: use another name"):
+            call(path)
+    assert path.read_bytes() == mine
+    path.unlink()  # the advice works
+    write_subset(path, np.arange(3), PROVENANCE)
+
+
+@pytest.mark.parametrize(("field", "value"), [("method", "x"), ("seconds", 9), ("kdfast", "0.0"), ("more", [])])
+def test_an_edited_provenance_is_refused_and_written_anew(tmp_path, field, value):
+    path, about = tmp_path / "idx.npy", tmp_path / "idx.json"
+    write_subset(path, np.arange(4), PROVENANCE)
+    about.write_text(json.dumps({**json.loads(about.read_text()), field: value}))
+    rejects(path, r"idx\.json was damaged or edited, it does not match its own digest: prune again")
+    check_subset_path(path)
+    write_subset(path, np.arange(4), PROVENANCE)
+    assert read_subset(path, n=10).provenance["data"] == "f" * 64
+
+
+def test_provenance_of_earlier_versions_has_no_digest(tmp_path):
+    path, about = tmp_path / "idx.npy", tmp_path / "idx.json"
+    write_subset(path, np.arange(4), PROVENANCE)
+    before = read_subset(path, n=10).provenance
+    about.write_text(json.dumps(before))
+    assert read_subset(path, n=10).provenance == before
 
 
 @given(st.integers(1, 10**6), st.floats(1e-6, 1.0))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kdfast.errors import DataError
+from kdfast.files import seal
 from kdfast.report.if_beta_page import write_if_beta_page
 
 END = {"id": 3, "label": 1, "score": 0.5, "u": 0.25}
@@ -98,6 +99,16 @@ def test_every_changed_value_gives_a_page_or_a_clear_message(tmp_path: Path) -> 
 )
 def test_names_the_field(tmp_path: Path, way: tuple, value: Any, message: str) -> None:
     assert re.search(re.escape(message), page(changed(way, value), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("way", "value"), [(("seed",), 4), (("if-beta", "a"), 1.25), (("if-beta", "ranks", "kept"), [1, 1])]
+)
+def test_refuses_an_edited_record(tmp_path: Path, way: tuple, value: Any) -> None:
+    sealed = seal(RECORD)
+    assert not page(sealed, tmp_path)
+    edited = {**changed(way, value), **{name: sealed[name] for name in sealed if name not in RECORD}}
+    assert "idx.json was damaged or edited" in page(edited, tmp_path)
 
 
 def test_reads_files_without_the_fields_of_presets(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdfast.errors import DataError, OutputError
+from kdfast.files import without_seal
 from kdfast.prune.if_beta.checkpoint import SearchCheckpoint
 from kdfast.prune.if_beta.search import Schedule
 
@@ -46,6 +47,34 @@ def test_names_the_field(tmp_path: Path, field: str, value: object) -> None:
     checkpoint.path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"idx\.search\.json: .*{field}.*delete it to start over"):
         checkpoint.load()
+
+
+@pytest.mark.parametrize("name", ["phi", "step", "seconds"])
+def test_refuses_a_changed_digit(tmp_path: Path, name: str) -> None:
+    checkpoint = saved(tmp_path)
+    before = checkpoint.load()
+    content = json.loads(checkpoint.path.read_text())
+    values = content["state"]
+    if name == "step":
+        for part in ("path", "rewards", "accuracies"):
+            values[part].append([1.5, 1.5] if part == "path" else 0.5)
+        values["step"] += 1
+    elif name == "seconds":
+        values["seconds"] += 1
+    else:
+        values["phi"][0] += 0.01
+    checkpoint.path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"idx\.search\.json was damaged or edited.*delete it to start over"):
+        checkpoint.load()
+    checkpoint.save(before)
+    assert checkpoint.load() == before
+
+
+def test_reads_checkpoints_of_earlier_versions(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path)
+    before = checkpoint.load()
+    checkpoint.path.write_text(json.dumps(without_seal(json.loads(checkpoint.path.read_text()))))
+    assert checkpoint.load() == before
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"format": NaN}', '{"x": ' + "1" * 5000 + "}", "\xff"])

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import beta
 
 from kdfast.errors import DataError, DivergedError, OutputError, UsageError
+from kdfast.files import without_seal
 from kdfast.prune.if_beta import IFBeta
 from kdfast.prune.if_beta.estimators import Estimate, Outcome, ScoreFunction
 from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
@@ -287,7 +288,7 @@ def test_refuses_the_checkpoint_of_another_preset_or_of_other_settings(cloud, tm
 def test_refuses_a_damaged_checkpoint(cloud, tmp_path):
     state = tmp_path / "idx.search.json"
     fit(cloud, state=state)
-    content = json.loads(state.read_text())
+    content = without_seal(json.loads(state.read_text()))
     content["state"]["phi"][0] = 9.5  # no mode
     state.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"idx\.search\.json: its phi .* contradict each other: delete it"):
