@@ -28,6 +28,8 @@ __all__ = ["DTYPES", "TABLE", "Choice", "choices", "is_available", "resolve"]
 TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "cpu"): ("native", "reference"),
     ("kd_loss", "cuda"): ("triton", "reference"),
+    ("kd_loss_divergences", "cpu"): ("reference",),
+    ("kd_loss_divergences", "cuda"): ("reference",),
     ("views", "cpu"): ("native", "reference"),
     ("views", "cuda"): ("triton", "reference"),
     ("draws", "cpu"): ("native", "reference"),

@@ -5,6 +5,7 @@ For student logits z, teacher logits t, label y, p_T = softmax(z / T) and q_T = 
     (1 - alpha) CE(softmax(z), y) + alpha T^2 KL(q_T || p_T)
 
 and its gradient is (1 - alpha) (softmax(z) - onehot(y)) + alpha T (p_T - q_T). One pass over the logits computes both.
+Other divergences can take the place of KL(q_T || p_T).
 
 All calls follow the same path: ``validation.make_call`` checks the arguments and makes a ``KDCall``, ``dispatch``
 chooses the backend, and ``autograd`` runs its kernel and connects the result with the logits. ``fast_path`` is a
@@ -53,6 +54,9 @@ def kd_loss(
     reduction: str = "mean",
     backend: str = "auto",
     direction: str = "forward",
+    divergence: str = "kl",
+    jsd_beta: float = 0.5,
+    dkd_weights: tuple[float, float] = (1.0, 8.0),
     validate: bool = False,
 ) -> Tensor:
     """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
@@ -65,11 +69,27 @@ def kd_loss(
     A class whose logit is -inf is masked: its probability is zero. If the student masks a class to which the teacher
     gives probability, the forward divergence is infinite. NaN logits give a NaN loss.
 
+    With p = softmax(z / T) of the student and q = softmax(t / T) of the teacher, ``divergence`` is one of:
+
+    - "kl": KL(q || p), or KL(p || q) with ``direction="reverse"``.
+    - "jsd": beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p, beta = ``jsd_beta``. At
+      most log 2, also if one of them masks a class. Source: Agarwal et al., On-Policy Distillation of Language Models,
+      ICLR 2024, https://arxiv.org/abs/2306.13649, equation 1.
+    - "dkd": alpha KL((q_y, 1 - q_y) || (p_y, 1 - p_y)) + beta KL(q' || p'), where q' and p' are the distributions over
+      the classes other than the label y, and (alpha, beta) = ``dkd_weights``. The second part is 0 if the teacher masks
+      all of them; a part of weight 0 is left out, even if it is infinite. Source: Zhao et al., Decoupled Knowledge
+      Distillation, CVPR 2022, https://arxiv.org/abs/2203.08679, equation 7.
+    - "standardized": KL(q || p) of logits standardized in each row, (z - mean) / (std + 1e-7), with the unbiased
+      standard deviation; both are over the classes that are not masked. Source: Sun et al., Logit Standardization in
+      Knowledge Distillation, CVPR 2024, https://arxiv.org/abs/2403.01427, algorithm 1.
+
+    The cross-entropy always is that of the logits themselves.
+
     Args:
         logits: (N, C) student logits, any strides.
-        labels: (N,) int64 classes; may be None if ``alpha`` is 1.
+        labels: (N,) int64 classes; may be None if ``alpha`` is 1, except for "dkd".
         teacher: (M, C) raw teacher logits on the device of ``logits``, in any floating dtype (float64 is converted to
-            float32 at each call); or a ``TopKTeacher``, which holds k classes per row.
+            float32 at each call); or, for "kl", a ``TopKTeacher``, which holds k classes per row.
         rows: (N,) int64, the teacher's row for each sample, in any order, repeats allowed. None: row i for sample i,
             which requires M = N.
         alpha: Weight of the divergence, in [0, 1]; the weight of the cross-entropy is 1 - alpha. At 0 the teacher is
@@ -80,7 +100,10 @@ def kd_loss(
         weights: (N,) sample weights; the mean divides by the sum of the weights of non-ignored rows.
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
         backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE``.
-        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
+        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher); "kl" only.
+        divergence: "kl", "jsd", "dkd" or "standardized", as defined above.
+        jsd_beta: Share of the teacher in the mixture of "jsd", above 0 and below 1; 1/2 is symmetric.
+        dkd_weights: Weights alpha and beta of the two parts of "dkd", not negative.
         validate: On a GPU, also check that labels, rows and class ids are in range and that no class repeats within a
             row, which synchronizes with the device. On a CPU that is always checked (class ids only in the rows that
             are used). Where it is not checked (on a GPU, and in the reference implementation when compiled or
@@ -91,15 +114,15 @@ def kd_loss(
         The loss: a scalar, or (N,) for "none"; float32, or float64 for float64 logits.
 
     Raises:
-        ShapeError: If shapes do not fit, alpha or the temperature is out of range, or a class repeats within a row of a
-            ``TopKTeacher``.
+        ShapeError: If shapes do not fit, a number or a name is out of range, a class repeats within a row of a
+            ``TopKTeacher``, or the divergence does not support one.
         TypeError: If a dtype or a device does not fit, or the teacher requires a gradient.
         IndexError: If a label, a row or a class id is out of range.
         BackendUnavailable: If a named backend cannot run here.
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if weights is None:
+    if weights is None and divergence == "kl":
         loss = try_kd_loss(
             logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend
         )
@@ -117,8 +140,11 @@ def kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         direction=direction,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        dkd_weights=dkd_weights,
     )
-    backend = choose_backend(logits.device.type, logits.dtype, backend)
+    backend = choose_backend(logits.device.type, logits.dtype, backend, divergence)
     if validate or (backend == "reference" and values_are_readable(call)):
         check_values(call, thorough=validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
@@ -136,6 +162,9 @@ def kd_loss_terms(
     ignore_index: int = -100,
     backend: str = "auto",
     direction: str = "forward",
+    divergence: str = "kl",
+    jsd_beta: float = 0.5,
+    dkd_weights: tuple[float, float] = (1.0, 8.0),
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and divergence of each row, for logging: without gradient, weights, alpha and T^2.
 
@@ -148,6 +177,9 @@ def kd_loss_terms(
         ignore_index: Rows with this label are 0 in both terms.
         backend: As in ``kd_loss``.
         direction: As in ``kd_loss``.
+        divergence: As in ``kd_loss``.
+        jsd_beta: As in ``kd_loss``.
+        dkd_weights: As in ``kd_loss``.
 
     Returns:
         Two float32 tensors (N,), in nats; float64 for float64 logits.
@@ -169,8 +201,11 @@ def kd_loss_terms(
         ignore_index=ignore_index,
         reduction="none",
         direction=direction,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        dkd_weights=dkd_weights,
     )
-    backend = choose_backend(logits.device.type, logits.dtype, backend)
+    backend = choose_backend(logits.device.type, logits.dtype, backend, divergence)
     call = call.replace(logits=logits.detach())
     if backend != "reference":
         return detached_terms(call, backend)
@@ -187,8 +222,8 @@ class KDLoss(nn.Module):
         alpha: As in ``kd_loss``. May be changed between calls (``loss.alpha = ...``), but ``torch.compile`` recompiles
             for each new value and gives up after several: do not compile a loss whose alpha follows a schedule.
         temperature: As in ``kd_loss``.
-        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction`` and ``validate``, as in
-            ``kd_loss``.
+        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction``, ``divergence``,
+            ``jsd_beta``, ``dkd_weights`` and ``validate``, as in ``kd_loss``.
 
     Raises:
         TypeError: If ``kd_loss`` has no such option.
@@ -196,7 +231,10 @@ class KDLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.5, temperature: float = 4.0, **options: Any) -> None:
         super().__init__()
-        known = {"t_squared", "ignore_index", "reduction", "backend", "direction", "validate"}
+        known = {
+            "t_squared", "ignore_index", "reduction", "backend", "direction", "divergence", "jsd_beta", "dkd_weights",
+            "validate",
+        }  # fmt: skip
         unknown = sorted(set(options) - known)
         if unknown:
             known_names = ", ".join(["alpha", "temperature", *sorted(known)])

@@ -142,7 +142,8 @@ attach_gradient: Callable[[Tensor, Result], Tensor] = _torch_compat.without_func
 
 _TENSORS = "Tensor logits, Tensor? labels, Tensor teacher, Tensor? rows, Tensor? classes, Tensor? tail, Tensor? weights"
 _NUMBERS = "float alpha, float temperature, bool t_squared, SymInt ignore_index, str reduction, bool reverse"
-_SCHEMA = f"({_TENSORS}, {_NUMBERS}, str backend, bool need_grad) -> (Tensor, Tensor)"
+_DIVERGENCE = "str divergence, float first_weight, float second_weight"
+_SCHEMA = f"({_TENSORS}, {_NUMBERS}, {_DIVERGENCE}, str backend, bool need_grad) -> (Tensor, Tensor)"
 
 
 @torch.library.custom_op("kdfast::kd_loss", mutates_args=(), schema=_SCHEMA)

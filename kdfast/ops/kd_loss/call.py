@@ -52,6 +52,10 @@ class KDCall(NamedTuple):
         ignore_index: Label of the rows to ignore.
         reduction: "mean", "sum" or "none".
         reverse: Whether the divergence is KL(student || teacher).
+        divergence: "kl", "jsd", "dkd" or "standardized".
+        first_weight: Weight of the first part of a divergence that has two: of KL(teacher || mixture) for "jsd", of the
+            label's class against all others for "dkd"; else 0.
+        second_weight: Weight of the second part: of KL(student || mixture), or of the other classes among themselves.
     """
 
     logits: Tensor
@@ -67,6 +71,9 @@ class KDCall(NamedTuple):
     ignore_index: int
     reduction: str
     reverse: bool
+    divergence: str = "kl"
+    first_weight: float = 0.0
+    second_weight: float = 0.0
 
     def replace(self, **changes: Any) -> KDCall:
         """Return a copy with some fields replaced; ``_replace`` cannot be traced by ``torch.compile`` in torch 2.8."""
@@ -105,13 +112,19 @@ class KDCall(NamedTuple):
         an improbable class, or one divided by many rows, would be rounded to zero before that. A row's gradient of the
         forward divergence is at most 1 + alpha T in magnitude, so it stays finite when scaled by 1024, up to T = 31.
         That of the reverse divergence grows with the spread of the logits, to alpha / 4 of that spread (over T^2
-        without ``t_squared``), and stays finite when scaled by 4 for logits up to 1e4. Weighted rows have no bound in a
-        sum or without reduction.
+        without ``t_squared``), and stays finite when scaled by 4 for logits up to 1e4. That of standardized logits
+        grows as their deviation shrinks. That of decoupled parts is the forward divergence's times their weights.
+        Weighted rows have no bound in a sum or without reduction.
         """
         if self.logits.dtype != torch.float16 or (self.weights is not None and self.reduction != "mean"):
             return 1.0
-        if max(self.temperature, 1 / self.temperature) > 31:
+        largest = max(self.temperature, 1 / self.temperature)
+        if largest > 31:
             return 1.0
+        if self.divergence == "standardized" and self.use_kl:
+            return 16.0
+        if self.divergence == "dkd" and self.use_kl:
+            return 1024.0 if largest * (self.first_weight + self.second_weight) <= 62 else 1.0
         if self.reverse and self.use_kl:
             return 4.0 if self.t_squared or self.temperature >= 1 else 1.0
         return 1024.0

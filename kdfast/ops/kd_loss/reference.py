@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.ops.kd_loss.call import KDCall
 
-__all__ = ["reference_loss", "reference_terms", "safe_reciprocal"]
+__all__ = ["STANDARDIZATION_EPSILON", "reference_loss", "reference_terms", "safe_reciprocal"]
+
+STANDARDIZATION_EPSILON = 1e-7
 
 
 def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +62,17 @@ def _cross_entropy(labels: Tensor, counted: Tensor, z: Tensor) -> Tensor:
 
 def _row_divergence(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:
     teacher, classes, tail, bad = _pick_rows(call, counted)
+    t = teacher.to(z.dtype)
+    if call.divergence == "dkd":
+        assert call.labels is not None
+        label, bad_label = _clamp(torch.where(counted, call.labels, 0), z.shape[1])
+        return _nan_where(bad | bad_label, _decoupled(call, z / call.temperature, t / call.temperature, label))
+    if call.divergence == "standardized":
+        z, t = _standardize(z), _standardize(t)
     log_p = torch.log_softmax(z / call.temperature, 1)
-    t = teacher.to(z.dtype) / call.temperature
+    t = t / call.temperature
+    if call.divergence == "jsd":
+        return _nan_where(bad, _jensen_shannon(call, log_p, torch.log_softmax(t, 1)))
     if classes is None:
         log_q = torch.log_softmax(t, 1)
     else:
@@ -97,6 +111,52 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p = torch.where(absent, 0, log_p)
     difference = log_p - torch.where(absent, 0, log_q)
     return (torch.where(absent, 0, log_p.exp()) * difference).sum(1)
+
+
+def _jensen_shannon(call: KDCall, log_p: Tensor, log_q: Tensor) -> Tensor:
+    absent = torch.isneginf(log_p) & torch.isneginf(log_q)
+    of_q = torch.where(absent, 0, log_q) + math.log(call.first_weight)
+    of_p = torch.where(absent, 0, log_p) + math.log(call.second_weight)
+    mixture = torch.logaddexp(of_q, of_p)
+    return call.first_weight * _divergence(log_q, mixture) + call.second_weight * _divergence(log_p, mixture)
+
+
+def _decoupled(call: KDCall, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    log_p, log_p_others = _split(torch.log_softmax(z, 1), label)
+    log_q, log_q_others = _split(torch.log_softmax(t, 1), label)
+    value = z.new_zeros(z.shape[0])
+    if call.first_weight > 0:
+        value = value + call.first_weight * _divergence(log_q, log_p)
+    if call.second_weight > 0:
+        value = value + call.second_weight * _divergence(log_q_others, log_p_others)
+    return value
+
+
+def _split(log_p: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the label's class and any other, (N, 2), and of the others without that class, (N, C).
+
+    If all others are masked, their log-probabilities are -inf.
+    """
+    others = log_p.scatter(1, label.unsqueeze(1), -torch.inf)
+    none = torch.isneginf(others).all(1, keepdim=True)
+    safe = torch.where(none, 0, others)
+    rest = torch.where(none, -torch.inf, safe.logsumexp(1, keepdim=True))
+    odds = log_p.gather(1, label.unsqueeze(1)) - rest
+    # Accurate where either probability is close to 1. Beyond the threshold, softplus is the identity in float64, too.
+    pair = -F.softplus(torch.cat([-odds, odds], 1), threshold=50)
+    return pair, torch.where(none, -torch.inf, torch.log_softmax(safe, 1))
+
+
+def _standardize(z: Tensor) -> Tensor:
+    """Logits of each row with mean 0 and standard deviation 1 over the classes that are not masked."""
+    masked = torch.isneginf(z)
+    count = (~masked).sum(1, keepdim=True)
+    mean = torch.where(masked, 0, z).sum(1, keepdim=True) / count
+    centered = torch.where(masked, 0, z - mean)
+    variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)
+    # The derivative of the root is infinite at 0.
+    deviation = torch.where(variance == 0, 0, torch.where(variance == 0, 1, variance).sqrt())
+    return torch.where(masked, -torch.inf, centered / (deviation + STANDARDIZATION_EPSILON))
 
 
 def _topk_outcomes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from kdfast.errors import KdfastError, ShapeError
 from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
 
 __all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "check_values", "make_call"]
+
+DIVERGENCES = ("kl", "jsd", "dkd", "standardized")
 
 _MIN_T, _MAX_T = 1e-15, 1e15
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +32,9 @@ def make_call(
     ignore_index: object,
     reduction: str,
     direction: str,
+    divergence: str,
+    jsd_beta: object,
+    dkd_weights: object,
 ) -> KDCall:
     """Check shapes, dtypes, devices and numbers, and unpack a ``TopKTeacher``; arguments as in ``kd_loss``.
 
@@ -38,11 +45,14 @@ def make_call(
     alpha, temperature = as_float("alpha", alpha), as_float("temperature", temperature)
     ignore_index = as_int("ignore_index", ignore_index)
     _check_options(alpha, temperature, t_squared, ignore_index, reduction, direction)
+    first, second = _part_weights(divergence, direction, jsd_beta, dkd_weights)
     _check_logits(logits)
     if labels is not None:
         _check_index("labels", labels, logits)
     elif alpha != 1:
         raise ShapeError(f"`labels` are None, but `alpha` is {alpha}: pass `labels`, or alpha=1 to train without them")
+    elif divergence == "dkd":
+        raise ShapeError("`labels` are None, but the divergence 'dkd' depends on them: pass `labels`")
     if rows is not None:
         _check_index("rows", rows, logits)
     if weights is not None:
@@ -52,8 +62,13 @@ def make_call(
         values, classes, tail = teacher, None, None
     else:
         values, classes, tail = _check_topk_teacher(teacher, rows, logits)
+        if divergence != "kl":
+            raise ShapeError(
+                f"`teacher` is a TopKTeacher, and the divergence {divergence!r} needs the logits of all classes: "
+                "pass (M, C) logits, or divergence='kl'"
+            )
     numbers = (alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
-    return KDCall(logits, labels, values, rows, classes, tail, weights, *numbers)
+    return KDCall(logits, labels, values, rows, classes, tail, weights, *numbers, divergence, first, second)
 
 
 def as_float(name: str, value: object) -> float:
@@ -178,6 +193,28 @@ def _check_options(
         raise ShapeError(f"`reduction` is {reduction!r}: pass 'mean', 'sum' or 'none'")
     if direction not in ("forward", "reverse"):
         raise ShapeError(f"`direction` is {direction!r}: pass 'forward' or 'reverse'")
+
+
+def _part_weights(divergence: str, direction: str, jsd_beta: object, dkd_weights: object) -> tuple[float, float]:
+    """Check the divergence, and return the weights of its two parts; zeros if it has one part."""
+    if divergence not in DIVERGENCES:
+        names = ", ".join(repr(name) for name in DIVERGENCES)
+        raise ShapeError(f"`divergence` is {divergence!r}: pass one of {names}")
+    if divergence != "kl" and direction != "forward":
+        raise ShapeError(f"`direction` is {direction!r}, and the divergence {divergence!r} has none: omit it")
+    if divergence == "jsd":
+        beta = as_float("jsd_beta", jsd_beta)
+        if not 0 < beta < 1:
+            raise ShapeError(f"`jsd_beta` is {beta}: must be above 0 and below 1, the teacher's share of the mixture")
+        return beta, 1 - beta
+    if divergence == "dkd":
+        if not isinstance(dkd_weights, (tuple, list)) or len(dkd_weights) != 2:
+            raise TypeError(f"`dkd_weights` is {dkd_weights!r}: pass two numbers")
+        first, second = (as_float(f"dkd_weights[{i}]", weight) for i, weight in enumerate(dkd_weights))
+        if not (0 <= first < math.inf and 0 <= second < math.inf):
+            raise ShapeError(f"`dkd_weights` are {(first, second)}: must be finite and not negative")
+        return first, second
+    return 0.0, 0.0
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -92,7 +92,9 @@ def test_second_derivative_raises(args):
         (grad.square().sum() + z.sum()).backward()
     with pytest.raises(RuntimeError, match="differentiated only once"):
         torch.func.grad(lambda x: torch.func.grad(lambda v: kdfast.kd_loss(v, *args[1:]))(x).sum())(z.detach())
-    op_loss, _ = kd_loss_op(z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "native", True)
+    op_loss, _ = kd_loss_op(
+        z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "kl", 0.0, 0.0, "native", True
+    )
     (grad,) = torch.autograd.grad(op_loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated only once"):
         (grad.square().sum() + z.sum()).backward()
@@ -389,7 +391,9 @@ def cases():
 def test_opcheck(name, grad, reduction):
     logits, *others = cases()[name]
     logits = logits.detach().requires_grad_(grad)
-    torch.library.opcheck(kd_loss_op, (logits, *others, 0.5, 4.0, True, -100, reduction, False, "native", grad))
+    torch.library.opcheck(
+        kd_loss_op, (logits, *others, 0.5, 4.0, True, -100, reduction, False, "kl", 0.0, 0.0, "native", grad)
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -400,7 +404,9 @@ def test_opcheck_of_the_scaling():
 
 def test_op_without_a_stored_gradient_says_so(args):
     z = args[0].requires_grad_()
-    loss, _ = kd_loss_op(z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "native", False)
+    loss, _ = kd_loss_op(
+        z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "kl", 0.0, 0.0, "native", False
+    )
     with pytest.raises(ValueError, match="need_grad=False"):
         loss.backward()
 

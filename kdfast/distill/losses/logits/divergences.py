@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,10 +40,15 @@ class JensenShannon(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
         """Return the term's value for a batch."""
-        s, t = ((x.logits / self.temperature).log_softmax(1) for x in (student, teacher))
-        mixture = torch.logaddexp(t + math.log(self.beta), s + math.log1p(-self.beta))
-        forward, backward = ((p.exp() * (p - mixture)).sum(1) for p in (t, s))
-        return self.temperature**2 * (self.beta * forward + (1 - self.beta) * backward).mean()
+        return kd_loss(
+            student.logits,
+            labels,
+            teacher.logits,
+            alpha=1.0,
+            temperature=self.temperature,
+            divergence="jsd",
+            jsd_beta=self.beta,
+        )
 
 
 class LogitDistance(Term):
