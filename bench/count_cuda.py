@@ -4,8 +4,8 @@
 
 Compiles csrc/grad_norms/grad_norms.cu of this or another checkout and prints a row for each loop that both reads global
 memory and multiplies: `instructions` of its body, `FFMA` among them and their share, `loops` inside it, whose bodies
-count once, however often they run. `registers`, `spills` and `shared` (bytes) are of the kernel, and `warps` is how
-many its registers and shared memory let a multiprocessor hold, of 64.
+count once, however often they run. `registers`, `stack` and `shared` (bytes) are of the kernel, and `warps` is how many
+its registers and shared memory let a multiprocessor hold, of 64. The stack holds the registers that spill.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def block_size(source: str) -> int:
 
 def count(text: str, threads: int, arch: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of the table."""
-    usages = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+) LOCAL:(\d+)", text)
-    resources = {name: (int(registers), int(shared), int(local)) for name, registers, shared, local in usages}
+    usages = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    resources = {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in usages}
     for part in re.split(r"(?=Function : )", text)[1:]:
         name = part.split()[2]
-        registers, shared, spills = resources[name]
+        registers, stack, shared = resources[name]
         kernel = KERNEL.match(part)
         assert kernel, name
         for body, inside in main_loops(instructions(part)):
@@ -85,7 +85,7 @@ def count(text: str, threads: int, arch: int) -> Iterator[dict[str, Any]]:
                 "share": round(ffma / len(body), 2),
                 "loops": inside,
                 "registers": registers,
-                "spills": spills,
+                "stack": stack,
                 "shared": shared,
                 "warps": resident_warps(registers, shared, threads, arch),
             }

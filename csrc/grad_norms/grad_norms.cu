@@ -179,14 +179,11 @@ struct DirectTile {
   // Calls visit(index, index in the weight) for the thread's elements that exist.
   template <class Visit>
   __device__ void for_each_element(const Layer& s, const Visit& visit) const {
-    for (int j = 0; j < kPerColumn; ++j) {
-      const int c = column + first_column() + j;
+#pragma unroll 1  // unrolled, it would keep more indices than a thread has registers
+    for (int i = 0; i < kPerRow * kPerColumn; ++i) {
+      const int r = row + first_row<kPerRow>() + i / kPerColumn, c = column + first_column() + i % kPerColumn;
       const int input = s.channels_last ? c % s.channels * s.offsets + c / s.channels : c;
-      for (int i = 0; i < kPerRow; ++i) {
-        const int r = row + first_row<kPerRow>() + i;
-        if (r < s.outputs && c < s.inputs)
-          visit(i * kPerColumn + j, (static_cast<int64_t>(group) * s.outputs + r) * s.inputs + input);
-      }
+      if (r < s.outputs && c < s.inputs) visit(i, (static_cast<int64_t>(group) * s.outputs + r) * s.inputs + input);
     }
   }
 };

@@ -31,7 +31,7 @@ def test_main_loops_of_the_kernels(tmp_path, arch):
         found = [row for row in rows if row["kernel"].startswith(kernel)]
         assert len(found) == (2 if kernel.startswith("direct ") else 4)
         for row in found:
-            assert row["spills"] == row["loops"] == 0, row
+            assert row["stack"] == row["loops"] == 0, row
             assert row["share"] >= share, row
             assert row["warps"] >= warps, row
     assert str(rows[0]["instructions"]) in done.stdout
