@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,14 @@ from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.errors import UsageError
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec
+from kdfast.sweep.summary import BASELINE
 
 # Values of `kd`: whether to train with the teacher, without it, or both.
 KD_CHOICES = {"on": (True,), "off": (False,), "both": (True, False)}
+
+
+# Settings of the loss that only runs with the teacher have; in a run's key where they are not the default.
+LOSS_FIELDS = ("ce", "terms", "terms_warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class SweepConfig:
         seeds: Seeds; each seeds the random subsets and tie-breaks, the initial weights, the order and the views.
         steps: Steps of each run, rounded to whole epochs of its subset, at least one.
         settings: Settings of each run other than epochs, alpha and seed: fields of `RunConfig`.
-        alpha: Weight of the teacher's term in the runs with the teacher: a number in (0, 1], or `auto`.
+        alpha: Weight of the divergence in the runs with the teacher: a number, as in `RunConfig`, or `auto`.
+        loss: Further settings of the loss in the runs with the teacher: those of `LOSS_FIELDS`.
         cache: Folder of the teacher's cache, for runs with the teacher and for scores computed from it.
         dynamics: Folder of recorded training dynamics, for scores computed from them.
         scores: Score files, by the names that `methods` gives them.
@@ -48,6 +55,7 @@ class SweepConfig:
     steps: int
     settings: dict[str, Any]
     alpha: str = "auto"
+    loss: dict[str, Any] = field(default_factory=dict)
     cache: str | None = None
     dynamics: str | None = None
     scores: dict[str, str] = field(default_factory=dict)
@@ -64,26 +72,37 @@ class SweepConfig:
             if not 0 < fraction <= 1:
                 raise UsageError(f"`fractions` contains {fraction}: pass numbers above 0 and at most 1")
         check_integer("steps", self.steps, 1)
+        if BASELINE in self.scores:
+            raise UsageError(
+                f"`scores` names a file {BASELINE}, the method that tables compare all others with: use another name"
+            )
         for seed in self.seeds:
             self.run_config(0, seed=seed)
         if True in self.kd:
             if self.cache is None:
                 raise UsageError("runs with the teacher need `cache`: make one with kdfast cache, or set `kd` to off")
             for fraction in self.fractions:
-                if parse_alpha(self.alpha, fraction) == 0:
+                config = self.run_config(0, seed=0, alpha=self.alpha_at(fraction), kd=True)
+                config.check_total()
+                if not config.needs_teacher:
                     raise UsageError(
                         "`alpha` is 0, which trains without the teacher: set `kd` to off, or raise `alpha`"
                     )
 
-    def run_config(self, samples: int, *, seed: int, alpha: float = 0.0) -> RunConfig:
+    def alpha_at(self, fraction: float) -> float:
+        """Return the weight of the divergence in the runs with the teacher on a share of the training split."""
+        return parse_alpha(self.alpha, fraction, 1.0 if self.loss.get("ce") is None else math.inf)
+
+    def run_config(self, samples: int, *, seed: int, alpha: float = 0.0, kd: bool = False) -> RunConfig:
         """Return the settings of one run on that many samples; its views are not resolved yet."""
         batch_size = int(self.settings["batch_size"])
         epochs = 1 if samples == 0 else max(1, round(self.steps / batch_count(samples, batch_size)))
-        return RunConfig(**self.settings, epochs=epochs, seed=seed, alpha=alpha)
+        return RunConfig(**self.settings, **(self.loss if kd else {}), epochs=epochs, seed=seed, alpha=alpha)
 
     def shared_settings(self, kd: bool) -> dict[str, Any]:
         """Return the settings that all runs with the teacher, or all runs without it, share."""
-        teacher = {"alpha": self.alpha} if kd else {}
+        loss = self.run_config(0, seed=0, kd=True).to_dict()
+        teacher = {"alpha": self.alpha, **{k: loss[k] for k in LOSS_FIELDS if k in loss}} if kd else {}
         omitted = () if kd else ("temperature",)
         return {"steps": self.steps, **{k: v for k, v in self.settings.items() if k not in omitted}, **teacher}
 

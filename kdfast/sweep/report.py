@@ -23,7 +23,10 @@ _FIRST_LINE_BYTES = 4096
 # What Markdown reads as markup; an underscore only where it does not join words.
 _MARKUP = re.compile(r"[\\`*|<$]|(?<![^\W_])_|_(?![^\W_])")
 
-_SHOWN = ("student", "steps", "batch_size", "lr", "schedule", "precision", "alpha", "temperature", "views")
+_SHOWN = (
+    "student", "steps", "batch_size", "lr", "schedule", "precision", "ce", "alpha", "temperature", "terms",
+    "terms_warmup_epochs", "views",
+)  # fmt: skip
 
 
 def report_sweep(folder: Path) -> str:
@@ -66,7 +69,7 @@ def table(section: Section) -> str:
     A cell contains the mean test top-1 in percent ± its standard deviation over seeds (number of seeds), and the paired
     difference from random with its 95% t-interval.
     """
-    facts = ", ".join(f"{name} {_escape(section.settings[name])}" for name in _SHOWN if name in section.settings)
+    facts = ", ".join(_fact(name, section.settings[name]) for name in _SHOWN if name in section.settings)
     kept = {row["fraction"]: row["kept"] for row in section.rows}
     lines = [f"**{facts}** (data {str(section.settings['data'])[:12]})", ""]
     for kd in (True, False):
@@ -127,6 +130,17 @@ def _is_own_table(path: Path) -> bool:
             return _FIRST_LINE.match(file.readline(_FIRST_LINE_BYTES)) is not None
     except OSError:
         return False
+
+
+def _fact(name: str, value: Any) -> str:
+    """Return a setting and its value; each term of the loss as `weight name (option=value, ...)`."""
+    if name != "terms":
+        return f"{name} {_escape(value)}"
+    terms = []
+    for term in value:
+        options = ", ".join(f"{option}={number:g}" for option, number in term["options"].items())
+        terms.append(f"{term['weight']:g} {term['name']}{f' ({options})' if options else ''}")
+    return f"terms {_escape(' + '.join(terms))}"
 
 
 def _escape(name: object) -> str:

@@ -18,7 +18,6 @@ from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.train import Monitoring, train
@@ -76,7 +75,7 @@ class Session:
         self._inputs = {False: plain, True: dataclasses.replace(plain, teacher=TeacherTargets(cache))}
         for kd in config.kd:
             # Refuse more views than exist.
-            self._inputs[kd].plan(config.run_config(1, seed=0), np.arange(1), device=self._device)
+            self._inputs[kd].plan(config.run_config(1, seed=0, kd=kd), np.arange(1), device=self._device)
         self._digests: dict[str, Any] = {
             "cache": self._inputs[True].teacher.identity(),
             "dynamics": None if dynamics is None else dynamics.digest,
@@ -179,8 +178,8 @@ class Session:
                 shutil.rmtree(place)
 
     def _plan(self, run: SweepRun, ids: IntArray) -> Plan:
-        alpha = parse_alpha(self.config.alpha, len(ids) / len(self._source.train)) if run.kd else 0.0
-        config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha)
+        alpha = self.config.alpha_at(len(ids) / len(self._source.train)) if run.kd else 0.0
+        config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha, kd=run.kd)
         return self._inputs[run.kd].plan(config, ids, device=self._device)
 
 

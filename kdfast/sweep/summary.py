@@ -15,7 +15,7 @@ BASELINE = "random"
 # Settings that span a table; all others are equal within a section.
 _AXES = ("method", "fraction", "kd", "seed")
 # Settings that only runs with the teacher have.
-_TEACHER = ("alpha", "temperature", "cache")
+_TEACHER = ("alpha", "temperature", "cache", "ce", "terms", "terms_warmup_epochs")
 # Digests of the inputs of a score; a row with other inputs replaces an older row at the same place in the table.
 _INPUTS = ("scores",)
 

@@ -265,6 +265,11 @@ BAD = {
     "student": (("--student", "resnet9"), 2, "did you mean 'resnet"),
     "precision": (("--precision", "fp8"), 2, "--precision is 'fp8'"),
     "scores": (("--scores", "mine"), 2, "pass NAME=FILE"),
+    "the baseline's name": (
+        ("--scores", "random=/nowhere.npz"),
+        2,
+        "--scores names a file random, .* use another name",
+    ),
     "score file": (("--scores", "mine=/nowhere.npz"), 3, "there is no /nowhere.npz"),
     "dynamics": (("--dynamics", "/nowhere"), 3, "/nowhere"),
 }
@@ -354,3 +359,32 @@ def test_selector_runs_once_for_both_runs(kdfast, tiny: Path, cache: Path, tmp_p
     assert chosen == {(seed, kd): {"why": [seed]} for seed in (0, 1) for kd in (True, False)}
     assert "first:k=2" in outcome.out
     assert list((tmp_path / "runs").iterdir()) == [], "the state of a search is deleted once its row exists"
+
+
+def test_terms_of_the_loss_apply_to_runs_with_the_teacher(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    command = (
+        "sweep",
+        "--data",
+        tiny,
+        "--cache",
+        cache,
+        *GRID,
+        "--methods",
+        "random",
+        "--fractions",
+        ".5",
+        "--seeds",
+        0,
+    )
+    plain, out = tmp_path / "plain", tmp_path / "terms"
+    assert kdfast(*command, "--kd", "both", "--out", plain).code == 0
+    terms = ("--kd-term", "dkd:beta=2", "--kd-weight", 0.5, "--ce-weight", 1, "--alpha", 0, "--kd-warmup-epochs", 1)
+    assert kdfast(*command, *terms, "--kd", "both", "--out", out).code == 0
+    (before, before_plain), (after, after_plain) = (sorted(rows(x), key=lambda r: not r["kd"]) for x in (plain, out))
+    assert after_plain["key"] == before_plain["key"]
+    assert not before["settings"].keys() & {"ce", "terms", "terms_warmup_epochs"}
+    assert after["settings"]["terms"][0]["options"]["beta"] == 2
+    assert after["weights"] != before["weights"]
+    refused = kdfast(*command, "--kd", "on", "--alpha", 0, "--out", tmp_path / "x")
+    assert refused.code == 2
+    assert "--alpha is 0, which trains without the teacher" in refused.err

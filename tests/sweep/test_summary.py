@@ -91,3 +91,13 @@ def test_rejects_a_folder_without_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no row"):
         report_sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_with_other_terms_are_other_tables() -> None:
+    terms = [{"name": "dkd", "weight": 2.0, "options": {"alpha": 1.0, "beta": 8.0}}]
+    with_term = [row("random", s, v, terms=terms, ce=1.0) for s, v in enumerate(RANDOM)]
+    plain = [row("random", s, v, kd=False) for s, v in enumerate(OURS)]
+    first, second = group_rows([*ROWS, *with_term, *plain])
+    assert "dkd" not in table(first)
+    assert r"ce 1.0, alpha auto, terms 2 dkd (alpha=1, beta=8)" in table(second).replace("\\", "")
+    assert all(section.top1["random", 0.1, False] == dict(enumerate(OURS)) for section in (first, second))

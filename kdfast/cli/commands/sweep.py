@@ -79,6 +79,11 @@ def sweep(
         ),
     ] = "auto",
     temperature: training.Temperature = 4.0,
+    ce_weight: training.CeWeight = None,
+    kd_term: training.KdTerm = None,
+    kd_weight: training.KdWeight = None,
+    kd_preset: training.KdPreset = "paper",
+    kd_warmup_epochs: training.KdWarmup = 0.0,
     views: training.Views = 0,
     view_seed: training.ViewSeed = None,
     precision: options.Precision = "fp32",
@@ -112,6 +117,7 @@ def sweep(
     check_report_files(out)
     if not report_only:
         from kdfast.device import resolve_device
+        from kdfast.distill.losses.settings import parse_terms
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
@@ -132,6 +138,11 @@ def sweep(
             "view_seed": view_seed,
             "precision": options.choose_precision(precision, resolve_device(device)),
         }
+        loss = {
+            "ce": ce_weight,
+            "terms": parse_terms(kd_term or [], kd_weight or [], kd_preset),
+            "terms_warmup_epochs": kd_warmup_epochs,
+        }
         session = Session(
             SweepConfig(
                 data=data,
@@ -142,6 +153,7 @@ def sweep(
                 steps=steps,
                 settings=settings,
                 alpha=alpha,
+                loss=loss,
                 cache=cache,
                 dynamics=dynamics,
                 scores=dict(_parse_score_file(text) for text in scores or ()),
