@@ -41,7 +41,7 @@ void check(const Convolution& args);
 void squared_norms(const Convolution& args);
 #ifdef KDFAST_WITH_CUDA
 int64_t parts(const Convolution& args);
-// At most as many as samples, and 32 MiB more than one gradient.
+// At most as many as samples; kDirect: at most 32 MiB more than one gradient.
 int64_t squares_parts(const Convolution& args);
 // `stream` is a cudaStream_t of the current device, which must own all operands. Does not synchronize with the device.
 void squared_norms_cuda(const Convolution& args, void* stream);
