@@ -130,7 +130,7 @@ def place_ids(sample_ids: SampleIds, n: int, device: torch.device) -> Tensor:
         ShapeError: They are not integers (B,), or none.
         DataError: They are out of range.
     """
-    if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "cpu":
+    if not isinstance(sample_ids, Tensor) or sample_ids.device.type in ("cpu", "meta"):
         return to_device(torch.from_numpy(check_ids(sample_ids, n)), device)
     if sample_ids.ndim != 1 or not len(sample_ids) or sample_ids.dtype not in _INTEGERS:
         raise ShapeError(
@@ -163,6 +163,9 @@ def as_floats(values: Values, name: str) -> Tensor:
     if isinstance(values, Tensor) and values.layout == torch.strided:
         if values.is_complex() or values.dtype == torch.bool:
             raise ShapeError(f"{name} are {str(values.dtype).removeprefix('torch.')}: pass real numbers")
+        if values.is_meta or values.is_quantized:
+            kind = "on the meta device, which holds no values" if values.is_meta else "quantized"
+            raise ShapeError(f"{name} are {kind}: pass real numbers")
         return values.detach().float()
     array = as_array(values, name, "real numbers, one row per sample")
     if array.dtype.kind not in "fiu":

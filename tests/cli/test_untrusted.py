@@ -6,6 +6,8 @@ import itertools
 import os
 import re
 import signal
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -77,6 +79,18 @@ def test_images_refuse_pipes_and_devices(kdfast, tmp_path: Path, make) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / part / "a" / "0.png")
     make(tmp_path / "train" / "a" / "1.png")
     expect(kdfast("data", "info", tmp_path), 3, r"1\.png cannot be read as an image \(it is not a regular file\)")
+
+
+def test_pixels_beyond_the_limit_give_one_line(tmp_path: Path) -> None:
+    """In a process of its own, as pytest collects warnings; only the header of the image is large."""
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+    (tmp_path / "train" / "a" / "1.pgm").write_bytes(b"P5 10000 10000 255\n")
+    ran = subprocess.run([sys.executable, "-m", "kdfast", "data", "info", tmp_path], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (3, "", 1), ran.stderr
+    assert "1.pgm cannot be read as an image (its 10000 x 10000 pixels exceed the limit" in ran.stderr
 
 
 ALIASES = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in itertools.pairwise("abcdefghi"))

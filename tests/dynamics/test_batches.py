@@ -141,6 +141,8 @@ def test_an_epoch_without_batches_is_refused(tmp_path: Path) -> None:
     [
         ([N], torch.zeros(1, C), DataError, "23"),
         ([0, 1], torch.zeros(1, C), ShapeError, "2 samples"),
+        ([0], torch.zeros(1, C, device="meta"), ShapeError, "meta device"),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, C), DataError, "sample ids are not an array"),
         ([0], torch.zeros(1, C - 1), ShapeError, "3 classes"),
         ([0.5], torch.zeros(1, C), ShapeError, "integers"),
         (torch.ones(1), torch.zeros(1, C), ShapeError, "integers"),

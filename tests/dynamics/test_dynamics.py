@@ -238,6 +238,13 @@ BAD_UPDATES = {
     "ids out of range": (([N], torch.zeros(1, C)), DataError, "37"),
     "negative ids": (([-1], torch.zeros(1, C)), DataError, "-1"),
     "a mask for ids": ((np.ones(N, bool), torch.zeros(N, C)), ShapeError, "integers"),
+    "meta ids": (
+        (torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, C)),
+        DataError,
+        "sample ids are not",
+    ),
+    "meta logits": (([1], torch.zeros(1, C, device="meta")), ShapeError, "on the meta device.*pass real numbers"),
+    "meta features": (([1], torch.zeros(1, C), torch.zeros(1, D, device="meta")), ShapeError, "features are on the"),
     "no ids": ((np.zeros(0, np.int64), torch.zeros(0, C)), ShapeError, "at least one"),
     "another length": (([1, 2], torch.zeros(1, C)), ShapeError, "2 samples"),
     "too few classes": (([1], torch.zeros(1, C - 1)), ShapeError, "4 classes"),
@@ -254,6 +261,16 @@ def test_rejects_bad_updates(tmp_path, case):
     recorder = DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1, feature_epochs=(0,))
     with recorder, pytest.raises(kind, match=message):
         recorder.update(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
+def test_rejects_quantized_logits(tmp_path):
+    logits = torch.quantize_per_tensor(torch.zeros(1, C), 0.1, 0, torch.qint8)
+    with DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1) as recorder:
+        with pytest.raises(ShapeError, match="logits are quantized: pass real numbers"):
+            recorder.update([1], logits)
+        with pytest.raises(DataError, match="sample ids are not an array"):
+            recorder.update(logits[0], torch.zeros(C, C))
 
 
 @pytest.mark.parametrize(
