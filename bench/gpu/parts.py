@@ -27,7 +27,7 @@ _TESTS = {
 
 def parts(device: str) -> list[Part]:
     """Return the queue of a device, `cpu` or `cuda`."""
-    heads = ("bench/bench_grad_norms.py", "bench/bench_influence.py")
+    heads = ("bench/bench_grad_norms.py", "bench/bench_grad_metric.py", "bench/bench_influence.py")
     peers = ("bench/plain_loop.py", "bench/bench_kd_loss.py")
     # The tests of other operators say nothing about the loss and the training, which are the first to know.
     loss_tests, *other_tests = _tests(device)
@@ -41,7 +41,7 @@ def parts(device: str) -> list[Part]:
         *other_tests,
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
-        _program("gradients", 150, *_OPERATORS, *heads),
+        _program("gradients", 210, *_OPERATORS, *heads),
         _program("selection", 150, *_TRAINING, "kdfast/prune/if_beta", "bench/bench_if_beta.py"),
         _program("wheels", 60, always=True),
         _program("peers", 240, *_TRAINING, *heads, *peers, wheels=True),

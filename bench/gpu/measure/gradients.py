@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import bench_grad_metric
 import bench_grad_norms
 import bench_influence
 import torch
@@ -18,6 +19,7 @@ _NETWORKS = {
     "cuda": [("resnet18", 128, 32), ("resnet18", 512, 32), ("depthwise", 128, 32), ("resnet18-imagenet", 128, 224)],
     "cpu": [("depthwise", 2, 8)],
 }
+_METRIC_NETWORKS = {"cuda": [("resnet18", 128, 32), ("depthwise", 128, 32)], "cpu": [("depthwise", 2, 8)]}
 # N, D, C, and K of products.
 _NORMS: dict[str, list[tuple[int, ...]]] = {
     "cuda": [(1024, 512, 100), (50_000, 512, 100), (50_000, 64, 10)],
@@ -30,11 +32,13 @@ _PRODUCTS: dict[str, list[tuple[int, ...]]] = {
 _ROUNDS = {"cuda": 7, "cpu": 1}
 
 
-def row(timings: dict[str, Timing], calls: dict[str, Callable[[], Any]], device: str) -> dict[str, Any]:
-    """Return the times, the speedups of kdfast, and the peak memory."""
+def row(
+    timings: dict[str, Timing], calls: dict[str, Callable[[], Any]], device: str, ours: str = "kdfast"
+) -> dict[str, Any]:
+    """Return the times, the speedups of our call, and the peak memory."""
     return {
         "ms": {name: timing.median * 1e3 for name, timing in timings.items()},
-        "kdfast_is_faster": {name: timings["kdfast"].ratio_to(timing) for name, timing in timings.items()},
+        f"{ours}_is_faster": {name: timings[ours].ratio_to(timing) for name, timing in timings.items()},
         "peak_mb": {name: cuda_peak(call) / 2**20 for name, call in calls.items()} if device == "cuda" else {},
     }
 
@@ -45,6 +49,14 @@ def network(name: str, n: int, side: int, device: str) -> dict[str, Any]:
     calls = bench_grad_norms.contenders(name, device)
     errors = bench_grad_norms.check(calls, bench_grad_norms.truth(name), device)
     return {"n": n, "errors": errors, **row(interleave(calls, _ROUNDS[device], device=device), calls, device)}
+
+
+def metric(name: str, n: int, side: int, device: str) -> dict[str, Any]:
+    """Time norms in a metric, beside norms without one, the Fisher diagonal and dot products, on n samples."""
+    bench_grad_norms.NETS[name] = (bench_grad_norms.NETS[name][0], side, n)
+    calls = bench_grad_metric.contenders(name, device)
+    errors = bench_grad_metric.check(calls, bench_grad_metric.truth(name), device)
+    return {"n": n, "errors": errors, **row(interleave(calls, _ROUNDS[device], device=device), calls, device, "metric")}
 
 
 def head(name: str, sizes: tuple[int, ...], device: str) -> dict[str, Any]:
@@ -70,6 +82,8 @@ def cases(device: str) -> dict[str, Callable[[], dict[str, Any]]]:
             found[f"head {name} {shape}"] = partial(head, name, sizes, device)
     for name, n, side in _NETWORKS[device]:
         found[f"network {name} N={n}"] = partial(network, name, n, side, device)
+    for name, n, side in _METRIC_NETWORKS[device]:
+        found[f"metric {name} N={n}"] = partial(metric, name, n, side, device)
     return found
 
 

@@ -32,7 +32,7 @@ def kd_loss(device: str) -> None:
 
 
 def grad_norms(device: str) -> None:
-    """Convolutions with stride, padding, dilation and groups, norms and a linear layer."""
+    """Convolutions with stride, padding, dilation and groups, norms and a linear layer; also in a metric."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(),
@@ -40,7 +40,10 @@ def grad_norms(device: str) -> None:
         nn.Conv2d(24, 20, 3, dilation=2, padding=2, groups=4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(80, 10),
     ).to(device)  # fmt: skip
     x, y = torch.randn(4, 3, 16, 16, device=device), torch.arange(4, device=device)
+    fisher = kdfast.fisher_diagonal(net, [(x, y)])
+    metric = {name: f + f.mean() for name, f in fisher.items()}
     assert kdfast.grad_norms(net, x, y).isfinite().all()
+    assert kdfast.grad_norms(net, x, y, metric=metric).isfinite().all()
 
 
 def softmax_head(device: str) -> None:
