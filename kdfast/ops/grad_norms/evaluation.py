@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ def make_batch(model: nn.Module, inputs: Any, labels: Any, batch_dim: int, objec
         ShapeError: If there is another number of labels than of samples.
         DataError: If an input is not finite.
     """
-    if batch_dim < 0:
-        raise UsageError(f"`batch_dim` is {batch_dim}: pass a dimension of the inputs, counted from 0")
+    if not isinstance(batch_dim, (int, np.integer)) or batch_dim < 0:
+        raise UsageError(f"`batch_dim` is {batch_dim!r}: pass a dimension of the inputs, counted from 0")
     model = unwrap(model)
     check_inputs(model, inputs)
     reject_unsuitable_layers(model)

@@ -74,6 +74,7 @@ def test_rejects_bad_inputs_and_labels(x, y, error, message):
             r"`rows` is .* pass int64 \(4,\)",
         ),
         ({"batch_dim": -1}, UsageError, "`batch_dim` is -1"),
+        ({"batch_dim": 1.0}, UsageError, "`batch_dim` is 1.0"),
         (
             {"loss": lambda out, y: F.cross_entropy(out, y)},
             ShapeError,

@@ -45,13 +45,13 @@ class OperationCall(Call):
 
     Attributes:
         operation: The operation; None after `contributions`.
-        versions: Version counters of its leaves at the call.
+        versions: Version counters of its leaves at the call; None for those that may change later.
         values: For positions among the leaves, the parameter or the tensor computed from parameters alone.
         sources: For the same positions, the parameters.
     """
 
     operation: Operation | None = None
-    versions: list[int] = field(default_factory=list, repr=False)
+    versions: list[int | None] = field(default_factory=list, repr=False)
     values: dict[int, Tensor] = field(default_factory=dict, repr=False)
     sources: dict[int, list[nn.Parameter]] = field(default_factory=dict, repr=False)
 
@@ -78,7 +78,7 @@ class OperationCall(Call):
         operation, self.operation = self.operation, None
         assert operation is not None
         changed = any(
-            isinstance(x, Tensor) and x._version != version
+            isinstance(x, Tensor) and version is not None and x._version != version
             for x, version in zip(operation.leaves, self.versions, strict=True)
         )
         operation = operation.with_grads(self.grads)
@@ -90,6 +90,10 @@ class OperationCall(Call):
                 lazy = partial(_raise_changed, operation.name)
             for p in self.sources[position]:
                 yield p, lazy if value is p else partial(_derive, lazy, value, p)
+
+
+def _version(x: object) -> int:
+    return x._version if isinstance(x, Tensor) else 0
 
 
 def _raise_changed(name: str) -> GradFactors:
@@ -212,6 +216,7 @@ class OperationTracer(TorchFunctionMode):
         detached = _detach(leaves, copy_first=in_place is not None)
         shapes = [x.shape if isinstance(x, Tensor) else None for x in leaves]
         followed = [isinstance(x, Tensor) and id(x) in self._sources for x in leaves]
+        before = [_version(x) for x in detached]
         result = func(*args, **kwargs)
         every = list(iter_tensors(result))
         axes = self._axes(name, (*shapes, *(x.shape for x in every)), followed)
@@ -237,7 +242,11 @@ class OperationTracer(TorchFunctionMode):
             operation=Operation(
                 in_place or func, detached, spec, leaf_axes, [x.detach() for x in watched], output_axes, list(outputs)
             ),
-            versions=[x._version if isinstance(x, Tensor) else 0 for x in detached],
+            # Running statistics that instance_norm updates are not read, and its next call updates them again.
+            versions=[
+                None if func is F.instance_norm and _version(x) != version else _version(x)
+                for x, version in zip(detached, before, strict=True)
+            ],
             values=values,
             sources={i: self._sources[id(x)] for i, x in values.items()},
         )

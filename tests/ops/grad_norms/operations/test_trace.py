@@ -159,6 +159,30 @@ class Changing(nn.Module):
         return self.head(x.flatten(1))
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_running_statistics_may_be_updated_by_several_runs(n):
+    """Two calls in a forward pass, and a run on a few samples, as 3 channels and 2 positions are as many."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+            self.head = nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.norm(self.norm(x) ** 2).flatten(1))
+
+    model = Net().double().train()
+    x, y = torch.randn(n, 3, 2, dtype=torch.float64), torch.randint(0, CLASSES, (n,))
+    mean = model.norm.running_mean.clone()
+    found = kdfast.grad_norms(model, x, y)
+    assert torch.equal(model.norm.running_mean, mean)
+    for i in range(n):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        torch.testing.assert_close(found[i], torch.cat([g.flatten() for g in grads]).norm())
+
+
 @pytest.mark.parametrize("fallback", ["error", "loop"])
 @pytest.mark.parametrize("function", ["grad_norms", "network_hvp"])
 def test_buffers_are_unchanged(function, fallback):
