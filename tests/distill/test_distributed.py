@@ -163,3 +163,50 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+_TERMS_IN_TWO = """
+import dataclasses
+import numpy as np
+import torch
+import torch.distributed as dist
+from kdfast.data.loaders import ResidentLoader
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import compute_normalization
+from kdfast.distill.config import RunConfig
+from kdfast.distill.distributed import Distributed
+from kdfast.distill.losses.settings import TermSetting
+from kdfast.distill.plan import LoadedInputs
+from kdfast.distill.targets import TeacherTargets
+from kdfast.distill.trainer import Trainer
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
+
+ranks, device = Distributed.from_environment(), torch.device("cpu")
+source = open_source("digits")
+statistics = compute_normalization(source.train)
+torch.manual_seed(0)
+teacher = Model(build_net("resnet8", 10), "resnet8", 10, source.classes, statistics, {})
+inputs = LoadedInputs(source, ResidentLoader(source.train), statistics, TeacherTargets(model=teacher))
+config = RunConfig("resnet8", epochs=1, batch_size=31, alpha=0.5, lr=0.05, views=1, terms=(TermSetting("vid"),))
+with ranks.process_group(device):
+    trainer = Trainer(inputs.plan(config, np.arange(93), device=device, distributed=ranks))
+    before = [p.clone() for p in trainer.terms.parameters()]
+    for batch in trainer.batches.epoch(0, 0):
+        trainer.train_step(batch)
+    assert not any(torch.equal(p, b) for p, b in zip(trainer.terms.parameters(), before))
+    parameters = [*trainer.terms.parameters(), *trainer.net.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat)
+    assert torch.equal(*both)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapters(tmp_path: Path) -> None:
+    script = tmp_path / "terms.py"
+    script.write_text(_TERMS_IN_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
