@@ -17,6 +17,7 @@ from kdfast.dynamics import format as layout
 from kdfast.dynamics.metrics import compute_metrics, most_probable
 from kdfast.dynamics.plan import RecordingPlan
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops._torch_compat import wrapper_fault
 
 SampleIds: TypeAlias = Tensor | npt.ArrayLike
 Values: TypeAlias = Tensor | npt.NDArray[Any]
@@ -163,6 +164,8 @@ def as_floats(values: Values, name: str) -> Tensor:
     if isinstance(values, Tensor) and values.layout == torch.strided:
         if values.is_complex() or values.dtype == torch.bool:
             raise ShapeError(f"{name} are {str(values.dtype).removeprefix('torch.')}: pass real numbers")
+        if fault := wrapper_fault(values):
+            raise ShapeError(f"{name}: it {fault}")
         if values.is_meta or values.is_quantized:
             kind = "on the meta device, which holds no values" if values.is_meta else "quantized"
             raise ShapeError(f"{name} are {kind}: pass real numbers")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, UntypedStorage
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "assume_constant_result",
@@ -27,6 +28,7 @@ __all__ = [
     "tracing_state",
     "transforms_active",
     "without_functorch_check",
+    "wrapper_fault",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +68,17 @@ def is_plain_eager(tensors: Iterable[Tensor | None]) -> bool:
         and tracing_state() is None
         and forward_ad._current_level < 0
     )
+
+
+def wrapper_fault(x: object) -> str | None:
+    """Return why kernels cannot read a tensor that holds its values in other tensors; None for all others."""
+    wrapper = bool(is_traceable_wrapper_subclass(x))  # no type guard
+    if not wrapper:
+        return None
+    kind = type(x).__name__
+    if kind == "DTensor":
+        return "is a DTensor, split over processes: pass its .full_tensor(), or the rows of this process by .to_local()"
+    return f"is a {kind}, which holds its values in other tensors: pass a plain tensor"
 
 
 def in_dual_level() -> bool:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import DataError, ShapeError, UsageError
+from kdfast.ops._torch_compat import wrapper_fault
 
 __all__ = [
     "batched_tensors",
     "call_model",
     "check_inputs",
+    "check_plain",
     "count_samples",
     "iter_tensors",
     "replace_tensors",
@@ -47,11 +49,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_inputs(model: nn.Module, inputs: Any) -> None:
-    """Raise unless the inputs are finite tensors on the model's device.
+    """Raise unless the inputs are plain, finite tensors on the model's device.
 
     Raises:
         DataError: If an input is not finite.
-        UsageError: If the inputs contain no tensor, or one on another device than the model.
+        UsageError: If the inputs contain no tensor, or one on another device than the model or split over processes.
     """
     first = next(model.parameters(), None)
     tensors = list(iter_tensors(inputs))
@@ -60,10 +62,17 @@ def check_inputs(model: nn.Module, inputs: Any) -> None:
             f"`inputs` is a {type(inputs).__name__} without tensors: pass a tensor, or a tuple or dict with tensors"
         )
     for name, x in tensors:
+        check_plain(name, x)
         if first is not None and x.device != first.device:
             raise UsageError(f"`{name}` is on {x.device}, the model on {first.device}: move one of them")
         if x.is_floating_point() and not bool(x.isfinite().all()):
             raise DataError(f"`{name}` contains values that are not finite: remove or repair those samples")
+
+
+def check_plain(name: str, x: object) -> None:
+    """Raise a UsageError if a tensor holds its values in other tensors, as those split over processes do."""
+    if fault := wrapper_fault(x):
+        raise UsageError(f"`{name}` {fault}")
 
 
 def count_samples(inputs: Any, labels: Any, dim: int) -> int:

@@ -34,6 +34,7 @@ from kdfast.ops.model_inputs import (
     batched_tensors,
     call_model,
     check_inputs,
+    check_plain,
     replace_tensors,
     unchanged_buffers,
     unwrap,
@@ -147,6 +148,7 @@ class NetworkCurvature:
             raise UsageError(f"`batch_size` is {batch_size}: pass at least 1, or None")
         model = unwrap(model)
         check_inputs(model, inputs)
+        check_plain("labels", labels)
         reject_unsuitable_layers(model)
         self.kind, self.l2 = kind, l2
         self._model, self._inputs, self._batch_size = model, inputs, batch_size

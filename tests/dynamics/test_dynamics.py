@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.dynamics.metrics import el2n, el2n_without_cancellation
@@ -261,6 +262,15 @@ def test_rejects_bad_updates(tmp_path, case):
     recorder = DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1, feature_epochs=(0,))
     with recorder, pytest.raises(kind, match=message):
         recorder.update(*arguments)
+
+
+def test_rejects_logits_whose_values_are_elsewhere(tmp_path):
+    logits = TwoTensor(torch.zeros(1, C), torch.zeros(1, C))
+    with (
+        DynamicsRecorder(tmp_path / "dyn", N, LABELS, epochs=1) as recorder,
+        pytest.raises(ShapeError, match=r"logits: it is a TwoTensor, .*pass a plain tensor"),
+    ):
+        recorder.update([1], logits)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation")

@@ -23,7 +23,7 @@ from kdfast.ops.grad_norms.recording.batch_axis import Batch
 from kdfast.ops.grad_norms.recording.capture import run_backward
 from kdfast.ops.grad_norms.recording.forward import Forward, record_forward
 from kdfast.ops.grad_norms.tied_weights import FactorCollector
-from kdfast.ops.model_inputs import check_inputs, count_samples, unchanged_buffers, unwrap
+from kdfast.ops.model_inputs import check_inputs, check_plain, count_samples, unchanged_buffers, unwrap
 
 __all__ = ["Evaluated", "evaluate", "make_batch", "trainable"]
 
@@ -57,6 +57,7 @@ def make_batch(model: nn.Module, inputs: Any, labels: Any, batch_dim: int, objec
         raise UsageError(f"`batch_dim` is {batch_dim!r}: pass a dimension of the inputs, counted from 0")
     model = unwrap(model)
     check_inputs(model, inputs)
+    check_plain("labels", labels)
     reject_unsuitable_layers(model)
     objective.check_name()
     return Batch(model, inputs, objective, count_samples(inputs, labels, batch_dim), batch_dim)

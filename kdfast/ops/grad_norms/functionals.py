@@ -19,6 +19,7 @@ from kdfast.ops.grad_norms import reference
 from kdfast.ops.grad_norms.dispatch import squared_norms, sums_of_squares, weighted_squared_norms
 from kdfast.ops.grad_norms.factors import GradFactors
 from kdfast.ops.grad_norms.tied_weights import merge_uses, squared_norms_of_sum
+from kdfast.ops.model_inputs import check_plain
 
 __all__ = ["DotProducts", "Functional", "SquaredNorms", "SumsOfSquares", "Weights", "check_vectors", "weights_of"]
 
@@ -176,6 +177,7 @@ def check_vectors(argument: str, vectors: Mapping[str, Tensor], parameters: Mapp
         if not isinstance(v, Tensor) or not v.is_floating_point():
             given = f"of dtype {v.dtype}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
             raise UsageError(f"`{argument}[{name!r}]` is {given}: pass a floating-point tensor")
+        check_plain(f"{argument}[{name!r}]", v)
         if v.shape != p.shape:
             raise ShapeError(f"`{argument}[{name!r}]` has shape {tuple(v.shape)}: the parameter has {tuple(p.shape)}")
         if v.device != p.device:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops._torch_compat import wrapper_fault
 
 __all__ = [
     "Array",
@@ -119,6 +120,8 @@ def _torch_dtype(x: npt.NDArray[Any]) -> Any:
 
 
 def _check_layout(name: str, x: Tensor) -> None:
+    if fault := wrapper_fault(x):
+        raise ShapeError(f"`{name}` {fault}")
     empty = x.is_meta and type(x) is Tensor  # a subclass may hold its values elsewhere
     if x.layout != torch.strided or empty:
         kind = "is on meta, which holds no values" if empty else f"has layout {x.layout}"

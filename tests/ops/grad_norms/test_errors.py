@@ -1,9 +1,12 @@
 """Errors of grad_norms, which name the layer or argument concerned."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import kdfast
@@ -170,6 +173,29 @@ def test_rejects_parameters_inside_reentrant_checkpoint():
 
 class DTensor(torch.Tensor):
     """Stands for a tensor that is split over processes."""
+
+
+class Split(TwoTensor):
+    """Holds its values in other tensors, as a DTensor does, and has no address."""
+
+
+SPLIT = {
+    "inputs": lambda model, values: kdfast.grad_norms(model, Split(X, X), Y),
+    "labels": lambda model, values: kdfast.grad_norms(model, X, Split(Y, Y)),
+    "metric['0.weight']": lambda model, values: kdfast.grad_norms(model, X, Y, metric=values),
+    "vectors['0.weight']": lambda model, values: kdfast.grad_dots(model, X, Y, values),
+    "inputs, Fisher": lambda model, values: kdfast.fisher_diagonal(model, [(Split(X, X), Y)]),
+    "inputs, curvature": lambda model, values: kdfast.NetworkCurvature(model, Split(X, X), Y),
+    "labels, curvature": lambda model, values: kdfast.NetworkCurvature(model, X, Split(Y, Y)),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_rejects_tensors_whose_values_are_elsewhere(name):
+    model = net()
+    values = {key: Split(torch.ones_like(p), torch.ones_like(p)) for key, p in model.named_parameters()}
+    with pytest.raises(UsageError, match=rf"`{re.escape(name.split(',')[0])}` is a Split, .*pass a plain tensor"):
+        SPLIT[name](model, values)
 
 
 @pytest.mark.parametrize("function", ["grad_norms", "network_hvp", "NetworkCurvature"])

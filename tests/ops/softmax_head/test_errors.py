@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kdfast
 from kdfast.errors import DataError, ShapeError, SolveError
@@ -15,6 +16,10 @@ N, D, C = 20, 4, 3
 @pytest.fixture
 def data():
     return {"x": torch.randn(N, D), "z": torch.randn(N, C), "y": torch.arange(N) % C}
+
+
+class DTensor(TwoTensor):
+    """Like a tensor that is split over processes, it holds its values in other tensors and has no address."""
 
 
 CALLS = {
@@ -32,6 +37,18 @@ CALLS = {
     "leave one out": lambda x, z, y: kdfast.head_leave_one_out(x, z, y, torch.tensor([1]), l2=0.1),
 }
 LABELLED = sorted(set(CALLS) - {"hvp", "solve", "cg"})
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("argument", "name"), [("x", "features"), ("z", "logits")])
+def test_rejects_tensors_whose_values_are_elsewhere(data, call, argument, name):
+    for kind, message in (
+        (DTensor, r"split over processes: pass its \.full_tensor"),
+        (TwoTensor, "pass a plain tensor"),
+    ):
+        given = kind(data[argument], data[argument])
+        with pytest.raises(ShapeError, match=rf"{name}` is a {kind.__name__}, .*{message}"):
+            call(**{**data, argument: given})
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
