@@ -23,6 +23,7 @@ def kd_loss(
     topk: tuple[int, int],
     weights: int,
     terms: tuple[bool, bool, bool, float, float, float],
+    divergence: tuple[int, float, float],
     ignore_index: int,
     reduction: int,
     grad_scale: float,
@@ -66,6 +67,9 @@ def fast_kd_loss(
     reduction: Any,
     direction: Any,
     backend: Any,
+    divergence: Any,
+    jsd_beta: Any,
+    dkd_weights: Any,
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor | None] | None: ...

@@ -259,4 +259,26 @@ KDFAST_INLINE Floats<W> exp_nonpositive(Floats<W> x) {
   return p * floats_from(bits_of(shifted) << 23);
 }
 
+// log(x) for normal x > 0 with an error of at most one unit in the last place; finite for smaller x >= 0.
+template <int W>
+KDFAST_INLINE Floats<W> log_positive(Floats<W> x) {
+  constexpr uint32_t kRootHalf = 0x3f3504f3;  // bits of the square root of 1/2
+  // x = m 2^n with m in [sqrt 1/2, sqrt 2). The exponent field of `above` is n + 127.
+  const Words<W> above = bits_of(x) + words<W>(0x3f800000 - kRootHalf);
+  const Floats<W> m = floats_from((above & words<W>(0x007fffff)) + words<W>(kRootHalf));
+  const Floats<W> n = floats_from((above >> 23) | words<W>(0x4b000000)) - splat<W>(8388608.0f + 127.0f);
+  const Floats<W> r = m - splat<W>(1.0f), square = r * r;
+  // log(1 + r) = r - r^2 / 2 + r^3 p
+  Floats<W> p = splat<W>(-7.6344973068e-2f);
+  p = fma(p, r, splat<W>(1.2761582334e-1f));
+  p = fma(p, r, splat<W>(-1.3160184644e-1f));
+  p = fma(p, r, splat<W>(1.4201757454e-1f));
+  p = fma(p, r, splat<W>(-1.6623357068e-1f));
+  p = fma(p, r, splat<W>(2.0001226890e-1f));
+  p = fma(p, r, splat<W>(-2.5000821042e-1f));
+  p = fma(p, r, splat<W>(3.3333331708e-1f));
+  const Floats<W> low = fma(p, square * r, fma(square, splat<W>(-0.5f), n * splat<W>(-1.90465430e-9f)));
+  return fma(n, splat<W>(6.93147182e-1f), r + low);  // ln 2 in two parts
+}
+
 }  // namespace kdfast

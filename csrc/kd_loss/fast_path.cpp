@@ -6,6 +6,7 @@
 // the general path, which accepts every valid call and explains the errors of others.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdlib>
 
 #include "common/dlpack.h"
@@ -137,6 +138,33 @@ bool read_options(py::handle alpha, py::handle temperature, py::handle t_squared
          (a->reverse || equal(direction, "forward"));
 }
 
+bool is_float(py::handle x, double* value) {
+  if (!PyFloat_CheckExact(x.ptr())) return false;
+  *value = PyFloat_AS_DOUBLE(x.ptr());
+  return true;
+}
+
+bool read_divergence(py::handle divergence, py::handle jsd_beta, py::handle dkd_weights, KdLoss* a) {
+  if (equal(divergence, "kl")) return true;
+  if (a->reverse) return false;
+  if (equal(divergence, "standardized")) {
+    a->divergence = kStandardized;
+    return true;
+  }
+  double &first = a->first_weight, &second = a->second_weight;
+  if (equal(divergence, "jsd")) {
+    a->divergence = kJensenShannon;
+    if (!is_float(jsd_beta, &first)) return false;
+    second = 1 - first;
+    return first > 0 && second > 0;
+  }
+  a->divergence = kDecoupled;
+  return equal(divergence, "dkd") && PyTuple_CheckExact(dkd_weights.ptr()) &&
+         PyTuple_GET_SIZE(dkd_weights.ptr()) == 2 && is_float(PyTuple_GET_ITEM(dkd_weights.ptr(), 0), &first) &&
+         is_float(PyTuple_GET_ITEM(dkd_weights.ptr(), 1), &second) && first >= 0 && second >= 0 && first < HUGE_VAL &&
+         second < HUGE_VAL;
+}
+
 // An uninitialized contiguous tensor for the gradient of the logits.
 py::object new_gradient(py::handle logits, const Operand& z) {
   if (z.contiguous() && z.bytes() < kMinBufferBytes) return call(torch.empty_like, logits);
@@ -156,15 +184,17 @@ bool is_plain(py::handle backend) {
 // float16 is left out because its gradient is stored scaled (KDCall.grad_scale).
 py::object fast_kd_loss(py::handle logits, py::handle labels, py::handle teacher, py::handle rows, py::handle alpha,
                         py::handle temperature, py::handle t_squared, py::handle ignore_index, py::handle reduction,
-                        py::handle direction, py::handle backend, int threads) {
+                        py::handle direction, py::handle backend, py::handle divergence, py::handle jsd_beta,
+                        py::handle dkd_weights, int threads) {
   KdLoss a{};
   Operand z, t;
   if (!is_plain(backend)) return py::none();
   if (!read_options(alpha, temperature, t_squared, ignore_index, reduction, direction, &a)) return py::none();
+  if (!read_divergence(divergence, jsd_beta, dkd_weights, &a)) return py::none();
   if (!read(logits, 2, &z) || !read(teacher, 2, &t) || requires_grad(teacher)) return py::none();
   if (is_negated(logits) || is_negated(teacher)) return py::none();
   const bool fits = z.sizes[1] == t.sizes[1] && z.sizes[1] > 0 && (!rows.is_none() || t.sizes[0] == z.sizes[0]) &&
-                    !(labels.is_none() && a.use_ce);
+                    !(labels.is_none() && (a.use_ce || a.divergence == kDecoupled));
   if (!fits || t.dtype() < 0 || z.dtype() < 0 || z.dtype() == kFloat16) return py::none();
   if (!read_indices(labels, z.sizes[0], &a.labels, &a.labels_stride)) return py::none();
   if (!read_indices(rows, z.sizes[0], &a.rows, &a.rows_stride)) return py::none();

@@ -1,5 +1,6 @@
 // Fused cross-entropy and temperature-scaled KL divergence: the row losses and their gradient in one pass over the
-// operands. Rows are computed by DenseRows or LongRows (teacher with all classes, or none) or by compute_topk_row.
+// operands. Rows are computed by DenseRows or LongRows (teacher with all classes, or none), by compute_topk_row, or by
+// DivergenceRows (divergences other than KL).
 #include "kd_loss/kd_loss.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 #include "common/parallel.h"
 #include "kd_loss/dense.h"
+#include "kd_loss/divergences.h"
 #include "kd_loss/long_rows.h"
 #include "kd_loss/topk.h"
 #include "kd_loss/validation.h"
@@ -28,7 +30,7 @@ class Workspace {
  public:
   explicit Workspace(const KdLoss& a)
       : width_(round_up(a.logits.cols, kLanes) + kLanes),
-        floats_(DenseRows::capacity(width_) * 3 * width_),
+        floats_((a.use_kl && a.divergence != kKl ? DivergenceRows::kArrays : DenseRows::capacity(width_) * 3) * width_),
         k_(a.classes && a.use_kl ? a.teacher.cols : 0),
         rows_(round_up_to_line(a.logits.rows)),
         per_thread_(round_up_to_line(floats_ / 2 + 3 * k_ + (k_ + 1) / 2)),
@@ -91,6 +93,9 @@ void compute_rows(const CallContext& call, const Workspace& memory, int64_t begi
       prefetch_topk(a, i + kTopKDistance);
       compute_topk_row(call, scratch, topk, i);
     });
+  } else if (a.use_kl && a.divergence != kKl) {
+    DivergenceRows rows(call, f, width);
+    for_each_row([&](int64_t i) { rows.add(i); });
   } else if (a.logits.cols >= LongRows::kMinClasses) {
     LongRows rows(call, f, width);
     for_each_row([&](int64_t i) { rows.add(i); });

@@ -8,6 +8,9 @@
 
 namespace kdfast {
 
+// Must match DIVERGENCE_CODES in kdfast/ops/kd_loss/native.py.
+enum Divergence : int { kKl = 0, kJensenShannon = 1, kDecoupled = 2, kStandardized = 3 };
+
 enum Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
 // The operands, options and results of one call. Pointers marked "or null" are optional.
@@ -25,8 +28,12 @@ struct KdLoss {
   const float* weights;  // (N,) contiguous, or null
   bool use_ce, use_kl;   // whether the result includes each term
   bool reverse;          // KL(softmax(z / T) || softmax(t / T)) instead
-  double ce_factor;      // 1 - alpha
-  double kl_factor;      // alpha T^2, or alpha
+  int divergence;        // the term in place of KL
+  // Weights of its two parts: of KL(teacher || mixture) and KL(student || mixture), or of the label against all other
+  // classes and of those among themselves.
+  double first_weight, second_weight;
+  double ce_factor;  // 1 - alpha
+  double kl_factor;  // alpha T^2, or alpha
   double temperature;
   int64_t ignore_index;  // rows with this label have loss 0 and gradient 0
   int reduction;

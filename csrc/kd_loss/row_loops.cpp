@@ -2,17 +2,15 @@
 // static run<W> is compiled once per instruction set; row_loops.h defines the terms e1, e and u.
 #include "kd_loss/row_loops.h"
 
-#include <type_traits>
 #include <utility>
 
 #include "common/dtype.h"
 #include "common/simd.h"
 #include "common/simd64.h"
+#include "kd_loss/row_vectors.h"
 
 namespace kdfast {
 namespace {
-
-constexpr int64_t kBlock = 1024;  // elements summed in float lanes before the lanes are added to a double
 
 // e1 from e, unless the power is kPowerAny.
 template <int kPower, int W>
@@ -77,19 +75,6 @@ struct LoadRow {
     return copy ? load_row<true, W>(p, n, out) : load_row<false, W>(p, n, out);
   }
 };
-
-// Loads a full vector from the row itself, but the partial one from the scratch in which load_row padded it.
-template <int W>
-KDFAST_INLINE Floats<W> load_padded(const float* p, const float* scratch, int64_t i, int64_t n) {
-  return load<W>((i + kLanes <= n ? p : scratch) + i);
-}
-
-// Prefetches the classes from i on.
-KDFAST_INLINE void prefetch_at(const Prefetch& p, int64_t i) {
-  __builtin_prefetch(p.z + i * p.z_size);
-  __builtin_prefetch(p.t + i * p.t_size);
-  __builtin_prefetch(p.grad + i * p.grad_size, 1);
-}
 
 template <int kPower>
 struct StudentSums {
@@ -164,35 +149,25 @@ KDFAST_INLINE Floats<W> gradient_of(Floats<W> e, Floats<W> u, Floats<W> e1, Slop
   return fma(e1, splat<W>(s.e1), where_nonzero(e, kl_part));
 }
 
-template <bool kReverse, int kPower, int W>
-KDFAST_INLINE Floats<W> gradient_at(Scratch s, bool has_teacher, int64_t i, Slopes slopes) {
-  const Floats<W> e = load<W>(s.e + i);
-  const Floats<W> u = has_teacher ? load<W>(s.u + i) : splat<W>(0);
-  const Floats<W> e1 = kPower == kPowerAny ? load<W>(s.e1 + i) : raise<kPower>(e);
-  return gradient_of<kReverse>(e, u, e1, slopes);
-}
+template <bool kReverse, int kPower>
+struct GradientVectors {
+  Scratch s;
+  bool has_teacher;
+  Slopes slopes;
+  template <int W>
+  KDFAST_INLINE Floats<W> at(int64_t i) const {
+    const Floats<W> e = load<W>(s.e + i);
+    const Floats<W> u = has_teacher ? load<W>(s.u + i) : splat<W>(0);
+    const Floats<W> e1 = kPower == kPowerAny ? load<W>(s.e1 + i) : raise<kPower>(e);
+    return gradient_of<kReverse>(e, u, e1, slopes);
+  }
+};
 
 template <bool kReverse, int kPower, class T>
 struct WriteGradient {
   template <int W>
-  KDFAST_INLINE static void run(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, void* to) {
-    T* out = static_cast<T*>(to);
-    int64_t i = 0;
-    if constexpr (std::is_same_v<T, float>) {
-      if (around && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-        for (; i + kLanes <= n; i += kLanes)
-          stream(out + i, gradient_at<kReverse, kPower, W>(s, has_teacher, i, slopes));
-        stream_fence();
-      }
-    }
-    for (; i + kLanes <= n; i += kLanes) encode(out + i, gradient_at<kReverse, kPower, W>(s, has_teacher, i, slopes));
-    if (i == n) return;
-    if (n >= kLanes) {
-      // Writing the last 16 elements, some of them twice, is cheaper than writing a partial vector.
-      encode(out + n - kLanes, gradient_at<kReverse, kPower, W>(s, has_teacher, n - kLanes, slopes));
-    } else {
-      encode_part(out, gradient_at<kReverse, kPower, W>(s, has_teacher, 0, slopes), n);
-    }
+  KDFAST_INLINE static void run(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, void* out) {
+    write_row<W>(GradientVectors<kReverse, kPower>{s, has_teacher, slopes}, n, around, static_cast<T*>(out));
   }
 };
 

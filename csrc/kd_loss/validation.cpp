@@ -42,12 +42,15 @@ void check_shapes(const KdLoss& a) {
   check_dtype(a.logits.dtype);
   if (a.logits.rows == 0) return;  // addresses may be null
   if (a.logits.cols < 1) throw std::invalid_argument("`logits` have no classes");
-  if (a.use_ce && !a.labels) throw std::invalid_argument("`labels` are needed unless `alpha` is 1");
+  const bool needs_labels = a.use_ce || (a.use_kl && a.divergence == kDecoupled);
+  if (needs_labels && !a.labels) throw std::invalid_argument("`labels` are needed unless `alpha` is 1");
   if (!a.use_kl) return;
   check_dtype(a.teacher.dtype);
   if (!(a.temperature > 0)) throw std::invalid_argument("`temperature` must be positive");
   if (!a.classes && a.teacher.cols != a.logits.cols)
     throw std::invalid_argument("`teacher` and `logits` differ in classes");
+  if (a.classes && a.divergence != kKl)
+    throw std::invalid_argument("the divergence needs a `teacher` with all classes");
   if (a.classes && !a.tail) throw std::invalid_argument("a top-k `teacher` needs its tail");
   if (!a.rows && a.teacher.rows < a.logits.rows) throw std::invalid_argument("`teacher` has fewer rows than `logits`");
 }

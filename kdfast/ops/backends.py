@@ -28,7 +28,7 @@ __all__ = ["DTYPES", "TABLE", "Choice", "choices", "is_available", "resolve"]
 TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "cpu"): ("native", "reference"),
     ("kd_loss", "cuda"): ("triton", "reference"),
-    ("kd_loss_divergences", "cpu"): ("reference",),
+    ("kd_loss_divergences", "cpu"): ("native", "reference"),
     ("kd_loss_divergences", "cuda"): ("reference",),
     ("views", "cpu"): ("native", "reference"),
     ("views", "cuda"): ("triton", "reference"),
@@ -42,6 +42,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
 DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("kd_loss", "native"): ("float32", "bfloat16", "float16"),
     ("kd_loss", "triton"): ("float32", "bfloat16", "float16"),
+    ("kd_loss_divergences", "native"): ("float32", "bfloat16", "float16"),
     ("views", "native"): ("float32", "bfloat16", "float16"),
     ("views", "triton"): ("float32", "bfloat16", "float16"),
     ("grad_norms", "native"): ("float32",),

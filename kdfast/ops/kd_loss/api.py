@@ -122,10 +122,11 @@ def kd_loss(
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if weights is None and divergence == "kl":
+    if weights is None:
         loss = try_kd_loss(
-            logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend
-        )
+            logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend,
+            divergence, jsd_beta, dkd_weights,
+        )  # fmt: skip
         if loss is not None:
             return loss
     call = make_call(

@@ -12,6 +12,9 @@ from kdfast.ops.native import DTYPE_CODES, WIDEST_ISA, extension
 
 __all__ = ["kd_loss", "scale_rows"]
 
+DIVERGENCE_CODES = {"kl": 0, "jsd": 1, "dkd": 2, "standardized": 3}
+"""Must agree with ``csrc/kd_loss/kd_loss.h``."""
+
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
@@ -54,6 +57,7 @@ def kd_loss(
             (_address(classes), _address(tail)),
             _address(weights),
             (call.use_ce, call.use_kl, call.reverse, 1 - call.alpha, call.kl_factor, call.temperature),
+            (DIVERGENCE_CODES[call.divergence], call.first_weight, call.second_weight),
             call.ignore_index,
             _REDUCTIONS[call.reduction],
             call.grad_scale(),

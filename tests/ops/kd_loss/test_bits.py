@@ -20,6 +20,15 @@ def case(n, c, dtype):
     return (3 * torch.randn(n, c)).to(dtype), labels, (3 * torch.randn(n + 3, c)).half(), rows
 
 
+def divergence_bits(args, temperature, isa_limit):
+    found = []
+    for alpha, divergence in itertools.product([0.5, 1.0], ["jsd", "dkd", "standardized"]):
+        numbers = (alpha, temperature, True, -100, "none", False, divergence, 0.3, 0.7)
+        call = KDCall(*args, None, None, None, *numbers)
+        found += native.kd_loss(call, need_grad=True, isa_limit=isa_limit)
+    return found
+
+
 def bits(isa_limit, threads=1):
     """Return the bytes of losses and gradients over odd shapes for one instruction set."""
     torch.manual_seed(1)
@@ -33,6 +42,8 @@ def bits(isa_limit, threads=1):
             values, classes, tail = sparse or (teacher, None, None)
             call = KDCall(z, y, values, r, classes, tail, None, 0.5, t, True, -100, "none", reverse)
             found += native.kd_loss(call, need_grad=True, isa_limit=isa_limit)
+        if not reverse:
+            found += divergence_bits((z, y, teacher, r), t, isa_limit)
     return found
 
 

@@ -89,10 +89,10 @@ def loss_and_grad(args, **options):
     return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
 
-def errors(found, expected):
-    """Relative errors of loss and gradient."""
+def errors(found, expected, least=1e-12):
+    """Errors of loss and gradient, relative to their largest element."""
     assert all(value.isfinite().all() for value in expected)
-    scales = [value.abs().max().clamp_min(1e-12) for value in expected]
+    scales = [value.abs().max().clamp_min(least) for value in expected]
     return [((a.double() - b).abs().max() / s).item() for a, b, s in zip(found, expected, scales, strict=True)]
 
 
@@ -161,8 +161,9 @@ def test_error_at_most_pytorchs(name, temperature):
         args = student.to(dtype), y, teacher, r
         options = {"alpha": alpha, "temperature": temperature, "reduction": "none", **OPTIONS[name]}
         expected = loss_and_grad((args[0].double(), *args[1:]), **options)
-        ours = errors(loss_and_grad(args, **options), expected)
-        theirs = errors(loss_and_grad(args, **options, backend="reference"), expected)
+        # Of networks that share no class, the gradient of "jsd" is a difference of equal numbers.
+        ours = errors(loss_and_grad(args, **options), expected, least=0.1)
+        theirs = errors(loss_and_grad(args, **options, backend="reference"), expected, least=0.1)
         assert all(a <= b + 1e-6 for a, b in zip(ours, theirs, strict=True)), (place, alpha, dtype, ours, theirs)
 
 

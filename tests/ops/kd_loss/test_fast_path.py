@@ -33,6 +33,9 @@ def fast(z, labels, teacher, rows, **changed):
         "reduction": "mean",
         "direction": "forward",
         "backend": "auto",
+        "divergence": "kl",
+        "jsd_beta": 0.5,
+        "dkd_weights": (1.0, 8.0),
     }
     return fast_path._kernel()(z, labels, teacher, rows, *{**options, **changed}.values(), 2)
 
@@ -60,6 +63,29 @@ def test_fast_and_general_path_agree_to_the_bit(operands, dtype, teacher_dtype, 
 
 
 @needs_dlpack
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "jsd", "jsd_beta": 0.3},
+        {"divergence": "dkd", "dkd_weights": (0.5, 3.0), "alpha": 1.0},
+        {"divergence": "dkd"},
+        {"divergence": "standardized"},
+    ],
+    ids=str,
+)
+def test_paths_agree_to_the_bit_for_every_divergence(operands, options):
+    z, *others = operands
+    loss, _ = fast(z, *others, **options)
+    assert torch.equal(loss, kdfast.kd_loss(z, *others, **options, backend="native"))
+    results = []
+    for backend in ("auto", "native"):
+        x = z.clone().requires_grad_()
+        kdfast.kd_loss(x, *others, **options, backend=backend).backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+@needs_dlpack
 def test_strided_operands_and_missing_rows_and_labels(operands):
     z, _, teacher, _ = operands
     wide = torch.randn(C, 2 * N).t()[::2]
@@ -83,6 +109,13 @@ def test_strided_operands_and_missing_rows_and_labels(operands):
         {"reduction": "typo"},
         {"direction": "typo"},
         {"backend": "reference"},
+        {"divergence": "typo"},
+        {"divergence": "jsd", "direction": "reverse"},
+        {"divergence": "jsd", "jsd_beta": 1.0},
+        {"divergence": "jsd", "jsd_beta": float("nan")},
+        {"divergence": "dkd", "dkd_weights": [1.0, 8.0]},
+        {"divergence": "dkd", "dkd_weights": (1.0,)},
+        {"divergence": "dkd", "dkd_weights": (1.0, -1.0)},
         {"ignore_index": None},
     ],
     ids=str,
@@ -101,6 +134,7 @@ def test_declines_unusual_operands(operands):
     assert fast(z, labels.int(), teacher, rows) is None
     assert fast(z, labels[1:], teacher, rows) is None
     assert fast(z, None, teacher, rows) is None
+    assert fast(z, None, teacher, rows, alpha=1.0, divergence="dkd") is None
     assert fast(z, labels, teacher[:, 1:], rows) is None
     assert fast(z, labels, teacher.clone().requires_grad_(), rows) is None
     assert fast(z, labels, kdfast.topk_teacher(teacher, 3, 4.0), rows) is None
