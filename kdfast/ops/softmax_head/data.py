@@ -207,7 +207,7 @@ class HeadData:
 
         Args:
             width: Numbers that the caller computes per row besides features and logits; reduces the tile's rows.
-            dtype: Floating dtype of the tiles; None: ``self.dtype``.
+            dtype: Floating dtype of the tiles; None: that of the weights, if there are weights, or ``self.dtype``.
             progress: Called with (rows done, rows in total or 0 if unknown, note) after each tile.
             note: Passed on to ``progress``.
             deferred_checks: "features" and "logits", if they make the caller's result non-finite whenever they are. The
@@ -215,7 +215,7 @@ class HeadData:
                 anyway.
             fused: Whether the caller itself divides a tile into pieces that fit the cache, so that tiles may be larger.
         """
-        dtype = dtype or self.dtype
+        dtype = dtype or (self.dtype if self._weights is None else self._weights.dtype)
         rows = self.rows_per_tile(width, dtype, fused=fused)
         start = 0
         for block in self.blocks:
@@ -249,7 +249,8 @@ class HeadData:
             self._state.checked = False
             for _ in self.tiles():
                 pass
-        raise DataError(f"{results} overflow {dtype}: scale the features down, or pass float64")
+        more = "" if dtype == torch.float64 else ", or pass float64"
+        raise DataError(f"{results} overflow {dtype}: scale the features down{more}")
 
     def _check(self, tile: Tile, deferred_checks: tuple[str, ...]) -> None:
         for name, value in (("features", tile.x), ("logits", tile.z), ("teacher", tile.t)):

@@ -229,6 +229,12 @@ def test_overflow_raises(data):
         kdfast.head_hvp(data["x"] * 1e30, data["z"], torch.randn(C, D + 1))
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e31])
+def test_overflow_in_float64_of_float32_features_raises(data, scale):
+    with pytest.raises(DataError, match=r"products overflow torch\.float64: scale the features down$"):
+        kdfast.head_newton(data["x"] * scale, data["y"], l2=0.1, method="cg")
+
+
 def test_overflow_of_returned_dtype_raises(data):
     x, z, y = data["x"], data["z"], data["y"]
     with pytest.raises(DataError, match=r"products overflow torch\.float16"):
