@@ -145,6 +145,12 @@ def test_jensen_shannon_needs_a_mixture(beta):
         build("jsd", beta=beta)
 
 
+@pytest.mark.parametrize("name", ["dkd", "ls-dkd"])
+def test_weights_of_decoupled_parts_are_not_negative(name):
+    with pytest.raises(UsageError, match="dkd has alpha 1 and beta -2"):
+        build(name, beta=-2.0)
+
+
 def test_unknown_term_suggests_the_nearest():
     with pytest.raises(UsageError, match="vid"):
         get_term("vit")

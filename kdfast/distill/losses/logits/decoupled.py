@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdfast.distill.losses.base import Outputs, Term, TermEntry
+from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import kd_loss
 
 
@@ -19,6 +20,8 @@ class Decoupled(Term):
 
     def __init__(self, alpha: float, beta: float, temperature: float) -> None:
         super().__init__()
+        if alpha < 0 or beta < 0:
+            raise UsageError(f"the term dkd has alpha {alpha:g} and beta {beta:g}: pass numbers of at least 0")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
