@@ -23,6 +23,21 @@ _NAME_BYTES, _PATH_BYTES = 255, 4095
 _ROOM_IN_NAME, _ROOM_IN_PATH = 15, 200
 
 
+def check_current_folder() -> None:
+    """Check that the current folder exists: without it no relative path does, and libraries of torch end the process.
+
+    Raises:
+        UsageError: It was deleted, or must not be searched.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current folder cannot be used ({error.strerror}): change to another one with cd, as it may have been "
+            "deleted"
+        ) from error
+
+
 def check_words(words: Iterable[str]) -> None:
     """Check that no word of a command line is empty: an empty path would mean the current folder.
 

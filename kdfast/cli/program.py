@@ -14,7 +14,7 @@ from kdfast.cli.commands import cache, data, distill, dynamics, evaluate, prune,
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
 from kdfast.cli.output import complain, flush_output, prepare_streams
-from kdfast.cli.paths import shorten_path
+from kdfast.cli.paths import check_current_folder, shorten_path
 from kdfast.cli.signals import INTERRUPTER, MESSAGE
 from kdfast.errors import Interrupted, KdfastError, OutputError, UsageError
 
@@ -63,6 +63,7 @@ def run() -> NoReturn:
 def _run() -> int:
     """Run the command line; print what went wrong, and return the exit code."""
     try:
+        check_current_folder()
         code = app(standalone_mode=False, prog_name=app.info.name)
         if code == _PARSER_INTERRUPT:
             raise KeyboardInterrupt

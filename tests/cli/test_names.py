@@ -177,6 +177,18 @@ def test_a_full_stdout_is_an_output_that_cannot_be_written(arguments: tuple[str,
 ODD = ["cost $5", "$a$b", "$\\frac$", "a|b", "_hidden", "_", "a_b", "*star*", "`code`", "<b>", "[x]", ESCAPES, NOT_UTF8]
 
 
+@pytest.mark.parametrize(
+    "words", [("--help",), ("doctor",), ("data", "info", "x.npz"), ("prune", "--data", "digits", "--fraction", 0.5)]
+)
+def test_a_current_folder_that_was_deleted(kdfast, tmp_path: Path, monkeypatch, words: tuple[object, ...]) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ran = kdfast(*words)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "the current folder cannot be used (No such file or directory): change to another one with cd" in ran.err
+
+
 def test_odd_names_of_methods_break_no_table_and_no_plot(tmp_path: Path) -> None:
     log = ResultsLog(tmp_path)
     for seed in (0, 1):
