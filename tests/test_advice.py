@@ -106,9 +106,8 @@ def test_fraction_and_balance_of_a_long_tail() -> None:
         assert (class_budgets(tail, subset_size(len(tail), min(1.0, fraction))) > 0).all()
 
 
-@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 1, 1], [2, 1, 1]])
-def test_influence_of_classes_too_small_to_hold_out(sizes: list[int]) -> None:
-    labels = np.repeat(np.arange(3), sizes)
+def test_influence_of_classes_too_small_to_hold_out() -> None:
+    labels = np.arange(3)
     rng = np.random.default_rng(0)
     arrays = {"logits": rng.normal(size=(len(labels), 3)), "features": rng.normal(size=(len(labels), 4))}
     said = message_of(lambda: compute_score("influence", ScoreInputs(labels, 0, **arrays)))
@@ -118,10 +117,11 @@ def test_influence_of_classes_too_small_to_hold_out(sizes: list[int]) -> None:
     )
 
 
-def test_influence_holds_out_what_a_long_tail_can_spare() -> None:
-    labels = np.repeat(np.arange(4), [60, 15, 4, 1])
+@pytest.mark.parametrize("sizes", [[60, 15, 4, 1], [2, 2, 2], [2, 1, 1]])
+def test_influence_holds_out_what_a_long_tail_can_spare(sizes: list[int]) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
     rng = np.random.default_rng(0)
-    arrays = {"logits": rng.normal(size=(80, 4)), "features": rng.normal(size=(80, 5))}
+    arrays = {"logits": rng.normal(size=(len(labels), len(sizes))), "features": rng.normal(size=(len(labels), 5))}
     assert np.isfinite(compute_score("influence", ScoreInputs(labels, 0, **arrays)).values).all()
 
 
