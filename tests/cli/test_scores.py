@@ -111,7 +111,7 @@ def test_computes_memorization_from_masked_runs(kdfast, tiny, tmp_path) -> None:
 
 def test_computes_grand_of_a_full_network(kdfast, tiny, teacher, tmp_path) -> None:
     arguments = ("score", "--data", tiny, "--method", "grand", "--option", "network=full", "--out", tmp_path / "s.npz")
-    expect(kdfast(*arguments), 2, r"takes a --teacher \(train one with kdfast teacher train\)")
+    expect(kdfast(*arguments), 2, r"train one with kdfast teacher train and pass --teacher to kdfast score")
     ran = kdfast(*arguments, "--teacher", teacher)
     assert ran.code == 0, ran.err
 
@@ -139,7 +139,7 @@ def test_computes_the_influence_of_a_flattened_teacher(kdfast, tiny, teacher, tm
     expect(
         kdfast("prune", "--data", tiny, "--method", "influence-fvm", "--fraction", 0.5, "--out", tmp_path / "idx.npy"),
         2,
-        "kdfast score, whose score file kdfast prune",
+        "pass --teacher to kdfast score or kdfast prune",
     )
 
 
@@ -216,7 +216,7 @@ BAD_SCORES = {
     "no dynamics": (["--method", "aum"], 2, "with kdfast dynamics and pass --dynamics"),
     "no cache": (["--method", "influence"], 2, "with kdfast cache and pass --cache"),
     "neither": (["--method", "el2n"], 2, "kdfast dynamics .* kdfast cache"),
-    "no network": (["--method", "grand", "--option", "network=full"], 2, "kdfast score, which takes a --teacher"),
+    "no network": (["--method", "grand", "--option", "network=full"], 2, "train and pass --teacher to kdfast score"),
     "no folder": (["--method", "aum", "--dynamics", "absent"], 3, "holds no dynamics"),
 }
 
@@ -231,7 +231,7 @@ def test_rejects_bad_score_commands(kdfast, tiny, tmp_path, case) -> None:
 def test_messages_of_scores_name_no_option_of_another_command(kdfast, tiny, dynamics, tmp_path) -> None:
     command = ("prune", "--data", tiny, "--fraction", 0.25, "--out", tmp_path / "idx.npy", "--method")
     expect(kdfast(*command, "grand", "--score-option", "network=full"), 2,
-           "with kdfast score, which takes a --teacher .*pass its score file to kdfast prune")  # fmt: skip
+           "pass --teacher to kdfast score or kdfast prune; .* the file of kdfast score as --scores")  # fmt: skip
     expect(kdfast(*command, "memorization", "--dynamics", dynamics), 3,
            "with kdfast dynamics, at least 20 runs, each of which trains on less than the whole training split, for "
            "example keep=0.7 .standard error of a score at most 0.24 with 20 runs, ")  # fmt: skip

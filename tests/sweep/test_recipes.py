@@ -32,7 +32,7 @@ def test_score_alone_has_its_published_rule(name: str) -> None:
 
 
 def test_score_that_needs_a_network_is_taken_from_a_file() -> None:
-    with pytest.raises(UsageError, match=r"influence-fvm needs a network .* kdfast score, whose score file"):
+    with pytest.raises(UsageError, match=r"influence-fvm needs a network .* the file of kdfast score as `scores`"):
         recipe("influence-fvm")
 
 

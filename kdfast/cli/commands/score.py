@@ -22,7 +22,7 @@ def score(
     cache: Cache = None,
     dynamics: Dynamics = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="Network, T.pt; required by grand with network=full.")
+        Path | None, typer.Option("--teacher", help="Network, T.pt; influence-fvm and grand with network=full need it.")
     ] = None,
     option: Annotated[
         list[str] | None,

@@ -27,8 +27,8 @@ Float32Array = npt.NDArray[np.float32]
 HOW_TO_GET = {
     "cache": "a teacher's cache (make one with kdfast cache and pass `cache`)",
     "dynamics": "training dynamics (record them with kdfast dynamics and pass `dynamics`)",
-    "teacher": "a network (make one with kdfast teacher flatten and pass `teacher` to kdfast score, whose score file "
-    "kdfast prune and kdfast sweep take)",
+    "teacher": "a network (make one with kdfast teacher flatten and pass `teacher` to kdfast score or kdfast prune; "
+    "kdfast sweep takes the file of kdfast score as `scores`)",
 }
 
 

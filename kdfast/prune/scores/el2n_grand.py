@@ -173,8 +173,8 @@ def _full_gradient_norms(inputs: ScoreInputs) -> FloatArray:
     source, model = inputs.source, inputs.network
     if model is None:
         raise UsageError(
-            "grand with network=full needs a network: compute this score with kdfast score, which takes a `teacher` "
-            "(train one with kdfast teacher train), and pass its score file to kdfast prune or kdfast sweep"
+            "grand with network=full needs a network (train one with kdfast teacher train and pass `teacher` to "
+            "kdfast score or kdfast prune; kdfast sweep takes the file of kdfast score as `scores`)"
         )
     if source is None:
         raise UsageError("grand of the full network needs the images: pass `source`")
