@@ -11,7 +11,7 @@ from kdfast.errors import UsageError, unknown_name
 from kdfast.progress import Progress
 from kdfast.prune.flat_scores import FVM, flatten_network, fvm_scores, state_paths
 from kdfast.prune.options import OptionValue, complete_options
-from kdfast.prune.rules.registry import get_rule
+from kdfast.prune.rules.registry import RULES, get_rule
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.prune.scores.base import HOW_TO_GET
 from kdfast.prune.scores.compute import ScoreSources
@@ -103,6 +103,8 @@ class PruneRequest:
             return
         name = self.method or "random"
         if name not in SCORES and name not in SELECTORS:
+            if name in RULES:
+                raise UsageError(f"{name} is a rule, not a method: pass it as `rule`, with a score as `method`")
             raise unknown_name("no pruning method is named", name, [*SCORES, *SELECTORS])
         if self.uses_selector and self.rule is not None:
             raise UsageError(f"{name} selects the subset directly: omit `rule`")

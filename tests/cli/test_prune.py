@@ -128,6 +128,12 @@ def test_rejected_commands_write_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_rule_as_method_is_named(kdfast, tiny: Path, tmp_path: Path) -> None:
+    outcome = kdfast("prune", "--data", tiny, "--fraction", 0.25, "--method", "bws", "--out", tmp_path / "idx.npy")
+    assert outcome.code == 2
+    assert "bws is a rule, not a method: pass it as --rule, with a score as --method" in outcome.err
+
+
 def test_bad_fraction_among_good_ones_writes_nothing(kdfast, tiny: Path, scores: Path, tmp_path: Path) -> None:
     command = ("prune", "--data", tiny, "--scores", scores, "--fraction", 0.5, "--fraction", 0.001)
     assert kdfast(*command, "--out", tmp_path / "idx-{fraction}.npy").code == 3
