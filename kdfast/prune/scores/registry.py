@@ -69,7 +69,8 @@ def _d2_options() -> dict[str, Option]:
     for name, own in starts.items():
         for option, declared in own.items():
             default = "" if declared.default is None else f"; automatic: {declared.default}"
-            summary = f"with score={name}: {declared.summary}{default}"
+            user = f"score={name} or cut_by=aum of the rule d2" if name == "aum" else f"score={name}"
+            summary = f"with {user}: {declared.summary}{default}"
             options[option] = dataclasses.replace(declared, default=None, summary=summary)
     return options
 
