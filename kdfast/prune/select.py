@@ -239,11 +239,14 @@ class SubsetPipeline:
             "method": method.name,
             "parameters": {"fraction": fraction, "balance": self._balance, "options": options},
             "scores": None,
+            "sources": {"cache": sources.digests["cache"]},
             method.name: details,
         }
         if scored is not None:
             provenance["parameters"]["score"] = {"method": scored.method, **scored.parameters}
-            provenance |= {"scores": scored.digest, "sources": scored.sources, "score_seconds": scored.seconds}
+            provenance |= {"scores": scored.digest, "score_seconds": scored.seconds}
+            # The selector's cache may be another one than that of the scores, whose own digest covers theirs.
+            provenance["sources"] = {**scored.sources, **provenance["sources"]}
         return Selection(fraction, ids, provenance, details, ended - started)
 
     def _selector_scores(

@@ -1,5 +1,6 @@
 """`kdfast prune --method if-beta` and `kdfast report if-beta`: files, resuming, rejected commands."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_writes_subset_provenance_and_page(kdfast, tiny: Path, cache: Path, tmp_
     about = json.loads(out.with_suffix(".json").read_text())
     found = about["if-beta"]
     assert about["parameters"]["options"]["steps"] == 3
+    assert about["sources"] == {"cache": hashlib.sha256((cache / "manifest.json").read_bytes()).hexdigest()}
     assert found["influence_l2"] == 0.1
     assert len(found["path"]) == 4
     assert len(found["rewards"]) == 3

@@ -112,6 +112,7 @@ def test_takes_a_flat_teacher_as_it_is(kdfast, tiny: Path, cache: Path, teacher:
     assert (np.load(one) == np.load(two)).all()
     assert record(one)["scores"] == record(two)["scores"]
     assert record(one)["if-beta"]["flatten_seconds"] > 0
+    assert set(record(one)["sources"]) == set(record(two)["sources"]) == {"cache", "teacher"}
 
 
 def test_a_rule_selects_by_the_score_of_a_network(kdfast, tiny: Path, teacher: Path, tmp_path: Path) -> None:
