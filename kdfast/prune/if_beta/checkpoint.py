@@ -42,7 +42,7 @@ class SearchCheckpoint:
         """
         if self.path is None or not self.path.exists():
             return None
-        content = read_json(self.path, error=OutputError)
+        content = read_json(self.path, error=OutputError, advice=f"{START_OVER}, or choose another output name")
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise OutputError(
                 f"{self.path} is not the checkpoint of a search and would be overwritten: choose another output name"

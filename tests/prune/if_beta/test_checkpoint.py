@@ -21,6 +21,13 @@ def test_loads_what_it_saved(tmp_path: Path) -> None:
     assert saved(tmp_path).load() == Schedule().initial()
 
 
+def test_file_that_is_no_json_can_be_deleted(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path)
+    checkpoint.path.write_bytes(b"")
+    with pytest.raises(OutputError, match=r"not valid JSON .*delete it to start over, or choose another output name"):
+        checkpoint.load()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
