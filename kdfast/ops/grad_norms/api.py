@@ -284,7 +284,7 @@ def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).nonzero()[0])
         raise DataError(
-            f"the gradient of sample {bad} is not finite, or its square overflows: check for huge activations, or "
-            "convert the model and its inputs to float64"
+            f"the gradient of sample {bad} is not finite, or its square overflows: check for huge activations, tiny "
+            "entries of a metric and huge ones of a vector, or convert the model and its inputs to float64"
         )
     return values

@@ -94,3 +94,11 @@ def test_rejects_batches_that_do_not_fit():
         kdfast.grad_dots(model, x, y, vectors_for(model), fallback="skip")
     with pytest.raises(DataError, match="parameter 'weight' overflows"):
         kdfast.fisher_diagonal(model, [(x * 1e25, y)], loss=lambda out, t: out.sum(1))
+
+
+def test_result_that_overflows_by_the_metric_or_the_vectors():
+    model, x, y = small()
+    with pytest.raises(DataError, match=r"sample 0 .* overflows: .* tiny entries of a metric"):
+        kdfast.grad_norms(model, x, y, metric={k: v.double() * 1e-300 for k, v in metric_for(model).items()})
+    with pytest.raises(DataError, match=r"sample \d .* overflows: .* huge ones of a vector"):
+        kdfast.grad_dots(model, x * 1e9, y, {k: v * 1e37 for k, v in vectors_for(model).items()})
