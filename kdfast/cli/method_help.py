@@ -112,9 +112,7 @@ def selectors() -> dict[str, Entry]:
     """Return every method that selects the subset directly."""
     from kdfast.prune.selectors import SELECTORS
 
-    return {
-        name: Entry(f"Method {name}", m.summary, "--option", m.options, m.presets) for name, m in SELECTORS.items()
-    }
+    return {name: Entry(f"Method {name}", m.summary, "--option", m.options, m.presets) for name, m in SELECTORS.items()}
 
 
 def write_options(formatter: Any, entry: Entry) -> None:
