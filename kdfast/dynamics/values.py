@@ -131,7 +131,7 @@ def place_ids(sample_ids: SampleIds, n: int, device: torch.device) -> Tensor:
         ShapeError: They are not integers (B,), or none.
         DataError: They are out of range.
     """
-    if not isinstance(sample_ids, Tensor) or sample_ids.device.type in ("cpu", "meta"):
+    if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "cpu" or _has_no_values(sample_ids):
         return to_device(torch.from_numpy(check_ids(sample_ids, n)), device)
     if sample_ids.ndim != 1 or not len(sample_ids) or sample_ids.dtype not in _INTEGERS:
         raise ShapeError(
@@ -166,8 +166,8 @@ def as_floats(values: Values, name: str) -> Tensor:
             raise ShapeError(f"{name} are {str(values.dtype).removeprefix('torch.')}: pass real numbers")
         if fault := wrapper_fault(values):
             raise ShapeError(f"{name}: it {fault}")
-        if values.is_meta or values.is_quantized:
-            kind = "on the meta device, which holds no values" if values.is_meta else "quantized"
+        if _has_no_values(values) or values.is_quantized:
+            kind = "quantized" if values.is_quantized else "on the meta device, which holds no values"
             raise ShapeError(f"{name} are {kind}: pass real numbers")
         return values.detach().float()
     array = as_array(values, name, "real numbers, one row per sample")
@@ -175,3 +175,8 @@ def as_floats(values: Values, name: str) -> Tensor:
         raise ShapeError(f"{name} are {array.dtype}: pass real numbers")
     with np.errstate(over="ignore"):  # infinity is refused later
         return torch.from_numpy(np.array(array, np.float32, order="C"))
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Return whether a tensor is on the meta device; a subclass of Tensor there may hold values of its own."""
+    return tensor.is_meta and type(tensor) is Tensor

@@ -106,10 +106,11 @@ def test_a_device_is_waited_for_at_the_end_of_an_epoch_only(tmp_path: Path, ids_
 
 
 def test_ids_on_a_device_are_whole_numbers() -> None:
-    meta = torch.device("meta")
-    assert place_ids(torch.zeros(4, dtype=torch.int32, device=meta), N, meta).dtype == torch.int64
-    with pytest.raises(ShapeError, match=r"torch\.float32 \(4,\): pass integers"):
-        place_ids(torch.zeros(4, device=meta), N, meta)
+    with stand_in.StandInDevice():
+        ids = torch.zeros(4, dtype=torch.int32).to(stand_in.DEVICE)
+        assert place_ids(ids, N, stand_in.DEVICE).dtype == torch.int64
+        with pytest.raises(ShapeError, match=r"torch\.float32 \(4,\): pass integers"):
+            place_ids(torch.zeros(4).to(stand_in.DEVICE), N, stand_in.DEVICE)
 
 
 def test_epochs_resume_and_rewind(tmp_path: Path) -> None:
