@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdfast.ops.native import extension
 
-CUDA_ONLY = {"conv_squared_norms_parts", "conv_squared_norms_cuda"}
+CUDA_ONLY = {"conv_squared_norms_parts", "conv_squared_norms_cuda", "conv_sums_of_squares_parts"}
 
 
 def stub_names():
