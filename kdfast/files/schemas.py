@@ -336,6 +336,7 @@ class CachePlan(FormatVersion):
     views: CachedViews
     coverage: Coverage
     dtype: Literal["float16", "float32"]
+    precision: Literal["float32", "bfloat16"]
     per_shard: Positive
     top_k: TopKFields | None = None
 

@@ -18,6 +18,7 @@ from kdfast.teacher.cache import TeacherCache
 FIELDS: dict[str, tuple[str, Any]] = {
     "per_shard": ("per_shard", 0),
     "dtype": ("dtype", "complex64"),
+    "precision": ("precision", "FLOAT32"),
     "samples": ("coverage.samples", -4),
     "whole": ("coverage.whole", "yes"),
     "views": ("views.n_views", 2.5),
