@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from kdfast.distill.losses.base import Outputs, Term, TermEntry
+from kdfast.distill.losses.base import TermEntry
+from kdfast.distill.losses.logits.divergences import Divergence
 from kdfast.errors import UsageError
-from kdfast.ops.kd_loss import kd_loss
 
 
-class Decoupled(Term):
+class Decoupled(Divergence):
     """alpha T^2 KL of (p_y, 1 - p_y) plus beta T^2 KL of the distributions over the other classes; mean over rows.
 
     Args:
@@ -19,22 +17,9 @@ class Decoupled(Term):
     """
 
     def __init__(self, alpha: float, beta: float, temperature: float) -> None:
-        super().__init__()
         if alpha < 0 or beta < 0:
             raise UsageError(f"the term dkd has alpha {alpha:g} and beta {beta:g}: pass numbers of at least 0")
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
-        """Return the term's value for a batch."""
-        return kd_loss(
-            student.logits,
-            labels,
-            teacher.logits,
-            alpha=1.0,
-            temperature=self.temperature,
-            divergence="dkd",
-            dkd_weights=(self.alpha, self.beta),
-        )
+        super().__init__(temperature, divergence="dkd", dkd_weights=(alpha, beta))
 
 
 DECOUPLED = TermEntry(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,21 +12,24 @@ from kdfast.errors import UsageError
 from kdfast.ops.kd_loss import kd_loss
 
 
-class ReverseDivergence(Term):
-    """T^2 KL(student || teacher) at a temperature, mean over rows."""
+class Divergence(Term):
+    """A divergence of `kd_loss` with its factor T^2, mean over rows.
 
-    def __init__(self, temperature: float) -> None:
+    Args:
+        temperature: T of the probabilities.
+        settings: Arguments of `kd_loss` that choose the divergence.
+    """
+
+    def __init__(self, temperature: float, **settings: Any) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.settings = temperature, settings
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
         """Return the term's value for a batch."""
-        return kd_loss(
-            student.logits, labels, teacher.logits, alpha=1.0, temperature=self.temperature, direction="reverse"
-        )
+        return kd_loss(student.logits, labels, teacher.logits, alpha=1.0, temperature=self.temperature, **self.settings)
 
 
-class JensenShannon(Term):
+class JensenShannon(Divergence):
     """T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m)) with m = beta teacher + (1 - beta) student.
 
     Args:
@@ -33,22 +38,9 @@ class JensenShannon(Term):
     """
 
     def __init__(self, beta: float, temperature: float) -> None:
-        super().__init__()
         if not 0 < beta < 1:
             raise UsageError(f"the term jsd has beta {beta:g}: pass a number above 0 and below 1")
-        self.beta, self.temperature = beta, temperature
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
-        """Return the term's value for a batch."""
-        return kd_loss(
-            student.logits,
-            labels,
-            teacher.logits,
-            alpha=1.0,
-            temperature=self.temperature,
-            divergence="jsd",
-            jsd_beta=self.beta,
-        )
+        super().__init__(temperature, divergence="jsd", jsd_beta=beta)
 
 
 class LogitDistance(Term):
@@ -60,7 +52,7 @@ class LogitDistance(Term):
 
 
 REVERSE = TermEntry(
-    lambda shapes, options: ReverseDivergence(options["temperature"]),
+    lambda shapes, options: Divergence(options["temperature"], direction="reverse"),
     "KL(student || teacher)",
     "Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, ICLR 2024, equation 1",
     options={"temperature": 4.0},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast.distill.losses.base import Outputs, Term, TermEntry
+from kdfast.distill.losses.base import Outputs, TermEntry
 from kdfast.distill.losses.logits.decoupled import Decoupled
-from kdfast.ops.kd_loss import kd_loss
+from kdfast.distill.losses.logits.divergences import Divergence
 
 EPSILON = 1e-7
 
@@ -20,25 +20,6 @@ def standardize(logits: Tensor) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + EPSILON)
 
 
-class StandardizedDivergence(Term):
-    """T^2 KL(teacher || student) of standardized logits at a temperature, mean over rows."""
-
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
-        """Return the term's value for a batch."""
-        return kd_loss(
-            student.logits,
-            labels,
-            teacher.logits,
-            alpha=1.0,
-            temperature=self.temperature,
-            divergence="standardized",
-        )
-
-
 class StandardizedDecoupled(Decoupled):
     """DKD of standardized logits."""
 
@@ -48,7 +29,7 @@ class StandardizedDecoupled(Decoupled):
 
 
 STANDARDIZED = TermEntry(
-    lambda shapes, options: StandardizedDivergence(options["temperature"]),
+    lambda shapes, options: Divergence(options["temperature"], divergence="standardized"),
     "divergence of logits with mean 0 and standard deviation 1",
     "Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024",
     options={"temperature": 2.0},
