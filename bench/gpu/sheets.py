@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdfast.data.readers.cifar import CIFAR10, CIFAR100
+from kdfast.data.readers.archives.cifar import CIFAR10, CIFAR100
 
 LAYOUTS = {layout.kind: layout for layout in (CIFAR10, CIFAR100)}
 INFO, LABELS, TEACHER = "info.json", "labels.npz", "teacher.pt"

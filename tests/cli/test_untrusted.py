@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.readers import cifar as cifar_reader
+from kdfast.data.readers.archives import cifar as cifar_reader
 
 SECONDS = 20  # commands take one; some hung, or read until the memory was full
 

@@ -27,7 +27,7 @@ from kdfast.data.ffcv.record import (
     seal_older,
     write_record,
 )
-from kdfast.data.readers.folder import TEST_NAMES
+from kdfast.data.readers.folders.folder import TEST_NAMES
 from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdfast.data.ffcv.write import is_ffcv_folder, open_ffcv_folder
-from kdfast.data.readers import digits
-from kdfast.data.readers.cifar import CIFAR10, CIFAR100, is_cifar, open_cifar
-from kdfast.data.readers.folder import is_folder, open_folder
-from kdfast.data.readers.image_list import ORDERS
-from kdfast.data.readers.npz import is_npz, open_npz
+from kdfast.data.readers.archives import digits
+from kdfast.data.readers.archives.cifar import CIFAR10, CIFAR100, is_cifar, open_cifar
+from kdfast.data.readers.archives.npz import is_npz, open_npz
+from kdfast.data.readers.archives.svhn import is_svhn, open_svhn
+from kdfast.data.readers.folders.folder import is_folder, open_folder
+from kdfast.data.readers.folders.image_list import ORDERS
 from kdfast.data.readers.relabel import is_relabelled, open_relabelled
-from kdfast.data.readers.svhn import is_svhn, open_svhn
 from kdfast.data.source import Source
 from kdfast.errors import DataError, DataWarning, UsageError, did_you_mean
 

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from kdfast.data.readers.cifar import CIFAR10
+from kdfast.data.readers.archives.cifar import CIFAR10
 from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from kdfast.data.readers.digits import open_digits
+from kdfast.data.readers.archives.digits import open_digits
 
 
 def test_split_is_fixed_and_stratified():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.readers.folder import FolderSplit
+from kdfast.data.readers.folders.folder import FolderSplit
 from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError, DataWarning
 
@@ -60,7 +60,7 @@ def test_rejects_mixed_sizes_without_size(tmp_path, image_folder):
 
 
 def test_reading_rejects_a_size_that_opening_did_not_check(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr("kdfast.data.readers.folder._CHECKED_AT_OPENING", 2)
+    monkeypatch.setattr("kdfast.data.readers.folders.folder._CHECKED_AT_OPENING", 2)
     root = image_folder(tmp_path, per_class=5)
     Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "2.png")
     source = open_source(root)

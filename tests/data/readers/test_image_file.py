@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.readers import image_file
+from kdfast.data.readers.folders import image_file
 from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.readers import image_list
-from kdfast.data.readers.image_list import ORDERS, ImageLister
+from kdfast.data.readers.folders import image_list
+from kdfast.data.readers.folders.image_list import ORDERS, ImageLister
 from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError, DataWarning, UsageError
 

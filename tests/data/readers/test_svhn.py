@@ -50,7 +50,7 @@ def test_rejects_wrong_content(tmp_path, svhn, content):
 
 
 def test_refuses_arrays_that_do_not_fit_into_the_memory(tmp_path, svhn, monkeypatch):
-    monkeypatch.setattr("kdfast.data.readers.svhn.available_memory", lambda: 50_000)
+    monkeypatch.setattr("kdfast.data.readers.archives.svhn.available_memory", lambda: 50_000)
     monkeypatch.setattr("scipy.io.loadmat", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(DataError, match=r"it takes 0\.0 GB, and 0\.0 GB of memory are free"):
         open_source(svhn(tmp_path / "svhn"))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdfast.data.readers.image_file import SUFFIXES
-from kdfast.data.readers.image_list import ImageLister
+from kdfast.data.readers.folders.image_file import SUFFIXES
+from kdfast.data.readers.folders.image_list import ImageLister
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
 from kdfast.files.inputs import MAX_TEXT_BYTES, read_bounded

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdfast.data.readers.image_file import is_image_name
+from kdfast.data.readers.folders.image_file import is_image_name
 from kdfast.errors import DataError
 
 ORDERS = ("path", "imagefolder")

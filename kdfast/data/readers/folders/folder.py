@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.readers.image_file import opened_image
-from kdfast.data.readers.layout import TEST_NAMES, list_test, list_train
+from kdfast.data.readers.folders.image_file import opened_image
+from kdfast.data.readers.folders.layout import TEST_NAMES, list_test, list_train
 from kdfast.data.source import Pixels, Source, check_sample_ids, default_view_spec
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
