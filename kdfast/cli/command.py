@@ -1,22 +1,68 @@
-"""The commands' class: checks of all paths, and options that also accept spellings that help does not show."""
+"""The commands' class: checks of all paths, the options of every command, and spellings that help does not show."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
+from kdfast.cli.output import MODE
 from kdfast.cli.paths import check_paths, check_words
 
 # The network that a command trains: --student where a teacher takes part, --net elsewhere; each accepts the other.
 HIDDEN_SPELLINGS = {"net": "--student", "student": "--net"}
 
 
+def _store(_context: typer.Context, parameter: typer.CallbackParam, value: bool) -> bool:
+    """Set the attribute of `MODE` that is named like the option's parameter."""
+    setattr(MODE, str(parameter.name), bool(value))
+    return value
+
+
+def _common(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.", callback=_store)
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            help="Print no progress and no result but that of --json; warnings and errors are still printed.",
+            callback=_store,
+        ),
+    ] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json", help="Write progress to the standard error, one JSON object per line.", callback=_store
+        ),
+    ] = False,
+) -> None:
+    """Hold the options that every command has besides its own."""
+
+
+@functools.cache
+def _common_options() -> list[Any]:
+    """Return the options of `_common`, which set `MODE` and are no arguments of a command's function."""
+    template = typer.Typer(add_completion=False)
+    template.command()(_common)
+    found = [parameter for parameter in typer.main.get_command(template).params if parameter.name != "help"]
+    for parameter in found:
+        parameter.expose_value = False
+    return found
+
+
 class _Checked:
     """Checks the words of a command line before they are parsed, and the paths before the command runs."""
 
     params: list[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_common_options())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line."""

@@ -1,16 +1,42 @@
-"""Standard output and standard error: any text can be written, and what cannot be written is an error with its code."""
+"""Standard output and standard error: any text can be written, and what cannot be written is an error with its code.
+
+Results go to the standard output, as text or with --json as one JSON object; everything else goes to the standard
+error. With --quiet, only that object, warnings and errors are printed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from kdfast.errors import DataWarning, OutputError
 from kdfast.text import printable
 
 _show_with_place = warnings.showwarning
+
+
+@dataclass
+class Mode:
+    """What the running command prints; set by its options.
+
+    Attributes:
+        as_json: Whether the result is printed as JSON.
+        quiet: Whether progress and results in words are left out.
+        log_json: Whether progress is written as JSON.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    log_json: bool = False
+
+
+MODE = Mode()
+"""The mode of this process, which runs one command."""
 
 
 def prepare_streams() -> None:
@@ -43,6 +69,32 @@ def say(text: str, *, flush: bool = False) -> None:
         print(printable(text), flush=flush)
     except OSError as error:
         raise _not_written(error) from error
+
+
+def show(text: str, facts: Mapping[str, Any]) -> None:
+    """Print the result of the command: a text, or the facts as one JSON object.
+
+    Args:
+        text: The result in words.
+        facts: The result as JSON values.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    if MODE.as_json:
+        say(json.dumps(facts, allow_nan=False))
+    elif not MODE.quiet:
+        say(text)
+
+
+def note(text: str) -> None:
+    """Print a part of the result that is known before its end, unless that is printed as JSON or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    if not (MODE.as_json or MODE.quiet):
+        say(text, flush=True)
 
 
 def flush_output() -> None:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cli.command import Command
-from kdfast.cli.commands import cache, data, distill, dynamics, evaluate, prune, report, score, sweep, system, teacher
+from kdfast.cli.commands import cache, data, distill, dynamics, prune, report, score, sweep, system, teacher
+from kdfast.cli.commands.trained import evaluate
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
 from kdfast.cli.output import complain, flush_output, prepare_streams
@@ -30,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("doctor")(system.doctor)
+app.callback()(system.root)
+app.command("doctor", cls=Command)(system.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(teacher.app, name="teacher")
 app.add_typer(cache.app, name="cache")

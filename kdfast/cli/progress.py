@@ -1,44 +1,149 @@
-"""Progress bars for long work: on stderr, so that stdout holds only results, and only on a terminal."""
+"""Progress of long work, on the standard error, so that the standard output holds only results.
+
+A terminal gets a bar. Elsewhere, as in the log of a job, progress is a line every few seconds, and with --log-json a
+JSON object per line.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from kdfast.cli.output import MODE, complain
 from kdfast.cli.signals import INTERRUPTER
-from kdfast.progress import Progress
+from kdfast.progress import Remaining
 from kdfast.text import printable
+
+# Seconds before the first line, so that a quick command writes none, and between two, for people and for programs.
+FIRST_SECONDS = 1.0
+LINE_SECONDS = 10.0
+JSON_SECONDS = 1.0
+
+
+class Reporter:
+    """Shows the progress of one command; a function of (done, total, note).
+
+    Every call raises KeyboardInterrupt if a signal was received and the command still runs.
+
+    Args:
+        draw: Called with (done, total, note) at every call.
+        write: Called with a line that is shown at once.
+    """
+
+    def __init__(self, draw: Callable[[int, int, str], None], write: Callable[[str], None]) -> None:
+        self._draw, self._write = draw, write
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show how much is done."""
+        self._draw(done, total, note)
+        INTERRUPTER.check()
+
+    def say(self, text: str) -> None:
+        """Show a line about the work, such as where it resumes."""
+        self._write(text)
 
 
 @contextlib.contextmanager
-def progress(label: str, *, shown: bool = True) -> Iterator[Progress]:
-    """Yield a function of (done, total, note) that draws a bar; no bar if stderr is not a terminal.
-
-    The function also raises KeyboardInterrupt if a signal was received and the command still runs.
+def progress(label: str, *, shown: bool = True) -> Iterator[Reporter]:
+    """Yield what shows the progress of the work inside.
 
     Args:
-        label: Title of the bar.
-        shown: Whether to draw the bar; False in all processes of a run but the main one.
+        label: Name of the work.
+        shown: Whether to show it; False in all processes of a run but the main one.
     """
-    if not (shown and sys.stderr.isatty()):
-        yield _check_interrupt
-        return
+    if not shown or (MODE.quiet and not MODE.log_json):
+        yield Reporter(lambda done, total, note: None, lambda text: None)
+    elif MODE.log_json:
+        lines = _Lines(JSON_SECONDS)
+        yield Reporter(
+            lambda done, total, note: lines.add(done, total, _json_line(label, note)),
+            lambda text: log_event("note", work=label, note=text),
+        )
+    elif sys.stderr.isatty():
+        with _bar(label) as reporter:
+            yield reporter
+    else:
+        lines = _Lines(LINE_SECONDS)
+        yield Reporter(
+            lambda done, total, note: lines.add(done, total, _text_line(label, note)),
+            lambda text: complain(f"{label}: {text}"),
+        )
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """Write a line of --log-json: the kind of event, the time in seconds since 1970, and further JSON values."""
+    complain(json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+
+
+def log_metrics(row: Mapping[str, Any]) -> None:
+    """Write a row of metrics as a line of --log-json."""
+    log_event("metrics", **row)
+
+
+class _Lines:
+    """Writes progress as lines: the first after `FIRST_SECONDS`, then one every few seconds, and one at the end.
+
+    Args:
+        seconds: The least time between two lines.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._written = seconds, time.monotonic()
+        self._any = False
+        self._remaining = Remaining()
+
+    def add(self, done: int, total: int, write: Callable[[int, int, float | None], None]) -> None:
+        """Call `write` with (done, total, seconds left) if it is time for a line."""
+        left = self._remaining.update(done, total)
+        now = time.monotonic()
+        wait = self._seconds if self._any else FIRST_SECONDS
+        if now - self._written >= wait or (done >= total and self._any):
+            self._written, self._any = now, True
+            write(done, total, left)
+
+
+def _json_line(label: str, note: str) -> Callable[[int, int, float | None], None]:
+    return lambda done, total, left: log_event(
+        "progress",
+        work=label,
+        done=done,
+        total=total,
+        seconds_left=None if left is None else round(left, 1),
+        note=note,
+    )
+
+
+def _text_line(label: str, note: str) -> Callable[[int, int, float | None], None]:
+    def write(done: int, total: int, left: float | None) -> None:
+        parts = [f"{label}: {done}/{total}", note, "" if left is None else f"{format_seconds(left)} left"]
+        complain("  ".join(filter(None, parts)))
+
+    return write
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time as `S s`, `M min` or `H h M min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Reporter]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as ProgressBar
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True)) as bar:
+    note_column = TextColumn("{task.fields[note]}", markup=False)
+    with Progress(*columns, note_column, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, note="")
 
-        def report(done: int, total: int, note: str = "") -> None:
+        def draw(done: int, total: int, note: str) -> None:
             bar.update(task, completed=done, total=total, note=printable(note))
-            INTERRUPTER.check()
 
-        yield report
-
-
-def _check_interrupt(done: int, total: int, note: str = "") -> None:
-    """Draw nothing; end the command if a signal was swallowed."""
-    INTERRUPTER.check()
+        yield Reporter(draw, lambda text: bar.console.print(printable(f"{label}: {text}"), markup=False))

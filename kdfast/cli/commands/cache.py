@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.command import Command, Group
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
@@ -117,9 +117,10 @@ def build(
     if dry_run:
         check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
         row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
-        say(
+        show(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
-            f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}"
+            f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}",
+            {"dry_run": True, "samples": kept, "views": n_views, "bytes": kept * n_views * row_bytes, "out": str(out)},
         )
         return
     with progress("cache") as report:
@@ -138,9 +139,11 @@ def build(
             progress=report,
         )
     manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest
-    say(
+    numbers = {name: manifest[name] for name in ("seconds", "train_top1", "test_top1")}
+    show(
         f"cached {kept} samples x {n_views} views x {top_k or model.classes} classes in {manifest['seconds']:.0f} s; "
-        f"teacher's top-1: {manifest['train_top1']:.2f} on these samples, {manifest['test_top1']:.2f} on the test split"
+        f"teacher's top-1: {numbers['train_top1']:.2f} on these samples, {numbers['test_top1']:.2f} on the test split",
+        {"samples": kept, "views": n_views, "classes": top_k or model.classes, **numbers, "out": str(out)},
     )
 
 
@@ -169,7 +172,14 @@ def verify(
     model = load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
     found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))
-    say(
+    show(
         f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "
-        f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max"
+        f"(allowed: {found.allowed:.2g}); {found.agreement:.1f}% have the same arg-max",
+        {
+            "cache": str(cache),
+            "entries": found.rows,
+            "largest_difference": found.largest_difference,
+            "allowed": found.allowed,
+            "agreement": found.agreement,
+        },
     )

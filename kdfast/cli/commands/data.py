@@ -10,7 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.command import Command
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 
 app = typer.Typer(help="Describe a source of data, convert it to FFCV files, or flip labels.", no_args_is_help=True)
@@ -31,16 +31,32 @@ def info(src: Src, size: options.Size = None, order: options.Order = "path") -> 
     normalization = compute_normalization(source.train)
     height, width, _ = source.train.shape
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
-    say(f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images")
-    say(f"images       {height} x {width} x 3, uint8")
-    say(f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}")
-    say(f"per class    {min(counts)} to {max(counts)} training images")
-    say(f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})")
-    say(f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}")
-    say(f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}")
-    say(f"fingerprint  {source.fingerprint}")
-    for note in source.notes:
-        say(f"note         {note}")
+    lines = [
+        f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images",
+        f"images       {height} x {width} x 3, uint8",
+        f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}",
+        f"per class    {min(counts)} to {max(counts)} training images",
+        f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})",
+        f"mean         {', '.join(f'{m:.4f}' for m in normalization.mean)}",
+        f"std          {', '.join(f'{s:.4f}' for s in normalization.std)}",
+        f"fingerprint  {source.fingerprint}",
+        *(f"note         {note}" for note in source.notes),
+    ]
+    facts = {
+        "path": source.path,
+        "kind": source.kind,
+        "train": len(source.train),
+        "test": len(source.test),
+        "shape": list(source.train.shape),
+        "classes": list(source.classes),
+        "per_class": counts,
+        "views": source.view_spec.to_dict() | {"count": source.view_spec.count},
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
+        "fingerprint": source.fingerprint,
+        "notes": list(source.notes),
+    }
+    show("\n".join(lines), facts)
 
 
 @app.command("convert", cls=Command)
@@ -64,11 +80,17 @@ def convert(
         check_out_folder(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
         total = (len(source.train) + len(source.test)) * pixels
-        say(f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw")
+        show(
+            f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw",
+            {"dry_run": True, "train": len(source.train), "test": len(source.test), "bytes": total, "out": str(out)},
+        )
         return
     with progress("convert") as report:
         convert_source(source, out, jpeg_quality=jpeg, progress=report)
-    say(f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}")
+    show(
+        f"wrote and verified train.beton ({len(source.train)}) and test.beton ({len(source.test)}) in {out}",
+        {"train": len(source.train), "test": len(source.test), "out": str(out)},
+    )
 
 
 @app.command("flip", cls=Command)
@@ -85,4 +107,7 @@ def flip(
     from kdfast.data.readers.relabel import write_flipped
 
     changed = write_flipped(open_source(src, size=size, order=order), src, out, share=share, seed=seed)
-    say(f"{len(changed)} training labels of {src} changed; pass {out} as --data")
+    show(
+        f"{len(changed)} training labels of {src} changed; pass {out} as --data",
+        {"changed": len(changed), "src": src, "out": str(out)},
+    )

@@ -10,7 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 
 
 def distill(
@@ -112,7 +112,7 @@ def distill(
     )
     if dry_run:
         check_run_folder(out, plan.identity, resume)
-        say(json.dumps(plan.describe(), indent=2))
+        show(json.dumps(plan.describe(), indent=2), plan.describe())
         return
     result = training.run(
         plan,
@@ -125,4 +125,4 @@ def distill(
         tensorboard=tensorboard,
     )
     if plan.distributed.is_main:
-        say(training.summary(result, out))
+        show(training.summary(result, out), {**result, "out": str(out)})

@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 
 
@@ -121,7 +121,10 @@ def dynamics(
         check_top_k(top_k, len(source.classes))
         bits = bits_per_sample(top_k, len(source.classes), record)
         bits *= len(source.train) * (epochs // record_every) * runs
-        say(f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}")
+        show(
+            f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}",
+            {"dry_run": True, "runs": runs, "epochs": epochs, "bytes": bits // 8, "out": str(out)},
+        )
         return
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
@@ -131,7 +134,14 @@ def dynamics(
             inputs, settings, recording, out, device=place, checkpoint_seconds=checkpoint_seconds, progress=report
         )
     mean = sum(result["test_top1"] for result in results) / len(results)
-    say(
+    show(
         f"recorded {len(results)} run{'s' * (len(results) > 1)} of {epochs // record_every} epochs on "
-        f"{len(source.train)} samples; mean test top-1 {mean:.2f}; written to {out}"
+        f"{len(source.train)} samples; mean test top-1 {mean:.2f}; written to {out}",
+        {
+            "runs": len(results),
+            "epochs": epochs // record_every,
+            "samples": len(source.train),
+            "test_top1": [result["test_top1"] for result in results],
+            "out": str(out),
+        },
     )

@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands.score import Cache, Dynamics
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
@@ -158,8 +158,12 @@ def prune(
             check_writable(folder)
     if request.ranks_by_fvm and dry_run:
         request.check_data(source)
-        kept = ", ".join(str(subset_size(len(source.train), share)) for share in fraction)
-        say(f"would flatten {teacher} if it is not flat, score {len(source.train)} samples and keep {kept} of them")
+        kept = [subset_size(len(source.train), share) for share in fraction]
+        show(
+            f"would flatten {teacher} if it is not flat, score {len(source.train)} samples and keep "
+            f"{', '.join(map(str, kept))} of them",
+            {"dry_run": True, "teacher": str(teacher), "of": len(source.train), "kept": kept},
+        )
         return
     states = [path.with_suffix(".search.json") for path in paths]
     score_state = None if dry_run else paths[0]
@@ -175,14 +179,17 @@ def prune(
     if request.ranks_by_fvm:
         for path in state_paths(paths[0]):
             path.unlink(missing_ok=True)
-    for selection in selections:
+    lines, found_facts = [], []
+    for path, selection in zip(paths, selections, strict=True):
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         least, most = counts.min(), counts.max()
         per_class = f"{least} to {most}" if least < most else f"{most}"
-        say(
+        lines.append(
             f"{'would keep' if dry_run else 'kept'} {len(selection.ids)} of {len(source.train)} training samples "
             f"({selection}); {per_class} per class"
         )
+        found_facts.append({"out": str(path), "kept": len(selection.ids), "per_class": counts.tolist()})
+    show("\n".join(lines), {"of": len(source.train), "subsets": found_facts, "dry_run": dry_run})
 
 
 def _balance(context: typer.Context, balance: str | None, balanced: bool | None, equal: bool) -> str:

@@ -10,7 +10,7 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.command import Command
 from kdfast.cli.commands.score import Cache
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 
 app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 
@@ -63,8 +63,11 @@ def scores(
         samples_per_end=each,
         fraction=fraction,
     )
-    megabytes = write_score_page(content, out) / 1e6
-    say(f"wrote {out}: {megabytes:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores")
+    size_bytes = write_score_page(content, out)
+    show(
+        f"wrote {out}: {size_bytes / 1e6:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores",
+        {"out": str(out), "bytes": size_bytes, "scores": len(content.scored.scores), "method": content.scored.method},
+    )
 
 
 @app.command("if-beta", cls=Command)
@@ -80,4 +83,5 @@ def if_beta(
     """Show a learned sampling policy: density over the ranks, path of (a, b), rewards, subset and cost."""
     from kdfast.report.if_beta_page import write_if_beta_page
 
-    say(f"wrote {out}: {write_if_beta_page(file, out) / 1e3:.0f} kB")
+    size_bytes = write_if_beta_page(file, out)
+    show(f"wrote {out}: {size_bytes / 1e3:.0f} kB", {"out": str(out), "bytes": size_bytes})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.output import say
+from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 
 Cache = Annotated[Path | None, typer.Option("--cache", help="Teacher's cache, for its logits and features.")]
@@ -57,16 +57,22 @@ def score(
     source = open_source(data, size=size, order=order)
     sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
-        say(f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}")
+        show(
+            f"would score {len(source.train)} samples by {method} from {', '.join(sources.digests) or 'the labels'}",
+            {"dry_run": True, "samples": len(source.train), "method": method, "sources": dict(sources.digests)},
+        )
         return
     with progress(method) as report:
         content = sources.score(method, seed=seed, options=score_options, device=place, progress=report)
     write_scores(out, content)
     low, high = content.scores.min(), content.scores.max()
-    say(
+    facts = {"samples": len(content.scores), "method": method, "seconds": content.seconds, "out": str(out)}
+    facts |= {"least": float(low), "most": float(high)}
+    text = (
         f"scored {len(content.scores)} samples by {method} in {content.seconds:.2f} s, from {low:.4g} to {high:.4g}; "
         f"written to {out}"
     )
     if "stderr" in content.extras:
-        median = float(np.median(content.extras["stderr"]))
-        say(f"the median standard error of a score is {median:.2g}; four times as many runs halve it")
+        median = facts["median_stderr"] = float(np.median(content.extras["stderr"]))
+        text += f"\nthe median standard error of a score is {median:.2g}; four times as many runs halve it"
+    show(text, facts)

@@ -10,7 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import training
-from kdfast.cli.output import say
+from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
@@ -164,31 +164,33 @@ def sweep(
             )
         )
         if dry_run:
-            say(_plan(session, out))
+            show(*_plan(session, out))
             return
         with progress("sweep") as report:
             run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
-    say(f"\n{report_sweep(out)}\ntable.md and plot.png written to {out}")
+    table = report_sweep(out)
+    show(f"\n{table}\ntable.md and plot.png written to {out}", {"out": str(out), "rows": ResultsLog(out).results()})
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    say(
+    note(
         f"{row['method']} f={row['fraction']:g} {'KD' if row['kd'] else 'plain'} seed {row['seed']}: "
-        f"top-1 {row['test_top1']:.2f} ({row['steps']} steps, {row['seconds']:.1f} s)",
-        flush=True,
+        f"top-1 {row['test_top1']:.2f} ({row['steps']} steps, {row['seconds']:.1f} s)"
     )
 
 
-def _plan(session: Session, out: Path) -> str:
+def _plan(session: Session, out: Path) -> tuple[str, dict[str, Any]]:
     from kdfast.sweep.results_log import ResultsLog
 
-    done, lines, pending = ResultsLog(out).done(), [], 0
+    done, lines, rows = ResultsLog(out).done(), [], []
     for run in session.runs():
         samples = session.count_samples(run.fraction)
         epochs = session.config.run_config(samples, seed=run.seed).epochs
         lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {samples} samples, {epochs} epochs")
-        pending += run.key not in done
-    return "\n".join([*lines, f"would run {pending} of {len(lines)} rows"])
+        rows.append({"run": str(run), "done": run.key in done, "samples": samples, "epochs": epochs})
+    pending = sum(not row["done"] for row in rows)
+    text = "\n".join([*lines, f"would run {pending} of {len(lines)} rows"])
+    return text, {"dry_run": True, "to_run": pending, "rows": rows}
 
 
 def _parse_numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -12,7 +12,7 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.command import Command
 from kdfast.cli.commands import training
-from kdfast.cli.output import say
+from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import CheckpointError, OutputError, UsageError
 
@@ -81,7 +81,7 @@ def train(
         execution=Execution(compile_network, cuda_graph),
     )
     if dry_run:
-        say(json.dumps(plan.describe(), indent=2))
+        show(json.dumps(plan.describe(), indent=2), plan.describe())
         return
     result = training.run(
         plan,
@@ -95,7 +95,7 @@ def train(
     )
     if plan.distributed.is_main:
         save_model(out, load_model(folder / "student.pt"))
-        say(training.summary(result, out))
+        show(training.summary(result, out), {**result, "out": str(out)})
 
 
 @app.command("import", cls=Command)
@@ -166,11 +166,14 @@ def import_(
         ignore=ignore or (),
     )
     check_fit(model, source, str(checkpoint))
-    say(report.summary())
+    note(report.summary())
     scores = evaluate(model, source.test, device=resolve_device(device), view_spec=source.view_spec)
     model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
     save_model(out, model)
-    say(f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}")
+    show(
+        f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}",
+        {"net": model.name, **scores, "summary": report.summary(), "out": str(out)},
+    )
 
 
 @app.command("flatten", cls=Command)
@@ -242,7 +245,7 @@ def flatten(
     if flat is None:
         FlattenCheckpoint(state, described).check()
     if dry_run:
-        say(json.dumps(described, indent=2))
+        show(json.dumps(described, indent=2), described)
         return
     if flat is None:
         training.refuse_existing(out)
@@ -258,7 +261,8 @@ def flatten(
             )
         save_model(out, flat)
     state.unlink(missing_ok=True)
-    say(_summarize_flattening(flat.metadata["flattened"], len(source.train), out))
+    about = flat.metadata["flattened"]
+    show(_summarize_flattening(about, len(source.train), out), {**about, "out": str(out)})
 
 
 def _flattened(out: Path, settings: dict[str, Any]) -> Model | None:
