@@ -25,7 +25,7 @@ from kdfast.errors import CheckpointError, UsageError
 from kdfast.files import atomic_write, schemas
 from kdfast.files.validate import check_type
 from kdfast.nets.foreign import check_archive, read_torch_file
-from kdfast.nets.libraries import LibraryError
+from kdfast.nets.sources.libraries import LibraryError
 from kdfast.nets.registry import build_net
 
 FORMAT = "kdfast-model"

@@ -11,9 +11,9 @@ from functools import partial
 from torch import nn
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.nets.libraries import build_library_net
-from kdfast.nets.resnet import CifarResNet, Shortcut
-from kdfast.nets.wrn import WideResNet
+from kdfast.nets.sources.libraries import build_library_net
+from kdfast.nets.cifar.resnet import CifarResNet, Shortcut
+from kdfast.nets.cifar.wrn import WideResNet
 
 Builder = Callable[[int], nn.Module]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kdfast.errors import UsageError, unknown_name
 from kdfast.nets.head import find_classifier
-from kdfast.nets.resnet import CifarResNet
-from kdfast.nets.wrn import WideResNet
+from kdfast.nets.cifar.resnet import CifarResNet
+from kdfast.nets.cifar.wrn import WideResNet
 
 STAGES = ("stage1", "stage2", "stage3")
 PREACTIVATIONS = ("preactivation1", "preactivation2", "preactivation3")

@@ -12,7 +12,7 @@ from kdfast.data.views import Normalization
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model, load_model, save_model
-from kdfast.nets.libraries import LibraryError, describe_misfit
+from kdfast.nets.sources.libraries import LibraryError, describe_misfit
 
 FAULTS = {
     "a missing operator": RuntimeError("operator torchvision::nms does not exist"),

@@ -3,8 +3,8 @@ import torch
 
 from kdfast.errors import ShapeError, UsageError
 from kdfast.nets import NETS, build_net, find_classifier, forward_with_features
-from kdfast.nets.resnet import CifarResNet, SubsampleAndPad
-from kdfast.nets.wrn import WideResNet
+from kdfast.nets.cifar.resnet import CifarResNet, SubsampleAndPad
+from kdfast.nets.cifar.wrn import WideResNet
 
 PARAMETERS = {  # option B and wide networks with 10 / 100 classes, as published
     "resnet8": (78_042, 83_892),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
-from kdfast.nets.resnet import global_average, init_convolutions
+from kdfast.nets.cifar.resnet import global_average, init_convolutions
 
 
 class PreActivationBlock(nn.Module):
