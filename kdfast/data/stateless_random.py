@@ -38,6 +38,9 @@ class Purpose(IntEnum):
     RULE = 10
     PROXY = 11
     FLATTEN = 12
+    NEGATIVES = 13
+    POLICY = 14
+    MIX = 15
 
 
 def mix64(words: WordArray) -> WordArray:

@@ -18,8 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.data.crops import crop_boxes
-from kdfast.data.stateless_random import IntArray, Purpose, hash64, permutation_element, permutation_prefix
+from kdfast.data.augment.crops import crop_boxes
+from kdfast.data.augment.policies import apply_operations, parse_policy
+from kdfast.data.stateless_random import (
+    IntArray,
+    Purpose,
+    hash64,
+    permutation_element,
+    permutation_prefix,
+    uniform_below,
+)
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, gather_views
@@ -28,6 +36,8 @@ _VERSION = 1
 # Wide enough for any normalization of pixels in 0..1, too narrow for most of those meant for 0..255.
 _MEAN_RANGE = (-1, 2)
 _MAX_STD = 2
+# Third word of the hash that draws the shift before a policy; those of its operations count from 0.
+_SHIFT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,13 @@ class ViewSpec:
         size: Height and width of a view, in pixels; for "shift", also of the images.
         pad: For "shift": black border on each side, in pixels.
         flip: Whether a view may be mirrored left to right.
-        crops: For "crop": number of views per sample, including the identity.
+        crops: For "crop" and with a policy: number of views per sample, including the identity.
         scale: For "crop": smallest and largest area of a box, as a fraction of the image's.
         ratio: For "crop": smallest and largest width / height of a box.
-        seed: For "crop": seed of the boxes.
+        seed: For "crop" and with a policy: seed of the boxes, shifts and operations.
         version: Version of the mapping from view ids to images.
+        policy: Operations that follow the shift or crop in every view but the identity, as `parse_policy` reads them;
+            None for none.
     """
 
     kind: Literal["shift", "crop"]
@@ -97,6 +109,7 @@ class ViewSpec:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     seed: int = 0
     version: int = _VERSION
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("shift", "crop"):
@@ -109,7 +122,9 @@ class ViewSpec:
             raise UsageError(f"`size` of views is {self.size}: must be a positive height and width")
         if not 0 <= self.pad <= min(self.size):
             raise UsageError(f"`pad` is {self.pad}: must be 0 to {min(self.size)} for views of size {self.size}")
-        if self.crops < 1 or (self.kind == "shift" and self.crops != 1) or (self.kind == "crop" and self.pad):
+        if self.policy is not None and parse_policy(self.policy) is None:
+            raise UsageError(f"`policy` of views is {self.policy!r}: must be 'randaugment' or 'trivial'")
+        if self.crops < 1 or (not self.is_drawn and self.crops != 1) or (self.kind == "crop" and self.pad):
             raise UsageError(
                 f"{self.kind} views with `pad` {self.pad}, `crops` {self.crops}: pad is for shift, crops for crop"
             )
@@ -121,16 +136,32 @@ class ViewSpec:
     @property
     def count(self) -> int:
         """Number of view ids."""
-        return self.crops if self.kind == "crop" else (2 * self.pad + 1) ** 2 * (2 if self.flip else 1)
+        return self.crops if self.is_drawn else self._shifts
 
     @property
     def identity(self) -> int:
         """Id of the view that leaves the image unchanged (for "crop": the whole image, resized)."""
-        return 0 if self.kind == "crop" else self.pad * (2 * self.pad + 2) * (2 if self.flip else 1)
+        return 0 if self.is_drawn else self._unshifted
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether what a view id does is drawn for each sample, on the CPU, and not the same for all samples."""
+        return self.kind == "crop" or self.policy is not None
+
+    @property
+    def _shifts(self) -> int:
+        return (2 * self.pad + 1) ** 2 * (2 if self.flip else 1)
+
+    @property
+    def _unshifted(self) -> int:
+        return self.pad * (2 * self.pad + 2) * (2 if self.flip else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return the fields as plain JSON values; a policy only if there is one, as in files of earlier versions."""
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        if self.policy is None:
+            del fields["policy"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ViewSpec:
@@ -140,8 +171,9 @@ class ViewSpec:
             DataError: A field is missing, unknown or invalid, or the version differs.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        if set(fields) != names:
-            raise DataError(f"view spec with fields {sorted(fields)}: needs exactly {sorted(names)}; rebuild the cache")
+        if set(fields) | {"policy"} != names:
+            needed = sorted(names - {"policy"})
+            raise DataError(f"view spec with fields {sorted(fields)}: needs exactly {needed}; rebuild the cache")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         try:
             return cls(**values)
@@ -222,11 +254,11 @@ def apply_views(
 
     Args:
         images_u8: `(N, H, W, 3)` uint8, on any device.
-        view_ids: `(B,)` integers in `[0, spec.count)`. Those of "shift" views may be on the images' device, without
-            a synchronization: there an id out of range makes the view NaN instead of raising an error.
+        view_ids: `(B,)` integers in `[0, spec.count)`. Unless `spec.is_drawn` they may be on the images' device,
+            without a synchronization: there an id out of range makes the view NaN instead of raising an error.
         spec: The set of views.
         norm: Input normalization of the network.
-        sample_ids: `(B,)` original sample indices; required for "crop", whose boxes depend on them.
+        sample_ids: `(B,)` original sample indices; required if `spec.is_drawn`.
         rows: `(B,)` int64 on the images' device, the image of each view; None for image i, and N = B.
         dtype: float32, bfloat16, float16 or float64.
 
@@ -236,12 +268,12 @@ def apply_views(
     Raises:
         ShapeError: The images, ids or dtype do not match the above.
         DataError: The images are not uint8.
-        UsageError: `sample_ids` is missing for "crop" views.
+        UsageError: `sample_ids` is missing for views that depend on them.
     """
     check_images(images_u8)
     views = _as_ids(view_ids, len(images_u8 if rows is None else rows), "view_ids")
-    if spec.kind == "crop":
-        views = views.cpu()  # the boxes are computed there
+    if spec.is_drawn:
+        views = views.cpu()
     if views.device.type == "cpu" and len(views):
         low, high = (int(x) for x in torch.aminmax(views))
         if low < 0 or high >= spec.count:
@@ -250,19 +282,54 @@ def apply_views(
         raise ShapeError(f"`dtype` is {dtype}: must be a floating dtype, such as torch.float32")
     affine = _affine(norm, torch.promote_types(dtype, torch.float32), images_u8.device)
     height, width = images_u8.shape[1:3]
-    if spec.kind == "crop":
-        if sample_ids is None:
-            raise UsageError("`sample_ids` is missing; the boxes of crop views depend on it: pass the original indices")
-        ids, view_array = _as_ids(sample_ids, len(views), "sample_ids").cpu().numpy(), views.numpy()
-        keys = hash64(Purpose.CROP, spec.seed, ids, view_array)
-        whole = view_array == spec.identity
-        boxes = crop_boxes(keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
-        images = images_u8 if rows is None else images_u8[rows]
-        return crop_views(images, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
-    if (height, width) != spec.size:
+    if spec.kind == "shift" and (height, width) != spec.size:
         raise ShapeError(f"the images have {height}x{width} pixels; these views need {spec.size[0]}x{spec.size[1]}")
-    views = views.to(images_u8.device, non_blocking=True)
-    return gather_views(images_u8, rows, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
+    if not spec.is_drawn:
+        views = views.to(images_u8.device, non_blocking=True)
+        return gather_views(images_u8, rows, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
+    if sample_ids is None:
+        raise UsageError("`sample_ids` is missing; these views depend on it: pass the original indices")
+    ids = _as_ids(sample_ids, len(views), "sample_ids").cpu().numpy()
+    if spec.policy is None:
+        return _crop(images_u8, rows, ids, views.numpy(), spec, affine, dtype)
+    pixels = _apply_policy(images_u8, rows, ids, views.numpy(), spec)
+    unmoved = torch.zeros(len(views), dtype=torch.int64, device=pixels.device)
+    return gather_views(pixels, None, unmoved, affine, pad=0, flip=False, dtype=dtype)
+
+
+def _crop(
+    images: Tensor,
+    rows: Tensor | None,
+    ids: IntArray,
+    views: IntArray,
+    spec: ViewSpec,
+    affine: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    keys, (height, width) = hash64(Purpose.CROP, spec.seed, ids, views), images.shape[1:3]
+    whole = views == spec.identity
+    boxes = crop_boxes(keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
+    images = images if rows is None else images[rows]
+    return crop_views(images, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
+
+
+def _apply_policy(images: Tensor, rows: Tensor | None, ids: IntArray, views: IntArray, spec: ViewSpec) -> Tensor:
+    """Return the views of a policy as uint8 pixels `(B, h, w, 3)`: the shift or crop, then the operations."""
+    unscaled = torch.tensor([[1.0] * 3, [0.0] * 3], device=images.device)
+    keys = hash64(Purpose.POLICY, spec.seed, ids, views)
+    whole = views == spec.identity
+    if spec.kind == "crop":
+        base = _crop(images, rows, ids, views, spec, unscaled, torch.float32)
+    else:
+        shifts = np.where(whole, spec._unshifted, uniform_below(hash64(keys, _SHIFT), spec._shifts))
+        on_device = torch.from_numpy(shifts).to(images.device)
+        base = gather_views(images, rows, on_device, unscaled, pad=spec.pad, flip=spec.flip)
+    pixels = base.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    policy = parse_policy(str(spec.policy))
+    assert policy is not None, "the spec has checked it"
+    chosen, values = policy.draw(keys, spec.size)
+    chosen[whole] = 0  # the identity
+    return apply_operations(pixels, chosen, values)
 
 
 # Never evicted: a CUDA graph remembers the address of what it reads.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdfast.data.crops import crop_boxes
+from kdfast.data.augment.crops import crop_boxes
 from kdfast.data.stateless_random import Purpose, hash64
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

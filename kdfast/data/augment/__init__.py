@@ -1,0 +1,1 @@
+"""What a view may do to an image beside a shift: random resized crops, and the operations of augmentation policies."""
