@@ -20,6 +20,7 @@ from kdfast.data.arrays import as_array
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import Normalization, ViewSpec
 from kdfast.errors import DataError, SubsetError
+from kdfast.files.remembered import remembered
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -168,10 +169,14 @@ def compute_fingerprint(split: Split, classes: int) -> str:
     Returns:
         SHA-256 in hexadecimal; equal for equal pixels and labels in the same order, independent of the file format.
     """
-    digest = DataDigest(len(split), classes, split.shape)
-    for ids in id_blocks(split):
-        digest.update(split.read(ids))
-    return digest.finish(split.labels)
+
+    def compute() -> str:
+        digest = DataDigest(len(split), classes, split.shape)
+        for ids in id_blocks(split):
+            digest.update(split.read(ids))
+        return digest.finish(split.labels)
+
+    return remembered(split, f"fingerprint of {classes} classes", compute)
 
 
 def compute_normalization(split: Split) -> Normalization:
@@ -182,13 +187,8 @@ def compute_normalization(split: Split) -> Normalization:
     Raises:
         DataError: A channel is constant.
     """
-    totals = np.zeros((2, 3), np.int64)  # of the values and of their squares
-    for ids in id_blocks(split):
-        pixels = split.read(ids).reshape(-1, 3)
-        totals[0] += pixels.sum(0, dtype=np.int64)
-        # 255**2 fits in 16 bits, so the squares take a quarter of the memory of int64.
-        totals[1] += np.square(pixels, dtype=np.uint16).sum(0, dtype=np.int64)
-    sums, square_sums = totals.tolist()
+    totals = remembered(split, "sums", lambda: _channel_sums(split))
+    sums, square_sums = totals[:3], totals[3:]
     count = len(split) * split.shape[0] * split.shape[1]
     mean = [first / count / 255 for first in sums]
     std = [
@@ -198,6 +198,22 @@ def compute_normalization(split: Split) -> Normalization:
     if 0.0 in std:
         raise DataError("the training images have a constant channel, which cannot be normalized: check the data")
     return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+def sample_files(split: Split) -> Sequence[str] | None:
+    """Return the path of each sample's file; None if the samples are no files of their own."""
+    return getattr(split, "files", None)
+
+
+def _channel_sums(split: Split) -> list[int]:
+    """Return the sums of the values of each channel, then those of their squares."""
+    totals = np.zeros((2, 3), np.int64)
+    for ids in id_blocks(split):
+        pixels = split.read(ids).reshape(-1, 3)
+        totals[0] += pixels.sum(0, dtype=np.int64)
+        # 255**2 fits in 16 bits, so the squares take a quarter of the memory of int64.
+        totals[1] += np.square(pixels, dtype=np.uint16).sum(0, dtype=np.int64)
+    return [int(total) for total in totals.reshape(-1)]
 
 
 def id_blocks(split: Split) -> Iterator[IntArray]:

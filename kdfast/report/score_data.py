@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdfast.data.source import Source
+from kdfast.data.source import Source, sample_files
 from kdfast.data.subset import Subset, read_subset
 from kdfast.prune.score_file import ScoreFile, read_scores
 from kdfast.teacher.cache import TeacherCache
@@ -63,11 +63,11 @@ def read_score_page_data(
     Raises:
         DataError, SubsetError, CacheMismatch: A file is missing, damaged, or belongs to other data.
     """
-    n, fingerprint = len(source.train), source.fingerprint
+    n, fingerprint, files = len(source.train), source.fingerprint, sample_files(source.train)
     score_files = [read_scores(path, n=n, fingerprint=fingerprint) for path in (scores, *others)]
     names = _unique_names([file.method for file in score_files], [path.stem for path in (scores, *others)])
     subset_names = _unique_names([path.stem for path in subsets], [str(path) for path in subsets])
-    read = [read_subset(path, n=n, fingerprint=fingerprint) for path in subsets]
+    read = [read_subset(path, n=n, fingerprint=fingerprint, files=files) for path in subsets]
     first, *more = score_files
     return ScorePageData(
         source,

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdfast
-from kdfast.data import subset as module
 from kdfast.data.subset import check_subset_path, class_budgets, read_subset, subset_size, write_subset
+from kdfast.data.subset import file as module
 from kdfast.errors import OutputError, SubsetError, UsageError
 
 PROVENANCE = {"data": "f" * 64, "method": "el2n", "parameters": {"fraction": 0.5}, "seed": 0, "seconds": 1.5}
@@ -63,14 +63,10 @@ def test_subset_round_trips_with_its_provenance(tmp_path):
 @pytest.mark.parametrize(
     ("array", "match"),
     [
-        (np.ones(10, bool), r"boolean mask \(10,\).*np\.flatnonzero"),
         (np.arange(4.0), "float64.*int64"),
-        (np.arange(4, dtype=np.int32), "int32.*int64"),
-        (np.arange(4, dtype=np.uint64), "uint64.*int64"),
-        (np.arange(4, dtype=">i4"), ">i4.*int64"),
         (np.arange(4)[:, None], r"int64 \(4, 1\).*one-dimensional"),
         (np.array(3), "one-dimensional"),
-        (np.array(["1"]), "one-dimensional int64"),
+        (np.array(["1"]), "one-dimensional integers"),
         (np.zeros(0, np.int64), "empty"),
         (np.array([3, -1]), "negative.*-1"),
         (np.array([3, 10]), "past the end, such as 10.*10 training samples, 0 to 9"),

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.source import Pixels, Source, Split, check_labels
+from kdfast.data.source import Pixels, Source, Split, check_labels, sample_files
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform_below
 from kdfast.errors import DataError, OutputError, UsageError
 from kdfast.files import atomic_write, check_writable, read_json, read_sealed, schemas, visible_entries, write_sealed
 from kdfast.files.arrays import read_npy
+from kdfast.files.remembered import combine_stamps
 from kdfast.files.validate import check_type
 
 _RECORD = "relabelled.json"
@@ -70,11 +71,15 @@ class RelabelledSplit:
     Args:
         split: Split of the images.
         labels: int64 (N,), one for each sample.
+
+    Attributes:
+        files: Path of each sample, or None.
     """
 
     def __init__(self, split: Split, labels: IntArray) -> None:
         self._split = split
         self._labels = check_labels(labels, len(split), "the new labels")
+        self.files = sample_files(split)
 
     @property
     def labels(self) -> IntArray:
@@ -92,6 +97,10 @@ class RelabelledSplit:
     def read(self, ids: npt.ArrayLike) -> Pixels:
         """Decode the samples `ids` to uint8 RGB `(n, H, W, 3)`."""
         return self._split.read(ids)
+
+    def stamp(self) -> str | None:
+        """Return a digest of the files of the images, and of the labels; None if it is not known."""
+        return combine_stamps(self._split, self._labels.tobytes())
 
 
 def replace_labels(source: Source, labels: IntArray) -> Source:

@@ -74,12 +74,15 @@ class FolderSplit:
         labels: Class of each sample, int64 `(N,)`.
         size: See `open_folder`.
 
+    Attributes:
+        files: Path of each sample.
+
     Raises:
         DataError: The images differ in size and `size` is None (up to 1,000 are checked), or one is unreadable.
     """
 
     def __init__(self, files: Sequence[str], labels: IntArray, size: int | None) -> None:
-        self._files = files
+        self.files = files
         self._labels = labels
         self._size = size
         self._shape = (size, size, 3) if size else self._common_shape()
@@ -95,7 +98,7 @@ class FolderSplit:
         return self._shape
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def read(self, ids: npt.ArrayLike) -> Pixels:
         """Decode the samples `ids`, integers `(n,)`, to uint8 `(n, H, W, 3)`, on all cores.
@@ -107,7 +110,7 @@ class FolderSplit:
         out = np.empty((len(order), *self._shape), np.uint8)
 
         def decode(row: int) -> None:
-            out[row] = self._decode(self._files[order[row]])
+            out[row] = self._decode(self.files[order[row]])
 
         if len(order) < _MIN_FOR_THREADS:
             for row in range(len(order)):
@@ -138,10 +141,10 @@ class FolderSplit:
 
     def _common_shape(self) -> tuple[int, int, int]:
         """Return the common shape of the images, from the headers of an even sample; `read` checks the others."""
-        count = min(len(self._files), _CHECKED_AT_OPENING)
+        count = min(len(self.files), _CHECKED_AT_OPENING)
         shape: tuple[int, int, int] | None = None
-        for index in np.linspace(0, len(self._files) - 1, count).astype(np.int64):
-            file = self._files[index]
+        for index in np.linspace(0, len(self.files) - 1, count).astype(np.int64):
+            file = self.files[index]
             with opened_image(file) as image:
                 found = (image.height, image.width, 3)
             if shape is not None and found != shape:

@@ -1,0 +1,75 @@
+"""Find samples by the paths of their files, as lists of public code name them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.errors import DataError, KdfastError
+
+_SEVERAL = -1
+
+
+class SamplePaths:
+    """Finds samples by the ends of their paths.
+
+    A path is found if it is `class/file.JPEG`, with any folders before it, or the name of a file that only one class
+    has.
+
+    Args:
+        files: The path of each sample's file.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        root = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
+        self._by_path = {os.path.relpath(file, root): index for index, file in enumerate(files)}
+        self._by_name: dict[str, int] = {}
+        for index, file in enumerate(files):
+            name = os.path.basename(file)
+            self._by_name[name] = _SEVERAL if name in self._by_name else index
+        self._example = os.path.relpath(files[0], root)
+
+    def find(self, paths: Sequence[str], what: str, error: type[KdfastError] = DataError) -> IntArray:
+        """Return the sample of each path, int64 (n,).
+
+        Args:
+            paths: The paths. What follows a space, such as a label, is ignored where the whole is no path.
+            what: The file that names them, for messages.
+            error: The error to raise.
+
+        Raises:
+            KdfastError: Of type `error`, if a path is none of a sample, or a name that several samples have.
+        """
+        found = [self.look_up(path) for path in paths]
+        missing = [path for path, index in zip(paths, found, strict=True) if index is None]
+        if missing:
+            raise error(
+                f"{what} names {len(missing)} of {len(paths)} files that this data does not have, such as "
+                f"{missing[0][:200]}: write paths such as {self._example}"
+            )
+        several = [path for path, index in zip(paths, found, strict=True) if index == _SEVERAL]
+        if several:
+            raise error(
+                f"{what} names {several[0][:200]}, which several samples are called: write paths such as "
+                f"{self._example}"
+            )
+        return np.array(found, np.int64)
+
+    def look_up(self, text: str) -> int | None:
+        """Return the sample of a path with or without a label behind it; -1 for several, None for none."""
+        for path in (text, *text.rsplit(maxsplit=1)[:1], *text.rsplit(",", 1)[:1]):
+            index = self._look_up(path)
+            if index is not None:
+                return index
+        return None
+
+    def _look_up(self, path: str) -> int | None:
+        parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+        for start in range(len(parts)):
+            index = self._by_path.get("/".join(parts[start:]))
+            if index is not None:
+                return index
+        return self._by_name.get(parts[0]) if len(parts) == 1 else None
