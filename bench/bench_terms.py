@@ -1,10 +1,10 @@
 """Cost of a training step with each term of the loss, relative to plain distillation from the same teacher.
 
-    python bench/bench_terms.py [--student resnet20] [--teacher resnet32] [--rounds 9]
+    python bench/bench_terms.py [--student resnet20] [--teacher resnet32] [--samples 640] [--rounds 9]
 
 Random images of 32 x 32 pixels, 100 classes, batches of 64; the teacher runs online, on the student's views. The steps
-of all terms are interleaved; those of ab and fsp are of the phase in which they train alone. Prints a table and writes
-bench/results/terms.json.
+of all terms are interleaved; those of ab and fsp are of the phase in which they train alone, and the time of crd depends
+on the number of samples. Prints a table and writes bench/results/terms.json.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from kdfast.distill.trainer import Trainer
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 
-CLASSES, SAMPLES, BATCH = 100, 640, 64
+CLASSES, BATCH = 100, 64
 
 
-def make_inputs(teacher: str, folder: Path) -> LoadedInputs:
+def make_inputs(teacher: str, samples: int, folder: Path) -> LoadedInputs:
     """Return random data and an untrained teacher."""
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 255, (SAMPLES, 32, 32, 3), dtype=np.uint8), np.arange(SAMPLES) % CLASSES
+    images, labels = rng.integers(0, 255, (samples, 32, 32, 3), dtype=np.uint8), np.arange(samples) % CLASSES
     np.savez(folder / "data.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     source = open_source(str(folder / "data.npz"))
     statistics = compute_normalization(source.train)
@@ -57,13 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="resnet20")
     parser.add_argument("--teacher", default="resnet32")
+    parser.add_argument("--samples", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        inputs = make_inputs(options.teacher, Path(folder))
+        inputs = make_inputs(options.teacher, options.samples, Path(folder))
     config = RunConfig(options.student, epochs=1, batch_size=BATCH, alpha=0.5, lr=1e-3, views=1)
-    ids = np.arange(SAMPLES, dtype=np.int64)
+    ids = np.arange(options.samples, dtype=np.int64)
     steps = {}
     for name in ("none", *LOSSES):
         terms = () if name == "none" else (TermSetting(name),)
@@ -85,7 +86,7 @@ def main() -> None:
         for name, timing in timings.items()
     ]
     print(table(rows))
-    write_results("terms", rows, student=options.student, teacher=options.teacher, batch_size=BATCH)
+    write_results("terms", rows, student=options.student, teacher=options.teacher, samples=options.samples, batch_size=BATCH)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     NEGATIVES = 13
     POLICY = 14
     MIX = 15
+    SPLIT = 16
 
 
 def mix64(words: WordArray) -> WordArray:

@@ -129,6 +129,19 @@ class Distributed:
             value /= self.world_size
         return value
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes, in their order, without gradient; their numbers may differ."""
+        if self.world_size == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world_size)]
+        dist.all_gather(counts, counts[0].new_tensor([len(rows)]))
+        sizes = [int(count) for count in counts]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
     def barrier(self) -> None:
         """Wait until every process has reached this call."""
         if self.world_size > 1:

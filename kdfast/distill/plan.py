@@ -27,7 +27,7 @@ from kdfast.distill.batches import Batches
 from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.losses.alpha import parse_alpha
-from kdfast.distill.losses.plan import TermPlan, plan_terms
+from kdfast.distill.losses.plan import TermPlan, collect_samples, plan_terms
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
@@ -182,7 +182,7 @@ class LoadedInputs:
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config.check_total()
         config = self.teacher.resolve_views(config, source.view_spec.count)
-        terms = self._plan_terms(config, distributed, execution)
+        terms = self._plan_terms(config, ids, distributed, execution)
         targets = self.teacher.open(source, ids, config, device, terms.teacher)
         return Plan(
             config=config,
@@ -217,7 +217,9 @@ class LoadedInputs:
             terms=terms,
         )
 
-    def _plan_terms(self, config: RunConfig, distributed: Distributed, execution: Execution) -> TermPlan:
+    def _plan_terms(
+        self, config: RunConfig, ids: NDArray[np.int64], distributed: Distributed, execution: Execution
+    ) -> TermPlan:
         """Plan the terms of the loss, and check that they can be computed as the run is."""
         if not config.terms:
             return TermPlan()
@@ -236,6 +238,7 @@ class LoadedInputs:
             self.teacher.cache,
             views=config.views,
             size=self.source.view_spec.size,
+            samples=collect_samples(self.source, ids, config.seed),
         )
         if plan.student and execution.compile:
             raise UsageError("`compile` cannot read activations: omit it, or use terms of the logits alone")

@@ -14,7 +14,8 @@ from torch import Tensor
 from kdfast.data.views import apply_views
 from kdfast.distill.batches import Batch
 from kdfast.distill.cuda_graph import CapturedStep
-from kdfast.distill.losses.base import Outputs
+from kdfast.distill.losses.base import BatchSamples, Outputs
+from kdfast.distill.losses.plan import collect_samples
 from kdfast.distill.losses.total import LossTerms
 from kdfast.distill.optimizer import ScheduledSGD, compute_learning_rate
 from kdfast.distill.plan import Plan
@@ -51,7 +52,8 @@ class Trainer:
         self.net = build_net(config.student, len(plan.source.classes))
         self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Initialized after the student, whose weights do not depend on the terms.
-        self.terms = LossTerms(config.terms, plan.terms.shapes).to(device)
+        samples = collect_samples(plan.source, plan.ids, config.seed)
+        self.terms = LossTerms(config.terms, plan.terms.shapes, samples).to(device)
         self._taps = TapRecorder(self.net, plan.terms.student)
         self._cached_features = (
             CachedFeatures(plan.targets.cache, plan.ids, device)
@@ -207,6 +209,7 @@ class Trainer:
             Outputs(logits.float(), taps),
             Outputs(teacher.float(), teacher_taps),
             self.labels[batch.ids],
+            BatchSamples(batch.ids, self._step_on_device, self.plan.distributed.gather),
             initial=self.in_initial_phase,
         )
         return terms if self.in_initial_phase else loss + self._terms_weight() * terms

@@ -122,11 +122,11 @@ def test_training_survives_kill_9(tiny: Path, cache: Path, tmp_path: Path, kills
 
 @pytest.mark.slow
 def test_training_with_adapters_survives_kill_9(tiny: Path, teacher: Path, tmp_path: Path) -> None:
-    """The adapters of a term and their momentum are part of the checkpoint, and so is the phase that comes first."""
+    """The adapters of a term and their momentum are part of the checkpoint, and so are memory banks and phases."""
 
     def make(out: Path) -> list[object]:
         return ["distill", "--data", tiny, "--student", "resnet8", "--teacher", teacher, "--epochs", 16,
-                "--batch-size", 25, "--kd-term", "vid", "--kd-term", "ft", "--log-every", 7,
+                "--batch-size", 25, "--kd-term", "vid", "--kd-term", "ft", "--kd-term", "crd", "--log-every", 7,
                 "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
 
     check(make, tmp_path, 6, same_files)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError
@@ -50,6 +52,36 @@ class TapShapes:
         return self.student[name][0], self.teacher[name][0]
 
 
+@dataclass(frozen=True)
+class RunSamples:
+    """The samples of a run.
+
+    Attributes:
+        ids: int64 (n,), indices into the training split, ascending.
+        labels: int64 (n,), their classes.
+        seed: Seed of the run.
+    """
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    seed: int
+
+
+@dataclass(frozen=True)
+class BatchSamples:
+    """The samples of a batch, for a term that keeps something of each.
+
+    Attributes:
+        ids: int64 (B,), indices into the training split, on the device.
+        step: int64 (), the number of steps done, on the device.
+        gather: Returns the rows of a tensor (B, ...) of all processes, the same in each; with one process, the tensor.
+    """
+
+    ids: Tensor
+    step: Tensor
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+
 class Term(nn.Module):
     """A term of the loss, with its own trainable parameters, if it has any.
 
@@ -69,6 +101,18 @@ class Term(nn.Module):
         return []
 
 
+class SampleTerm(Term):
+    """A term that keeps something of every sample of a run, such as a memory bank, in buffers."""
+
+    def set_samples(self, samples: RunSamples) -> None:
+        """Make the buffers, before the state is loaded; raise UsageError if the samples do not do."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, batch: BatchSamples | None = None) -> Tensor:
+        """Return the term's value for a batch; `batch` must be given."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class TermEntry:
     """An entry of the registry of terms.
@@ -83,6 +127,7 @@ class TermEntry:
         tuned: The weight that RepDistiller's scripts tuned for it, or the paper's own.
         initial: Whether the term trains alone for the first epochs of a run, and is 0 afterwards.
         prepares: Whether it is fitted to the teacher alone in those epochs, and joins the loss after them.
+        labels: Whether it depends on the labels.
     """
 
     build: Callable[[TapShapes, Mapping[str, float]], Term]
@@ -93,6 +138,7 @@ class TermEntry:
     tuned: float = 1.0
     initial: bool = False
     prepares: bool = False
+    labels: bool = False
 
 
 def require_equal(shapes: TapShapes, names: tuple[str, ...], term: str, axis: slice, what: str) -> None:

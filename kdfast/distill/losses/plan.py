@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from kdfast.distill.losses.base import Shape, TapShapes
+from kdfast.data.source import Source
+from kdfast.distill.losses.base import RunSamples, Shape, TapShapes
 from kdfast.distill.losses.settings import SIDES, TermSetting
 from kdfast.distill.losses.total import LossTerms, Places, choose_places, probe_shapes, required_taps
 from kdfast.errors import CacheMismatch
@@ -42,6 +45,7 @@ def plan_terms(
     *,
     views: int,
     size: tuple[int, int],
+    samples: RunSamples,
 ) -> TermPlan:
     """Find the taps of the terms and check that they fit.
 
@@ -53,9 +57,10 @@ def plan_terms(
         cache: The teacher's cache, or None.
         views: Number of views per sample in the run.
         size: Height and width of the images.
+        samples: The samples of the run.
 
     Raises:
-        UsageError: A tap has no place, or a term does not fit the networks.
+        UsageError: A tap has no place, or a term does not fit the networks or the samples.
         CacheMismatch: The terms need more than the cache holds.
     """
     given = _by_side(taps)
@@ -72,8 +77,14 @@ def plan_terms(
         theirs = {"pooled": (cache.manifest["features"],)}
     plan = TermPlan(student_places, teacher_places, TapShapes(probe_shapes(student, student_places, size), theirs))
     with torch.random.fork_rng(devices=[]):
-        LossTerms(settings, plan.shapes)
+        LossTerms(settings, plan.shapes, samples)
     return plan
+
+
+def collect_samples(source: Source, ids: NDArray[np.int64], seed: int) -> RunSamples:
+    """Return the samples of a run with their labels, in ascending order."""
+    ordered = np.sort(ids)
+    return RunSamples(ordered, source.train.labels[ordered], seed)
 
 
 def _by_side(taps: tuple[tuple[str, str], ...]) -> dict[str, dict[str, str]]:

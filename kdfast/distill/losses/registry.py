@@ -5,6 +5,7 @@ from __future__ import annotations
 from kdfast.distill.losses.base import TermEntry
 from kdfast.distill.losses.features.activation_boundaries import ACTIVATION_BOUNDARIES
 from kdfast.distill.losses.features.attention import ATTENTION
+from kdfast.distill.losses.features.contrastive import CONTRASTIVE
 from kdfast.distill.losses.features.factor_transfer import FACTOR_TRANSFER
 from kdfast.distill.losses.features.fitnets import FITNETS
 from kdfast.distill.losses.features.flow import FLOW
@@ -39,6 +40,7 @@ LOSSES: dict[str, TermEntry] = {
     "sp": SIMILARITY,
     "vid": VARIATIONAL_INFORMATION,
     "review": REVIEW,
+    "crd": CONTRASTIVE,
 }
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kdfast.distill.losses.base import Outputs, TapShapes, Term
+from kdfast.distill.losses.base import BatchSamples, Outputs, RunSamples, SampleTerm, TapShapes, Term
 from kdfast.distill.losses.settings import TermSetting
 from kdfast.errors import UsageError
 from kdfast.nets.taps import TapRecorder, default_places
@@ -22,20 +22,27 @@ class LossTerms(nn.Module):
     Args:
         settings: The terms.
         shapes: Shapes of the taps of both networks.
+        samples: The samples of the run.
     """
 
-    def __init__(self, settings: Sequence[TermSetting], shapes: TapShapes) -> None:
+    def __init__(self, settings: Sequence[TermSetting], shapes: TapShapes, samples: RunSamples) -> None:
         super().__init__()
         self.settings = tuple(settings)
         self.terms = nn.ModuleDict({s.name: s.entry.build(shapes, dict(s.options)) for s in settings})
+        for term in self.terms.values():
+            if isinstance(term, SampleTerm):
+                term.set_samples(samples)
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, *, initial: bool) -> Tensor:
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Tensor, batch: BatchSamples, *, initial: bool
+    ) -> Tensor:
         """Return the weighted sum of the terms that count in a phase; 0 if none does.
 
         Args:
             student: The student's outputs.
             teacher: The teacher's, without gradient.
             labels: int64 (B,).
+            batch: Which samples these are.
             initial: Whether this is the initial phase, in which some terms train alone.
         """
         total = student.logits.new_zeros(())
@@ -44,7 +51,8 @@ class LossTerms(nn.Module):
             if initial and setting.entry.prepares:
                 total = total + term.preparation(teacher)
             elif initial == setting.entry.initial:
-                total = total + setting.weight * term(student, teacher, labels)
+                own = (batch,) if isinstance(term, SampleTerm) else ()
+                total = total + setting.weight * term(student, teacher, labels, *own)
         return total
 
     def parameter_groups(self) -> list[dict[str, object]]:
