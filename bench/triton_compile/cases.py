@@ -133,7 +133,7 @@ def topk(c: int, student: str, teacher: str, direction: str, k: int, quick: bool
 
 def row_cases() -> Iterator[Case]:
     """Yield the sum of the weights, and the product of a gradient with the factors of the backward pass."""
-    launch = importlib.import_module("kdfast.ops.kd_loss.triton_launch")
+    kernels = loss_kernels()
     n, c = 66528, 1000
     for labels, weights in ((True, False), (True, True), (False, True)):
         call = loss_call(c, torch.bfloat16, torch.bfloat16, "forward", labels=labels, weights=weights, alpha=1.0)
@@ -147,7 +147,7 @@ def row_cases() -> Iterator[Case]:
             widths = {"grad_ptr": 16, "out_ptr": 16}
             yield Case(
                 " ".join(["scale", student, *["rows"] * per_row, *["in place"] * in_place]), "scale_kernel",
-                lambda g=grad, f=factor, i=in_place: launch.scale_rows(g, f, 0.5, in_place=i),
+                lambda g=grad, f=factor, i=in_place: kernels.scale_rows(g, f, 0.5, in_place=i),
                 n * c, 2 * n * c * grad.element_size(), widths, student == "bf16",
             )  # fmt: skip
 
@@ -235,7 +235,12 @@ def loss_call(
 
 def run_loss(call: Any, grad: bool) -> None:
     """Make the call."""
-    importlib.import_module("kdfast.ops.kd_loss.triton_launch").kd_loss(call, grad)
+    loss_kernels().kd_loss(call, grad)
+
+
+def loss_kernels() -> Any:
+    """Return the module that launches the kernels of ``kd_loss``, in this tree or an older one."""
+    return importlib.import_module("kdfast.ops.kd_loss.dispatch").kernels("triton")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,7 @@ from kdfast.ops.kd_loss.call import KDCall
 
 __all__ = ["choose_backend", "kernels", "run_kernel", "run_terms", "scale_rows"]
 
-_MODULES = {"native": "kdfast.ops.kd_loss.native", "triton": "kdfast.ops.kd_loss.triton_launch"}
+_MODULES = {"native": "kdfast.ops.kd_loss.native", "triton": "kdfast.ops.kd_loss.triton.launch"}
 
 
 @assume_constant_result

@@ -90,7 +90,8 @@ def compiled(kernel, warps, types, **constants):
 @pytest.mark.parametrize("classes", [16, 128, 1024, 16384, 32000])
 def test_dense_kernel_compiles_to_vectors_of_16_bytes(student, classes):
     """Teacher logits of half the size of the student's come in vectors of 8 bytes."""
-    from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
+    from kdfast.ops.kd_loss.triton.dense import dense_kernel
+    from kdfast.ops.kd_loss.triton.tiles import tile_shape
 
     for reverse in (False, True):
         shape = tile_shape(classes, 4 if student == "*fp32" else 8, reverse)
@@ -111,7 +112,7 @@ def test_dense_kernel_compiles_to_vectors_of_16_bytes(student, classes):
 @pytest.mark.parametrize("student", ["*fp32", "*bf16", "*fp16"])
 @pytest.mark.parametrize("classes", [1008, 16384, 32000, 131072])
 def test_topk_kernel_compiles_to_vectors_of_16_bytes(student, classes):
-    from kdfast.ops.kd_loss.triton_topk import topk_kernel, topk_shape
+    from kdfast.ops.kd_loss.triton.topk import topk_kernel, topk_shape
 
     shape = topk_shape(classes, 10, 4 if student == "*fp32" else 2, 16)
     warps = shape.pop("num_warps")
@@ -138,7 +139,7 @@ def test_other_kernels_compile():
 @pytest.mark.parametrize("vector", [1, 2, 4, 8])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tiles_cover_a_row_once(vector, reverse):
-    from kdfast.ops.kd_loss.triton_dense import tile_shape
+    from kdfast.ops.kd_loss.triton.tiles import tile_shape
 
     for c in (1, 10, 100, 256, 1000, 4104, 8192, 16384, 16385, 50257, 262144):
         if c % vector == 0:
@@ -156,7 +157,7 @@ def test_tiles_cover_a_row_once(vector, reverse):
 
 
 def test_wide_offsets_and_alignment():
-    from kdfast.ops.kd_loss.triton_launch import _alignment, _needs_wide_offsets
+    from kdfast.ops.kd_loss.triton.launch import _alignment, _needs_wide_offsets
 
     wide = torch.empty_strided((4, 2**16), (1, 2**15), device="meta")
     assert _needs_wide_offsets(torch.zeros(4, 8), wide)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("classes", [1, 64, 65, 1000, 16384, 16385, 65536, 262144])
 @pytest.mark.parametrize(("k", "itemsize", "align"), [(1, 2, 8), (64, 4, 1), (256, 2, 1), (5000, 4, 16)])
 def test_tiles_cover_a_row_or_stream_it(classes, k, itemsize, align):
-    from kdfast.ops.kd_loss.triton_topk import topk_shape
+    from kdfast.ops.kd_loss.triton.topk import topk_shape
 
     shape = topk_shape(classes, k, itemsize, align)
     tile = shape["REPEAT"] * shape["WORDS"] * 64

@@ -1,4 +1,4 @@
-"""``kd_loss`` on a GPU: launch the Triton kernels of ``triton_dense`` and ``triton_topk``.
+"""``kd_loss`` on a GPU: launch the Triton kernels of ``dense`` and ``topk``.
 
 No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and
 gradient of its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number
@@ -18,8 +18,9 @@ import triton
 from torch import Tensor
 
 from kdfast.ops.kd_loss.call import KDCall
-from kdfast.ops.kd_loss.triton_dense import dense_kernel, tile_shape
-from kdfast.ops.kd_loss.triton_topk import launch_topk
+from kdfast.ops.kd_loss.triton.dense import dense_kernel
+from kdfast.ops.kd_loss.triton.tiles import tile_shape
+from kdfast.ops.kd_loss.triton.topk import launch_topk
 from kdfast.ops.triton_rows import device_of, scale_rows, weight_sums
 
 __all__ = ["kd_loss", "scale_rows"]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.ops.kd_loss.triton_common import LN2, LOG2E, exp_at_one, finite_or_zero, row_factors, row_indices
+from kdfast.ops.kd_loss.triton.common import LN2, LOG2E, exp_at_one, finite_or_zero, row_factors, row_indices
 from kdfast.ops.triton_rows import processors
 
 __all__ = ["launch_topk", "topk_kernel", "topk_shape"]

@@ -1,0 +1,1 @@
+"""Triton kernels of ``kd_loss``, and the code that launches them."""

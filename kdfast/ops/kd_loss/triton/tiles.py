@@ -1,0 +1,136 @@
+"""Rows of logits in tiles: how many columns a thread has, and how it loads and stores them.
+
+A thread reads STEPS vectors of VECTOR neighboring columns from each tile, LANES threads share a row, and a program has
+ROWS rows. The number of classes decides how many, see ``tile_shape``:
+
+- A short row is one tile, which is read once and kept in registers for the gradient.
+- A long row is swept several times, each time from the end at which the last sweep stopped, so that a sweep starts with
+  the tiles that are still in the cache.
+
+The number of instructions limits the kernels, so that only the last vectors of a row are masked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "NEG_INF", "inside", "load_tile", "per_row", "per_thread", "store_vector", "store_zeros", "tile_shape",
+]  # fmt: skip
+
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def per_row(x):
+    """Broadcast (ROWS,) over the columns of a tile."""
+    return x[:, None, None]
+
+
+@triton.jit
+def per_thread(x):
+    """Broadcast (ROWS, LANES) over the columns of each thread."""
+    return x[:, :, None]
+
+
+@triton.jit
+def inside(col, c, rows):
+    """Return which columns exist, in the rows (ROWS,); the condition holds if there is one row."""
+    mask = col < c
+    if rows.shape[0] > 1:
+        mask = mask & per_row(rows)
+    return mask
+
+
+@triton.jit
+def load_steps(base, start, columns, stride, c, live, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr):
+    """Load the vectors of a tile, each (ROWS, LANES, VECTOR); the first FULL are not masked."""
+    vectors = ()
+    for k in tl.static_range(STEPS):
+        col = start + k * columns.shape[1] * columns.shape[2] + columns
+        if k < FULL:
+            x = tl.load(base + col * stride, eviction_policy=POLICY)
+        else:
+            x = tl.load(base + col * stride, mask=inside(col, c, live), other=NEG_INF, eviction_policy=POLICY)
+        vectors = vectors + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    return vectors
+
+
+@triton.jit
+def load_tile(
+    operands, start, columns, c, live,
+    USE_KL: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, hidden=None,
+):  # fmt: skip
+    """Load the vectors of student and teacher.
+
+    ``operands`` are their row pointers and column strides. ``hidden`` is a class of each row, (ROWS,), that counts as
+    masked.
+    """
+    z_base, z_col, t_base, t_col = operands
+    zs = load_steps(per_row(z_base), start, columns, z_col, c, live, STEPS, FULL, POLICY)
+    ts = zs
+    if USE_KL:
+        ts = load_steps(per_row(t_base), start, columns, t_col, c, live, STEPS, FULL, POLICY)
+    if hidden is not None:
+        zs = hide(zs, start, columns, hidden, STEPS)
+        ts = hide(ts, start, columns, hidden, STEPS)
+    return zs, ts
+
+
+@triton.jit
+def hide(vectors, start, columns, hidden, STEPS: tl.constexpr):
+    """Mask a class of each row."""
+    others = ()
+    for k in tl.static_range(STEPS):
+        col = start + k * columns.shape[1] * columns.shape[2] + columns
+        others = others + (tl.where(col == per_row(hidden.to(columns.dtype)), NEG_INF, vectors[k]),)  # type: ignore[assignment]  # noqa: RUF005
+    return others
+
+
+@triton.jit
+def store_vector(base, col, x, c, rows, FULL: tl.constexpr):
+    """Store a vector of the rows (ROWS,); one that is FULL is not masked."""
+    x = x.to(base.dtype.element_ty)
+    if FULL:
+        tl.store(per_row(base) + col, x, eviction_policy="evict_first")
+    else:
+        tl.store(per_row(base) + col, x, mask=inside(col, c, rows), eviction_policy="evict_first")
+
+
+@triton.jit
+def store_zeros(base, columns, c, exists, STEPS: tl.constexpr):
+    """Store zeros in rows of STEPS vectors."""
+    zero = tl.zeros((base.shape[0], columns.shape[1], columns.shape[2]), base.dtype.element_ty)
+    for k in range(0, STEPS):
+        col = k * columns.shape[1] * columns.shape[2] + columns
+        tl.store(per_row(base) + col, zero, mask=inside(col, c, exists), eviction_policy="evict_first")
+
+
+def tile_shape(classes: int, vector: int, reverse: bool) -> dict[str, int]:
+    """Return the tiles and the warps of a dense kernel, for vectors of ``vector`` elements.
+
+    A thread has up to 32 elements of a tile: with more, ptxas spills registers (sm_90); with fewer, the instructions
+    for a row weigh more. The longer a row of several tiles, the more warps it has, of 95 to 128 registers a thread.
+    Rows that 132 multiprocessors process at a time are then at most 44 MB of half-precision logits up to 65,536
+    classes, so that a cache of 50 MB still has them when they are read again.
+    """
+    power = triton.next_power_of_2(classes)
+    single = power <= (4096 if reverse else 8192)
+    rows = warps = 1
+    if power <= 512:
+        # The threads of a row read at least eight neighboring elements at a time.
+        lanes = max(power // 32, min(8 // vector, triton.next_power_of_2(triton.cdiv(classes, 8))))
+        rows = 32 // lanes
+    else:
+        warps = max(1, power // 1024) if single else min(16, max(4, power // 4096))
+        lanes = 32 * warps
+    width = lanes * vector
+    steps = 32 // vector
+    tiles = 1 if single else triton.cdiv(classes, steps * width)
+    last = classes - (tiles - 1) * steps * width
+    shape = {
+        "ROWS": rows, "LANES": lanes, "VECTOR": vector, "STEPS": steps, "TILES": tiles,
+        "LAST_STEPS": triton.cdiv(last, width), "LAST_FULL": last // width if rows == 1 else 0, "num_warps": warps,
+    }  # fmt: skip
+    return {**shape, "maxnreg": 128} if warps == 8 and not single else shape
