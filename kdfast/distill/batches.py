@@ -17,6 +17,7 @@ from kdfast.data.order import batch_count, epoch_order, split_batches_by_rank
 from kdfast.data.transfer import Transfer, to_device
 from kdfast.data.views import ViewSpec, draw_view_indices, view_table
 from kdfast.distill.distributed import Distributed
+from kdfast.distill.recipe.mixing import Mixing
 from kdfast.distill.targets import CachedTargets
 from kdfast.teacher.row_format import TeacherLogits
 
@@ -31,7 +32,8 @@ class Batch:
             of the batch, (B, H, W, 3), valid until the next batch is requested.
         whole_split: Whether `images` are all images.
         teacher: The teacher's logits: all rows of the run, or those of the batch; None without a cache.
-        index_on_cpu: `index` on the CPU, where the boxes of crops are drawn.
+        index_on_cpu: `index` on the CPU, where some views are drawn.
+        mixing: How the images are mixed, float32 (7,), as in `Mixing.draw`; None: they are not.
     """
 
     index: Tensor
@@ -39,10 +41,11 @@ class Batch:
     whole_split: bool
     teacher: TeacherLogits | None
     index_on_cpu: Tensor
+    mixing: Tensor | None = None
 
     def view_arguments(self, spec: ViewSpec) -> tuple[Tensor, Tensor]:
         """Return sample ids and view ids on the device where `apply_views` needs them for this set of views."""
-        index = self.index_on_cpu if spec.kind == "crop" else self.index
+        index = self.index_on_cpu if spec.is_drawn else self.index
         return index[0], index[1]
 
     @property
@@ -75,12 +78,14 @@ class _Epoch:
         view_indices: int64 (n,), positions among the views of the run.
         index: int64 (2, n) or (3, n), as in `Batch`, on the CPU.
         sizes: Samples of each batch.
+        mixing: float32 (batches, 7), as in `Mixing.draw`; None: the images are not mixed.
     """
 
     ids: NDArray[np.int64]
     view_indices: NDArray[np.int64]
     index: Tensor
     sizes: list[int]
+    mixing: Tensor | None
 
 
 class Batches:
@@ -97,6 +102,7 @@ class Batches:
         seed: Seed of the order and the views.
         device: Where the batches go.
         distributed: This process among those of the run; each gets its share of every batch.
+        mixing: How images are mixed, within the share of a process; None: they are not.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class Batches:
         seed: int,
         device: torch.device | str = "cpu",
         distributed: Distributed | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
+        self._mixing = mixing
         self._ids = np.sort(ids)
         self._loader, self._targets = loader, targets
         self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
@@ -139,11 +147,13 @@ class Batches:
         index = to_device(plan.index, self._device)
         if self._targets is not None:
             self._targets.begin_epoch(plan.ids, plan.view_indices)
+        mixing = itertools.repeat(None) if plan.mixing is None else to_device(plan.mixing, self._device)
         stops = list(itertools.accumulate(plan.sizes))
-        for images, stop, size in zip(self._images(plan), stops, plan.sizes, strict=True):
+        for images, stop, size, mixed in zip(self._images(plan), stops, plan.sizes, mixing, strict=False):
             teacher = None if self._targets is None else self._targets.batch(stop - size, size)
             part = slice(stop - size, stop)
-            yield Batch(index[:, part], images, self._loader.table is not None, teacher, plan.index[:, part])
+            whole = self._loader.table is not None
+            yield Batch(index[:, part], images, whole, teacher, plan.index[:, part], mixed)
 
     def _images(self, plan: _Epoch) -> Generator[Tensor, None, None]:
         table = self._loader.table
@@ -173,7 +183,14 @@ class Batches:
         rows = [ids, self._view_ids(ids, view_indices)]
         if self._targets is not None and self._targets.resident:
             rows.append(self._targets.rows(ids, view_indices))
-        return _Epoch(ids, view_indices, torch.from_numpy(np.stack(rows)), [len(share) for share in shares])
+        sizes = [len(share) for share in shares]
+        return _Epoch(ids, view_indices, torch.from_numpy(np.stack(rows)), sizes, self._draw_mixing(epoch, first))
+
+    def _draw_mixing(self, epoch: int, first: int) -> Tensor | None:
+        """Return how the batches of an epoch from `first` on are mixed, the same in every process."""
+        if self._mixing is None:
+            return None
+        return torch.from_numpy(self._mixing.draw(self._seed, epoch, np.arange(first, self.per_epoch, dtype=np.int64)))
 
     def _view_ids(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._table is None:

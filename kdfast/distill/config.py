@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.losses.settings import INITIAL_SHARE, TermSetting
-from kdfast.distill.optimizer import LR_SCHEDULES
+from kdfast.distill.recipe.optimizer import LR_SCHEDULES, OPTIMIZERS
 from kdfast.errors import UsageError
 from kdfast.ops.kd_loss.validation import check_temperature
 
 # Counts and their products stay in 64 bits.
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
+LARGEST_MIXING = 1000.0  # the quantiles of narrower distributions are not exact
+
+# Settings that a run's config.json omits where they are the default, as runs of earlier versions do.
+OPTIONAL = (
+    "ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs", "reshape_logits", "optimizer", "label_smoothing",
+    "ema", "clip", "mixup", "cutmix",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class RunConfig:
         epochs: Passes over the subset.
         batch_size: Samples per step; the last, smaller batch of an epoch is kept.
         lr: Highest learning rate.
-        momentum: SGD momentum in [0, 1), without Nesterov.
-        weight_decay: L2 penalty on every parameter.
+        momentum: Momentum in [0, 1) of SGD; beta1 of AdamW.
+        weight_decay: L2 penalty on every parameter; decoupled for AdamW.
         schedule: A key of `LR_SCHEDULES`.
         warmup_epochs: Epochs of linear warm-up.
         alpha: Weight of the divergence from the teacher, in [0, 1] unless `ce` is set; 0 without terms is training
@@ -48,6 +55,12 @@ class RunConfig:
             None for an eighth if there is such a term, else 0.
         reshape_logits: Whether the teacher's logits are reshaped; see `kdfast.distill.losses.logits.reshaped`.
         terms_warmup_epochs: Epochs over which the terms' weights rise linearly from 0, after the initial phase.
+        optimizer: A key of `OPTIMIZERS`.
+        label_smoothing: Share of each label that is spread evenly over all classes, in [0, 1).
+        ema: Decay in [0, 1) of the average of the weights that is evaluated and saved; 0: the weights themselves.
+        clip: Largest norm of the gradient of all parameters together, to which larger ones are scaled; 0: any.
+        mixup: a of mixup's Beta(a, a), see `kdfast.distill.recipe.mixing`; 0: none.
+        cutmix: The same of CutMix.
 
     Raises:
         UsageError: If a value is out of range.
@@ -73,18 +86,28 @@ class RunConfig:
     initial_epochs: int | None = None
     terms_warmup_epochs: float = 0.0
     reshape_logits: bool = False
+    optimizer: str = "sgd"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    clip: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
             check_integer(name, getattr(self, name), least)
         check_integer("seed", self.seed, 0, LARGEST_SEED)
         check_integer("view_seed", self.view_seed or 0, 0, LARGEST_SEED)
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "terms_warmup_epochs"):
+        for name in (
+            "lr", "momentum", "weight_decay", "warmup_epochs", "terms_warmup_epochs", "label_smoothing", "ema", "clip",
+            "mixup", "cutmix",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
-        if self.momentum >= 1:
-            raise UsageError(f"`momentum` is {self.momentum}: pass a number in [0, 1)")
+        for name in ("momentum", "label_smoothing", "ema"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"`{name}` is {getattr(self, name)}: pass a number in [0, 1)")
         for name in ("warmup_epochs", "terms_warmup_epochs"):
             if getattr(self, name) > self.epochs:
                 raise UsageError(f"`{name}` is {getattr(self, name)} of {self.epochs} epochs: lower it")
@@ -92,6 +115,20 @@ class RunConfig:
         self._check_weights()
         _check_choice("schedule", self.schedule, tuple(LR_SCHEDULES))
         _check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        _check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if self.optimizer == "nesterov" and not self.momentum:
+            raise UsageError("`optimizer` is nesterov, which needs momentum: pass a `momentum` above 0, or sgd")
+        self._check_mixing()
+
+    def _check_mixing(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) > LARGEST_MIXING:
+                raise UsageError(f"`{name}` is {getattr(self, name)}: pass at most {LARGEST_MIXING}")
+        labeled = [term.name for term in self.terms if term.entry.labels]
+        if self.mixes and labeled:
+            raise UsageError(
+                f"the term {labeled[0]} compares with one label per image, and `mixup` and `cutmix` mix two: omit one"
+            )
 
     def _check_weights(self) -> None:
         if self.ce is None and not 0 <= self.alpha <= 1:
@@ -121,6 +158,11 @@ class RunConfig:
         return any(term.entry.initial or term.entry.prepares for term in self.terms)
 
     @property
+    def mixes(self) -> bool:
+        """Whether the images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss depends on a teacher."""
         return self.alpha > 0 or bool(self.terms)
@@ -138,14 +180,11 @@ class RunConfig:
         return round(INITIAL_SHARE * self.epochs) if self._has_initial_phase() else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; those of the loss only where they are not the default."""
+        """Return the settings as plain values; those of `OPTIONAL` only where they are not the default."""
         fields = dataclasses.asdict(self) | {"terms": [term.to_dict() for term in self.terms], "taps": dict(self.taps)}
-        for name in ("ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs"):
-            if fields[name] in (None, [], {}) or (name == "terms_warmup_epochs" and not fields[name]):
-                del fields[name]
-        if not self.reshape_logits:
-            del fields["reshape_logits"]
-        return fields
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unchanged = {name for name in OPTIONAL if getattr(self, name) == defaults[name]}
+        return {name: value for name, value in fields.items() if name not in unchanged}
 
 
 def check_integer(name: str, value: int, least: int, most: int = LARGEST_COUNT) -> None:

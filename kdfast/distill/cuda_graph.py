@@ -98,6 +98,8 @@ def changing_tensors(batch: Batch) -> list[Tensor]:
     tensors = [batch.index]
     if not batch.whole_split:
         tensors.append(batch.images)
+    if batch.mixing is not None:
+        tensors.append(batch.mixing)
     if batch.teacher is not None and batch.teacher_rows is None:
         tensors.extend(tensors_of(batch.teacher))
     return tensors
@@ -105,9 +107,11 @@ def changing_tensors(batch: Batch) -> list[Tensor]:
 
 def clone_changing(batch: Batch) -> Batch:
     """Return the batch with the tensors of `changing_tensors` copied."""
-    images, teacher = batch.images, batch.teacher
+    images, teacher, mixing = batch.images, batch.teacher, batch.mixing
     if not batch.whole_split:
         images = images.clone()
     if teacher is not None and batch.teacher_rows is None:
         teacher = map_logits(Tensor.clone, teacher)
-    return dataclasses.replace(batch, index=batch.index.clone(), images=images, teacher=teacher)
+    if mixing is not None:
+        mixing = mixing.clone()
+    return dataclasses.replace(batch, index=batch.index.clone(), images=images, teacher=teacher, mixing=mixing)

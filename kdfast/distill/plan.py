@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 import kdfast
+from kdfast.data.augment.presets import augment_source
 from kdfast.data.loaders import Loader, make_loader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import Source, compute_normalization
+from kdfast.data.source import Source, compute_normalization, sample_files
 from kdfast.data.subset import Subset, check_subset_file, read_subset
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
@@ -28,10 +29,11 @@ from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.distill.losses.plan import TermPlan, collect_samples, plan_terms
+from kdfast.distill.recipe.mixing import Mixing
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
-from kdfast.nets.checkpoint import load_model
+from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit, check_training
 from kdfast.teacher.cache import TeacherCache
 
@@ -48,6 +50,7 @@ class InputPaths:
         loader: `auto`, `ffcv` or `resident`.
         size: Side of the stored images in pixels, for folders of larger images.
         order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
+        augment: Augmentation in place of the data's own, see `kdfast.data.augment.presets.augment_source`; or None.
     """
 
     data: str
@@ -57,6 +60,7 @@ class InputPaths:
     loader: str = "auto"
     size: int | None = None
     order: str = "path"
+    augment: str | None = None
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Plan:
         stage_seconds: Seconds spent in earlier stages, where known.
         execution: How the steps are computed.
         terms: What the terms of the loss read of both networks.
+        teacher: The teacher, if it is at hand, to compare the student's predictions with.
     """
 
     config: RunConfig
@@ -92,19 +97,20 @@ class Plan:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     execution: Execution = field(default_factory=Execution)
     terms: TermPlan = field(default_factory=TermPlan)
+    teacher: Model | None = None
 
     def can_capture(self) -> bool:
         """Return whether a step may run as a CUDA graph.
 
         Not with several processes, whose reductions a graph would have to include, nor with the loss scale of float16,
-        nor with crops, whose boxes the CPU draws.
+        nor with views that the CPU draws.
         """
         return (
             self.execution.cuda_graph
             and self.device.type == "cuda"
             and self.distributed.world_size == 1
             and self.config.precision != "fp16"
-            and self.source.view_spec.kind == "shift"
+            and not self.source.view_spec.is_drawn
         )
 
     def describe(self) -> dict[str, Any]:
@@ -132,7 +138,13 @@ class Plan:
             seed=self.config.seed,
             device=self.device,
             distributed=self.distributed,
+            mixing=self._mixing(),
         )
+
+    def _mixing(self) -> Mixing | None:
+        if not self.config.mixes:
+            return None
+        return Mixing(self.config.mixup, self.config.cutmix, self.source.view_spec.size)
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,7 @@ class LoadedInputs:
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config.check_total()
         config = self.teacher.resolve_views(config, source.view_spec.count)
-        terms = self._plan_terms(config, ids, distributed, execution)
+        terms = self._plan_terms(config, ids, execution)
         targets = self.teacher.open(source, ids, config, device, terms.teacher)
         return Plan(
             config=config,
@@ -215,19 +227,13 @@ class LoadedInputs:
             stage_seconds={**(stage_seconds or {}), "compile loader": self.loader.compile_seconds},
             execution=execution,
             terms=terms,
+            teacher=self.teacher.model,
         )
 
-    def _plan_terms(
-        self, config: RunConfig, ids: NDArray[np.int64], distributed: Distributed, execution: Execution
-    ) -> TermPlan:
+    def _plan_terms(self, config: RunConfig, ids: NDArray[np.int64], execution: Execution) -> TermPlan:
         """Plan the terms of the loss, and check that they can be computed as the run is."""
         if not config.terms:
             return TermPlan()
-        if config.initial_phase and distributed.world_size > 1:
-            raise UsageError(
-                f"{distributed.world_size} processes cannot train a phase in which only a part of the student trains: "
-                "pass `initial_epochs` 0, or use one process"
-            )
         with torch.random.fork_rng(devices=[]):
             student = build_net(config.student, len(self.source.classes))
         plan = plan_terms(
@@ -276,6 +282,8 @@ def plan_run(
         check_subset_file(paths.subset)
     started = time.perf_counter()
     source = open_source(paths.data, size=paths.size, order=paths.order)
+    source, views = augment_source(source, paths.augment, config.views)
+    config = dataclasses.replace(config, views=views)
     subset = _read_subset(paths.subset, source, config.batch_size)
     samples = len(subset.ids)
     distributed.check_batches(samples, config.batch_size)
@@ -330,7 +338,8 @@ def check_student(
 def _read_subset(path: str | None, source: Source, batch_size: int) -> Subset:
     n = len(source.train)
     if path is not None:
-        return read_subset(path, n=n, fingerprint=source.fingerprint, batch_size=batch_size)
+        files = sample_files(source.train)
+        return read_subset(path, n=n, fingerprint=source.fingerprint, batch_size=batch_size, files=files)
     if n < batch_size:
         raise UsageError(f"`batch_size` is {batch_size}, more than the {n} training samples: lower it")
     return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
@@ -355,4 +364,4 @@ def _open_teacher(
     cache.check_covers(ids)
     stage_seconds["open cache"] = time.perf_counter() - started
     stage_seconds["cache"] = float(cache.manifest["seconds"])
-    return TeacherTargets(cache=cache)
+    return TeacherTargets(cache=cache, model=model)

@@ -21,6 +21,7 @@ from kdfast.distill.config import RunConfig
 from kdfast.distill.losses.base import Outputs
 from kdfast.distill.losses.logits.reshaped import Reshaping
 from kdfast.distill.losses.total import Places
+from kdfast.distill.recipe.mixing import mix_images
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
@@ -188,9 +189,13 @@ class OnlineTargets:
 
     @full_float32()
     @torch.no_grad()
-    def compute(self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor) -> Outputs:
+    def compute(
+        self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor, mixing: Tensor | None = None
+    ) -> Outputs:
         """Return the outputs for a batch, whose fields these are; see `Batch`."""
         inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows)
+        if mixing is not None:
+            inputs = mix_images(inputs, mixing)
         with self._taps:
             logits = self._net(inputs)
         return Outputs(logits, self._taps.take())
@@ -198,7 +203,10 @@ class OnlineTargets:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher of a run: a cache, a model to run during training, or neither."""
+    """The teacher of a run: a cache, a model to run during training, or neither.
+
+    Beside a cache, the model is only what the student's predictions are compared with.
+    """
 
     cache: TeacherCache | None = None
     model: Model | None = None
@@ -253,13 +261,18 @@ class TeacherTargets:
         Raises:
             CacheMismatch: If the cache lacks the views of the run, is for another temperature, or lacks what the
                 reshaping of logits needs.
-            UsageError: If logits are to be reshaped without a cache.
+            UsageError: If logits are to be reshaped without a cache, or images are to be mixed with one.
         """
         seed = config.view_seed or 0
         if config.reshape_logits and self.cache is None:
             raise UsageError(
                 "`reshape_logits` changes the logits of a teacher's cache, and this run has none: pass `cache`, of the "
                 "whole training split, and an `alpha` above 0, or omit it"
+            )
+        if config.mixes and self.cache is not None:
+            raise UsageError(
+                "`mixup` and `cutmix` need the teacher's logits of mixed images, and a cache holds those of single "
+                "ones: pass `teacher` instead of `cache`, or omit them"
             )
         if self.cache is not None:
             # Raises if the cache was built with another view seed.

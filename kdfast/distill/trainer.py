@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.data.views import apply_views
 from kdfast.distill.batches import Batch
@@ -17,8 +17,10 @@ from kdfast.distill.cuda_graph import CapturedStep
 from kdfast.distill.losses.base import BatchSamples, Outputs
 from kdfast.distill.losses.plan import collect_samples
 from kdfast.distill.losses.total import LossTerms
-from kdfast.distill.optimizer import ScheduledSGD, compute_learning_rate
 from kdfast.distill.plan import Plan
+from kdfast.distill.recipe.average import WeightAverage
+from kdfast.distill.recipe.mixing import mix_images, partner_labels
+from kdfast.distill.recipe.optimizer import ScheduledOptimizer, compute_learning_rate
 from kdfast.distill.targets import CachedFeatures, CachedTargets, OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.files import schemas
@@ -64,14 +66,16 @@ class Trainer:
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
         groups: list[dict[str, Any]] = [{"params": list(self.net.parameters())}, *self.terms.parameter_groups()]
-        self.optimizer = ScheduledSGD(
+        self.optimizer = ScheduledOptimizer(
             groups,
             partial(compute_learning_rate, config.lr, config.schedule, total=self.total_steps, warmup=warmup_steps),
             self.total_steps,
+            kind=config.optimizer,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             device=device,
         )
+        self._average = WeightAverage(self.net, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.labels = torch.from_numpy(plan.source.train.labels).to(device)
         self.step = 0
@@ -96,10 +100,11 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "net": self.net.state_dict(),
             "terms": self.terms.state_dict(),
-            "optimizer": self.optimizer.sgd.state_dict(),
+            "optimizer": self.optimizer.inner.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
+            **({} if self._average is None else {"average": self._average.net.state_dict()}),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.plan.device) if cuda else None,
         }
@@ -116,6 +121,8 @@ class Trainer:
             self.net.load_state_dict(state["net"])
             self.terms.load_state_dict(state.get("terms", {}))
             self.optimizer.load_state_dict(state["optimizer"])
+            if self._average is not None:
+                self._average.net.load_state_dict(state["average"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.train_seconds = state["step"], state["train_seconds"]
             self._step_on_device.fill_(self.step)
@@ -137,7 +144,7 @@ class Trainer:
         return self.step < self.plan.config.initial_phase * self.batches.per_epoch
 
     def train_step(self, batch: Batch) -> None:
-        """Take one step of SGD. On a GPU, return before it is done."""
+        """Take one step. On a GPU, return before it is done."""
         if self._captured is None or self.in_initial_phase:
             self._take_step(batch)
         else:
@@ -158,11 +165,13 @@ class Trainer:
         inputs = apply_views(
             batch.images, view_ids, spec, plan.normalization, sample_ids=ids, rows=batch.image_rows, dtype=dtype
         )
+        if batch.mixing is not None:
+            inputs = mix_images(inputs, batch.mixing)
         with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST), self._taps:
-            logits = self._forward(inputs)
+            logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
-            teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids)
+            teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids, batch.mixing)
             batch = dataclasses.replace(batch, teacher=teacher.logits, index=batch.index[:2])
             teacher_taps = dict(teacher.taps)
         loss = self.compute_loss(logits, batch)
@@ -171,19 +180,44 @@ class Trainer:
         if plan.distributed.world_size > 1:
             # Gradients are averaged over processes whose shares of a batch may differ by one sample.
             loss = loss * (len(batch.ids) * plan.distributed.world_size / self.batches.global_size(self.step))
-        self.optimizer.sgd.zero_grad(set_to_none=True)
+        self.optimizer.inner.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        for parameter in self.terms.parameters():
-            if parameter.grad is not None:
-                plan.distributed.mean(parameter.grad)
-        self.scaler.step(self.optimizer.sgd)
+        self._average_over_processes()
+        if config.clip:
+            self.scaler.unscale_(self.optimizer.inner)
+            torch.nn.utils.clip_grad_norm_(self.optimizer.parameters(), config.clip)
+        self.scaler.step(self.optimizer.inner)
         self.scaler.update()
+        if self._average is not None:
+            self._average.update(self._step_on_device)
         self._count_step(loss.detach())
+
+    def _network(self) -> nn.Module:
+        """Return the network to call: not the wrapped one while a part of it may get no gradient, which that needs."""
+        several = self.plan.distributed.world_size > 1
+        return self.net if several and self.in_initial_phase else self._forward
+
+    def _average_over_processes(self) -> None:
+        """Average what the wrapped network does not: gradients, and the statistics of the terms' batch norms."""
+        if self.plan.distributed.world_size == 1:
+            return
+        mean = self.plan.distributed.mean
+        for part in (self.terms, *((self.net,) if self.in_initial_phase else ())):
+            for parameter in part.parameters():
+                if parameter.grad is not None:
+                    mean(parameter.grad)
+        for module in self.terms.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                mean(module.running_mean)
+                mean(module.running_var)
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32."""
         labels = self.labels[batch.ids]
         config = self.plan.config
+        if batch.mixing is not None or config.label_smoothing:
+            return self._softened_loss(logits, labels, batch)
         total = 1.0 if config.ce is None else config.ce + config.alpha
         if batch.teacher is None or total == 0:
             return total * F.cross_entropy(logits.float(), labels)
@@ -196,6 +230,20 @@ class Trainer:
             temperature=config.temperature,
         )
         return loss if total == 1 else total * loss
+
+    def _softened_loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss with smoothed labels, or of mixed images, whose labels are mixed likewise."""
+        config = self.plan.config
+        entropy = partial(F.cross_entropy, logits.float(), label_smoothing=config.label_smoothing)
+        loss = entropy(labels)
+        if batch.mixing is not None:
+            loss = torch.lerp(entropy(partner_labels(labels)), loss, batch.mixing[0])
+        loss = config.cross_entropy_weight * loss
+        if batch.teacher is None or not config.alpha:
+            return loss
+        return loss + config.alpha * kd_loss(
+            logits, None, batch.teacher, batch.teacher_rows, alpha=1.0, temperature=config.temperature
+        )
 
     def _add_terms(self, loss: Tensor, logits: Tensor, batch: Batch, teacher_taps: dict[str, Tensor]) -> Tensor:
         """Return the loss with the terms, in float32; in the initial phase, the terms of that phase alone."""
@@ -265,10 +313,10 @@ class Trainer:
         return row
 
     def model(self) -> Model:
-        """Return the student in its current state."""
+        """Return the student in its current state: with averaged weights, if the run averages them."""
         source = self.plan.source
         return Model(
-            net=self.net,
+            net=self.net if self._average is None else self._average.net,
             name=self.plan.config.student,
             classes=len(source.classes),
             class_names=source.classes,

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kdfast.data.augment.presets import describe_views
 from kdfast.data.source import Source
+from kdfast.data.views import ViewSpec
 from kdfast.errors import CacheMismatch, DataError
 from kdfast.files import is_plain_name, sha256_file
 from kdfast.nets.checkpoint import Model
@@ -34,11 +36,25 @@ def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, t
             "mean": list(norm.mean),
             "std": list(norm.std),
         }
+    if source is not None:
+        _check_augmentation(folder, manifest, source)
     if differing := compare_manifests(manifest, needed):
         raise CacheMismatch(
             f"{folder} belongs to other data or another teacher: {'; '.join(differing)}. Use the cache of this data "
             "and teacher, or build one"
         )
+
+
+def _check_augmentation(folder: Path, manifest: dict[str, Any], source: Source) -> None:
+    """Raise CacheMismatch if the cache holds other views of the same data."""
+    cached, views = manifest["views"]["spec"], source.view_spec.to_dict()
+    if cached == views or manifest["data"]["fingerprint"] != source.fingerprint:
+        return
+    raise CacheMismatch(
+        f"{folder} holds the teacher's logits of views that are {describe_views(ViewSpec.from_dict(cached))}, and this "
+        f"run's are {describe_views(source.view_spec)}: pass the `augment` that the cache was built with, or build one "
+        "with this `augment`"
+    )
 
 
 def check_intact(folder: Path, files: dict[str, dict[str, Any]]) -> None:

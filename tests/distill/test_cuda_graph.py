@@ -129,7 +129,7 @@ def take_steps(trainer: Trainer, stop: int) -> None:
 
 
 def changed_by_steps(trainer: Trainer) -> list[Tensor]:
-    buffers = [state["momentum_buffer"] for state in trainer.optimizer.sgd.state.values()]
+    buffers = [state["momentum_buffer"] for state in trainer.optimizer.inner.state.values()]
     counters = [trainer.loss_sum, trainer._step_on_device, trainer._bad_step, trainer.optimizer._rate]
     return [*trainer.net.state_dict().values(), *buffers, *[c for c in counters if c is not None]]
 

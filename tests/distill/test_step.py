@@ -62,7 +62,7 @@ def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
         monkeypatch.setitem(backends.TABLE, (op, "meta"), ("triton",))
     targets = TeacherTargets(cache=cache) if alpha else TeacherTargets()
     trainer = Trainer(make_plan(targets, "meta", alpha=alpha))  # reading a value of a meta tensor raises an error
-    trainer.optimizer.sgd._need_device_dtype_check_for_fused = False
+    trainer.optimizer.inner._need_device_dtype_check_for_fused = False
     for number, batch in enumerate(trainer.batches.epoch(0)):
         cost = StepCost()
         with cost:

@@ -10,7 +10,6 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
 from kdfast.distill.config import Execution, RunConfig
-from kdfast.distill.distributed import Distributed
 from kdfast.distill.losses.registry import LOSSES
 from kdfast.distill.losses.settings import TermSetting, parse_taps, parse_terms
 from kdfast.distill.plan import LoadedInputs
@@ -269,6 +268,3 @@ def test_what_cannot_run_so(inputs):
     config = dataclasses.replace(CONFIG, terms=(TermSetting("vid"),))
     with pytest.raises(UsageError, match="`compile` cannot read activations"):
         inputs.plan(config, IDS, device=CPU, execution=Execution(compile=True))
-    config = dataclasses.replace(CONFIG, terms=(TermSetting("ab"),), initial_epochs=1)
-    with pytest.raises(UsageError, match="2 processes cannot train a phase"):
-        inputs.plan(config, IDS, device=CPU, distributed=Distributed(0, 2))

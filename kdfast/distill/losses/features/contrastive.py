@@ -234,4 +234,5 @@ CONTRASTIVE = TermEntry(
     TAPS,
     OPTIONS,
     tuned=0.8,
+    labels=True,
 )

@@ -27,4 +27,5 @@ DECOUPLED = TermEntry(
     "the target against all others, and the others among themselves, weighted apart",
     "Zhao et al., Decoupled Knowledge Distillation, CVPR 2022",
     options={"alpha": 1.0, "beta": 8.0, "temperature": 4.0},
+    labels=True,
 )

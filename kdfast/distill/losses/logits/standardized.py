@@ -41,4 +41,5 @@ STANDARDIZED_DECOUPLED = TermEntry(
     "Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024",
     options={"alpha": 1.0, "beta": 8.0, "temperature": 2.0},
     tuned=9.0,
+    labels=True,
 )

@@ -1,13 +1,14 @@
-"""SGD with a scheduled learning rate, which needs nothing from the CPU during a step on a GPU."""
+"""Optimizers with a scheduled learning rate, which need nothing from the CPU during a step on a GPU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 # Where the step schedule divides the rate by ten, as fractions of the run: epochs 150, 180 and 210 of 240.
 STEP_MILESTONES = (150 / 240, 180 / 240, 210 / 240)
@@ -46,8 +47,37 @@ def compute_learning_rate(base: float, schedule: str, step: int, total: int, war
     return base * LR_SCHEDULES[schedule]((step - warmup) / max(total - warmup, 1))
 
 
-class ScheduledSGD:
-    """SGD with momentum and the learning rate of each step.
+Groups: TypeAlias = "Iterable[nn.Parameter] | list[dict[str, Any]]"
+
+
+def _sgd(groups: Groups, lr: float, momentum: float, decay: float, device: torch.device) -> Optimizer:
+    # Not fused on a CPU, where that would round otherwise than earlier versions.
+    fused = runs_on_device(device) or None
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
+
+
+def _nesterov(groups: Groups, lr: float, momentum: float, decay: float, device: torch.device) -> Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, nesterov=True, fused=True)
+
+
+def _adamw(groups: Groups, lr: float, momentum: float, decay: float, device: torch.device) -> Optimizer:
+    # A CUDA graph refuses an AdamW that does not say that it can be captured.
+    capturable = device.type == "cuda"
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(momentum, 0.999), weight_decay=decay, fused=True, capturable=capturable
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, float, float, float, torch.device], Optimizer]] = {
+    "sgd": _sgd,
+    "nesterov": _nesterov,
+    "adamw": _adamw,
+}
+"""Name -> function of parameters, learning rate, momentum, weight decay and device that returns an optimizer."""
+
+
+class ScheduledOptimizer:
+    """An optimizer with the learning rate of each step.
 
     On a GPU it is one fused kernel, and the rate is a tensor that is read from a table of all steps, so that a CUDA
     graph of a step is valid for every step.
@@ -56,30 +86,30 @@ class ScheduledSGD:
         parameters: Parameters to train, on the device, or groups of them with settings of their own.
         rate: The learning rate of a step, counted from 0.
         total_steps: Steps of the run.
-        momentum: In [0, 1).
-        weight_decay: L2 penalty on every parameter.
+        kind: A key of `OPTIMIZERS`.
+        momentum: In [0, 1); of AdamW, beta1.
+        weight_decay: L2 penalty on every parameter; of AdamW, decoupled from the gradient.
         device: Device of the parameters.
 
     Attributes:
         rate: The learning rate of a step.
-        sgd: The optimizer.
+        inner: The optimizer.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
+        parameters: Groups,
         rate: Callable[[int], float],
         total_steps: int,
         *,
+        kind: str = "sgd",
         momentum: float,
         weight_decay: float,
         device: torch.device,
     ) -> None:
         self.rate = rate
         on_device = runs_on_device(device)
-        self.sgd = torch.optim.SGD(
-            parameters, lr=rate(0), momentum=momentum, weight_decay=weight_decay, fused=on_device or None
-        )
+        self.inner = OPTIMIZERS[kind](parameters, rate(0), momentum, weight_decay, device)
         self._rate: Tensor | None = None
         if on_device:
             self._table = torch.tensor([self.rate(step) for step in range(total_steps)]).to(device)
@@ -100,27 +130,31 @@ class ScheduledSGD:
             return
         self._set(self.rate(step))
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all trained parameters."""
+        return [parameter for group in self.inner.param_groups for parameter in group["params"]]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the momentum; the settings stay those of this run and device."""
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.sgd.param_groups]
-        self.sgd.load_state_dict(state)
-        for group, own in zip(self.sgd.param_groups, settings, strict=True):
+        """Restore the state of the updates; the settings stay those of this run and device."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.inner.param_groups]
+        self.inner.load_state_dict(state)
+        for group, own in zip(self.inner.param_groups, settings, strict=True):
             group.update(own)
 
     def _set(self, rate: float | Tensor) -> None:
-        for group in self.sgd.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = rate
 
     def _start_momentum(self) -> None:
-        """Set the momentum to zero.
+        """Set the momentum of SGD to zero.
 
         The fused kernel would leave a momentum that it has not written uninitialized if it skipped the first step
         because of float16 overflow.
         """
-        for group in self.sgd.param_groups:
-            if group["momentum"]:
+        for group in self.inner.param_groups:
+            if group.get("momentum"):
                 for parameter in group["params"]:
-                    self.sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    self.inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def runs_on_device(device: torch.device) -> bool:

@@ -1,0 +1,1 @@
+"""The recipe of a run beside its loss: optimizer, averaged weights, mixed batches."""
