@@ -59,7 +59,7 @@ class TensorBoard:
         run: The run.
     """
 
-    identifier = None
+    identifier: str | None = None
 
     def __init__(self, package: Any, run: TrackedRun) -> None:
         self._writer = package.SummaryWriter(str(refuse_links(run.folder, "tensorboard")))

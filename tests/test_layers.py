@@ -14,6 +14,7 @@ LAYER = {
     "errors": 0,
     "text": 0,
     "progress": 0,
+    "trackers": 2,
     "files": 1,
     "device": 1,
     "ops": 2,

@@ -71,6 +71,11 @@ def choose_precision(value: str, device: torch.device) -> str:
 # What help shows for an option that is a path, also where the library takes a str.
 PATH = "<path>"
 
+# Scores that another program wrote, for several commands.
+KEY_HELP = "Key or column of the scores in a file of another program; needed where it holds several arrays"
+HIGHER_HELP = "What a high score in a file of another program means, a hard or an easy sample; default: hard"
+HIGHER = "hard|easy"
+
 Data = Annotated[
     str,
     typer.Option(
@@ -115,6 +120,12 @@ Order = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]
 Device = Annotated[
     str, typer.Option("--device", help="auto (CUDA where there is a device), cpu, cuda or cuda:N.", metavar="DEVICE")
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Start over, and replace what kdfast wrote to --out before; other files are never replaced."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, print the plan and write nothing.")]
 Config = Annotated[

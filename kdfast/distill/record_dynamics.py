@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +19,7 @@ from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distill.batches import Batch
 from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.distributed import Distributed
-from kdfast.distill.folder import CHECKPOINTS, RunFolder
+from kdfast.distill.folder import RunFolder
 from kdfast.distill.plan import LoadedInputs, Plan, check_student
 from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
@@ -248,8 +247,7 @@ def _train_run(plan: Plan, recorder: DynamicsRecorder, monitoring: Monitoring, r
         make_trainer = functools.partial(BatchRecordingTrainer, batches=recorder.batches_on(plan.device))
     with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
         result = train(plan, folder, monitoring, make_trainer)
-        # A finished run needs no checkpoints, and there may be many runs.
-        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+        folder.delete_checkpoints()  # if a process was killed when the run had just finished
     return result
 
 

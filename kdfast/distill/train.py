@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from kdfast.distill.trainer import Trainer
 from kdfast.errors import Interrupted
 from kdfast.nets.checkpoint import save_model
 from kdfast.progress import Progress
-from kdfast.teacher.evaluate import evaluate
+from kdfast.teacher.evaluate import evaluate, evaluate_in_detail
+from kdfast.trackers import Tracker
 
 # Steps between two looks at whether any of several processes was asked to stop: each is a reduction that waits.
 STOP_CHECK_STEPS = 20
@@ -28,8 +29,10 @@ class Monitoring:
         log_every: Steps between two rows of metrics.jsonl; the last step of an epoch is always logged.
         eval_every: Epochs between two evaluations on the test split, for curves only; 0: only at the end of the run.
         checkpoint_seconds: Seconds between two checkpoints.
-        writer: A TensorBoard SummaryWriter, or None.
+        trackers: Get the values of every logged step that metrics.jsonl does not hold yet.
         progress: Called with (steps done, steps in total, note) for every logged step.
+        say: Called with a line about what happened, such as where the run resumes.
+        keep_checkpoints: Keep the checkpoints of the finished run.
         on_epoch_end: Called with the trainer after the last step of each epoch, before any checkpoint that includes
             that step. After a resume from an older checkpoint it is called for the same epochs again.
     """
@@ -37,8 +40,10 @@ class Monitoring:
     log_every: int = 50
     eval_every: int = 0
     checkpoint_seconds: float = 30.0
-    writer: Any = None
+    trackers: Sequence[Tracker] = ()
     progress: Progress | None = None
+    say: Callable[[str], None] | None = None
+    keep_checkpoints: bool = False
     on_epoch_end: Callable[[Trainer], None] | None = None
 
 
@@ -65,6 +70,7 @@ def train(
         Interrupted: After SIGTERM or Ctrl-C, with the state saved.
         OutputError: If the folder cannot be written.
     """
+    monitoring = monitoring or Monitoring()
     finished = folder.read_result()
     if finished is not None:
         return finished
@@ -73,7 +79,9 @@ def train(
     saved = folder.load_checkpoint()
     if saved is not None:
         trainer.load_state(saved)
-    loop = _TrainingLoop(trainer, folder, monitoring or Monitoring())
+    loop = _TrainingLoop(trainer, folder, monitoring)
+    if saved is not None and monitoring.say is not None and folder.writes:
+        monitoring.say(f"resuming at step {trainer.step} of {trainer.total_steps}")
     try:
         with StopRequest() as stop, trainer.stream():
             loop.run(stop)
@@ -94,6 +102,8 @@ class _TrainingLoop:
         self.trainer, self.folder, self.monitoring = trainer, folder, monitoring
         self.metrics = MetricsFile(folder.path / "metrics.jsonl") if folder.writes else None
         self.saved_at = time.monotonic()
+        self.logged = trainer.step, trainer.train_seconds
+        self.accuracy: float | None = None  # of the last evaluation
 
     def position(self) -> dict[str, int]:
         return {"step": self.trainer.step, "steps": self.trainer.total_steps}
@@ -164,13 +174,28 @@ class _TrainingLoop:
         if epoch_ended and monitoring.eval_every and (row["epoch"] + 1) % monitoring.eval_every == 0:
             scores = evaluate(trainer.model(), plan.source.test, device=plan.device, view_spec=plan.source.view_spec)
             row |= {"test_top1": scores["top1"], "test_loss": scores["loss"]}
+            self.accuracy = scores["top1"]
+        is_new = row["step"] > self.metrics.last_step
         self.metrics.append(row)
-        if monitoring.writer is not None:
-            for name in sorted(row.keys() - {"step", "epoch"}):
-                monitoring.writer.add_scalar(name, row[name], row["step"])
+        speed = self.images_per_second()
+        if is_new:
+            self.track(row["step"], {**row, "images_per_second": speed})
         if monitoring.progress is not None:
-            note = f"epoch {row['epoch'] + 1}/{plan.config.epochs} loss {row['loss']:.3f}"
+            known = "" if self.accuracy is None else f" top-1 {self.accuracy:.2f}"
+            note = f"epoch {row['epoch'] + 1}/{plan.config.epochs} loss {row['loss']:.3f}{known} {speed:.0f} images/s"
             monitoring.progress(row["step"], trainer.total_steps, note)
+
+    def track(self, step: int, values: Mapping[str, Any]) -> None:
+        for tracker in self.monitoring.trackers:
+            tracker.log(step, {name: float(value) for name, value in values.items() if name != "step"})
+
+    def images_per_second(self) -> float:
+        """Return the images per second of training since the last call, a step having as many as an epoch's average."""
+        trainer, (step, seconds) = self.trainer, self.logged
+        self.logged = trainer.step, trainer.train_seconds
+        images = (trainer.step - step) * len(trainer.plan.ids) / trainer.batches.per_epoch
+        passed = trainer.train_seconds - seconds
+        return images / passed if passed > 0 else 0.0
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, save the student, and write the result last, because it marks the run as finished."""
@@ -179,7 +204,13 @@ class _TrainingLoop:
             return {}
         started = time.perf_counter()
         model = trainer.model()
-        scores = evaluate(model, plan.source.test, device=plan.device, view_spec=plan.source.view_spec)
+        scores = evaluate_in_detail(
+            model,
+            plan.source.test,
+            teacher=plan.teacher,
+            device=plan.device,
+            view_spec=plan.source.view_spec,
+        )
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)
@@ -188,6 +219,7 @@ class _TrainingLoop:
             "test_top1": scores["top1"],
             "test_top5": scores["top5"],
             "test_loss": scores["loss"],
+            **{name: scores[name] for name in ("per_class", "calibration", "agreement") if name in scores},
             "steps": trainer.step,
             "images": images,
             "seconds": trainer.train_seconds,
@@ -200,6 +232,9 @@ class _TrainingLoop:
             "weights": model.digest,
             "cost_seconds": plan.stage_seconds | stage_seconds,
         }
+        self.track(trainer.step, {f"test_{name}": scores[name] for name in ("top1", "top5", "loss")})
         self.folder.write_result(result)
+        if not self.monitoring.keep_checkpoints:
+            self.folder.delete_checkpoints()
         self.folder.write_status("finished", **self.position())
         return result

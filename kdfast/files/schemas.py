@@ -52,6 +52,14 @@ class LatestCheckpoint(SavedCheckpoint):
     before: SavedCheckpoint | None = None
 
 
+class Calibration(Struct):
+    """How probable the predicted classes are, and how often they are right."""
+
+    ece: Percent
+    bins: Positive
+    confidence: Percent
+
+
 class RunResult(Struct):
     """result.json."""
 
@@ -68,6 +76,9 @@ class RunResult(Struct):
     loader: str
     targets: str | None
     weights: Sha256
+    per_class: list[Percent | None] | None = None
+    calibration: Calibration | None = None
+    agreement: Percent | None = None
 
 
 class MetricsRow(Struct):
@@ -442,6 +453,13 @@ class ScoresAbout(Struct):
 # Models: T.pt and student.pt, apart from the tensors.
 
 
+class CodeFields(Struct):
+    """The file of a network's own code or configuration, in a checkpoint of a model."""
+
+    file: str
+    sha256: Sha256
+
+
 class ModelFields(Struct):
     """The fields of a checkpoint of a model."""
 
@@ -455,6 +473,7 @@ class ModelFields(Struct):
     metadata: Json
     digest: Sha256
     seal: Sha256 | None = None
+    code: CodeFields | None = None
 
 
 class FlattenState(Struct):

@@ -166,7 +166,8 @@ class _Sums:
             "calibration": {
                 "ece": 100 * ece,
                 "bins": ECE_BINS,
-                "confidence": 100 * float(confidence.sum()) / count,
+                # Rounding may exceed 1 if all probabilities are 1.
+                "confidence": min(100.0, 100 * float(confidence.sum()) / count),
             },
         }
         if with_agreement:

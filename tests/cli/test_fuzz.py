@@ -180,7 +180,7 @@ def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
     call("score --data data.npz --method el2n --dynamics dynamics --out scores.npz")
     call("prune --data data.npz --fraction .5 --scores scores.npz --out idx.npy")
     call(f"{POLICY} --out policy.npy")
-    call(f"{PLAIN} --checkpoint-seconds 0 --out run")
+    call(f"{PLAIN} --checkpoint-seconds 0 --keep-checkpoints --out run")
     shutil.copytree("run", "stopped")
     (root / "stopped" / "result.json").unlink()
     call(f"{SWEEP} --out sweep")

@@ -125,7 +125,7 @@ def stopped(kdfast, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     if not _STOPPED:
         out = tmp_path_factory.mktemp("stopped") / "run"
         words = ("distill", "--student", "resnet8", "--alpha", 0, *TRAINING)
-        assert kdfast(*words, "--data", tiny, "--out", out).code == 0
+        assert kdfast(*words, "--data", tiny, "--keep-checkpoints", "--out", out).code == 0
         (out / "result.json").unlink()
         _STOPPED.append(out)
     return _STOPPED[0]

@@ -13,7 +13,7 @@ import torch
 from kdfast.distill.config import RunConfig
 from kdfast.distill.folder import MetricsFile, RunFolder
 from kdfast.distill.plan import InputPaths, Plan, plan_run
-from kdfast.distill.train import train
+from kdfast.distill.train import Monitoring, train
 from kdfast.errors import CheckpointError, DataError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import load_model, save_model
@@ -28,7 +28,7 @@ def plan() -> Plan:
 def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("finished") / "run"
     with RunFolder(path, plan.identity) as folder:
-        train(plan, folder)
+        train(plan, folder, Monitoring(keep_checkpoints=True))
     return path
 
 

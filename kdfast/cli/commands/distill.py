@@ -64,9 +64,12 @@ def distill(
     log_every: training.LogEvery = 50,
     eval_every: training.EvalEvery = 0,
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
+    track: training.Track = None,
     tensorboard: training.TensorBoard = False,
+    keep_checkpoints: training.KeepCheckpoints = False,
     compile_network: training.Compile = False,
     cuda_graph: training.CudaGraph = True,
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -82,6 +85,7 @@ def distill(
     from kdfast.distill.losses.settings import parse_taps, parse_terms
     from kdfast.distill.plan import InputPaths, plan_run
 
+    trackers, resume = training.load_trackers(track, tensorboard), training.resume_mode(resume, force)
     place = resolve_device(device)
     plan = plan_run(
         InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size, order=order),
@@ -122,7 +126,8 @@ def distill(
         log_every=log_every,
         eval_every=eval_every,
         checkpoint_seconds=checkpoint_seconds,
-        tensorboard=tensorboard,
+        trackers=trackers,
+        keep_checkpoints=keep_checkpoints,
     )
     if plan.distributed.is_main:
         show(training.summary(result, out), {**result, "out": str(out)})

@@ -46,9 +46,12 @@ def train(
     log_every: training.LogEvery = 50,
     eval_every: training.EvalEvery = 0,
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
+    track: training.Track = None,
     tensorboard: training.TensorBoard = False,
+    keep_checkpoints: training.KeepCheckpoints = False,
     compile_network: training.Compile = False,
     cuda_graph: training.CudaGraph = True,
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -59,7 +62,11 @@ def train(
     from kdfast.nets.checkpoint import load_model, save_model
 
     folder = out.parent / f"{out.name}.run"
-    training.check_trained_model(out, folder)
+    trackers, resume = training.load_trackers(track, tensorboard), training.resume_mode(resume, force)
+    if force:
+        training.refuse_existing(out, force=True)
+    else:
+        training.check_trained_model(out, folder)
     place = resolve_device(device)
     settings = RunConfig(
         student=net,
@@ -91,7 +98,8 @@ def train(
         log_every=log_every,
         eval_every=eval_every,
         checkpoint_seconds=checkpoint_seconds,
-        tensorboard=tensorboard,
+        trackers=trackers,
+        keep_checkpoints=keep_checkpoints,
     )
     if plan.distributed.is_main:
         save_model(out, load_model(folder / "student.pt"))
@@ -139,6 +147,7 @@ def import_(
     size: options.Size = None,
     order: options.Order = "path",
     device: options.Device = "auto",
+    force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Import a checkpoint: match its layer names, without running code from it, and evaluate it on the test split.
@@ -152,7 +161,7 @@ def import_(
     from kdfast.nets.importing import import_checkpoint
     from kdfast.teacher.evaluate import evaluate
 
-    training.refuse_existing(out)
+    training.refuse_existing(out, force=force)
     normalization = _normalization(mean, std)
     source = open_source(data, size=size, order=order)
     model, report = import_checkpoint(
@@ -220,6 +229,7 @@ def flatten(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -241,14 +251,16 @@ def flatten(
     check_fit(model, source, str(teacher))
     described = describe_flattening(model, source, settings)
     state = out.with_name(f"{out.name}.state")
-    flat = _flattened(out, described)
-    if flat is None:
+    flat = None if force else _flattened(out, described)
+    if flat is None and not force:
         FlattenCheckpoint(state, described).check()
     if dry_run:
         show(json.dumps(described, indent=2), described)
         return
     if flat is None:
-        training.refuse_existing(out)
+        training.refuse_existing(out, force=force)
+        if force:
+            FlattenCheckpoint(state, described).delete()
         with progress("flatten") as report:
             flat = flatten_teacher(
                 model,
@@ -281,7 +293,7 @@ def _flattened(out: Path, settings: dict[str, Any]) -> Model | None:
     except CheckpointError:
         found = None
     if found is None or not is_flattened_from(found, settings):
-        raise OutputError(f"{out} exists and is not the result of this command; choose another --out, or delete it")
+        raise OutputError(f"{out} exists and is not the result of this command; choose another --out, or --force")
     return found
 
 

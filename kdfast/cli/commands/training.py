@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdfast.cli import term_help
-from kdfast.cli.progress import progress
+from kdfast.cli.output import MODE
+from kdfast.cli.progress import log_event, progress
 from kdfast.errors import OutputError, UsageError
+from kdfast.trackers import TrackerSet
 
 if TYPE_CHECKING:
     from kdfast.distill.plan import Plan
@@ -142,7 +144,18 @@ CudaGraph = Annotated[
         help="On a GPU, replay each step as one CUDA graph. Not for networks that change with their input.",
     ),
 ]
-TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events to the run folder.")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", hidden=True)]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        help="Also send the metrics to a tracker of experiments, whose package must be installed; repeatable.",
+        metavar="tensorboard|wandb|mlflow|trackio",
+    ),
+]
+KeepCheckpoints = Annotated[
+    bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of the finished run; default: delete them.")
+]
 
 
 def run(
@@ -154,47 +167,96 @@ def run(
     log_every: int,
     eval_every: int,
     checkpoint_seconds: float,
-    tensorboard: bool,
+    trackers: TrackerSet,
+    keep_checkpoints: bool,
 ) -> dict[str, Any]:
-    """Claim the run folder and train, with a progress bar. Return the content of result.json."""
+    """Claim the run folder and train, showing the progress. Return the content of result.json."""
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Monitoring, train
-    from kdfast.files import refuse_links
 
-    make_writer = _summary_writer() if tensorboard and plan.distributed.is_main else None
     with (
         progress(label, shown=plan.distributed.is_main) as report,
         plan.distributed.process_group(plan.device),
         RunFolder(out, plan.identity, metadata=plan.metadata, resume=resume, writes=plan.distributed.is_main) as folder,
-        contextlib.ExitStack() as stack,
     ):
-        writer = None
-        if make_writer is not None:
-            writer = make_writer(str(refuse_links(out, "tensorboard")))
-            stack.callback(writer.close)
-        return train(plan, folder, Monitoring(log_every, eval_every, checkpoint_seconds, writer, report))
+        finished = folder.read_result() if plan.distributed.is_main else None
+        chosen = trackers if plan.distributed.is_main and finished is None else TrackerSet([])
+        with chosen.started(out, plan.identity) as started:
+            if MODE.log_json and plan.distributed.is_main:
+                started.append(JsonLines())
+            monitoring = Monitoring(
+                log_every=log_every,
+                eval_every=eval_every,
+                checkpoint_seconds=checkpoint_seconds,
+                trackers=started,
+                progress=report,
+                say=report.say,
+                keep_checkpoints=keep_checkpoints,
+            )
+            return train(plan, folder, monitoring)
 
 
-def _summary_writer() -> Any:
-    """Return TensorBoard's writer; a missing package is reported before any file is written."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("--tensorboard needs a missing package: pip install 'kdfast[tensorboard]'") from error
-    return SummaryWriter
-
-
-def refuse_existing(out: Path) -> None:
-    """Check, before the work, that a model file does not exist and can be written.
+def load_trackers(names: list[str] | None, tensorboard: bool) -> TrackerSet:
+    """Return the trackers of the options --track and --tensorboard.
 
     Raises:
-        OutputError: The file exists, or its folder cannot be written.
+        UsageError: There is no such tracker, or its package is missing.
     """
-    from kdfast.files import check_writable
+    return TrackerSet([*(names or []), *(["tensorboard"] if tensorboard else [])])
 
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists; choose another --out, or delete it")
+
+class JsonLines:
+    """A tracker that writes the metrics as lines of --log-json."""
+
+    identifier: str | None = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step."""
+        log_event("metrics", step=step, **values)
+
+    def close(self, *, failed: bool) -> None:
+        """Do nothing: every line is written at once."""
+
+
+def resume_mode(resume: str, force: bool) -> str:
+    """Return what a run does about an earlier one in its folder, a value of `RunFolder`.
+
+    Raises:
+        UsageError: The options exclude each other.
+    """
+    if force and resume == "never":
+        raise UsageError("--force and --resume never exclude each other: pass one of them")
+    return "overwrite" if force else resume
+
+
+def refuse_existing(out: Path, *, force: bool = False) -> None:
+    """Check, before the work, that a model file can be written, and that it does not exist or may be replaced.
+
+    Args:
+        out: The file.
+        force: Whether a model of kdfast may be replaced.
+
+    Raises:
+        OutputError: The file exists and may not be replaced, or its folder cannot be written.
+    """
+    from kdfast.files import check_replaceable, check_writable
+
+    if force:
+        check_replaceable(out, _is_model)
+    elif os.path.lexists(out):
+        raise OutputError(f"{out} exists; choose another --out, or replace it with --force")
     check_writable(out.parent)
+
+
+def _is_model(path: Path) -> bool:
+    from kdfast.errors import CheckpointError
+    from kdfast.nets.checkpoint import is_own_checkpoint
+    from kdfast.nets.foreign import read_torch_file
+
+    try:
+        return is_own_checkpoint(read_torch_file(path, advice=""))
+    except CheckpointError:
+        return False
 
 
 def check_trained_model(out: Path, folder: Path) -> None:
@@ -222,7 +284,9 @@ def check_trained_model(out: Path, folder: Path) -> None:
     except CheckpointError:
         same = False
     if not same:
-        raise OutputError(f"{out} exists and is not the result of {folder}; choose another --out, or delete it")
+        raise OutputError(
+            f"{out} exists and is not the result of {folder}; choose another --out, or replace it with --force"
+        )
 
 
 def summary(result: dict[str, Any], out: Path) -> str:

@@ -14,13 +14,22 @@ from typing import Any
 import torch
 
 from kdfast.errors import CheckpointError, OutputError, describe_changes
-from kdfast.files import atomic_write, schemas, sha256_json
+from kdfast.files import atomic_write, check_replaceable, schemas, sha256_json
 from kdfast.files.validate import check_type
 from kdfast.nets.checkpoint import digest_of
 from kdfast.nets.foreign import read_torch_file
 from kdfast.teacher.flatten.flattener import Flattener
 
 _FORMAT = "kdfast-flatten"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the content of a state, or None if the file holds anything else."""
+    try:
+        content = read_torch_file(path)
+    except CheckpointError:
+        return None
+    return content if isinstance(content, dict) and content.get("format") == _FORMAT else None
 
 
 class FlattenCheckpoint:
@@ -35,6 +44,16 @@ class FlattenCheckpoint:
         self.path = path
         self._settings = json.loads(json.dumps(settings))  # as they are read back: tuples as lists
 
+    def delete(self) -> None:
+        """Delete the file, also that of other settings.
+
+        Raises:
+            OutputError: It is not the state of a flattening.
+        """
+        if self.path is not None:
+            check_replaceable(self.path, lambda path: _read(path) is not None)
+            self.path.unlink(missing_ok=True)
+
     def check(self) -> dict[str, Any] | None:
         """Return the content of the file, or None if there is none.
 
@@ -44,11 +63,8 @@ class FlattenCheckpoint:
         if self.path is None or not self.path.exists():
             return None
         advice = "delete it to start over, or choose another output name"
-        try:
-            content = read_torch_file(self.path)
-        except CheckpointError:
-            content = None
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        content = _read(self.path)
+        if content is None:
             raise OutputError(f"{self.path} is not the state of a flattening and would be overwritten: {advice}")
         try:
             fields = {name: value for name, value in content.items() if name != "tensors"}

@@ -1,0 +1,30 @@
+"""Folder of a run: config, metrics, status, result, checkpoints and student, each written atomically."""
+
+from __future__ import annotations
+
+from kdfast.distill.folder.clean import Cleaned, clean_run
+from kdfast.distill.folder.content import (
+    CHECKPOINTS,
+    METADATA_KEY,
+    RESULT,
+    RUN_FILES,
+    check_run_folder,
+    read_finished_run,
+    read_result,
+)
+from kdfast.distill.folder.metrics import MetricsFile
+from kdfast.distill.folder.run import RunFolder
+
+__all__ = [
+    "CHECKPOINTS",
+    "METADATA_KEY",
+    "RESULT",
+    "RUN_FILES",
+    "Cleaned",
+    "MetricsFile",
+    "RunFolder",
+    "check_run_folder",
+    "clean_run",
+    "read_finished_run",
+    "read_result",
+]
