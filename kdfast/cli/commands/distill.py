@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.commands import training
+from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import show
 
 
@@ -41,6 +41,13 @@ def distill(
     weight_decay: training.WeightDecay = 5e-4,
     schedule: training.Schedule = "step",
     warmup_epochs: training.Warmup = 0.0,
+    optimizer: recipe.Optimizer = "sgd",
+    label_smoothing: recipe.LabelSmoothing = 0.0,
+    ema: recipe.Ema = 0.0,
+    clip: recipe.Clip = 0.0,
+    augment: recipe.Augment = None,
+    mixup: recipe.Mixup = 0.0,
+    cutmix: recipe.CutMix = 0.0,
     alpha: training.Alpha = "auto",
     temperature: training.Temperature = 4.0,
     ce_weight: training.CeWeight = None,
@@ -88,7 +95,16 @@ def distill(
     trackers, resume = training.load_trackers(track, tensorboard), training.resume_mode(resume, force)
     place = resolve_device(device)
     plan = plan_run(
-        InputPaths(data=data, subset=subset, cache=cache, teacher=teacher, loader=loader, size=size, order=order),
+        InputPaths(
+            data=data,
+            subset=subset,
+            cache=cache,
+            teacher=teacher,
+            loader=loader,
+            size=size,
+            order=order,
+            augment=augment,
+        ),
         RunConfig(
             student=student,
             epochs=epochs,
@@ -109,6 +125,12 @@ def distill(
             initial_epochs=initial_epochs,
             terms_warmup_epochs=kd_warmup_epochs,
             reshape_logits=reshape_logits,
+            optimizer=optimizer,
+            label_smoothing=label_smoothing,
+            ema=ema,
+            clip=clip,
+            mixup=mixup,
+            cutmix=cutmix,
         ),
         alpha=alpha,
         device=place,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.commands import training
+from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 
@@ -64,6 +65,10 @@ def dynamics(
     weight_decay: training.WeightDecay = 5e-4,
     schedule: training.Schedule = "step",
     warmup_epochs: training.Warmup = 0.0,
+    optimizer: recipe.Optimizer = "sgd",
+    label_smoothing: recipe.LabelSmoothing = 0.0,
+    clip: recipe.Clip = 0.0,
+    augment: recipe.Augment = None,
     views: training.Views = 0,
     precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
@@ -79,6 +84,7 @@ def dynamics(
 
     The recording is the input of forgetting, el2n, grand, dual, aum and ccs, and with --keep of memorization.
     """
+    from kdfast.data.augment.presets import augment_source
     from kdfast.data.loaders import make_loader
     from kdfast.data.readers.registry import open_source
     from kdfast.data.source import compute_normalization
@@ -104,6 +110,9 @@ def dynamics(
         views=views,
         precision=options.choose_precision(precision, place),
         seed=seed,
+        optimizer=optimizer,
+        label_smoothing=label_smoothing,
+        clip=clip,
     )
     recording = RecordingConfig(
         runs=runs,
@@ -115,7 +124,8 @@ def dynamics(
         record=record,
     )
     check_dynamics_folder(out)
-    source = open_source(data, size=size, order=order)
+    source, views = augment_source(open_source(data, size=size, order=order), augment, views)
+    settings = dataclasses.replace(settings, views=views)
     if dry_run:
         build_net(net, len(source.classes))
         check_top_k(top_k, len(source.classes))
@@ -126,6 +136,7 @@ def dynamics(
             {"dry_run": True, "runs": runs, "epochs": epochs, "bytes": bits // 8, "out": str(out)},
         )
         return
+    recipe.announce_views(source, augment)
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
     )

@@ -11,7 +11,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.command import Command
-from kdfast.cli.commands import training
+from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import CheckpointError, OutputError, UsageError
@@ -35,6 +35,13 @@ def train(
     weight_decay: training.WeightDecay = 5e-4,
     schedule: training.Schedule = "step",
     warmup_epochs: training.Warmup = 0.0,
+    optimizer: recipe.Optimizer = "sgd",
+    label_smoothing: recipe.LabelSmoothing = 0.0,
+    ema: recipe.Ema = 0.0,
+    clip: recipe.Clip = 0.0,
+    augment: recipe.Augment = None,
+    mixup: recipe.Mixup = 0.0,
+    cutmix: recipe.CutMix = 0.0,
     views: training.Views = 0,
     loader: options.Loader = "auto",
     precision: options.Precision = "fp32",
@@ -80,9 +87,15 @@ def train(
         views=views,
         precision=options.choose_precision(precision, place),
         seed=seed,
+        optimizer=optimizer,
+        label_smoothing=label_smoothing,
+        ema=ema,
+        clip=clip,
+        mixup=mixup,
+        cutmix=cutmix,
     )
     plan = plan_run(
-        InputPaths(data=data, loader=loader, size=size, order=order),
+        InputPaths(data=data, loader=loader, size=size, order=order, augment=augment),
         settings,
         device=place,
         execution=Execution(compile_network, cuda_graph),

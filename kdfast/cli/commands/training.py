@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdfast.cli import term_help
+from kdfast.cli.commands import recipe
 from kdfast.cli.output import MODE
 from kdfast.cli.progress import log_event, progress
 from kdfast.errors import OutputError, UsageError
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training samples.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
-Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate of SGD.")]
-Momentum = Annotated[float, typer.Option("--momentum", help="Momentum of SGD, in [0, 1), without Nesterov.")]
-WeightDecay = Annotated[float, typer.Option("--weight-decay", help="L2 penalty on every parameter.")]
+Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
+Momentum = Annotated[float, typer.Option("--momentum", help="Momentum of SGD, or beta1 of AdamW, in [0, 1).")]
+WeightDecay = Annotated[
+    float, typer.Option("--weight-decay", help="L2 penalty on every parameter; decoupled for AdamW.")
+]
 Schedule = Annotated[
     str,
     typer.Option(
@@ -174,6 +177,8 @@ def run(
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Monitoring, train
 
+    if plan.distributed.is_main:
+        recipe.announce_views(plan.source, plan.metadata["augment"])
     with (
         progress(label, shown=plan.distributed.is_main) as report,
         plan.distributed.process_group(plan.device),
