@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -192,7 +193,7 @@ class Trainer:
             self._average.update(self._step_on_device)
         self._count_step(loss.detach())
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> Callable[[Tensor], Tensor]:
         """Return the network to call: not the wrapped one while a part of it may get no gradient, which that needs."""
         several = self.plan.distributed.world_size > 1
         return self.net if several and self.in_initial_phase else self._forward
@@ -208,9 +209,8 @@ class Trainer:
                     mean(parameter.grad)
         for module in self.terms.modules():
             if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                mean(module.running_mean)
-                mean(module.running_var)
+                for name in ("running_mean", "running_var"):
+                    mean(module.get_buffer(name))
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32."""
