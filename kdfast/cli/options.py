@@ -80,8 +80,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Source of data: CIFAR-10/100 python archives, an SVHN .mat file, an image folder, an .npz file, FFCV "
-        "files written by `kdfast data convert`, or the word digits.",
+        help="Source of data: the files of CIFAR, SVHN, MNIST or STL-10, an image folder, a list of images, an .npz file, "
+        "Parquet, Arrow or webdataset files, FFCV files written by `kdfast data convert`, or the word digits.",
         metavar="PATH",
     ),
 ]
@@ -115,6 +115,15 @@ Order = Annotated[
         help="Order of an image folder's samples in a class that has sub-folders: path (sorted by path), or "
         "imagefolder (that of torchvision's ImageFolder). Pass the same to every command.",
         metavar="path|imagefolder",
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="For data without a test split: the share of every class of the training images to take as one, or share "
+        "and seed, such as 0.1:7. Pass the same to every command.",
+        metavar="SHARE[:SEED]",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**63 - 1)]

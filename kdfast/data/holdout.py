@@ -8,6 +8,7 @@ import numpy.typing as npt
 from kdfast.data.source import Pixels, Split, check_sample_ids
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
+from kdfast.files.remembered import combine_stamps
 
 
 def hold_out(
@@ -63,11 +64,12 @@ class SplitPart:
 
     def __init__(self, split: Split, ids: npt.ArrayLike) -> None:
         self._split, self._ids = split, check_sample_ids(ids, len(split))
+        self._labels = split.labels[self._ids]
 
     @property
     def labels(self) -> IntArray:
         """Class of each sample, int64 `(n,)`."""
-        return self._split.labels[self._ids]
+        return self._labels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,3 +82,7 @@ class SplitPart:
     def read(self, ids: npt.ArrayLike) -> Pixels:
         """Decode samples, integers `(b,)` in [0, n), to uint8 RGB `(b, H, W, 3)`."""
         return self._split.read(self._ids[check_sample_ids(ids, len(self))])
+
+    def stamp(self) -> str | None:
+        """Return a digest of the files that the samples are read from, and of the ids; None if it is not known."""
+        return combine_stamps(self._split, self._ids.tobytes())

@@ -50,6 +50,7 @@ class InputPaths:
         loader: `auto`, `ffcv` or `resident`.
         size: Side of the stored images in pixels, for folders of larger images.
         order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
+        split: The test split of data that has none, see `kdfast.data.readers.registry.open_source`.
         augment: Augmentation in place of the data's own, see `kdfast.data.augment.presets.augment_source`; or None.
     """
 
@@ -60,6 +61,7 @@ class InputPaths:
     loader: str = "auto"
     size: int | None = None
     order: str = "path"
+    split: str | None = None
     augment: str | None = None
 
 
@@ -281,7 +283,7 @@ def plan_run(
     if paths.subset is not None:
         check_subset_file(paths.subset)
     started = time.perf_counter()
-    source = open_source(paths.data, size=paths.size, order=paths.order)
+    source = open_source(paths.data, size=paths.size, order=paths.order, split=paths.split)
     source, views = augment_source(source, paths.augment, config.views)
     config = dataclasses.replace(config, views=views)
     subset = _read_subset(paths.subset, source, config.batch_size)

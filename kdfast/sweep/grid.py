@@ -44,6 +44,7 @@ class SweepConfig:
         loader: `auto`, `ffcv` or `resident`.
         size: Side in pixels of the stored images, for folders of larger images.
         order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
+        split: The test split of data that has none, see `kdfast.data.readers.registry.open_source`.
         device: Training device, see `kdfast.device.resolve_device`.
     """
 
@@ -62,6 +63,7 @@ class SweepConfig:
     loader: str = "auto"
     size: int | None = None
     order: str = "path"
+    split: str | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:

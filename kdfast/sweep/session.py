@@ -52,7 +52,7 @@ class Session:
     def __init__(self, config: SweepConfig) -> None:
         self._device = resolve_device(config.device)
         self.config = config
-        self._source = source = open_source(config.data, size=config.size, order=config.order)
+        self._source = source = open_source(config.data, size=config.size, order=config.order, split=config.split)
         self._check_sizes()
         labels, fingerprint = source.train.labels, source.fingerprint
         files = {

@@ -75,6 +75,7 @@ def build(
     ] = None,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     config: options.Config = None,
@@ -102,7 +103,7 @@ def build(
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     check_fit(model, source, str(teacher))
     ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
     kept = len(source.train) if ids is None else len(ids)
@@ -157,6 +158,7 @@ def verify(
     ] = 256,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     config: options.Config = None,
@@ -168,7 +170,7 @@ def verify(
     from kdfast.teacher.cache import TeacherCache
     from kdfast.teacher.verify import verify_cache
 
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     model = load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
     found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))

@@ -19,7 +19,7 @@ Src = Annotated[str, typer.Argument(help="Source of data, as for --data of other
 
 
 @app.command("info", cls=Command)
-def info(src: Src, size: options.Size = None, order: options.Order = "path") -> None:
+def info(src: Src, size: options.Size = None, order: options.Order = "path", split: options.Split = None) -> None:
     """Print the kind, splits, classes, views, statistics and fingerprint of a source."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.source import compute_normalization
@@ -27,7 +27,7 @@ def info(src: Src, size: options.Size = None, order: options.Order = "path") -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # printed below
-        source = open_source(src, size=size, order=order)
+        source = open_source(src, size=size, order=order, split=split)
     normalization = compute_normalization(source.train)
     height, width, _ = source.train.shape
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
@@ -65,6 +65,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write train.beton and test.beton into.")],
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     jpeg: Annotated[
         int | None, typer.Option("--jpeg", help="JPEG quality, 50 to 100; default: store raw pixels.", min=50, max=100)
     ] = None,
@@ -75,7 +76,7 @@ def convert(
     from kdfast.data.ffcv.write import convert as convert_source
     from kdfast.data.readers.registry import open_source
 
-    source = open_source(src, size=size, order=order)
+    source = open_source(src, size=size, order=order, split=split)
     if dry_run:
         check_out_folder(out, source)
         pixels = source.train.shape[0] * source.train.shape[1] * 3
@@ -100,13 +101,14 @@ def flip(
     share: Annotated[float, typer.Option("--share", help="Share of the training labels to change, in (0, 1).")] = 0.1,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
 ) -> None:
     """Make a source in which a seeded share of the training labels is wrong; the test split is unchanged."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import write_flipped
 
-    changed = write_flipped(open_source(src, size=size, order=order), src, out, share=share, seed=seed)
+    changed = write_flipped(open_source(src, size=size, order=order, split=split), src, out, share=share, seed=seed)
     show(
         f"{len(changed)} training labels of {src} changed; pass {out} as --data",
         {"changed": len(changed), "src": src, "out": str(out)},

@@ -66,6 +66,7 @@ def distill(
     resume: training.Resume = "auto",
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     log_every: training.LogEvery = 50,
@@ -103,6 +104,7 @@ def distill(
             loader=loader,
             size=size,
             order=order,
+            split=split,
             augment=augment,
         ),
         RunConfig(

@@ -74,6 +74,7 @@ def dynamics(
     loader: options.Loader = "auto",
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
@@ -124,7 +125,7 @@ def dynamics(
         record=record,
     )
     check_dynamics_folder(out)
-    source, views = augment_source(open_source(data, size=size, order=order), augment, views)
+    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     settings = dataclasses.replace(settings, views=views)
     if dry_run:
         build_net(net, len(source.classes))

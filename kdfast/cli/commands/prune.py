@@ -115,6 +115,7 @@ def prune(
     equal: Annotated[bool, typer.Option("--equal", hidden=True)] = False,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -152,7 +153,7 @@ def prune(
         teacher=teacher,
     )
     request.check()
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)

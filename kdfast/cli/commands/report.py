@@ -44,6 +44,7 @@ def scores(
     ] = 0.1,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     config: options.Config = None,
 ) -> None:
     """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
@@ -54,7 +55,7 @@ def scores(
 
     check_page_path(out)
     content = read_score_page_data(
-        open_source(data, size=size, order=order),
+        open_source(data, size=size, order=order, split=split),
         file,
         others=others or [],
         subsets=subset or [],

@@ -36,6 +36,7 @@ def score(
     ] = False,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -54,7 +55,7 @@ def score(
     check_score_path(out)
     score_options = complete_options(method, get_score(method).options, parse_options(option or []))
     place = str(resolve_device(device))
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
         show(

@@ -90,6 +90,7 @@ def sweep(
     loader: options.Loader = "auto",
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     device: options.Device = "auto",
     jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
     keep_runs: Annotated[
@@ -160,6 +161,7 @@ def sweep(
                 loader=loader,
                 size=size,
                 order=order,
+                split=split,
                 device=device,
             )
         )

@@ -48,6 +48,7 @@ def train(
     resume: training.Resume = "auto",
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     log_every: training.LogEvery = 50,
@@ -95,7 +96,7 @@ def train(
         cutmix=cutmix,
     )
     plan = plan_run(
-        InputPaths(data=data, loader=loader, size=size, order=order, augment=augment),
+        InputPaths(data=data, loader=loader, size=size, order=order, split=split, augment=augment),
         settings,
         device=place,
         execution=Execution(compile_network, cuda_graph),
@@ -159,6 +160,7 @@ def import_(
     ] = None,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     device: options.Device = "auto",
     force: options.Force = False,
     config: options.Config = None,
@@ -176,7 +178,7 @@ def import_(
 
     training.refuse_existing(out, force=force)
     normalization = _normalization(mean, std)
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     model, report = import_checkpoint(
         checkpoint,
         net=net,
@@ -239,6 +241,7 @@ def flatten(
     ] = 0,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
@@ -260,7 +263,7 @@ def flatten(
     settings = FlattenConfig(sharpness, rho, iterations, batch_size, lr, momentum, held, views, seed)
     place = resolve_device(device)
     model = load_model(teacher)
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     check_fit(model, source, str(teacher))
     described = describe_flattening(model, source, settings)
     state = out.with_name(f"{out.name}.state")

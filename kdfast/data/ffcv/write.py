@@ -27,7 +27,7 @@ from kdfast.data.ffcv.record import (
     seal_older,
     write_record,
 )
-from kdfast.data.readers.folders.folder import TEST_NAMES
+from kdfast.data.readers.folders.layout import TEST_NAMES, TRAIN_NAMES, find_folders
 from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
@@ -179,9 +179,10 @@ def write_beton(
 def check_out_folder(folder: Path, source: Source) -> None:
     """Raise OutputError if the folder is part of the source, or holds files and no record of a conversion."""
     resolved = folder.resolve()
-    if source.kind == "folder":
-        trees = [Path(source.path, name).resolve() for name in ("train", *TEST_NAMES)]
-        if any(resolved.is_relative_to(tree) for tree in trees):
+    if source.kind in ("folder", "classes"):
+        root = Path(source.path)
+        trees = find_folders(root, TRAIN_NAMES + TEST_NAMES) if source.kind == "folder" else [root]
+        if any(resolved.is_relative_to(tree.resolve()) for tree in trees):
             raise OutputError(f"{folder} is among the images of {source.path}: use another folder")
     if source.kind == "beton" and resolved == Path(source.path).resolve():
         raise OutputError(f"{folder} is the source itself: use another folder")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdfast.data.readers.folders.folder import FolderSplit
+from kdfast.data.readers.folders.image_split import ImageSplit
 from kdfast.data.readers.registry import open_source
 from kdfast.errors import DataError, DataWarning
 
@@ -60,7 +60,7 @@ def test_rejects_mixed_sizes_without_size(tmp_path, image_folder):
 
 
 def test_reading_rejects_a_size_that_opening_did_not_check(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr("kdfast.data.readers.folders.folder._CHECKED_AT_OPENING", 2)
+    monkeypatch.setattr("kdfast.data.readers.folders.image_split._CHECKED_AT_OPENING", 2)
     root = image_folder(tmp_path, per_class=5)
     Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "2.png")
     source = open_source(root)
@@ -126,7 +126,7 @@ def test_truncated_image_is_named(tmp_path, image_folder, cut):
 
 def test_rejects_wrong_structures(tmp_path, image_folder):
     root = image_folder(tmp_path / "no test", test="other")
-    with pytest.raises(DataError, match="neither test/ nor val/"):
+    with pytest.raises(DataError, match=r"no test split \(looked for test/, val/, valid/.*`split`, such as 0.1"):
         open_source(root)
     root = image_folder(tmp_path / "empty class")
     (root / "train" / "wasp").mkdir()
@@ -159,4 +159,4 @@ def test_view_spec_depends_on_the_size(tmp_path, image_folder):
 
 def test_rejects_an_empty_split():
     with pytest.raises(DataError, match="no image files"):
-        FolderSplit([], np.zeros(0, np.int64), None)
+        ImageSplit([], np.zeros(0, np.int64), None)

@@ -20,6 +20,7 @@ def evaluate(
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print the accuracy of each class.")] = False,
     size: options.Size = None,
     order: options.Order = "path",
+    split: options.Split = None,
     device: options.Device = "auto",
     config: options.Config = None,
 ) -> None:
@@ -35,7 +36,7 @@ def evaluate(
 
     loaded = load_model(model)
     other = None if teacher is None else load_model(teacher)
-    source = open_source(data, size=size, order=order)
+    source = open_source(data, size=size, order=order, split=split)
     check_fit(loaded, source, str(model))
     if other is not None:
         check_fit(other, source, str(teacher))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import math
 import struct
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
 
 from kdfast.errors import DataError
 from kdfast.files.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, open_regular
@@ -29,13 +31,29 @@ SUFFIXES = (".avif", ".bmp", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 _DEEP_MODES = ("I", "F")
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An image file inside another file, such as an archive or a table.
+
+    Attributes:
+        name: Its name, for messages.
+        read: Returns its bytes; may raise OSError.
+    """
+
+    name: str
+    read: Callable[[], bytes | memoryview]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def is_image_name(name: str) -> bool:
     """Return whether a file name ends like that of an image."""
     return name.lower().endswith(SUFFIXES)
 
 
 @contextlib.contextmanager
-def opened_image(file: str) -> Iterator[Image]:
+def opened_image(file: str | Encoded) -> Iterator[Image]:
     """Yield the image in a file, its pixels not yet decoded; turn all errors into one that names the file.
 
     Raises:
@@ -46,12 +64,12 @@ def opened_image(file: str) -> Iterator[Image]:
 
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with open_regular(file, MAX_IMAGE_BYTES) as stream, Image.open(stream, formats=_installed_formats()) as image:
+        with _open(file) as stream, Image.open(stream, formats=_installed_formats()) as image:
             limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or math.inf)
             if image.width * image.height > limit:
                 raise ValueError(f"its {image.width} x {image.height} pixels exceed the limit of {limit}")
             if image.mode.startswith(_DEEP_MODES):
-                raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel")
+                raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel; scale them to 0 to 255")
             yield image
     except UnidentifiedImageError as error:
         formats = ", ".join(_installed_formats())
@@ -64,6 +82,10 @@ def opened_image(file: str) -> Iterator[Image]:
         raise DataError(f"{file} cannot be read as an image ({reason}): replace or remove it") from error
 
 
+def _open(file: str | Encoded) -> BinaryIO:
+    return io.BytesIO(file.read()) if isinstance(file, Encoded) else open_regular(file, MAX_IMAGE_BYTES)
+
+
 @functools.lru_cache
 def _installed_formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that the installed Pillow reads; WebP and AVIF depend on how it was built."""
@@ -73,3 +95,10 @@ def _installed_formats() -> tuple[str, ...]:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"PIL.{name}ImagePlugin")
     return tuple(name.upper() for name in FORMATS if name.upper() in Image.OPEN)
+
+
+def decoder() -> str:
+    """Return what decodes the images, and its version: pixels of a JPEG file may differ between versions."""
+    import PIL
+
+    return f"Pillow {PIL.__version__}"

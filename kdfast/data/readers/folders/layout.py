@@ -1,8 +1,8 @@
 """Find the splits of an image folder: which files belong to which class.
 
 The training split has one sub-folder per class. The test split is the first of `TEST_NAMES` with labels: sub-folders
-named as classes, or the `val_annotations.txt` of Tiny-ImageNet, as downloaded, whose images lie in one folder. An
-unlabeled test split, as challenges publish it, is skipped.
+named as classes, or images in one folder with a list of their classes, such as the `val_annotations.txt` of
+Tiny-ImageNet. An unlabeled test split, as challenges publish it, is skipped. The case of the names does not matter.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from kdfast.data.readers.folders.annotations import find_annotations, own_annotations, read_annotations
 from kdfast.data.readers.folders.image_file import SUFFIXES
 from kdfast.data.readers.folders.image_list import ImageLister
+from kdfast.data.readers.folders.pairs import ANNOTATIONS
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
-from kdfast.files.inputs import MAX_TEXT_BYTES, read_bounded
 
-TEST_NAMES = ("test", "val")
-ANNOTATIONS = "val_annotations.txt"
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "val", "valid", "validation", "testing", "eval")
+LOOKED_FOR = "/, ".join(TEST_NAMES) + "/, in any case"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,28 @@ class ImageFiles:
     files: list[str]
     labels: IntArray
     notes: tuple[str, ...]
+
+
+def find_folders(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the sub-folders of a folder with one of the names, in the order of the names.
+
+    A name in lower case is preferred to the same in another case.
+
+    Raises:
+        DataError: Several folders differ only in the case of their names.
+    """
+    try:
+        with os.scandir(path) as entries:
+            folders = sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        same = [folder for folder in folders if folder.lower() == name]
+        if len(same) > 1 and name not in same:
+            raise DataError(f"{path} has {' and '.join(f'{folder}/' for folder in same)}: remove or rename all but one")
+        found += [name] if name in same else same
+    return [path / name for name in found]
 
 
 def list_train(root: Path, order: str) -> tuple[tuple[str, ...], ImageFiles]:
@@ -55,7 +79,7 @@ def list_train(root: Path, order: str) -> tuple[tuple[str, ...], ImageFiles]:
     return classes, _join(by_class, lister)
 
 
-def list_test(path: Path, classes: tuple[str, ...], order: str) -> ImageFiles:
+def list_test(path: Path, classes: tuple[str, ...], order: str) -> tuple[ImageFiles | None, tuple[str, ...]]:
     """Return the files of the first labeled test split, by class.
 
     Args:
@@ -63,22 +87,23 @@ def list_test(path: Path, classes: tuple[str, ...], order: str) -> ImageFiles:
         classes: Names of the classes.
         order: As for the training split.
 
+    Returns:
+        The files, or None if no test split has labels; and why the test splits before it were skipped.
+
     Raises:
-        DataError: There is no test split, none has labels, or the first with labels has classes that train/ lacks.
+        DataError: The first test split with labels has classes that train/ lacks, or its list of classes is wrong.
     """
-    roots = [path / name for name in TEST_NAMES if (path / name).is_dir()]
-    if not roots:
-        raise DataError(f"{path} has train/ but neither test/ nor val/: add one with the test images by class")
-    unlabeled: list[str] = []
-    for root in roots:
-        found = _list_sorted(root, classes, order) or _list_annotated(root, classes, order)
-        if isinstance(found, ImageFiles):
-            notes = tuple(f"{reason}; the test images are those of {root}" for reason in unlabeled)
-            return ImageFiles(found.files, found.labels, found.notes + notes)
-        unlabeled.append(_why_unlabeled(root, classes, order))
-    raise DataError(
-        f"{'; '.join(unlabeled)}: store test images as {roots[-1]}/<class>/<image files>, with the classes of train/"
-    )
+    roots = find_folders(path, TEST_NAMES)
+    # Lists that lie beside the folders come last: public ones name a dummy class for the images of a challenge.
+    for tables in (own_annotations, find_annotations):
+        unlabeled: list[str] = []
+        for root in roots:
+            found = _list_sorted(root, classes, order) or _list_annotated(root, tables(root), classes, order)
+            if isinstance(found, ImageFiles):
+                notes = tuple(f"{reason}; the test images are those of {root}" for reason in unlabeled)
+                return ImageFiles(found.files, found.labels, found.notes + notes), ()
+            unlabeled.append(_why_unlabeled(root, classes, order))
+    return None, tuple(unlabeled)
 
 
 def _list_sorted(root: Path, classes: tuple[str, ...], order: str) -> ImageFiles | None:
@@ -104,23 +129,24 @@ def _note_empty(root: Path, classes: list[str]) -> tuple[str, ...]:
     return (f"{root} has no images of {len(classes)} class{'es' * (len(classes) > 1)} of train/: {shown}",)
 
 
-def _list_annotated(root: Path, classes: tuple[str, ...], order: str) -> ImageFiles | None:
-    """Return the files of a split whose classes are in `ANNOTATIONS`; None without that file.
-
-    Each line holds a file name, its class and further values, separated by tabs.
+def _list_annotated(root: Path, table: Path | None, classes: tuple[str, ...], order: str) -> ImageFiles | None:
+    """Return the files of a split whose classes are in a list; None without a list, or if all have one class.
 
     Raises:
-        DataError: The annotations cannot be read, name an image twice or one that is missing, or an unknown class.
+        DataError: The list cannot be read, names an image twice or one that is missing, or an unknown class.
     """
-    table = root / ANNOTATIONS
-    if not table.exists():
+    if table is None:
         return None
-    labels = _read_annotations(table, classes)
-    lister = ImageLister(root, order, known=(ANNOTATIONS,))
+    labels, notes = read_annotations(table, classes)
+    if table.name != ANNOTATIONS and len(set(labels.values())) < min(len(classes), len(labels), 2):
+        return None
+    lister = ImageLister(root, order, known=(table.name,))
     listed = lister.list_images(root)
     paths = {os.path.basename(path): path for path in listed}
     if len(paths) < len(listed):
-        raise DataError(f"{root} has several images of one name, which {ANNOTATIONS} cannot tell apart: rename them")
+        raise DataError(f"{root} has several images of one name, which {table.name} cannot tell apart: rename them")
+    if not labels.keys() & paths.keys():  # a list of names without their suffixes
+        paths = {os.path.splitext(name)[0]: path for name, path in paths.items()}
     missing = sorted(labels.keys() - paths.keys())
     if missing:
         raise DataError(f"{table} names {len(missing)} images that {root} lacks, such as {missing[0]}: add them")
@@ -128,34 +154,11 @@ def _list_annotated(root: Path, classes: tuple[str, ...], order: str) -> ImageFi
     for name, path in paths.items():
         if name in labels:
             by_class[labels[name]].append(path)
-    extra = len(paths) - len(labels)
-    notes = (f"{root}: skipped {extra} images that {ANNOTATIONS} does not name",) if extra else ()
+    if extra := len(paths) - len(labels):
+        notes += (f"{root}: skipped {extra} images that {table.name} does not name",)
     found = _join(by_class, lister)
     empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
     return ImageFiles(found.files, found.labels, found.notes + notes + _note_empty(root, empty))
-
-
-def _read_annotations(table: Path, classes: tuple[str, ...]) -> dict[str, int]:
-    """Return the label of each image by its name."""
-    try:
-        lines = os.fsdecode(read_bounded(table, MAX_TEXT_BYTES)).splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {table}: {error.strerror or error}") from error
-    known = {name: label for label, name in enumerate(classes)}
-    labels: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, _, rest = line.partition("\t")
-        of_class = rest.partition("\t")[0]
-        if of_class not in known:
-            raise DataError(f"{table}, line {number}: {of_class[:80]!r} is not a class of train/: correct the line")
-        if name in labels:
-            raise DataError(f"{table}, line {number}: {name[:80]} appears twice: remove one of the lines")
-        labels[name] = known[of_class]
-    if not labels:
-        raise DataError(f"{table} is empty: download it again")
-    return labels
 
 
 def _why_unlabeled(root: Path, classes: tuple[str, ...], order: str) -> str:

@@ -1,0 +1,1 @@
+"""Files that hold many encoded images: Parquet and Arrow tables, and webdataset shards."""
