@@ -14,6 +14,7 @@ from typing import Any
 ALIASES = {
     "student": ("net",),
     "net": ("student",),
+    "teacher_net": ("model_net",),
     "fraction": ("fractions",),
     "fractions": ("fraction",),
     "seed": ("seeds",),

@@ -68,6 +68,25 @@ def choose_precision(value: str, device: torch.device) -> str:
     return precision
 
 
+def allow_code(names: list[str] | None) -> list[str] | None:
+    """Let checkpoints of these networks run their code."""
+    if names:
+        from kdfast.nets.sources.own_code import name_code
+
+        for name in names:
+            name_code(name)
+    return names
+
+
+def with_arguments(net: str, words: list[str] | None) -> str:
+    """Return the name of a network with the arguments of --net-arg."""
+    if not words:
+        return net
+    from kdfast.nets.sources.spec import add_arguments, parse_arguments
+
+    return add_arguments(net, parse_arguments(words))
+
+
 # What help shows for an option that is a path, also where the library takes a str.
 PATH = "<path>"
 
@@ -85,9 +104,50 @@ Data = Annotated[
         metavar="PATH",
     ),
 ]
-NETWORK = "Network, such as resnet8, torchvision:NAME or timm:NAME."
+NETWORK = (
+    "Network, such as resnet8; torchvision:NAME; timm:NAME; hf:FOLDER of a Hugging Face model; or your own code, "
+    "FILE.py:NAME or PACKAGE.MODULE:NAME, a class or function of the number of classes."
+)
 Net = Annotated[str, typer.Option("--net", help=NETWORK, metavar="NAME")]
 Student = Annotated[str, typer.Option("--student", help=NETWORK, metavar="NAME")]
+NetArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--net-arg",
+        help="Further argument of the network: a number, true, false, none, a list, or else text. Repeatable.",
+        metavar="NAME=VALUE",
+    ),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        "--pretrained",
+        help="Start from the weights of this file: a checkpoint of kdfast or of other code, .safetensors, or the "
+        "folder of a Hugging Face model. A classifier of another number of classes starts anew.",
+        metavar=PATH,
+    ),
+]
+TeacherNet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--teacher-net",
+        help="Code of your own that a model file may run, as for --student: needed if it holds a network of such code. "
+        "Repeatable.",
+        metavar="NAME",
+        callback=allow_code,
+    ),
+]
+ModelNet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--net",
+        help="Code of your own that the model file may run, as for `kdfast distill --student`: needed if it holds a "
+        "network of such code. Repeatable.",
+        metavar="NAME",
+        callback=allow_code,
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(

@@ -10,6 +10,8 @@ from typing import Any
 from kdfast.distill.losses.settings import INITIAL_SHARE, TermSetting
 from kdfast.distill.recipe.optimizer import LR_SCHEDULES, OPTIMIZERS
 from kdfast.errors import UsageError
+from kdfast.nets.initial import digest_weights
+from kdfast.nets.sources.reopen import identify
 from kdfast.ops.kd_loss.validation import check_temperature
 
 # Counts and their products stay in 64 bits.
@@ -20,7 +22,7 @@ LARGEST_MIXING = 1000.0  # the quantiles of narrower distributions are not exact
 # Settings that a run's config.json omits where they are the default, as runs of earlier versions do.
 OPTIONAL = (
     "ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs", "reshape_logits", "optimizer", "label_smoothing",
-    "ema", "clip", "mixup", "cutmix",
+    "ema", "clip", "mixup", "cutmix", "init",
 )  # fmt: skip
 
 
@@ -32,7 +34,7 @@ class RunConfig:
     which the pruning paper trains.
 
     Attributes:
-        student: Name of the network, a key of `kdfast.nets.NETS` or `torchvision:NAME` / `timm:NAME`.
+        student: Name of the network, with its arguments if it has any; see `kdfast.nets.build_net`.
         epochs: Passes over the subset.
         batch_size: Samples per step; the last, smaller batch of an epoch is kept.
         lr: Highest learning rate.
@@ -61,6 +63,7 @@ class RunConfig:
         clip: Largest norm of the gradient of all parameters together, to which larger ones are scaled; 0: any.
         mixup: a of mixup's Beta(a, a), see `kdfast.distill.recipe.mixing`; 0: none.
         cutmix: The same of CutMix.
+        init: File of the initial weights, see `kdfast.nets.initial.load_initial_weights`; None for random ones.
 
     Raises:
         UsageError: If a value is out of range.
@@ -92,6 +95,7 @@ class RunConfig:
     clip: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
@@ -180,10 +184,14 @@ class RunConfig:
         return round(INITIAL_SHARE * self.epochs) if self._has_initial_phase() else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; those of `OPTIONAL` only where they are not the default."""
+        """Return the settings as plain values; those of `OPTIONAL` only where they are not the default.
+
+        For the network's own code and the file of the initial weights, digests stand.
+        """
         fields = dataclasses.asdict(self) | {"terms": [term.to_dict() for term in self.terms], "taps": dict(self.taps)}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         unchanged = {name for name in OPTIONAL if getattr(self, name) == defaults[name]}
+        fields |= identify(self.student) | ({} if self.init is None else {"init": digest_weights(self.init)})
         return {name: value for name, value in fields.items() if name not in unchanged}
 
 

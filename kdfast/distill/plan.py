@@ -32,9 +32,9 @@ from kdfast.distill.losses.plan import TermPlan, collect_samples, plan_terms
 from kdfast.distill.recipe.mixing import Mixing
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
-from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit, check_training
+from kdfast.nets.initial import build_started_net
 from kdfast.teacher.cache import TeacherCache
 
 
@@ -237,7 +237,7 @@ class LoadedInputs:
         if not config.terms:
             return TermPlan()
         with torch.random.fork_rng(devices=[]):
-            student = build_net(config.student, len(self.source.classes))
+            student = build_started_net(config.student, len(self.source.classes), config.init)
         plan = plan_terms(
             config.terms,
             config.taps,
@@ -323,7 +323,7 @@ def check_student(
         UsageError: The network does not exist, or cannot train on images of this size or on that batch.
     """
     classes, size = len(source.classes), source.view_spec.size
-    net = build_net(config.student, classes)
+    net = build_started_net(config.student, classes, config.init)
     check_training(net, config.student, classes, size, device=device)
     last = samples % config.batch_size or config.batch_size
     if last // distributed.world_size > 1:

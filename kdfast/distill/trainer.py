@@ -26,8 +26,8 @@ from kdfast.distill.targets import CachedFeatures, CachedTargets, OnlineTargets
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.files import schemas
 from kdfast.files.validate import check_type
-from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.initial import build_started_net
 from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
@@ -52,7 +52,7 @@ class Trainer:
         self.total_steps = config.epochs * self.batches.per_epoch
         warmup_steps = round(config.warmup_epochs * self.batches.per_epoch)
         torch.manual_seed(config.seed)
-        self.net = build_net(config.student, len(plan.source.classes))
+        self.net = build_started_net(config.student, len(plan.source.classes), config.init)
         self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Initialized after the student, whose weights do not depend on the terms.
         samples = collect_samples(plan.source, plan.ids, config.seed)

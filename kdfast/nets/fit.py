@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast.data.source import Source
-from kdfast.errors import CheckpointError, KdfastError, UsageError
+from kdfast.errors import CheckpointError, DataWarning, KdfastError, UsageError
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.head import reorder_classifier
 
 _BATCH = 2  # the smallest batch with a variance
 _SHOWN = 4
@@ -21,11 +23,12 @@ _SHOWN = 4
 def check_fit(model: Model, source: Source, name: str) -> None:
     """Check that a model serves a data source: number, names and order of the classes, and the size of the images.
 
-    Names that are only numbers in order, 0, 1, ..., are no names: they agree with all others of the same number. One
-    small batch runs through the network.
+    Names that are only numbers in order, 0, 1, ..., are no names: they agree with all others of the same number. Where
+    the names are those of the data in another order, the model's outputs are brought into the data's order, with a
+    `DataWarning`. One small batch runs through the network.
 
     Args:
-        model: The model.
+        model: The model; its classifier changes if its classes have another order.
         source: The data.
         name: The model's file, for messages.
 
@@ -37,6 +40,7 @@ def check_fit(model: Model, source: Source, name: str) -> None:
             f"{name} has {model.classes} classes, but {source.path} has {len(source.classes)} classes: use a network "
             "trained on this data"
         )
+    _bring_into_order(model, source, name)
     check_class_names(model, source, name)
     try:
         check_logits(model.net, model.name, model.classes, source.view_spec.size)
@@ -73,6 +77,25 @@ def check_class_names(model: Model, source: Source, name: str | None = None) -> 
             f"names, rename them: {command}"
         )
     raise CheckpointError(f"{name or model.name} {what}: {listed}{rest}. To go on, {advice}")
+
+
+def _bring_into_order(model: Model, source: Source, name: str) -> None:
+    """Reorder the outputs of a model whose classes have the names of the data's, if these tell the classes apart."""
+    theirs, ours = model.class_names, source.classes
+    if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
+        return
+    # Numbers may be names or positions.
+    if _are_numbers(theirs) or _are_numbers(ours):
+        return
+    order = [theirs.index(label) for label in ours]
+    reorder_classifier(model.net, model.name, order)
+    model.class_names = ours
+    shown = ", ".join(ours[:_SHOWN]) + ", ..." * (len(ours) > _SHOWN)
+    warnings.warn(
+        f"{name} has the data's classes in another order: its outputs are reordered by name ({shown})",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 def check_training(

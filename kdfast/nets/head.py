@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kdfast.errors import ShapeError, UsageError
+from kdfast.errors import CheckpointError, ShapeError, UsageError
 
 
 def find_classifier(net: nn.Module) -> nn.Linear:
@@ -22,6 +24,31 @@ def find_classifier(net: nn.Module) -> nn.Linear:
     if last is None:
         raise UsageError(f"{type(net).__name__} has no nn.Linear: pass a network that ends in a linear classifier")
     return last
+
+
+@torch.no_grad()
+def reorder_classifier(net: nn.Module, name: str, order: Sequence[int]) -> None:
+    """Let logit i be what was logit order[i].
+
+    Args:
+        net: A network that ends in a linear layer.
+        name: Its name, for the message.
+        order: A permutation of the classes.
+
+    Raises:
+        CheckpointError: The last linear layer has another width, so it does not compute the logits.
+        UsageError: The network has no linear layer.
+    """
+    head = find_classifier(net)
+    if head.out_features != len(order):
+        raise CheckpointError(
+            f"the last linear layer of {name} does not compute its logits, so its classes cannot be reordered: rename "
+            "the classes of the data"
+        )
+    index = torch.tensor(order, device=head.weight.device)
+    head.weight.copy_(head.weight[index])
+    if head.bias is not None:
+        head.bias.copy_(head.bias[index])
 
 
 def forward_with_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

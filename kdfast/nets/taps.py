@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.nets.head import find_classifier
+from kdfast.nets.cifar.deep_resnet import DeepResNet
+from kdfast.nets.cifar.mobilenetv2 import MobileNetV2
 from kdfast.nets.cifar.resnet import CifarResNet
+from kdfast.nets.cifar.vgg import VGG
 from kdfast.nets.cifar.wrn import WideResNet
+from kdfast.nets.head import find_classifier
 
 STAGES = ("stage1", "stage2", "stage3")
 PREACTIVATIONS = ("preactivation1", "preactivation2", "preactivation3")
@@ -29,7 +32,8 @@ def default_places(net: nn.Module) -> dict[str, str]:
 
     Returns:
         A place for each tap's name: a module's name, for its output, or the name and `@input`, for its input. The
-        stages are those of RepDistiller: after the ReLU in a ResNet, before it in a wide ResNet.
+        stages are those of RepDistiller: after the ReLU in a ResNet or VGG, before it in a wide ResNet; of a network
+        with more than three, the last three. MobileNetV2 has no ReLU there, so that its preactivations are its stages.
     """
     classifier = find_classifier(net)
     head = next(name for name, module in net.named_modules() if module is classifier)
@@ -42,6 +46,16 @@ def default_places(net: nn.Module) -> dict[str, str]:
         blocks = ("block1", "block2", "block3")
         norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
         return {"stem": "conv1", **dict(zip(STAGES + PREACTIVATIONS, (*blocks, *norms), strict=True)), **places}
+    if isinstance(net, DeepResNet):
+        layers = ("layer2", "layer3", "layer4")
+        last = [f"{layer}.{len(net.get_submodule(layer)) - 1}.last_relu{INPUT}" for layer in layers]  # type: ignore[arg-type]
+        return {"stem": "relu", **dict(zip(STAGES + PREACTIVATIONS, (*layers, *last), strict=True)), **places}
+    if isinstance(net, VGG):
+        after = ("relu2", "relu3", "relu4", "block2", "block3", "block4")
+        return {"stem": "relu0", **dict(zip(STAGES + PREACTIVATIONS, after, strict=True)), **places}
+    if isinstance(net, MobileNetV2):
+        blocks = ("blocks.2", "blocks.4", "blocks.6")
+        return {"stem": "conv1", **dict(zip(STAGES + PREACTIVATIONS, blocks * 2, strict=True)), **places}
     return places
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdfast.nets.outputs import keep_hooks
+
 
 def fold_batch_norms(net: nn.Module) -> nn.Module:
     """Return a network with fewer layers and the same outputs up to rounding.
@@ -36,4 +38,4 @@ def fold_batch_norms(net: nn.Module) -> nn.Module:
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced
+    return keep_hooks(net, traced)  # tracing leaves out those of the network itself

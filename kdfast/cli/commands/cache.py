@@ -23,6 +23,7 @@ def build(
         str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
     ] = None,
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Teacher, T.pt.")] = None,
+    teacher_net: options.TeacherNet = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the cache; the same command resumes it.")] = None,
     subset: Annotated[
         str | None,
@@ -156,6 +157,7 @@ def verify(
     samples: Annotated[
         int, typer.Option("--samples", help="Random entries to compute again and compare.", min=1)
     ] = 256,
+    teacher_net: options.TeacherNet = None,
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,

@@ -18,6 +18,8 @@ def dynamics(
     data: options.Data,
     net: options.Net,
     out: Annotated[Path, typer.Option("--out", help="Folder of the recording; the same command resumes it.")],
+    net_arg: options.NetArg = None,
+    init: options.Init = None,
     epochs: training.Epochs = 30,
     runs: Annotated[int, typer.Option("--runs", help="Training runs; run r uses seed + r.", min=1)] = 1,
     only: Annotated[
@@ -91,16 +93,17 @@ def dynamics(
     from kdfast.data.source import compute_normalization
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
-    from kdfast.distill.plan import LoadedInputs
+    from kdfast.distill.distributed import Distributed
+    from kdfast.distill.plan import LoadedInputs, check_student
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
     from kdfast.dynamics.format import bits_per_sample
     from kdfast.dynamics.plan import check_dynamics_folder, check_top_k
-    from kdfast.nets.registry import build_net
 
     place = resolve_device(device)
     settings = RunConfig(
-        student=net,
+        student=options.with_arguments(net, net_arg),
+        init=init,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -128,7 +131,7 @@ def dynamics(
     source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     settings = dataclasses.replace(settings, views=views)
     if dry_run:
-        build_net(net, len(source.classes))
+        check_student(settings, len(source.train), source, Distributed(), place)
         check_top_k(top_k, len(source.classes))
         bits = bits_per_sample(top_k, len(source.classes), record)
         bits *= len(source.train) * (epochs // record_every) * runs

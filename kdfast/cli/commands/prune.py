@@ -113,6 +113,7 @@ def prune(
     ] = None,
     balanced: Annotated[bool | None, typer.Option("--balanced/--unbalanced", hidden=True)] = None,
     equal: Annotated[bool, typer.Option("--equal", hidden=True)] = False,
+    teacher_net: options.TeacherNet = None,
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,

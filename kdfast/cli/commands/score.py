@@ -34,6 +34,7 @@ def score(
             "--help-options", help="Print every option of --method and exit; without --method, of all scores."
         ),
     ] = False,
+    teacher_net: options.TeacherNet = None,
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,

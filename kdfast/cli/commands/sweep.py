@@ -26,6 +26,8 @@ def sweep(
         str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
     ] = None,
     student: Annotated[str | None, typer.Option("--student", help=options.NETWORK, metavar="NAME")] = None,
+    net_arg: options.NetArg = None,
+    init: options.Init = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -127,7 +129,8 @@ def sweep(
         if data is None or student is None:
             raise UsageError("a sweep needs --data and --student: pass both, or --report-only")
         settings = {
-            "student": student,
+            "student": options.with_arguments(student, net_arg),
+            **({} if init is None else {"init": init}),
             "batch_size": batch_size,
             "lr": lr,
             "momentum": momentum,

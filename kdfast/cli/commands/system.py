@@ -12,7 +12,7 @@ import typer
 from kdfast.cli.output import say, show
 from kdfast.cli.threads import describe_threads
 
-PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision")
+PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "tensorboard", "timm", "torchvision", "transformers")
 
 
 def _print_version(context: typer.Context, asked: bool) -> None:

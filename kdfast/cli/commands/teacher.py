@@ -28,6 +28,8 @@ def train(
     data: options.Data,
     net: options.Net,
     out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt; the run folder is T.pt.run.")],
+    net_arg: options.NetArg = None,
+    init: options.Init = None,
     epochs: training.Epochs = 240,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
@@ -77,7 +79,8 @@ def train(
         training.check_trained_model(out, folder)
     place = resolve_device(device)
     settings = RunConfig(
-        student=net,
+        student=options.with_arguments(net, net_arg),
+        init=init,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -126,6 +129,7 @@ def import_(
     data: options.Data,
     net: options.Net,
     out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt.")],
+    net_arg: options.NetArg = None,
     mean: Annotated[
         str | None,
         typer.Option(
@@ -181,7 +185,7 @@ def import_(
     source = open_source(data, size=size, order=order, split=split)
     model, report = import_checkpoint(
         checkpoint,
-        net=net,
+        net=options.with_arguments(net, net_arg),
         classes=len(source.classes),
         class_names=source.classes,
         normalization=normalization,
@@ -207,6 +211,7 @@ def flatten(
     out: Annotated[
         Path, typer.Option("--out", help="Model file to write; until then, OUT.state holds what the command resumes.")
     ],
+    teacher_net: options.TeacherNet = None,
     sharpness: Annotated[
         str,
         typer.Option(

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdfast.errors import CheckpointError, DataError, OutputError, UsageError, describe_changes
 from kdfast.files import matches_seal, read_json, refuse_links, schemas, visible_entries, without_seal
-from kdfast.nets.checkpoint import load_model
+from kdfast.nets.checkpoint import check_finite, read_model_file
 
 # Key of config.json whose value is informative only; all other keys are compared before a run resumes.
 METADATA_KEY = "started_with"
@@ -42,12 +42,13 @@ def read_finished_run(path: Path) -> dict[str, Any] | None:
         return None
     advice = f"delete {student} and run the same command again, which writes it anew"
     try:
-        model = load_model(student, advice=advice)
+        content = read_model_file(student, advice=advice)
+        check_finite(student, content["state_dict"])
     except CheckpointError as error:
         rest = "" if advice in str(error) else f"; or {advice}"
         raise CheckpointError(f"the run is finished, but {error}{rest}") from error
-    same_accuracy = model.metadata.get("test_top1", result["test_top1"]) == result["test_top1"]
-    if model.digest != result["weights"] or not same_accuracy:
+    same_accuracy = content["metadata"].get("test_top1", result["test_top1"]) == result["test_top1"]
+    if content["digest"] != result["weights"] or not same_accuracy:
         raise CheckpointError(f"{student} is not the student that {file} describes: {advice}")
     return result
 

@@ -1,9 +1,11 @@
-"""Residual networks for small images: three stages of n blocks, depth 6n + 2, widths 16, 32, 64.
+"""Residual networks for small images: three stages of n blocks, depth 6n + 2.
 
 Layer names are those of RepDistiller (option B) and of the common CIFAR-10 reproduction of the paper (option A), so
 that their weights load unchanged.
 
-Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, with widths 16, 32, 64. The
+networks named x4 have four times these widths and a stem of 32 channels: Tian et al., "Contrastive Representation
+Distillation", ICLR 2020.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2, for example 20.
         classes: Width of the output.
+        channels: Channels of the images.
+        widths: Channels after the stem and in each stage.
         shortcut: "B": a 1x1 convolution with batch norm where the shape changes, and a classifier named ``fc``. "A":
             parameter-free, and a classifier named ``linear``.
 
@@ -88,19 +92,28 @@ class CifarResNet(nn.Module):
         UsageError: The depth is not 6n + 2.
     """
 
-    def __init__(self, depth: int, classes: int, shortcut: Shortcut = "B") -> None:
+    def __init__(
+        self,
+        depth: int,
+        classes: int,
+        shortcut: Shortcut = "B",
+        *,
+        channels: int = 3,
+        widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise UsageError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...); got {depth}")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        stem, first, second, third = widths
+        self.conv1 = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(16, 16, 1, blocks, shortcut)
-        self.layer2 = self._stage(16, 32, 2, blocks, shortcut)
-        self.layer3 = self._stage(32, 64, 2, blocks, shortcut)
+        self.layer1 = self._stage(stem, first, 1, blocks, shortcut)
+        self.layer2 = self._stage(first, second, 2, blocks, shortcut)
+        self.layer3 = self._stage(second, third, 2, blocks, shortcut)
         self.head_name = "linear" if shortcut == "A" else "fc"
-        self.add_module(self.head_name, nn.Linear(64, classes))
+        self.add_module(self.head_name, nn.Linear(third, classes))
         init_convolutions(self)
 
     @staticmethod
@@ -109,7 +122,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1, shortcut) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, h, w) -> logits (B, classes)."""
+        """Images (B, channels, h, w) -> logits (B, classes)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         head = cast(nn.Linear, self.get_submodule(self.head_name))

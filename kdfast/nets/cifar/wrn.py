@@ -53,19 +53,20 @@ class WideResNet(nn.Module):
         depth: 6n + 4.
         widen: Factor k of the stage widths 16, 32, 64; at least 2.
         classes: Width of the output.
+        channels: Channels of the images.
 
     Raises:
         UsageError: The depth is not 6n + 4, or widen is below 2.
     """
 
-    def __init__(self, depth: int, widen: int, classes: int) -> None:
+    def __init__(self, depth: int, widen: int, classes: int, *, channels: int = 3) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise UsageError(f"a wide ResNet has depth 6n + 4 (10, 16, 22, 28, 34, 40, ...); got {depth}")
         if widen < 2:
             raise UsageError(f"a wide ResNet needs a widening factor of at least 2; got {widen}")
         blocks = (depth - 4) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.block1 = Stage(16, 16 * widen, 1, blocks)
         self.block2 = Stage(16 * widen, 32 * widen, 2, blocks)
         self.block3 = Stage(32 * widen, 64 * widen, 2, blocks)
@@ -75,6 +76,6 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, h, w) -> logits (B, classes)."""
+        """Images (B, channels, h, w) -> logits (B, classes)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return cast(Tensor, self.fc(global_average(F.relu(self.bn1(x)))))

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast.data.views import Normalization
 from kdfast.errors import CheckpointError, UsageError
 from kdfast.nets.checkpoint import Model, check_finite, is_own_checkpoint, load_model
-from kdfast.nets.head import find_classifier
+from kdfast.nets.head import reorder_classifier
 from kdfast.nets.importing.leftovers import StoredNormalization, drop_ignored
 from kdfast.nets.importing.matching import match_tensors
 from kdfast.nets.importing.prefixes import select_prefix
@@ -166,7 +166,7 @@ def _import_own(
     old, new = model.class_names, model.class_names if class_names is None else tuple(class_names)
     notes = []
     if old != new and sorted(old) == sorted(new) and len(set(old)) == classes:
-        _reorder_classifier(model, torch.tensor([old.index(name) for name in new]))
+        reorder_classifier(model.net, model.name, [old.index(name) for name in new])
         notes.append(f"outputs reordered by name: {', '.join(new[:8])}{', ...' if classes > 8 else ''}")
     elif old != new:
         changed = [f"{a} -> {b}" for a, b in zip(old, new, strict=True) if a != b]
@@ -175,17 +175,3 @@ def _import_own(
     model.metadata["imported_from"] = Path(path).name
     report = ImportReport(path=str(path), net=net, classes=classes, matched=len(model.net.state_dict()))
     return model, report.with_notes(notes)
-
-
-@torch.no_grad()
-def _reorder_classifier(model: Model, order: Tensor) -> None:
-    """Let output i be what was output order[i]."""
-    head = find_classifier(model.net)
-    if head.out_features != model.classes:
-        raise CheckpointError(
-            f"the last linear layer of {model.name} does not compute its logits, so its classes cannot be reordered: "
-            "rename the classes of the data"
-        )
-    head.weight.copy_(head.weight[order])
-    if head.bias is not None:
-        head.bias.copy_(head.bias[order])

@@ -18,6 +18,7 @@ def evaluate(
         Path | None, typer.Option("--teacher", help="Teacher, T.pt, to also count the images on which both agree.")
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print the accuracy of each class.")] = False,
+    model_net: options.ModelNet = None,
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,

@@ -1,0 +1,60 @@
+"""Networks of Hugging Face model folders: the folder's config.json says which; its weights are a separate matter.
+
+Only classes of the installed transformers are used, never code in the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from kdfast.errors import UsageError, did_you_mean
+from kdfast.nets.sources.libraries import check_not_loading, first_line, open_library
+
+
+def build_hugging_face_net(folder: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a newly initialized image classifier of a Hugging Face model folder.
+
+    Args:
+        folder: A folder with a config.json.
+        classes: Width of the output.
+        arguments: Values that replace those of config.json, such as `image_size`.
+
+    Raises:
+        LibraryError: transformers is not installed, or does not work.
+        UsageError: The folder is none of a classifier of images, or an argument is none of its configuration.
+    """
+    place = Path(folder).expanduser()
+    file = place / "config.json"
+    if not file.is_file():
+        raise UsageError(f"hf:{folder}: there is no {file}: pass a local folder of a model, downloaded before")
+    transformers = open_library("transformers", f"hf:{folder}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the readers of hundreds of configurations
+        raise UsageError(f"{file} cannot be used ({first_line(error)}): pass the folder of another model") from error
+    _set_values(config, f"hf:{folder}", {**arguments})
+    config.num_labels = classes
+    try:
+        net = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise UsageError(
+            f"hf:{folder} cannot be built as a classifier of images with {classes} classes ({first_line(error)}): "
+            "choose another network"
+        ) from error
+    return cast(nn.Module, net.float())
+
+
+def _set_values(config: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    check_not_loading(name, arguments)
+    # Names with an underscore choose implementations, some of which are downloaded.
+    known = [key for key in config.to_dict() if not key.startswith("_") and key != "auto_map"]
+    for key, value in arguments.items():
+        if key not in known:
+            raise UsageError(
+                f"`net_arg` {key} is not in the configuration of {name}: {did_you_mean(key, known)}omit it"
+            )
+        setattr(config, key, value)
