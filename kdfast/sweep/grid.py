@@ -11,7 +11,7 @@ from typing import Any
 from kdfast.data.order import batch_count
 from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.losses.alpha import parse_alpha
-from kdfast.errors import UsageError
+from kdfast.errors import UsageError, unknown_name
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec
 from kdfast.sweep.summary import BASELINE
@@ -41,10 +41,13 @@ class SweepConfig:
         cache: Folder of the teacher's cache, for runs with the teacher and for scores computed from it.
         dynamics: Folder of recorded training dynamics, for scores computed from them.
         scores: Score files, by the names that `methods` gives them.
+        key: Keys of the scores in those that another program wrote, by the same names; see `read_scores`.
+        higher: What a high score means in those, "hard" or "easy", by the same names.
         loader: `auto`, `ffcv` or `resident`.
         size: Side in pixels of the stored images, for folders of larger images.
         order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
         split: The test split of data that has none, see `kdfast.data.readers.registry.open_source`.
+        augment: Augmentation in place of the data's own, see `kdfast.data.augment.presets.augment_source`; or None.
         device: Training device, see `kdfast.device.resolve_device`.
     """
 
@@ -60,10 +63,13 @@ class SweepConfig:
     cache: str | None = None
     dynamics: str | None = None
     scores: dict[str, str] = field(default_factory=dict)
+    key: dict[str, str] = field(default_factory=dict)
+    higher: dict[str, str] = field(default_factory=dict)
     loader: str = "auto"
     size: int | None = None
     order: str = "path"
     split: str | None = None
+    augment: str | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -80,6 +86,10 @@ class SweepConfig:
             )
         for seed in self.seeds:
             self.run_config(0, seed=seed)
+        for option, given in (("key", self.key), ("higher", self.higher)):
+            for file in given:
+                if file not in self.scores:
+                    raise unknown_name(f"`{option}`: `scores` has no file named", file, self.scores)
         if True in self.kd:
             if self.cache is None:
                 raise UsageError("runs with the teacher need `cache`: make one with kdfast cache, or set `kd` to off")
@@ -106,7 +116,14 @@ class SweepConfig:
         loss = self.run_config(0, seed=0, kd=True).to_dict()
         teacher = {"alpha": self.alpha, **{k: loss[k] for k in LOSS_FIELDS if k in loss}} if kd else {}
         omitted = () if kd else ("temperature",)
-        return {"steps": self.steps, **{k: v for k, v in self.settings.items() if k not in omitted}, **teacher}
+        augment = {} if self.augment is None else {"augment": self.augment}
+        return {
+            "steps": self.steps,
+            **augment,
+            **{k: v for k, v in self.settings.items() if k not in omitted},
+            **{k: loss[k] for k in ("student", "student_code", "init") if k in loss},
+            **teacher,
+        }
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _MARKUP = re.compile(r"[\\`*|<$]|(?<![^\W_])_|_(?![^\W_])")
 
 _SHOWN = (
     "student", "steps", "batch_size", "lr", "schedule", "precision", "ce", "alpha", "temperature", "terms",
-    "terms_warmup_epochs", "views",
+    "terms_warmup_epochs", "views", "optimizer", "label_smoothing", "ema", "clip", "augment", "mixup", "cutmix",
 )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 import kdfast
+from kdfast.data.augment.presets import augment_source
 from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
-from kdfast.data.source import compute_normalization
+from kdfast.data.source import Source, compute_normalization
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
@@ -25,7 +26,8 @@ from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
 from kdfast.progress import Progress
-from kdfast.prune.score_file import ScoreFile, read_scores
+from kdfast.prune.own_scores import describe_scores
+from kdfast.prune.score_file import ScoreFile, open_scores
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.select import SubsetPipeline
 from kdfast.sweep.grid import SweepConfig, SweepRun
@@ -51,12 +53,16 @@ class Session:
 
     def __init__(self, config: SweepConfig) -> None:
         self._device = resolve_device(config.device)
-        self.config = config
-        self._source = source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+        source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+        if config.augment is not None:
+            source, views = augment_source(source, config.augment, config.settings.get("views", 0))
+            config = dataclasses.replace(config, settings={**config.settings, "views": views})
+        self.config, self._source = config, source
         self._check_sizes()
         labels, fingerprint = source.train.labels, source.fingerprint
-        files = {
-            name: read_scores(path, n=len(labels), fingerprint=fingerprint) for name, path in config.scores.items()
+        self._files = files = {
+            name: open_scores(path, source, key=config.key.get(name), higher=config.higher.get(name))
+            for name, path in config.scores.items()
         }
         given = frozenset(name for name in ("cache", "dynamics") if getattr(config, name) is not None)
         self._recipes = _recipes(config, files, given)
@@ -104,6 +110,16 @@ class Session:
             for recipe in self._recipes
             for kd in config.kd
         ]
+
+    @property
+    def source(self) -> Source:
+        """The data, with the augmentation of the sweep."""
+        return self._source
+
+    def describe_scores(self) -> list[str]:
+        """Return how each score file of another program was read, one line each."""
+        lines = (describe_scores(file.method, file.parameters) for file in self._files.values())
+        return [line for line in lines if line is not None]
 
     def count_samples(self, fraction: float) -> int:
         """Return how many samples a fraction keeps."""

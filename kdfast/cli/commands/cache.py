@@ -9,6 +9,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.command import Command, Group
+from kdfast.cli.commands import recipe
 from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
@@ -39,6 +40,7 @@ def build(
     view_seed: Annotated[
         int, typer.Option("--view-seed", help="Seed that chooses the views.", min=0, max=2**63 - 1)
     ] = 0,
+    augment: recipe.Augment = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -91,8 +93,9 @@ def build(
         raise UsageError("--data, --teacher and --out are required: see kdfast cache --help")
     import numpy as np
 
+    from kdfast.data.augment.presets import augment_source
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_file, read_subset
+    from kdfast.data.subset import check_subset_file, open_subset
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.nets.fit import check_fit
@@ -104,9 +107,9 @@ def build(
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
-    source = open_source(data, size=size, order=order, split=split)
+    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     check_fit(model, source, str(teacher))
-    ids = None if subset is None else read_subset(subset, n=len(source.train), fingerprint=source.fingerprint).ids
+    ids = None if subset is None else open_subset(subset, source).ids
     kept = len(source.train) if ids is None else len(ids)
     n_views = views or source.view_spec.count
     if top_k is None and temperature is not None:
@@ -125,6 +128,7 @@ def build(
             {"dry_run": True, "samples": kept, "views": n_views, "bytes": kept * n_views * row_bytes, "out": str(out)},
         )
         return
+    recipe.announce_views(source, augment)
     with progress("cache") as report:
         build_cache(
             source,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.commands import training
+from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
@@ -65,12 +65,26 @@ def sweep(
             metavar="NAME=FILE",
         ),
     ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help=f"{options.KEY_HELP}; repeatable.", metavar="NAME=KEY")
+    ] = None,
+    higher: Annotated[
+        list[str] | None,
+        typer.Option("--higher", help=f"{options.HIGHER_HELP}; repeatable.", metavar="NAME=hard|easy"),
+    ] = None,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
     momentum: training.Momentum = 0.9,
     weight_decay: training.WeightDecay = 5e-4,
     schedule: training.Schedule = "cosine",
     warmup_epochs: training.Warmup = 0.0,
+    optimizer: recipe.Optimizer = "sgd",
+    label_smoothing: recipe.LabelSmoothing = 0.0,
+    ema: recipe.Ema = 0.0,
+    clip: recipe.Clip = 0.0,
+    augment: recipe.Augment = None,
+    mixup: recipe.Mixup = 0.0,
+    cutmix: recipe.CutMix = 0.0,
     alpha: Annotated[
         str,
         typer.Option(
@@ -141,6 +155,14 @@ def sweep(
             "views": views,
             "view_seed": view_seed,
             "precision": options.choose_precision(precision, resolve_device(device)),
+            **recipe.changed(
+                optimizer=optimizer,
+                label_smoothing=label_smoothing,
+                ema=ema,
+                clip=clip,
+                mixup=mixup,
+                cutmix=cutmix,
+            ),
         }
         loss = {
             "ce": ce_weight,
@@ -160,17 +182,23 @@ def sweep(
                 loss=loss,
                 cache=cache,
                 dynamics=dynamics,
-                scores=dict(_parse_score_file(text) for text in scores or ()),
+                scores=_parse_pairs("--scores", "NAME=FILE", scores),
+                key=_parse_pairs("--key", "NAME=KEY", key),
+                higher=_parse_pairs("--higher", "NAME=hard or NAME=easy", higher),
                 loader=loader,
                 size=size,
                 order=order,
                 split=split,
+                augment=augment,
                 device=device,
             )
         )
+        for how in session.describe_scores():
+            note(how)
         if dry_run:
             show(*_plan(session, out))
             return
+        recipe.announce_views(session.source, augment)
         with progress("sweep") as report:
             run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
     table = report_sweep(out)
@@ -205,8 +233,11 @@ def _parse_numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple
         raise UsageError(f"{flag} is {text!r}: pass numbers separated by commas") from error
 
 
-def _parse_score_file(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise UsageError(f"--scores is {text!r}: pass NAME=FILE")
-    return name, path
+def _parse_pairs(flag: str, form: str, texts: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{flag} is {text!r}: pass {form}")
+        pairs[name] = value
+    return pairs
