@@ -12,7 +12,7 @@ from kdfast.progress import Progress
 from kdfast.prune.flat_scores import FVM, flatten_network, fvm_scores, state_paths
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.registry import RULES, get_rule
-from kdfast.prune.score_file import ScoreFile, read_scores
+from kdfast.prune.score_file import ScoreFile, open_scores
 from kdfast.prune.scores.base import HOW_TO_GET
 from kdfast.prune.scores.compute import ScoreSources
 from kdfast.prune.scores.registry import SCORES
@@ -52,6 +52,8 @@ class PruneRequest:
         fractions: Shares of the training split to keep, one subset each.
         method: A key of `SCORES` or `SELECTORS`; None: `random`, unless `scores` is given.
         scores: A score file to use instead of a score, or None.
+        key: Which array of `scores` to use, if another program wrote it; None: the only one.
+        higher: What a high score in it means, "hard" or "easy"; None: hard.
         rule: A key of `RULES`; None: the rule published with the score.
         options: Options of the rule, or of the selector.
         score_options: Options of the score; for a selector, of the score that its option `score` names.
@@ -66,6 +68,8 @@ class PruneRequest:
     fractions: tuple[float, ...]
     method: str | None = None
     scores: Path | None = None
+    key: str | None = None
+    higher: str | None = None
     rule: str | None = None
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     score_options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -92,6 +96,9 @@ class PruneRequest:
         Raises:
             UsageError: A name or an option does not exist, or arguments exclude each other or are missing.
         """
+        for given in ("key", "higher"):
+            if self.scores is None and getattr(self, given) is not None:
+                raise UsageError(f"`{given}` says how to read `scores`, which is not given: pass it too")
         if self.scores is not None and not self.uses_selector:
             if self.method is not None or self.score_options:
                 raise UsageError(
@@ -160,7 +167,7 @@ class PruneRequest:
         files: dict[str, ScoreFile] = {}
         name = score = self.method or "random"
         if self.scores is not None:
-            file = read_scores(self.scores, n=len(source.train), fingerprint=source.fingerprint)
+            file = open_scores(self.scores, source, key=self.key, higher=self.higher)
             files = {self._file_names[0]: file}
             if not self.uses_selector:
                 name, score = self._file_names[0], file.method

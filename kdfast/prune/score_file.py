@@ -1,4 +1,4 @@
-"""scores.npz: one score per training sample, with its provenance."""
+"""scores.npz: one score per training sample, with its provenance. Scores of other programs are read too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ import numpy as np
 
 import kdfast
 from kdfast.data.arrays import as_values
+from kdfast.data.source import Source, sample_files
+from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, UsageError
-from kdfast.files import atomic_write, check_replaceable, check_writable, schemas
+from kdfast.files import atomic_write, check_replaceable, check_writable, schemas, sha256_file
 from kdfast.files.arrays import read_npz
 from kdfast.files.validate import check_type, decode_json
+from kdfast.prune.own_scores import read_own_scores
+from kdfast.prune.own_scores.formats import LOADERS, can_read
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import check_values
 
@@ -113,26 +118,64 @@ def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:
         np.savez(file, **stored)
 
 
-def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> ScoreFile:
-    """Read scores.npz, and check that it belongs to the data.
+def open_scores(
+    path: str | os.PathLike[str], source: Source, *, key: str | None = None, higher: str | None = None
+) -> ScoreFile:
+    """Read the scores of a source's training split; arguments and errors as for `read_scores`."""
+    return read_scores(
+        path,
+        n=len(source.train),
+        fingerprint=source.fingerprint,
+        key=key,
+        higher=higher,
+        files=sample_files(source.train),
+        labels=source.train.labels,
+    )
+
+
+def read_scores(
+    path: str | os.PathLike[str],
+    *,
+    n: int,
+    fingerprint: str,
+    key: str | None = None,
+    higher: str | None = None,
+    files: Sequence[str] | None = None,
+    labels: IntArray | None = None,
+) -> ScoreFile:
+    """Read scores.npz, and check that it belongs to the data; or read the scores of another program.
 
     Args:
-        path: The file.
+        path: The file: scores.npz, or one that `kdfast.prune.own_scores` reads.
         n: Number of training samples of the data.
         fingerprint: Fingerprint of the data.
+        key: Which array of another program's file holds the scores. None: the only one.
+        higher: What a high score in another program's file means, "hard" or "easy". None: hard.
+        files: The path of each training sample, which paths in the file are compared with. None: the samples are no
+            files.
+        labels: int64 (n,), the class of each sample, to tell them from scores. None: not compared.
 
     Raises:
-        DataError: The file is missing, damaged, or not a score file (the message says how to bring other scores), has
-            another length, belongs to other data, or is not finite.
+        DataError: The file is missing, damaged, or of another kind (the message says how to bring other scores), has
+            another length, belongs to other data, is not finite, or may be read in two ways.
+        UsageError: `key` or `higher` is wrong, missing, or given for scores of kdfast.
     """
-    if not Path(path).exists():
+    file = Path(path)
+    if not file.exists():
         raise DataError(f"there is no {path}: make it with kdfast score")
-    if _is_foreign(Path(path)):
-        raise DataError(
-            f"{path} is not a score file of kdfast: score this data with kdfast score or, for scores of your own, call "
-            f"write_scores('own.npz', ScoreFile(scores, 'own', '{fingerprint}')) of kdfast.prune.score_file, with one "
-            "float64 per training sample, higher = harder"
-        )
+    if is_foreign(file):
+        if not can_read(file) or (file.suffix.lower() == ".npz" and not zipfile.is_zipfile(file)):
+            raise DataError(
+                f"{path} is not a score file of kdfast, nor one of {', '.join(LOADERS)} as other programs write them: "
+                f"score this data with kdfast score or, for scores of your own, call write_scores('own.npz', "
+                f"ScoreFile(scores, 'own', '{fingerprint}')) of kdfast.prune.score_file, with one float64 per training "
+                "sample, higher = harder"
+            )
+        own = read_own_scores(file, n=n, key=key, higher=higher, files=files, labels=labels)
+        return ScoreFile(own.values, own.name, fingerprint, {}, own.parameters, {"score file": sha256_file(file)})
+    for name, value in (("key", key), ("higher", higher)):
+        if value is not None:
+            raise UsageError(f"{path} was written by kdfast, so higher = harder and it has one score: omit `{name}`")
     arrays = read_npz(path, member_bytes=_MAX_BYTES, advice=_SCORE_AGAIN)
     about = _pop_about(arrays, path)
     scores = arrays.pop(_SCORES)
@@ -160,7 +203,7 @@ def read_scores(path: str | os.PathLike[str], *, n: int, fingerprint: str) -> Sc
     return content
 
 
-def _is_foreign(path: Path) -> bool:
+def is_foreign(path: Path) -> bool:
     """Return whether a file is not even a damaged score file: no .npz archive, or one without a description."""
     if not path.is_file():
         return False

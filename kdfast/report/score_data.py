@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdfast.data.source import Source, sample_files
-from kdfast.data.subset import Subset, read_subset
-from kdfast.prune.score_file import ScoreFile, read_scores
+from kdfast.data.source import Source
+from kdfast.data.subset import Subset, open_subset
+from kdfast.errors import UsageError
+from kdfast.prune.score_file import ScoreFile, is_foreign, open_scores
 from kdfast.teacher.cache import TeacherCache
 
 
@@ -42,6 +43,8 @@ def read_score_page_data(
     scores: Path,
     *,
     others: Sequence[Path] = (),
+    key: Sequence[str] = (),
+    higher: Sequence[str] = (),
     subsets: Sequence[Path] = (),
     cache: Path | None = None,
     sample_classes: int = 5,
@@ -54,6 +57,8 @@ def read_score_page_data(
         source: The data.
         scores: The score file that the page is about.
         others: Further score files.
+        key: Keys of the scores in files of other programs: one for all of these files, or one for each score file.
+        higher: What a high score means in them, "hard" or "easy": likewise.
         subsets: Subset files.
         cache: Folder of a teacher's cache, or None.
         sample_classes: As in `ScorePageData`, like the following arguments.
@@ -63,11 +68,16 @@ def read_score_page_data(
     Raises:
         DataError, SubsetError, CacheMismatch: A file is missing, damaged, or belongs to other data.
     """
-    n, fingerprint, files = len(source.train), source.fingerprint, sample_files(source.train)
-    score_files = [read_scores(path, n=n, fingerprint=fingerprint) for path in (scores, *others)]
-    names = _unique_names([file.method for file in score_files], [path.stem for path in (scores, *others)])
+    paths = [scores, *others]
+    score_files = [
+        open_scores(path, source, key=own_key, higher=own_higher)
+        for path, own_key, own_higher in zip(
+            paths, _one_each("key", key, paths), _one_each("higher", higher, paths), strict=True
+        )
+    ]
+    names = _unique_names([file.method for file in score_files], [path.stem for path in paths])
     subset_names = _unique_names([path.stem for path in subsets], [str(path) for path in subsets])
-    read = [read_subset(path, n=n, fingerprint=fingerprint, files=files) for path in subsets]
+    read = [open_subset(path, source) for path in subsets]
     first, *more = score_files
     return ScorePageData(
         source,
@@ -79,6 +89,17 @@ def read_score_page_data(
         samples_per_end,
         fraction,
     )
+
+
+def _one_each(name: str, given: Sequence[str], paths: Sequence[Path]) -> list[str | None]:
+    """Return the value for each score file; one value is for all files that kdfast did not write."""
+    if len(given) > 1 and len(given) != len(paths):
+        raise UsageError(
+            f"`{name}` is given {len(given)} times for {len(paths)} score files: pass it once, or for each"
+        )
+    if len(given) == 1 and len(paths) > 1:
+        return [given[0] if is_foreign(path) else None for path in paths]
+    return list(given) or [None] * len(paths)
 
 
 def _unique_names(names: list[str], details: list[str]) -> list[str]:

@@ -67,3 +67,21 @@ def test_parses_name_value_texts() -> None:
             parse_options([bad])
     with pytest.raises(UsageError, match="twice"):
         parse_options(["a=1", "a=2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "when"),
+    [
+        ("score influence", {"temperature": 2}, "with alpha above 0"),
+        ("score influence", {"kind": "self", "holdout": 0.2}, "with kind=removal or absolute"),
+        ("score grand", {"network": "full", "epochs": "1..3"}, "with network=head"),
+        ("rule dual", {"mu": 0.5, "anchors": 3}, "without mu"),
+        ("rule bws", {"start": 0.5, "ridge": 2}, "without start"),
+    ],
+)
+def test_an_option_that_has_no_effect_beside_the_others_is_refused(name: str, given: dict, when: str) -> None:
+    options, last = ENTRIES[name].options, list(given)[-1]
+    with pytest.raises(UsageError, match=f"{last}=.* has an effect only {when}: change that, or omit {last}"):
+        complete_options(name, options, given)
+    complete_options(name, options, {**given, last: options[last].default})
+    complete_options(name, options, complete_options(name, options, {}))

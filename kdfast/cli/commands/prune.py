@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from kdfast.cli.commands.score import Cache, Dynamics
 from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdfast.prune.select import Selection
 
 # Values of --balance, and the words that the library writes to disk.
 BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
@@ -46,9 +49,13 @@ def prune(
         Path | None,
         typer.Option(
             "--scores",
-            help="Score file written by `kdfast score`, to select by with a rule, or to rank by with a --method that "
-            "selects the subset directly.",
+            help="Score file written by `kdfast score`, or scores of your own (.npy, .npz, .csv, .txt, .pt, .pickle), "
+            "to select by with a rule, or to rank by with a --method that selects the subset directly.",
         ),
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help=f"{options.KEY_HELP}.", metavar="KEY")] = None,
+    higher: Annotated[
+        str | None, typer.Option("--higher", help=f"{options.HIGHER_HELP}.", metavar=options.HIGHER)
     ] = None,
     method: Annotated[
         str | None,
@@ -124,7 +131,7 @@ def prune(
 ) -> None:
     """Select the training samples to keep and write their indices, one subset file per fraction.
 
-    A subset file is a one-dimensional int64 array saved with np.save, so you can also make your own.
+    A subset file is a one-dimensional array of integers saved with np.save, so you can also make your own.
     """
     import numpy as np
 
@@ -143,6 +150,8 @@ def prune(
         fractions=tuple(fraction),
         method=method,
         scores=scores,
+        key=key,
+        higher=higher,
         rule=rule,
         options=parse_options(option or []),
         score_options=parse_options(score_option or []),
@@ -181,7 +190,7 @@ def prune(
     if request.ranks_by_fvm:
         for path in state_paths(paths[0]):
             path.unlink(missing_ok=True)
-    lines, found_facts = [], []
+    lines, found_facts = _describe_scores(selections[0]), []
     for path, selection in zip(paths, selections, strict=True):
         counts = np.bincount(source.train.labels[selection.ids], minlength=len(source.classes))
         least, most = counts.min(), counts.max()
@@ -192,6 +201,15 @@ def prune(
         )
         found_facts.append({"out": str(path), "kept": len(selection.ids), "per_class": counts.tolist()})
     show("\n".join(lines), {"of": len(source.train), "subsets": found_facts, "dry_run": dry_run})
+
+
+def _describe_scores(selection: Selection) -> list[str]:
+    """Return a line about how a file of another program was read, if the scores come from one."""
+    from kdfast.prune.own_scores import describe_scores
+
+    scored = {"method": selection.provenance["method"], **selection.provenance["parameters"].get("score", {})}
+    text = describe_scores(scored["method"], scored)
+    return [] if text is None else [f"{text}{'' if scored['higher'] == 'easy' else '; if not: --higher easy'}"]
 
 
 def _balance(context: typer.Context, balance: str | None, balanced: bool | None, equal: bool) -> str:

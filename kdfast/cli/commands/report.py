@@ -10,14 +10,16 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.command import Command
 from kdfast.cli.commands.score import Cache
-from kdfast.cli.output import show
+from kdfast.cli.output import note, show
 
 app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 
 
 @app.command("scores", cls=Command)
 def scores(
-    file: Annotated[Path, typer.Argument(help="Score file written by `kdfast score`.", metavar="SCORES")],
+    file: Annotated[
+        Path, typer.Argument(help="Score file written by `kdfast score`, or scores of your own.", metavar="SCORES")
+    ],
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")],
     cache: Cache = None,
@@ -28,6 +30,18 @@ def scores(
     others: Annotated[
         list[Path] | None,
         typer.Option("--scores", help="Score file of the same data to compare with; repeatable.", metavar=options.PATH),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option("--key", help=f"{options.KEY_HELP}; once, or once for each file, SCORES first.", metavar="KEY"),
+    ] = None,
+    higher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--higher",
+            help=f"{options.HIGHER_HELP}; once, or once for each file, SCORES first.",
+            metavar=options.HIGHER,
+        ),
     ] = None,
     classes: Annotated[int, typer.Option("--classes", help="Number of classes of which to show samples.", min=1)] = 5,
     each: Annotated[
@@ -49,6 +63,7 @@ def scores(
 ) -> None:
     """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
     from kdfast.data.readers.registry import open_source
+    from kdfast.prune.own_scores import describe_scores
     from kdfast.report.page import check_page_path
     from kdfast.report.score_data import read_score_page_data
     from kdfast.report.score_page import write_score_page
@@ -58,6 +73,8 @@ def scores(
         open_source(data, size=size, order=order, split=split),
         file,
         others=others or [],
+        key=key or [],
+        higher=higher or [],
         subsets=subset or [],
         cache=cache,
         sample_classes=classes,
@@ -65,6 +82,9 @@ def scores(
         fraction=fraction,
     )
     size_bytes = write_score_page(content, out)
+    for scored in (content.scored, *content.others.values()):
+        if (how := describe_scores(scored.method, scored.parameters)) is not None:
+            note(how)
     show(
         f"wrote {out}: {size_bytes / 1e6:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores",
         {"out": str(out), "bytes": size_bytes, "scores": len(content.scored.scores), "method": content.scored.method},

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from kdfast.data.subset.budgets import class_budgets, subset_size
-from kdfast.data.subset.file import Subset, check_subset_file, check_subset_path, read_subset, write_subset
+from kdfast.data.subset.file import (
+    Subset,
+    check_subset_file,
+    check_subset_path,
+    open_subset,
+    read_subset,
+    write_subset,
+)
 
 __all__ = [
     "Subset",
     "check_subset_file",
     "check_subset_path",
     "class_budgets",
+    "open_subset",
     "read_subset",
     "subset_size",
     "write_subset",

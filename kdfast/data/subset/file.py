@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import kdfast
+from kdfast.data.source import Source, sample_files
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset.formats import load_subset
 from kdfast.data.subset.ids import check_ids, check_range, mask_to_ids
@@ -93,6 +94,17 @@ def read_subset(
             f"{file} keeps {len(ids)} samples, fewer than one batch of {batch_size}: keep more or lower `batch_size`"
         )
     return Subset(ids, provenance, file)
+
+
+def open_subset(path: str | os.PathLike[str], source: Source, *, batch_size: int | None = None) -> Subset:
+    """Read a subset file of a source's training split; arguments and errors as for `read_subset`."""
+    return read_subset(
+        path,
+        n=len(source.train),
+        fingerprint=source.fingerprint,
+        batch_size=batch_size,
+        files=sample_files(source.train),
+    )
 
 
 def check_subset_file(path: str | os.PathLike[str]) -> None:

@@ -205,8 +205,10 @@ def test_rejects_bad_inputs(cloud):
     z, h, y = cloud.logits, cloud.features, cloud.labels
     with pytest.raises(ShapeError, match="one row per"):
         QUICK.fit(z[:-1], h, y, 0.2)
-    with pytest.raises(ShapeError, match="float32"):
-        QUICK.fit(z, h.double(), y, 0.2)
+    with pytest.raises(ShapeError, match="features.* are torch.int64 .*pass floats"):
+        QUICK.fit(z, h.long(), y, 0.2)
+    with pytest.raises(DataError, match="features of 1200 samples are not finite"):
+        QUICK.fit(z, h.double() * 1e300, y, 0.2)
     with pytest.raises(DataError, match="`labels` are float32"):
         QUICK.fit(z, h, y.astype(np.float32), 0.2)
     broken = h.clone()
@@ -334,3 +336,15 @@ def test_distillation_seconds_grow_with_the_number_of_samples(monkeypatch):
     # Every step lasts one tick: 240 epochs of ceil(100 / 64) = 2 and of 4 steps.
     assert distillation_seconds(100, 3, (32, 32)) == 480
     assert distillation_seconds(256, 3, (32, 32)) == 960
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_width_are_those_converted_to_float32(cloud, dtype):
+    z, h = cloud.logits.to(dtype), cloud.features.to(dtype)
+    expected = QUICK.fit(z.float(), h.float(), cloud.labels, 0.2, scores=cloud.scores)
+    found = QUICK.fit(z, h, cloud.labels, 0.2, scores=cloud.scores)
+    assert (found.ids == expected.ids).all()
+    assert found.path == expected.path
+    if dtype != torch.bfloat16:
+        arrays = QUICK.fit(z.numpy(), h.numpy(), cloud.labels, 0.2, scores=cloud.scores)
+        assert (arrays.ids == expected.ids).all()

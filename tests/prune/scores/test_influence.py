@@ -150,3 +150,9 @@ def test_classes_of_one_sample_each_are_refused():
     with pytest.raises(DataError, match=r"single training sample.*kind=self"):
         score((values, values, labels))
     assert np.isfinite(score((values, values, labels), kind="self")).all()
+
+
+def test_the_temperature_needs_alpha(problem):
+    with pytest.raises(UsageError, match="temperature=2.0 of influence has an effect only with alpha above 0"):
+        score(problem, temperature=2.0)
+    assert not np.array_equal(score(problem, temperature=2.0, alpha=0.5), score(problem, alpha=0.5))
