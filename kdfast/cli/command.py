@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +13,13 @@ from typer.core import TyperCommand, TyperGroup
 
 from kdfast.cli.output import MODE
 from kdfast.cli.paths import check_paths, check_words
+from kdfast.errors import UsageError
 
 # The network that a command trains: --student where a teacher takes part, --net elsewhere; each accepts the other.
 HIDDEN_SPELLINGS = {"net": "--student", "student": "--net"}
+
+# Key of a context's meta with the words of the command line.
+WORDS = "kdfast.words"
 
 
 def _store(_context: typer.Context, parameter: typer.CallbackParam, value: bool) -> bool:
@@ -67,13 +73,23 @@ class _Checked:
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line."""
         check_words(args)
+        ctx.meta[WORDS] = list(args)
         parsed: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
         return parsed
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         check_paths(self.params, ctx.params)
+        _check_numbers(ctx.params)
         return super().invoke(ctx)  # type: ignore[misc]
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise UsageError if an argument is NaN, which passes every comparison with bounds that it should fail."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+            raise UsageError(f"`{name}` is nan: pass a number")
 
 
 class Group(_Checked, TyperGroup):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdfast.cli.config_file import load_defaults
+from kdfast.cli.config.read import load_defaults
+from kdfast.cli.config.write import write_config
 from kdfast.cli.output import complain
 from kdfast.errors import UsageError, did_you_mean
 
@@ -201,9 +202,20 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="YAML file with one `option: value` per line; options on the command line override it.",
+        help="YAML file with one `option: value` per line, or the config.json of a run; options on the command line "
+        "override it.",
         is_eager=True,
         callback=load_defaults,
+    ),
+]
+WriteConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--write-config",
+        help="Write a YAML file for --config with every option, its value here or its default, and its help; do "
+        "nothing else.",
+        is_eager=True,
+        callback=write_config,
     ),
 ]
 Loader = Annotated[

@@ -299,7 +299,8 @@ def plan_run(
     teacher = TeacherTargets() if not config.needs_teacher else _open_teacher(paths, source, subset.ids, stage_seconds)
     loader = make_loader(source.train, paths.loader, device)
     inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
-    metadata = dataclasses.asdict(paths)
+    # The identity has the names of an own network and its initial weights without the paths to them.
+    metadata = {**dataclasses.asdict(paths), "student_spec": config.student, "init_path": config.init}
     return inputs.plan(
         config,
         subset.ids,

@@ -83,6 +83,7 @@ def distill(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
+    write_config: options.WriteConfig = None,
 ) -> None:
     """Distill a teacher into a student on a subset of the data.
 

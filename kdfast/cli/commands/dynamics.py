@@ -82,6 +82,7 @@ def dynamics(
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
     dry_run: options.DryRun = False,
     config: options.Config = None,
+    write_config: options.WriteConfig = None,
 ) -> None:
     """Train one network per run and record its outputs for every unaugmented training sample after each epoch.
 

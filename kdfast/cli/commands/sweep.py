@@ -121,6 +121,7 @@ def sweep(
     ] = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
+    write_config: options.WriteConfig = None,
 ) -> None:
     """Train a student for each method, fraction and seed, with and without the teacher, and compare them in one table.
 

@@ -64,6 +64,7 @@ def train(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
+    write_config: options.WriteConfig = None,
 ) -> None:
     """Train a network on the labels of the whole training split; the same command resumes it."""
     from kdfast.device import resolve_device
@@ -196,7 +197,8 @@ def import_(
     check_fit(model, source, str(checkpoint))
     note(report.summary())
     scores = evaluate(model, source.test, device=resolve_device(device), view_spec=source.view_spec)
-    model.metadata.update({"imported_from": checkpoint.name, "test_top1": scores["top1"], "test_top5": scores["top5"]})
+    model.metadata.update({"imported_from": checkpoint.name, "input_size": list(source.view_spec.size)})
+    model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
     save_model(out, model)
     show(
         f"test top-1 {scores['top1']:.2f}  top-5 {scores['top5']:.2f}; written to {out}",

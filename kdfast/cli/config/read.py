@@ -1,4 +1,4 @@
-"""The YAML file that gives a command's options their defaults."""
+"""The YAML file, or a run's config.json, that gives a command's options their defaults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from kdfast.cli.command import HIDDEN_SPELLINGS
+from kdfast.cli.config.run import STARTED, options_of_run
 from kdfast.errors import UsageError, did_you_mean
 
 _MAX_DEPTH = 8  # of nested mappings and lists; the options need two
@@ -16,7 +17,9 @@ _SHOWN_REASON = 400
 
 
 def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
-    """Read the defaults of a command's options from a YAML mapping; options on the command line override them.
+    """Read the defaults of a command's options from a YAML mapping, or from the config.json of a run.
+
+    Options on the command line override them.
 
     Raises:
         UsageError: The file cannot be read, is not a mapping, or has a key or a value that the command does not accept.
@@ -29,11 +32,13 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
     known = {
         spelling.lstrip("-"): parameter for parameter in context.command.params for spelling in _spellings(parameter)
     }
+    if isinstance(values.get(STARTED), dict):
+        values = options_of_run(values, known, str(path))
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         word = str(key).replace("_", "-")
         parameter = known.get(word)
-        if parameter is None or parameter.name in ("config", "help", "help_options"):
+        if parameter is None or parameter.name in ("config", "write_config", "help", "help_options"):
             shown = sorted(name for name, parameter in known.items() if not getattr(parameter, "hidden", False))
             hint = did_you_mean(word[:_SHOWN], shown)
             raise UsageError(f"--config {path}: no option {_short(repr(key))}: {hint}known: {', '.join(shown)}")

@@ -1,0 +1,1 @@
+"""Files of options: YAML that gives defaults, the config.json of runs, and a file with every option."""
