@@ -100,7 +100,7 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Source of data: the files of CIFAR, SVHN, MNIST or STL-10, an image folder, a list of images, an .npz file, "
+        help="Source of data: files of CIFAR, SVHN, MNIST or STL-10, an image folder, a list of images, an .npz file, "
         "Parquet, Arrow or webdataset files, FFCV files written by `kdfast data convert`, or the word digits.",
         metavar="PATH",
     ),
