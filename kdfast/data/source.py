@@ -25,6 +25,7 @@ from kdfast.files.remembered import remembered
 Pixels = npt.NDArray[np.uint8]
 
 _BLOCK_BYTES = 16 << 20
+_FEW = 16
 _CROPS = 128  # recorded crops per sample, similar to the 162 views of padded CIFAR images
 
 
@@ -135,6 +136,11 @@ class Source:
         """Digest of the decoded training split (see `compute_fingerprint`), unless recorded; computed on first use."""
         return compute_fingerprint(self.train, len(self.classes)) if self.recorded is None else self.recorded
 
+    @functools.cached_property
+    def gray(self) -> bool:
+        """Whether all training images are gray, their three channels equal; computed on first use."""
+        return remembered(self.train, "gray", lambda: [int(_is_gray(self.train))]) == [1]
+
 
 class DataDigest:
     """SHA-256 of the sample count, class count and image shape, then the decoded pixels, then the labels.
@@ -203,6 +209,12 @@ def compute_normalization(split: Split) -> Normalization:
 def sample_files(split: Split) -> Sequence[str] | None:
     """Return the path of each sample's file; None if the samples are no files of their own."""
     return getattr(split, "files", None)
+
+
+def _is_gray(split: Split) -> bool:
+    few = np.arange(min(len(split), _FEW), dtype=np.int64)  # images with color end the search early
+    pixels = (split.read(ids) for ids in (few, *id_blocks(split)))
+    return all(np.array_equal(block[..., :1].repeat(3, axis=-1), block) for block in pixels)
 
 
 def _channel_sums(split: Split) -> list[int]:

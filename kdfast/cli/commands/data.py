@@ -33,7 +33,7 @@ def info(src: Src, size: options.Size = None, order: options.Order = "path", spl
     counts = [int((source.train.labels == label).sum()) for label in range(len(source.classes))]
     lines = [
         f"{source.path}: {source.kind}, {len(source.train)} training and {len(source.test)} test images",
-        f"images       {height} x {width} x 3, uint8",
+        f"images       {height} x {width} x 3, uint8{', gray: three equal channels' * source.gray}",
         f"classes      {len(source.classes)}: {', '.join(source.classes[:10])}{', ...' * (len(source.classes) > 10)}",
         f"per class    {min(counts)} to {max(counts)} training images",
         f"views        {source.view_spec.count} ({source.view_spec.kind}{', flipped too' * source.view_spec.flip})",
@@ -48,6 +48,7 @@ def info(src: Src, size: options.Size = None, order: options.Order = "path", spl
         "train": len(source.train),
         "test": len(source.test),
         "shape": list(source.train.shape),
+        "gray": source.gray,
         "classes": list(source.classes),
         "per_class": counts,
         "views": source.view_spec.to_dict() | {"count": source.view_spec.count},
