@@ -19,6 +19,12 @@ def pytest_collection_finish():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory):
+    """Keep what commands remember of files out of the user's cache folder."""
+    os.environ["KDFAST_CACHE_DIR"] = str(tmp_path_factory.mktemp("remembered"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)
