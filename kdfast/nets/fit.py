@@ -15,7 +15,6 @@ from kdfast.data.source import Source
 from kdfast.errors import CheckpointError, DataWarning, KdfastError, UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import reorder_classifier
-from kdfast.nets.head import reorder_classifier
 
 _BATCH = 2  # the smallest batch with a variance
 _SHOWN = 4
@@ -41,7 +40,6 @@ def check_fit(model: Model, source: Source, name: str) -> None:
             f"{name} has {model.classes} classes, but {source.path} has {len(source.classes)} classes: use a network "
             "trained on this data"
         )
-    _bring_into_order(model, source, name)
     _bring_into_order(model, source, name)
     check_class_names(model, source, name)
     try:
@@ -79,25 +77,6 @@ def check_class_names(model: Model, source: Source, name: str | None = None) -> 
             f"names, rename them: {command}"
         )
     raise CheckpointError(f"{name or model.name} {what}: {listed}{rest}. To go on, {advice}")
-
-
-def _bring_into_order(model: Model, source: Source, name: str) -> None:
-    """Reorder the outputs of a model whose classes have the names of the data's, if these tell the classes apart."""
-    theirs, ours = model.class_names, source.classes
-    if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
-        return
-    # Numbers may be names or positions.
-    if _are_numbers(theirs) or _are_numbers(ours):
-        return
-    order = [theirs.index(label) for label in ours]
-    reorder_classifier(model.net, model.name, order)
-    model.class_names = ours
-    shown = ", ".join(ours[:_SHOWN]) + ", ..." * (len(ours) > _SHOWN)
-    warnings.warn(
-        f"{name} has the data's classes in another order: its outputs are reordered by name ({shown})",
-        DataWarning,
-        stacklevel=3,
-    )
 
 
 def _bring_into_order(model: Model, source: Source, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 from torch import nn
 
@@ -14,10 +13,8 @@ from kdfast.nets.checkpoint import check_finite, is_own_checkpoint, read_model_f
 from kdfast.nets.head import find_classifier
 from kdfast.nets.importing.matching import match_tensors
 from kdfast.nets.importing.report import ImportReport
-from kdfast.nets.importing.weights import find_weights, read_content
+from kdfast.nets.importing.weights import find_weights, read_content, weights_file
 from kdfast.nets.registry import build_net
-
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face
 
 
 def build_started_net(name: str, classes: int, init: str | None) -> nn.Module:
@@ -48,7 +45,7 @@ def load_initial_weights(net: nn.Module, path: str | os.PathLike[str], *, name: 
             match the network.
     """
     file = weights_file(path)
-    content = read_content(file)
+    content = read_content(path, name)
     own = is_own_checkpoint(content)
     state = read_model_file(file)["state_dict"] if own else find_weights(content, file).tensors
     tensors, report = match_tensors(state, net, str(file), name, classes)
@@ -59,21 +56,6 @@ def load_initial_weights(net: nn.Module, path: str | os.PathLike[str], *, name: 
     check_finite(file, tensors)
     net.load_state_dict(tensors, strict=False)
     return tuple(sorted(kept))
-
-
-def weights_file(path: str | os.PathLike[str]) -> Path:
-    """Return the file with the weights: the path itself, or that of a Hugging Face model if it is a folder.
-
-    Raises:
-        CheckpointError: The folder has none.
-    """
-    place = Path(path)
-    if not place.is_dir():
-        return place
-    for name in _WEIGHTS:
-        if (place / name).is_file():
-            return place / name
-    raise CheckpointError(f"{place} is a folder without {' or '.join(_WEIGHTS)}: pass the file that has the weights")
 
 
 def digest_weights(path: str | os.PathLike[str]) -> str:

@@ -42,7 +42,8 @@ def import_checkpoint(
     its class names in another order; otherwise `class_names` replace them one by one.
 
     Args:
-        path: A .safetensors file, or a ``torch.save`` file (.pt, .pth, .th, ...) with a state dict, bare or in a dict.
+        path: A .safetensors file, or a ``torch.save`` file (.pt, .pth, .th, ...) with a state dict, bare or in a dict;
+            or the folder of a Hugging Face model, which has one of these.
         net: The architecture, a name of `build_net`.
         classes: Number of classes.
         normalization: Input normalization used in training; None if the file holds it. A wrong one silently costs
@@ -65,7 +66,7 @@ def import_checkpoint(
         raise UsageError(
             f"`class_names` has {len(class_names)} names for {classes} classes: pass one name for each class"
         )
-    content = read_content(path)
+    content = read_content(path, net)
     if key is None and prefix is None and is_own_checkpoint(content):
         return _import_own(path, net, classes, normalization, class_names)
     module = build_net(net, classes)
@@ -158,9 +159,7 @@ def _import_own(
     normalization: Normalization | None,
     class_names: Sequence[str] | None,
 ) -> tuple[Model, ImportReport]:
-    model = load_model(path, classes=classes)
-    if model.name != net:
-        raise CheckpointError(f"{path} holds {model.name}, not {net}: set `net` to {model.name}")
+    model = load_model(path, classes=classes, net=net)
     stored = StoredNormalization(("mean", "std"), model.normalization)
     _resolve_normalization(normalization, stored, path)
     old, new = model.class_names, model.class_names if class_names is None else tuple(class_names)

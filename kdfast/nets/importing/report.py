@@ -93,16 +93,18 @@ class ImportReport:
             patterns = " ".join(f"`ignore` {pattern!r}" for pattern in self.removable)
             return f"it holds more tensors; if {self.net} computes its logits without them, leave them out: {patterns}"
         if channels := self._channels():
-            return f"its images have {channels} channels, those of kdfast have 3; use a teacher for such images"
+            given, needed = channels
+            remedy = f"set `net_arg` channels={given}" if given in (1, 3) else "use a teacher for images of 3 channels"
+            return f"its images have {given} channels, those of {self.net} have {needed}; {remedy}"
         return "set `net` to its architecture, or use another checkpoint"
 
-    def _channels(self) -> int | None:
-        """Return the number of input channels if it is the only difference."""
+    def _channels(self) -> tuple[int, int] | None:
+        """Return the numbers of input channels of the file and of the network, if they are the only difference."""
         if len(self.mismatched) != 1 or self.missing:
             return None
         _, given, needed = self.mismatched[0]
         only_channels = len(given) == len(needed) == 4 and given[0] == needed[0] and given[2:] == needed[2:]
-        return given[1] if only_channels and needed[1] == 3 else None
+        return (given[1], needed[1]) if only_channels and needed[1] in (1, 3) else None
 
 
 def _examples(title: str, items: Sequence[str]) -> list[str]:

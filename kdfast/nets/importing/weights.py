@@ -12,10 +12,13 @@ from torch import Tensor
 
 from kdfast.errors import CheckpointError
 from kdfast.nets.foreign import describe_damage, existing_file, read_torch_file
+from kdfast.nets.sources.hugging_face import read_hugging_face_weights
+from kdfast.nets.sources.spec import parse_spec
 
 # Keys that hold the weights where several places have tensors, in order of preference.
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 _DEPTH = 3
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,41 @@ class FoundWeights:
     others: tuple[str, ...] = ()
 
 
-def read_content(path: str | os.PathLike[str]) -> Any:
-    """Read a .safetensors file, or a file of torch.save.
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file with the weights: the path itself, or that of a Hugging Face model if it is a folder.
 
     Raises:
-        CheckpointError: As for `read_torch_file`.
+        CheckpointError: The folder has none.
     """
-    return _read_safetensors(Path(path)) if Path(path).suffix == ".safetensors" else read_torch_file(path)
+    place = Path(path)
+    if not place.is_dir():
+        return place
+    for name in _FOLDER_FILES:
+        if (place / name).is_file():
+            return place / name
+    raise CheckpointError(
+        f"{place} is a folder without {' or '.join(_FOLDER_FILES)}: pass the file that has the weights"
+    )
+
+
+def read_content(path: str | os.PathLike[str], net: str) -> Any:
+    """Read a .safetensors file, a file of torch.save, or the weights of a Hugging Face model.
+
+    Args:
+        path: The file, or the folder of a Hugging Face model.
+        net: The network that the weights are for.
+
+    Raises:
+        CheckpointError: As for `read_torch_file`, or the folder holds no weights.
+    """
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    its_own = place.is_dir() or place.name in _FOLDER_FILES
+    if its_own and parse_spec(net).kind == "hf" and (folder / "config.json").is_file():
+        weights_file(folder)
+        return read_hugging_face_weights(folder)
+    file = weights_file(place)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
 
 
 def find_weights(content: Any, path: str | os.PathLike[str], key: str | None = None) -> FoundWeights:

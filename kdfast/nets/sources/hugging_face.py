@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from kdfast.errors import UsageError, did_you_mean
+from kdfast.errors import CheckpointError, UsageError, did_you_mean
 from kdfast.nets.sources.libraries import check_not_loading, first_line, open_library
 
 
@@ -46,6 +46,36 @@ def build_hugging_face_net(folder: str, classes: int, arguments: Mapping[str, An
             "choose another network"
         ) from error
     return cast(nn.Module, net.float())
+
+
+def read_hugging_face_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a Hugging Face image classifier under the names of the installed transformers.
+
+    Those in the file may be of another version. Weights that the file lacks are left out.
+
+    Raises:
+        LibraryError: transformers is not installed, or does not work.
+        CheckpointError: The folder holds no such weights.
+    """
+    transformers = open_library("transformers", f"hf:{folder}")
+    messages = transformers.utils.logging
+    level, shows_bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(messages.CRITICAL)
+    messages.disable_progress_bar()
+    try:
+        net, found = transformers.AutoModelForImageClassification.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # the readers of hundreds of networks
+        raise CheckpointError(
+            f"{folder} cannot be read as an image classifier of Hugging Face ({first_line(error)}): download it again, "
+            "or use another"
+        ) from error
+    finally:
+        messages.set_verbosity(level)
+        if shows_bars:
+            messages.enable_progress_bar()
+    return {name: tensor for name, tensor in net.state_dict().items() if name not in found["missing_keys"]}
 
 
 def _set_values(config: Any, name: str, arguments: Mapping[str, Any]) -> None:
