@@ -6,8 +6,8 @@ the wider ranges of its paper. Rotations, shears and translations go either way 
 posterizing get stronger with the magnitude.
 
 Sources: Cubuk et al., RandAugment: Practical automated data augmentation with a reduced search space, NeurIPS 2020,
-sections 3 and 4.1, with the ranges of Cubuk et al., AutoAugment, CVPR 2019, table 6; Müller and Hutter,
-TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation, ICCV 2021, section 3 and table 5 (Wide).
+with the ranges of Cubuk et al., AutoAugment, CVPR 2019; Müller and Hutter, TrivialAugment: Tuning-free Yet
+State-of-the-Art Data Augmentation, ICCV 2021, with its wide augmentation space.
 """
 
 from __future__ import annotations
