@@ -175,7 +175,8 @@ def write_table(root, names=("ant", "bee"), rows=8, features=True, splits=("trai
     folder.mkdir(parents=True)
     for part in splits:
         images = [
-            {"bytes": encode(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "path": None} for _ in range(rows)
+            {"bytes": encode_image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "path": None}
+            for _ in range(rows)
         ]
         table = pyarrow.table({"image": images, "label": [row % len(names) for row in range(rows)], **columns})
         if features:

@@ -58,7 +58,7 @@ def rewrite(path, content):
 CHANGES = {
     "size": lambda paths: rewrite(paths[0], b"longer content"),
     "content, and size and time put back": lambda paths: os.utime(
-        paths[0], ns=[rewrite(paths[0], b"CONTENT").st_mtime_ns] * 2
+        paths[0], ns=(rewrite(paths[0], b"CONTENT").st_mtime_ns,) * 2
     ),
     "time": lambda paths: os.utime(paths[1], ns=(OLD, OLD)),
     "order": lambda paths: paths.reverse(),

@@ -82,7 +82,7 @@ def test_a_flat_test_split_with_a_list(tmp_path, kind):
 def test_numbers_are_positions_and_said_so(tmp_path):
     root = flat(tmp_path)
     (root / "val.txt").write_text("v_0.JPEG 0\nv_1.JPEG 1\nv_2.JPEG 1\nv_3.JPEG 0\n")
-    with pytest.warns(DataWarning, match="which is read as the order of their sorted names: 0 is n01, 1 is n02"):
+    with pytest.warns(DataWarning, match="numbers the classes, in the order of their sorted names: 0 is n01, 1 is n02"):
         assert open_source(root).test.labels.tolist() == [0, 0, 1, 1]
     (root / "val.txt").write_text("v_0.JPEG 1\nv_1.JPEG 2\nv_2.JPEG 1\nv_3.JPEG 2\n")
     with pytest.raises(DataError, match="numbers the classes from 1 to 2, and train/ has 2: number them 0 to 1"):

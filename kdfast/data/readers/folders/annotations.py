@@ -51,9 +51,8 @@ def read_annotations(table: Path, classes: tuple[str, ...]) -> tuple[dict[str, i
     notes: tuple[str, ...] = ()
     if not any(pair.label in known for pair in pairs) and all(pair.label.isdecimal() for pair in pairs):
         known = _by_position([int(pair.label) for pair in pairs], classes, table)
-        notes = (
-            f"{table} numbers the classes: 0 is {classes[0]}, {len(classes) - 1} is {classes[-1]}, by sorted name",
-        )
+        ends = f"0 is {classes[0]}, {len(classes) - 1} is {classes[-1]}"
+        notes = (f"{table} numbers the classes, in the order of their sorted names: {ends}",)
     labels: dict[str, int] = {}
     for pair in pairs:
         if pair.label not in known:
