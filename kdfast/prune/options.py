@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from kdfast.errors import UsageError, unknown_name
 
 OptionValue = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Only:
+    """When an option has an effect.
+
+    Attributes:
+        text: What must hold, for messages: with or without another option.
+        holds: Whether it does, given every option with its value.
+    """
+
+    text: str
+    holds: Callable[[Mapping[str, OptionValue]], bool]
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class Option:
         integer: Whether the number must be an integer.
         choices: Allowed values, if the option is not a number.
         span: Whether the value is a range of whole numbers, the text `first..last`; `low` and `high` bound both ends.
+        only: When the option has an effect; None: always.
     """
 
     default: OptionValue
@@ -33,6 +47,7 @@ class Option:
     integer: bool = False
     choices: tuple[str, ...] = ()
     span: bool = False
+    only: Only | None = None
 
     @property
     def values_text(self) -> str:
@@ -90,13 +105,21 @@ def complete_options(
         given: Values by name; None means not given.
 
     Raises:
-        UsageError: An option does not exist (the nearest is suggested), or a value is not allowed.
+        UsageError: An option does not exist (the nearest is suggested), a value is not allowed, or one other than the
+            default has no effect.
     """
     for name in given:
         if name not in options:
             raise unknown_name(f"{owner} has no option", name, options)
     values = {name: option.default if given.get(name) is None else given[name] for name, option in options.items()}
-    return {name: option.parse(name, values[name]) for name, option in options.items()}
+    parsed = {name: option.parse(name, values[name]) for name, option in options.items()}
+    for name, option in options.items():
+        if option.only is not None and parsed[name] != option.default and not option.only.holds(parsed):
+            raise UsageError(
+                f"option {name}={parsed[name]} of {owner} has an effect only {option.only.text}: change that, or omit "
+                f"{name}"
+            )
+    return parsed
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, OptionValue]:

@@ -13,7 +13,7 @@ from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
 from kdfast.progress import Progress
 from kdfast.prune.options import OptionValue, complete_options
-from kdfast.prune.rules.apply import select_subset
+from kdfast.prune.rules.apply import check_required, select_subset
 from kdfast.prune.rules.class_budget import check_budgets
 from kdfast.prune.rules.registry import get_rule
 from kdfast.prune.score_file import ScoreFile
@@ -138,11 +138,25 @@ class SubsetPipeline:
 
         Raises:
             SubsetError: The fraction keeps no sample, leaves a class empty, or the selector does not allow it.
+            UsageError: The rule lacks an input.
         """
         labels = self._sources.source.train.labels
         if method.rule is None:
             SELECTORS[method.name].check_fraction(fraction)
+        else:
+            self._check_rule(method, method.rule)
         check_budgets(labels, subset_size(len(labels), fraction), self._balance)
+
+    def _check_rule(self, method: SelectionMethod, rule: str) -> None:
+        """Check that the rule has its inputs: the cache's features, and what the score computes for it."""
+        found = set() if self._sources.cache is None else {"features"}
+        if method.name in self._files:
+            found |= self._files[method.name].extras.keys()
+        elif self._sources.dynamics is not None:
+            score = get_score(method.name)
+            found |= score.extras if "dynamics" in score.usable_inputs(dict(method.options)) else set()
+        options = complete_options(f"rule {rule!r}", get_rule(rule).options, dict(method.rule_options))
+        check_required(rule, options, found)
 
     def select(
         self,

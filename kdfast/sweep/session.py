@@ -80,8 +80,8 @@ class Session:
         plain = LoadedInputs(source, loader, compute_normalization(source.train), TeacherTargets())
         self._inputs = {False: plain, True: dataclasses.replace(plain, teacher=TeacherTargets(cache))}
         for kd in config.kd:
-            # Refuse more views than exist.
-            self._inputs[kd].plan(config.run_config(1, seed=0, kd=kd), np.arange(1), device=self._device)
+            # Refuse more views than exist, and terms that do not fit.
+            self._inputs[kd].plan(config.run_config(1, seed=0, kd=kd), np.arange(len(labels)), device=self._device)
         self._digests: dict[str, Any] = {
             "cache": self._inputs[True].teacher.identity(),
             "dynamics": None if dynamics is None else dynamics.digest,

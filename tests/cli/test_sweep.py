@@ -388,3 +388,16 @@ def test_terms_of_the_loss_apply_to_runs_with_the_teacher(kdfast, tiny: Path, ca
     refused = kdfast(*command, "--kd", "on", "--alpha", 0, "--out", tmp_path / "x")
     assert refused.code == 2
     assert "--alpha is 0, which trains without the teacher" in refused.err
+
+
+def test_methods_that_lack_an_input_are_refused_before_any_run(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
+    for method, message in (
+        ("d2:cut_by=aum", "rule 'd2' with cut_by=aum needs the area under the margin: score with the method d2"),
+        ("grand:network=full", "needs a network .* kdfast sweep takes the file of kdfast score"),
+    ):
+        command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--methods", f"random,{method}", "--kd", "off")
+        ran = kdfast(*command, "--fractions", ".5", "--seeds", "0", "--out", tmp_path / "out")
+        assert ran.code == 2, ran.err
+        assert re.search(message, ran.err), ran.err
+        assert ran.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()

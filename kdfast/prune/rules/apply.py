@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,13 @@ from kdfast.errors import UsageError
 from kdfast.prune.options import OptionValue, complete_options
 from kdfast.prune.rules.base import RuleInputs
 from kdfast.prune.rules.class_budget import BALANCE, find_budgets, select_by_class
+from kdfast.prune.rules.d2 import AUM
 from kdfast.prune.rules.dual import MEAN_P
 from kdfast.prune.rules.registry import get_rule
 
 _HOW_TO_GET = {
+    AUM: "the area under the margin: score with the method d2 on `dynamics` from kdfast "
+    "dynamics, and choose the score to start from by its option score",
     "features": "the features of a teacher's cache: make one with kdfast cache and pass `cache`",
     MEAN_P: "the mean probability of the label: score with the method dual, on `dynamics` from kdfast dynamics",
 }
@@ -35,6 +38,24 @@ class RuleSelection:
 
     ids: IntArray
     options: Mapping[str, OptionValue]
+
+
+def check_required(rule: str, options: Mapping[str, OptionValue], available: Collection[str]) -> None:
+    """Check that a rule has its inputs.
+
+    Args:
+        rule: A key of `RULES`.
+        options: Every option of the rule with its value.
+        available: What there is: "features", and names of extras.
+
+    Raises:
+        UsageError: An input is missing; the message says how to get it.
+    """
+    entry = get_rule(rule)
+    for need in sorted(entry.required(options)):
+        if need not in available:
+            cause = [f" with {name}={value}" for (name, value), extra in entry.needs_with.items() if extra == need]
+            raise UsageError(f"rule {rule!r}{''.join(cause)} needs {_HOW_TO_GET[need]}")
 
 
 def select_subset(
@@ -97,8 +118,6 @@ def select_subset(
         labels=labels,
         budgets=find_budgets(labels, count, balance),
     )
-    for need in sorted(entry.needs):
-        if (inputs.features is None) if need == "features" else (need not in inputs.extras):
-            raise UsageError(f"rule {rule!r} needs {_HOW_TO_GET[need]}")
+    check_required(rule, inputs.options, {*inputs.extras, *({"features"} if inputs.features is not None else ())})
     inputs = entry.with_defaults(inputs)
     return RuleSelection(select_by_class(entry, inputs, labels, balance), inputs.options)

@@ -66,6 +66,7 @@ class Rule:
         summary: What it keeps, one line for help.
         options: Options by name.
         needs: Required inputs: "features", or names of extras.
+        needs_with: The extra that a value of an option requires, by (option, value).
         resolve_defaults: Return values for the options whose default is None, given all samples as one group; every
             group is then selected with these values. None if there are no such options.
         pool: Return the positions, int64 and ascending, of the samples that remain after a cut across classes, given
@@ -77,12 +78,17 @@ class Rule:
     summary: str
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
+    needs_with: Mapping[tuple[str, OptionValue], str] = field(default_factory=dict)
     resolve_defaults: Callable[[RuleInputs], dict[str, OptionValue]] | None = None
     pool: Callable[[RuleInputs], IntArray] | None = None
 
     def __call__(self, inputs: RuleInputs) -> IntArray:
         """Return the positions of the samples to keep."""
         return self.select(inputs)
+
+    def required(self, options: Mapping[str, OptionValue]) -> frozenset[str]:
+        """Return the required inputs with these options, of which all have a value."""
+        return self.needs | {need for (name, value), need in self.needs_with.items() if options[name] == value}
 
     def with_defaults(self, inputs: RuleInputs) -> RuleInputs:
         """Return all samples as one group, with a value for every option."""

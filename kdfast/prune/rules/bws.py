@@ -12,15 +12,20 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
-from kdfast.prune.options import Option, OptionValue
+from kdfast.prune.options import Only, Option, OptionValue
 from kdfast.prune.rules.base import RuleInputs, by_rank, require_features
 
+_WITHOUT_START = Only("without start", lambda options: options["start"] is None)
 OPTIONS = {
     "start": Option(
         None, "share of the hardest samples to skip; automatic: that of the best window on all samples", low=0, high=1
     ),
-    "step": Option(0.05, "distance of the windows to compare, as a share of the samples", low=1e-3, high=1),
-    "ridge": Option(1.0, "penalty on the squared weights of the linear classifier", low=1e-6, high=1e12),
+    "step": Option(
+        0.05, "distance of the windows to compare, as a share of the samples", low=1e-3, high=1, only=_WITHOUT_START
+    ),
+    "ridge": Option(
+        1.0, "penalty on the squared weights of the linear classifier", low=1e-6, high=1e12, only=_WITHOUT_START
+    ),
 }
 # Size of a block of float64 features or predictions.
 _BLOCK_BYTES = 1 << 26

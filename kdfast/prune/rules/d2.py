@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import UsageError
 from kdfast.prune.options import Option, OptionValue
 from kdfast.prune.rules.base import FloatArray, RuleInputs, by_rank, drop_hardest, require_features
 
@@ -51,17 +50,9 @@ def cut_pool(inputs: RuleInputs) -> IntArray:
 
     The extra `aum` is minus the area under the margin: the highest are dropped. A class that this would empty keeps its
     easiest sample.
-
-    Raises:
-        UsageError: There is no extra `aum`.
     """
     if inputs.options["cut_by"] != AUM:
         return np.arange(len(inputs.scores), dtype=np.int64)
-    if AUM not in inputs.extras:
-        raise UsageError(
-            "rule 'd2' with cut_by=aum needs the area under the margin: score with the method d2 on `dynamics` from "
-            "kdfast dynamics, and choose the score to start from by its option score"
-        )
     order = by_rank(inputs.extras[AUM], inputs.ties)
     dropped = min(round(inputs.number("cut") * len(order)), len(order) - inputs.count)
     remains = np.zeros(len(order), np.bool_)

@@ -6,7 +6,7 @@ import numpy as np
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
-from kdfast.prune.options import Option, OptionValue
+from kdfast.prune.options import Only, Option, OptionValue
 from kdfast.prune.rules.base import FloatArray, RuleInputs, by_rank
 from kdfast.prune.rules.draw import draw_weighted
 
@@ -19,7 +19,14 @@ OPTIONS = {
         high=1000,
     ),
     "total": Option(15.0, "the constant C of the density, with a + b = C + 1", low=0, high=1e6),
-    "anchors": Option(10, "number of highest scores that define mu", low=1, high=1e9, integer=True),
+    "anchors": Option(
+        10,
+        "number of highest scores that define mu",
+        low=1,
+        high=1e9,
+        integer=True,
+        only=Only("without mu", lambda options: options["mu"] is None),
+    ),
     "mu": Option(
         None,
         "mean probability of the label over the anchors; automatic: measured on all samples",

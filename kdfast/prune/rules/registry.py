@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
         "D2: balance score and diversity by messages on a graph of nearest neighbors",
         d2.OPTIONS,
         frozenset({"features"}),
+        {("cut_by", d2.AUM): d2.AUM},
         d2.resolve_defaults,
         d2.cut_pool,
     ),
@@ -31,14 +32,14 @@ RULES: dict[str, Rule] = {
         "BWS: keep consecutive ranks: those on which a linear classifier of the features learns all samples best",
         bws.OPTIONS,
         frozenset({"features"}),
-        bws.resolve_defaults,
+        resolve_defaults=bws.resolve_defaults,
     ),
     "dual": Rule(
         dual.dual,
         "DUAL: draw by the score and a Beta density over the mean probability of the label",
         dual.OPTIONS,
         frozenset({dual.MEAN_P}),
-        dual.resolve_defaults,
+        resolve_defaults=dual.resolve_defaults,
     ),
 }
 

@@ -93,6 +93,7 @@ class Score:
         needs: `cache`, `dynamics` or both, of which one suffices; or `teacher`, a network. Empty: the labels suffice.
         rule: The selection rule it was published with.
         options: Options by name.
+        extras: Names of the extras that it computes from dynamics, for rules.
     """
 
     compute: Callable[[ScoreInputs], ScoreResult]
@@ -100,9 +101,15 @@ class Score:
     needs: frozenset[str] = frozenset()
     rule: str = "hard"
     options: Mapping[str, Option] = field(default_factory=dict)
+    extras: frozenset[str] = frozenset()
 
     def usable_inputs(self, options: Mapping[str, OptionValue]) -> frozenset[str]:
-        """Return the inputs that the score may read, of which it needs one: `needs`, restricted by its option `use`."""
+        """Return the inputs that the score may read, of which it needs one.
+
+        They are `needs`, restricted by the option `use`; or a network, if the option `network` is full.
+        """
+        if options.get("network") == "full":
+            return frozenset({"teacher"})
         use = options.get("use")
         return self.needs if use is None else self.needs & {str(use)}
 
@@ -159,6 +166,16 @@ def use_dynamics(inputs: ScoreInputs, method: str) -> bool:
     if inputs.dynamics is None and inputs.logits is None:
         raise UsageError(f"{method} needs {HOW_TO_GET['dynamics']} or {HOW_TO_GET['cache']}")
     return inputs.dynamics is not None
+
+
+def refuse_epochs(inputs: ScoreInputs, method: str) -> None:
+    """Raise a UsageError if epochs are given for a score that is computed from a teacher's cache."""
+    for name in ("epoch", "epochs"):
+        if inputs.options.get(name) is not None:
+            raise UsageError(
+                f"option {name}={inputs.options[name]}: {method} of a teacher has no epochs; omit it, or use "
+                f"{HOW_TO_GET['dynamics']}"
+            )
 
 
 def check_inputs(inputs: ScoreInputs) -> ScoreInputs:

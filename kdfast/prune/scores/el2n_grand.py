@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,14 +14,14 @@ from kdfast.dynamics.metrics import el2n
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
 from kdfast.ops.grad_norms import grad_norms
-from kdfast.prune.options import Option, OptionValue, read_span
+from kdfast.prune.options import Only, Option, OptionValue, read_span
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import (
-    HOW_TO_GET,
     USE,
     Float32Array,
     ScoreInputs,
     ScoreResult,
+    refuse_epochs,
     require_dynamics,
     require_features,
     require_logits,
@@ -46,10 +48,9 @@ _EPOCHS = Option(
     span=True,
 )
 EL2N_OPTIONS = {"use": USE, "epoch": _EPOCH, "epochs": _EPOCHS}
+_HEAD = Only("with network=head", lambda options: options["network"] == "head")
 GRAND_OPTIONS = {
-    "use": USE,
-    "epoch": _EPOCH,
-    "epochs": _EPOCHS,
+    **{name: dataclasses.replace(option, only=_HEAD) for name, option in EL2N_OPTIONS.items()},
     "network": Option(
         "head",
         "weights to differentiate: the classifier's, in closed form (head), or all of the teacher network (full)",
@@ -138,14 +139,11 @@ def _use_dynamics(inputs: ScoreInputs, method: str) -> bool:
     """Return whether to read dynamics.
 
     Raises:
-        UsageError: There are neither dynamics nor logits, or `epochs` is given and there are no dynamics to use.
+        UsageError: There are neither dynamics nor logits, or epochs are given and there are no dynamics to use.
     """
     from_dynamics = use_dynamics(inputs, method)
-    if inputs.options["epochs"] is not None and not from_dynamics:
-        raise UsageError(
-            f"option epochs={inputs.options['epochs']}: {method} of a teacher has no epochs; omit it, or use "
-            f"{HOW_TO_GET['dynamics']}"
-        )
+    if not from_dynamics:
+        refuse_epochs(inputs, method)
     return from_dynamics
 
 

@@ -10,7 +10,7 @@ import torch
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_newton, head_self_influence
-from kdfast.prune.options import Option
+from kdfast.prune.options import Only, Option
 from kdfast.prune.rules.base import FloatArray
 from kdfast.prune.scores.base import Float32Array, ScoreInputs, ScoreResult, require_features, require_logits
 
@@ -27,12 +27,24 @@ OPTIONS = {
         choices=("removal", "absolute", "self"),
     ),
     "l2": Option(DEFAULT_L2, "weight of the head's penalty (l2 / 2) ||W||^2", low=1e-12, high=1e6),
-    "holdout": Option(0.1, "share of the training split used for validation", low=1e-6, high=0.5),
+    "holdout": Option(
+        0.1,
+        "share of the training split used for validation",
+        low=1e-6,
+        high=0.5,
+        only=Only("with kind=removal or absolute", lambda options: options["kind"] != "self"),
+    ),
     "polish": Option(
         "yes", "train the head to its optimum first, or use the teacher's head (no)", choices=("yes", "no")
     ),
     "alpha": Option(0.0, "weight of the teacher in the training loss (1 - alpha) CE + alpha T^2 KL", low=0, high=1),
-    "temperature": Option(4.0, "temperature T of the teacher's term", low=1e-3, high=1e3),
+    "temperature": Option(
+        4.0,
+        "temperature T of the teacher's term, with alpha",
+        low=1e-3,
+        high=1e3,
+        only=Only("with alpha above 0", lambda options: options["alpha"] != 0),
+    ),
 }
 
 

@@ -8,7 +8,15 @@ import numpy.typing as npt
 from kdfast.data.stateless_random import IntArray
 from kdfast.prune.options import Option
 from kdfast.prune.rules.base import FloatArray
-from kdfast.prune.scores.base import USE, ScoreInputs, ScoreResult, require_dynamics, require_features, use_dynamics
+from kdfast.prune.scores.base import (
+    USE,
+    ScoreInputs,
+    ScoreResult,
+    refuse_epochs,
+    require_dynamics,
+    require_features,
+    use_dynamics,
+)
 from kdfast.prune.scores.trajectory import average_over_runs
 
 OPTIONS = {
@@ -41,6 +49,7 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
     median = inputs.options["fidelity"] == "code"
     use = inputs.options["use"]
     if use == "cache" or (use is None and inputs.features is not None):
+        refuse_epochs(inputs, "moderate")
         return ScoreResult(_center_distances(require_features(inputs, "moderate"), inputs.labels, median))
     use_dynamics(inputs, "moderate")
     dynamics = require_dynamics(inputs, "moderate")

@@ -114,6 +114,7 @@ SCORES: dict[str, Score] = {
         _CACHE | _DYNAMICS,
         rule="d2",
         options=_d2_options(),
+        extras=frozenset({"aum"}),
     ),
     "dual": Score(
         windows.dual,
@@ -121,6 +122,7 @@ SCORES: dict[str, Score] = {
         _DYNAMICS,
         rule="dual",
         options=windows.DUAL_OPTIONS,
+        extras=frozenset({"mean_p"}),
     ),
     "dyn-unc": Score(
         windows.dyn_unc,
