@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kdfast.errors import DataWarning
+from kdfast.nets.checkpoint import load_model, save_model
 
 METHODS = {
     "random": [],
@@ -338,3 +340,32 @@ def test_sigterm_exits_75_and_the_same_command_resumes(tiny: Path, tmp_path: Pat
     assert json.loads(status.read_text())["state"] == "interrupted"
     finish(command)
     assert (tmp_path / "d" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "prune"])
+def test_a_cache_of_another_teacher_than_the_network_is_refused(
+    kdfast, tiny: Path, teacher: Path, cache: Path, tmp_path: Path, command: str
+) -> None:
+    model = load_model(teacher)
+    own, other = model.digest[:12], tmp_path / "other.pt"
+    with torch.no_grad():
+        next(model.net.parameters()).mul_(2)
+    model.metadata = {}
+    save_model(other, model)
+    flat = load_model(other)
+    flat.metadata = {"flattened": {"teacher": "f" * 64, "sharpness": "none"}}
+    save_model(tmp_path / "flat.pt", flat)
+    out = tmp_path / ("out.npz" if command == "score" else "out.npy")
+    line = (command, "--data", tiny, "--cache", cache, "--method", "influence", "--out", out)
+    more = () if command == "score" else ("--fraction", 0.5)
+    for network, what in ((other, "is the network"), (tmp_path / "flat.pt", "was flattened from the teacher f{12}")):
+        ran = kdfast(*line, *more, "--teacher", network)
+        expect(
+            ran, 3, rf"{network} {what}.* but {cache} is the cache of the teacher {own}.*--teacher and --cache of one"
+        )
+    assert not list(tmp_path.glob("out*"))
+    flat.metadata = {"flattened": {"teacher": load_model(teacher).digest, "sharpness": "none"}}
+    save_model(tmp_path / "flat.pt", flat)
+    for network in (teacher, tmp_path / "flat.pt"):
+        ran = kdfast(*line, *more, "--teacher", network)
+        assert ran.code == 0, ran.err

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdfast.data.source import Source
 from kdfast.dynamics.reader import Dynamics
+from kdfast.errors import CacheMismatch
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit
@@ -21,6 +22,7 @@ from kdfast.prune.score_file import ScoreFile
 from kdfast.prune.scores.base import ScoreInputs
 from kdfast.prune.scores.registry import compute_score, get_score
 from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.flatten.flatten import METADATA_KEY
 
 StrPath = str | os.PathLike[str]
 
@@ -59,7 +61,8 @@ class ScoreSources:
             teacher: File of a network, or None.
 
         Raises:
-            CacheMismatch: The cache is damaged, belongs to other data, or lacks samples.
+            CacheMismatch: The cache is damaged, belongs to other data, or lacks samples; or the network is neither its
+                teacher nor flattened from it.
             DataError: The dynamics are unfinished, damaged, or belong to other data.
             CheckpointError: The network cannot be read, or has another number of classes.
         """
@@ -71,7 +74,10 @@ class ScoreSources:
         recorded = None
         if dynamics is not None:
             recorded = Dynamics.open(dynamics, labels=labels, fingerprint=source.fingerprint)
-        return cls(source, opened, recorded, None if teacher is None else _load_network(teacher, source))
+        network = None if teacher is None else _load_network(teacher, source)
+        if network is not None and opened is not None:
+            _check_same_teacher(network, str(teacher), opened)
+        return cls(source, opened, recorded, network)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -142,6 +148,18 @@ class ScoreSources:
             parameters={**result.used, "seed": seed},
             sources={source: digest for source, digest in self.digests.items() if source in recorded},
             seconds=seconds,
+        )
+
+
+def _check_same_teacher(network: Model, path: str, cache: TeacherCache) -> None:
+    flattened = network.metadata.get(METADATA_KEY)
+    what, origin = "is the network", network.digest
+    if isinstance(flattened, dict):
+        what, origin = "was flattened from the teacher", str(flattened.get("teacher"))
+    if origin != cache.teacher_digest:
+        raise CacheMismatch(
+            f"{path} {what} {origin[:12]}, but {cache.path} is the cache of the teacher {cache.teacher_digest[:12]} "
+            "(digests of weights): pass `teacher` and `cache` of one teacher"
         )
 
 
