@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.distill.folder import MetricsFile, RunFolder
-from kdfast.distill.interrupt import StopRequest
 from kdfast.distill.plan import Plan
 from kdfast.distill.trainer import Trainer
 from kdfast.errors import Interrupted
+from kdfast.files.interrupt import StopRequest
 from kdfast.nets.checkpoint import save_model
 from kdfast.progress import Progress
 from kdfast.teacher.evaluate import evaluate, evaluate_in_detail

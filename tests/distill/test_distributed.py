@@ -17,12 +17,12 @@ from kdfast.data.readers.registry import open_source
 from kdfast.distill.batches import Batches
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.interrupt import StopRequest
 from kdfast.distill.plan import Plan
 from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.train import Monitoring, _TrainingLoop
 from kdfast.distill.trainer import Trainer
 from kdfast.errors import UsageError
+from kdfast.files.interrupt import StopRequest
 
 IDS = np.arange(0, 150, dtype=np.int64)
 

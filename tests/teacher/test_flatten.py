@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from torch import nn
 from kdfast.data.holdout import hold_out
 from kdfast.data.source import ArraySplit, Source
 from kdfast.data.views import Normalization, ViewSpec
-from kdfast.errors import DataError, DivergedError, OutputError, UsageError
+from kdfast.errors import CheckpointError, DataError, DivergedError, Interrupted, OutputError, UsageError
 from kdfast.nets.checkpoint import Model, load_model, save_model
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
+from kdfast.teacher.flatten.checkpoint import _seal
 from kdfast.teacher.flatten.flattener import Flattener
 from kdfast.teacher.flatten.perturbations import SHARPNESS, FilterNoise, FriendlySAM
 
@@ -337,3 +340,29 @@ def test_minima_are_flatter_than_those_of_plain_sgd(seed):
         near[sharpness] = loss_near(flat.net, x, y)
     assert near["fsam"] < 0.75 * near["none"], near
     assert near["lpf"] < 0.9 * near["none"], near
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_the_state_first(source, teacher, tmp_path, kind):
+    config, state = FlattenConfig(**{**SHORT, "iterations": 35}), tmp_path / "state"
+
+    def ask(done: int, total: int, note: str) -> None:
+        if done == 10:
+            os.kill(os.getpid(), getattr(signal, kind))
+
+    before = signal.getsignal(getattr(signal, kind))
+    with pytest.raises(Interrupted, match=f"stopped by {kind} after step 11 of 35: run the same command again"):
+        flatten_teacher(teacher, source, config, state=state, progress=ask, checkpoint_seconds=1e9)
+    assert signal.getsignal(getattr(signal, kind)) is before
+    assert torch.load(state, weights_only=True)["step"] == 11
+    assert same(flatten_teacher(teacher, source, config, state=state), flatten_teacher(teacher, source, config))
+
+
+def test_refuses_a_state_beyond_the_last_step(source, teacher, tmp_path):
+    config, state = FlattenConfig(**SHORT), tmp_path / "state"
+    flatten_teacher(teacher, source, config, state=state)
+    content = torch.load(state, weights_only=True)
+    content["step"] = 10**12
+    torch.save({**content, "seal": _seal(content)}, state)
+    with pytest.raises(CheckpointError, match="is of step 1000000000000 of 12: delete it"):
+        flatten_teacher(teacher, source, config, state=state)

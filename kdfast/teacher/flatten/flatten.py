@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -17,7 +18,8 @@ from kdfast.data.holdout import SplitPart, hold_out
 from kdfast.data.loaders import fits_in_memory
 from kdfast.data.source import ArraySplit, Source, Split
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import UsageError
+from kdfast.errors import Interrupted, UsageError
+from kdfast.files.interrupt import StopRequest
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.teacher.evaluate import evaluate
@@ -68,6 +70,7 @@ def flatten_teacher(
         DataError: No class has two samples, or a label is not one of the teacher's classes.
         OutputError: The state cannot be written, belongs to other settings, or is no state.
         DivergedError: A loss or weight is not finite; the state holds the last step that was saved.
+        Interrupted: After SIGTERM or Ctrl-C, with the state saved; without `state`, both act as usual.
     """
     config = config or FlattenConfig()
     settings = describe_flattening(model, source, config)
@@ -146,11 +149,24 @@ def _run(
     checkpoint_seconds: float,
     progress: Progress | None,
 ) -> None:
-    """Take all remaining steps, and save the state from time to time and at the end."""
+    """Take all remaining steps, and save the state from time to time, at a signal and at the end."""
+    with StopRequest() if checkpoint.path is not None else contextlib.nullcontext() as stop:
+        _take_steps(flattener, steps, checkpoint, checkpoint_seconds, progress, stop)
+
+
+def _take_steps(
+    flattener: Flattener,
+    steps: int,
+    checkpoint: FlattenCheckpoint,
+    checkpoint_seconds: float,
+    progress: Progress | None,
+    stop: StopRequest | None,
+) -> None:
     saved_at = clock = time.monotonic()
     while flattener.step < steps:
         flattener.take_step()
-        must_save = flattener.step == steps or time.monotonic() - saved_at >= checkpoint_seconds
+        must_stop = stop is not None and stop.signal_name is not None
+        must_save = must_stop or flattener.step == steps or time.monotonic() - saved_at >= checkpoint_seconds
         if not (must_save or flattener.step % _REPORT_STEPS == 0):
             continue
         loss = flattener.take_loss()
@@ -159,6 +175,11 @@ def _run(
         if must_save:
             checkpoint.save(flattener)
             saved_at = time.monotonic()
+        if stop is not None and must_stop:
+            raise Interrupted(
+                f"stopped by {stop.signal_name} after step {flattener.step} of {steps}: run the same command again to "
+                "resume"
+            )
         if progress is not None:
             progress(flattener.step, steps, f"loss {loss:.4f}")
         clock = time.monotonic()

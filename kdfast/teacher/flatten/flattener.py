@@ -109,8 +109,12 @@ class Flattener:
         """Return to a saved state, before the first step.
 
         Raises:
-            CheckpointError: The tensors are not those of this network.
+            CheckpointError: The tensors are not those of this network, or the step is none of the settings.
         """
+        if step > self._config.iterations:
+            raise CheckpointError(
+                f"the saved state is of step {step} of {self._config.iterations}: delete it to start over"
+            )
         own = self.tensors()
         if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in tensors.items()}:
             raise CheckpointError("the saved state does not fit this network: delete it to start over")

@@ -1,4 +1,4 @@
-"""Record SIGTERM and Ctrl-C in a flag that the training loop checks after each step."""
+"""Record SIGTERM and Ctrl-C in a flag that a loop checks after each step, to save its state and stop."""
 
 from __future__ import annotations
 
