@@ -118,6 +118,11 @@ class Trainer:
         """
         advice = "choose another `out`"
         check_type(state, schemas.TrainingState, "the checkpoint", error=CheckpointError, advice=advice)
+        if not state["loss_steps"] <= state["step"] <= self.total_steps:
+            raise CheckpointError(
+                f"the checkpoint is of step {state['step']}, with a loss over {state['loss_steps']}, and this run has "
+                f"{self.total_steps} steps: {advice}"
+            )
         try:
             self.net.load_state_dict(state["net"])
             self.terms.load_state_dict(state.get("terms", {}))

@@ -161,6 +161,8 @@ def test_a_malicious_checkpoint_with_a_matching_digest_is_refused(plan: Plan, ru
         ({"optimizer": {"state": 3}}, "does not fit this run"),
         ({"rng": torch.zeros(3)}, "does not fit this run"),
         ({"loss_sum": "x"}, "does not fit this run"),
+        ({"step": 10**12}, r"is of step 1000000000000, .* this run has \d+ steps"),
+        ({"loss_steps": 10**12}, "with a loss over 1000000000000"),
     ],
 )
 def test_a_checkpoint_with_other_content_is_refused(plan: Plan, run: Path, change: dict, message: str) -> None:
