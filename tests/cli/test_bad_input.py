@@ -473,3 +473,19 @@ def test_rejects_an_inconsistent_launcher_environment(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     expect(distill(kdfast, tiny, tmp_path / "run"), 2, "WORLD_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (("prune", "--fraction", 0.5, "--out", "idx.npy"), "--fraction"),
+        (("distill", "--student", "resnet8", "--alpha", 0, "--out", "run"), "--kd-weight"),
+        (("teacher", "flatten", "--teacher", "t.pt", "--out", "f.pt"), "--held"),
+    ],
+    ids=str,
+)
+def test_nan_is_no_number(kdfast, tiny: Path, tmp_path: Path, monkeypatch, command: tuple, flag: str) -> None:
+    (tmp_path / "t.pt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    expect(kdfast(*command, "--data", tiny, flag, "nan"), 2, f"{flag} is nan: pass a number")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.pt"]

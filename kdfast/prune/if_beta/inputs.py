@@ -44,7 +44,7 @@ def check_inputs(logits: Tensor, features: Tensor, labels: IntArray) -> None:
     for name, x in (("logits", logits), ("features", features)):
         if x.dim() != 2 or x.dtype != torch.float32 or len(x) != len(labels) or not x.shape[1]:
             raise ShapeError(
-                f"`{name}` are {x.dtype} of shape {tuple(x.shape)} for {len(labels)} labels: pass float32 with one row "
+                f"`{name}` are {x.dtype} of shape {tuple(x.shape)} for {len(labels)} labels: pass floats with one row "
                 "per training sample, from a cache of the whole training split"
             )
         if not bool(torch.isfinite(x).all()):
@@ -55,16 +55,21 @@ def check_inputs(logits: Tensor, features: Tensor, labels: IntArray) -> None:
 
 
 def as_tensor(name: str, values: Tensor | npt.NDArray[Any]) -> Tensor:
-    """Return a tensor, which shares the memory of an array where torch can.
+    """Return a tensor, in float32 if it holds floating-point numbers; it shares their memory where torch can.
+
+    float16, bfloat16 and float64 are converted, and the outcome is that of the converted numbers. Numbers beyond the
+    range of float32 become infinite, and are refused as such.
 
     Raises:
         ShapeError: It is neither a tensor nor an array of numbers.
     """
     if isinstance(values, Tensor) and values.layout == torch.strided:
-        return values.detach()
+        x = values.detach()
+        return x.float() if x.is_floating_point() else x
     if isinstance(values, Tensor) or type(values) not in (np.ndarray, np.memmap) or not _is_number(values.dtype):
-        raise ShapeError(f"`{name}` are no dense tensor or array of numbers: pass float32 (N, ...), one row per sample")
-    return share_memory(values)
+        raise ShapeError(f"`{name}` are no dense tensor or array of numbers: pass floats (N, ...), one row per sample")
+    x = share_memory(values)
+    return x.float() if x.is_floating_point() else x
 
 
 def _is_number(dtype: np.dtype[Any]) -> bool:

@@ -125,13 +125,13 @@ class IFBeta:
     @full_float32()
     def fit(
         self,
-        logits: Tensor | NDArray[np.float32],
-        features: Tensor | NDArray[np.float32],
+        logits: Tensor | NDArray[np.floating[Any]],
+        features: Tensor | NDArray[np.floating[Any]],
         labels: ArrayLike,
         fraction: float,
         seed: int = 0,
         *,
-        score_logits: Tensor | NDArray[np.float32] | None = None,
+        score_logits: Tensor | NDArray[np.floating[Any]] | None = None,
         scores: ArrayLike | None = None,
         state: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
@@ -140,12 +140,12 @@ class IFBeta:
         """Learn (a, b) for one fraction and draw the subset.
 
         Args:
-            logits: float32 (N, C), the teacher's logits of all training samples.
-            features: float32 (N, D), inputs of the teacher's last layer.
+            logits: Floats (N, C), the teacher's logits of all training samples; converted to float32, as all tensors.
+            features: Floats (N, D), inputs of the teacher's last layer.
             labels: Integers (N,), classes in [0, C).
             fraction: Share to keep, above 0 and below 1.
             seed: Seed of the held-out set, the projections, and all noise.
-            score_logits: float32 (N, C), logits for the scores only, such as `mean_logits` of several views; None:
+            score_logits: Floats (N, C), logits for the scores only, such as `mean_logits` of several views; None:
                 `logits`.
             scores: Real numbers (N,), scores to use instead of `score`.
             state: Checkpoint file of the search; a call with the same arguments resumes from it. The file remains after
@@ -227,10 +227,10 @@ class IFBeta:
 
     def _prepare(
         self,
-        logits: Tensor | NDArray[np.float32],
-        features: Tensor | NDArray[np.float32],
+        logits: Tensor | NDArray[np.floating[Any]],
+        features: Tensor | NDArray[np.floating[Any]],
         labels: IntArray,
-        score_logits: Tensor | NDArray[np.float32] | None,
+        score_logits: Tensor | NDArray[np.floating[Any]] | None,
         scores: ArrayLike | None,
         seed: int,
         device: torch.device | str,

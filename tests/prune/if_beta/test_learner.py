@@ -205,7 +205,7 @@ def test_rejects_bad_inputs(cloud):
     z, h, y = cloud.logits, cloud.features, cloud.labels
     with pytest.raises(ShapeError, match="one row per"):
         QUICK.fit(z[:-1], h, y, 0.2)
-    with pytest.raises(ShapeError, match="features.* are torch.int64 .*pass floats"):
+    with pytest.raises(ShapeError, match=r"features.* are torch.int64 .*pass floats"):
         QUICK.fit(z, h.long(), y, 0.2)
     with pytest.raises(DataError, match="features of 1200 samples are not finite"):
         QUICK.fit(z, h.double() * 1e300, y, 0.2)
