@@ -194,8 +194,9 @@ def test_no_buffer_of_embeddings_of_all_negatives_is_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"negatives": 0.0}, "crd has negatives 0: pass an integer of at least 1"),
+        ({"negatives": 0.0}, "crd has negatives 0: pass an integer from 1 to 2147483647"),
         ({"dim": 1.5}, r"crd has dim 1\.5: pass an integer"),
+        ({"dim": 1e30}, r"crd has dim 1e\+30: pass an integer from 1 to 65536"),
         ({"temperature": 0.0}, "crd has temperature 0: pass a number above 0"),
         ({"momentum": 1.0}, r"crd has momentum 1: pass a number in \[0, 1\)"),
     ],

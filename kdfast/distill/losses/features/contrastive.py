@@ -218,9 +218,9 @@ def _signed(word: int) -> int:
 
 
 def _check_options(options: Mapping[str, float]) -> None:
-    for name in ("negatives", "dim"):
-        if options[name] < 1 or options[name] != int(options[name]):
-            raise UsageError(f"the term crd has {name} {options[name]:g}: pass an integer of at least 1")
+    for name, most in (("negatives", 2**31 - 1), ("dim", 2**16)):
+        if not 1 <= options[name] <= most or options[name] != int(options[name]):
+            raise UsageError(f"the term crd has {name} {options[name]:g}: pass an integer from 1 to {most}")
     if options["temperature"] <= 0:
         raise UsageError(f"the term crd has temperature {options['temperature']:g}: pass a number above 0")
     if not 0 <= options["momentum"] < 1:
