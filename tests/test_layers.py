@@ -25,6 +25,7 @@ LAYER = {
     "prune": 6,
     "distill": 6,
     "report": 7,
+    "deploy": 7,
     "sweep": 8,
     "cli": 9,
     "examples": 9,

@@ -11,7 +11,7 @@ import typer
 
 from kdfast.cli.command import Command
 from kdfast.cli.commands import cache, data, distill, dynamics, prune, report, score, sweep, system, teacher
-from kdfast.cli.commands.trained import evaluate
+from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
 from kdfast.cli.output import complain, flush_output, prepare_streams
@@ -43,6 +43,9 @@ app.command("distill", cls=Command)(distill.distill)
 app.command("sweep", cls=Command)(sweep.sweep)
 app.add_typer(report.app, name="report")
 app.command("eval", cls=Command)(evaluate.evaluate)
+app.command("predict", cls=Command)(predict.predict)
+app.command("export", cls=Command)(export.export)
+app.command("clean", cls=Command)(clean.clean)
 
 # The code that the option parser returns after a KeyboardInterrupt.
 _PARSER_INTERRUPT = 130

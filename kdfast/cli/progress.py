@@ -119,8 +119,8 @@ def _json_line(label: str, note: str) -> Callable[[int, int, float | None], None
 
 def _text_line(label: str, note: str) -> Callable[[int, int, float | None], None]:
     def write(done: int, total: int, left: float | None) -> None:
-        parts = [f"{label}: {done}/{total}", note, "" if left is None else f"{format_seconds(left)} left"]
-        complain("  ".join(filter(None, parts)))
+        parts = [f"{label}: {done}/{total}", note, f"{format_seconds(left)} left" if left else ""]
+        complain(", ".join(filter(None, parts)))
 
     return write
 

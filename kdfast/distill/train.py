@@ -187,7 +187,7 @@ class _TrainingLoop:
 
     def track(self, step: int, values: Mapping[str, Any]) -> None:
         for tracker in self.monitoring.trackers:
-            tracker.log(step, {name: float(value) for name, value in values.items() if name != "step"})
+            tracker.log(step, {name: value for name, value in values.items() if name != "step"})
 
     def images_per_second(self) -> float:
         """Return the images per second of training since the last call, a step having as many as an epoch's average."""
@@ -215,7 +215,7 @@ class _TrainingLoop:
         save_model(self.folder.path / "student.pt", model)
         images = plan.config.epochs * len(plan.ids)
         stage_seconds = {"train": trainer.train_seconds, "evaluate": time.perf_counter() - started}
-        result = {
+        result: dict[str, Any] = {
             "test_top1": scores["top1"],
             "test_top5": scores["top5"],
             "test_loss": scores["loss"],

@@ -326,5 +326,10 @@ class Trainer:
             classes=len(source.classes),
             class_names=source.classes,
             normalization=self.plan.normalization,
-            metadata={"data": source.fingerprint, "steps": self.step, "config": self.plan.config.to_dict()},
+            metadata={
+                "data": source.fingerprint,
+                "input_size": list(source.view_spec.size),
+                "steps": self.step,
+                "config": self.plan.config.to_dict(),
+            },
         )

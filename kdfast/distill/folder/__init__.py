@@ -9,6 +9,7 @@ from kdfast.distill.folder.content import (
     RESULT,
     RUN_FILES,
     check_run_folder,
+    is_run_config,
     read_finished_run,
     read_result,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "RunFolder",
     "check_run_folder",
     "clean_run",
+    "is_run_config",
     "read_finished_run",
     "read_result",
 ]

@@ -1,0 +1,1 @@
+"""Use a trained network elsewhere: export it with a model card, or classify images with it."""
