@@ -27,7 +27,7 @@ from kdfast.data.subset import write_subset
 from kdfast.device import resolve_device
 from kdfast.distill.config import RunConfig
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import InputPaths, plan_run
+from kdfast.distill.inputs import InputPaths, plan_run
 from kdfast.distill.train import train
 from kdfast.prune.if_beta.estimators import Trial
 from kdfast.prune.if_beta.evaluator import PolicyEvaluator

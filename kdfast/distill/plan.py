@@ -1,14 +1,12 @@
-"""Plan of a run: inputs opened, checked against each other and resolved before the first step.
+"""Plan of a run on inputs that are open: settings resolved, and everything that identifies the run.
 
-`plan_run` builds a `Plan` from paths and settings. Several runs on the same data share one `LoadedInputs` instead.
+`kdfast.distill.inputs` opens the inputs of a single run. Several runs on the same data share one `LoadedInputs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,51 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 import kdfast
-from kdfast.data.augment.presets import augment_source
-from kdfast.data.loaders import Loader, make_loader
-from kdfast.data.readers.registry import open_source
-from kdfast.data.source import Source, compute_normalization, sample_files
-from kdfast.data.subset import Subset, check_subset_file, read_subset
+from kdfast.data.loaders import Loader
+from kdfast.data.source import Source
 from kdfast.data.views import Normalization
 from kdfast.distill.batches import Batches
 from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.distributed import Distributed
-from kdfast.distill.losses.alpha import parse_alpha
 from kdfast.distill.losses.plan import TermPlan, collect_samples, plan_terms
 from kdfast.distill.recipe.mixing import Mixing
 from kdfast.distill.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.errors import UsageError
-from kdfast.nets.checkpoint import Model, load_model
-from kdfast.nets.fit import check_fit, check_training
+from kdfast.nets.checkpoint import Model
 from kdfast.nets.initial import build_started_net
-from kdfast.teacher.cache import TeacherCache
-
-
-@dataclass(frozen=True)
-class InputPaths:
-    """Paths of a run's inputs, and how to read the data.
-
-    Attributes:
-        data: A data source, see `kdfast.data.readers.registry`.
-        subset: idx.npy, or None for the whole training split.
-        cache: A teacher's cache, or None.
-        teacher: A teacher to run during training; with a cache, the teacher that the cache must belong to; or None.
-        loader: `auto`, `ffcv` or `resident`.
-        size: Side of the stored images in pixels, for folders of larger images.
-        order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
-        split: The test split of data that has none, see `kdfast.data.readers.registry.open_source`.
-        augment: Augmentation in place of the data's own, see `kdfast.data.augment.presets.augment_source`; or None.
-    """
-
-    data: str
-    subset: str | None = None
-    cache: str | None = None
-    teacher: str | None = None
-    loader: str = "auto"
-    size: int | None = None
-    order: str = "path"
-    split: str | None = None
-    augment: str | None = None
 
 
 @dataclass
@@ -251,120 +216,3 @@ class LoadedInputs:
         if plan.student and execution.compile:
             raise UsageError("`compile` cannot read activations: omit it, or use terms of the logits alone")
         return plan
-
-
-def plan_run(
-    paths: InputPaths,
-    config: RunConfig,
-    *,
-    device: torch.device,
-    alpha: str | None = None,
-    execution: Execution | None = None,
-) -> Plan:
-    """Open and check everything that a run needs, and plan it. Writes nothing.
-
-    Args:
-        paths: Paths of the inputs.
-        config: The settings. `views` 0 means all views of the cache, or of the data without a cache; `view_seed` None
-            means the cache's, or 0.
-        device: Where to train.
-        alpha: A number in [0, 1], or `auto`, as text; replaces `config.alpha` unless None.
-        execution: How the steps are computed.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UsageError: If options do not fit together.
-        DataError, SubsetError, CacheMismatch, CheckpointError: If an input is damaged or does not fit the others.
-    """
-    distributed = Distributed.from_environment()
-    device = distributed.local_device(device)
-    if paths.subset is not None:
-        check_subset_file(paths.subset)
-    started = time.perf_counter()
-    source = open_source(paths.data, size=paths.size, order=paths.order, split=paths.split)
-    source, views = augment_source(source, paths.augment, config.views)
-    config = dataclasses.replace(config, views=views)
-    subset = _read_subset(paths.subset, source, config.batch_size)
-    samples = len(subset.ids)
-    distributed.check_batches(samples, config.batch_size)
-    check_student(config, samples, source, distributed, device)
-    if alpha is not None:
-        most = 1.0 if config.ce is None else math.inf
-        config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train), most))
-    stage_seconds = {"open data": time.perf_counter() - started}
-    if subset.provenance and "seconds" in subset.provenance:
-        stage_seconds["prune"] = float(subset.provenance["seconds"])
-    teacher = TeacherTargets() if not config.needs_teacher else _open_teacher(paths, source, subset.ids, stage_seconds)
-    loader = make_loader(source.train, paths.loader, device)
-    inputs = LoadedInputs(source, loader, compute_normalization(source.train), teacher)
-    # The identity has the names of an own network and its initial weights without the paths to them.
-    metadata = {**dataclasses.asdict(paths), "student_spec": config.student, "init_path": config.init}
-    return inputs.plan(
-        config,
-        subset.ids,
-        device=device,
-        distributed=distributed,
-        metadata=metadata,
-        stage_seconds=stage_seconds,
-        execution=execution,
-    )
-
-
-def check_student(
-    config: RunConfig, samples: int, source: Source, distributed: Distributed, device: torch.device | None = None
-) -> None:
-    """Check that the network exists, and that it can train on the batches of an epoch and be evaluated.
-
-    One small batch runs through it. Batch norm over one value per channel has no variance, so that a last batch of one
-    sample may fail.
-
-    Raises:
-        UsageError: The network does not exist, or cannot train on images of this size or on that batch.
-    """
-    classes, size = len(source.classes), source.view_spec.size
-    net = build_started_net(config.student, classes, config.init)
-    check_training(net, config.student, classes, size, device=device)
-    last = samples % config.batch_size or config.batch_size
-    if last // distributed.world_size > 1:
-        return
-    try:
-        check_training(net, config.student, classes, size, batch=1, device=device)
-    except UsageError as error:
-        raise UsageError(
-            f"the last batch of an epoch gives a process a single sample (of {samples}), and the network cannot train "
-            f"on one ({error.__cause__ or error}): choose a `batch_size` other than {config.batch_size}"
-        ) from error
-
-
-def _read_subset(path: str | None, source: Source, batch_size: int) -> Subset:
-    n = len(source.train)
-    if path is not None:
-        files = sample_files(source.train)
-        return read_subset(path, n=n, fingerprint=source.fingerprint, batch_size=batch_size, files=files)
-    if n < batch_size:
-        raise UsageError(f"`batch_size` is {batch_size}, more than the {n} training samples: lower it")
-    return Subset(ids=np.arange(n, dtype=np.int64), provenance=None, path=None)
-
-
-def _open_teacher(
-    paths: InputPaths, source: Source, ids: NDArray[np.int64], stage_seconds: dict[str, float]
-) -> TeacherTargets:
-    """Open the cache or the teacher, and add what they cost to `stage_seconds`."""
-    if paths.cache is None and paths.teacher is None:
-        raise UsageError(
-            "`alpha` above 0 and terms of the loss need `cache` or `teacher`: pass one, or `alpha` 0 without terms to "
-            "train without a teacher"
-        )
-    model = None if paths.teacher is None else load_model(paths.teacher)
-    if model is not None and paths.teacher is not None:
-        check_fit(model, source, paths.teacher)
-    if paths.cache is None:
-        return TeacherTargets(model=model)
-    started = time.perf_counter()
-    cache = TeacherCache.open(paths.cache, source=source, teacher=model)
-    cache.check_covers(ids)
-    stage_seconds["open cache"] = time.perf_counter() - started
-    stage_seconds["cache"] = float(cache.manifest["seconds"])
-    return TeacherTargets(cache=cache, model=model)

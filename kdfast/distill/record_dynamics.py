@@ -20,7 +20,8 @@ from kdfast.distill.batches import Batch
 from kdfast.distill.config import RunConfig, check_integer
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import LoadedInputs, Plan, check_student
+from kdfast.distill.inputs import check_student
+from kdfast.distill.plan import LoadedInputs, Plan
 from kdfast.distill.train import Monitoring, train
 from kdfast.distill.trainer import Trainer
 from kdfast.dynamics.batches import BatchCorrectness

@@ -19,7 +19,8 @@ from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
 from kdfast.distill.distributed import Distributed
 from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import LoadedInputs, Plan, check_student
+from kdfast.distill.inputs import check_student
+from kdfast.distill.plan import LoadedInputs, Plan
 from kdfast.distill.targets import TeacherTargets
 from kdfast.distill.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics

@@ -71,7 +71,7 @@ def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.folder import RunFolder
-    from kdfast.distill.plan import InputPaths, plan_run
+    from kdfast.distill.inputs import InputPaths, plan_run
     from kdfast.distill.train import train
 
     folder = tmp_path_factory.mktemp("teacher") / "run"

@@ -95,7 +95,7 @@ def animals(tmp_path_factory) -> tuple[Path, Path]:
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.folder import RunFolder
-    from kdfast.distill.plan import InputPaths, plan_run
+    from kdfast.distill.inputs import InputPaths, plan_run
     from kdfast.distill.train import train
 
     root = tmp_path_factory.mktemp("animals")

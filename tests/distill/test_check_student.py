@@ -8,7 +8,7 @@ from torch import nn
 from kdfast.data.source import ArraySplit, Source, default_view_spec
 from kdfast.distill.config import RunConfig
 from kdfast.distill.distributed import Distributed
-from kdfast.distill.plan import check_student
+from kdfast.distill.inputs import check_student
 from kdfast.errors import UsageError
 from kdfast.nets import NETS
 

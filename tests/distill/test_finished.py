@@ -12,7 +12,8 @@ import torch
 
 from kdfast.distill.config import RunConfig
 from kdfast.distill.folder import MetricsFile, RunFolder
-from kdfast.distill.plan import InputPaths, Plan, plan_run
+from kdfast.distill.inputs import InputPaths, plan_run
+from kdfast.distill.plan import Plan
 from kdfast.distill.train import Monitoring, train
 from kdfast.errors import CheckpointError, DataError
 from kdfast.files import sha256_file

@@ -26,8 +26,9 @@ from gpu.results import PartResults, measure_missing
 from kdfast.device import resolve_device
 from kdfast.distill.config import Execution, RunConfig
 from kdfast.distill.folder import RunFolder
+from kdfast.distill.inputs import InputPaths, plan_run
 from kdfast.distill.losses.alpha import compute_alpha
-from kdfast.distill.plan import InputPaths, Plan, plan_run
+from kdfast.distill.plan import Plan
 from kdfast.distill.train import Monitoring, train
 
 # Networks, batch sizes, and the epochs before and during a timing.

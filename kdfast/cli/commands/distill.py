@@ -94,8 +94,8 @@ def distill(
     from kdfast.device import resolve_device
     from kdfast.distill.config import Execution, RunConfig
     from kdfast.distill.folder import check_run_folder
+    from kdfast.distill.inputs import InputPaths, plan_run
     from kdfast.distill.losses.settings import parse_taps, parse_terms
-    from kdfast.distill.plan import InputPaths, plan_run
 
     trackers, resume = training.load_trackers(track, tensorboard), training.resume_mode(resume, force)
     place = resolve_device(device)

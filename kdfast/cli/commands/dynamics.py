@@ -95,7 +95,8 @@ def dynamics(
     from kdfast.device import resolve_device
     from kdfast.distill.config import RunConfig
     from kdfast.distill.distributed import Distributed
-    from kdfast.distill.plan import LoadedInputs, check_student
+    from kdfast.distill.inputs import check_student
+    from kdfast.distill.plan import LoadedInputs
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
     from kdfast.dynamics.format import bits_per_sample
