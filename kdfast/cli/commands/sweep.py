@@ -157,12 +157,7 @@ def sweep(
             "view_seed": view_seed,
             "precision": options.choose_precision(precision, resolve_device(device)),
             **recipe.changed(
-                optimizer=optimizer,
-                label_smoothing=label_smoothing,
-                ema=ema,
-                clip=clip,
-                mixup=mixup,
-                cutmix=cutmix,
+                optimizer=optimizer, label_smoothing=label_smoothing, ema=ema, clip=clip, mixup=mixup, cutmix=cutmix
             ),
         }
         loss = {
