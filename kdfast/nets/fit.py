@@ -15,6 +15,7 @@ from kdfast.data.source import Source
 from kdfast.errors import CheckpointError, DataWarning, KdfastError, UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import reorder_classifier
+from kdfast.nets.outputs import input_channels
 
 _BATCH = 2  # the smallest batch with a variance
 _SHOWN = 4
@@ -43,9 +44,23 @@ def check_fit(model: Model, source: Source, name: str) -> None:
     _bring_into_order(model, source, name)
     check_class_names(model, source, name)
     try:
+        check_channels(model.net, model.name, source)
         check_logits(model.net, model.name, model.classes, source.view_spec.size)
     except UsageError as error:
         raise CheckpointError(f"{name} does not fit {source.path}: {error}") from error
+
+
+def check_channels(net: nn.Module, name: str, source: Source) -> None:
+    """Check that a network for images of one channel gets gray images, of which it takes the mean of three channels.
+
+    Raises:
+        UsageError: It would get images in color.
+    """
+    if input_channels(net) == 1 and not source.gray:
+        raise UsageError(
+            f"{name} takes images of one channel, and those of {source.path} are in color: choose a network of three "
+            "channels"
+        )
 
 
 def check_class_names(model: Model, source: Source, name: str | None = None) -> None:
@@ -163,7 +178,8 @@ def _checking(name: str, size: Sequence[int], device: torch.device) -> Iterator[
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UsageError(
                 f"{name} cannot run on images of {width}x{height} ({reason}): choose a network that takes images of "
-                "this size, or resize the images of a folder with `size`"
+                "this size, pass it the size with `net_arg` if it has such an argument, or resize the images of a "
+                "folder with `size`"
             ) from error
 
 
@@ -177,7 +193,7 @@ def _as_logits(output: Any, name: str, batch: int, classes: int) -> Tensor:
         found = f"a {type(output).__name__}" + (f" of {', '.join(map(str, fields))}" if fields else "")
     raise UsageError(
         f"{name} returns {found}, not logits of shape ({batch}, {classes}) for {batch} images: choose a classifier "
-        "that returns its logits alone, in training and in evaluation mode"
+        "that returns its logits, alone or under the name logits, in training and in evaluation mode"
     )
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 def adapt(net: nn.Module) -> nn.Module:
     """Let a network return its logits alone, and take images of three channels if it is made for one; in place.
 
-    Hooks of the network do that: its modules keep their names, and its weights load unchanged.
+    Hooks of the network do that: its modules keep their names, and its weights load unchanged. A second call does
+    nothing.
     """
     if not type(net).__module__.startswith("kdfast."):
         net.register_forward_hook(_unwrap)
-    if _input_channels(net) == 1:
+    if input_channels(net) == 1:
         net.register_forward_pre_hook(_to_gray)
     return net
 
@@ -48,7 +49,7 @@ def _to_gray(_net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (images.mean(1, keepdim=True) if images.shape[1] == 3 else images, *rest)
 
 
-def _input_channels(net: nn.Module) -> int | None:
+def input_channels(net: nn.Module) -> int | None:
     """Return the channels that the first convolution of images takes; None without one."""
     first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
     return None if first is None else first.in_channels

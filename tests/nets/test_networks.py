@@ -16,6 +16,15 @@ PARAMETERS = {  # option B and wide networks with 10 / 100 classes, as published
     "wrn_40_2": (2_243_546, 2_255_156),
     "resnet20a": (269_722, 275_572),  # 0.27M in He et al.; no projections, unlike option B
     "resnet56a": (853_018, 858_868),
+    "resnet8x4": (1_210_410, 1_233_540),
+    "resnet32x4": (7_410_730, 7_433_860),
+    "wrn_16_2": (691_674, 703_284),
+    "resnet18": (11_173_962, 11_220_132),
+    "resnet34": (21_282_122, 21_328_292),
+    "resnet50": (23_520_842, 23_705_252),
+    "vgg8": (3_918_858, 3_965_028),
+    "vgg13": (9_416_010, 9_462_180),
+    "mobilenetv2": (697_546, 812_836),
 }
 
 
@@ -53,6 +62,80 @@ def test_gradients_reach_every_parameter(name):
     net = build_net(name, 5)
     net(torch.randn(4, 3, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn_16_2", "vgg8", "mobilenetv2"])
+def test_a_network_may_be_built_for_gray_images(name):
+    net = build_net(name, 5, channels=1).eval()
+    first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+    assert first.in_channels == 1
+    gray = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(net(gray.expand(2, 3, 16, 16)), net(gray))
+
+
+def test_vgg_is_the_published_stack():
+    torch.manual_seed(0)
+    net = trained(build_net("vgg13", 4))
+    x = torch.randn(2, 3, 32, 32)
+    expected, sizes = x, []
+    for stage in range(5):
+        block = net.get_submodule(f"block{stage}")
+        assert [type(m).__name__ for m in block] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"]
+        expected = torch.relu(block(expected))
+        sizes.append(expected.shape[-1])
+        if stage < 3:
+            expected = torch.nn.functional.max_pool2d(expected, 2)
+    torch.testing.assert_close(net(x), net.classifier(expected.mean((2, 3))))
+    assert sizes == [32, 16, 8, 4, 4]
+
+
+def test_mobilenet_halves_the_image_in_the_published_stages():
+    net = build_net("mobilenetv2", 4).eval()
+    x, sizes, widths = net.conv1(torch.randn(1, 3, 32, 32)), [], []
+    for stage in net.blocks:
+        x = stage(x)
+        sizes.append(x.shape[-1])
+        widths.append(x.shape[1])
+    assert sizes == [16, 16, 8, 4, 4, 2, 2]
+    assert widths == [8, 12, 16, 32, 48, 80, 160]
+    assert [len(stage) for stage in net.blocks] == [1, 2, 3, 4, 3, 3, 1]
+
+
+def test_an_inverted_residual_matches_its_definition():
+    net = trained(build_net("mobilenetv2", 3))
+    block = net.blocks[2][1]
+    x = torch.randn(2, 16, 8, 8)
+    wide = torch.relu(block.conv[1](block.conv[0](x)))
+    assert wide.shape[1] == 6 * 16
+    depthwise = torch.nn.functional.conv2d(wide, block.conv[3].weight, padding=1, groups=96)
+    expected = x + block.conv[7](block.conv[6](torch.relu(block.conv[4](depthwise))))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_bottleneck_matches_its_definition():
+    net = trained(build_net("resnet50", 3))
+    block = net.layer2[0]
+    x = torch.randn(2, 256, 8, 8)
+    inner = torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x))))))
+    expected = torch.relu(block.bn3(block.conv3(inner)) + block.shortcut(x))
+    assert expected.shape == (2, 512, 4, 4)
+    torch.testing.assert_close(block(x), expected)
+
+
+REPDISTILLER = {
+    "resnet8x4": ["layer1.0.downsample.0.weight", "layer3.0.bn2.running_var", "fc.weight"],
+    "resnet18": ["layer2.0.shortcut.0.weight", "layer4.1.conv2.weight", "linear.bias"],
+    "resnet50": ["layer1.0.shortcut.1.weight", "layer3.5.conv3.weight", "linear.weight"],
+    "vgg13": ["block0.0.bias", "block0.3.weight", "block4.4.running_mean", "classifier.weight"],
+    "mobilenetv2": ["conv1.0.weight", "blocks.1.1.conv.3.weight", "blocks.6.0.conv.7.bias", "conv2.1.weight",
+                    "classifier.0.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "some"), REPDISTILLER.items())
+def test_further_layer_names_equal_those_of_repdistiller(name, some):
+    assert {*some} <= {*build_net(name, 10).state_dict()}
 
 
 def test_layer_names_equal_those_of_repdistiller():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kdfast.errors import UsageError
-from kdfast.nets import build_net
+from kdfast.nets import build_net, find_classifier
 from kdfast.nets.taps import PREACTIVATIONS, STAGES, TAPS, TapRecorder, default_places
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -29,6 +29,29 @@ def test_shapes(name, widths):
         shapes = [tuple(taken[tap].shape[1:]) for tap in names]
         assert shapes == [(width, size, size) for width, size in zip(widths, (32, 16, 8), strict=True)]
     assert taken["pooled"].shape == (2, widths[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "shapes"),
+    [
+        ("resnet8x4", (32, 32), [(64, 32), (128, 16), (256, 8)]),
+        ("resnet18", (64, 32), [(128, 16), (256, 8), (512, 4)]),
+        ("resnet50", (64, 32), [(512, 16), (1024, 8), (2048, 4)]),
+        ("vgg8", (64, 32), [(256, 8), (512, 4), (512, 4)]),
+        ("mobilenetv2", (16, 16), [(16, 8), (48, 4), (160, 2)]),
+    ],
+)
+def test_networks_of_more_stages_have_taps_at_the_last_three(name, stem, shapes):
+    net, logits, taken = record(name)
+    assert set(taken) == set(TAPS)
+    assert taken["stem"].shape[1:3] == stem
+    for names in (STAGES, PREACTIVATIONS):
+        assert [tuple(taken[tap].shape[1:3]) for tap in names] == shapes
+    for stage, before in zip(STAGES, PREACTIVATIONS, strict=True):
+        expected = taken[before] if name == "mobilenetv2" else F.relu(taken[before])
+        assert torch.equal(taken[stage], expected)
+    head = find_classifier(net)
+    assert torch.equal(logits, head(taken["pooled"]))
 
 
 def test_stages_of_a_resnet_are_after_the_relu_and_preactivations_before_it():
