@@ -25,7 +25,7 @@ from kdfast.distill.plan import LoadedInputs, Plan
 from kdfast.distill.targets import TeacherTargets
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import load_model
-from kdfast.nets.fit import check_fit, check_training
+from kdfast.nets.fit import check_channels, check_fit, check_training
 from kdfast.nets.initial import build_started_net
 from kdfast.teacher.cache import TeacherCache
 
@@ -176,6 +176,7 @@ def check_student(
     """
     classes, size = len(source.classes), source.view_spec.size
     net = build_started_net(config.student, classes, config.init)
+    check_channels(net, config.student, source)
     check_training(net, config.student, classes, size, device=device)
     last = samples % config.batch_size or config.batch_size
     if last // distributed.world_size > 1:
