@@ -26,6 +26,8 @@ LAYER = {
     "distill": 6,
     "report": 7,
     "deploy": 7,
+    "estimates": 7,
+    "api": 8,
     "sweep": 8,
     "cli": 9,
     "examples": 9,

@@ -11,7 +11,7 @@ import typer
 from kdfast.cli.config.read import load_defaults
 from kdfast.cli.config.write import write_config
 from kdfast.cli.output import complain
-from kdfast.errors import UsageError, did_you_mean
+from kdfast.errors import OutputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -197,6 +197,24 @@ Force = Annotated[
         "--force", help="Start over, and replace what kdfast wrote to --out before; other files are never replaced."
     ),
 ]
+
+
+
+def refuse_other(out: Path, same: bool, force: bool) -> None:
+    """Refuse to replace a file by another result than the one that it holds.
+
+    Args:
+        out: The file.
+        same: Whether it holds the result of the same command.
+        force: Whether it may be replaced anyway.
+
+    Raises:
+        OutputError: It may not.
+    """
+    if not (same or force):
+        raise OutputError(f"{out} exists and holds another result; choose another --out, or replace it with --force")
+
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, print the plan and write nothing.")]
 Config = Annotated[
     Path | None,

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from kdfast.cli.output import MODE, complain
@@ -22,6 +23,9 @@ from kdfast.text import printable
 FIRST_SECONDS = 1.0
 LINE_SECONDS = 10.0
 JSON_SECONDS = 1.0
+
+# Work that is announced before it starts.
+LARGE_BYTES, LONG_SECONDS = 100_000_000, 60.0
 
 
 class Reporter:
@@ -72,6 +76,26 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Reporter]:
             lambda done, total, note: lines.add(done, total, _text_line(label, note)),
             lambda text: complain(f"{label}: {text}"),
         )
+
+
+def announce(out: Path, size: int, seconds: float | None) -> None:
+    """Check that the disk has room for an output, and say what long work will write and how long it takes.
+
+    Args:
+        out: The folder to write.
+        size: Its bytes, at least roughly.
+        seconds: The estimated time, or None if it is short.
+
+    Raises:
+        OutputError: The disk is too small.
+    """
+    from kdfast.files.space import check_space, format_bytes, free_space
+
+    check_space(out, size, "the output")
+    if MODE.quiet or (size < LARGE_BYTES and (seconds or 0.0) < LONG_SECONDS):
+        return
+    takes = "" if seconds is None else f", in about {format_seconds(seconds)}"
+    complain(f"kdfast: writes about {format_bytes(size)} to {out} ({format_bytes(free_space(out))} free){takes}")
 
 
 def log_event(event: str, **fields: Any) -> None:

@@ -19,6 +19,7 @@ from kdfast.files import (
     FolderLock,
     atomic_write,
     check_writable,
+    delete_own,
     has_format,
     remove_stale,
     schemas,
@@ -127,6 +128,16 @@ def check_dynamics_folder(folder: Path) -> None:
     entries = visible_entries(folder)
     if entries and not has_format(folder / layout.PLAN, layout.FORMAT):
         raise OutputError(f"{folder} is not empty ({entries[0]}) and holds no dynamics: choose another folder")
+
+
+def delete_dynamics(folder: Path) -> None:
+    """Delete the dynamics in a folder, finished or not; files that are not part of them stay.
+
+    Raises:
+        OutputError: The folder holds something else, or another process uses it.
+    """
+    check_dynamics_folder(folder)
+    delete_own(folder, (layout.PLAN, layout.MANIFEST, layout.LABELS, "run-[0-9]*"))
 
 
 def check_top_k(top_k: int, classes: int) -> None:

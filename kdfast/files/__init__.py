@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdfast.files.atomic import atomic_path, atomic_write, remove_stale
 from kdfast.files.folders import FolderLock, check_writable, make_subfolder, visible_entries
-from kdfast.files.outputs import check_replaceable
+from kdfast.files.outputs import check_replaceable, delete_own
 from kdfast.files.own import is_plain_name, open_own, refuse_links
 from kdfast.files.records import (
     has_format,
@@ -25,6 +25,7 @@ __all__ = [
     "atomic_write",
     "check_replaceable",
     "check_writable",
+    "delete_own",
     "has_format",
     "is_plain_name",
     "make_subfolder",

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdfast.errors import OutputError
 from kdfast.files.atomic import make_write_error
+from kdfast.files.folders import FolderLock
+from kdfast.files.own import refuse_links
+
+
+def delete_own(folder: str | os.PathLike[str], patterns: Sequence[str]) -> None:
+    """Delete files and folders that kdfast wrote from an output folder, while no other process uses it.
+
+    Args:
+        folder: The folder; may be missing.
+        patterns: Patterns of their names; other files stay.
+
+    Raises:
+        OutputError: One of them is a link, or another process uses the folder.
+    """
+    if not os.path.isdir(folder):
+        return
+    with FolderLock(folder):
+        for name in sorted(os.listdir(folder)):
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                continue
+            path = refuse_links(folder, name)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[Path], bool]) -> None:

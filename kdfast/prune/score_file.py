@@ -60,6 +60,13 @@ class ScoreFile:
     seconds: float = 0.0
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What the scores were computed from and how, as JSON values; the same for the same command."""
+        head = {"method": self.method, "data": self.data, "parameters": self.parameters, "sources": self.sources}
+        plain: dict[str, Any] = json.loads(json.dumps(head))
+        return plain
+
+    @property
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of everything but the seconds."""
         head = {"method": self.method, "data": self.data, "parameters": self.parameters, "sources": self.sources}
@@ -79,6 +86,18 @@ def check_score_path(path: str | os.PathLike[str]) -> None:
     if Path(path).suffix != ".npz":
         raise UsageError(f"{path}: a score file must be named .npz")
     check_replaceable(path, _is_score_file)
+
+
+def read_origin(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the `ScoreFile.origin` of a score file, or None if there is no file.
+
+    Raises:
+        DataError: It is damaged, or no score file.
+    """
+    if not os.path.exists(path):
+        return None
+    about = _pop_about(read_npz(path, member_bytes=_MAX_BYTES, advice=_SCORE_AGAIN), path)
+    return {name: about[name] for name in ("method", "data", "parameters", "sources")}
 
 
 def write_scores(path: str | os.PathLike[str], content: ScoreFile) -> None:

@@ -24,12 +24,13 @@ _PRUNE_AGAIN = "write it again with kdfast prune"
 _MAX_DENSITY = 12
 
 
-def write_if_beta_page(provenance: Path, out: Path) -> int:
+def write_if_beta_page(provenance: Path, out: Path, *, replace: bool = True) -> int:
     """Write the page of a subset selected by IF-Beta.
 
     Args:
         provenance: idx.json, written beside the subset by `kdfast prune`.
         out: The .html file; its folder is created if missing.
+        replace: Replace another page that kdfast wrote.
 
     Returns:
         Size of the page in bytes.
@@ -49,7 +50,7 @@ def write_if_beta_page(provenance: Path, out: Path) -> int:
     _check_counts(content[METHOD], provenance)
     if not matches_seal(content):
         raise DataError(f"{provenance} was damaged or edited, it does not match its own digest: {_PRUNE_AGAIN}")
-    return write_page(_render_page(content), out)
+    return write_page(_render_page(content), out, replace=replace)
 
 
 def _check_counts(record: dict[str, Any], provenance: Path) -> None:

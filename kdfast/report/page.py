@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import kdfast
-from kdfast.errors import UsageError
+from kdfast.errors import OutputError, UsageError
 from kdfast.files import atomic_write, check_replaceable, check_writable
 from kdfast.report.markup import Safe, tag
 from kdfast.report.style import STYLE
@@ -61,19 +61,22 @@ def check_page_path(path: Path) -> None:
     check_replaceable(path, _is_own_page)
 
 
-def write_page(html: str, out: Path) -> int:
+def write_page(html: str, out: Path, *, replace: bool = True) -> int:
     """Write a page atomically and return its size in bytes.
 
     Args:
         html: The page.
         out: The .html file; its folder is created if missing.
+        replace: Replace another page that kdfast wrote.
 
     Raises:
         UsageError: `out` does not end in .html.
-        OutputError: The file cannot be written, or would replace one that kdfast did not write.
+        OutputError: The file cannot be written, or would replace one that kdfast did not write, or another page.
     """
     content = html.encode()
     check_page_path(out)
+    if not replace and out.exists() and out.read_bytes() != content:
+        raise OutputError(f"{out} exists and is another page: choose another `out`, or replace it with `force`")
     check_writable(out.parent)
     with atomic_write(out) as file:
         file.write(content)

@@ -16,12 +16,13 @@ def render_score_page(data: ScorePageData) -> str:
     return render_page(title, render_statistics(data), sections)
 
 
-def write_score_page(data: ScorePageData, out: Path) -> int:
+def write_score_page(data: ScorePageData, out: Path, *, replace: bool = True) -> int:
     """Write the page atomically.
 
     Args:
         data: Content of the page.
         out: The .html file; its folder is created if missing.
+        replace: Replace another page that kdfast wrote.
 
     Returns:
         Size of the page in bytes.
@@ -31,4 +32,4 @@ def write_score_page(data: ScorePageData, out: Path) -> int:
         OutputError: The file cannot be written.
     """
     check_page_path(out)
-    return write_page(render_score_page(data), out)
+    return write_page(render_score_page(data), out, replace=replace)

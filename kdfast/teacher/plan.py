@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,43 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
-from kdfast.files import has_format, refuse_links, visible_entries, write_sealed
+from kdfast.files import delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
+    COVERAGE,
+    FEATURES,
     FORMAT,
+    IDENTITY,
     MANIFEST,
     PLAN,
+    TIMING,
     VERSION,
     compare_manifests,
     digest_ids,
     read_plan,
 )
 
+SHARD_BYTES = 64 << 20
+# Limits what a kill can cost to a few minutes of a small teacher's work.
+_SHARD_ROWS = 1 << 17
 
-def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, view_seed: int) -> dict[str, Any]:
-    """Return what determines the cache's content, except how it is computed and stored."""
+
+def describe_teacher(model: Model) -> dict[str, Any]:
+    """Return what identifies a teacher in a cache."""
     norm = model.normalization
+    return {"net": model.name, "digest": model.digest, "mean": list(norm.mean), "std": list(norm.std)}
+
+
+def samples_per_shard(n_views: int, row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
+    """Return the samples of each shard but the last, for about `shard_bytes` of logits."""
+    return max(1, min(shard_bytes // (n_views * row_bytes), _SHARD_ROWS // n_views))
+
+
+def make_plan(
+    source: Source, teacher: Mapping[str, Any], coverage: IntArray, n_views: int, view_seed: int
+) -> dict[str, Any]:
+    """Return what determines the cache's content, except how it is computed and stored."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -39,12 +60,7 @@ def make_plan(source: Source, model: Model, coverage: IntArray, n_views: int, vi
             "classes": len(source.classes),
             "image": list(source.train.shape),
         },
-        "teacher": {
-            "net": model.name,
-            "digest": model.digest,
-            "mean": list(norm.mean),
-            "std": list(norm.std),
-        },
+        "teacher": dict(teacher),
         "views": {"spec": source.view_spec.to_dict(), "view_seed": view_seed, "n_views": n_views},
         "coverage": {
             "samples": len(coverage),
@@ -65,6 +81,21 @@ def check_cache_folder(folder: Path) -> None:
     # The plan exists before any other file of a cache, and until the manifest is written: check in this order.
     if entries and not any(has_format(file, FORMAT) for file in (folder / BUILDING / PLAN, folder / MANIFEST)):
         raise OutputError(f"{folder} holds {entries[0]}, which is not part of a cache: choose an empty or new folder")
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a finished cache, intact or not."""
+    return (folder / MANIFEST).exists()
+
+
+def delete_cache(folder: Path) -> None:
+    """Delete the cache in a folder, finished or not; files that are not part of it stay.
+
+    Raises:
+        OutputError: The folder holds something else, or another process uses it.
+    """
+    check_cache_folder(folder)
+    delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, BUILDING, "logits-*.npy"))
 
 
 def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:

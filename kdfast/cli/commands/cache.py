@@ -11,7 +11,7 @@ from kdfast.cli import options
 from kdfast.cli.command import Command, Group
 from kdfast.cli.commands import recipe
 from kdfast.cli.output import show
-from kdfast.cli.progress import progress
+from kdfast.cli.progress import announce, format_seconds, progress
 from kdfast.errors import UsageError
 
 app = typer.Typer(invoke_without_command=True, cls=Group)
@@ -80,6 +80,7 @@ def build(
     order: options.Order = "path",
     split: options.Split = None,
     device: options.Device = "auto",
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -97,10 +98,12 @@ def build(
     from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_file, open_subset
     from kdfast.device import resolve_device
+    from kdfast.estimates import estimate_forward
     from kdfast.nets.checkpoint import load_model
     from kdfast.nets.fit import check_fit
     from kdfast.teacher.build import build_cache, check_build
     from kdfast.teacher.cache import TeacherCache
+    from kdfast.teacher.plan import delete_cache, is_finished
     from kdfast.teacher.row_format import RowFormat, TopK
 
     options.one_of("--dtype", dtype, ("float16", "float32"))
@@ -119,15 +122,20 @@ def build(
     kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
     place = resolve_device(device)
     arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
+    check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
+    size_bytes = kept * n_views * RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
+    seconds = None if is_finished(out) and not force else estimate_forward(source, model, place, kept * n_views)
     if dry_run:
-        check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
-        row_bytes = RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
         show(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
-            f"and write {kept * n_views * row_bytes / 1e6:.0f} MB of logits to {out}",
-            {"dry_run": True, "samples": kept, "views": n_views, "bytes": kept * n_views * row_bytes, "out": str(out)},
+            f"and write {size_bytes / 1e6:.0f} MB of logits to {out}"
+            f"{'' if seconds is None else f', in about {format_seconds(seconds)}'}",
+            {"dry_run": True, "samples": kept, "views": n_views, "bytes": size_bytes, "seconds": seconds},
         )
         return
+    if force:
+        delete_cache(out)
+    announce(out, size_bytes, seconds)
     recipe.announce_views(source, augment)
     with progress("cache") as report:
         build_cache(
@@ -153,11 +161,89 @@ def build(
     )
 
 
+@app.command("import", cls=Command)
+def import_outputs(
+    logits: Annotated[
+        Path,
+        typer.Argument(
+            help="Outputs of a network on the training split, .npy, .npz, .pt or .safetensors: (N, C), or (N, V, C) "
+            "on V views.",
+            metavar="LOGITS",
+        ),
+    ],
+    data: options.Data,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the cache.")],
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="Inputs of the network's last layer, (N, D), for methods that need them."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            help="What LOGITS holds; default: logits, unless they look like probabilities.",
+            metavar="logits|probabilities|log-probabilities",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="What the logits were divided by, also before a softmax.")
+    ] = 1.0,
+    view_seed: Annotated[int, typer.Option("--view-seed", help="Seed that chose the views.", min=0, max=2**63 - 1)] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the stored logits.", metavar="float16|float32")
+    ] = "float16",
+    key: Annotated[
+        str | None, typer.Option("--key", help="Name of the logits in a file of several arrays.", metavar="KEY")
+    ] = None,
+    size: options.Size = None,
+    order: options.Order = "path",
+    split: options.Split = None,
+    config: options.Config = None,
+) -> None:
+    """Make a cache of logits that another program computed. Row i is training sample i, and column c its class c.
+
+    On (N, C), students see the images without augmentation, as the network did.
+    """
+    from kdfast.data.readers.registry import open_source
+    from kdfast.teacher.writing.outputs import teacher_outputs
+
+    source = open_source(data, size=size, order=order, split=split)
+    with progress("cache") as report:
+        cache = teacher_outputs(
+            logits,
+            source,
+            out,
+            features=features,
+            kind=cast(Any, kind),
+            temperature=temperature,
+            view_seed=view_seed,
+            dtype=dtype,
+            key=key,
+            progress=report,
+        )
+    top1, width = cache.manifest["train_top1"], cache.manifest["features"]
+    show(
+        f"imported {len(cache)} samples x {cache.n_views} views x {cache.classes} classes"
+        f"{f' and {width} features' if width else ', without features'}; top-1: {top1:.2f} on these samples",
+        {
+            "samples": len(cache),
+            "views": cache.n_views,
+            "classes": cache.classes,
+            "features": width,
+            "train_top1": top1,
+            "out": str(out),
+        },
+    )
+
+
 @app.command("verify", cls=Command)
 def verify(
     cache: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")],
     data: options.Data,
-    teacher: Annotated[Path, typer.Option("--teacher", help="Teacher that the cache was made with, T.pt.")],
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="Teacher that the cache was made with, T.pt; imported logits have none."),
+    ] = None,
     samples: Annotated[
         int, typer.Option("--samples", help="Random entries to compute again and compare.", min=1)
     ] = 256,
@@ -177,8 +263,16 @@ def verify(
     from kdfast.teacher.verify import verify_cache
 
     source = open_source(data, size=size, order=order, split=split)
-    model = load_model(teacher)
+    model = None if teacher is None else load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model)
+    if model is None:
+        if not opened.is_imported:
+            raise UsageError(f"--teacher is not given, and {cache} was made with a teacher: pass it")
+        show(
+            f"{cache} is whole; its logits were imported, so there is no teacher to compute them again",
+            {"cache": str(cache), "imported": True},
+        )
+        return
     found = verify_cache(opened, source, model, samples=samples, seed=seed, device=resolve_device(device))
     show(
         f"{cache} is whole; {found.rows} entries computed again differ by at most {found.largest_difference:.2g} "

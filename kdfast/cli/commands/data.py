@@ -11,7 +11,7 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.command import Command
 from kdfast.cli.output import show
-from kdfast.cli.progress import progress
+from kdfast.cli.progress import announce, progress
 
 app = typer.Typer(help="Describe a source of data, convert it to FFCV files, or flip labels.", no_args_is_help=True)
 
@@ -70,23 +70,29 @@ def convert(
     jpeg: Annotated[
         int | None, typer.Option("--jpeg", help="JPEG quality, 50 to 100; default: store raw pixels.", min=50, max=100)
     ] = None,
+    force: options.Force = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Write a source as FFCV files; they get their names only after they are read back and verified."""
-    from kdfast.data.ffcv.write import check_out_folder
+    from kdfast.data.ffcv.write import check_out_folder, delete_conversion
     from kdfast.data.ffcv.write import convert as convert_source
     from kdfast.data.readers.registry import open_source
+    from kdfast.estimates import estimate_reading
 
     source = open_source(src, size=size, order=order, split=split)
+    check_out_folder(out, source)
+    pixels = source.train.shape[0] * source.train.shape[1] * 3
+    total = (len(source.train) + len(source.test)) * pixels
     if dry_run:
-        check_out_folder(out, source)
-        pixels = source.train.shape[0] * source.train.shape[1] * 3
-        total = (len(source.train) + len(source.test)) * pixels
         show(
             f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw",
             {"dry_run": True, "train": len(source.train), "test": len(source.test), "bytes": total, "out": str(out)},
         )
         return
+    if force:
+        delete_conversion(out, source)
+    if jpeg is None:  # the size of compressed images is not known before
+        announce(out, total, estimate_reading(source.train))
     with progress("convert") as report:
         convert_source(source, out, jpeg_quality=jpeg, progress=report)
     show(
@@ -104,12 +110,14 @@ def flip(
     order: options.Order = "path",
     split: options.Split = None,
     seed: options.Seed = 0,
+    force: options.Force = False,
 ) -> None:
     """Make a source in which a seeded share of the training labels is wrong; the test split is unchanged."""
     from kdfast.data.readers.registry import open_source
     from kdfast.data.readers.relabel import write_flipped
 
-    changed = write_flipped(open_source(src, size=size, order=order, split=split), src, out, share=share, seed=seed)
+    source = open_source(src, size=size, order=order, split=split)
+    changed = write_flipped(source, src, out, share=share, seed=seed, replace=force)
     show(
         f"{len(changed)} training labels of {src} changed; pass {out} as --data",
         {"changed": len(changed), "src": src, "out": str(out)},

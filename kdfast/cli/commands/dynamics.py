@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import show
-from kdfast.cli.progress import progress
+from kdfast.cli.progress import announce, format_seconds, progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdfast.data.source import Source
+    from kdfast.distill.config import RunConfig
+    from kdfast.distill.record_dynamics import RecordingConfig
 
 
 def dynamics(
@@ -80,6 +87,7 @@ def dynamics(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     checkpoint_seconds: training.CheckpointSeconds = 30.0,
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
     write_config: options.WriteConfig = None,
@@ -99,8 +107,7 @@ def dynamics(
     from kdfast.distill.plan import LoadedInputs
     from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
     from kdfast.distill.targets import TeacherTargets
-    from kdfast.dynamics.format import bits_per_sample
-    from kdfast.dynamics.plan import check_dynamics_folder, check_top_k
+    from kdfast.dynamics.plan import check_dynamics_folder, check_top_k, delete_dynamics
 
     place = resolve_device(device)
     settings = RunConfig(
@@ -132,16 +139,19 @@ def dynamics(
     check_dynamics_folder(out)
     source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     settings = dataclasses.replace(settings, views=views)
+    check_student(settings, len(source.train), source, Distributed(), place)
+    check_top_k(top_k, len(source.classes))
+    size_bytes, seconds = _estimate(settings, recording, source, place)
     if dry_run:
-        check_student(settings, len(source.train), source, Distributed(), place)
-        check_top_k(top_k, len(source.classes))
-        bits = bits_per_sample(top_k, len(source.classes), record)
-        bits *= len(source.train) * (epochs // record_every) * runs
         show(
-            f"would train {net} {runs} times for {epochs} epochs and write {bits / 8e6:.1f} MB and features to {out}",
-            {"dry_run": True, "runs": runs, "epochs": epochs, "bytes": bits // 8, "out": str(out)},
+            f"would train {net} {runs} times for {epochs} epochs and write {size_bytes / 1e6:.1f} MB to {out}"
+            f"{'' if seconds is None else f', in about {format_seconds(seconds)}'}",
+            {"dry_run": True, "runs": runs, "epochs": epochs, "bytes": size_bytes, "seconds": seconds},
         )
         return
+    if force:
+        delete_dynamics(out)
+    announce(out, size_bytes, seconds)
     recipe.announce_views(source, augment)
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
@@ -162,3 +172,30 @@ def dynamics(
             "out": str(out),
         },
     )
+
+
+def _estimate(
+    settings: RunConfig, recording: RecordingConfig, source: Source, device: torch.device
+) -> tuple[int, float | None]:
+    """Return the bytes that all runs will write, and the seconds that those of this command take, if they are many."""
+    from kdfast.dynamics.format import bits_per_sample
+    from kdfast.estimates import estimate_training, recorded_bytes
+
+    samples, epochs = len(source.train), settings.epochs // recording.record_every
+    with_features = -(-epochs // recording.features_every) if recording.features_every else 1
+    size = recorded_bytes(
+        settings.student,
+        source,
+        bits=bits_per_sample(recording.top_k, len(source.classes), recording.record) * epochs * recording.runs,
+        feature_epochs=with_features * recording.runs,
+    )
+    runs = len(recording.selected_runs)
+    seconds = estimate_training(
+        settings.student,
+        source,
+        device,
+        steps=-(-int(samples * recording.keep) // settings.batch_size) * settings.epochs * runs,
+        batch_size=settings.batch_size,
+        forwards=samples * epochs * runs,
+    )
+    return size, seconds

@@ -126,6 +126,7 @@ def prune(
     split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -136,7 +137,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path, subset_size, write_subset
+    from kdfast.data.subset import check_subset_path, digest_of, read_origin, subset_size, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.prune.flat_scores import state_paths
@@ -167,6 +168,10 @@ def prune(
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)
+    if request.uses_selector and not dry_run:  # what can be told before long work
+        asked = {"method": method, "seed": seed, "data": source.fingerprint}
+        for path, held in ((path, read_origin(path)) for path in paths):
+            options.refuse_other(path, held is None or asked == {name: held.get(name) for name in asked}, force)
     if request.ranks_by_fvm and dry_run:
         request.check_data(source)
         kept = [subset_size(len(source.train), share) for share in fraction]
@@ -184,6 +189,8 @@ def prune(
         for path, state, selection in zip(paths, states, found, strict=True):
             selections.append(selection)
             if not dry_run:
+                held = read_origin(path)
+                options.refuse_other(path, held is None or held["ids"] == digest_of(selection.ids), force)
                 write_subset(path, selection.ids, selection.provenance)
                 if request.uses_selector:
                     state.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ def scores(
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,
+    force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
@@ -81,7 +82,7 @@ def scores(
         samples_per_end=each,
         fraction=fraction,
     )
-    size_bytes = write_score_page(content, out)
+    size_bytes = write_score_page(content, out, replace=force)
     for scored in (content.scored, *content.others.values()):
         if (how := describe_scores(scored.method, scored.parameters)) is not None:
             note(how)
@@ -100,9 +101,10 @@ def if_beta(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")],
+    force: options.Force = False,
 ) -> None:
     """Show a learned sampling policy: density over the ranks, path of (a, b), rewards, subset and cost."""
     from kdfast.report.if_beta_page import write_if_beta_page
 
-    size_bytes = write_if_beta_page(file, out)
+    size_bytes = write_if_beta_page(file, out, replace=force)
     show(f"wrote {out}: {size_bytes / 1e3:.0f} kB", {"out": str(out), "bytes": size_bytes})

@@ -40,6 +40,7 @@ def score(
     split: options.Split = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
@@ -49,7 +50,7 @@ def score(
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
     from kdfast.prune.options import complete_options, parse_options
-    from kdfast.prune.score_file import check_score_path, write_scores
+    from kdfast.prune.score_file import check_score_path, read_origin, write_scores
     from kdfast.prune.scores.compute import ScoreSources
     from kdfast.prune.scores.registry import get_score
 
@@ -64,8 +65,13 @@ def score(
             {"dry_run": True, "samples": len(source.train), "method": method, "sources": dict(sources.digests)},
         )
         return
+    held = read_origin(out)
+    if held is not None:  # what can be told before the work
+        options.refuse_other(out, (held["method"], held["data"]) == (method, source.fingerprint), force)
     with progress(method) as report:
         content = sources.score(method, seed=seed, options=score_options, device=place, progress=report)
+    if held is not None:
+        options.refuse_other(out, held == content.origin, force)
     write_scores(out, content)
     low, high = content.scores.min(), content.scores.max()
     facts = {"samples": len(content.scores), "method": method, "seconds": content.seconds, "out": str(out)}

@@ -17,6 +17,7 @@ import numpy as np
 
 from kdfast.data.ffcv.read import BetonSplit, load_ffcv
 from kdfast.data.ffcv.record import (
+    CHECKED,
     PARTS,
     RECORD,
     UNSEALED,
@@ -31,7 +32,7 @@ from kdfast.data.readers.folders.layout import TEST_NAMES, TRAIN_NAMES, find_fol
 from kdfast.data.source import DataDigest, Pixels, Source, Split, default_view_spec, id_blocks, infer_class_names
 from kdfast.data.views import ViewSpec
 from kdfast.errors import DataError, OutputError, UsageError
-from kdfast.files import FolderLock, atomic_path, check_writable, sha256_file, visible_entries
+from kdfast.files import FolderLock, atomic_path, check_writable, delete_own, sha256_file, visible_entries
 from kdfast.progress import Progress
 
 _MIN_PAGE = 8 << 20
@@ -190,6 +191,16 @@ def check_out_folder(folder: Path, source: Source) -> None:
     if entries and not has_record(folder):
         found = ", ".join(f"{part}.beton" for part in PARTS if f"{part}.beton" in entries) or entries[0]
         raise OutputError(f"{folder} holds {found}, which kdfast data convert did not write: use another folder")
+
+
+def delete_conversion(folder: Path, source: Source) -> None:
+    """Delete a conversion in a folder, complete or not; files that are not part of it stay.
+
+    Raises:
+        OutputError: The folder is part of the source, holds something else, or another process uses it.
+    """
+    check_out_folder(folder, source)
+    delete_own(folder, [RECORD, CHECKED, *(f"{part}.beton" for part in PARTS)])
 
 
 def _is_complete(folder: Path, source: Source, quality: int | None) -> bool:

@@ -23,7 +23,16 @@ import numpy.typing as npt
 from kdfast.data.source import Pixels, Source, Split, check_labels, sample_files
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform_below
 from kdfast.errors import DataError, OutputError, UsageError
-from kdfast.files import atomic_write, check_writable, read_json, read_sealed, schemas, visible_entries, write_sealed
+from kdfast.files import (
+    atomic_write,
+    check_writable,
+    delete_own,
+    read_json,
+    read_sealed,
+    schemas,
+    visible_entries,
+    write_sealed,
+)
 from kdfast.files.arrays import read_npy
 from kdfast.files.remembered import combine_stamps
 from kdfast.files.validate import check_type
@@ -116,7 +125,9 @@ def replace_labels(source: Source, labels: IntArray) -> Source:
     return dataclasses.replace(source, train=RelabelledSplit(source.train, labels), recorded=None)
 
 
-def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, share: float, seed: int) -> IntArray:
+def write_flipped(
+    source: Source, data: str, out: str | os.PathLike[str], *, share: float, seed: int, replace: bool = False
+) -> IntArray:
     """Write a copy of a source, as a reference to its images, with a share of the training labels changed.
 
     Args:
@@ -125,6 +136,7 @@ def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, sha
         out: The folder to write; new or empty.
         share: See `flip_labels`.
         seed: See `flip_labels`.
+        replace: Replace what this function wrote to the folder before.
 
     Returns:
         int64 (m,), the samples with a changed label, ascending.
@@ -134,6 +146,8 @@ def write_flipped(source: Source, data: str, out: str | os.PathLike[str], *, sha
         OutputError: The folder is not empty, or cannot be written.
     """
     labels = flip_labels(source.train.labels, share, seed, len(source.classes))
+    if replace and is_relabelled(Path(out)):
+        delete_own(out, (_RECORD, _LABELS))
     if entries := visible_entries(out):
         raise OutputError(f"{out} is not empty ({entries[0]}): use another folder")
     folder = check_writable(out)

@@ -137,6 +137,16 @@ def check_subset_path(path: str | os.PathLike[str]) -> None:
         _check_replaceable(file)
 
 
+def read_origin(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the provenance of a subset file that kdfast wrote, or None if there is no file.
+
+    Raises:
+        DataError: It is missing beside the file, or damaged.
+    """
+    file = Path(path)
+    return dict(read_json(file.with_suffix(".json"), schemas.Provenance)) if file.exists() else None
+
+
 def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance: Mapping[str, Any]) -> None:
     """Write a subset file and its provenance beside it, each atomically.
 
@@ -163,7 +173,7 @@ def write_subset(path: str | os.PathLike[str], ids: npt.NDArray[Any], provenance
         _check_replaceable(file)
         # The old ids go first: beside the new provenance they would look like ids that someone changed.
         file.unlink(missing_ok=True)
-        write_json(beside, seal({**provenance, "ids": _digest(checked), "kdfast": kdfast.__version__}))
+        write_json(beside, seal({**provenance, "ids": digest_of(checked), "kdfast": kdfast.__version__}))
         with atomic_write(file) as stream:
             np.save(stream, checked, allow_pickle=False)
 
@@ -213,7 +223,7 @@ def _read_provenance(file: Path, ids: IntArray) -> dict[str, Any] | None:
         return None
     advice = "rename it if kdfast did not write it, or prune again"
     provenance: dict[str, Any] = read_json(beside, schemas.Provenance, error=SubsetError, advice=advice)
-    if provenance["ids"] != _digest(ids):
+    if provenance["ids"] != digest_of(ids):
         raise SubsetError(
             f"{beside} describes other indices than those in {file.name}: remove it if you changed them on purpose, or "
             "remove both and prune again"
@@ -233,7 +243,8 @@ def _check_replaceable(file: Path) -> None:
 def _is_own_subset(file: Path, beside: Path) -> bool:
     try:
         return bool(
-            _digest(check_ids(np.asarray(load_subset(file)), str(file))) == read_json(beside, schemas.Provenance)["ids"]
+            digest_of(check_ids(np.asarray(load_subset(file)), str(file)))
+            == read_json(beside, schemas.Provenance)["ids"]
         )
     except (DataError, SubsetError):
         return False
@@ -246,5 +257,6 @@ def _is_own_provenance(path: Path) -> bool:
         return False
 
 
-def _digest(ids: IntArray) -> str:
+def digest_of(ids: IntArray) -> str:
+    """Return the SHA-256 (hexadecimal) of sample indices in their order, as the provenance has it."""
     return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()
