@@ -97,4 +97,4 @@ def test_refuses_damage(write, encode, tmp_path):
     refused("cannot read the class of a sample")
     write["tar"](train, samples(encode, ["cat", "dog"]))
     write["tar"](tmp_path / "test-0.tar", samples(encode, ["cow"]))
-    refused(r"\(test\) has the class 'cow', which the training images lack")
+    refused(r"\(test\) has the label 'cow', and the classes are cat, dog")

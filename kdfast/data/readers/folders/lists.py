@@ -10,19 +10,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from kdfast.data.readers.folders.image_file import SUFFIXES
 from kdfast.data.readers.folders.image_split import ImageSplit
 from kdfast.data.readers.folders.layout import TEST_NAMES, TRAIN_NAMES
 from kdfast.data.readers.folders.pairs import LIST_SUFFIXES, Pair, is_list, read_pairs
+from kdfast.data.readers.labels import Classes, find_classes, read_class_names
 from kdfast.data.readers.split import SplitRule, train_and_test
-from kdfast.data.source import Source, default_view_spec, infer_class_names
-from kdfast.data.stateless_random import IntArray
+from kdfast.data.source import Source, default_view_spec
 from kdfast.errors import DataError
-from kdfast.files.inputs import MAX_TEXT_BYTES, read_bounded
 
-CLASSES = "classes.txt"
 _ENDS = ("", "_list", "_labels")
 
 
@@ -52,12 +48,13 @@ def open_lists(path: Path, size: int | None, split: SplitRule | None = None) -> 
     """
     train_list, test_list = (path, None) if path.is_file() else (_find(path, TRAIN_NAMES)[0], _test_list(path))
     pairs = read_pairs(train_list)
-    classes = _classes(train_list, pairs)
+    classes = find_classes([pair.label for pair in pairs], read_class_names(train_list.parent), str(train_list))
     train = _open(train_list, pairs, classes, size)
     test = None if test_list is None else _open(test_list, read_pairs(test_list), classes, size)
     looked_for = f"lists named {', '.join(TEST_NAMES)} with {', '.join(LIST_SUFFIXES)}, in the folder that is the data"
     first, second, notes = train_and_test(train, test, split, str(path), looked_for)
-    return Source(str(path), "list", classes, first, second, default_view_spec(train.shape, flip=True), notes=notes)
+    views = default_view_spec(train.shape, flip=True)
+    return Source(str(path), "list", classes.names, first, second, views, notes=notes)
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -72,8 +69,9 @@ def _test_list(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _open(table: Path, pairs: Sequence[Pair], classes: tuple[str, ...], size: int | None) -> ImageSplit:
-    return ImageSplit(_locate(table, pairs), _labels(table, pairs, classes), size)
+def _open(table: Path, pairs: Sequence[Pair], classes: Classes, size: int | None) -> ImageSplit:
+    labels = classes.numbers([pair.label for pair in pairs], str(table))
+    return ImageSplit(_locate(table, pairs), labels, size)
 
 
 def _locate(table: Path, pairs: Sequence[Pair]) -> list[str]:
@@ -96,39 +94,3 @@ def _locate(table: Path, pairs: Sequence[Pair]) -> list[str]:
     raise DataError(
         f"{table}, line {pairs[0].line}: there is no image {pairs[0].path[:80]} (looked in {looked}): correct the path"
     )
-
-
-def _classes(table: Path, pairs: Sequence[Pair]) -> tuple[str, ...]:
-    names = _read_names(table.parent / CLASSES)
-    if all(pair.label.isdecimal() for pair in pairs) and not set(names) & {pair.label for pair in pairs}:
-        return names or infer_class_names(_numbers(table, pairs), str(table))
-    return names or tuple(sorted({pair.label for pair in pairs}))
-
-
-def _numbers(table: Path, pairs: Sequence[Pair]) -> IntArray:
-    try:
-        return np.array([int(pair.label) for pair in pairs], np.int64)
-    except OverflowError as error:
-        raise DataError(f"{table} has a label that is too large: number the classes 0, 1, 2, ...") from error
-
-
-def _labels(table: Path, pairs: Sequence[Pair], classes: tuple[str, ...]) -> IntArray:
-    known = {name: label for label, name in enumerate(classes)}
-    if not any(pair.label in known for pair in pairs):  # numbers of classes that `classes.txt` names
-        known = {str(label): label for label in range(len(classes))}
-    for pair in pairs:
-        if pair.label not in known:
-            raise DataError(
-                f"{table}, line {pair.line}: {pair.label[:80]!r} is not a class of the training list: correct the line"
-            )
-    return np.array([known[pair.label] for pair in pairs], np.int64)
-
-
-def _read_names(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return ()
-    try:
-        names = os.fsdecode(read_bounded(path, MAX_TEXT_BYTES)).splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return tuple(name.strip() for name in names if name.strip())

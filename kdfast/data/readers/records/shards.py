@@ -17,7 +17,7 @@ from kdfast.data.readers.datasets import LABEL_KEYS
 from kdfast.data.readers.folders.image_file import Encoded, is_image_name
 from kdfast.data.readers.folders.image_split import ImageSplit
 from kdfast.data.readers.folders.layout import TEST_NAMES, TRAIN_NAMES
-from kdfast.data.readers.records.labels import as_numbers, class_names, numbers_or_names, read_class_names
+from kdfast.data.readers.labels import find_classes, read_class_names
 from kdfast.data.readers.records.splits import find_splits, named
 from kdfast.data.readers.split import SplitRule, train_and_test
 from kdfast.data.source import Source, default_view_spec
@@ -58,18 +58,17 @@ def open_shards(path: Path, size: int | None, split: SplitRule | None = None) ->
     if not names:
         raise DataError(f"{path} has shards of {', '.join(files)}, none of train: add the training images")
     images, texts, notes = _index(files[names[0]])
-    labels = numbers_or_names(texts)
-    classes = class_names(labels, read_class_names(path if path.is_dir() else path.parent), str(path))
-    train = ImageSplit(_Images(images), as_numbers(labels, classes, str(path)), size, files[names[0]])
+    classes = find_classes(texts, read_class_names(path if path.is_dir() else path.parent), str(path))
+    train = ImageSplit(_Images(images), classes.numbers(texts, str(path)), size, files[names[0]])
     test = None
     for name in named(files, TEST_NAMES)[:1]:
         places, found, more = _index(files[name])
-        numbers = as_numbers(numbers_or_names(found), classes, f"{path} ({name})")
+        numbers = classes.numbers(found, f"{path} ({name})")
         test, notes = ImageSplit(_Images(places), numbers, size, files[name]), notes + more
     looked_for = f"shards or folders named {', '.join(TEST_NAMES)}"
     first, second, decided = train_and_test(train, test, split, str(path), looked_for)
     views = default_view_spec(train.shape, flip=False)
-    return Source(str(path), "shards", classes, first, second, views, notes=notes + decided)
+    return Source(str(path), "shards", classes.names, first, second, views, notes=notes + decided)
 
 
 class _Images(Sequence[Encoded]):

@@ -19,7 +19,7 @@ from kdfast.data.readers.datasets import IMAGE_KEYS, LABEL_KEYS
 from kdfast.data.readers.folders.image_file import Encoded
 from kdfast.data.readers.folders.image_split import ImageSplit
 from kdfast.data.readers.folders.layout import TEST_NAMES, TRAIN_NAMES
-from kdfast.data.readers.records.labels import Labels, as_numbers, class_names
+from kdfast.data.readers.labels import Labels, find_classes
 from kdfast.data.readers.records.splits import find_splits, named
 from kdfast.data.readers.split import SplitRule, train_and_test
 from kdfast.data.source import Source, default_view_spec
@@ -64,10 +64,10 @@ def open_tables(path: Path, size: int | None, split: SplitRule | None = None) ->
     table = _read(files[train_names[0]])
     columns = _choose_columns(table, path)
     labels = _labels(table, columns, str(path))
-    classes = class_names(labels, columns.classes, str(path))
+    classes = find_classes(labels, columns.classes, str(path))
     train = ImageSplit(
         _Images(table, columns, files[train_names[0]]),
-        as_numbers(labels, classes, str(path)),
+        classes.numbers(labels, str(path)),
         size,
         files[train_names[0]],
     )
@@ -79,13 +79,13 @@ def open_tables(path: Path, size: int | None, split: SplitRule | None = None) ->
         if isinstance(found, np.ndarray) and found.size and found.min() < 0:
             notes.append(f"{path}: the split {name} has no labels and is skipped")
             continue
-        numbers = as_numbers(found, classes, f"{path} ({name})")
+        numbers = classes.numbers(found, f"{path} ({name})")
         test = ImageSplit(_Images(other, columns, files[name]), numbers, size, files[name])
         break
     looked_for = f"splits named {', '.join(TEST_NAMES)}"
     first, second, decided = train_and_test(train, test, split, str(path), looked_for)
     views = default_view_spec(train.shape, flip=False)
-    return Source(str(path), "table", classes, first, second, views, notes=(*notes, *decided))
+    return Source(str(path), "table", classes.names, first, second, views, notes=(*notes, *decided))
 
 
 class _Columns(NamedTuple):
