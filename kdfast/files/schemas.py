@@ -305,8 +305,8 @@ class CachedTeacher(Struct):
 
     net: str
     digest: Sha256
-    mean: Annotated[list[Number], Meta(min_length=3, max_length=3)]
-    std: Annotated[list[Above0], Meta(min_length=3, max_length=3)]
+    mean: Annotated[list[Number], Meta(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Above0], Meta(min_length=3, max_length=3)] | None = None
 
 
 class CachedViews(Struct):
@@ -356,8 +356,8 @@ class CacheManifest(CachePlan, kw_only=True):
     """manifest.json of a cache."""
 
     train_top1: Percent
-    test_top1: Percent
-    features: Positive
+    test_top1: Percent | None
+    features: Count
     files: dict[str, DataFile]
 
 

@@ -25,19 +25,21 @@ from kdfast.files import FolderLock, check_writable, make_subfolder, sha256_json
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.fit import check_class_names
 from kdfast.progress import Progress
-from kdfast.teacher.checks import check_intact
-from kdfast.teacher.finish import write_manifest
-from kdfast.teacher.manifest import BUILDING, MANIFEST, read_manifest, read_timing
-from kdfast.teacher.plan import check_cache_folder, check_same_plan, make_plan, write_or_check_plan
+from kdfast.teacher.manifest import BUILDING, MANIFEST
+from kdfast.teacher.plan import (
+    SHARD_BYTES,
+    check_cache_folder,
+    describe_teacher,
+    make_plan,
+    samples_per_shard,
+    write_or_check_plan,
+)
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat, TopK
 from kdfast.teacher.shards import ShardBuilder
+from kdfast.teacher.writing.finish import reuse_finished, write_manifest
 
 Dtype = Literal["float16", "float32"]
-
-_SHARD_BYTES = 64 << 20
-# Limits what a kill can cost to a few minutes of a small teacher's work.
-_SHARD_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def build_cache(
     batch_size: int | None = None,
     rank: int = 0,
     world: int = 1,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> CacheBuild:
     """Write a teacher's logits on views of the training samples, or resume writing them.
@@ -123,13 +125,13 @@ def build_cache(
         coverage = np.sort(check_epoch_ids(ids, len(source.train), 1))
     batch_size = batch_size or default_batch_size(place)
     rows = RowFormat(model.classes, np.dtype(dtype), top_k)
-    per_shard = max(1, min(shard_bytes // (n_views * rows.row_bytes), _SHARD_ROWS // n_views))
-    plan = make_plan(source, model, coverage, n_views, view_seed)
+    per_shard = samples_per_shard(n_views, rows.row_bytes, shard_bytes)
+    plan = make_plan(source, describe_teacher(model), coverage, n_views, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch_size, "device": place.type}
     plan |= {"per_shard": per_shard, "top_k": None if top_k is None else dataclasses.asdict(top_k)}
     folder = check_writable(out)
     if (folder / MANIFEST).exists():
-        return _reuse_finished(folder, plan)
+        return CacheBuild(folder, True, 0, 0, reuse_finished(folder, plan))
     builder = ShardBuilder(
         folder=folder,
         plan_digest=sha256_json(plan),
@@ -179,15 +181,6 @@ def check_build(
         )
     check_class_names(model, source)
     check_cache_folder(Path(out))
-
-
-def _reuse_finished(folder: Path, plan: dict[str, Any]) -> CacheBuild:
-    """Accept a finished cache that has the same plan and intact files."""
-    manifest = read_manifest(folder)
-    check_same_plan(folder, manifest, plan, "a finished cache")
-    check_intact(folder, manifest["files"])
-    shutil.rmtree(folder / BUILDING, ignore_errors=True)  # remains of a kill between the manifest and the cleanup
-    return CacheBuild(folder, True, 0, 0, float(read_timing(folder)["seconds"]))
 
 
 def _build(
@@ -268,4 +261,4 @@ def _finish(
 def _finished_by_another(folder: Path, plan: dict[str, Any], computed: int, kept: int) -> CacheBuild | None:
     if not (folder / MANIFEST).exists():
         return None
-    return CacheBuild(folder, True, computed, kept, _reuse_finished(folder, plan).seconds)
+    return CacheBuild(folder, True, computed, kept, reuse_finished(folder, plan))

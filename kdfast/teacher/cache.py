@@ -31,6 +31,7 @@ from kdfast.teacher.manifest import (
     COVERAGE,
     FEATURES,
     IDENTITY,
+    IMPORTED,
     digest_ids,
     read_manifest,
     read_timing,
@@ -53,7 +54,7 @@ class TeacherCache:
         coverage: Original indices of the covered samples, ascending, int64 (n,).
         dtype: dtype of the logits, torch.float16 or torch.float32.
         top_k: The classes kept per view; None for all.
-        teacher_digest: Digest of the teacher's weights.
+        teacher_digest: Digest of the teacher's weights, or of the logits if they were imported.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -221,8 +222,27 @@ class TeacherCache:
             target[piece] = logits[rows[piece]]
             madvise(mmap.MADV_DONTNEED)
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether another program computed the logits."""
+        return bool(self.manifest["teacher"]["net"] == IMPORTED)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the cache holds features; imported logits may come without."""
+        return bool(self.manifest["features"])
+
     def features(self) -> npt.NDArray[np.float32]:
-        """Return the classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped."""
+        """Return the classifier's inputs for the identity view, (n, D) in the order of `coverage`, memory-mapped.
+
+        Raises:
+            CacheMismatch: The logits were imported without features.
+        """
+        if not self.has_features:
+            raise CacheMismatch(
+                f"{self.path} holds imported logits without features, which this use requires: import them again, "
+                "with the features"
+            )
         return self._load_array(FEATURES, (len(self), self.manifest["features"]), np.float32)
 
     def identity_logits(self) -> npt.NDArray[np.float32]:

@@ -13,7 +13,8 @@ from kdfast.data.views import ViewSpec
 from kdfast.errors import CacheMismatch, DataError
 from kdfast.files import is_plain_name, sha256_file
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.manifest import compare_manifests
+from kdfast.teacher.manifest import IMPORTED, compare_manifests
+from kdfast.teacher.plan import describe_teacher
 
 _THREADS = 8
 
@@ -29,15 +30,11 @@ def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, t
         needed["data"] = {"fingerprint": source.fingerprint, "classes": len(source.classes)}
         needed["views"] = {"spec": source.view_spec.to_dict()}
     if teacher is not None:
-        norm = teacher.normalization
-        needed["teacher"] = {
-            "net": teacher.name,
-            "digest": teacher.digest,
-            "mean": list(norm.mean),
-            "std": list(norm.std),
-        }
-    if source is not None:
-        _check_augmentation(folder, manifest, source)
+        if manifest["teacher"]["net"] == IMPORTED:
+            raise CacheMismatch(
+                f"{folder} holds imported logits, whose teacher is not known: omit `teacher`, or build a cache of it"
+            )
+        needed["teacher"] = describe_teacher(teacher)
     if differing := compare_manifests(manifest, needed):
         raise CacheMismatch(
             f"{folder} belongs to other data or another teacher: {'; '.join(differing)}. Use the cache of this data "

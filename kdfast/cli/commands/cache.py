@@ -224,7 +224,8 @@ def import_outputs(
     top1, width = cache.manifest["train_top1"], cache.manifest["features"]
     show(
         f"imported {len(cache)} samples x {cache.n_views} views x {cache.classes} classes"
-        f"{f' and {width} features' if width else ', without features'}; top-1: {top1:.2f} on these samples",
+        f"{f' and {width} features' if width else ', without features'}; top-1: {top1:.2f} on these samples"
+        f"{'; students will see the images without augmentation' if cache.n_views == 1 else ''}",
         {
             "samples": len(cache),
             "views": cache.n_views,

@@ -101,6 +101,11 @@ def _check_cache(cache: TeacherCache, names: tuple[str, ...], views: int) -> Non
             f"{cache.path} holds {cache.top_k.k} classes of each sample, and a term needs all: build a cache without "
             "`top_k`, or pass `teacher` instead of `cache`"
         )
+    if names and not cache.has_features:
+        raise CacheMismatch(
+            f"{cache.path} holds imported logits without features, and a term needs them: import it with `features`, "
+            "or use terms of the logits"
+        )
     if set(names) <= set(POOLED) and (views == 1 or not names):
         return
     what = f"{views} views" if set(names) <= set(POOLED) else f"its {', '.join(n for n in names if n not in POOLED)}"

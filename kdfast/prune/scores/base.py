@@ -149,6 +149,11 @@ def require_features(inputs: ScoreInputs, method: str) -> Float32Array:
     Raises:
         UsageError: There are none; the message names the command that makes them.
     """
+    if inputs.features is None and inputs.logits is not None:
+        raise UsageError(
+            f"{method} needs the teacher's features, and the cache was imported without: import the logits again, with "
+            "the features"
+        )
     if inputs.features is None:
         raise UsageError(f"{method} needs {HOW_TO_GET['cache']} for the teacher's features")
     return inputs.features

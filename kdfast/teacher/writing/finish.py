@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,47 @@ from kdfast.errors import CacheMismatch
 from kdfast.files import atomic_write, sha256_file, write_sealed
 from kdfast.files.arrays import read_npy
 from kdfast.nets.checkpoint import Model
+from kdfast.teacher.checks import check_intact
 from kdfast.teacher.evaluate import evaluate
-from kdfast.teacher.manifest import COVERAGE, FEATURES, IDENTITY, MANIFEST, TIMING, shard_file
-from kdfast.teacher.plan import compute_accuracy
+from kdfast.teacher.manifest import (
+    BUILDING,
+    COVERAGE,
+    FEATURES,
+    IDENTITY,
+    MANIFEST,
+    TIMING,
+    read_manifest,
+    read_timing,
+    shard_file,
+)
+from kdfast.teacher.plan import check_same_plan, compute_accuracy
 from kdfast.teacher.shards import ShardBuilder
+
+
+def reuse_finished(folder: Path, plan: dict[str, Any]) -> float:
+    """Accept a finished cache that has the same plan and intact files, and return the seconds that it took.
+
+    Raises:
+        CacheMismatch: The plan differs, or a file has changed.
+    """
+    manifest = read_manifest(folder)
+    check_same_plan(folder, manifest, plan, "a finished cache")
+    check_intact(folder, manifest["files"])
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)  # remains of a kill between the manifest and the cleanup
+    return float(read_timing(folder)["seconds"])
+
+
+def seal_cache(
+    folder: Path, plan: dict[str, Any], results: dict[str, Any], digests: dict[str, str], *, seconds: float, images: int
+) -> None:
+    """Write the timing and, last, the manifest, with the digests of the cache's files by name.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    files = {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()}
+    write_sealed(folder / TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
+    write_sealed(folder / MANIFEST, plan | results | {"files": files})
 
 
 def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, model: Model) -> float:
@@ -51,12 +90,10 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
         "train_top1": compute_accuracy(identity, source.train.labels[coverage]),
         "test_top1": test["top1"],
         "features": int(read_npy(folder / FEATURES, mmap_mode="r", error=CacheMismatch).shape[1]),
-        "files": {name: {"sha256": sha, "bytes": (folder / name).stat().st_size} for name, sha in digests.items()},
     }
     seconds = sum(float(record["seconds"]) for record in records)
     images = len(coverage) * builder.n_views
-    write_sealed(folder / TIMING, {"seconds": seconds, "images": images, "torch": torch.__version__})
-    write_sealed(folder / MANIFEST, plan | results)
+    seal_cache(folder, plan, results, digests, seconds=seconds, images=images)
     return seconds
 
 
