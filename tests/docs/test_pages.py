@@ -177,6 +177,10 @@ def test_guide_code_runs(page):
     run_page(ROOT / f"docs/guides/{page}.md")
 
 
+def test_own_network_guide_prints_the_output_it_shows():
+    assert run_page(ROOT / "docs/guides/your-own-network.md", commands=True, any_number=True) >= 5
+
+
 def test_readme_code_runs():
     assert run_page(ROOT / "README.md") == 1
 

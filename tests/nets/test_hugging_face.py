@@ -106,7 +106,7 @@ def test_folders_without_a_model(models, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UsageError, match="cannot be built as a classifier of images"):
         build_net(f"hf:{tmp_path}", 4)
-    with pytest.raises(CheckpointError, match=r"a folder without model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"the folder has no model.safetensors"):
         load_initial_weights(build_net("resnet8", 4), tmp_path, name="resnet8", classes=4)
 
 
