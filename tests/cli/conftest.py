@@ -92,3 +92,20 @@ def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("cache") / "cache"
     build_cache(open_source(tiny), load_model(teacher), out, n_views=3)
     return out
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a student on the tiny data, with its checkpoints; copy it to change it."""
+    from kdfast.device import resolve_device
+    from kdfast.distill.config import RunConfig
+    from kdfast.distill.folder import RunFolder
+    from kdfast.distill.inputs import InputPaths, plan_run
+    from kdfast.distill.train import Monitoring, train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = RunConfig("resnet8", epochs=1, batch_size=40)
+    plan = plan_run(InputPaths(str(tiny)), config, alpha="0", device=resolve_device("cpu"))
+    with RunFolder(folder, plan.identity, metadata=plan.metadata) as claimed:
+        train(plan, claimed, Monitoring(keep_checkpoints=True))
+    return folder
