@@ -8,6 +8,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "cache": "kdfast.api.teacher",
+    "distill": "kdfast.api.training",
+    "evaluate": "kdfast.api.teacher",
+    "from_datasets": "kdfast.data.readers.datasets",
+    "from_labels": "kdfast.data.readers.bare_labels",
+    "load_teacher": "kdfast.api.teacher",
+    "Monitoring": "kdfast.distill.train",
+    "open_data": "kdfast.api.data",
+    "prune": "kdfast.api.selection",
+    "score": "kdfast.api.selection",
+    "write_scores": "kdfast.prune.score_file",
+    "write_subset": "kdfast.data.subset",
     "Dynamics": "kdfast.dynamics.reader",
     "DynamicsRecorder": "kdfast.dynamics.recorder",
     "fisher_diagonal": "kdfast.ops.grad_norms",
@@ -28,6 +40,7 @@ _PUBLIC = {
     "NetworkCurvature": "kdfast.ops.network_curvature",
     "network_hvp": "kdfast.ops.network_curvature",
     "register_grad_norms": "kdfast.ops.grad_norms",
+    "teacher_outputs": "kdfast.teacher.writing.outputs",
     "topk_teacher": "kdfast.ops.kd_loss",
 }
 

@@ -14,9 +14,9 @@ def adapt(net: nn.Module) -> nn.Module:
     Hooks of the network do that: its modules keep their names, and its weights load unchanged. A second call does
     nothing.
     """
-    if not type(net).__module__.startswith("kdfast."):
+    if not type(net).__module__.startswith("kdfast.") and _unwrap not in net._forward_hooks.values():
         net.register_forward_hook(_unwrap)
-    if input_channels(net) == 1:
+    if input_channels(net) == 1 and _to_gray not in net._forward_pre_hooks.values():
         net.register_forward_pre_hook(_to_gray)
     return net
 

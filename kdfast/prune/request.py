@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdfast.data.source import Source
-from kdfast.errors import UsageError, unknown_name
+from kdfast.errors import DataError, UsageError, unknown_name
+from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.prune.flat_scores import FVM, flatten_network, fvm_scores, state_paths
 from kdfast.prune.options import OptionValue, complete_options
@@ -21,6 +22,7 @@ from kdfast.prune.selectors import SELECTORS
 from kdfast.teacher.flatten import FlattenConfig
 
 FRACTION_FIELD = "{fraction}"
+_HELD_SCORES = "scores"  # name of scores without a file
 
 
 def subset_paths(out: Path, fractions: Sequence[float]) -> list[Path]:
@@ -51,7 +53,7 @@ class PruneRequest:
     Attributes:
         fractions: Shares of the training split to keep, one subset each.
         method: A key of `SCORES` or `SELECTORS`; None: `random`, unless `scores` is given.
-        scores: A score file to use instead of a score, or None.
+        scores: Scores to use instead of computing some: a file, or those that a program holds; or None.
         key: Which array of `scores` to use, if another program wrote it; None: the only one.
         higher: What a high score in it means, "hard" or "easy"; None: hard.
         rule: A key of `RULES`; None: the rule published with the score.
@@ -62,12 +64,12 @@ class PruneRequest:
         device: Device for expensive computations.
         cache: Folder of a teacher's cache, or None.
         dynamics: Folder of training dynamics, or None.
-        teacher: File of a network, or None.
+        teacher: A network or its file, or None.
     """
 
     fractions: tuple[float, ...]
     method: str | None = None
-    scores: Path | None = None
+    scores: Path | ScoreFile | None = None
     key: str | None = None
     higher: str | None = None
     rule: str | None = None
@@ -78,7 +80,7 @@ class PruneRequest:
     device: str = "cpu"
     cache: Path | None = None
     dynamics: Path | None = None
-    teacher: Path | None = None
+    teacher: Path | Model | None = None
 
     @property
     def uses_selector(self) -> bool:
@@ -167,7 +169,7 @@ class PruneRequest:
         files: dict[str, ScoreFile] = {}
         name = score = self.method or "random"
         if self.scores is not None:
-            file = open_scores(self.scores, source, key=self.key, higher=self.higher)
+            file = self._read_scores(source)
             files = {self._file_names[0]: file}
             if not self.uses_selector:
                 name, score = self._file_names[0], file.method
@@ -188,7 +190,17 @@ class PruneRequest:
     @property
     def _file_names(self) -> tuple[str, ...]:
         """The name of the score file for the pipeline, if there is one."""
-        return () if self.scores is None else (self.scores.name,)
+        if self.scores is None:
+            return ()
+        return (self.scores.name if isinstance(self.scores, Path) else _HELD_SCORES,)
+
+    def _read_scores(self, source: Source) -> ScoreFile:
+        if isinstance(self.scores, Path):
+            return open_scores(self.scores, source, key=self.key, higher=self.higher)
+        assert self.scores is not None
+        if self.scores.data != source.fingerprint:
+            raise DataError(f"`scores` are of other data than {source.path}: score this data")
+        return self.scores
 
     def _selector_options(self) -> dict[str, OptionValue]:
         return self._selection_method(str(self.method), "").selector_options(self._file_names)

@@ -50,7 +50,7 @@ class ScoreSources:
         *,
         cache: StrPath | None = None,
         dynamics: StrPath | None = None,
-        teacher: StrPath | None = None,
+        teacher: StrPath | Model | None = None,
     ) -> ScoreSources:
         """Open the folders and the file that are given.
 
@@ -58,7 +58,7 @@ class ScoreSources:
             source: The data.
             cache: Folder of a teacher's cache, or None.
             dynamics: Folder of training dynamics, or None.
-            teacher: File of a network, or None.
+            teacher: A network or its file, or None.
 
         Raises:
             CacheMismatch: The cache is damaged, belongs to other data, or lacks samples; or the network is neither its
@@ -75,8 +75,8 @@ class ScoreSources:
         if dynamics is not None:
             recorded = Dynamics.open(dynamics, labels=labels, fingerprint=source.fingerprint)
         network = None if teacher is None else _load_network(teacher, source)
-        if network is not None and opened is not None:
-            _check_same_teacher(network, str(teacher), opened)
+        if teacher is not None and network is not None and opened is not None:
+            _check_same_teacher(network, _name_of(teacher), opened)
         return cls(source, opened, recorded, network)
 
     @cached_property
@@ -116,7 +116,7 @@ class ScoreSources:
             labels=self.source.train.labels,
             seed=seed,
             logits=None if cache is None else cache.identity_logits(),
-            features=None if cache is None else cache.features(),
+            features=None if cache is None or not cache.has_features else cache.features(),
             dynamics=self.dynamics if "dynamics" in usable else None,
             device=device,
             options=options,
@@ -163,7 +163,11 @@ def _check_same_teacher(network: Model, path: str, cache: TeacherCache) -> None:
         )
 
 
-def _load_network(path: StrPath, source: Source) -> Model:
-    model = load_model(path)
-    check_fit(model, source, str(path))
+def _load_network(teacher: StrPath | Model, source: Source) -> Model:
+    model = teacher if isinstance(teacher, Model) else load_model(teacher)
+    check_fit(model, source, _name_of(teacher))
     return model
+
+
+def _name_of(teacher: StrPath | Model) -> str:
+    return "`teacher`" if isinstance(teacher, Model) else str(teacher)

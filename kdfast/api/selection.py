@@ -1,0 +1,196 @@
+"""Score samples and select those to keep, from a teacher's cache, recorded dynamics or arrays."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kdfast.api.teacher import ModelLike, load_teacher
+from kdfast.data.arrays import as_values
+from kdfast.data.readers.bare_labels import from_labels
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import check_subset_path, write_subset
+from kdfast.device import resolve_device
+from kdfast.dynamics.reader import Dynamics
+from kdfast.errors import UsageError
+from kdfast.nets.checkpoint import Model
+from kdfast.progress import Progress
+from kdfast.prune.options import OptionValue, complete_options
+from kdfast.prune.request import PruneRequest
+from kdfast.prune.score_file import ScoreFile
+from kdfast.prune.scores.compute import ScoreSources
+from kdfast.prune.scores.registry import get_score
+from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.writing.outputs import teacher_outputs
+
+Data: TypeAlias = Source | npt.ArrayLike
+Options: TypeAlias = Mapping[str, OptionValue]
+StrPath: TypeAlias = str | os.PathLike[str]
+
+
+def score(
+    data: Data,
+    method: str,
+    *,
+    cache: TeacherCache | StrPath | None = None,
+    dynamics: Dynamics | StrPath | None = None,
+    teacher: ModelLike | None = None,
+    logits: npt.ArrayLike | None = None,
+    features: npt.ArrayLike | None = None,
+    options: Options | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> ScoreFile:
+    """Compute one number per training sample; higher = harder.
+
+    Args:
+        data: The data; or labels, integers `(N,)`, for scores that need no images.
+        method: A key of `kdfast.prune.scores.registry.SCORES`; `kdfast score --help` lists them.
+        cache: A teacher's cache.
+        dynamics: Recorded training dynamics.
+        teacher: A network, for scores that differentiate it.
+        logits: A teacher's logits of the training samples, floats `(N, C)`, in place of `cache`.
+        features: Inputs of the teacher's last layer, floats `(N, D)`; with `logits`.
+        options: Options of the score; the others have their defaults.
+        seed: Seed of the score's random draws.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        progress: Called with (done, total, note) by scores that take long.
+
+    Returns:
+        The scores, float64 `(N,)`, as `scores`, with their provenance. `kdfast.write_scores` writes them.
+
+    Raises:
+        UsageError: The score or an option does not exist, or an input is missing; the message says how to get it.
+        DataError, CacheMismatch, CheckpointError: An input is damaged or belongs to other data.
+    """
+    source, place = _as_source(data), str(resolve_device(device))
+    completed = complete_options(method, get_score(method).options, dict(options or {}))
+    with _cache_folder(source, cache, logits, features) as folder:
+        sources = ScoreSources.open(
+            source, cache=folder, dynamics=_dynamics_folder(dynamics), teacher=_network(teacher, source)
+        )
+        return sources.score(method, seed=seed, options=completed, device=place, progress=progress)
+
+
+def prune(
+    data: Data,
+    fraction: float,
+    *,
+    method: str | None = None,
+    scores: ScoreFile | npt.ArrayLike | StrPath | None = None,
+    rule: str | None = None,
+    options: Options | None = None,
+    score_options: Options | None = None,
+    balance: str = "balanced",
+    seed: int = 0,
+    cache: TeacherCache | StrPath | None = None,
+    dynamics: Dynamics | StrPath | None = None,
+    teacher: ModelLike | None = None,
+    logits: npt.ArrayLike | None = None,
+    features: npt.ArrayLike | None = None,
+    out: StrPath | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> IntArray:
+    """Select the training samples to keep.
+
+    Args:
+        data: The data; or labels, integers `(N,)`, for methods that need no images.
+        fraction: Share to keep, above 0 and at most 1.
+        method: A score, or a method that selects directly, such as `if-beta`; `kdfast prune --help` lists them. None:
+            random, unless there are `scores`.
+        scores: Scores to select by, or for such a method to rank by: those of `kdfast.score`, real numbers `(N,)`,
+            higher = harder, or a file.
+        rule: A key of `kdfast.prune.rules.registry.RULES`; None: the one that the score was published with.
+        options: Options of the rule, or of the method that selects directly.
+        score_options: Options of the score.
+        balance: `balanced`, `equal` or `unbalanced`, see `kdfast.prune.rules.apply.select_subset`.
+        seed: Seed of scores, tie-breaks and random draws.
+        cache: A teacher's cache.
+        dynamics: Recorded training dynamics.
+        teacher: A network, for scores that differentiate it.
+        logits: A teacher's logits of the training samples, floats `(N, C)`, in place of `cache`.
+        features: Inputs of the teacher's last layer, floats `(N, D)`; with `logits`.
+        out: Subset file to write, idx.npy, with its provenance beside it; None: write nothing.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        progress: Called with (done, total, note) by methods that take long.
+
+    Returns:
+        int64 `(m,)`, ascending indices into the training split.
+
+    Raises:
+        SubsetError: The fraction keeps no sample, or leaves a class empty.
+        UsageError: A name or an option does not exist, or an input is missing; the message says how to get it.
+        DataError, CacheMismatch, CheckpointError: An input is damaged or belongs to other data.
+    """
+    source, place = _as_source(data), str(resolve_device(device))
+    if out is not None:
+        check_subset_path(out)
+    with _cache_folder(source, cache, logits, features) as folder:
+        request = PruneRequest(
+            fractions=(fraction,),
+            method=method,
+            scores=_scores(scores, source),
+            rule=rule,
+            options=dict(options or {}),
+            score_options=dict(score_options or {}),
+            balance=balance,
+            seed=seed,
+            device=place,
+            cache=folder,
+            dynamics=_dynamics_folder(dynamics),
+            teacher=_network(teacher, source),
+        )
+        request.check()
+        (selection,) = request.run(source, progress=progress)
+    if out is not None:
+        write_subset(out, selection.ids, selection.provenance)
+    return selection.ids
+
+
+def _as_source(data: Data) -> Source:
+    if isinstance(data, (str, os.PathLike)):
+        raise UsageError(f"`data` is {str(data)!r}: open it first, with kdfast.open_data")
+    return data if isinstance(data, Source) else from_labels(data)
+
+
+@contextmanager
+def _cache_folder(
+    source: Source, cache: TeacherCache | StrPath | None, logits: npt.ArrayLike | None, features: npt.ArrayLike | None
+) -> Iterator[Path | None]:
+    """Yield the folder of the cache, or of a temporary one of the logits; None without both."""
+    if logits is None:
+        if features is not None:
+            raise UsageError("`features` are given without `logits`: pass both")
+        yield cache.path if isinstance(cache, TeacherCache) else None if cache is None else Path(cache)
+        return
+    if cache is not None:
+        raise UsageError("`logits` take the place of `cache`: pass one of them")
+    with tempfile.TemporaryDirectory(prefix="kdfast-") as folder:
+        held = None if features is None else np.asarray(features)
+        yield teacher_outputs(np.asarray(logits), source, Path(folder) / "cache", features=held, dtype="float32").path
+
+
+def _dynamics_folder(dynamics: Dynamics | StrPath | None) -> Path | None:
+    return dynamics.path if isinstance(dynamics, Dynamics) else None if dynamics is None else Path(dynamics)
+
+
+def _network(teacher: ModelLike | None, source: Source) -> Model | None:
+    return None if teacher is None else load_teacher(teacher, source)
+
+
+def _scores(scores: ScoreFile | npt.ArrayLike | StrPath | None, source: Source) -> ScoreFile | Path | None:
+    if scores is None or isinstance(scores, ScoreFile):
+        return scores
+    if isinstance(scores, (str, os.PathLike)):
+        return Path(scores)
+    return ScoreFile(as_values(scores, len(source.train), "`scores`"), "own", source.fingerprint)

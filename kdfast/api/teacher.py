@@ -1,0 +1,126 @@
+"""Load a teacher, cache its outputs, and evaluate models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy.typing as npt
+from torch import nn
+
+from kdfast.data.source import Source, compute_normalization
+from kdfast.data.views import Normalization
+from kdfast.device import resolve_device
+from kdfast.errors import UsageError
+from kdfast.nets.checkpoint import Model, load_model
+from kdfast.nets.fit import check_fit
+from kdfast.nets.outputs import adapt
+from kdfast.progress import Progress
+from kdfast.teacher.build import build_cache
+from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.evaluate import evaluate_in_detail
+from kdfast.teacher.row_format import TopK
+
+ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str]
+
+
+def load_teacher(
+    teacher: ModelLike, data: Source | None = None, *, normalization: Normalization | None = None
+) -> Model:
+    """Return a trained network with its classes and the normalization of its input.
+
+    Args:
+        teacher: A file that kdfast wrote, such as T.pt or the student.pt of a run; or a module that takes normalized
+            images `(B, 3, H, W)` and returns logits `(B, C)`, or an object with `logits`.
+        data: The data it was trained on. A module needs it for its classes; a file is compared with it if given.
+        normalization: Of the input of a module; None: mean and standard deviation of the training images.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: The file is damaged, or the network does not fit the data.
+        UsageError: A module comes without `data`, or a file with a `normalization` of its own.
+    """
+    if isinstance(teacher, nn.Module):
+        if data is None:
+            raise UsageError("`teacher` is a module, which has no class names: pass `data` too")
+        name = f"{type(teacher).__module__}:{type(teacher).__qualname__}"
+        spec = normalization or compute_normalization(data.train)
+        model = Model(adapt(teacher).eval(), name, len(data.classes), data.classes, spec)
+    elif normalization is not None:
+        raise UsageError("`normalization` is for modules, a file has its own: omit it")
+    else:
+        model = teacher if isinstance(teacher, Model) else load_model(teacher)
+    if data is not None:
+        check_fit(model, data, str(teacher) if isinstance(teacher, (str, os.PathLike)) else "`teacher`")
+    return model
+
+
+def cache(
+    data: Source,
+    teacher: ModelLike,
+    out: str | os.PathLike[str],
+    *,
+    ids: npt.ArrayLike | None = None,
+    views: int | None = None,
+    view_seed: int = 0,
+    top_k: TopK | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> TeacherCache:
+    """Run a teacher on views of the training samples, and keep its logits and features. The same call resumes.
+
+    Args:
+        data: The data.
+        teacher: See `load_teacher`.
+        out: The cache's folder; created if missing.
+        ids: Indices of the samples to cover; None for the whole training split.
+        views: Augmentation views per sample; None for all that exist (162 for images padded by 4 and mirrored).
+        view_seed: Seed that chooses the views.
+        top_k: Keep only the most probable classes of each view.
+        precision: Precision of the network on views other than the unaugmented image.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        progress: Called with (images done, images in total, note).
+
+    Returns:
+        The opened cache.
+
+    Raises:
+        CacheMismatch: The folder holds another cache.
+        CheckpointError, DataError, OutputError, SubsetError, UsageError: As for `kdfast.teacher.build.build_cache`.
+    """
+    model = load_teacher(teacher, data)
+    place = resolve_device(device)
+    build_cache(
+        data, model, out, ids=ids, n_views=views, view_seed=view_seed, top_k=top_k, precision=precision, device=place,
+        progress=progress,
+    )  # fmt: skip
+    return TeacherCache.open(Path(out), source=data, teacher=model, check_files=False)
+
+
+def evaluate(
+    model: ModelLike, data: Source, *, teacher: ModelLike | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Evaluate a network on the test split.
+
+    Args:
+        model: See `load_teacher`.
+        data: The data.
+        teacher: A network to compare the predictions with; or None.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        `top1` and `top5` in percent, `loss` in nats, `per_class`, `calibration` and, with a teacher, `agreement`: see
+        `kdfast.teacher.evaluate.evaluate_in_detail`.
+
+    Raises:
+        CheckpointError: A file is damaged, or a network does not fit the data.
+    """
+    place = resolve_device(device)
+    other = None if teacher is None else load_teacher(teacher, data)
+    return evaluate_in_detail(
+        load_teacher(model, data), data.test, teacher=other, device=place, view_spec=data.view_spec
+    )
