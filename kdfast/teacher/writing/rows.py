@@ -54,7 +54,7 @@ class ArrayRows:
 
     def read(self, begin: int, end: int) -> Array:
         """Return the rows from `begin` up to `end`."""
-        rows: Array = np.array(self._array[begin:end])
+        rows: Array = np.array(self._array[begin:end], order="C")
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
         return rows
@@ -78,14 +78,23 @@ class MemberRows:
     def __init__(self, path: Path, member: str) -> None:
         self._path, self._member = path, member
         self._archive = zipfile.ZipFile(path)
-        self._open()
+        self._file = self._open()
 
-    def _open(self) -> None:
-        self._file = cast(BinaryIO, self._archive.open(f"{self._member}.npy"))
-        version = np.lib.format.read_magic(self._file)
+    def _open(self) -> BinaryIO:
+        file = cast(BinaryIO, self._archive.open(f"{self._member}.npy"))
+        try:
+            self._read_header(file)
+        except BaseException:
+            file.close()
+            self._archive.close()
+            raise
+        return file
+
+    def _read_header(self, file: BinaryIO) -> None:
+        version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
             raise ValueError(f"format version {version}")
-        self.shape, fortran, dtype = _HEADERS[version](self._file)
+        self.shape, fortran, dtype = _HEADERS[version](file)
         _check_floats(dtype.kind == "f" and dtype.itemsize <= 8, dtype, f"{self._path}, {self._member},")
         if fortran and len(self.shape) > 1:
             raise DataError(
@@ -101,7 +110,7 @@ class MemberRows:
             DataError: The file is damaged.
         """
         if begin == 0:
-            self._open()
+            self._file = self._open()
         count = (end - begin) * int(np.prod(self.shape[1:], dtype=np.int64))
         try:
             raw = self._file.read(count * self._dtype.itemsize)
