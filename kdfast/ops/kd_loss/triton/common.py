@@ -7,10 +7,22 @@ import triton.language as tl
 
 from kdfast.ops.triton_rows import PARTS
 
-__all__ = ["LN2", "LOG2E", "exp_at_one", "finite_or_zero", "row_factors", "row_indices"]
+__all__ = ["LN2", "LOG2E", "add_four", "add_two", "exp_at_one", "finite_or_zero", "row_factors", "row_indices"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def add_two(a, b, other_a, other_b):
+    """Add pairs, for a reduction."""
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def add_four(a, b, c, d, other_a, other_b, other_c, other_d):
+    """Add quadruples, for a reduction."""
+    return a + other_a, b + other_b, c + other_c, d + other_d
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, row_factors, row_indices
-from kdfast.ops.kd_loss.triton.gradient import slope, store_gradient, sweep_gradients
+from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient, sweep_gradients
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax
 from kdfast.ops.kd_loss.triton.tiles import store_zeros
 
@@ -136,9 +136,7 @@ def dense_kernel(
         tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
         if GRAD:
             if TILES == 1:
-                slopes = (
-                    tl.where(live, slopes[0], 0.0), tl.where(live, slopes[1], 0.0), tl.where(live, slopes[2], 0.0),
-                )  # fmt: skip
+                slopes = live_slopes(slopes, live)
                 store_gradient(
                     grad_base, 0, columns, c, exists, all_terms, slopes,
                     USE_CE, USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL,

@@ -8,7 +8,7 @@ import triton.language as tl
 from kdfast.ops.kd_loss.triton.softmax import add_e1, tile_terms
 from kdfast.ops.kd_loss.triton.tiles import load_tile, per_row, store_vector
 
-__all__ = ["slope", "store_gradient", "sweep_gradients"]
+__all__ = ["live_slopes", "slope", "store_gradient", "sweep_gradients"]
 
 
 @triton.jit
@@ -26,6 +26,12 @@ def slope(
     if USE_KL and USE_CE:
         g = add_e1(root, hard, g, POWER)
     return g
+
+
+@triton.jit
+def live_slopes(slopes, live):
+    """Return coefficients that make the gradient of ignored rows zero."""
+    return tl.where(live, slopes[0], 0.0), tl.where(live, slopes[1], 0.0), tl.where(live, slopes[2], 0.0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""``kd_loss`` on a GPU: launch the Triton kernels of ``dense`` and ``topk``.
+"""``kd_loss`` on a GPU: launch the Triton kernels of ``dense``, ``divergences`` and ``topk``.
 
 No call synchronizes with the device. A label, a teacher row or a class id out of range is clamped, and the loss and
 gradient of its row become NaN. ``KDFAST_AUTOTUNE=1`` times several numbers of warps at the first call for each number
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.triton.dense import dense_kernel
+from kdfast.ops.kd_loss.triton.divergences import divergence_kernel
 from kdfast.ops.kd_loss.triton.tiles import tile_shape
 from kdfast.ops.kd_loss.triton.topk import launch_topk
 from kdfast.ops.triton_rows import device_of, scale_rows, weight_sums
 
 __all__ = ["kd_loss", "scale_rows"]
+
+SWEPT = {"jsd": 16, "dkd": 32, "standardized": 16}
+"""Elements that a thread has of a tile in rows of several tiles; the most without spilling registers (sm_90)."""
 
 
 def kd_loss(call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
@@ -56,8 +60,8 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
         0 if labels is None else labels.stride(0), 0 if rows is None else rows.stride(0), call.ignore_index,
         float(call.temperature), (1.0 - call.alpha) * share, call.kl_factor * share, call.grad_scale(),
     ]  # fmt: skip
-    flags = {
-        "USE_CE": call.use_ce, "REVERSE": call.use_kl and call.reverse, "GRAD": grad is not None,
+    flags: dict[str, Any] = {
+        "USE_CE": call.use_ce, "GRAD": grad is not None,
         "HAS_LABELS": labels is not None, "HAS_ROWS": rows is not None, "HAS_WEIGHTS": call.weights is not None,
         "HAS_MASS": sums is not None,
         "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(call.temperature), 3) if call.use_ce and call.use_kl else 0,
@@ -65,16 +69,23 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
     out = (row_losses, row_losses if grad is None else grad)
     if call.classes is None or call.tail is None or not call.use_kl:
         align, temperature = _alignment(logits, teacher), numbers[7] if call.use_kl else 1.0
-        shape = tile_shape(c, min(align, 16 // logits.element_size()), call.use_kl and call.reverse)
-        kernel = _tuned(dense_kernel, tuple(shape.items()))
-        flags |= {"USE_KL": call.use_kl, "WIDE": _needs_wide_offsets(logits, teacher), "ALIGN": align}
+        is_kl = call.divergence == "kl" or not call.use_kl
+        vector, swept = min(align, 16 // logits.element_size()), 32 if is_kl else SWEPT[call.divergence]
+        shape = tile_shape(c, vector, call.use_kl and call.reverse, swept)
+        kernel = _tuned(dense_kernel if is_kl else divergence_kernel, tuple(shape.items()))
+        flags |= {"WIDE": _needs_wide_offsets(logits, teacher), "ALIGN": align}
         ce_factor, kl_factor, grad_scale = numbers[8:]
         slopes = ce_factor * grad_scale, kl_factor * grad_scale / temperature
         numbers[7:] = [ce_factor, kl_factor, math.log2(math.e) / temperature, *slopes]
+        if is_kl:
+            flags |= {"USE_KL": call.use_kl, "REVERSE": call.use_kl and call.reverse}
+        else:
+            flags |= {"DIVERGENCE": call.divergence}
+            numbers += [float(call.first_weight), float(call.second_weight)]
         grid = (triton.cdiv(n, shape["ROWS"]),)
         kernel[grid](logits, teacher, *pointers, *out, n, c, teacher.shape[0], *numbers, **flags)
     else:
-        flags |= {"WIDE": _needs_wide_offsets(logits), "ALIGN": _alignment(logits)}
+        flags |= {"REVERSE": call.reverse, "WIDE": _needs_wide_offsets(logits), "ALIGN": _alignment(logits)}
         classes, tail = call.classes.contiguous(), call.tail.resolve_neg().contiguous()
         launch_topk(logits, teacher, classes, tail, *pointers, *out, numbers=numbers, flags=flags)
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import LOG2E, finite_or_zero
+from kdfast.ops.kd_loss.triton.common import LOG2E, add_four, finite_or_zero
 from kdfast.ops.kd_loss.triton.tiles import NEG_INF, load_tile, per_row, per_thread
 
 __all__ = [
-    "LOWEST", "add_e1", "finite", "row_sums", "row_tops", "sweep_sums", "terms", "thread_sums", "thread_tops",
-    "tile_softmax", "tile_terms",
+    "LOWEST", "add_e1", "row_tops", "sweep_sums", "terms", "thread_tops", "tile_softmax", "tile_terms",
 ]  # fmt: skip
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -39,11 +38,6 @@ def larger_student(z, origin, t, other_z, other_origin, other_t):
 @triton.jit
 def add_three(a, b, c, other_a, other_b, other_c):
     return a + other_a, b + other_b, c + other_c
-
-
-@triton.jit
-def add_four(a, b, c, d, other_a, other_b, other_c, other_d):
-    return a + other_a, b + other_b, c + other_c, d + other_d
 
 
 @triton.jit

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "NEG_INF", "inside", "load_tile", "per_row", "per_thread", "store_vector", "store_zeros", "tile_shape",
+    "NEG_INF", "at_label", "load_steps", "load_tile", "per_row", "per_thread", "store_vector", "store_zeros",
+    "tile_shape",
 ]  # fmt: skip
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -79,6 +80,14 @@ def load_tile(
 
 
 @triton.jit
+def at_label(operands, label, live):
+    """Load the logits of student and teacher at the label of each row."""
+    z_base, z_col, t_base, t_col = operands
+    z = tl.load(z_base + label * z_col, mask=live, other=0.0).to(tl.float32)
+    return z, tl.load(t_base + label * t_col, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def hide(vectors, start, columns, hidden, STEPS: tl.constexpr):
     """Mask a class of each row."""
     others = ()
@@ -107,13 +116,13 @@ def store_zeros(base, columns, c, exists, STEPS: tl.constexpr):
         tl.store(per_row(base) + col, zero, mask=inside(col, c, exists), eviction_policy="evict_first")
 
 
-def tile_shape(classes: int, vector: int, reverse: bool) -> dict[str, int]:
+def tile_shape(classes: int, vector: int, reverse: bool, swept: int = 32) -> dict[str, int]:
     """Return the tiles and the warps of a dense kernel, for vectors of ``vector`` elements.
 
-    A thread has up to 32 elements of a tile: with more, ptxas spills registers (sm_90); with fewer, the instructions
-    for a row weigh more. The longer a row of several tiles, the more warps it has, of 95 to 128 registers a thread.
-    Rows that 132 multiprocessors process at a time are then at most 44 MB of half-precision logits up to 65,536
-    classes, so that a cache of 50 MB still has them when they are read again.
+    A thread has up to 32 elements of a tile, or ``swept`` in a row of several tiles: with more, ptxas spills registers
+    (sm_90); with fewer, the instructions for a tile weigh more. The longer a row of several tiles, the more warps it
+    has, of 84 to 128 registers a thread. Rows that 132 multiprocessors process at a time are then at most 44 MB of
+    half-precision logits up to 65,536 classes, so that a cache of 50 MB still has them when they are read again.
     """
     power = triton.next_power_of_2(classes)
     single = power <= (4096 if reverse else 8192)
@@ -126,7 +135,7 @@ def tile_shape(classes: int, vector: int, reverse: bool) -> dict[str, int]:
         warps = max(1, power // 1024) if single else min(16, max(4, power // 4096))
         lanes = 32 * warps
     width = lanes * vector
-    steps = 32 // vector
+    steps = (32 if single else swept) // vector
     tiles = 1 if single else triton.cdiv(classes, steps * width)
     last = classes - (tiles - 1) * steps * width
     shape = {

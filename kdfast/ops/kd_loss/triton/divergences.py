@@ -1,0 +1,108 @@
+"""Triton kernel of ``kd_loss`` for the divergences other than KL: losses and gradient in one launch.
+
+The rows are those of the dense kernel, see ``tiles``; each divergence is computed by a module of its own. What the
+label adds to the gradient is one store per row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdfast.ops.kd_loss.triton.common import row_factors, row_indices
+from kdfast.ops.kd_loss.triton.decoupled import decoupled
+from kdfast.ops.kd_loss.triton.jensen_shannon import jensen_shannon
+from kdfast.ops.kd_loss.triton.standardized import standardized
+from kdfast.ops.kd_loss.triton.tiles import store_zeros
+
+__all__ = ["divergence_kernel"]
+
+
+@triton.jit
+def divergence_kernel(
+    z_ptr,  # (N, C) student logits, strides z_row, z_col
+    t_ptr,  # (M, C) teacher logits, strides t_row, t_col
+    label_ptr,  # (N,) int64
+    rows_ptr,  # (N,) int64 teacher row of each sample
+    weights_ptr,  # (N,) float
+    mass_ptr,  # (PARTS,) float32, whose sum is the divisor of a mean
+    loss_ptr,  # (N,) float32, out
+    grad_ptr,  # (N, C) contiguous, out
+    n,
+    c,
+    m,
+    z_row,
+    z_col,
+    t_row,
+    t_col,
+    label_stride,
+    rows_stride,
+    ignore_index,
+    ce_factor,
+    kl_factor,
+    scale,  # log2(e) / T
+    ce_slope,  # factor of the cross-entropy in the gradient
+    kl_slope,  # factor of the divergence in the gradient, over T
+    first_weight,  # of the two parts of the divergence, as in KDCall
+    second_weight,
+    DIVERGENCE: tl.constexpr,
+    USE_CE: tl.constexpr,
+    POWER: tl.constexpr,
+    GRAD: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+    TILES: tl.constexpr,
+    LAST_STEPS: tl.constexpr,
+    LAST_FULL: tl.constexpr,
+):
+    """Compute losses and gradient of ROWS rows; DIVERGENCE is "jsd", "dkd" or "standardized", the rest as for KL."""
+    # The values do not change, but the compiler learns that it may load vectors of ALIGN elements.
+    c = c // ALIGN * ALIGN
+    z_row = z_row // ALIGN * ALIGN
+    t_row = t_row // ALIGN * ALIGN
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = r < n
+    live, bad, label, teacher_row = row_indices(
+        r, exists, label_ptr, rows_ptr, label_stride, rows_stride, ignore_index, c, m, True, HAS_LABELS, HAS_ROWS
+    )
+    columns = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    if WIDE:
+        columns = columns.to(tl.int64)
+    grad_base = grad_ptr + r * c
+    if tl.max(live.to(tl.int32), 0) == 0:
+        tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=exists)
+        if GRAD:
+            store_zeros(grad_base, columns, c, exists, (TILES - 1) * STEPS + LAST_STEPS)
+    else:
+        factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
+        factor = tl.where(bad, float("nan"), factor)
+        operands = (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
+        numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
+        parts = (first_weight, second_weight)
+        if DIVERGENCE == "jsd":
+            loss, gradient = jensen_shannon(
+                operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
+                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+            )  # fmt: skip
+        elif DIVERGENCE == "dkd":
+            loss, gradient = decoupled(
+                operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
+                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+            )  # fmt: skip
+        else:
+            loss, gradient = standardized(
+                operands, grad_base, columns, c, live, exists, label, factor, numbers,
+                USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+            )  # fmt: skip
+        tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
+        if GRAD and (USE_CE or DIVERGENCE == "dkd"):
+            tl.debug_barrier()  # after the store of the same element by another thread
+            tl.store(grad_base + label, gradient.to(grad_ptr.dtype.element_ty), mask=live)
