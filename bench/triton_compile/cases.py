@@ -20,6 +20,7 @@ import kdfast
 __all__ = ["TABLE_CLASSES", "Case", "cases", "launched_kernels"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIVERGENCES = ("jsd", "dkd", "standardized")
 TABLE_CLASSES = (10, 100, 1000, 8192, 16384, 32000, 131072, 262144)
 ROWS = {1000: 66528, 16384: 9504, 2**31: 2376}  # by largest number of classes; multiples of 108 and 132
 
@@ -52,13 +53,14 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield all cases: dense and top-k losses, and the kernels around them."""
+    """Yield all cases: losses with dense and top-k teachers, and the kernels around them."""
     for c in TABLE_CLASSES:
         for student, teacher in ((a, b) for a in DTYPES for b in DTYPES):
             for direction in ("forward", "reverse"):
                 quick = (student, teacher) in (("bf16", "fp16"), ("fp32", "fp32")) and c in (10, 1000, 16384, 32000)
                 yield dense(c, student, teacher, direction, quick=quick and (direction == "forward" or c == 16384))
     yield from dense_options()
+    yield from divergence_cases()
     yield from topk_cases()
     yield from row_cases()
     yield from view_cases()
@@ -74,6 +76,7 @@ def dense(
 ) -> Case:
     """Return a call of ``kd_loss`` with a dense teacher; ``options`` as for ``loss_call``."""
     call = loss_call(c, DTYPES[student], DTYPES[teacher], direction, **options)
+    is_kl = call.divergence == "kl"
     grad = options.get("grad", True)
     n, z, t = len(call.logits), call.logits, call.teacher
     widths = {"z_ptr": width(z), "grad_ptr": width(z.new_empty(z.shape))} if grad else {"z_ptr": width(z)}
@@ -82,9 +85,12 @@ def dense(
         # Beside vectors of float32 logits, a vector of as many 16-bit logits has half the bytes.
         widths["t_ptr"] = min(width(t), width(z) * t.element_size() // z.element_size())
     traffic = sum(n * c * x.element_size() for x in (*read, *([z] if grad else [])))
-    name = " ".join(["dense", f"C={c}", student, teacher, direction, *(f"{k}={v}" for k, v in options.items())])
-    table = (c, student, direction) if teacher == "fp16" and not options and c in TABLE_CLASSES else ()
-    return Case(name, "dense_kernel", lambda: run_loss(call, grad), n * c, traffic, widths, quick, table)
+    given = {name: value for name, value in options.items() if name != "divergence"}
+    what = direction if is_kl else call.divergence
+    name = " ".join(["dense", f"C={c}", student, teacher, what, *(f"{k}={v}" for k, v in given.items())])
+    table = (c, student, what) if teacher == "fp16" and not given and c in TABLE_CLASSES else ()
+    kernel = "dense_kernel" if is_kl else "divergence_kernel"
+    return Case(name, kernel, lambda: run_loss(call, grad), n * c, traffic, widths, quick, table)
 
 
 def dense_options() -> Iterator[Case]:
@@ -101,6 +107,23 @@ def dense_options() -> Iterator[Case]:
     for c in (3, 33, 257, 1001, 4099, 50257):
         yield dense(c, quick=c == 257)
         yield dense(c, "fp32", "fp32", "reverse")
+
+
+def divergence_cases() -> Iterator[Case]:
+    """Yield the divergences other than KL, and variants of their kernel."""
+    for name in DIVERGENCES:
+        for c in (100, 1000, 8192, 32000, 131072):
+            for student in ("fp32", "bf16"):
+                yield dense(c, student, divergence=name, quick=(student, c) in (("bf16", 1000), ("bf16", 32000)))
+        for c in (100, 1000, 32000):
+            options = ({"grad": False}, {"rows": False}, {"weights": True}, {"temperature": 1.0}, {"temperature": 3.0})
+            for given in (*options, {"alpha": 1.0}, {"n": 128}):
+                yield dense(c, divergence=name, **given)
+            yield dense(c, divergence=name, padding=8)
+            yield dense(c, divergence=name, column_major=True)
+        for c in (3, 33, 257, 1001, 4099, 50257):
+            yield dense(c, divergence=name)
+            yield dense(c, "fp32", "fp32", divergence=name)
 
 
 def topk_cases() -> Iterator[Case]:
@@ -191,6 +214,7 @@ def loss_call(
     reduction: str = "mean",
     padding: int = 0,
     column_major: bool = False,
+    divergence: str = "kl",
 ) -> Any:
     """Return the arguments of a ``kd_loss`` call as the operator passes them to its kernels, on the meta device.
 
@@ -210,6 +234,7 @@ def loss_call(
         reduction: "mean", "sum" or "none".
         padding: Elements between rows of the logits.
         column_major: Whether the logits are a transposed matrix.
+        divergence: As in ``kd_loss``.
     """
     from kdfast.ops.kd_loss.call import KDCall
 
@@ -230,6 +255,7 @@ def loss_call(
         ignore_index=-100,
         reduction=reduction,
         reverse=direction == "reverse",
+        **({} if divergence == "kl" else {"divergence": divergence, "first_weight": 0.5, "second_weight": 0.5}),
     )
 
 

@@ -23,6 +23,7 @@ BYTES = {"cuda": 1.5e9, "cpu": 2e6}
 COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 24}
 # Classes in the order of the targets; without one at 10.
 CLASSES = {"cuda": (1000, 100, 32000, 131072, 8192, 262144, 10), "cpu": (100, 1000)}
+DIVERGENCES = ("jsd", "dkd", "standardized")
 TARGETS = {1000: 0.9, 32000: 0.75, 131072: 0.55}
 TOP_K = 64
 ROUNDS = {"cuda": 20, "cpu": 3}
@@ -30,17 +31,19 @@ ROUNDS = {"cuda": 20, "cpu": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: dtype of the student, classes, direction, and whether the teacher has its top classes alone."""
+    """One measurement: dtype of the student, classes, direction, whether the teacher has its top classes alone."""
 
     dtype: str
     c: int
     direction: str = "forward"
     top_k: bool = False
+    divergence: str = "kl"
 
     @property
     def key(self) -> str:
         """Name of the row."""
-        return f"{self.dtype} C={self.c} {self.direction}{' top-k' if self.top_k else ''}"
+        what = self.direction if self.divergence == "kl" else self.divergence
+        return f"{self.dtype} C={self.c} {what}{' top-k' if self.top_k else ''}"
 
 
 def cases(device: str) -> list[Case]:
@@ -51,6 +54,7 @@ def cases(device: str) -> list[Case]:
         *plain,
         *(Case("bfloat16", c, "reverse") for c in classes if c in (1000, 32000)),
         *(Case("bfloat16", c, top_k=True) for c in classes if c in (1000, 131072)),
+        *(Case("bfloat16", c, divergence=name) for c in classes if c in (100, 1000, 32000) for name in DIVERGENCES),
     ]
 
 
@@ -66,7 +70,7 @@ def inputs(case: Case, device: str, n: int) -> dict[str, Any]:
     dtype = getattr(torch, case.dtype)
     logits = torch.empty(n, case.c, device=device, dtype=dtype).normal_(0, 3).requires_grad_()
     labels = torch.randint(case.c, (n,), device=device)
-    options = {"alpha": ALPHA, "temperature": TEMPERATURE, "direction": case.direction}
+    options = {"alpha": ALPHA, "temperature": TEMPERATURE, "direction": case.direction, "divergence": case.divergence}
     if case.top_k:
         few = torch.empty(min(n, 512), case.c, device=device).normal_(0, 3)
         part = kdfast.topk_teacher(few, TOP_K, temperature=TEMPERATURE)

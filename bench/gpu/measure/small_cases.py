@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import kdfast
-from gpu.measure.kd_loss import Case, gradient, inputs, row_bytes
+from gpu.measure.kd_loss import DIVERGENCES, Case, gradient, inputs, row_bytes
 from kdfast.data.views import Normalization, ViewSpec, apply_views
 
 PROFILED = (1000, 32000)
@@ -22,11 +22,13 @@ _PROFILED_BYTES = {"cuda": 1.5e9, "cpu": 1e6}
 
 
 def kd_loss(device: str) -> None:
-    """Each dtype on rows of one tile and of several, the reverse direction, and top-k teachers."""
+    """Each dtype on rows of one tile and of several, the reverse direction, other divergences, and top-k teachers."""
     for c in (7, 100, 1000, 20000):
         for dtype in ("float32", "bfloat16", "float16"):
             gradient(inputs(Case(dtype, c), device, 5))
         gradient(inputs(Case("bfloat16", c, "reverse"), device, 5))
+        for name in DIVERGENCES:
+            gradient(inputs(Case("bfloat16", c, divergence=name), device, 5))
         if c >= 1000:
             gradient(inputs(Case("float32", c, top_k=True), device, 5))
 

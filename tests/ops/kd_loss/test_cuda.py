@@ -47,25 +47,62 @@ def test_loss_and_gradient_against_float64(shape: tuple[int, int], dtype: torch.
     assert ((logits.grad.double() - exact.grad).abs() <= bound).all()
 
 
-def test_options_masks_and_far_spread_logits() -> None:
-    grid = Path(__file__).with_name("triton_grid.py")
-    groups = ["options", "masked", "large", "far", "weights"]  # the others compile for minutes
-    command = [sys.executable, "-W", "ignore", str(grid), "cuda", *groups]
+DIVERGENCES = {
+    "jsd": {"jsd_beta": 0.3},
+    "dkd": {"dkd_weights": (0.7, 3.0)},
+    "standardized": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 3), (130, 100), (64, 1000), (16, 8192), (8, 32000), (3, 131072)])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_other_divergences_against_float64(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits, labels, teacher, rows = case(*shape, dtype)
+    options = {"divergence": name, **DIVERGENCES[name]}
+    loss = kdfast.kd_loss(logits, labels, teacher, rows, **options, backend="triton")
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = kdfast.kd_loss(exact, labels, teacher.double(), rows, **options, backend="reference")
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=5e-6, atol=2e-6)
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    bound = unit * exact.grad.abs() + 5e-6 * exact.grad.abs().max()
+    assert ((logits.grad.double() - exact.grad).abs() <= bound).all()
+
+
+def run_grid(name: str, groups: list[str]) -> dict[str, list[str]]:
+    """Run groups of a program of tests on the device and return the failures by group."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(name)), "cuda", *groups]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    return {group: failures for group, (_, failures) in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_options_masks_and_far_spread_logits() -> None:
+    groups = ["options", "masked", "large", "far", "weights"]  # the others compile for minutes
+    results = run_grid("triton_grid.py", groups)
     assert list(results) == groups
-    assert not {name: failures for name, (_, failures) in results.items() if failures}
+    assert not {name: failures for name, failures in results.items() if failures}
+
+
+def test_masks_and_far_spread_logits_of_other_divergences() -> None:
+    results = run_grid("triton_divergences_grid.py", ["masks", "far", "indices", "special"])
+    assert list(results) == [*DIVERGENCES, "special"]
+    assert not {name: failures for name, failures in results.items() if failures}
 
 
 def test_forward_and_backward_never_wait_for_the_device() -> None:
     logits, labels, teacher, rows = case(256, 1000, torch.bfloat16)
-    kdfast.kd_loss(logits, labels, teacher, rows).backward()  # compiles
+    for name in ("kl", *DIVERGENCES):
+        kdfast.kd_loss(logits, labels, teacher, rows, divergence=name).backward()  # compiles
     logits.grad = None
     torch.cuda.set_sync_debug_mode("error")
     try:
         kdfast.kd_loss(logits, labels, teacher, rows).backward()
         (2 * kdfast.kd_loss(logits, labels, teacher, rows)).backward()
+        for name in DIVERGENCES:
+            kdfast.kd_loss(logits, labels, teacher, rows, divergence=name, backend="triton").backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

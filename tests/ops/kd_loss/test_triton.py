@@ -154,6 +154,13 @@ def test_tiles_cover_a_row_once(vector, reverse):
             assert rows * lanes == 32 * shape["num_warps"]
             assert (rows == 1) or shape["LAST_FULL"] == 0
             assert (shape["TILES"] == 1) == (c <= (4096 if reverse else 8192))
+            swept = tile_shape(c, vector, reverse, 16)
+            if shape["TILES"] == 1:
+                assert swept == shape
+            else:
+                assert (swept["LANES"], swept["STEPS"]) == (lanes, steps // 2)
+                before_last = (swept["TILES"] - 1) * swept["STEPS"] * width
+                assert 0 < c - before_last <= swept["LAST_STEPS"] * width < (swept["STEPS"] + 1) * width
 
 
 def test_wide_offsets_and_alignment():
