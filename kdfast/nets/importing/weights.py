@@ -48,9 +48,8 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     for name in _FOLDER_FILES:
         if (place / name).is_file():
             return place / name
-    raise CheckpointError(
-        f"{place} is a folder without {' or '.join(_FOLDER_FILES)}: pass the file that has the weights"
-    )
+    files = " or ".join(_FOLDER_FILES)
+    raise CheckpointError(f"no checkpoint at {place}: the folder has no {files}; pass the path of an existing file")
 
 
 def read_content(path: str | os.PathLike[str], net: str) -> Any:
