@@ -62,18 +62,54 @@ def test_rejects_orders_that_do_not_fit(kdfast, nested: Path, data: str | None, 
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
 
 
-def test_every_command_that_resizes_images_also_orders_them() -> None:
+def test_every_command_that_resizes_images_also_orders_and_divides_them() -> None:
     import typer
 
     from kdfast.cli.program import app
 
     def commands(command):
-        return (
-            [leaf for sub in command.commands.values() for leaf in commands(sub)]
-            if hasattr(command, "commands")
-            else [command]
-        )
+        return [command, *(leaf for sub in getattr(command, "commands", {}).values() for leaf in commands(sub))]
 
     names = [{parameter.name for parameter in command.params} for command in commands(typer.main.get_command(app))]
-    assert sum("size" in parameters for parameters in names) >= 10
-    assert all(("size" in parameters) == ("order" in parameters) for parameters in names)
+    readers = [parameters for parameters in names if parameters & {"data", "src"}]
+    assert len(readers) >= 10
+    for parameters in readers:
+        assert len(parameters & {"size", "order", "split"}) in (0, 3)
+    assert sum("split" in parameters for parameters in readers) >= 10
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of ten images, without a test split."""
+    rng = np.random.default_rng(1)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_data_without_a_test_split_asks_for_one(kdfast, photos: Path, tmp_path: Path) -> None:
+    prune = ("prune", "--data", photos, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
+    outcome = kdfast(*prune)
+    assert (outcome.code, outcome.out) == (3, "")
+    assert "no test split (looked for test/, val/, valid/" in outcome.err
+    assert "take a share of every class with --split, such as 0.1" in outcome.err
+    assert not (tmp_path / "idx.npy").exists()
+    outcome = kdfast(*prune, "--split", "2")
+    assert (outcome.code, "--split is 2: pass the share of the test split" in outcome.err) == (2, True)
+    assert "kept 8 of 16 training samples" in kdfast(*prune, "--split", 0.2).out
+
+
+def test_every_stage_must_divide_the_data_alike(kdfast, photos: Path, tmp_path: Path) -> None:
+    idx = tmp_path / "idx.npy"
+    assert kdfast("prune", "--data", photos, "--fraction", 0.5, "--split", 0.2, "--out", idx).code == 0
+    train = ("distill", "--data", photos, "--student", "resnet8", "--alpha", 0, "--batch-size", 4, "--subset", idx)
+    train = (*train, "--dry-run", "--out", tmp_path / "run")
+    assert kdfast(*train, "--split", 0.2).code == kdfast(*train, "--split", "0.20:0").code == 0
+    for other in ("0.2:1", "0.3"):
+        outcome = kdfast(*train, "--split", other)
+        assert (outcome.code, "made from other data" in outcome.err) == (3, True)
+    (tmp_path / "c.yaml").write_text("split: 0.2\n")
+    assert kdfast(*train, "--config", tmp_path / "c.yaml").code == 0

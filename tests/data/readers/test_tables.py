@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -155,3 +156,23 @@ def test_refuses_damage(tmp_path, suffix, content):
     (tmp_path / f"train.{suffix}").write_bytes(content)
     with pytest.raises(DataError, match=rf"train\.{suffix} cannot be read as a table"):
         open_source(tmp_path)
+
+
+def test_flipped_bits_of_a_mapped_file_are_read_or_refused(encode, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    file = tmp_path / "train.arrow"
+    table = pyarrow.table({"image": [row["bytes"] for row in rows(encode, range(4))], "label": [0, 1, 0, 1]})
+    with pyarrow.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table)
+    good, refused = file.read_bytes(), 0
+    for place in range(0, len(good), 5):
+        raw = bytearray(good)
+        raw[place] ^= 0x81
+        file.write_bytes(raw)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                values(open_source(file, split=0.5).train)
+        except DataError:
+            refused += 1
+    assert refused > 20

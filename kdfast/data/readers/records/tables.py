@@ -143,7 +143,6 @@ def _read(files: list[str]) -> Any:
     """Return one table of all files."""
     try:
         import pyarrow
-        from pyarrow import ipc, parquet
     except ImportError as error:
         raise BackendUnavailable(f"{_INSTALL} ({error})") from error
     size = sum(os.path.getsize(file) for file in files if file.endswith(_SUFFIXES[0]))
@@ -156,14 +155,8 @@ def _read(files: list[str]) -> Any:
     for file in files:
         try:
             open_regular(file).close()
-            if file.lower().endswith(_SUFFIXES[0]):
-                tables.append(parquet.read_table(file, memory_map=True))
-                continue
-            source = pyarrow.memory_map(file)
-            try:
-                tables.append(ipc.open_stream(source).read_all())
-            except pyarrow.ArrowInvalid:
-                tables.append(ipc.open_file(source).read_all())
+            tables.append(_read_parquet(file) if file.lower().endswith(_SUFFIXES[0]) else _map_arrow(file))
+            _ = tables[-1].column_names  # fails if they are not UTF-8
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise DataError(f"{file} cannot be read as a table ({reason}): download or write it again") from error
@@ -173,6 +166,24 @@ def _read(files: list[str]) -> Any:
         raise DataError(
             f"{files[0]} and the files beside it have different columns: keep those of one data set"
         ) from error
+
+
+def _read_parquet(file: str) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_table(file, memory_map=True)
+
+
+def _map_arrow(file: str) -> Any:
+    """Return the table of an Arrow file of either form; its values stay on the disk."""
+    import pyarrow
+    from pyarrow import ipc
+
+    source = pyarrow.memory_map(file)
+    try:
+        return ipc.open_stream(source).read_all()
+    except pyarrow.ArrowInvalid:
+        return ipc.open_file(source).read_all()
 
 
 def _features(table: Any) -> Mapping[str, Any]:
@@ -221,9 +232,21 @@ def _check_image_type(table: Any, name: str, path: Path) -> None:
         raise DataError(f"{path}: the column {name} is {found}, not encoded images: convert it, {_OTHER}")
 
 
+def _check_offsets(table: Any, columns: _Columns, where: str) -> None:
+    """Check that no value of a mapped file lies outside of it, which pyarrow does not do when it opens one."""
+    import pyarrow
+
+    try:
+        for name in (columns.image, columns.label):
+            table.column(name).validate(full=True)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{where}: a column is damaged ({str(error)[:200]}): download or write it again") from error
+
+
 def _labels(table: Any, columns: _Columns, where: str) -> Labels:
     if columns.label not in table.column_names or columns.image not in table.column_names:
         raise DataError(f"{where} has the columns {', '.join(table.column_names)}, not those of the training split")
+    _check_offsets(table, columns, where)
     values = table.column(columns.label).to_pylist()
     if values and all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         return np.array(values, np.int64)
