@@ -84,7 +84,7 @@ def read_score_page_data(
         first,
         dict(zip(names[1:], more, strict=True)),
         dict(zip(subset_names, read, strict=True)),
-        None if cache is None else TeacherCache.open(cache, source=source),
+        None if cache is None else TeacherCache.open(cache, source=source, check_views=False),
         sample_classes,
         samples_per_end,
         fraction,

@@ -81,6 +81,7 @@ class TeacherCache:
         source: Source | None = None,
         teacher: Model | None = None,
         check_files: bool = True,
+        check_views: bool = True,
     ) -> TeacherCache:
         """Open a cache; check that it is intact and matches the data and the teacher.
 
@@ -90,6 +91,7 @@ class TeacherCache:
                 its labels. None: not compared.
             teacher: The teacher to compare. None: not compared.
             check_files: Compare the SHA-256 of every file.
+            check_views: Compare the views too; not needed for what is computed from the unaugmented images alone.
 
         Raises:
             CacheMismatch: The cache is unfinished or damaged, or was made from other data, by another teacher, or with
@@ -97,7 +99,7 @@ class TeacherCache:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        check_match(folder, manifest, source, teacher)
+        check_match(folder, manifest, source, teacher, views=check_views)
         if check_files:
             check_intact(folder, manifest["files"])
         manifest |= {"seconds": read_timing(folder)["seconds"]}

@@ -19,8 +19,10 @@ from kdfast.teacher.plan import describe_teacher
 _THREADS = 8
 
 
-def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, teacher: Model | None) -> None:
-    """Compare a manifest with the data and the teacher in use; None is not compared.
+def check_match(
+    folder: Path, manifest: dict[str, Any], source: Source | None, teacher: Model | None, *, views: bool = True
+) -> None:
+    """Compare a manifest with the data and the teacher in use; None is not compared, nor are the views without `views`.
 
     Raises:
         CacheMismatch: Fields differ; the message names all of them.
@@ -28,30 +30,26 @@ def check_match(folder: Path, manifest: dict[str, Any], source: Source | None, t
     needed: dict[str, Any] = {}
     if source is not None:
         needed["data"] = {"fingerprint": source.fingerprint, "classes": len(source.classes)}
-        needed["views"] = {"spec": source.view_spec.to_dict()}
+        if views:
+            needed["views"] = {"spec": {"policy": None, **source.view_spec.to_dict()}}
     if teacher is not None:
         if manifest["teacher"]["net"] == IMPORTED:
             raise CacheMismatch(
                 f"{folder} holds imported logits, whose teacher is not known: omit `teacher`, or build a cache of it"
             )
         needed["teacher"] = describe_teacher(teacher)
-    if differing := compare_manifests(manifest, needed):
+    differing = compare_manifests(manifest, needed)
+    if source is not None and differing and all(line.startswith("views.") for line in differing):
+        raise CacheMismatch(
+            f"{folder} holds logits of views that are {describe_views(ViewSpec.from_dict(manifest['views']['spec']))}, "
+            f"and this run's are {describe_views(source.view_spec)} ({'; '.join(differing)}): pass the `augment` that "
+            "the cache was built with, or build one with this `augment`"
+        )
+    if differing:
         raise CacheMismatch(
             f"{folder} belongs to other data or another teacher: {'; '.join(differing)}. Use the cache of this data "
             "and teacher, or build one"
         )
-
-
-def _check_augmentation(folder: Path, manifest: dict[str, Any], source: Source) -> None:
-    """Raise CacheMismatch if the cache holds other views of the same data."""
-    cached, views = manifest["views"]["spec"], source.view_spec.to_dict()
-    if cached == views or manifest["data"]["fingerprint"] != source.fingerprint:
-        return
-    raise CacheMismatch(
-        f"{folder} holds the teacher's logits of views that are {describe_views(ViewSpec.from_dict(cached))}, and this "
-        f"run's are {describe_views(source.view_spec)}: pass the `augment` that the cache was built with, or build one "
-        "with this `augment`"
-    )
 
 
 def check_intact(folder: Path, files: dict[str, dict[str, Any]]) -> None:

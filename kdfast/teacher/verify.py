@@ -71,7 +71,7 @@ def verify_cache(
         CacheMismatch: The cache was made by another teacher or from other data, or logits differ by more than rounding
             explains.
     """
-    check_match(cache.path, cache.manifest, source, model)
+    check_match(cache.path, cache.manifest, source, model, views=False)
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.choice(cache.coverage, size=min(samples, len(cache.coverage)), replace=False))
     view_indices = draw.integers(0, cache.n_views, size=len(ids))
@@ -79,7 +79,7 @@ def verify_cache(
     views = view_table(cache.spec, cache.view_seed, ids, cache.n_views)[np.arange(len(ids)), view_indices]
     place = torch.device(device)
     images = torch.from_numpy(source.train.read(ids)).to(place)
-    predictor = Predictor(model, source.view_spec, place, default_batch_size(place))
+    predictor = Predictor(model, cache.spec, place, default_batch_size(place))
     fresh = predictor.predict_views(images, views[:, None], ids, "float32")[:, 0]
     report = _compare(cache, stored, fresh)
     if not report.passed:

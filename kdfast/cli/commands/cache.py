@@ -265,7 +265,7 @@ def verify(
 
     source = open_source(data, size=size, order=order, split=split)
     model = None if teacher is None else load_model(teacher)
-    opened = TeacherCache.open(cache, source=source, teacher=model)
+    opened = TeacherCache.open(cache, source=source, teacher=model, check_views=False)
     if model is None:
         if not opened.is_imported:
             raise UsageError(f"--teacher is not given, and {cache} was made with a teacher: pass it")

@@ -69,7 +69,7 @@ class ScoreSources:
         labels = source.train.labels
         opened = None
         if cache is not None:
-            opened = TeacherCache.open(cache, source=source)
+            opened = TeacherCache.open(cache, source=source, check_views=False)
             opened.check_covers(np.arange(len(labels), dtype=np.int64))
         recorded = None
         if dynamics is not None:
