@@ -118,7 +118,7 @@ class _Lines:
     def __init__(self, seconds: float) -> None:
         self._seconds, self._written = seconds, time.monotonic()
         self._any = False
-        self._remaining = Remaining()
+        self._remaining = Remaining(time.monotonic)
 
     def add(self, done: int, total: int, write: Callable[[int, int, float | None], None]) -> None:
         """Call `write` with (done, total, seconds left) if it is time for a line."""

@@ -11,27 +11,30 @@ from pathlib import Path
 
 from kdfast.errors import OutputError
 from kdfast.files.atomic import make_write_error
-from kdfast.files.folders import FolderLock
+from kdfast.files.folders import FolderLock, visible_entries
 from kdfast.files.own import refuse_links
 
 
 def delete_own(folder: str | os.PathLike[str], patterns: Sequence[str]) -> None:
-    """Delete files and folders that kdfast wrote from an output folder, while no other process uses it.
+    """Delete what kdfast wrote to an output folder, while no other process uses it.
 
     Args:
         folder: The folder; may be missing.
-        patterns: Patterns of their names; other files stay.
+        patterns: Patterns of the names that kdfast writes there.
 
     Raises:
-        OutputError: One of them is a link, or another process uses the folder.
+        OutputError: The folder holds anything else, or a link, or another process uses it; nothing is deleted.
     """
     if not os.path.isdir(folder):
         return
     with FolderLock(folder):
-        for name in sorted(os.listdir(folder)):
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                continue
-            path = refuse_links(folder, name)
+        names = {name for name in os.listdir(folder) if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
+        others = [name for name in visible_entries(folder) if name not in names]
+        if others:
+            raise OutputError(
+                f"{folder} also holds {others[0]}, which kdfast did not write there: move it away, or use another folder"
+            )
+        for path in [refuse_links(folder, name) for name in sorted(names)]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

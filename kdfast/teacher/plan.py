@@ -13,7 +13,7 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError
-from kdfast.files import delete_own, has_format, refuse_links, visible_entries, write_sealed
+from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
@@ -95,6 +95,9 @@ def delete_cache(folder: Path) -> None:
         OutputError: The folder holds something else, or another process uses it.
     """
     check_cache_folder(folder)
+    for rank in folder.glob(f"{BUILDING}/rank-*"):
+        with FolderLock(rank):  # raises if that process still works
+            pass
     delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, BUILDING, "logits-*.npy"))
 
 

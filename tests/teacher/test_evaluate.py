@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from kdfast.data.views import Normalization, ViewSpec
 from kdfast.errors import CheckpointError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher.evaluate import evaluate
+from kdfast.teacher.evaluate import ECE_BINS, evaluate, evaluate_in_detail
 
 
 def test_matches_plain_torch(source, teacher):
@@ -56,3 +58,60 @@ def test_rejects_labels_outside_the_models_classes(source, new_teacher):
     with pytest.raises(CheckpointError, match="label 3"):
         evaluate(model, source.train)
     assert np.max(source.train.labels) == 3
+
+
+def probabilities(model, split) -> np.ndarray:
+    """Probabilities (N, C) in float64."""
+    x = torch.from_numpy(split.images).permute(0, 3, 1, 2).double() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.normalization.mean, model.normalization.std))
+    with torch.no_grad():
+        return copy.deepcopy(model.net).double()((x - mean) / std).softmax(1).numpy()
+
+
+def test_classes_and_calibration_match_a_plain_loop(source, teacher):
+    split = source.train
+    found, p = evaluate_in_detail(teacher, split, batch_size=7), probabilities(teacher, split)
+    right, confidence = p.argmax(1) == split.labels, p.max(1)
+    for label, accuracy in enumerate(found["per_class"]):
+        assert accuracy == pytest.approx(100 * right[split.labels == label].mean())
+    gap = 0.0
+    for low in range(ECE_BINS):
+        inside = (confidence > low / ECE_BINS) & (confidence <= (low + 1) / ECE_BINS)
+        if inside.any():
+            gap += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert found["calibration"]["bins"] == ECE_BINS == 15
+    assert found["calibration"]["ece"] == pytest.approx(100 * gap, abs=1e-3)
+    assert found["calibration"]["confidence"] == pytest.approx(100 * confidence.mean(), abs=1e-3)
+    assert "agreement" not in found
+
+
+def test_the_calibration_error_of_a_constant_prediction_is_known(source):
+    """Four classes of equal size; class 0 is predicted with probability 0.7, so that the error is 0.7 - 0.25."""
+    model = Model(build_net("resnet8", 4), "resnet8", 4, tuple("abcd"), Normalization((0.5,) * 3, (0.2,) * 3))
+    with torch.no_grad():
+        model.net.fc.weight.zero_()
+        model.net.fc.bias.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]).log())
+    found = evaluate_in_detail(model, source.train)
+    assert found["calibration"]["ece"] == pytest.approx(45, abs=1e-4)
+    assert found["per_class"] == [100, 0, 0, 0]
+
+
+def test_agreement_counts_equal_predictions(source, teacher, new_teacher):
+    split, other = source.train, new_teacher()
+    with torch.no_grad():
+        other.net.fc.bias[2] += 1.0
+    expected = (probabilities(teacher, split).argmax(1) == probabilities(other, split).argmax(1)).mean()
+    assert 0 < expected < 1
+    assert evaluate_in_detail(teacher, split, teacher=other)["agreement"] == pytest.approx(100 * expected)
+    assert evaluate_in_detail(teacher, split, teacher=teacher)["agreement"] == 100
+
+
+def test_a_teacher_of_other_classes_is_refused(source, teacher):
+    other = Model(build_net("resnet8", 5), "resnet8", 5, tuple("abcde"), teacher.normalization)
+    with pytest.raises(CheckpointError, match="the teacher has 5 classes, but resnet8 has 4"):
+        evaluate_in_detail(teacher, source.train, teacher=other)
+
+
+def test_a_class_without_images_has_no_accuracy(source):
+    model = Model(build_net("resnet8", 9), "resnet8", 9, tuple("abcdefghi"), Normalization((0.5,) * 3, (0.2,) * 3))
+    assert evaluate_in_detail(model, source.train)["per_class"][4:] == [None] * 5
