@@ -32,7 +32,7 @@ def delete_own(folder: str | os.PathLike[str], patterns: Sequence[str]) -> None:
         others = [name for name in visible_entries(folder) if name not in names]
         if others:
             raise OutputError(
-                f"{folder} also holds {others[0]}, which kdfast did not write there: move it away, or use another folder"
+                f"{folder} also holds {others[0]}, which kdfast did not write: move it away, or use another folder"
             )
         for path in [refuse_links(folder, name) for name in sorted(names)]:
             if path.is_dir():
