@@ -181,6 +181,11 @@ def test_own_network_guide_prints_the_output_it_shows():
     assert run_page(ROOT / "docs/guides/your-own-network.md", commands=True, any_number=True) >= 5
 
 
+@pytest.mark.parametrize("page", ["your-own-logits", "your-own-scores"])
+def test_guides_to_own_files_print_the_output_they_show(page):
+    assert run_page(ROOT / f"docs/guides/{page}.md", commands=True, any_number=True) >= 5
+
+
 def test_readme_code_runs():
     assert run_page(ROOT / "README.md") == 1
 
