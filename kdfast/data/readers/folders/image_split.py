@@ -52,6 +52,7 @@ class ImageSplit:
         self._labels = labels
         self._size = size
         self._containers = containers
+        self._stamp: str | None = None  # of millions of files it takes seconds
         self._shape = (size, size, 3) if size else self._common_shape()
 
     @property
@@ -95,8 +96,10 @@ class ImageSplit:
 
     def stamp(self) -> str | None:
         """Return a digest of the files, their labels and how they are decoded; None if it is not known."""
-        files = self._containers if self._containers is not None else [str(file) for file in self._files]
-        return stamp_files(files, self._size, self._shape, decoder(), self._labels.tobytes())
+        if self._stamp is None:
+            files = self._containers if self._containers is not None else [str(file) for file in self._files]
+            self._stamp = stamp_files(files, self._size, self._shape, decoder(), self._labels.tobytes())
+        return self._stamp
 
     def _decode(self, file: str | Encoded) -> Pixels:
         with opened_image(file) as image:
