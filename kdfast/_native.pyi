@@ -23,7 +23,9 @@ def kd_loss(
     topk: tuple[int, int],
     weights: int,
     terms: tuple[bool, bool, bool, float, float, float],
+    numbers: tuple[int, int, float, bool],
     divergence: tuple[int, float, float],
+    label_smoothing: float,
     ignore_index: int,
     reduction: int,
     grad_scale: float,
@@ -70,6 +72,7 @@ def fast_kd_loss(
     divergence: Any,
     jsd_beta: Any,
     dkd_weights: Any,
+    label_smoothing: Any,
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor | None] | None: ...

@@ -249,6 +249,8 @@ def loss_call(
         classes=meta(n, k, dtype=torch.int32) if k else None,
         tail=meta(n) if k else None,
         weights=meta(n) if weights else None,
+        alphas=None,
+        temperatures=None,
         alpha=alpha,
         temperature=temperature,
         t_squared=True,

@@ -17,6 +17,7 @@ using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, in
 using VectorTuple = std::tuple<uintptr_t, int64_t>;                                  // address, stride
 using TopKTuple = std::tuple<uintptr_t, uintptr_t>;                                  // classes, tail
 using TermsTuple = std::tuple<bool, bool, bool, double, double, double>;     // use_ce to temperature, as in KdLoss
+using NumbersTuple = std::tuple<uintptr_t, uintptr_t, double, bool>;         // alphas, temperatures, alpha, t_squared
 using DivergenceTuple = std::tuple<int, double, double>;                     // divergence and the weights of its parts
 using OutputTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // loss, ce, kl, grad
 
@@ -27,8 +28,9 @@ Matrix matrix(const MatrixTuple& t) {
 
 void call_kd_loss(const MatrixTuple& logits, const MatrixTuple& teacher, const VectorTuple& labels,
                   const VectorTuple& rows, const TopKTuple& topk, uintptr_t weights, const TermsTuple& terms,
-                  const DivergenceTuple& divergence, int64_t ignore_index, int reduction, double grad_scale,
-                  const OutputTuple& outputs, int threads, int isa_limit) {
+                  const NumbersTuple& numbers, const DivergenceTuple& divergence, double label_smoothing,
+                  int64_t ignore_index, int reduction, double grad_scale, const OutputTuple& outputs, int threads,
+                  int isa_limit) {
   KdLoss args{};
   args.logits = matrix(logits);
   args.teacher = matrix(teacher);
@@ -40,6 +42,12 @@ void call_kd_loss(const MatrixTuple& logits, const MatrixTuple& teacher, const V
   args.tail = pointer<const float>(std::get<1>(topk));
   args.weights = pointer<const float>(weights);
   std::tie(args.use_ce, args.use_kl, args.reverse, args.ce_factor, args.kl_factor, args.temperature) = terms;
+  const auto& [alphas, temperatures, alpha, t_squared] = numbers;
+  args.alphas = pointer<const double>(alphas);
+  args.temperatures = pointer<const double>(temperatures);
+  args.alpha = alpha;
+  args.t_squared = t_squared;
+  args.label_smoothing = label_smoothing;
   std::tie(args.divergence, args.first_weight, args.second_weight) = divergence;
   args.ignore_index = ignore_index;
   args.reduction = reduction;

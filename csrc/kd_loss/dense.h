@@ -1,7 +1,7 @@
 // Rows of kd_loss for a teacher that has all classes, or without a teacher.
 //
 // With the terms of row_loops.h and the sums S over the classes:
-//   CE = log S(e1) - (z_label - max z)
+//   CE = log S(e1) - (z_target - max z), where z_target is the label's logit unless the label is smoothed
 //   KL(t || z) = S(u (a - b)) / S(u) + log(S(e) / S(u))
 //   KL(z || t) = S(e (b - a)) / S(e) - log(S(e) / S(u)) - (origin - max t) / T
 #pragma once
@@ -16,11 +16,12 @@ namespace kdfast {
 
 // A row, or some of its classes.
 struct DenseRow {
+  const Terms* terms;
   int64_t index, label;
   Scratch s;
   const float *z, *t;
   float max_z, max_t, origin;  // the origin of the exponents a
-  double z_label;              // logit of the label, relative to max z
+  double z_target;             // expected logit under the label's target, relative to max z
   Sums sums;
 };
 
@@ -48,70 +49,76 @@ inline float reverse_origin(const float* z, const float* t, int64_t n, float max
 inline void load_span(const CallContext& call, Span span, DenseRow* r) {
   const KdLoss& a = call.args;
   r->z = load_floats(call, a.logits, r->index, span, r->s.e, &r->max_z);
-  if (!a.use_kl) return;
+  if (!r->terms->use_kl) return;
   r->t = load_floats(call, a.teacher, teacher_row(a, r->index), span, r->s.u, &r->max_t);
   r->origin = a.reverse ? reverse_origin(r->z, r->t, span.size, r->max_z, r->max_t) : r->max_t;
 }
 
 inline void sum_span(const CallContext& call, int64_t size, const Prefetch& prefetch, DenseRow* r) {
   const KdLoss& a = call.args;
+  const Terms& terms = *r->terms;
   const bool keep = a.grad != nullptr;
-  r->sums = a.use_kl
-                ? call.kernels.pair_sums[a.reverse][call.power](r->z, r->t, size, r->max_z, r->max_t, r->origin,
-                                                                call.inverse_t, keep, r->s, prefetch)
-                : call.kernels.student_sums[call.power](r->z, size, r->max_z, call.inverse_t, keep, r->s, prefetch);
+  r->sums = terms.use_kl
+                ? call.kernels.pair_sums[a.reverse][terms.power](r->z, r->t, size, r->max_z, r->max_t, r->origin,
+                                                                 terms.inverse_t, keep, r->s, prefetch)
+                : call.kernels.student_sums[terms.power](r->z, size, r->max_z, terms.inverse_t, keep, r->s, prefetch);
 }
 
 // Stores the loss of a row from log sums.e1 and log(sums.e / sums.u). Returns the factor of the row in the result.
 inline double store_row_loss(const CallContext& call, const DenseRow& r, double log_e1, double log_ratio) {
   const KdLoss& a = call.args;
-  const double ce = r.label < 0 ? 0.0 : log_e1 - r.z_label;
+  const Terms& terms = *r.terms;
+  const double ce = r.label < 0 ? 0.0 : log_e1 - r.z_target;
   double kl = 0;
-  if (a.use_kl && a.reverse) {
-    const double shift = (static_cast<double>(r.origin) - static_cast<double>(r.max_t)) / a.temperature;
+  if (terms.use_kl && a.reverse) {
+    const double shift = (static_cast<double>(r.origin) - static_cast<double>(r.max_t)) / terms.temperature;
     kl = r.sums.cross / r.sums.e - (log_ratio + shift);
-  } else if (a.use_kl) {
+  } else if (terms.use_kl) {
     kl = r.sums.cross / r.sums.u + log_ratio;
   }
   const double factor = weight_of(a, r.index) * call.reduction_factor;
-  store_loss(call, r.index, factor, ce, kl);
+  store_loss(call, terms, r.index, factor, ce, kl);
   return factor;
 }
 
-inline Slopes slopes_of(const CallContext& call, const Sums& sums, double factor) {
+inline Slopes slopes_of(const CallContext& call, const DenseRow& r, double factor) {
   const KdLoss& a = call.args;
-  const double ce = a.use_ce ? factor * a.ce_factor : 0.0, kl = a.use_kl ? factor * call.kl_slope : 0.0;
+  const Terms& terms = *r.terms;
+  const Sums& sums = r.sums;
+  const double ce = terms.use_ce ? factor * terms.ce_factor : 0.0, kl = terms.use_kl ? factor * terms.kl_slope : 0.0;
   Slopes slopes;
   slopes.e1 = static_cast<float>(ce / sums.e1);
   slopes.e = static_cast<float>(kl / sums.e);
-  if (a.use_kl) slopes.u = static_cast<float>(kl / sums.u);
-  if (a.use_kl && a.reverse) slopes.shift = static_cast<float>(sums.cross / sums.e);
+  if (terms.use_kl) slopes.u = static_cast<float>(kl / sums.u);
+  if (terms.use_kl && a.reverse) slopes.shift = static_cast<float>(sums.cross / sums.e);
   return slopes;
 }
 
-// Stores the gradient of the label's class, with the one-hot term subtracted, from the kept terms of the classes from
+// Stores the gradient of the label's class, with its share `target` subtracted, from the kept terms of the classes from
 // `begin` on. Recomputed, so that the element is rounded to its dtype only once.
 inline void store_label_gradient(const CallContext& call, const DenseRow& r, int64_t begin, const Slopes& slopes,
-                                 float onehot) {
+                                 float target) {
   const KdLoss& a = call.args;
   const int64_t at = r.label - begin;
   const float e = r.s.e[at], u = r.s.u[at];
-  const float kl_part = !a.use_kl    ? 0.0f
-                        : !a.reverse ? e * slopes.e - u * slopes.u
-                        : e == 0.0f  ? 0.0f
-                                     : e * slopes.e * (u - slopes.shift);
-  store_gradient(a, r.index, r.label, e1_at(call, r.s, at) * slopes.e1 + kl_part - onehot);
+  const float kl_part = !r.terms->use_kl ? 0.0f
+                        : !a.reverse     ? e * slopes.e - u * slopes.u
+                        : e == 0.0f      ? 0.0f
+                                         : e * slopes.e * (u - slopes.shift);
+  store_gradient(a, r.index, r.label, e1_at(r.terms->power, r.s, at) * slopes.e1 + kl_part - target);
 }
 
 // Stores the gradient of some classes of a row from their kept terms.
 inline void store_gradient_span(const CallContext& call, const DenseRow& r, Span span, const Slopes& slopes,
                                 double factor) {
   const KdLoss& a = call.args;
-  const bool reverse = a.use_kl && a.reverse, stream = is_streamed(a.logits.dtype, a.logits.cols);
+  const Terms& terms = *r.terms;
   char* out = gradient_row(a, r.index) + span.begin * size_of(a.logits.dtype);
-  call.kernels.gradient[reverse][call.power][a.logits.dtype](r.s, a.use_kl, span.size, slopes, stream, out);
+  const double ce_slope = terms.use_ce ? factor * terms.ce_factor : 0.0;
+  write_gradient(call, terms.power, terms.use_kl && a.reverse, r.s, terms.use_kl, span.size, slopes,
+                 static_cast<float>(ce_slope * call.class_target), out);
   if (r.label < span.begin || r.label >= span.begin + span.size) return;
-  store_label_gradient(call, r, span.begin, slopes, static_cast<float>(factor * a.ce_factor));
+  store_label_gradient(call, r, span.begin, slopes, static_cast<float>(ce_slope * call.label_target));
 }
 
 // Several rows computed together: each step runs for all of them before the next step, since the steps of one row
@@ -137,11 +144,14 @@ class DenseRows {
   void add(int64_t i) {
     DenseRow& r = rows_[size_];
     float* floats = floats_ + size_ * 3 * width_;
+    r.terms = &call_.terms(i, &own_terms_[size_]);
     r.index = i;
-    r.label = label_of(a_, i);
+    r.label = label_of(a_, *r.terms, i);
     r.s = {floats, floats + width_, floats + 2 * width_};
     load_span(call_, {0, a_.logits.cols}, &r);
-    r.z_label = r.label < 0 ? 0.0 : static_cast<double>(r.z[r.label] - r.max_z);
+    r.z_target = r.label < 0 ? 0.0 : static_cast<double>(r.z[r.label] - r.max_z);
+    if (r.label >= 0 && a_.label_smoothing > 0)
+      r.z_target = expected_logit(a_, r.z_target, call_.kernels.total(r.z, r.s.e, a_.logits.cols, r.max_z));
     if (++size_ == capacity_) finish();
   }
 
@@ -153,7 +163,7 @@ class DenseRows {
       ++next;
       sum_span(call_, a_.logits.cols, prefetcher_.for_row(rows_[r].index, &next), &rows_[r]);
       logs[r] = rows_[r].sums.e1;
-      if (a_.use_kl) logs[kMaxRows + r] = rows_[r].sums.e / rows_[r].sums.u;
+      if (rows_[r].terms->use_kl) logs[kMaxRows + r] = rows_[r].sums.e / rows_[r].sums.u;
     }
     call_.kernels.logarithms(logs);
     for (int64_t r = 0; r < size_; ++r) store_row(rows_[r], logs[r], logs[kMaxRows + r]);
@@ -163,7 +173,7 @@ class DenseRows {
  private:
   void store_row(const DenseRow& r, double log_e1, double log_ratio) const {
     const double factor = store_row_loss(call_, r, log_e1, log_ratio) * a_.grad_scale;
-    if (a_.grad) store_gradient_span(call_, r, {0, a_.logits.cols}, slopes_of(call_, r.sums, factor), factor);
+    if (a_.grad) store_gradient_span(call_, r, {0, a_.logits.cols}, slopes_of(call_, r, factor), factor);
   }
 
   const CallContext& call_;
@@ -172,6 +182,7 @@ class DenseRows {
   int64_t width_, capacity_, size_ = 0;
   Prefetcher prefetcher_;
   DenseRow rows_[kMaxRows];
+  Terms own_terms_[kMaxRows];
 };
 
 }  // namespace kdfast

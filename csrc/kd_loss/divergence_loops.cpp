@@ -31,29 +31,6 @@ struct MixtureRow {
   }
 };
 
-// x where d is not masked, else 0.
-template <int W>
-KDFAST_INLINE Floats<W> where_kept(Floats<W> d, Floats<W> x) {
-  return where_less(splat<W>(-kInf), d, x, splat<W>(0));
-}
-
-struct TotalOfRow {
-  template <int W>
-  KDFAST_INLINE static Total run(const float* x, const float* end, int64_t n, float max) {
-    Sum<W> count, sum;
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-      for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) {
-        const Floats<W> d = load_padded<W>(x, end, i, n) - splat<W>(max);
-        count.add(where_kept(d, splat<W>(1)));
-        sum.add(where_kept(d, d));
-      }
-      count.flush();
-      sum.flush();
-    }
-    return {count.total, sum.total};
-  }
-};
-
 struct SquaresOfRow {
   template <int W>
   KDFAST_INLINE static double run(const float* x, const float* end, int64_t n, float max, float mean) {
@@ -105,43 +82,47 @@ struct StandardizedRow {
   }
 };
 
-template <bool kUseE1>
+template <int kLabels>
 struct StandardizedVectors {
   StandardizedScratch s;
   StandardizedSlopes slopes;
+  float subtracted;
   template <int W>
   KDFAST_INLINE Floats<W> at(int64_t i) const {
     const Floats<W> terms = fma(load<W>(s.e + i), splat<W>(slopes.e), load<W>(s.u + i) * splat<W>(-slopes.u));
     const Floats<W> g = fma(load<W>(s.centered + i), splat<W>(slopes.centered), terms);
-    if constexpr (kUseE1) return fma(load<W>(s.e1 + i), splat<W>(slopes.e1), g);
-    return g;
+    if constexpr (kLabels == kNoLabels) return g;
+    const Floats<W> with_ce = fma(load<W>(s.e1 + i), splat<W>(slopes.e1), g);
+    return kLabels == kSmoothed ? with_ce - splat<W>(subtracted) : with_ce;
   }
 };
 
-template <bool kUseE1, class T>
+template <int kLabels, class T>
 struct WriteStandardized {
   template <int W>
-  KDFAST_INLINE static void run(StandardizedScratch s, int64_t n, StandardizedSlopes slopes, bool stream, void* out) {
-    write_row<W>(StandardizedVectors<kUseE1>{s, slopes}, n, stream, static_cast<T*>(out));
+  KDFAST_INLINE static void run(StandardizedScratch s, int64_t n, StandardizedSlopes slopes, bool stream, void* out,
+                                float subtracted) {
+    write_row<W>(StandardizedVectors<kLabels>{s, slopes, subtracted}, n, stream, static_cast<T*>(out));
   }
 };
 
-template <class Isa, bool kUseE1>
-constexpr void set_standardized(DivergenceKernels* k) {
-  k->standardized_sums[kUseE1] = Isa::template run<StandardizedRow<kUseE1>>;
-  k->standardized_gradient[kUseE1][kFloat32] = Isa::template run<WriteStandardized<kUseE1, float>>;
-  k->standardized_gradient[kUseE1][kBFloat16] = Isa::template run<WriteStandardized<kUseE1, BFloat16>>;
-  k->standardized_gradient[kUseE1][kFloat16] = Isa::template run<WriteStandardized<kUseE1, Float16>>;
+template <class Isa, int kLabels>
+constexpr void set_standardized_gradient(DivergenceKernels* k) {
+  k->standardized_gradient[kLabels][kFloat32] = Isa::template run<WriteStandardized<kLabels, float>>;
+  k->standardized_gradient[kLabels][kBFloat16] = Isa::template run<WriteStandardized<kLabels, BFloat16>>;
+  k->standardized_gradient[kLabels][kFloat16] = Isa::template run<WriteStandardized<kLabels, Float16>>;
 }
 
 template <class Isa>
 constexpr DivergenceKernels make_kernels() {
   DivergenceKernels k{};
   k.mixture = Isa::template run<MixtureRow>;
-  k.total = Isa::template run<TotalOfRow>;
   k.squares = Isa::template run<SquaresOfRow>;
-  set_standardized<Isa, false>(&k);
-  set_standardized<Isa, true>(&k);
+  k.standardized_sums[false] = Isa::template run<StandardizedRow<false>>;
+  k.standardized_sums[true] = Isa::template run<StandardizedRow<true>>;
+  set_standardized_gradient<Isa, kNoLabels>(&k);
+  set_standardized_gradient<Isa, kOneHot>(&k);
+  set_standardized_gradient<Isa, kSmoothed>(&k);
   return k;
 }
 

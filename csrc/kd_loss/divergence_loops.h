@@ -20,11 +20,6 @@ struct MixtureSums {
   double teacher, student;
 };
 
-// Number of classes that are not masked, and the sum of their logits relative to the largest one.
-struct Total {
-  double count, sum;
-};
-
 // A row of logits standardized up to a shift, which the softmax ignores: (x - max) scale, scale = 1 / (T deviation).
 struct Standardization {
   float max, scale, mean;  // mean of x - max
@@ -46,19 +41,21 @@ struct StandardizedSlopes {
   float e1 = 0, e = 0, u = 0, centered = 0;
 };
 
+// The cross-entropy in a gradient of standardized logits.
+enum Labels : int { kNoLabels = 0, kOneHot = 1, kSmoothed = 2 };
+
 struct DivergenceKernels {
   // z and t as for pair_sums, except that `z_end` and `t_end` hold the padded last vectors. Replaces u by log(p / m).
   MixtureSums (*mixture)(const float* z, const float* t, const float* z_end, const float* t_end, int64_t n, Mixture m,
                          Scratch s);
-  Total (*total)(const float* x, const float* end, int64_t n, float max);
   // Sum of the squared distances from the mean.
   double (*squares)(const float* x, const float* end, int64_t n, float max, float mean);
   // Index: whether e1 is needed. The padded last vectors are in s.e and s.u.
   StandardizedSums (*standardized_sums[2])(const float* z, const float* t, int64_t n, Standardization student,
                                            Standardization teacher, StandardizedScratch s, const Prefetch& prefetch);
-  // Outer index: whether e1 is needed; inner: dtype code.
-  void (*standardized_gradient[2][3])(StandardizedScratch s, int64_t n, StandardizedSlopes slopes, bool stream,
-                                      void* out);
+  // Outer index: Labels; inner: dtype code. For smoothed labels, `subtracted` is subtracted from each class.
+  void (*standardized_gradient[3][3])(StandardizedScratch s, int64_t n, StandardizedSlopes slopes, bool stream,
+                                      void* out, float subtracted);
 };
 
 // The table of the widest instruction set that this machine has and that does not exceed the limit.

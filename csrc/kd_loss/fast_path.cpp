@@ -185,12 +185,14 @@ bool is_plain(py::handle backend) {
 py::object fast_kd_loss(py::handle logits, py::handle labels, py::handle teacher, py::handle rows, py::handle alpha,
                         py::handle temperature, py::handle t_squared, py::handle ignore_index, py::handle reduction,
                         py::handle direction, py::handle backend, py::handle divergence, py::handle jsd_beta,
-                        py::handle dkd_weights, int threads) {
+                        py::handle dkd_weights, py::handle label_smoothing, int threads) {
   KdLoss a{};
   Operand z, t;
   if (!is_plain(backend)) return py::none();
   if (!read_options(alpha, temperature, t_squared, ignore_index, reduction, direction, &a)) return py::none();
   if (!read_divergence(divergence, jsd_beta, dkd_weights, &a)) return py::none();
+  if (!is_float(label_smoothing, &a.label_smoothing) || !(a.label_smoothing >= 0 && a.label_smoothing < 1))
+    return py::none();
   if (!read(logits, 2, &z) || !read(teacher, 2, &t) || requires_grad(teacher)) return py::none();
   if (is_negated(logits) || is_negated(teacher)) return py::none();
   const bool fits = z.sizes[1] == t.sizes[1] && z.sizes[1] > 0 && (!rows.is_none() || t.sizes[0] == z.sizes[0]) &&

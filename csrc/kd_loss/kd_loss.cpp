@@ -51,11 +51,6 @@ class Workspace {
   double* losses_;
 };
 
-Power power_of(const KdLoss& a) {
-  if (!a.use_ce || !a.use_kl || a.temperature == 1) return kPowerOne;
-  return a.temperature == 2 ? kPowerTwo : a.temperature == 4 ? kPowerFour : kPowerAny;
-}
-
 // Factor common to all rows: for a mean, one over the sum of the weights of non-ignored rows (0 if there are none).
 double reduction_factor(const KdLoss& a, double weights) {
   if (a.reduction != kMean) return 1.0;
@@ -73,17 +68,28 @@ double sum_of(const double* values, int64_t n) {
 
 void write_zero_row(const CallContext& call, int64_t i) {
   const KdLoss& a = call.args;
-  store_loss(call, i, 0, 0, 0);
+  store_loss(call, call.common, i, 0, 0, 0);
   if (a.grad) std::memset(gradient_row(a, i), 0, static_cast<size_t>(a.logits.cols * size_of(a.logits.dtype)));
 }
 
-// Computes rows [begin, end) with the scratch of one thread.
+// Computes rows [begin, end) with the scratch of one thread. Rows without a divergence, and those of KL to a teacher
+// that has all classes, are PlainRows.
+template <class PlainRows>
 void compute_rows(const CallContext& call, const Workspace& memory, int64_t begin, int64_t end, int slot) {
   const KdLoss& a = call.args;
   const int64_t width = memory.width(), k = memory.k();
   float* f = memory.floats(slot);
+  PlainRows plain(call, f, width);
+  // A row without a divergence is finished before the next one uses the scratch.
   const auto for_each_row = [&](const auto& compute) {
-    for (int64_t i = begin; i < end; ++i) is_counted(a, i) ? compute(i) : write_zero_row(call, i);
+    for (int64_t i = begin; i < end; ++i) {
+      if (!is_counted(a, i))
+        write_zero_row(call, i);
+      else if (reads_teacher(a, i))
+        compute(i);
+      else
+        plain.add(i), plain.finish();
+    }
   };
   if (k > 0) {
     double* d = memory.doubles(slot);
@@ -96,13 +102,9 @@ void compute_rows(const CallContext& call, const Workspace& memory, int64_t begi
   } else if (a.use_kl && a.divergence != kKl) {
     DivergenceRows rows(call, f, width);
     for_each_row([&](int64_t i) { rows.add(i); });
-  } else if (a.logits.cols >= LongRows::kMinClasses) {
-    LongRows rows(call, f, width);
-    for_each_row([&](int64_t i) { rows.add(i); });
   } else {
-    DenseRows rows(call, f, width);
-    for_each_row([&](int64_t i) { rows.add(i); });
-    rows.finish();
+    for (int64_t i = begin; i < end; ++i) is_counted(a, i) ? plain.add(i) : write_zero_row(call, i);
+    plain.finish();
   }
 }
 
@@ -112,18 +114,20 @@ void kd_loss(const KdLoss& a) {
   check_shapes(a);
   const double weights = check_rows(a);
   const Workspace memory(a);
+  const double class_target = a.logits.cols == 0 ? 0.0 : a.label_smoothing / static_cast<double>(a.logits.cols);
   std::atomic<int64_t> repeated_row{-1};
   const CallContext call{a,
                          row_kernels(a.isa_limit),
-                         power_of(a),
+                         make_terms(a.use_ce, a.use_kl, a.ce_factor, a.kl_factor, a.temperature),
                          reduction_factor(a, weights),
-                         a.kl_factor / a.temperature,
-                         a.use_kl ? static_cast<float>(1.0 / a.temperature) : 1.0f,
+                         class_target,
+                         1 - a.label_smoothing + class_target,
                          memory.losses(),
                          repeated_row};
+  const auto compute = a.logits.cols >= LongRows::kMinClasses ? compute_rows<LongRows> : compute_rows<DenseRows>;
   // About a nanosecond per class, and 100 per row.
   parallel_rows(a.logits.rows, a.logits.cols + 100, std::max(a.threads, 1),
-                [&](int64_t begin, int64_t end, int slot) { compute_rows(call, memory, begin, end, slot); });
+                [&](int64_t begin, int64_t end, int slot) { compute(call, memory, begin, end, slot); });
   if (repeated_row >= 0) raise_repeated_class(a, repeated_row);
   const double* losses = memory.losses();
   if (a.reduction == kNone) {

@@ -26,7 +26,7 @@ struct KdLoss {
   const int32_t* classes;
   const float* tail;     // (M,) log-mass of the classes that a top-k teacher leaves out; required with `classes`
   const float* weights;  // (N,) contiguous, or null
-  bool use_ce, use_kl;   // whether the result includes each term
+  bool use_ce, use_kl;   // whether the result includes each term, in at least some rows
   bool reverse;          // KL(softmax(z / T) || softmax(t / T)) instead
   int divergence;        // the term in place of KL
   // Weights of its two parts: of KL(teacher || mixture) and KL(student || mixture), or of the label against all other
@@ -35,7 +35,13 @@ struct KdLoss {
   double ce_factor;  // 1 - alpha
   double kl_factor;  // alpha T^2, or alpha
   double temperature;
-  int64_t ignore_index;  // rows with this label have loss 0 and gradient 0
+  // (N,) contiguous alpha and temperature of each row, or null: those of the call. If either is set, the factors of a
+  // row follow from its own numbers and from those of the call.
+  const double *alphas, *temperatures;
+  double alpha;
+  bool t_squared;
+  double label_smoothing;  // s: the target of the cross-entropy is (1 - s) onehot(y) + s / C
+  int64_t ignore_index;    // rows with this label have loss 0 and gradient 0
   int reduction;
   double grad_scale;  // power of two that the gradient is multiplied by, so that fp16 does not underflow
   float* loss;        // (N,) for kNone, else one element
@@ -46,8 +52,8 @@ struct KdLoss {
   int isa_limit;  // highest instruction set to use: 0 baseline, 1 x86-64-v3, 2 x86-64-v4
 };
 
-// Throws std::invalid_argument if sizes are inconsistent or a teacher row repeats a class, and std::out_of_range if a
-// label, row or class id is outside its range.
+// Throws std::invalid_argument if sizes are inconsistent, alpha or the temperature of a row is out of range or a
+// teacher row repeats a class, and std::out_of_range if a label, row or class id is outside its range.
 void kd_loss(const KdLoss& args);
 
 // out[i, j] = grad[i, j] * factor[i * factor_stride] * scale; out may be grad.

@@ -183,6 +183,43 @@ struct SumRow {
   }
 };
 
+struct TotalOfRow {
+  template <int W>
+  KDFAST_INLINE static Total run(const float* x, const float* end, int64_t n, float max) {
+    Sum<W> count, sum;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      for (int64_t i = begin; i < n && i < begin + kBlock; i += kLanes) {
+        const Floats<W> d = load_padded<W>(x, end, i, n) - splat<W>(max);
+        count.add(where_kept(d, splat<W>(1)));
+        sum.add(where_kept(d, d));
+      }
+      count.flush();
+      sum.flush();
+    }
+    return {count.total, sum.total};
+  }
+};
+
+template <bool kReverse, int kPower>
+struct SmoothedVectors {
+  GradientVectors<kReverse, kPower> row;
+  float subtracted;
+  template <int W>
+  KDFAST_INLINE Floats<W> at(int64_t i) const {
+    return row.template at<W>(i) - splat<W>(subtracted);
+  }
+};
+
+template <bool kReverse, int kPower, class T>
+struct WriteSmoothed {
+  template <int W>
+  KDFAST_INLINE static void run(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool around, void* out,
+                                float subtracted) {
+    const SmoothedVectors<kReverse, kPower> row{{s, has_teacher, slopes}, subtracted};
+    write_row<W>(row, n, around, static_cast<T*>(out));
+  }
+};
+
 template <class T>
 struct ScaleRow {
   template <int W>
@@ -202,12 +239,18 @@ struct Logarithms {
   }
 };
 
+template <class Isa, bool kReverse, int kPower, class T>
+constexpr void set_gradient_kernels(RowKernels* k, int dtype) {
+  k->gradient[kReverse][kPower][dtype] = Isa::template run<WriteGradient<kReverse, kPower, T>>;
+  k->smoothed_gradient[kReverse][kPower][dtype] = Isa::template run<WriteSmoothed<kReverse, kPower, T>>;
+}
+
 template <class Isa, bool kReverse, int kPower>
 constexpr void set_teacher_kernels(RowKernels* k) {
   k->pair_sums[kReverse][kPower] = Isa::template run<PairSums<kReverse, kPower>>;
-  k->gradient[kReverse][kPower][kFloat32] = Isa::template run<WriteGradient<kReverse, kPower, float>>;
-  k->gradient[kReverse][kPower][kBFloat16] = Isa::template run<WriteGradient<kReverse, kPower, BFloat16>>;
-  k->gradient[kReverse][kPower][kFloat16] = Isa::template run<WriteGradient<kReverse, kPower, Float16>>;
+  set_gradient_kernels<Isa, kReverse, kPower, float>(k, kFloat32);
+  set_gradient_kernels<Isa, kReverse, kPower, BFloat16>(k, kBFloat16);
+  set_gradient_kernels<Isa, kReverse, kPower, Float16>(k, kFloat16);
 }
 
 template <class Isa, int... kPowers>
@@ -223,6 +266,7 @@ constexpr RowKernels make_kernels_of(std::integer_sequence<int, kPowers...>) {
   k.scale[kBFloat16] = Isa::template run<ScaleRow<BFloat16>>;
   k.scale[kFloat16] = Isa::template run<ScaleRow<Float16>>;
   k.sum = Isa::template run<SumRow>;
+  k.total = Isa::template run<TotalOfRow>;
   k.logarithms = Isa::template run<Logarithms>;
   return k;
 }

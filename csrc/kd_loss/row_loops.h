@@ -28,6 +28,11 @@ struct Slopes {
   float e1 = 0, e = 0, u = 0, shift = 0;
 };
 
+// Number of classes that are not masked, and the sum of their logits relative to the largest one.
+struct Total {
+  double count, sum;
+};
+
 // The terms of one thread's row; each pointer has room for the row rounded up to 16 floats.
 struct Scratch {
   float *e, *u, *e1;
@@ -58,7 +63,12 @@ struct RowKernels {
                           float inv_t, bool keep, Scratch s, const Prefetch& prefetch);
   // Writes n classes of the gradient from the kept terms; with `stream`, floats bypass the caches.
   void (*gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool stream, void* out);
+  // The same with a number subtracted from each class, for a smoothed label.
+  void (*smoothed_gradient[2][4][3])(Scratch s, bool has_teacher, int64_t n, Slopes slopes, bool stream, void* out,
+                                     float subtracted);
   void (*scale[3])(const void* grad, void* out, int64_t n, float factor);
+  // The last vector of x, if partial, is padded in `end`.
+  Total (*total)(const float* x, const float* end, int64_t n, float max);
   // Sum of p[0, n); p is padded with zeros to a full vector.
   double (*sum)(const float* p, int64_t n);
   // Replaces sixteen positive numbers by their logarithms.

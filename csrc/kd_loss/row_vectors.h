@@ -18,6 +18,12 @@ KDFAST_INLINE Floats<W> load_padded(const float* p, const float* scratch, int64_
   return load<W>((i + kLanes <= n ? p : scratch) + i);
 }
 
+// x where d is not masked, else 0.
+template <int W>
+KDFAST_INLINE Floats<W> where_kept(Floats<W> d, Floats<W> x) {
+  return where_less(splat<W>(-kInf), d, x, splat<W>(0));
+}
+
 // Prefetches the classes from i on.
 KDFAST_INLINE void prefetch_at(const Prefetch& p, int64_t i) {
   __builtin_prefetch(p.z + i * p.z_size);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -29,6 +30,21 @@ namespace {
   while (a.classes[row * a.teacher.cols + j] >= 0 && a.classes[row * a.teacher.cols + j] < a.logits.cols) ++j;
   raise_out_of_range("teacher.classes[" + std::to_string(row) + ", " + std::to_string(j) + "]",
                      a.classes[row * a.teacher.cols + j], "the number of classes in `logits` is", a.logits.cols);
+}
+
+// Names the number of row i that is out of range.
+[[noreturn]] void raise_bad_number(const char* name, int64_t i, double value, const char* range) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  throw std::invalid_argument("`" + std::string(name) + "[" + std::to_string(i) + "]` is " + text + ": must be " +
+                              range);
+}
+
+void check_numbers(const KdLoss& a, int64_t i) {
+  if (a.alphas && !(a.alphas[i] >= 0 && a.alphas[i] <= 1))
+    raise_bad_number("alpha", i, a.alphas[i], "in [0, 1], the weight of the divergence");
+  if (a.temperatures && !(a.temperatures[i] >= 1e-15 && a.temperatures[i] <= 1e15))
+    raise_bad_number("temperature", i, a.temperatures[i], "a positive number, from 1e-15 to 1e+15");
 }
 
 bool has_bad_class(const KdLoss& a, int64_t row) {
@@ -66,7 +82,8 @@ double check_rows(const KdLoss& a) {
     if (labels && label == a.ignore_index) continue;
     const int64_t row = rows ? rows[i * a.rows_stride] : 0;
     if (static_cast<uint64_t>(label) >= classes || static_cast<uint64_t>(row) >= teacher_rows) raise_bad_index(a, i);
-    if (a.use_kl && a.classes) {
+    if (a.alphas || a.temperatures) check_numbers(a, i);
+    if (a.classes && reads_teacher(a, i)) {
       prefetch_topk(a, i + kTopKDistance);
       if (has_bad_class(a, teacher_row(a, i))) raise_bad_index(a, i);
     }

@@ -33,9 +33,9 @@ from kdfast.ops.kd_loss.validation import (
     as_float,
     check_teacher_logits,
     check_temperature,
-    check_values,
     make_call,
 )
+from kdfast.ops.kd_loss.values import check_values
 
 __all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
 
@@ -46,9 +46,10 @@ def kd_loss(
     teacher: Tensor | TopKTeacher,
     rows: Tensor | None = None,
     *,
-    alpha: float = 0.5,
-    temperature: float = 4.0,
+    alpha: float | Tensor = 0.5,
+    temperature: float | Tensor = 4.0,
     t_squared: bool = True,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -83,7 +84,7 @@ def kd_loss(
       standard deviation; both are over the classes that are not masked. Source: Sun et al., Logit Standardization in
       Knowledge Distillation, CVPR 2024, https://arxiv.org/abs/2403.01427, algorithm 1.
 
-    The cross-entropy always is that of the logits themselves.
+    The cross-entropy always is that of the logits themselves. Alpha and temperature may differ from sample to sample.
 
     Args:
         logits: (N, C) student logits, any strides.
@@ -93,9 +94,14 @@ def kd_loss(
         rows: (N,) int64, the teacher's row for each sample, in any order, repeats allowed. None: row i for sample i,
             which requires M = N.
         alpha: Weight of the divergence, in [0, 1]; the weight of the cross-entropy is 1 - alpha. At 0 the teacher is
-            not read, but ``rows`` is still checked.
-        temperature: T > 0; applies to the divergence only.
-        t_squared: Whether to multiply the divergence by T^2, which makes the size of its gradient independent of T.
+            not read, but ``rows`` is still checked. A number, or a floating-point tensor (N,) on the device of
+            ``logits``, one for each sample; a tensor gets no gradient.
+        temperature: T > 0; applies to the divergence only. A number or a tensor (N,), like ``alpha``.
+        t_squared: Whether to multiply the divergence by T^2, its sample's, which makes the size of its gradient
+            independent of T.
+        label_smoothing: The target of the cross-entropy is (1 - s) onehot + s / C, as in
+            ``torch.nn.functional.cross_entropy``; s at least 0 and below 1. If s is not 0 and the student masks a
+            class, the cross-entropy is infinite.
         ignore_index: Rows with this label have zero loss and gradient and are not counted in the mean.
         weights: (N,) sample weights; the mean divides by the sum of the weights of non-ignored rows.
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
@@ -104,11 +110,12 @@ def kd_loss(
         divergence: "kl", "jsd", "dkd" or "standardized", as defined above.
         jsd_beta: Share of the teacher in the mixture of "jsd", above 0 and below 1; 1/2 is symmetric.
         dkd_weights: Weights alpha and beta of the two parts of "dkd", not negative.
-        validate: On a GPU, also check that labels, rows and class ids are in range and that no class repeats within a
-            row, which synchronizes with the device. On a CPU that is always checked (class ids only in the rows that
-            are used). Where it is not checked (on a GPU, and in the reference implementation when compiled or
-            transformed), what is out of range is clamped, and its row gets NaN; a class that repeats on a GPU makes
-            its row wrong. Not available in compiled code or under ``torch.func.vmap``.
+        validate: On a GPU, also check that labels, rows, class ids, and alpha and temperature of each sample are in
+            range, and that no class repeats within a row, which synchronizes with the device. On a CPU that is always
+            checked (class ids only in the rows that are used). Where it is not checked (on a GPU, and in the reference
+            implementation when compiled or transformed), an index out of range is clamped, and its row gets NaN, like
+            one whose alpha or temperature is out of range; a class that repeats on a GPU makes its row wrong. Not
+            available in compiled code or under ``torch.func.vmap``.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32, or float64 for float64 logits.
@@ -125,7 +132,7 @@ def kd_loss(
     if weights is None:
         loss = try_kd_loss(
             logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend,
-            divergence, jsd_beta, dkd_weights,
+            divergence, jsd_beta, dkd_weights, label_smoothing,
         )  # fmt: skip
         if loss is not None:
             return loss
@@ -144,8 +151,9 @@ def kd_loss(
         divergence=divergence,
         jsd_beta=jsd_beta,
         dkd_weights=dkd_weights,
+        label_smoothing=label_smoothing,
     )
-    backend = choose_backend(logits.device.type, logits.dtype, backend, divergence)
+    backend = choose_backend(logits.device.type, logits.dtype, backend, call.operator)
     if validate or (backend == "reference" and values_are_readable(call)):
         check_values(call, thorough=validate)
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
@@ -159,7 +167,8 @@ def kd_loss_terms(
     teacher: Tensor | TopKTeacher,
     rows: Tensor | None = None,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     backend: str = "auto",
     direction: str = "forward",
@@ -174,7 +183,8 @@ def kd_loss_terms(
         labels: (N,) int64 classes.
         teacher: (M, C) raw teacher logits, or a ``TopKTeacher``.
         rows: (N,) int64 teacher rows, or None.
-        temperature: T > 0.
+        temperature: T > 0, or (N,) one for each sample.
+        label_smoothing: As in ``kd_loss``.
         ignore_index: Rows with this label are 0 in both terms.
         backend: As in ``kd_loss``.
         direction: As in ``kd_loss``.
@@ -205,8 +215,9 @@ def kd_loss_terms(
         divergence=divergence,
         jsd_beta=jsd_beta,
         dkd_weights=dkd_weights,
+        label_smoothing=label_smoothing,
     )
-    backend = choose_backend(logits.device.type, logits.dtype, backend, divergence)
+    backend = choose_backend(logits.device.type, logits.dtype, backend, call.operator)
     call = call.replace(logits=logits.detach())
     if backend != "reference":
         return detached_terms(call, backend)
@@ -223,18 +234,18 @@ class KDLoss(nn.Module):
         alpha: As in ``kd_loss``. May be changed between calls (``loss.alpha = ...``), but ``torch.compile`` recompiles
             for each new value and gives up after several: do not compile a loss whose alpha follows a schedule.
         temperature: As in ``kd_loss``.
-        **options: ``t_squared``, ``ignore_index``, ``reduction``, ``backend``, ``direction``, ``divergence``,
-            ``jsd_beta``, ``dkd_weights`` and ``validate``, as in ``kd_loss``.
+        **options: ``t_squared``, ``label_smoothing``, ``ignore_index``, ``reduction``, ``backend``, ``direction``,
+            ``divergence``, ``jsd_beta``, ``dkd_weights`` and ``validate``, as in ``kd_loss``.
 
     Raises:
         TypeError: If ``kd_loss`` has no such option.
     """
 
-    def __init__(self, alpha: float = 0.5, temperature: float = 4.0, **options: Any) -> None:
+    def __init__(self, alpha: float | Tensor = 0.5, temperature: float | Tensor = 4.0, **options: Any) -> None:
         super().__init__()
         known = {
-            "t_squared", "ignore_index", "reduction", "backend", "direction", "divergence", "jsd_beta", "dkd_weights",
-            "validate",
+            "t_squared", "label_smoothing", "ignore_index", "reduction", "backend", "direction", "divergence",
+            "jsd_beta", "dkd_weights", "validate",
         }  # fmt: skip
         unknown = sorted(set(options) - known)
         if unknown:

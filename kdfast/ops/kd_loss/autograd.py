@@ -140,9 +140,12 @@ attach_gradient: Callable[[Tensor, Result], Tensor] = _torch_compat.without_func
 
 # torch.compile and dispatch modes.
 
-_TENSORS = "Tensor logits, Tensor? labels, Tensor teacher, Tensor? rows, Tensor? classes, Tensor? tail, Tensor? weights"
+_TENSORS = (
+    "Tensor logits, Tensor? labels, Tensor teacher, Tensor? rows, Tensor? classes, Tensor? tail, Tensor? weights, "
+    "Tensor? alphas, Tensor? temperatures"
+)
 _NUMBERS = "float alpha, float temperature, bool t_squared, SymInt ignore_index, str reduction, bool reverse"
-_DIVERGENCE = "str divergence, float first_weight, float second_weight"
+_DIVERGENCE = "str divergence, float first_weight, float second_weight, float label_smoothing"
 _SCHEMA = f"({_TENSORS}, {_NUMBERS}, {_DIVERGENCE}, str backend, bool need_grad) -> (Tensor, Tensor)"
 
 
@@ -293,15 +296,17 @@ def _flatten_batches(call: KDCall, dims: Any, size: int) -> KDCall:
             None if x is None else _batch_first(x, dim, size).flatten(0, 1)
             for x, dim in ((teacher, dims.teacher), (classes, dims.classes), (tail, dims.tail))
         )
-    labels, weights = _batch_first(call.labels, dims.labels, size), _batch_first(call.weights, dims.weights, size)
+    of_samples = {}
+    for name in ("labels", "weights", "alphas", "temperatures"):
+        x = _batch_first(getattr(call, name), getattr(dims, name), size)
+        of_samples[name] = None if x is None else x.reshape(-1)
     return call.replace(
         logits=logits.reshape(-1, c),
-        labels=None if labels is None else labels.reshape(-1),
         teacher=teacher,
         rows=rows.reshape(-1),
         classes=classes,
         tail=tail,
-        weights=None if weights is None else weights.reshape(-1),
+        **of_samples,
     )
 
 

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["KDCall", "TopKTeacher"]
+__all__ = ["ALPHA_RANGE", "MAX_T", "MIN_T", "T_RANGE", "KDCall", "TopKTeacher"]
+
+MIN_T, MAX_T = 1e-15, 1e15
+"""Temperatures for which 1 / T and T^2 are representable in float32."""
+
+# What a message says about alpha or a temperature that is out of range.
+ALPHA_RANGE = "must be in [0, 1], the weight of the divergence"
+T_RANGE = f"must be a positive number, from {MIN_T:g} to {MAX_T:g}"
 
 
 class TopKTeacher(NamedTuple):
@@ -46,6 +53,8 @@ class KDCall(NamedTuple):
         classes: (M, k) int32 class ids of a top-k teacher, or None.
         tail: (M,) log-mass of the classes that a top-k teacher leaves out, or None.
         weights: (N,) sample weights, or None.
+        alphas: (N,) alpha of each sample, in place of ``alpha``, or None.
+        temperatures: (N,) T of each sample, in place of ``temperature``, or None.
         alpha: Weight of the divergence, in [0, 1].
         temperature: T > 0.
         t_squared: Whether the divergence is multiplied by T^2.
@@ -56,6 +65,7 @@ class KDCall(NamedTuple):
         first_weight: Weight of the first part of a divergence that has two: of KL(teacher || mixture) for "jsd", of the
             label's class against all others for "dkd"; else 0.
         second_weight: Weight of the second part: of KL(student || mixture), or of the other classes among themselves.
+        label_smoothing: Share of the uniform distribution in the target of the cross-entropy, at least 0 and below 1.
     """
 
     logits: Tensor
@@ -65,6 +75,8 @@ class KDCall(NamedTuple):
     classes: Tensor | None
     tail: Tensor | None
     weights: Tensor | None
+    alphas: Tensor | None
+    temperatures: Tensor | None
     alpha: float
     temperature: float
     t_squared: bool
@@ -74,6 +86,7 @@ class KDCall(NamedTuple):
     divergence: str = "kl"
     first_weight: float = 0.0
     second_weight: float = 0.0
+    label_smoothing: float = 0.0
 
     def replace(self, **changes: Any) -> KDCall:
         """Return a copy with some fields replaced; ``_replace`` cannot be traced by ``torch.compile`` in torch 2.8."""
@@ -83,21 +96,28 @@ class KDCall(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, some of them None."""
-        return self[:7]
+        return self[:9]
 
     @property
     def use_ce(self) -> bool:
-        """Whether the cross-entropy has non-zero weight."""
-        return self.alpha < 1
+        """Whether the cross-entropy may have non-zero weight."""
+        return self.alphas is not None or self.alpha < 1
 
     @property
     def use_kl(self) -> bool:
-        """Whether the divergence has non-zero weight."""
-        return self.alpha > 0
+        """Whether the divergence may have non-zero weight."""
+        return self.alphas is not None or self.alpha > 0
+
+    @property
+    def operator(self) -> str:
+        """The operator in ``backends.TABLE`` whose backends have all that the call needs."""
+        if self.alphas is not None or self.temperatures is not None or self.label_smoothing > 0:
+            return "kd_loss_options"
+        return "kd_loss" if self.divergence == "kl" else "kd_loss_divergences"
 
     @property
     def kl_factor(self) -> float:
-        """Factor of the divergence in the loss: alpha T^2 or alpha."""
+        """Factor of the divergence in the loss, alpha T^2 or alpha, if it is the same for all samples."""
         return self.alpha * self.temperature**2 if self.t_squared else self.alpha
 
     def new_loss(self) -> Tensor:
@@ -114,17 +134,20 @@ class KDCall(NamedTuple):
         That of the reverse divergence grows with the spread of the logits, to alpha / 4 of that spread (over T^2
         without ``t_squared``), and stays finite when scaled by 4 for logits up to 1e4. That of standardized logits
         grows as their deviation shrinks. That of decoupled parts is the forward divergence's times their weights.
-        Weighted rows have no bound in a sum or without reduction.
+        Temperatures of single samples are not read: scaled by 16, a gradient stays finite up to T = 4,000. Weighted
+        rows have no bound in a sum or without reduction.
         """
         if self.logits.dtype != torch.float16 or (self.weights is not None and self.reduction != "mean"):
             return 1.0
-        largest = max(self.temperature, 1 / self.temperature)
+        is_known = self.temperatures is None
+        largest = max(self.temperature, 1 / self.temperature) if is_known else 1.0
         if largest > 31:
             return 1.0
+        most = 1024.0 if is_known else 16.0
         if self.divergence == "standardized" and self.use_kl:
             return 16.0
         if self.divergence == "dkd" and self.use_kl:
-            return 1024.0 if largest * (self.first_weight + self.second_weight) <= 62 else 1.0
+            return most if largest * (self.first_weight + self.second_weight) <= 62 else 1.0
         if self.reverse and self.use_kl:
-            return 4.0 if self.t_squared or self.temperature >= 1 else 1.0
-        return 1024.0
+            return 4.0 if self.t_squared or (is_known and self.temperature >= 1) else 1.0
+        return most

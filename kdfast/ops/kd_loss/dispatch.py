@@ -20,16 +20,16 @@ _MODULES = {"native": "kdfast.ops.kd_loss.native", "triton": "kdfast.ops.kd_loss
 
 
 @assume_constant_result
-def choose_backend(device_type: str, dtype: torch.dtype, backend: str, divergence: str) -> str:
+def choose_backend(device_type: str, dtype: torch.dtype, backend: str, operator: str) -> str:
     """Return "native", "triton" or "reference", as ``kdfast.ops.backends.resolve`` decides.
 
-    Divergences other than "kl" are the operator ``kd_loss_divergences``, which has fewer kernels.
+    ``operator`` is that of ``KDCall.operator``: other divergences than "kl", and calls with alpha or a temperature of
+    each sample or with label smoothing, are operators of their own, which have fewer kernels.
 
     Raises:
         BackendUnavailable: If a named backend cannot run here.
     """
-    op = "kd_loss" if divergence == "kl" else "kd_loss_divergences"
-    return backends.resolve(op, device_type, str(dtype).removeprefix("torch."), backend)
+    return backends.resolve(operator, device_type, str(dtype).removeprefix("torch."), backend)
 
 
 @functools.cache

@@ -37,6 +37,7 @@ def try_kd_loss(
     divergence: Any,
     jsd_beta: Any,
     dkd_weights: Any,
+    label_smoothing: Any,
 ) -> Tensor | None:
     """Return the loss, or None if the call is not plain or not valid; arguments as in ``kd_loss``, unchecked.
 
@@ -50,7 +51,7 @@ def try_kd_loss(
         return None
     result = kernel(
         logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend,
-        divergence, jsd_beta, dkd_weights, torch.get_num_threads(),
+        divergence, jsd_beta, dkd_weights, label_smoothing, torch.get_num_threads(),
     )  # fmt: skip
     if result is None:
         return None

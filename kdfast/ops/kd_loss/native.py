@@ -39,7 +39,8 @@ def kd_loss(
 
     Raises:
         IndexError: If a label, a row or a class id is out of range.
-        ShapeError: If sizes do not fit, or a top-k teacher repeats a class within a row.
+        ShapeError: If sizes do not fit, alpha or the temperature of a sample is out of range, or a top-k teacher
+            repeats a class within a row.
     """
     logits, teacher = call.logits.resolve_neg(), call.teacher.resolve_neg()
     if teacher.dtype == torch.float64:
@@ -47,7 +48,8 @@ def kd_loss(
     loss = call.new_loss()
     grad = gradient_buffer.new_gradient(logits, tuple(logits.shape) if need_grad else (0,))
     classes = None if call.classes is None else call.classes.contiguous()
-    tail, weights = _float32_vector(call.tail), _float32_vector(call.weights)
+    tail, weights = _vector_of(call.tail, torch.float32), _vector_of(call.weights, torch.float32)
+    alphas, temperatures = _vector_of(call.alphas, torch.float64), _vector_of(call.temperatures, torch.float64)
     try:
         extension.kd_loss(
             _matrix(logits),
@@ -57,7 +59,9 @@ def kd_loss(
             (_address(classes), _address(tail)),
             _address(weights),
             (call.use_ce, call.use_kl, call.reverse, 1 - call.alpha, call.kl_factor, call.temperature),
+            (_address(alphas), _address(temperatures), call.alpha, call.t_squared),
             (DIVERGENCE_CODES[call.divergence], call.first_weight, call.second_weight),
+            call.label_smoothing,
             call.ignore_index,
             _REDUCTIONS[call.reduction],
             call.grad_scale(),
@@ -117,5 +121,5 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _float32_vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).resolve_neg().contiguous()
+def _vector_of(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).resolve_neg().contiguous()

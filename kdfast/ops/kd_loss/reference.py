@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.ops.kd_loss.call import KDCall
+from kdfast.ops.kd_loss.call import MAX_T, MIN_T, KDCall
 
 __all__ = ["STANDARDIZATION_EPSILON", "reference_loss", "reference_terms", "safe_reciprocal"]
 
@@ -30,17 +30,25 @@ def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -
     counted = torch.ones_like(zeros, dtype=torch.bool)
     if call.labels is not None:
         counted = call.labels != call.ignore_index
-        z = torch.where(counted.unsqueeze(1), z, 0)  # an ignored row may hold anything, even NaN
-    ce = _cross_entropy(call.labels, counted, z) if use_ce and call.labels is not None else zeros
-    kl = _row_divergence(call, counted, z) if use_kl else zeros
-    return torch.where(counted, ce, zeros), torch.where(counted, kl, zeros), counted
+    # Rows that have each term: all of them, also those whose alpha is NaN, unless its weight is 0.
+    hard = counted if call.alphas is None else counted & ~(call.alphas >= 1)
+    soft = counted if call.alphas is None else counted & ~(call.alphas <= 0)
+    ce = kl = zeros
+    # A row that is left out may hold anything, even NaN.
+    if use_ce and call.labels is not None:
+        ce = _cross_entropy(call, hard, torch.where(hard.unsqueeze(1), z, 0))
+    if use_kl:
+        kl = _row_divergence(call, soft, torch.where(soft.unsqueeze(1), z, 0))
+    return torch.where(hard, ce, zeros), torch.where(soft, kl, zeros), counted
 
 
 def reference_loss(call: KDCall) -> Tensor:
     """Compute ``kdfast.kd_loss``."""
-    ce, kl, counted = reference_terms(call, use_ce=call.alpha < 1, use_kl=call.alpha > 0)
-    factor = call.alpha * call.temperature**2 if call.t_squared else call.alpha
-    loss = (1 - call.alpha) * ce + factor * kl
+    ce, kl, counted = reference_terms(call, use_ce=call.use_ce, use_kl=call.use_kl)
+    ce_factor, kl_factor = _factors(call, ce)
+    loss = ce_factor * ce + kl_factor * kl
+    if call.alphas is not None or call.temperatures is not None:
+        loss = torch.where(counted, loss, 0)  # the factors of an ignored row may be NaN
     weights = torch.ones_like(loss) if call.weights is None else call.weights.to(loss.dtype)
     weights = torch.where(counted, weights, 0)
     if call.reduction == "none":
@@ -54,23 +62,40 @@ def safe_reciprocal(total: Tensor) -> Tensor:
     return torch.where(total == 0, 0, 1 / torch.where(total == 0, 1, total))
 
 
-def _cross_entropy(labels: Tensor, counted: Tensor, z: Tensor) -> Tensor:
-    label, bad = _clamp(torch.where(counted, labels, 0), z.shape[1])
-    ce = -torch.log_softmax(z, 1).gather(1, label.unsqueeze(1)).squeeze(1)
+def _factors(call: KDCall, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Factors of the cross-entropy and of the divergence; NaN for samples whose alpha is out of range."""
+    alpha = call.alpha if call.alphas is None else call.alphas.to(like.dtype)
+    temperature = call.temperature if call.temperatures is None else call.temperatures.to(like.dtype)
+    if isinstance(alpha, Tensor):
+        alpha = _nan_where(~((alpha >= 0) & (alpha <= 1)), alpha)
+    return 1 - alpha, alpha * temperature**2 if call.t_squared else alpha
+
+
+def _cross_entropy(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:
+    assert call.labels is not None
+    label, bad = _clamp(torch.where(counted, call.labels, 0), z.shape[1])
+    log_p = torch.log_softmax(z, 1)
+    ce = -log_p.gather(1, label.unsqueeze(1)).squeeze(1)
+    if call.label_smoothing > 0:
+        ce = (1 - call.label_smoothing) * ce - call.label_smoothing * log_p.mean(1)
     return _nan_where(bad, ce)
 
 
 def _row_divergence(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:
     teacher, classes, tail, bad = _pick_rows(call, counted)
     t = teacher.to(z.dtype)
+    temperature: float | Tensor = call.temperature
+    if call.temperatures is not None:
+        bad = bad | ~((call.temperatures >= MIN_T) & (call.temperatures <= MAX_T))
+        temperature = call.temperatures.to(z.dtype).unsqueeze(1)
     if call.divergence == "dkd":
         assert call.labels is not None
         label, bad_label = _clamp(torch.where(counted, call.labels, 0), z.shape[1])
-        return _nan_where(bad | bad_label, _decoupled(call, z / call.temperature, t / call.temperature, label))
+        return _nan_where(bad | bad_label, _decoupled(call, z / temperature, t / temperature, label))
     if call.divergence == "standardized":
         z, t = _standardize(z), _standardize(t)
-    log_p = torch.log_softmax(z / call.temperature, 1)
-    t = t / call.temperature
+    log_p = torch.log_softmax(z / temperature, 1)
+    t = t / temperature
     if call.divergence == "jsd":
         return _nan_where(bad, _jensen_shannon(call, log_p, torch.log_softmax(t, 1)))
     if classes is None:

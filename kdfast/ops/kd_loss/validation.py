@@ -1,4 +1,4 @@
-"""Check the arguments of ``kd_loss`` and build a ``KDCall``; tensor values are read only on request."""
+"""Check the arguments of ``kd_loss`` and build a ``KDCall``; no values of tensors are read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import KdfastError, ShapeError
-from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
+from kdfast.ops.kd_loss.call import ALPHA_RANGE, MAX_T, MIN_T, T_RANGE, KDCall, TopKTeacher
 
-__all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "check_values", "make_call"]
+__all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "make_call"]
 
 DIVERGENCES = ("kl", "jsd", "dkd", "standardized")
 
-_MIN_T, _MAX_T = 1e-15, 1e15
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,6 +34,7 @@ def make_call(
     divergence: str,
     jsd_beta: object,
     dkd_weights: object,
+    label_smoothing: object = 0.0,
 ) -> KDCall:
     """Check shapes, dtypes, devices and numbers, and unpack a ``TopKTeacher``; arguments as in ``kd_loss``.
 
@@ -42,21 +42,23 @@ def make_call(
         ShapeError: If a shape does not fit, or a number or a name is out of range.
         TypeError: If a type, a dtype or a device does not fit, or the teacher requires a gradient.
     """
-    alpha, temperature = as_float("alpha", alpha), as_float("temperature", temperature)
-    ignore_index = as_int("ignore_index", ignore_index)
-    _check_options(alpha, temperature, t_squared, ignore_index, reduction, direction)
-    first, second = _part_weights(divergence, direction, jsd_beta, dkd_weights)
     _check_logits(logits)
+    alpha, alphas = _number_or_vector("alpha", alpha, logits, 0.5)
+    temperature, temperatures = _number_or_vector("temperature", temperature, logits, 1.0)
+    ignore_index, smoothing = as_int("ignore_index", ignore_index), as_float("label_smoothing", label_smoothing)
+    _check_options(alpha, temperature, t_squared, ignore_index, reduction, direction, smoothing)
+    first, second = _part_weights(divergence, direction, jsd_beta, dkd_weights)
     if labels is not None:
         _check_index("labels", labels, logits)
-    elif alpha != 1:
-        raise ShapeError(f"`labels` are None, but `alpha` is {alpha}: pass `labels`, or alpha=1 to train without them")
+    elif alphas is not None or alpha != 1:
+        value = alpha if alphas is None else "a tensor"
+        raise ShapeError(f"`labels` are None, but `alpha` is {value}: pass `labels`, or alpha=1 to train without them")
     elif divergence == "dkd":
         raise ShapeError("`labels` are None, but the divergence 'dkd' depends on them: pass `labels`")
     if rows is not None:
         _check_index("rows", rows, logits)
     if weights is not None:
-        _check_weights(weights, logits)
+        _check_vector("weights", weights, logits)
     if isinstance(teacher, Tensor):
         _check_dense_teacher(teacher, rows, logits)
         values, classes, tail = teacher, None, None
@@ -68,7 +70,8 @@ def make_call(
                 "pass (M, C) logits, or divergence='kl'"
             )
     numbers = (alpha, temperature, t_squared, ignore_index, reduction, direction == "reverse")
-    return KDCall(logits, labels, values, rows, classes, tail, weights, *numbers, divergence, first, second)
+    tensors = (logits, labels, values, rows, classes, tail, weights, alphas, temperatures)
+    return KDCall(*tensors, *numbers, divergence, first, second, smoothing)
 
 
 def as_float(name: str, value: object) -> float:
@@ -92,6 +95,23 @@ def as_float(name: str, value: object) -> float:
     if isinstance(value, (np.floating, np.integer)):
         return float(value)
     raise TypeError(f"`{name}` is {value!r}: pass a number")
+
+
+def _number_or_vector(name: str, value: object, logits: Tensor, default: float) -> tuple[float, Tensor | None]:
+    """Return a number, or, if the value is a tensor with one number per row of the logits, a default and the tensor."""
+    n = logits.shape[0]
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return as_float(name, value), None
+    if value.numel() == 1 and (n != 1 or value.dim() != 1 or not value.is_floating_point()):
+        return as_float(name, value), None
+    if value.dim() != 1 or value.shape[0] != n:
+        raise ShapeError(
+            f"`{name}` has shape {tuple(value.shape)}: pass a number, or a tensor ({n},), one for each row of `logits`"
+        )
+    _check_vector(name, value, logits)
+    if value.requires_grad:
+        raise TypeError(f"`{name}` requires a gradient, which kd_loss does not compute: pass {name}.detach()")
+    return default, value
 
 
 def as_int(name: str, value: object) -> int:
@@ -120,8 +140,8 @@ def check_temperature(
     Raises:
         KdfastError: Of class `error`, if T is out of range.
     """
-    if not _MIN_T <= temperature <= _MAX_T:
-        raise error(f"{name} is {temperature}: must be a positive number, from {_MIN_T} to {_MAX_T}")
+    if not MIN_T <= temperature <= MAX_T:
+        raise error(f"{name} is {temperature}: {T_RANGE}")
 
 
 def check_teacher_logits(name: str, x: Tensor) -> None:
@@ -136,54 +156,17 @@ def check_teacher_logits(name: str, x: Tensor) -> None:
         raise TypeError(f"`{name}` is {x.dtype}: pass raw logits in float32, bfloat16, float16 or float64")
 
 
-def check_values(call: KDCall, thorough: bool) -> None:
-    """Check labels, rows and class ids. On a GPU, reading them synchronizes with the device.
-
-    Args:
-        call: The call to check.
-        thorough: Check the class ids of every row of a top-k teacher, not only of those that are used.
-
-    Raises:
-        IndexError: If a label, a row or a class id is out of range.
-        ShapeError: If a class id repeats within a row.
-    """
-    n, c = call.logits.shape
-    counted = torch.ones(n, dtype=torch.bool, device=call.logits.device)
-    if call.labels is not None:
-        counted = call.labels != call.ignore_index
-        _check_range("labels", call.labels, counted, c, f"or `ignore_index` ({call.ignore_index})")
-    if call.rows is not None:
-        _check_range("rows", call.rows, counted, call.teacher.shape[0], "the rows of `teacher`")
-    if call.classes is None or not (call.alpha > 0 or thorough):
-        return
-    used = counted if call.rows is None else counted.new_zeros(call.classes.shape[0])
-    if thorough:
-        used = torch.ones_like(used)
-    elif call.rows is not None:
-        used[call.rows[counted]] = True
-    _check_range("teacher.classes", call.classes, used.unsqueeze(1), c, "the classes of `logits`")
-    _check_distinct(call.teacher, call.classes, used)
-
-
-def _check_distinct(values: Tensor, classes: Tensor, used: Tensor) -> None:
-    values, ids = values[used], classes[used]
-    left_out = torch.arange(-1, -1 - ids.shape[1], -1, dtype=ids.dtype, device=ids.device)
-    ordered = torch.where(torch.isneginf(values), left_out, ids).sort(1).values
-    repeated = ordered[:, 1:] == ordered[:, :-1]
-    if bool(repeated.any()):
-        at = tuple(repeated.nonzero()[0])
-        row = int(used.nonzero()[at[0]])
-        raise ShapeError(
-            f"`teacher.classes[{row}]` holds class {int(ordered[:, 1:][at])} twice: "
-            "pass each class of a row once, and -inf as the value of entries to leave out"
-        )
-
-
 def _check_options(
-    alpha: float, temperature: float, t_squared: bool, ignore_index: int, reduction: str, direction: str
+    alpha: float,
+    temperature: float,
+    t_squared: bool,
+    ignore_index: int,
+    reduction: str,
+    direction: str,
+    smoothing: float,
 ) -> None:
     if not 0 <= alpha <= 1:
-        raise ShapeError(f"`alpha` is {alpha}: must be in [0, 1], the weight of the divergence")
+        raise ShapeError(f"`alpha` is {alpha}: {ALPHA_RANGE}")
     check_temperature(temperature)
     if not isinstance(t_squared, bool):
         raise TypeError(f"`t_squared` is {t_squared!r}: pass True or False")
@@ -193,6 +176,8 @@ def _check_options(
         raise ShapeError(f"`reduction` is {reduction!r}: pass 'mean', 'sum' or 'none'")
     if direction not in ("forward", "reverse"):
         raise ShapeError(f"`direction` is {direction!r}: pass 'forward' or 'reverse'")
+    if not 0 <= smoothing < 1:
+        raise ShapeError(f"`label_smoothing` is {smoothing}: must be at least 0 and below 1")
 
 
 def _part_weights(divergence: str, direction: str, jsd_beta: object, dkd_weights: object) -> tuple[float, float]:
@@ -226,14 +211,14 @@ def _check_logits(logits: Tensor) -> None:
         raise ShapeError(f"`logits` have shape {(n, c)}: pass at least one class")
 
 
-def _check_weights(weights: Tensor, logits: Tensor) -> None:
-    _check_tensor("weights", weights, 1)
+def _check_vector(name: str, x: Tensor, logits: Tensor) -> None:
+    _check_tensor(name, x, 1)
     n = logits.shape[0]
-    if weights.shape[0] != n:
-        raise ShapeError(f"`weights` have shape {tuple(weights.shape)}: must be ({n},), one for each row of `logits`")
-    if weights.dtype not in _FLOATS:
-        raise TypeError(f"`weights` are {weights.dtype}: must have a floating dtype")
-    _check_device("weights", weights, logits)
+    if x.shape[0] != n:
+        raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must be ({n},), one for each row of `logits`")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"`{name}` is {x.dtype}: must have a floating dtype")
+    _check_device(name, x, logits)
 
 
 def _check_tensor(name: str, x: object, dim: int) -> None:
@@ -322,11 +307,3 @@ def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) ->
     if classes.dtype == torch.int64:
         classes = classes.clamp(-1, 2**31 - 1).int()  # an id that int32 cannot hold stays out of range
     return TopKTeacher(values, classes, tail)
-
-
-def _check_range(name: str, x: Tensor, counted: Tensor, size: int, valid: str) -> None:
-    bad = ((x < 0) | (x >= size)) & counted
-    if bool(bad.any()):
-        position = tuple(int(i) for i in bad.nonzero()[0])
-        index = ", ".join(str(i) for i in position)
-        raise IndexError(f"`{name}[{index}]` is {int(x[position])}: must be in [0, {size}), {valid}")

@@ -93,7 +93,25 @@ def test_second_derivative_raises(args):
     with pytest.raises(RuntimeError, match="differentiated only once"):
         torch.func.grad(lambda x: torch.func.grad(lambda v: kdfast.kd_loss(v, *args[1:]))(x).sum())(z.detach())
     op_loss, _ = kd_loss_op(
-        z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "kl", 0.0, 0.0, "native", True
+        z,
+        *args[1:],
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.5,
+        4.0,
+        True,
+        -100,
+        "mean",
+        False,
+        "kl",
+        0.0,
+        0.0,
+        0.0,
+        "native",
+        True,
     )
     (grad,) = torch.autograd.grad(op_loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated only once"):
@@ -392,7 +410,8 @@ def test_opcheck(name, grad, reduction):
     logits, *others = cases()[name]
     logits = logits.detach().requires_grad_(grad)
     torch.library.opcheck(
-        kd_loss_op, (logits, *others, 0.5, 4.0, True, -100, reduction, False, "kl", 0.0, 0.0, "native", grad)
+        kd_loss_op,
+        (logits, *others, None, None, 0.5, 4.0, True, -100, reduction, False, "kl", 0.0, 0.0, 0.0, "native", grad),
     )
 
 
@@ -405,7 +424,25 @@ def test_opcheck_of_the_scaling():
 def test_op_without_a_stored_gradient_says_so(args):
     z = args[0].requires_grad_()
     loss, _ = kd_loss_op(
-        z, *args[1:], None, None, None, 0.5, 4.0, True, -100, "mean", False, "kl", 0.0, 0.0, "native", False
+        z,
+        *args[1:],
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.5,
+        4.0,
+        True,
+        -100,
+        "mean",
+        False,
+        "kl",
+        0.0,
+        0.0,
+        0.0,
+        "native",
+        False,
     )
     with pytest.raises(ValueError, match="need_grad=False"):
         loss.backward()

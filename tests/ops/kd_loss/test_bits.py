@@ -24,7 +24,7 @@ def divergence_bits(args, temperature, isa_limit):
     found = []
     for alpha, divergence in itertools.product([0.5, 1.0], ["jsd", "dkd", "standardized"]):
         numbers = (alpha, temperature, True, -100, "none", False, divergence, 0.3, 0.7)
-        call = KDCall(*args, None, None, None, *numbers)
+        call = KDCall(*args, None, None, None, None, None, *numbers)
         found += native.kd_loss(call, need_grad=True, isa_limit=isa_limit)
     return found
 
@@ -40,7 +40,7 @@ def bits(isa_limit, threads=1):
         z, y, teacher, r = case(n, c, dtype)
         for sparse in (None, topk_teacher(teacher, 3, t)):
             values, classes, tail = sparse or (teacher, None, None)
-            call = KDCall(z, y, values, r, classes, tail, None, 0.5, t, True, -100, "none", reverse)
+            call = KDCall(z, y, values, r, classes, tail, None, None, None, 0.5, t, True, -100, "none", reverse)
             found += native.kd_loss(call, need_grad=True, isa_limit=isa_limit)
         if not reverse:
             found += divergence_bits((z, y, teacher, r), t, isa_limit)

@@ -36,6 +36,7 @@ def fast(z, labels, teacher, rows, **changed):
         "divergence": "kl",
         "jsd_beta": 0.5,
         "dkd_weights": (1.0, 8.0),
+        "label_smoothing": 0.0,
     }
     return fast_path._kernel()(z, labels, teacher, rows, *{**options, **changed}.values(), 2)
 

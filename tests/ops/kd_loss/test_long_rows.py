@@ -171,7 +171,7 @@ def test_every_instruction_set_gives_the_same_bits(reverse):
     z, y, t, r = plain()
     z, t = apart(z, t)
     for temperature in (3.0, 4.0):
-        call = KDCall(z, y, t.half(), r, None, None, None, 0.5, temperature, True, -100, "none", reverse)
+        call = KDCall(z, y, t.half(), r, None, None, None, None, None, 0.5, temperature, True, -100, "none", reverse)
         widest, *others = [native.kd_loss(call, need_grad=True, isa_limit=isa) for isa in (2, 1, 0)]
         for found in others:
             for a, b in zip(widest, found, strict=True):

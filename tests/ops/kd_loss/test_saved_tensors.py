@@ -30,7 +30,27 @@ LOSSES = {
     "top-k": lambda z, y, t, w: kdfast.kd_loss(z, y, topk_teacher(t, 5, 4.0)),
     "weights with a gradient": lambda z, y, t, w: kdfast.kd_loss(z, y, t, weights=w),
     "custom operator": lambda z, y, t, w: kd_loss_op(
-        z, y, t, None, None, None, None, 0.5, 4.0, True, -100, "mean", False, "kl", 0.0, 0.0, "native", True
+        z,
+        y,
+        t,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.5,
+        4.0,
+        True,
+        -100,
+        "mean",
+        False,
+        "kl",
+        0.0,
+        0.0,
+        0.0,
+        "native",
+        True,
     )[0],
 }
 
