@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,7 @@ FORMATS = {
     "named.npz": lambda path, z: np.savez_compressed(path, logits=z, labels=np.arange(3)),
     "tensor.pt": lambda path, z: torch.save(torch.from_numpy(z), path),
     "dict.pt": lambda path, z: torch.save({"labels": torch.arange(3), "logits": torch.from_numpy(z)}, path),
+    "arrays.pt": lambda path, z: torch.save({"labels": np.arange(3), "logits": z}, path),
     "legacy.pth": lambda path, z: torch.save(torch.from_numpy(z), path, _use_new_zipfile_serialization=False),
     "z.safetensors": lambda path, z: save_file({"logits": torch.from_numpy(z)}, path),
 }
@@ -198,6 +200,7 @@ def test_refuses_what_does_not_fit_and_writes_nothing(tmp_path, source, outputs,
         ("z.npz", lambda p, z: np.savez(p, ab=z, b=z), {"key": "aa"}, UsageError, "no `key` 'aa': did you mean 'ab'"),
         ("z.npz", lambda p, z: np.savez(p, np.asfortranarray(z)), {}, DataError, "is stored by columns"),
         ("z.pt", lambda p, z: p.write_bytes(b"junk"), {}, DataError, "is damaged or of another kind"),
+        ("z.pt", lambda p, z: torch.save({"logits": z, "path": Path("x")}, p), {}, DataError, "nothing in it was run"),
         ("z.pt", lambda p, z: torch.save([1], p), {}, UsageError, "holds no array"),
         ("z.safetensors", lambda p, z: p.write_bytes(b"junk"), {}, DataError, "is damaged or of another kind"),
     ],

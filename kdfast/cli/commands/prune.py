@@ -207,7 +207,8 @@ def prune(
             f"({selection}); {per_class} per class"
         )
         found_facts.append({"out": str(path), "kept": len(selection.ids), "per_class": counts.tolist()})
-    show("\n".join(lines), {"of": len(source.train), "subsets": found_facts, "dry_run": dry_run})
+    facts = {"of": len(source.train), "subsets": found_facts, "dry_run": dry_run}
+    show("\n".join(lines), facts | ({"scores": lines[0]} if len(lines) > len(found_facts) else {}))
 
 
 def _describe_scores(selection: Selection) -> list[str]:

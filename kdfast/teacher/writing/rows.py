@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from kdfast.data.arrays import as_array
 from kdfast.errors import DataError, UsageError, did_you_mean
 from kdfast.files.arrays import read_npy
+from kdfast.files.pickles import read_pickle
 from kdfast.nets.foreign import FETCH_AGAIN
 
 Array = npt.NDArray[Any]
@@ -182,13 +184,26 @@ def _open_member(path: Path, what: str, key: str | None) -> Rows:
         with safe_open(str(path), "pt") as file:
             names = list(file.keys())
         return SlicedRows(path, _choose(names, path, what, key))
-    # Older files of torch.save are no archives, and cannot be mapped.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    if isinstance(content, Tensor):
-        return TensorRows(content, str(path))
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    name = _choose(list(tensors), path, what, key)
-    return TensorRows(tensors[name], f"{path}, {name},")
+    content = _load_torch(path)
+    if isinstance(content, (Tensor, np.ndarray)):
+        return _rows_of(content, str(path))
+    arrays = content.items() if isinstance(content, dict) else ()
+    found = {str(name): array for name, array in arrays if isinstance(array, (Tensor, np.ndarray))}
+    name = _choose(list(found), path, what, key)
+    return _rows_of(found[name], f"{path}, {name},")
+
+
+def _load_torch(path: Path) -> Any:
+    """Read a file of torch.save, mapped into memory if it holds tensors alone."""
+    try:
+        # Older files of torch.save are no archives, and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError:  # numpy arrays, which torch refuses
+        return read_pickle(path)
+
+
+def _rows_of(array: Tensor | Array, what: str) -> Rows:
+    return TensorRows(array, what) if isinstance(array, Tensor) else ArrayRows(array, what)
 
 
 def _choose(names: Sequence[str], path: Path, what: str, key: str | None) -> str:
