@@ -205,19 +205,27 @@ def _open(path: str | os.PathLike[str], options: OpenOptions) -> Source:
 def _recognize(path: Path) -> str:
     if not path.exists():
         raise DataError(f"there is nothing at {path}: check the path")
-    strict, loose = (
-        [kind for kind, entry in SOURCES.items() if entry.loose == late and kind != digits.NAME]
-        for late in (False, True)
-    )
-    found = [kind for kind in strict if SOURCES[kind].detect(path)]
-    found = found or [kind for kind in loose if SOURCES[kind].detect(path)]
+    try:
+        found = _detect(path)
+        names = os.listdir(path) if path.is_dir() else None
+    except OSError as error:
+        raise DataError(f"cannot list {error.filename or path}: {error.strerror or error}") from error
     if not found:
-        content = _shortened(os.listdir(path)) if path.is_dir() else "one file"
+        content = "one file" if names is None else _shortened(names)
         known = "; ".join(kind.summary for kind in SOURCES.values())
         raise DataError(f"{path} ({content}) is not a known data source: pass one of: {known}")
     if len(found) > 1:
         raise DataError(f"{path} holds data of several kinds ({', '.join(found)}): pass the folder or file of one")
     return found[0]
+
+
+def _detect(path: Path) -> list[str]:
+    """Return the kinds that a path looks like; the loosely recognized ones only if it looks like no other."""
+    for loose in (False, True):
+        kinds = [kind for kind, entry in SOURCES.items() if entry.loose == loose and kind != digits.NAME]
+        if found := [kind for kind in kinds if SOURCES[kind].detect(path)]:
+            return found
+    return []
 
 
 def _shortened(names: list[str]) -> str:

@@ -142,3 +142,22 @@ def test_class_folders_alone(write, tmp_path):
     shutil.rmtree(root / "c")
     with pytest.raises(DataError, match="is not a known data source"):
         open_source(root, split=0.3)
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes"])
+@pytest.mark.filterwarnings("ignore:.*has no test split")
+def test_links_to_themselves_are_no_splits(write, tmp_path, kind):
+    root = write[kind](tmp_path / "d")
+    for name in ("val", "loop"):
+        (root / name).symlink_to(name)
+    assert open_source(root, split=0.25 if kind == "classes" else None).kind == kind
+
+
+@pytest.mark.parametrize("linked", ["split", "class", "root"])
+def test_links_to_folders_are_followed(write, tmp_path, linked):
+    root = write["folder"](tmp_path / "d")
+    expected = open_source(root).fingerprint
+    place = {"split": root / "train", "class": root / "train" / "bee", "root": root}[linked]
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    assert open_source(root).fingerprint == expected

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,19 @@ def test_rejects_unknown_paths(tmp_path):
         (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=r"\(b, c, d, e, f and 1 more\)"):
         open_source(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    for name in ("listdir", "scandir"):
+
+        def refuse(path="."):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            with pytest.raises(DataError, match=r"cannot list .*: Permission denied"):
+                open_source(tmp_path)
 
 
 def test_foreign_data_json_is_not_a_conversion(tmp_path, image_folder):

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from kdfast.data.readers.folders.image_file import is_image_name
+from kdfast.data.readers.folders.image_list import is_directory
 from kdfast.data.readers.folders.image_split import ImageSplit
 from kdfast.data.readers.folders.layout import LOOKED_FOR, TEST_NAMES, TRAIN_NAMES, find_folders, list_test, list_train
 from kdfast.data.readers.folders.lists import is_lists
@@ -34,7 +35,7 @@ def is_class_folders(path: Path) -> bool:
     if not path.is_dir() or is_lists(path) or find_folders(path, TRAIN_NAMES + TEST_NAMES):
         return False
     with os.scandir(path) as entries:
-        folders = [e.path for e in entries if not e.name.startswith(".") and e.is_dir()]
+        folders = [e.path for e in entries if not e.name.startswith(".") and is_directory(e)]
     return len(folders) > 1 and sum(map(_has_image, sorted(folders)[:_TRIED])) > 1
 
 
@@ -98,7 +99,7 @@ def _holds_records(root: Path) -> bool:
     """Return whether a folder has no sub-folder, and files that hold many images each, such as .tar."""
     with os.scandir(root) as entries:
         found = list(entries)
-    return not any(e.is_dir() and not e.name.startswith(".") for e in found) and any(
+    return not any(is_directory(e) and not e.name.startswith(".") for e in found) and any(
         e.name.lower().endswith((".tar", ".parquet", ".arrow")) for e in found
     )
 

@@ -45,7 +45,7 @@ class ImageLister:
         for entry in _entries(str(self._root)):
             if entry.name.startswith("."):
                 self._add_hidden(entry)
-            elif _is_folder(entry):
+            elif is_directory(entry):
                 names.append(entry.name)
             elif is_image_name(entry.name):
                 self._loose.append(entry.path)
@@ -95,7 +95,7 @@ class ImageLister:
                 levels.pop()
             elif entry.name.startswith("."):
                 self._add_hidden(entry)
-            elif not _is_folder(entry):
+            elif not is_directory(entry):
                 if is_image_name(entry.name):
                     yield entry
                 elif entry.name not in self._known:
@@ -126,7 +126,8 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"cannot list {folder}: {error.strerror or error}") from error
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself, or to where nothing can be looked up

@@ -15,7 +15,7 @@ import numpy as np
 
 from kdfast.data.readers.folders.annotations import find_annotations, own_annotations, read_annotations
 from kdfast.data.readers.folders.image_file import SUFFIXES
-from kdfast.data.readers.folders.image_list import ImageLister
+from kdfast.data.readers.folders.image_list import ImageLister, is_directory
 from kdfast.data.readers.folders.pairs import ANNOTATIONS
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
@@ -50,7 +50,7 @@ def find_folders(path: Path, names: tuple[str, ...]) -> list[Path]:
     """
     try:
         with os.scandir(path) as entries:
-            folders = sorted(entry.name for entry in entries if entry.is_dir())
+            folders = sorted(entry.name for entry in entries if is_directory(entry))
     except OSError:
         return []
     found = []
