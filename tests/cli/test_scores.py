@@ -369,3 +369,4 @@ def test_a_cache_of_another_teacher_than_the_network_is_refused(
     for network in (teacher, tmp_path / "flat.pt"):
         ran = kdfast(*line, *more, "--teacher", network)
         assert ran.code == 0, ran.err
+        out.unlink()
