@@ -104,12 +104,12 @@ def test_the_config_of_a_run_repeats_it(kdfast: Run, tiny: Path, teacher: Path, 
     first = kdfast("distill", "--data", tiny, "--student", "resnet8", "--teacher", teacher, *given, "--out", run)
     assert first.code == 0, first.err
     # Another setting would be refused, as the folder holds a run; a run that is not finished would be continued.
-    before = (run / "student.pt").stat()
+    before = (run / "student.pt").stat().st_mtime_ns
     again = kdfast("distill", "--config", run / "config.json", "--out", run)
     assert (again.code, again.out) == (0, first.out), again.err
-    assert (run / "student.pt").stat() == before
+    assert (run / "student.pt").stat().st_mtime_ns == before
     refused = kdfast("distill", "--config", run / "config.json", "--ema", 0.8, "--out", run)
-    assert (refused.code, "`ema` was" not in refused.err and "--ema was 0.9, is 0.8" in refused.err) == (2, True)
+    assert (refused.code, "--ema was 0.9, is 0.8" in refused.err) == (2, True), refused.err
     other = kdfast("dynamics", "--config", run / "config.json", "--out", tmp_path / "d")
     assert (other.code, "which this command does not have" in other.err) == (2, True), other.err
 

@@ -49,10 +49,9 @@ class StepCost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.7])
-def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
-    make_plan: Callable[..., Plan], cache: TeacherCache, alpha: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let meta tensors stand for those of a GPU; reading a value of one raises an error."""
     monkeypatch.setattr(targets_module, "fits_in_memory", lambda size, device: True)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     # Caches of their own, which other tests on meta tensors must not see.
@@ -60,8 +59,15 @@ def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
     monkeypatch.setattr(backends, "_resolve", functools.cache(backends._resolve.__wrapped__))
     for op in ("kd_loss", "views"):
         monkeypatch.setitem(backends.TABLE, (op, "meta"), ("triton",))
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
+    make_plan: Callable[..., Plan], cache: TeacherCache, alpha: float
+) -> None:
     targets = TeacherTargets(cache=cache) if alpha else TeacherTargets()
-    trainer = Trainer(make_plan(targets, "meta", alpha=alpha))  # reading a value of a meta tensor raises an error
+    trainer = Trainer(make_plan(targets, "meta", alpha=alpha))
     trainer.optimizer.inner._need_device_dtype_check_for_fused = False
     for number, batch in enumerate(trainer.batches.epoch(0)):
         cost = StepCost()
@@ -70,6 +76,20 @@ def test_step_on_a_device_waits_for_nothing_and_copies_nothing(
         assert len(cost.copies) <= (1 if number == 0 else 0), "only the first step copies the normalization"
         assert cost.count["kdfast.gather_views.default"] == 1
         assert cost.count["kdfast.kd_loss.default"] == (1 if alpha else 0)
+        assert cost.count["aten._fused_sgd_.tensor_lr"] == 1
+    assert trainer.step == 4
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_no_recipe_waits_or_copies(make_plan: Callable[..., Plan]) -> None:
+    recipe = {"optimizer": "nesterov", "label_smoothing": 0.1, "ema": 0.9, "clip": 1.0, "mixup": 0.2, "cutmix": 1.0}
+    trainer = Trainer(make_plan(TeacherTargets(), "meta", alpha=0.0, **recipe))
+    trainer.optimizer.inner._need_device_dtype_check_for_fused = False
+    for number, batch in enumerate(trainer.batches.epoch(0)):
+        cost = StepCost()
+        with cost:
+            trainer.train_step(batch)
+        assert len(cost.copies) <= (1 if number == 0 else 0), "only the first step copies the normalization"
         assert cost.count["aten._fused_sgd_.tensor_lr"] == 1
     assert trainer.step == 4
 
