@@ -26,7 +26,11 @@ ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str]
 
 
 def load_teacher(
-    teacher: ModelLike, data: Source | None = None, *, normalization: Normalization | None = None
+    teacher: ModelLike,
+    data: Source | None = None,
+    *,
+    normalization: Normalization | None = None,
+    net: str | None = None,
 ) -> Model:
     """Return a trained network with its classes and the normalization of its input.
 
@@ -35,6 +39,7 @@ def load_teacher(
             images `(B, 3, H, W)` and returns logits `(B, C)`, or an object with `logits`.
         data: The data it was trained on. A module needs it for its classes; a file is compared with it if given.
         normalization: Of the input of a module; None: mean and standard deviation of the training images.
+        net: The network that a file must hold, as for `kdfast.nets.build_net`; needed for one of your own code.
 
     Returns:
         The model, in evaluation mode.
@@ -52,7 +57,7 @@ def load_teacher(
     elif normalization is not None:
         raise UsageError("`normalization` is for modules, a file has its own: omit it")
     else:
-        model = teacher if isinstance(teacher, Model) else load_model(teacher)
+        model = teacher if isinstance(teacher, Model) else load_model(teacher, net=net)
     if data is not None:
         check_fit(model, data, str(teacher) if isinstance(teacher, (str, os.PathLike)) else "`teacher`")
     return model

@@ -199,7 +199,6 @@ Force = Annotated[
 ]
 
 
-
 def refuse_other(out: Path, same: bool, force: bool) -> None:
     """Refuse to replace a file by another result than the one that it holds.
 

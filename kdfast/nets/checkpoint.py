@@ -107,9 +107,7 @@ def save_model(path: str | os.PathLike[str], model: Model) -> None:
         "metadata": metadata,
         "digest": model.digest,
     }
-    code = find_code(parse_spec(model.name))
-    if code is not None:
-        content["code"] = asdict(code)
+    content |= _code_fields(model.name)
     content["seal"] = _seal(content)
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -198,6 +196,14 @@ def _seal(content: Mapping[str, Any]) -> str:
     fields = {name: value for name, value in content.items() if name not in ("state_dict", "seal")}
     counters = {name: t.tolist() for name, t in content["state_dict"].items() if name.endswith(_COUNTER)}
     return hashlib.sha256(json.dumps([fields, counters], sort_keys=True).encode()).hexdigest()
+
+
+def _code_fields(name: str) -> dict[str, Any]:
+    try:
+        code = find_code(parse_spec(name))
+    except UsageError:  # a module that a program built, whose class no name leads to
+        return {}
+    return {} if code is None else {"code": asdict(code)}
 
 
 def _check_content(path: str | os.PathLike[str], content: Mapping[str, Any], advice: str) -> None:

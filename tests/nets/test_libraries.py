@@ -1,5 +1,6 @@
 """torchvision and timm that are missing or made for another torch, and networks of theirs that are no classifiers."""
 
+import collections
 import importlib.metadata
 import sys
 import types
@@ -113,6 +114,55 @@ def test_networks_that_are_no_classifiers_are_refused(monkeypatch, name, words):
     assert isinstance(build_net("torchvision:resnet18", 10), nn.Linear)
     with pytest.raises(UsageError, match=words):
         build_net(f"torchvision:{name}", 10)
+
+
+class Recorder:
+    """Stands for timm: names, and the arguments of the last builder."""
+
+    def __init__(self):
+        self.given = {}
+
+    def list_models(self):
+        return ["resnet18", "vit_tiny"]
+
+    def create_model(self, name, *, pretrained, num_classes, **arguments):
+        self.given = {"name": name, "pretrained": pretrained, **arguments}
+        return nn.Linear(2, num_classes)
+
+
+def test_tags_and_arguments_reach_timm_and_never_load_weights(monkeypatch):
+    timm = Recorder()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    build_net("timm:resnet18.a1_in1k(in_chans=1)", 10)
+    assert timm.given == {"name": "resnet18.a1_in1k", "pretrained": False, "in_chans": 1}
+    with pytest.raises(UsageError, match="did you mean 'resnet18'"):
+        build_net("timm:resnet81.a1_in1k", 10)
+    for argument in ("pretrained", "checkpoint_path", "num_classes"):
+        with pytest.raises(UsageError, match=f"`net_arg` {argument} is not for timm:resnet18"):
+            build_net("timm:resnet18", 10, **{argument: 3})
+
+
+class Auxiliary(nn.Module):
+    """Returns further outputs in training, as torchvision's googlenet does."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(12, classes)
+
+    def forward(self, x):
+        z = self.fc(x.flatten(1))
+        return collections.namedtuple("Out", ["logits", "aux2", "aux1"])(z, 2 * z, 3 * z) if self.training else z
+
+
+def test_outputs_beside_the_logits_are_left_out(monkeypatch):
+    library = torchvision_models()
+    library.get_model = lambda name, weights, num_classes: Auxiliary(num_classes)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", library)
+    net, x = build_net("torchvision:resnet18", 10), torch.randn(3, 3, 2, 2)
+    assert torch.equal(net.train()(x), net.fc(x.flatten(1)))
+    assert torch.equal(net.eval()(x), net.fc(x.flatten(1)))
+    assert torch.equal(torch.func.functional_call(net.train(), dict(net.named_parameters()), (x,)), net(x))
 
 
 def test_a_checkpoint_of_a_missing_library_is_not_called_damaged(monkeypatch, tmp_path):

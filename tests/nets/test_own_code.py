@@ -235,3 +235,20 @@ def test_identity_follows_the_code_and_not_its_place(folder):
     assert identify("new/models.py:Net(width=2)")["student_code"] != first["student_code"]
     assert identify("resnet8") == {"student": "resnet8"}
     assert identify("resnet8(channels=1)") == {"student": "resnet8(channels=1)"}
+
+
+def test_programs_name_the_code_of_a_teacher(folder, monkeypatch):
+    import kdfast
+
+    save("models.py:Net(width=7)")
+    forget(monkeypatch)
+    with pytest.raises(CodeError, match="name it"):
+        kdfast.load_teacher("T.pt")
+    assert kdfast.load_teacher("T.pt", net="models.py:Net").name == "models.py:Net(width=7)"
+
+
+def test_a_model_whose_class_has_no_place_is_saved_without_its_code(folder):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    save_model("T.pt", Model(net, "place:make.<locals>.Net", 3, ("a", "b", "c"), HALF))
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        load_model("T.pt")

@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from kdfast.nets import NETS, build_net
+from kdfast.nets.outputs import adapt
 from kdfast.teacher.fold import fold_batch_norms
 
 
@@ -31,7 +32,7 @@ def test_folded_network_has_the_same_outputs(name):
         expected, got = net(x), folded(x)
     torch.testing.assert_close(got, expected)
     # A pre-activation network keeps the norms that follow a sum; the others keep none.
-    assert count_batch_norms(folded) == (18 if name.startswith("wrn") else 0)
+    assert count_batch_norms(folded) == {"wrn_40_2": 18, "wrn_16_2": 6}.get(name, 0)
 
 
 class Shared(nn.Module):
@@ -48,6 +49,28 @@ class Shared(nn.Module):
         x = self.conv(self.bn(self.conv(x)))
         y = self.conv2(x)
         return self.bn2(y) + y
+
+
+class Gray(Shared):
+    """Takes one channel, and returns its logits beside another output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x):
+        z = self.bn(self.conv(x))
+        return {"logits": z.mean((2, 3)), "map": z}
+
+
+def test_a_folded_network_takes_gray_images_and_returns_logits_as_before():
+    torch.manual_seed(0)
+    net = adapt(randomize_statistics(Gray()))
+    folded = fold_batch_norms(copy.deepcopy(net))
+    x = torch.randn(2, 3, 5, 5)
+    assert isinstance(folded, fx.GraphModule)
+    torch.testing.assert_close(folded(x), net(x))
+    assert folded(x).shape == (2, 3)
 
 
 def test_does_not_fold_convolutions_used_elsewhere():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,6 +109,8 @@ def dynamics(
     from kdfast.dynamics.plan import check_dynamics_folder, check_top_k, delete_dynamics
 
     place = resolve_device(device)
+    check_dynamics_folder(out)
+    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     settings = RunConfig(
         student=options.with_arguments(net, net_arg),
         init=init,
@@ -136,9 +137,6 @@ def dynamics(
         top_k=top_k,
         record=record,
     )
-    check_dynamics_folder(out)
-    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
-    settings = dataclasses.replace(settings, views=views)
     check_student(settings, len(source.train), source, Distributed(), place)
     check_top_k(top_k, len(source.classes))
     size_bytes, seconds = _estimate(settings, recording, source, place)

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kdfast.nets.cifar.resnet import global_average
 
 _WIDTHS = (64, 128, 256, 512, 512)
-_LARGE = 64  # pixels from which the fourth stage is followed by a pooling, too
+_LARGE = 8  # height after the fourth stage from which it is reduced: that of images of 64 pixels
 
 
 class VGG(nn.Module):
@@ -42,12 +42,18 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, channels, h, w) -> logits (B, classes)."""
-        large = x.shape[2] >= _LARGE
         for stage in range(len(_WIDTHS)):
             x = self.get_submodule(f"relu{stage}")(self.get_submodule(f"block{stage}")(x))
-            if stage < 3 or (stage == 3 and large):
+            if stage < 3:
                 x = F.max_pool2d(x, 2)
+            elif stage == 3:
+                x = _reduce_large(x)
         return cast(Tensor, self.classifier(global_average(x)))
+
+
+@fx.wrap  # its condition depends on the image, which a traced network could not follow
+def _reduce_large(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2) if x.shape[2] >= _LARGE else x
 
 
 def _stage(inputs: int, width: int, depth: int) -> nn.Sequential:

@@ -44,6 +44,7 @@ def export(
             metavar="pixels|normalized",
         ),
     ] = None,
+    model_net: options.ModelNet = None,
     size: ImageSize = None,
     force: options.Force = False,
     config: options.Config = None,

@@ -25,6 +25,7 @@ def predict(
         ),
     ],
     top: Annotated[int, typer.Option("--top", help="Classes to print of each image.", min=1)] = 1,
+    model_net: options.ModelNet = None,
     size: ImageSize = None,
     device: options.Device = "auto",
     config: options.Config = None,
