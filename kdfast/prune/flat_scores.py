@@ -97,7 +97,7 @@ def _read_state(path: Path, sources: ScoreSources, options: Mapping[str, OptionV
     source: Source = sources.source
     try:
         found = read_scores(path, n=len(source.train), fingerprint=source.fingerprint)
-    except DataError:
+    except (DataError, UsageError):
         return None
     wanted = {**complete_options(FVM, get_score(FVM).options, options), "seed": seed}
     same = found.method == FVM and found.sources.get("teacher") == sources.digests.get("teacher")

@@ -19,7 +19,11 @@ def distill(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command resumes it.")],
     subset: Annotated[
         str | None,
-        typer.Option("--subset", help="Subset file, idx.npy; default: the whole training split.", metavar=options.PATH),
+        typer.Option(
+            "--subset",
+            help="Subset file, idx.npy, or one of your own (.npy, .txt, .csv, .pt); default: the whole training split.",
+            metavar=options.PATH,
+        ),
     ] = None,
     cache: Annotated[
         str | None,
