@@ -292,6 +292,8 @@ def test_settings_at_their_default_are_not_in_the_identity(make_plan: Callable[.
         ({"clip": float("inf")}, "`clip` is inf"),
         ({"mixup": 1e9}, "`mixup` is 1000000000.0: pass at most 1000.0"),
         ({"mixup": 0.1, "terms": (TermSetting("dkd"),)}, "the term dkd compares with one label per image"),
+        ({"mixup": 0.1, "terms": (TermSetting("crd"),)}, "the term crd compares with one label per image"),
+        ({"cutmix": 1.0, "terms": (TermSetting("crd"),)}, "the term crd compares with one label per image"),
     ],
 )
 def test_rejects(settings: dict[str, Any], message: str) -> None:
