@@ -118,7 +118,8 @@ def flip(
 
     source = open_source(src, size=size, order=order, split=split)
     changed = write_flipped(source, src, out, share=share, seed=seed, replace=force)
+    again = "" if split is None else f" with --split {split}"
     show(
-        f"{len(changed)} training labels of {src} changed; pass {out} as --data",
+        f"{len(changed)} training labels of {src} changed; pass {out} as --data{again}",
         {"changed": len(changed), "src": src, "out": str(out)},
     )
