@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.source import Pixels, Split, check_sample_ids
+from kdfast.data.source import Pixels, Split, check_sample_ids, sample_files
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
 from kdfast.files.remembered import combine_stamps
@@ -75,6 +75,12 @@ class SplitPart:
     def shape(self) -> tuple[int, int, int]:
         """Shape of every image, `(H, W, 3)`."""
         return self._split.shape
+
+    @property
+    def files(self) -> list[str] | None:
+        """Path of each sample's file; None if the samples are no files."""
+        files = sample_files(self._split)
+        return None if files is None else [files[index] for index in self._ids]
 
     def __len__(self) -> int:
         return len(self._ids)

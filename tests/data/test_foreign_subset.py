@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.data.holdout import SplitPart
 from kdfast.data.readers.registry import open_source
+from kdfast.data.readers.relabel import replace_labels
 from kdfast.data.source import sample_files
 from kdfast.data.subset import check_subset_file, read_subset
 from kdfast.errors import SubsetError
@@ -147,6 +150,12 @@ def test_names_of_several_samples_are_refused(tmp_path):
             files=["x/a/1.png", "x/b/1.png"])  # fmt: skip
 
 
+def test_files_of_a_list_may_be_absolute_or_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("b/2.png\n")
+    assert read_subset(tmp_path / "a.txt", n=2, files=[str(tmp_path / "a" / "1.png"), "b/2.png"]).ids.tolist() == [1]
+
+
 def test_paths_need_an_image_folder(tmp_path):
     (tmp_path / "a.txt").write_text("cat/cat_0 a.JPEG 0\n")
     rejects(tmp_path / "a.txt", "holds paths, such as cat/cat_0 a.JPEG 0, and the samples of this data are not files")
@@ -184,9 +193,14 @@ def test_rejects_pickles_without_one_array_of_indices(tmp_path):
     rejects(tmp_path / "c.pt", "holds no array of indices")
 
 
-def test_paths_select_the_samples_of_an_image_folder(tmp_path, image_folder):
+@pytest.mark.parametrize("kind", ["folder", "split", "flipped"])
+def test_paths_select_the_samples_of_an_image_folder(tmp_path, image_folder, kind):
     folder = image_folder(tmp_path / "images")
     source = open_source(folder)
+    if kind == "split":
+        source = dataclasses.replace(source, train=SplitPart(source.train, [6, 1, 3, 0, 7]))
+    elif kind == "flipped":
+        source = replace_labels(source, 1 - source.train.labels)
     files = sample_files(source.train)
     picked = [3, 0, len(files) - 1]
     (tmp_path / "a.txt").write_text("".join(f"{os.path.relpath(files[i], folder)} 0\n" for i in picked))

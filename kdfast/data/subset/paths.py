@@ -24,6 +24,8 @@ class SamplePaths:
     """
 
     def __init__(self, files: Sequence[str]) -> None:
+        if len({os.path.isabs(file) for file in files}) > 1:
+            files = [os.path.abspath(file) for file in files]
         root = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
         self._by_path = {os.path.relpath(file, root): index for index, file in enumerate(files)}
         self._by_name: dict[str, int] = {}

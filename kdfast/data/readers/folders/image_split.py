@@ -37,6 +37,9 @@ class ImageSplit:
             square. None if all images have the same size.
         containers: The files that hold the images, if `files` are no paths.
 
+    Attributes:
+        files: Path of each sample; None if they are inside other files.
+
     Raises:
         DataError: The images differ in size and `size` is None (up to 1,000 are checked), or one is unreadable.
     """
@@ -49,6 +52,7 @@ class ImageSplit:
         containers: Sequence[str] | None = None,
     ) -> None:
         self._files = files
+        self.files = None if containers is not None else files
         self._labels = labels
         self._size = size
         self._containers = containers
