@@ -9,12 +9,13 @@ import contextlib
 import importlib
 import json
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdfast.errors import DataError, UsageError, did_you_mean
+from kdfast.errors import DataError, DataWarning, KdfastError, OutputError, UsageError, did_you_mean
 from kdfast.files import read_json, refuse_links, write_json
 
 PROJECT = "kdfast"
@@ -191,6 +192,9 @@ class TrackerSet:
         Args:
             folder: The run's folder, claimed.
             settings: The run's settings, JSON values.
+
+        Raises:
+            OutputError: A tracker cannot start the run.
         """
         if not self._packages:
             yield []
@@ -200,7 +204,8 @@ class TrackerSet:
         failed = True
         try:
             for name, package in self._packages.items():
-                trackers.append(TRACKERS[name].make(package, TrackedRun(folder, settings, identifiers.get(name))))
+                run = TrackedRun(folder, settings, identifiers.get(name))
+                trackers.append(_Guarded(name, _start(name, package, run)))
                 identifiers[name] = trackers[-1].identifier
             write_json(folder / STATE, identifiers)
             yield trackers
@@ -208,6 +213,55 @@ class TrackerSet:
         finally:
             for tracker in trackers:
                 tracker.close(failed=failed)
+
+
+class _Guarded:
+    """A tracker whose failure does not end the training, such as that of a server: it is said once.
+
+    Args:
+        name: Its name.
+        tracker: The tracker.
+    """
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker, self._works = name, tracker, True
+        self.identifier = tracker.identifier
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass the values on, unless it has failed before."""
+        if self._works:
+            with self._failing():
+                self._tracker.log(step, values)
+
+    def close(self, *, failed: bool) -> None:
+        """Close the tracker."""
+        with self._failing():
+            self._tracker.close(failed=failed)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._works:
+                text = (
+                    f"{self._name} gets no more metrics, it failed: {_first_line(error)}; metrics.jsonl has all of them"
+                )
+                warnings.warn(text, DataWarning, stacklevel=2)
+            self._works = False
+
+
+def _start(name: str, package: Any, run: TrackedRun) -> Tracker:
+    try:
+        return TRACKERS[name].make(package, run)
+    except KdfastError:
+        raise
+    except Exception as error:
+        raise OutputError(f"`track` {name}: it cannot start a run: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _load(name: str) -> Any:

@@ -130,6 +130,20 @@ def test_a_missing_package_is_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_tracker_that_fails_does_not_end_the_run(kdfast, tiny: Path, tmp_path: Path, calls, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no server\nat all")
+
+    monkeypatch.setattr(trackers.MLflow, "log", fail)
+    ran = train(kdfast, tiny, tmp_path / "run", "--track", "mlflow")
+    assert ran.code == 0
+    assert ran.err == "kdfast: mlflow gets no more metrics, it failed: no server; metrics.jsonl has all of them\n"
+    monkeypatch.setattr(trackers.MLflow, "__init__", fail)
+    ran = train(kdfast, tiny, tmp_path / "other", "--track", "mlflow")
+    assert (ran.code, ran.err) == (4, "kdfast: --track mlflow: it cannot start a run: no server\n")
+
+
 def test_an_unknown_tracker_is_refused() -> None:
     with pytest.raises(UsageError, match="`track` is 'wnadb': did you mean 'wandb'"):
         TrackerSet(["wnadb"])
