@@ -16,6 +16,7 @@ from typing import BinaryIO
 MAX_CONFIG_BYTES = 64 << 10
 MAX_JSON_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 20
+MAX_TABLE_BYTES = 1 << 30  # a line for each of many million samples
 MAX_IMAGE_BYTES = 1 << 30
 MAX_CIFAR_BYTES = 1 << 30  # of the archive, uncompressed; the official ones have 178 and 187 MB
 

@@ -32,9 +32,9 @@ def distill(kdfast, data, out, *more, alpha="0", student="resnet8"):
 
 
 SUBSETS = {
-    "bool": (np.ones(120, bool), "flatnonzero"),
+    "mask of other data": (np.ones(119, bool), r"boolean mask \(119,\).*120"),
+    "mask of integers": (np.ones(120, np.int64), "either a mask of all 120 samples, or indices"),
     "float": (np.arange(30.0), "int64"),
-    "int32": (np.arange(30, dtype=np.int32), "int64"),
     "rank 2": (np.arange(30)[:, None], "one-dimensional|1-D|dimension"),
     "negative": (np.array([-1, *range(30)]), "-1"),
     "past the end": (np.array([*range(30), 120]), "120"),

@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.errors import DataError, KdfastError
-from kdfast.files.inputs import open_regular
+from kdfast.files.inputs import MAX_TABLE_BYTES, read_bounded
 
 # Names of the column that says which sample a row is about. pandas leaves that of its index empty.
 INDEX_NAMES = ("index", "idx", "id", "sample_id", "sample_index", "sample")
 PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "img")
 _PANDAS_INDEX = ""
-_MAX_BYTES = 1 << 30
 _MAX_INDEX = 1 << 62
 
 
@@ -45,8 +44,7 @@ def read_lines(path: str | os.PathLike[str], *, error: type[KdfastError] = DataE
         KdfastError: Of type `error`, if the file is missing, no text file, or has no lines.
     """
     try:
-        with open_regular(path, _MAX_BYTES) as file:
-            raw = file.read()
+        raw = read_bounded(path, MAX_TABLE_BYTES)
     except OSError as exc:
         raise error(f"cannot read {path}: {exc.strerror or exc}") from exc
     if b"\0" in raw:
