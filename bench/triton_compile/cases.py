@@ -90,7 +90,8 @@ def dense(
     name = " ".join(["dense", f"C={c}", student, teacher, what, *(f"{k}={v}" for k, v in given.items())])
     table = (c, student, what) if teacher == "fp16" and not given and c in TABLE_CLASSES else ()
     kernel = "dense_kernel" if is_kl else "divergence_kernel"
-    return Case(name, kernel, lambda: run_loss(call, grad), n * c, traffic, widths, quick, table)
+    branches = int(options.get("own", False) and not is_kl)
+    return Case(name, kernel, lambda: run_loss(call, grad), n * c, traffic, widths, quick, table, branches)
 
 
 def dense_options() -> Iterator[Case]:
@@ -102,6 +103,9 @@ def dense_options() -> Iterator[Case]:
                 yield dense(c, direction=direction, **options)
         for options in ({"alpha": 0.0}, {"temperature": 1.0}, {"temperature": 2.0}, {"reduction": "sum"}, {"n": 128}):
             yield dense(c, **options)
+        for direction in ("forward", "reverse"):
+            yield dense(c, direction=direction, own=True)
+            yield dense(c, direction=direction, smoothing=0.1)
         yield dense(c, padding=8)
         yield dense(c, column_major=True)
     for c in (3, 33, 257, 1001, 4099, 50257):
@@ -117,7 +121,8 @@ def divergence_cases() -> Iterator[Case]:
                 yield dense(c, student, divergence=name, quick=(student, c) in (("bf16", 1000), ("bf16", 32000)))
         for c in (100, 1000, 32000):
             options = ({"grad": False}, {"rows": False}, {"weights": True}, {"temperature": 1.0}, {"temperature": 3.0})
-            for given in (*options, {"alpha": 1.0}, {"n": 128}):
+            own = ({"own": True}, {"own": True, "smoothing": 0.1}, {"smoothing": 0.1})
+            for given in (*options, *own, {"alpha": 1.0}, {"n": 128}):
                 yield dense(c, divergence=name, **given)
             yield dense(c, divergence=name, padding=8)
             yield dense(c, divergence=name, column_major=True)
@@ -215,6 +220,8 @@ def loss_call(
     padding: int = 0,
     column_major: bool = False,
     divergence: str = "kl",
+    own: bool = False,
+    smoothing: float = 0.0,
 ) -> Any:
     """Return the arguments of a ``kd_loss`` call as the operator passes them to its kernels, on the meta device.
 
@@ -235,6 +242,8 @@ def loss_call(
         padding: Elements between rows of the logits.
         column_major: Whether the logits are a transposed matrix.
         divergence: As in ``kd_loss``.
+        own: Whether each row has an alpha and a temperature of its own.
+        smoothing: Label smoothing.
     """
     from kdfast.ops.kd_loss.call import KDCall
 
@@ -249,14 +258,15 @@ def loss_call(
         classes=meta(n, k, dtype=torch.int32) if k else None,
         tail=meta(n) if k else None,
         weights=meta(n) if weights else None,
-        alphas=None,
-        temperatures=None,
+        alphas=meta(n) if own else None,
+        temperatures=meta(n) if own else None,
         alpha=alpha,
         temperature=temperature,
         t_squared=True,
         ignore_index=-100,
         reduction=reduction,
         reverse=direction == "reverse",
+        label_smoothing=smoothing,
         **({} if divergence == "kl" else {"divergence": divergence, "first_weight": 0.5, "second_weight": 0.5}),
     )
 

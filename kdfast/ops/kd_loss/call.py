@@ -112,7 +112,7 @@ class KDCall(NamedTuple):
     def operator(self) -> str:
         """The operator in ``backends.TABLE`` whose backends have all that the call needs."""
         if self.alphas is not None or self.temperatures is not None or self.label_smoothing > 0:
-            return "kd_loss_options"
+            return "kd_loss_options" if self.classes is None else "kd_loss_topk_options"
         return "kd_loss" if self.divergence == "kl" else "kd_loss_divergences"
 
     @property

@@ -87,8 +87,8 @@ def test_options_masks_and_far_spread_logits() -> None:
 
 
 def test_masks_and_far_spread_logits_of_other_divergences() -> None:
-    results = run_grid("triton_divergences_grid.py", ["masks", "far", "indices", "special"])
-    assert list(results) == [*DIVERGENCES, "special"]
+    results = run_grid("triton_divergences_grid.py", ["masks", "far", "indices", "special", "own"])
+    assert list(results) == [*DIVERGENCES, "special", "own numbers"]
     assert not {name: failures for name, failures in results.items() if failures}
 
 

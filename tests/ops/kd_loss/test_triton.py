@@ -69,6 +69,7 @@ def compiled(kernel, warps, types, **constants):
     from triton.compiler import ASTSource
 
     constants |= {name: 1 for name in ("z_col", "t_col", "v_col", "label_stride", "rows_stride")}
+    constants |= {"alphas_ptr": None, "temperatures_ptr": None, "smoothing": None, "T_SQUARED": False}
     names = [p.name for p in kernel.params]
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {}
@@ -79,7 +80,8 @@ def compiled(kernel, warps, types, **constants):
             signature[name] = types.get(name) or POINTERS[name]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-    aligned = [name for name in names if name.endswith("_ptr") or name in ("c", "z_row", "t_row")]
+    given = [name for name in names if name not in constants]
+    aligned = [name for name in given if name.endswith("_ptr") or name in ("c", "z_row", "t_row")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]

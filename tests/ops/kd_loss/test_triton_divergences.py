@@ -25,7 +25,7 @@ def grid():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["jsd", "dkd", "standardized", "special"])
+@pytest.mark.parametrize("name", ["jsd", "dkd", "standardized", "special", "own numbers"])
 def test_interpreted(grid, name):
     count, failures = grid[name]
     assert count > 0

@@ -7,7 +7,18 @@ import triton.language as tl
 
 from kdfast.ops.triton_rows import PARTS
 
-__all__ = ["LN2", "LOG2E", "add_four", "add_two", "exp_at_one", "finite_or_zero", "row_factors", "row_indices"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "add_four",
+    "add_two",
+    "exp_at_one",
+    "finite_or_zero",
+    "known",
+    "own_numbers",
+    "row_factors",
+    "row_indices",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -57,6 +68,54 @@ def row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS: tl.constexpr, HAS_M
         mass = tl.sum(tl.load(mass_ptr + tl.arange(0, PARTS)), 0)
         factor = tl.where(mass == 0.0, 0.0, factor / mass)
     return factor
+
+
+@triton.jit
+def scalar(x, ROWS: tl.constexpr):
+    """Return the number of the only row, or those of several rows as they are."""
+    return tl.sum(x, 0) if ROWS == 1 else x
+
+
+@triton.jit
+def known(z_label, hard, soft):
+    """Return the label's logit for the cross-entropy, 0 in rows without one, whose product with 0 would be NaN."""
+    if soft is not None:
+        z_label = tl.where(hard, z_label, 0.0)
+    return z_label
+
+
+@triton.jit
+def own_numbers(
+    numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Return the numbers of rows with an alpha or a temperature of their own, and which have each term.
+
+    ``numbers`` are those for a weight of 1 of either term and T = 1, as far as rows have their own. Out of range, they
+    become NaN.
+    """
+    scale, ce_factor, kl_factor, ce_slope, kl_slope = numbers
+    scale = scale * scalar(tl.full((ROWS,), 1.0, tl.float32), ROWS)
+    hard, soft = live, live
+    if alphas_ptr is not None:
+        alpha = tl.load(alphas_ptr + r, mask=live, other=0.5).to(tl.float32)
+        alpha = tl.where((alpha >= 0.0) & (alpha <= 1.0), alpha, float("nan"))
+        hard, soft = live & (alpha != 1.0), live & (alpha != 0.0)
+        rest, alpha = scalar(1.0 - alpha, ROWS), scalar(alpha, ROWS)
+        ce_factor, ce_slope, kl_factor, kl_slope = (
+            ce_factor * rest,
+            ce_slope * rest,
+            kl_factor * alpha,
+            kl_slope * alpha,
+        )
+    if temperatures_ptr is not None:
+        t = tl.load(temperatures_ptr + r, mask=live, other=1.0).to(tl.float32)
+        t = tl.where((t >= 1e-15) & (t <= 1e15), t, float("nan"))
+        t = scalar(tl.where(soft, t, 1.0), ROWS)
+        scale = scale / t
+        kl_slope = kl_slope * t if T_SQUARED else kl_slope / t
+        if T_SQUARED:
+            kl_factor *= t * t
+    return (scale, ce_factor, kl_factor, ce_slope, kl_slope), hard, soft
 
 
 @triton.jit

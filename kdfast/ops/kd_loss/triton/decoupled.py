@@ -83,7 +83,7 @@ def finish(tops, sums, z_label, t_label, factor, numbers, weights, USE_CE: tl.co
     hard, gradient = factor, -slope * gap
     if USE_CE:
         x_p1, small_p1 = odds(d * LOG2E, sum_e1)
-        loss += ce_factor * (LN2 * tl.maximum(-x_p1, 0.0) + log1p(small_p1))
+        loss += tl.where(ce_factor == 0.0, 0.0, ce_factor * (LN2 * tl.maximum(-x_p1, 0.0) + log1p(small_p1)))
         _, rest = probabilities(x_p1, small_p1)
         of_ce = factor * ce_slope * rest
         hard = tl.where(sum_e1 == 0.0, 0.0, of_ce / sum_e1)
@@ -95,18 +95,18 @@ def finish(tops, sums, z_label, t_label, factor, numbers, weights, USE_CE: tl.co
 def decoupled(
     operands, grad_base, columns, c, live, exists, label, factor, numbers, weights,
     USE_CE: tl.constexpr, POWER: tl.constexpr, GRAD: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
     """Store the gradient of rows but for the label; return the losses and the gradient at the label, (ROWS,)."""
     scale = numbers[0]
-    z_label, t_label = at_label(operands, label, live)
+    z_label, t_label = at_label(operands, label, live, soft)
     if TILES == 1:
         _, tops, all_terms, sums = tile_softmax(
-            operands, columns, c, live, scale, True, False, POWER, LAST_STEPS, LAST_FULL, label
+            operands, columns, c, live, scale, True, False, POWER, LAST_STEPS, LAST_FULL, label, soft
         )  # fmt: skip
     else:
         tops, sums = sweep_sums(
-            operands, columns, c, live, scale, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, label
+            operands, columns, c, live, scale, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, label, soft
         )  # fmt: skip
     # The softmax of a row with an infinite logit is NaN.
     z_label = tl.where(z_label == float("inf"), float("nan"), z_label)
@@ -116,11 +116,11 @@ def decoupled(
         if TILES == 1:
             store_gradient(
                 grad_base, 0, columns, c, exists, all_terms, live_slopes(slopes, live),
-                USE_CE, True, False, POWER, LAST_STEPS, LAST_FULL,
+                USE_CE, True, False, POWER, LAST_STEPS, LAST_FULL, flat,
             )  # fmt: skip
         else:
             sweep_gradients(
                 operands, grad_base, columns, c, live, tops, slopes, scale,
-                USE_CE, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, label,
+                USE_CE, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, label, soft, flat,
             )  # fmt: skip
     return loss, gradient

@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import LN2, row_factors, row_indices
+from kdfast.ops.kd_loss.triton.common import LN2, finite_or_zero, known, own_numbers, row_factors, row_indices
 from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient, sweep_gradients
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax
-from kdfast.ops.kd_loss.triton.tiles import store_zeros
+from kdfast.ops.kd_loss.triton.tiles import mean_from, store_zeros
 
 __all__ = ["dense_kernel"]
 
@@ -90,6 +90,10 @@ def dense_kernel(
     TILES: tl.constexpr,
     LAST_STEPS: tl.constexpr,
     LAST_FULL: tl.constexpr,
+    alphas_ptr=None,  # (N,) alpha of each row
+    temperatures_ptr=None,  # (N,) T of each row
+    smoothing=None,  # label smoothing
+    T_SQUARED: tl.constexpr = False,
 ):
     """Compute losses and gradient of ROWS rows.
 
@@ -117,37 +121,51 @@ def dense_kernel(
         factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
         factor = tl.where(bad, float("nan"), factor)
         operands = (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
+        numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
+        hard, soft = live, None
+        if alphas_ptr is not None or temperatures_ptr is not None:
+            numbers, hard, soft = own_numbers(numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED, ROWS)
         z_label, t_label = factor, factor
         if USE_CE:
             z_label = tl.load(operands[0] + label * z_col, mask=live, other=0.0).to(tl.float32)
             if USE_KL and GRAD:
                 t_label = tl.load(operands[2] + label * t_col, mask=live, other=0.0).to(tl.float32)
+                if soft is not None:
+                    t_label = tl.where(soft, t_label, z_label)
+        flat = None
+        if smoothing is not None:
+            offset = mean_from(finite_or_zero(z_label), operands, columns, c, hard, TILES, STEPS, LAST_STEPS)
+            smooth = factor * numbers[3] * smoothing
+            flat = tl.where(live, smooth / c, 0.0)
         if TILES == 1:
             _, tops, all_terms, sums = tile_softmax(
-                operands, columns, c, live, scale, USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL
+                operands, columns, c, live, numbers[0], USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL, None, soft
             )  # fmt: skip
         else:
             tops, sums = sweep_sums(
-                operands, columns, c, live, scale, USE_KL, REVERSE, POWER,
-                TILES, STEPS, LAST_STEPS, LAST_FULL,
+                operands, columns, c, live, numbers[0], USE_KL, REVERSE, POWER,
+                TILES, STEPS, LAST_STEPS, LAST_FULL, None, soft,
             )  # fmt: skip
-        numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
-        loss, slopes = finish(tops, sums, z_label, factor, numbers, USE_CE, USE_KL, REVERSE)
+        loss, slopes = finish(tops, sums, known(z_label, hard, soft), factor, numbers, USE_CE, USE_KL, REVERSE)
+        if smoothing is not None:
+            loss -= factor * numbers[1] * smoothing * tl.where(hard, offset, 0.0)
         tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
         if GRAD:
             if TILES == 1:
                 slopes = live_slopes(slopes, live)
                 store_gradient(
                     grad_base, 0, columns, c, exists, all_terms, slopes,
-                    USE_CE, USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL,
+                    USE_CE, USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL, flat,
                 )  # fmt: skip
             else:
                 sweep_gradients(
-                    operands, grad_base, columns, c, live, tops, slopes, scale,
-                    USE_CE, USE_KL, REVERSE, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                    operands, grad_base, columns, c, live, tops, slopes, numbers[0],
+                    USE_CE, USE_KL, REVERSE, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, None, soft, flat,
                 )  # fmt: skip
             if USE_CE:
-                e, root, u, gap = terms(z_label, t_label, tops[0], tops[1], tops[2], scale, USE_KL, REVERSE, POWER)
-                g = slope(e, root, u, gap, slopes, USE_CE, USE_KL, REVERSE, POWER) - factor * ce_slope
+                e, root, u, gap = terms(z_label, t_label, tops[0], tops[1], tops[2], numbers[0], USE_KL, REVERSE, POWER)
+                g = slope(e, root, u, gap, slopes, USE_CE, USE_KL, REVERSE, POWER) - factor * numbers[3]
+                if smoothing is not None:
+                    g += smooth - flat
                 tl.debug_barrier()  # after the store of the same element by another thread
                 tl.store(grad_base + label, g.to(grad_ptr.dtype.element_ty), mask=live)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import row_factors, row_indices
+from kdfast.ops.kd_loss.triton.common import finite_or_zero, own_numbers, row_factors, row_indices
 from kdfast.ops.kd_loss.triton.decoupled import decoupled
 from kdfast.ops.kd_loss.triton.jensen_shannon import jensen_shannon
 from kdfast.ops.kd_loss.triton.standardized import standardized
-from kdfast.ops.kd_loss.triton.tiles import store_zeros
+from kdfast.ops.kd_loss.triton.tiles import mean_from, store_zeros
 
 __all__ = ["divergence_kernel"]
 
@@ -62,6 +62,10 @@ def divergence_kernel(
     TILES: tl.constexpr,
     LAST_STEPS: tl.constexpr,
     LAST_FULL: tl.constexpr,
+    alphas_ptr=None,  # (N,) alpha of each row
+    temperatures_ptr=None,  # (N,) T of each row
+    smoothing=None,  # label smoothing
+    T_SQUARED: tl.constexpr = False,
 ):
     """Compute losses and gradient of ROWS rows; DIVERGENCE is "jsd", "dkd" or "standardized", the rest as for KL."""
     # The values do not change, but the compiler learns that it may load vectors of ALIGN elements.
@@ -86,22 +90,34 @@ def divergence_kernel(
         factor = tl.where(bad, float("nan"), factor)
         operands = (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
         numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
+        hard, soft = live, None
+        if alphas_ptr is not None or temperatures_ptr is not None:
+            numbers, hard, soft = own_numbers(numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED, ROWS)
+        flat = None
+        if smoothing is not None:
+            z_label = tl.load(operands[0] + label * z_col, mask=hard, other=0.0).to(tl.float32)
+            offset = mean_from(finite_or_zero(z_label), operands, columns, c, hard, TILES, STEPS, LAST_STEPS)
+            smooth = factor * numbers[3] * smoothing
+            flat = tl.where(live, smooth / c, 0.0)
         parts = (first_weight, second_weight)
         if DIVERGENCE == "jsd":
             loss, gradient = jensen_shannon(
                 operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
-                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
         elif DIVERGENCE == "dkd":
             loss, gradient = decoupled(
                 operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
-                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
         else:
             loss, gradient = standardized(
                 operands, grad_base, columns, c, live, exists, label, factor, numbers,
-                USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
+        if smoothing is not None:
+            loss -= factor * numbers[1] * smoothing * tl.where(hard, offset, 0.0)
+            gradient += smooth - flat
         tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
         if GRAD and (USE_CE or DIVERGENCE == "dkd"):
             tl.debug_barrier()  # after the store of the same element by another thread

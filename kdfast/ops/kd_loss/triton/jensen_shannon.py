@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import LN2, add_two
+from kdfast.ops.kd_loss.triton.common import LN2, add_two, known
 from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax, tile_terms
-from kdfast.ops.kd_loss.triton.tiles import at_label, load_tile, per_row
+from kdfast.ops.kd_loss.triton.tiles import at_label, load_tile, per_row, tile_scale
 
 __all__ = ["jensen_shannon"]
 
@@ -52,11 +52,11 @@ def log_ratios(z, t, e, u, tops, scale, mixture):
 
 
 @triton.jit
-def mix(logits, all_terms, tops, scale, mixture, STEPS: tl.constexpr):
+def mix(logits, all_terms, tops, scale, mixture, STEPS: tl.constexpr, soft):
     """Return the terms with log(p / m) as the gap, and each thread's sums of e log(p / m) and u log(q / m)."""
     zs, ts = logits
     es, roots, us, _ = all_terms
-    relative_to = (per_row(tops[0]), per_row(tops[1]))
+    relative_to, scale = (per_row(tops[0]), per_row(tops[1])), tile_scale(scale, soft)
     mixture = (mixture[0], per_row(mixture[1]), per_row(mixture[2]))
     p_m, q_m = log_ratios(zs[0].to(tl.float32), ts[0].to(tl.float32), es[0], us[0], relative_to, scale, mixture)
     logs, of_student, of_teacher = (p_m,), es[0] * p_m, us[0] * q_m
@@ -72,39 +72,39 @@ def mix(logits, all_terms, tops, scale, mixture, STEPS: tl.constexpr):
 @triton.jit
 def mix_tile(
     operands, start, columns, c, live, tops, scale, mixture,
-    POWER: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr,
+    POWER: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, soft,
 ):  # fmt: skip
     """Read a tile again and return what ``mix`` does."""
-    logits = load_tile(operands, start, columns, c, live, True, STEPS, FULL, POLICY)
+    logits = load_tile(operands, start, columns, c, live, True, STEPS, FULL, POLICY, None, soft)
     relative_to = (per_row(tops[0]), per_row(tops[1]), per_row(tops[2]))
     all_terms = tile_terms(logits[0], logits[1], relative_to, scale, STEPS, True, False, POWER)
-    return mix(logits, all_terms, tops, scale, mixture, STEPS)
+    return mix(logits, all_terms, tops, scale, mixture, STEPS, soft)
 
 
 @triton.jit
 def mixture_sums(
     operands, start, columns, c, live, tops, scale, mixture,
-    STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, soft,
 ):  # fmt: skip
     """Read a tile again and return each thread's sums of ``mix``."""
-    _, sums = mix_tile(operands, start, columns, c, live, tops, scale, mixture, 0, STEPS, FULL, POLICY)
+    _, sums = mix_tile(operands, start, columns, c, live, tops, scale, mixture, 0, STEPS, FULL, POLICY, soft)
     return sums
 
 
 @triton.jit
 def sweep_mixture(
     operands, columns, c, live, tops, scale, mixture, GRAD: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, soft,
 ):  # fmt: skip
     """Return each thread's sums of a row of several tiles, which is read from its last tile on."""
     BLOCK: tl.constexpr = STEPS * columns.shape[1] * columns.shape[2]
     POLICY: tl.constexpr = "evict_last" if GRAD else "evict_first"
     sums = mixture_sums(
-        operands, (TILES - 1) * BLOCK, columns, c, live, tops, scale, mixture, LAST_STEPS, LAST_FULL, POLICY
+        operands, (TILES - 1) * BLOCK, columns, c, live, tops, scale, mixture, LAST_STEPS, LAST_FULL, POLICY, soft
     )  # fmt: skip
     for j in range(0, TILES - 1):
         more = mixture_sums(
-            operands, (TILES - 2 - j) * BLOCK, columns, c, live, tops, scale, mixture, STEPS, STEPS, POLICY
+            operands, (TILES - 2 - j) * BLOCK, columns, c, live, tops, scale, mixture, STEPS, STEPS, POLICY, soft
         )  # fmt: skip
         sums = (sums[0] + more[0], sums[1] + more[1])
     return sums
@@ -113,20 +113,24 @@ def sweep_mixture(
 @triton.jit
 def sweep_gradients(
     operands, base, columns, c, live, tops, slopes, scale, mixture, USE_CE: tl.constexpr, POWER: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, soft, flat,
 ):  # fmt: skip
     """Read a row of several tiles again, from its first tile on, and store its gradient."""
     BLOCK: tl.constexpr = STEPS * columns.shape[1] * columns.shape[2]
     for i in range(0, TILES - 1):
         all_terms, _ = mix_tile(
-            operands, i * BLOCK, columns, c, live, tops, scale, mixture, POWER, STEPS, STEPS, "evict_first"
+            operands, i * BLOCK, columns, c, live, tops, scale, mixture, POWER, STEPS, STEPS, "evict_first", soft
         )  # fmt: skip
-        store_gradient(base, i * BLOCK, columns, c, live, all_terms, slopes, USE_CE, True, True, POWER, STEPS, STEPS)
+        store_gradient(
+            base, i * BLOCK, columns, c, live, all_terms, slopes, USE_CE, True, True, POWER, STEPS, STEPS, flat
+        )
     last = (TILES - 1) * BLOCK
     all_terms, _ = mix_tile(
-        operands, last, columns, c, live, tops, scale, mixture, POWER, LAST_STEPS, LAST_FULL, "evict_first"
+        operands, last, columns, c, live, tops, scale, mixture, POWER, LAST_STEPS, LAST_FULL, "evict_first", soft
     )  # fmt: skip
-    store_gradient(base, last, columns, c, live, all_terms, slopes, USE_CE, True, True, POWER, LAST_STEPS, LAST_FULL)
+    store_gradient(
+        base, last, columns, c, live, all_terms, slopes, USE_CE, True, True, POWER, LAST_STEPS, LAST_FULL, flat
+    )
 
 
 @triton.jit
@@ -149,40 +153,41 @@ def finish(tops, sums, of_student, of_teacher, z_label, factor, numbers, weights
 def jensen_shannon(
     operands, grad_base, columns, c, live, exists, label, factor, numbers, weights,
     USE_CE: tl.constexpr, POWER: tl.constexpr, GRAD: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
     """Store the gradient of rows but for the label; return the losses and the gradient at the label, (ROWS,)."""
     scale = numbers[0]
     if TILES == 1:
         logits, tops, all_terms, sums = tile_softmax(
-            operands, columns, c, live, scale, True, False, POWER, LAST_STEPS, LAST_FULL
+            operands, columns, c, live, scale, True, False, POWER, LAST_STEPS, LAST_FULL, None, soft
         )  # fmt: skip
     else:
         tops, sums = sweep_sums(
-            operands, columns, c, live, scale, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL
+            operands, columns, c, live, scale, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, None, soft
         )  # fmt: skip
-    z_label, t_label = at_label(operands, label, live)
+    z_label, t_label = at_label(operands, label, live, soft)
     ratio = tl.where(live, sums[2] / sums[1], 1.0)  # the sums of ignored rows are 0
     mixture = (weights[0], weights[1] * ratio, tl.log2(ratio))
     if TILES == 1:
-        all_terms, cross = mix(logits, all_terms, tops, scale, mixture, LAST_STEPS)
+        all_terms, cross = mix(logits, all_terms, tops, scale, mixture, LAST_STEPS, soft)
     else:
         cross = sweep_mixture(
-            operands, columns, c, live, tops, scale, mixture, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL
+            operands, columns, c, live, tops, scale, mixture, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, soft
         )  # fmt: skip
     of_student, of_teacher = tl.reduce(cross, 1, add_two)
-    loss, slopes = finish(tops, sums, of_student, of_teacher, z_label, factor, numbers, weights, USE_CE)
+    ce_logit = known(z_label, hard, soft)
+    loss, slopes = finish(tops, sums, of_student, of_teacher, ce_logit, factor, numbers, weights, USE_CE)
     gradient = factor
     if GRAD:
         if TILES == 1:
             store_gradient(
                 grad_base, 0, columns, c, exists, all_terms, live_slopes(slopes, live),
-                USE_CE, True, True, POWER, LAST_STEPS, LAST_FULL,
+                USE_CE, True, True, POWER, LAST_STEPS, LAST_FULL, flat,
             )  # fmt: skip
         else:
             sweep_gradients(
                 operands, grad_base, columns, c, live, tops, slopes, scale, mixture,
-                USE_CE, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                USE_CE, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, soft, flat,
             )  # fmt: skip
         if USE_CE:
             e, root, u, _ = terms(z_label, t_label, tops[0], tops[1], tops[2], scale, True, False, POWER)

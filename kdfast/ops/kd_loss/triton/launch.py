@@ -58,13 +58,14 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
     numbers = [
         logits.stride(0), logits.stride(1), teacher.stride(0), teacher.stride(1),
         0 if labels is None else labels.stride(0), 0 if rows is None else rows.stride(0), call.ignore_index,
-        float(call.temperature), (1.0 - call.alpha) * share, call.kl_factor * share, call.grad_scale(),
+        1.0 if call.temperatures is not None else float(call.temperature),
+        (1.0 if call.alphas is not None else 1.0 - call.alpha) * share, _kl_factor(call) * share, call.grad_scale(),
     ]  # fmt: skip
     flags: dict[str, Any] = {
         "USE_CE": call.use_ce, "GRAD": grad is not None,
         "HAS_LABELS": labels is not None, "HAS_ROWS": rows is not None, "HAS_WEIGHTS": call.weights is not None,
         "HAS_MASS": sums is not None,
-        "POWER": {1.0: 0, 2.0: 1, 4.0: 2}.get(float(call.temperature), 3) if call.use_ce and call.use_kl else 0,
+        "POWER": _power(call),
     }  # fmt: skip
     out = (row_losses, row_losses if grad is None else grad)
     if call.classes is None or call.tail is None or not call.use_kl:
@@ -73,7 +74,7 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
         vector, swept = min(align, 16 // logits.element_size()), 32 if is_kl else SWEPT[call.divergence]
         shape = tile_shape(c, vector, call.use_kl and call.reverse, swept)
         kernel = _tuned(dense_kernel if is_kl else divergence_kernel, tuple(shape.items()))
-        flags |= {"WIDE": _needs_wide_offsets(logits, teacher), "ALIGN": align}
+        flags |= {"WIDE": _needs_wide_offsets(logits, teacher), "ALIGN": align, **_own_numbers(call)}
         ce_factor, kl_factor, grad_scale = numbers[8:]
         slopes = ce_factor * grad_scale, kl_factor * grad_scale / temperature
         numbers[7:] = [ce_factor, kl_factor, math.log2(math.e) / temperature, *slopes]
@@ -88,6 +89,29 @@ def _launch(call: KDCall, row_losses: Tensor, grad: Tensor | None) -> None:
         flags |= {"REVERSE": call.reverse, "WIDE": _needs_wide_offsets(logits), "ALIGN": _alignment(logits)}
         classes, tail = call.classes.contiguous(), call.tail.resolve_neg().contiguous()
         launch_topk(logits, teacher, classes, tail, *pointers, *out, numbers=numbers, flags=flags)
+
+
+def _kl_factor(call: KDCall) -> float:
+    """Factor of the divergence, without what each row has of its own."""
+    alpha = 1.0 if call.alphas is not None else call.alpha
+    return alpha * call.temperature**2 if call.t_squared and call.temperatures is None else alpha
+
+
+def _power(call: KDCall) -> int:
+    """POWER of the kernels, see ``exp_at_one``."""
+    if not (call.use_ce and call.use_kl):
+        return 0
+    return 3 if call.temperatures is not None else {1.0: 0, 2.0: 1, 4.0: 2}.get(float(call.temperature), 3)
+
+
+def _own_numbers(call: KDCall) -> dict[str, Any]:
+    """Return the arguments about alpha and temperature of each row and about label smoothing; None if there is none."""
+    alphas, temperatures = (
+        None if x is None else x.resolve_neg().contiguous() for x in (call.alphas, call.temperatures)
+    )
+    smoothing = call.label_smoothing if call.use_ce and call.label_smoothing > 0 else None
+    own = {"alphas_ptr": alphas, "temperatures_ptr": temperatures, "smoothing": smoothing}
+    return {**own, "T_SQUARED": call.t_squared and temperatures is not None}
 
 
 def _needs_wide_offsets(*matrices: Tensor) -> bool:

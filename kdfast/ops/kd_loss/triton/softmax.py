@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LOG2E, add_four, finite_or_zero
-from kdfast.ops.kd_loss.triton.tiles import NEG_INF, load_tile, per_row, per_thread
+from kdfast.ops.kd_loss.triton.tiles import NEG_INF, load_tile, per_row, per_thread, tile_scale
 
 __all__ = [
     "LOWEST", "add_e1", "row_tops", "sweep_sums", "terms", "thread_tops", "tile_softmax", "tile_terms",
@@ -168,13 +168,13 @@ def row_sums(sums, USE_KL: tl.constexpr, POWER: tl.constexpr):
 @triton.jit
 def tile_softmax(
     operands, columns, c, live, scale, USE_KL: tl.constexpr, REVERSE: tl.constexpr, POWER: tl.constexpr,
-    STEPS: tl.constexpr, FULL: tl.constexpr, hidden=None,
+    STEPS: tl.constexpr, FULL: tl.constexpr, hidden=None, soft=None,
 ):  # fmt: skip
     """Return the logits, maxima, terms and sums of rows of one tile; maxima and sums are (ROWS,)."""
-    zs, ts = load_tile(operands, 0, columns, c, live, USE_KL, STEPS, FULL, "evict_first", hidden)
+    zs, ts = load_tile(operands, 0, columns, c, live, USE_KL, STEPS, FULL, "evict_first", hidden, soft)
     tops = row_tops(thread_tops(zs, ts, STEPS, USE_KL, REVERSE), USE_KL, REVERSE)
     relative_to = (per_row(tops[0]), per_row(tops[1]), per_row(tops[2]))
-    all_terms = tile_terms(zs, ts, relative_to, scale, STEPS, USE_KL, REVERSE, POWER)
+    all_terms = tile_terms(zs, ts, relative_to, tile_scale(scale, soft), STEPS, USE_KL, REVERSE, POWER)
     sums = row_sums(thread_sums(all_terms, STEPS, USE_KL, REVERSE, POWER), USE_KL, POWER)
     return (zs, ts), tops, all_terms, sums
 
@@ -209,10 +209,10 @@ def rescale(
 def accumulate(
     operands, start, columns, c, live, tops, sums, scale,
     STEPS: tl.constexpr, FULL: tl.constexpr, USE_KL: tl.constexpr, REVERSE: tl.constexpr, POWER: tl.constexpr,
-    hidden=None,
+    hidden=None, soft=None,
 ):  # fmt: skip
     """Add a tile to each thread's maxima and sums."""
-    zs, ts = load_tile(operands, start, columns, c, live, USE_KL, STEPS, FULL, "evict_last", hidden)
+    zs, ts = load_tile(operands, start, columns, c, live, USE_KL, STEPS, FULL, "evict_last", hidden, soft)
     z, t, t_at_top = thread_tops(zs, ts, STEPS, USE_KL, REVERSE)
     top_z, top_t = tl.maximum(tops[0], z), tl.maximum(tops[1], t)
     origin = tl.where(z > tops[0], t_at_top, tops[2]) if REVERSE else top_t
@@ -227,7 +227,7 @@ def accumulate(
 @triton.jit
 def sweep_sums(
     operands, columns, c, live, scale, USE_KL: tl.constexpr, REVERSE: tl.constexpr, POWER: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hidden=None,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hidden=None, soft=None,
 ):  # fmt: skip
     """Return maxima and sums of a row of several tiles, (1,)."""
     BLOCK: tl.constexpr = STEPS * columns.shape[1] * columns.shape[2]
@@ -236,11 +236,11 @@ def sweep_sums(
     for i in range(0, TILES - 1):
         tops, sums = accumulate(
             operands, i * BLOCK, columns, c, live, tops, sums, scale,
-            STEPS, STEPS, USE_KL, REVERSE, POWER, hidden,
+            STEPS, STEPS, USE_KL, REVERSE, POWER, hidden, soft,
         )  # fmt: skip
     tops, sums = accumulate(
         operands, (TILES - 1) * BLOCK, columns, c, live, tops, sums, scale,
-        LAST_STEPS, LAST_FULL, USE_KL, REVERSE, POWER, hidden,
+        LAST_STEPS, LAST_FULL, USE_KL, REVERSE, POWER, hidden, soft,
     )  # fmt: skip
     top_z, top_t, origin = row_tops(tops, USE_KL, REVERSE)
     new_tops = (top_z[:, None], top_t[:, None], origin[:, None])

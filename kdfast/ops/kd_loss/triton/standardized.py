@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import LN2, LOG2E, add_four, add_two
+from kdfast.ops.kd_loss.triton.common import LN2, LOG2E, add_four, add_two, known
 from kdfast.ops.kd_loss.triton.gradient import live_slopes
 from kdfast.ops.kd_loss.triton.softmax import LOWEST, row_tops, thread_tops
 from kdfast.ops.kd_loss.triton.tiles import NEG_INF, at_label, load_steps, load_tile, per_row, per_thread, store_vector
@@ -124,6 +124,14 @@ def sweep_spread(
 
 
 @triton.jit
+def own_teacher(soft, tops, student, teacher):
+    """Return the maxima and the teacher's spread, which are the student's in rows without a divergence."""
+    count, mean, squares = teacher
+    count, mean = tl.where(soft, count, student[0]), tl.where(soft, mean, student[1])
+    return (tops[0], tl.where(soft, tops[1], tops[0])), (count, mean, tl.where(soft, squares, student[2]))
+
+
+@triton.jit
 def deviation(spread):
     """Return the standard deviation of each row, 0 for a single class."""
     return tl.sqrt(spread[2] / tl.maximum(spread[0] - 1.0, 1.0))
@@ -174,37 +182,37 @@ def thread_sums(all_terms, STEPS: tl.constexpr):
 @triton.jit
 def read_terms(
     operands, start, columns, c, live, tops, scales, mean,
-    USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr,
+    USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, soft,
 ):  # fmt: skip
     """Read a tile again and return its terms."""
-    zs, ts = load_tile(operands, start, columns, c, live, True, STEPS, FULL, POLICY)
+    zs, ts = load_tile(operands, start, columns, c, live, True, STEPS, FULL, POLICY, None, soft)
     return tile_terms(zs, ts, tops, scales, mean, STEPS, USE_CE)
 
 
 @triton.jit
 def read_sums(
     operands, start, columns, c, live, tops, scales, mean,
-    USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr,
+    USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, soft,
 ):  # fmt: skip
     """Read a tile again and return each thread's sums."""
-    all_terms = read_terms(operands, start, columns, c, live, tops, scales, mean, USE_CE, STEPS, FULL, POLICY)
+    all_terms = read_terms(operands, start, columns, c, live, tops, scales, mean, USE_CE, STEPS, FULL, POLICY, soft)
     return thread_sums(all_terms, STEPS)
 
 
 @triton.jit
 def sweep_sums(
     operands, columns, c, live, tops, scales, mean, USE_CE: tl.constexpr, GRAD: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, soft,
 ):  # fmt: skip
     """Return each thread's sums of a row of several tiles, which is read from its last tile on."""
     BLOCK: tl.constexpr = STEPS * columns.shape[1] * columns.shape[2]
     POLICY: tl.constexpr = "evict_last" if GRAD else "evict_first"
     sums = read_sums(
-        operands, (TILES - 1) * BLOCK, columns, c, live, tops, scales, mean, USE_CE, LAST_STEPS, LAST_FULL, POLICY
+        operands, (TILES - 1) * BLOCK, columns, c, live, tops, scales, mean, USE_CE, LAST_STEPS, LAST_FULL, POLICY, soft
     )  # fmt: skip
     for j in range(0, TILES - 1):
         a, b, d, e, f, g = read_sums(
-            operands, (TILES - 2 - j) * BLOCK, columns, c, live, tops, scales, mean, USE_CE, STEPS, STEPS, POLICY
+            operands, (TILES - 2 - j) * BLOCK, columns, c, live, tops, scales, mean, USE_CE, STEPS, STEPS, POLICY, soft
         )  # fmt: skip
         sums = add_six(sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], a, b, d, e, f, g)
     return sums
@@ -222,7 +230,8 @@ def slope(e1, e, u, center, slopes, USE_CE: tl.constexpr):
 
 @triton.jit
 def store_gradient(
-    base, start, columns, c, exists, all_terms, slopes, USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr
+    base, start, columns, c, exists, all_terms, slopes, USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
+    flat,
 ):  # fmt: skip
     """Store the gradient of a tile from its terms and ``slopes``, the coefficients of each row."""
     e1s, es, us, centers, _, _ = all_terms
@@ -230,27 +239,27 @@ def store_gradient(
     for k in tl.static_range(STEPS):
         g = slope(e1s[k], es[k], us[k], centers[k], slopes, USE_CE)
         col = start + k * columns.shape[1] * columns.shape[2] + columns
-        store_vector(base, col, g, c, exists, k < FULL)
+        store_vector(base, col, g, c, exists, k < FULL, flat)
 
 
 @triton.jit
 def sweep_gradients(
     operands, base, columns, c, live, tops, scales, mean, slopes, USE_CE: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, soft, flat,
 ):  # fmt: skip
     """Read a row of several tiles again, from its first tile on, and store its gradient."""
     BLOCK: tl.constexpr = STEPS * columns.shape[1] * columns.shape[2]
     for i in range(0, TILES - 1):
         start = i * BLOCK
         all_terms = read_terms(
-            operands, start, columns, c, live, tops, scales, mean, USE_CE, STEPS, STEPS, "evict_first"
+            operands, start, columns, c, live, tops, scales, mean, USE_CE, STEPS, STEPS, "evict_first", soft
         )  # fmt: skip
-        store_gradient(base, start, columns, c, live, all_terms, slopes, USE_CE, STEPS, STEPS)
+        store_gradient(base, start, columns, c, live, all_terms, slopes, USE_CE, STEPS, STEPS, flat)
     last = (TILES - 1) * BLOCK
     all_terms = read_terms(
-        operands, last, columns, c, live, tops, scales, mean, USE_CE, LAST_STEPS, LAST_FULL, "evict_first"
+        operands, last, columns, c, live, tops, scales, mean, USE_CE, LAST_STEPS, LAST_FULL, "evict_first", soft
     )  # fmt: skip
-    store_gradient(base, last, columns, c, live, all_terms, slopes, USE_CE, LAST_STEPS, LAST_FULL)
+    store_gradient(base, last, columns, c, live, all_terms, slopes, USE_CE, LAST_STEPS, LAST_FULL, flat)
 
 
 @triton.jit
@@ -274,11 +283,11 @@ def finish(top_z, count, spread, sums, z_label, factor, numbers, USE_CE: tl.cons
 def standardized(
     operands, grad_base, columns, c, live, exists, label, factor, numbers,
     USE_CE: tl.constexpr, GRAD: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
     """Store the gradient of rows but for the label; return the losses and the gradient at the label, (ROWS,)."""
     if TILES == 1:
-        zs, ts = load_tile(operands, 0, columns, c, live, True, LAST_STEPS, LAST_FULL, "evict_first")
+        zs, ts = load_tile(operands, 0, columns, c, live, True, LAST_STEPS, LAST_FULL, "evict_first", None, soft)
         top_z, top_t, _ = row_tops(thread_tops(zs, ts, LAST_STEPS, True, False), True, False)
         tops = (top_z, top_t)
         student, teacher = tile_spreads(zs, ts, tops, LAST_STEPS)
@@ -287,29 +296,32 @@ def standardized(
         top_z, student = sweep_spread(z_base, z_col, columns, c, live, TILES, STEPS, LAST_STEPS, LAST_FULL)
         top_t, teacher = sweep_spread(t_base, t_col, columns, c, live, TILES, STEPS, LAST_STEPS, LAST_FULL)
         tops = (top_z, top_t)
+        if soft is not None:
+            tops, teacher = own_teacher(soft, tops, student, teacher)
     count, mean, _ = student
     spread = deviation(student)
-    z_label, t_label = at_label(operands, label, live)
+    z_label, t_label = at_label(operands, label, live, soft)
     scales = (numbers[0] / (spread + EPSILON), numbers[0] / (deviation(teacher) + EPSILON))
     if TILES == 1:
         all_terms = tile_terms(zs, ts, tops, scales, mean, LAST_STEPS, USE_CE)
         sums = thread_sums(all_terms, LAST_STEPS)
     else:
         sums = sweep_sums(
-            operands, columns, c, live, tops, scales, mean, USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL
+            operands, columns, c, live, tops, scales, mean, USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, soft
         )  # fmt: skip
     sums = tl.reduce(sums, 1, add_six)
-    loss, slopes = finish(tops[0], count, spread, sums, z_label, factor, numbers, USE_CE)
+    ce_logit = known(z_label, hard, soft)
+    loss, slopes = finish(tops[0], count, spread, sums, ce_logit, factor, numbers, USE_CE)
     gradient = factor
     if GRAD:
         if TILES == 1:
             hard, soft, other = live_slopes((slopes[0], slopes[1], slopes[2]), live)
             masked = (hard, soft, other, tl.where(live, slopes[3], 0.0))
-            store_gradient(grad_base, 0, columns, c, exists, all_terms, masked, USE_CE, LAST_STEPS, LAST_FULL)
+            store_gradient(grad_base, 0, columns, c, exists, all_terms, masked, USE_CE, LAST_STEPS, LAST_FULL, flat)
         else:
             sweep_gradients(
                 operands, grad_base, columns, c, live, tops, scales, mean, slopes,
-                USE_CE, TILES, STEPS, LAST_STEPS, LAST_FULL,
+                USE_CE, TILES, STEPS, LAST_STEPS, LAST_FULL, soft, flat,
             )  # fmt: skip
         if USE_CE:
             e1, e, u, center, _, _ = terms(z_label, t_label, tops, scales, mean, USE_CE)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "NEG_INF", "at_label", "load_steps", "load_tile", "per_row", "per_thread", "store_vector", "store_zeros",
-    "tile_shape",
+    "NEG_INF", "at_label", "load_steps", "load_tile", "mean_from", "per_row", "per_thread", "store_vector",
+    "store_zeros", "tile_scale", "tile_shape",
 ]  # fmt: skip
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -33,6 +33,15 @@ def per_row(x):
 def per_thread(x):
     """Broadcast (ROWS, LANES) over the columns of each thread."""
     return x[:, :, None]
+
+
+@triton.jit
+def tile_scale(scale, soft):
+    """Broadcast a scale over the columns of a tile if rows have their own, see ``own_numbers``."""
+    if soft is not None:  # noqa: SIM102 (Triton evaluates both sides of `and`)
+        if soft.shape[0] > 1:
+            scale = per_row(scale)
+    return scale
 
 
 @triton.jit
@@ -61,18 +70,20 @@ def load_steps(base, start, columns, stride, c, live, STEPS: tl.constexpr, FULL:
 @triton.jit
 def load_tile(
     operands, start, columns, c, live,
-    USE_KL: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, hidden=None,
+    USE_KL: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr, hidden=None, soft=None,
 ):  # fmt: skip
     """Load the vectors of student and teacher.
 
     ``operands`` are their row pointers and column strides. ``hidden`` is a class of each row, (ROWS,), that counts as
-    masked.
+    masked. Rows outside ``soft``, (ROWS,), have the student's logits as the teacher's.
     """
     z_base, z_col, t_base, t_col = operands
     zs = load_steps(per_row(z_base), start, columns, z_col, c, live, STEPS, FULL, POLICY)
     ts = zs
     if USE_KL:
         ts = load_steps(per_row(t_base), start, columns, t_col, c, live, STEPS, FULL, POLICY)
+    if soft is not None:
+        ts = teach_oneself(zs, ts, soft, STEPS)
     if hidden is not None:
         zs = hide(zs, start, columns, hidden, STEPS)
         ts = hide(ts, start, columns, hidden, STEPS)
@@ -80,11 +91,37 @@ def load_tile(
 
 
 @triton.jit
-def at_label(operands, label, live):
+def at_label(operands, label, live, soft=None):
     """Load the logits of student and teacher at the label of each row."""
     z_base, z_col, t_base, t_col = operands
     z = tl.load(z_base + label * z_col, mask=live, other=0.0).to(tl.float32)
-    return z, tl.load(t_base + label * t_col, mask=live, other=0.0).to(tl.float32)
+    t = tl.load(t_base + label * t_col, mask=live, other=0.0).to(tl.float32)
+    if soft is not None:
+        t = tl.where(soft, t, z)
+    return z, t
+
+
+@triton.jit
+def teach_oneself(zs, ts, soft, STEPS: tl.constexpr):
+    """Replace the teacher's logits in rows without a divergence, which is then 0 whatever they hold."""
+    vectors = ()
+    for k in tl.static_range(STEPS):
+        t = tl.where(per_row(soft), ts[k].to(tl.float32), zs[k].to(tl.float32))
+        vectors = vectors + (t,)  # type: ignore[assignment]  # noqa: RUF005
+    return vectors
+
+
+@triton.jit
+def mean_from(pivot, operands, columns, c, live, TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr):
+    """Return the mean of z - pivot over all classes of each row, (ROWS,)."""
+    base, stride, _, _ = operands
+    total = tl.zeros((base.shape[0], columns.shape[1], columns.shape[2]), tl.float32)
+    for k in range(0, (TILES - 1) * STEPS + LAST_STEPS):
+        col = k * columns.shape[1] * columns.shape[2] + columns
+        mask = (col < c) & per_row(live)
+        z = tl.load(per_row(base) + col * stride, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        total += tl.where(mask, z - per_row(pivot), 0.0)
+    return tl.sum(tl.sum(total, 2), 1) / c
 
 
 @triton.jit
@@ -98,8 +135,10 @@ def hide(vectors, start, columns, hidden, STEPS: tl.constexpr):
 
 
 @triton.jit
-def store_vector(base, col, x, c, rows, FULL: tl.constexpr):
-    """Store a vector of the rows (ROWS,); one that is FULL is not masked."""
+def store_vector(base, col, x, c, rows, FULL: tl.constexpr, flat=None):
+    """Store a vector of the rows (ROWS,), less ``flat`` of each row; one that is FULL is not masked."""
+    if flat is not None:
+        x = x - per_row(flat)
     x = x.to(base.dtype.element_ty)
     if FULL:
         tl.store(per_row(base) + col, x, eviction_policy="evict_first")
