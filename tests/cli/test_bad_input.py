@@ -33,7 +33,7 @@ def distill(kdfast, data, out, *more, alpha="0", student="resnet8"):
 
 SUBSETS = {
     "mask of other data": (np.ones(119, bool), r"boolean mask \(119,\).*120"),
-    "mask of integers": (np.ones(120, np.int64), "either a mask of all 120 samples, or indices"),
+    "mask of integers": (np.ones(120, np.int64), "either a mask, or indices"),
     "float": (np.arange(30.0), "int64"),
     "rank 2": (np.arange(30)[:, None], "one-dimensional|1-D|dimension"),
     "negative": (np.array([-1, *range(30)]), "-1"),
