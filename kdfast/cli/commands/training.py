@@ -14,10 +14,10 @@ from kdfast.cli.commands import recipe
 from kdfast.cli.output import MODE
 from kdfast.cli.progress import log_event, progress
 from kdfast.errors import OutputError, UsageError
-from kdfast.trackers import TrackerSet
 
 if TYPE_CHECKING:
     from kdfast.distill.plan import Plan
+    from kdfast.trackers import TrackerSet
 
 Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training samples.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
@@ -207,6 +207,8 @@ def load_trackers(names: list[str] | None, tensorboard: bool) -> TrackerSet:
     Raises:
         UsageError: There is no such tracker, or its package is missing.
     """
+    from kdfast.trackers import TrackerSet
+
     return TrackerSet([*(names or []), *(["tensorboard"] if tensorboard else [])])
 
 
