@@ -370,12 +370,10 @@ def test_labels_are_needed():
     kdfast.kd_loss(z, None, t, r, alpha=1.0, temperature=TEMPERATURES)
 
 
-def test_no_triton_kernel_is_named_silently():
-    from kdfast.ops import backends
-
-    if "triton" not in backends.TABLE["kd_loss_options", "cuda"]:
-        with pytest.raises(BackendUnavailable):
-            kdfast.kd_loss(*case(), alpha=ALPHAS, backend="triton")
+def test_topk_teachers_have_no_triton_kernel():
+    z, y, t, r = case()
+    with pytest.raises(BackendUnavailable, match="kd_loss_topk_options on cpu cannot use it"):
+        kdfast.kd_loss(z, y, topk_teacher(t, 3, 4.0), r, alpha=ALPHAS, backend="triton")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
