@@ -176,6 +176,7 @@ def run(
     """Claim the run folder and train, showing the progress. Return the content of result.json."""
     from kdfast.distill.folder import RunFolder
     from kdfast.distill.train import Monitoring, train
+    from kdfast.trackers import TrackerSet
 
     if plan.distributed.is_main:
         recipe.announce_views(plan.source, plan.metadata["augment"])
