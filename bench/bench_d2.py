@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from kdfast.prune.rules.d2 import pass_messages
-from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
-from kdfast.prune.rules.d2_greedy import select_greedily
+from kdfast.pruning.rules.d2 import pass_messages
+from kdfast.pruning.rules.d2_graph import nearest_neighbors, undirected_graph
+from kdfast.pruning.rules.d2_greedy import select_greedily
 
 LARGE = 1_281_167
 K = 5

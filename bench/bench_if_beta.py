@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from harness import table, write_results
 
-from kdfast.prune.if_beta import SAMPLE_SCORES, IFBeta
-from kdfast.prune.if_beta.selector.costs import distillation_seconds
-from kdfast.prune.if_beta.selector.presets import DEFAULT_PRESET, OPTIONS, build_learner
-from kdfast.prune.if_beta.selector.select import IF_BETA
+from kdfast.pruning.if_beta import SAMPLE_SCORES, IFBeta
+from kdfast.pruning.if_beta.selector.costs import distillation_seconds
+from kdfast.pruning.if_beta.selector.presets import DEFAULT_PRESET, OPTIONS, build_learner
+from kdfast.pruning.if_beta.selector.select import IF_BETA
 
 
 def make_data(samples: int, dim: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

@@ -38,10 +38,10 @@ from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import KdfastError
 from kdfast.files import read_json
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.score_file import ScoreFile, read_scores
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.fvm import held_out_samples
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.score_file import ScoreFile, read_scores
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.fvm import held_out_samples
+from kdfast.pruning.scores.registry import compute_score
 from kdfast.teacher.cache import TeacherCache
 
 TARGET_AUC = 0.85

@@ -3,8 +3,8 @@
     python bench/bench_terms.py [--student resnet20] [--teacher resnet32] [--samples 640] [--rounds 9]
 
 Random images of 32 x 32 pixels, 100 classes, batches of 64; the teacher runs online, on the student's views. The steps
-of all terms are interleaved; those of ab and fsp are of the phase in which they train alone, and the time of crd depends
-on the number of samples. Prints a table and writes bench/results/terms.json.
+of all terms are interleaved; those of ab and fsp are of the phase in which they train alone, and the time of crd
+depends on the number of samples. Prints a table and writes bench/results/terms.json.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from harness import interleave, table, write_results
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill.batches import Batch
-from kdfast.distill.config import RunConfig
-from kdfast.distill.losses.registry import LOSSES
-from kdfast.distill.losses.settings import TermSetting
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.batches import Batch
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.losses.registry import LOSSES
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 
@@ -86,7 +86,9 @@ def main() -> None:
         for name, timing in timings.items()
     ]
     print(table(rows))
-    write_results("terms", rows, student=options.student, teacher=options.teacher, samples=options.samples, batch_size=BATCH)
+    write_results(
+        "terms", rows, student=options.student, teacher=options.teacher, samples=options.samples, batch_size=BATCH
+    )
 
 
 if __name__ == "__main__":

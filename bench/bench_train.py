@@ -19,10 +19,10 @@ from harness import interleave, table, write_results
 
 from kdfast.data.readers.registry import open_source
 from kdfast.data.subset import write_subset
-from kdfast.distill.config import RunConfig
-from kdfast.distill.inputs import InputPaths, plan_run
-from kdfast.distill.plan import Plan
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.inputs import InputPaths, plan_run
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets.checkpoint import load_model
 from kdfast.teacher.build import build_cache
 

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill import optimizer, targets
-from kdfast.distill.config import RunConfig
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation import optimizer, targets
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache

@@ -25,18 +25,18 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
 from kdfast.data.subset import write_subset
 from kdfast.device import resolve_device
-from kdfast.distill.config import RunConfig
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.inputs import InputPaths, plan_run
-from kdfast.distill.train import train
-from kdfast.prune.if_beta.estimators import Trial
-from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
-from kdfast.prune.if_beta.proxy import PROXIES, ProxyData
-from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
-from kdfast.prune.if_beta.selector.presets import OPTIONS, build_learner
-from kdfast.prune.if_beta.selector.select import IF_BETA
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import InputPaths, plan_run
+from kdfast.distillation.train import train
+from kdfast.pruning.if_beta.estimators import Trial
+from kdfast.pruning.if_beta.evaluator import PolicyEvaluator
+from kdfast.pruning.if_beta.policy import StratifiedSampler, average_ranks
+from kdfast.pruning.if_beta.proxy import PROXIES, ProxyData
+from kdfast.pruning.if_beta.reward import REWARDS
+from kdfast.pruning.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
+from kdfast.pruning.if_beta.selector.presets import OPTIONS, build_learner
+from kdfast.pruning.if_beta.selector.select import IF_BETA
 from kdfast.teacher.cache import TeacherCache
 
 POLICIES = [

@@ -22,15 +22,15 @@ from harness import table, write_results
 
 from kdfast.data.holdout import hold_out
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta.estimators import Trial
-from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-from kdfast.prune.if_beta.policy import StratifiedSampler
-from kdfast.prune.if_beta.proxy import Linear, ProxyData
-from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import HeadInputs, self_influence
-from kdfast.prune.if_beta.selector.presets import build_learner
-from kdfast.prune.if_beta.selector.select import IF_BETA
-from kdfast.prune.if_beta.stages import beta_parameters
+from kdfast.pruning.if_beta.estimators import Trial
+from kdfast.pruning.if_beta.evaluator import PolicyEvaluator
+from kdfast.pruning.if_beta.policy import StratifiedSampler
+from kdfast.pruning.if_beta.proxy import Linear, ProxyData
+from kdfast.pruning.if_beta.reward import REWARDS
+from kdfast.pruning.if_beta.scores import HeadInputs, self_influence
+from kdfast.pruning.if_beta.selector.presets import build_learner
+from kdfast.pruning.if_beta.selector.select import IF_BETA
+from kdfast.pruning.if_beta.stages import beta_parameters
 from kdfast.teacher.cache import TeacherCache
 
 GRID = [beta_parameters(mu, tau) for mu in np.linspace(0, 1, 11) for tau in np.geomspace(0.5, 40, 12)]

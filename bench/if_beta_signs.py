@@ -21,8 +21,8 @@ from torch import Tensor
 import kdfast
 from kdfast.data.holdout import hold_out
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta.scores import HeadInputs, removal
-from kdfast.prune.scores.influence import DEFAULT_L2
+from kdfast.pruning.if_beta.scores import HeadInputs, removal
+from kdfast.pruning.scores.influence import DEFAULT_L2
 from kdfast.teacher.cache import TeacherCache
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import kdfast
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.scores.influence import DEFAULT_L2
+from kdfast.pruning.scores.influence import DEFAULT_L2
 from kdfast.teacher.cache import TeacherCache
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -19,10 +19,10 @@ from torch import nn
 from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill.config import RunConfig
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
-from kdfast.distill.targets import TeacherTargets
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+from kdfast.distillation.targets import TeacherTargets
 from kdfast.nets import NETS
 
 

@@ -35,9 +35,9 @@ from kdfast.data.source import Source
 from kdfast.data.views import apply_views
 from kdfast.dynamics.reader import Dynamics
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.score_file import read_scores
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.score_file import read_scores
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 from kdfast.teacher.cache import TeacherCache
 
 # Method, options, input, and the sign that makes a high score a hard or harmful sample.

@@ -18,8 +18,8 @@ from harness import table, write_results
 from scipy.stats import spearmanr
 
 from kdfast.dynamics.reader import Dynamics
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 
 SHARE = 0.1
 

@@ -18,10 +18,10 @@ from kdfast.data.views import Normalization
 from kdfast.errors import KdfastError
 from kdfast.nets import build_net
 from kdfast.nets.importing import import_checkpoint
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.score_file import ScoreFile, read_scores, write_scores
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 
 ROOT = Path(kdfast.__file__).parent
 # An expression in a message that the reader is to type.

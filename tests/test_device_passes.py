@@ -23,15 +23,15 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.prune.if_beta.estimators import ScoreFunction
-from kdfast.prune.if_beta.learner import IFBeta
-from kdfast.prune.if_beta.proxy import Linear, ProxyTrainingConfig
-from kdfast.prune.if_beta.search import Schedule
-from kdfast.prune.if_beta.selector.costs import distillation_seconds
-from kdfast.prune.if_beta.stages import TwoStages
-from kdfast.prune.rules.d2_graph import nearest_neighbors
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.if_beta.estimators import ScoreFunction
+from kdfast.pruning.if_beta.learner import IFBeta
+from kdfast.pruning.if_beta.proxy import Linear, ProxyTrainingConfig
+from kdfast.pruning.if_beta.search import Schedule
+from kdfast.pruning.if_beta.selector.costs import distillation_seconds
+from kdfast.pruning.if_beta.stages import TwoStages
+from kdfast.pruning.rules.d2_graph import nearest_neighbors
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 from kdfast.teacher import evaluate as evaluation
 from kdfast.teacher.flatten import FlattenConfig
 from kdfast.teacher.flatten.flattener import Flattener

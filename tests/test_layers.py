@@ -1,4 +1,4 @@
-"""Imports point down only: cli -> sweep -> report -> distill, prune -> dynamics -> teacher -> nets, data -> ops."""
+"""Imports point down only: cli, sweep, report, then distillation and pruning, dynamics, teacher, nets and data, ops."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -9,7 +9,7 @@ import pytest
 import kdfast
 
 ROOT = Path(kdfast.__file__).parent
-# A part imports only parts with a lower number: distill and prune, and nets and data, do not import each other.
+# A part imports only parts with a lower number: distillation and pruning, and nets and data, do not import each other.
 LAYER = {
     "errors": 0,
     "text": 0,
@@ -22,8 +22,8 @@ LAYER = {
     "data": 3,
     "teacher": 4,
     "dynamics": 5,
-    "prune": 6,
-    "distill": 6,
+    "pruning": 6,
+    "distillation": 6,
     "report": 7,
     "deploy": 7,
     "estimates": 7,

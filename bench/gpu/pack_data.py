@@ -18,7 +18,7 @@ import numpy as np
 from gpu.sheets import INFO, LABELS, LAYOUTS, TEACHER, digest, write_sheet
 from kdfast.data.readers.registry import open_source
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.rules.apply import select_subset
+from kdfast.pruning.rules.apply import select_subset
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ _LENIENT = ("-W", "default", "--continue-on-collection-errors")
 _TESTED = (0, 1, 5)
 
 _OPERATORS = ("kdfast/ops", "csrc")
-_TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfast/distill", "bench/gpu/data.py")
+_TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfast/distillation", "bench/gpu/data.py")
 _SMALL = ("bench/gpu/measure/small_cases.py", "bench/gpu/measure/kd_loss.py")
 
 # Folders of tests. On a CPU, where the queue only tests itself, a few quick ones replace those marked cuda.
@@ -42,7 +42,7 @@ def parts(device: str) -> list[Part]:
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
         _program("gradients", 210, *_OPERATORS, *heads),
-        _program("selection", 150, *_TRAINING, "kdfast/prune/if_beta", "bench/bench_if_beta.py"),
+        _program("selection", 150, *_TRAINING, "kdfast/pruning/if_beta", "bench/bench_if_beta.py"),
         _program("wheels", 60, always=True),
         _program("peers", 240, *_TRAINING, *heads, *peers, wheels=True),
     ]

@@ -10,10 +10,10 @@ import typer
 from sphinx.application import Sphinx
 
 from kdfast.cli.program import app
-from kdfast.prune.options import Option
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.options import Option
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.selectors import SELECTORS
 
 # Type names in the output of some versions of the option parser.
 TYPES = {"int": "INTEGER", "float": "NUMBER", "str": "TEXT"}

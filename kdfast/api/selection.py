@@ -23,11 +23,11 @@ from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
-from kdfast.prune.options import OptionValue, complete_options
-from kdfast.prune.request import PruneRequest
-from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores.compute import ScoreSources
-from kdfast.prune.scores.registry import get_score
+from kdfast.pruning.options import OptionValue, complete_options
+from kdfast.pruning.request import PruneRequest
+from kdfast.pruning.score_file import ScoreFile
+from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.scores.registry import get_score
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.writing.outputs import teacher_outputs
 
@@ -54,7 +54,7 @@ def score(
 
     Args:
         data: The data; or labels, integers `(N,)`, for scores that need no images.
-        method: A key of `kdfast.prune.scores.registry.SCORES`; `kdfast score --help` lists them.
+        method: A key of `kdfast.pruning.scores.registry.SCORES`; `kdfast score --help` lists them.
         cache: A teacher's cache.
         dynamics: Recorded training dynamics.
         teacher: A network, for scores that differentiate it.
@@ -110,10 +110,10 @@ def prune(
             random, unless there are `scores`.
         scores: Scores to select by, or for such a method to rank by: those of `kdfast.score`, real numbers `(N,)`,
             higher = harder, or a file.
-        rule: A key of `kdfast.prune.rules.registry.RULES`; None: the one that the score was published with.
+        rule: A key of `kdfast.pruning.rules.registry.RULES`; None: the one that the score was published with.
         options: Options of the rule, or of the method that selects directly.
         score_options: Options of the score.
-        balance: `balanced`, `equal` or `unbalanced`, see `kdfast.prune.rules.apply.select_subset`.
+        balance: `balanced`, `equal` or `unbalanced`, see `kdfast.pruning.rules.apply.select_subset`.
         seed: Seed of scores, tie-breaks and random draws.
         cache: A teacher's cache.
         dynamics: Recorded training dynamics.

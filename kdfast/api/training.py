@@ -20,14 +20,14 @@ from kdfast.data.augment.presets import augment_source
 from kdfast.data.source import Source, check_epoch_ids
 from kdfast.data.subset import Subset, open_subset
 from kdfast.device import resolve_device, resolve_precision
-from kdfast.distill.config import Execution, RunConfig
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.inputs import plan_opened
-from kdfast.distill.losses.settings import TermSetting
-from kdfast.distill.plan import Plan
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.train import Monitoring, train
+from kdfast.distillation.config import Execution, RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import plan_opened
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.train import Monitoring, train
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.teacher.cache import TeacherCache
@@ -39,7 +39,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 
 class Settings(TypedDict, total=False):
-    """Settings of a run: those of `kdfast.distill.config.RunConfig`, with the same defaults."""
+    """Settings of a run: those of `kdfast.distillation.config.RunConfig`, with the same defaults."""
 
     epochs: int
     batch_size: int
@@ -118,7 +118,7 @@ def distill(
         teacher: The teacher, to run during training where there is no cache, and for terms that read its activations;
             see `load_teacher`.
         alpha: Weight of the divergence from the teacher; `auto`: by the kept share, see
-            `kdfast.distill.losses.alpha`; 0: train without a teacher.
+            `kdfast.distillation.losses.alpha`; 0: train without a teacher.
         augment: Augmentation in place of the data's own, see `kdfast.data.augment.presets.augment_source`.
         loader: `auto`, `ffcv` or `resident`.
         resume: `auto`, `never` or `overwrite`: what to do about a run in the folder.

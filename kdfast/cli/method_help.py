@@ -15,7 +15,7 @@ from kdfast.cli.output import say
 from kdfast.errors import look_up
 
 if TYPE_CHECKING:
-    from kdfast.prune.options import Option
+    from kdfast.pruning.options import Option
 
 
 class Entry(NamedTuple):
@@ -80,7 +80,7 @@ class PruneCommand(ScoreCommand):
 
     def selected(self, given: Mapping[str, Any]) -> list[Entry]:
         """Return the score with its rule, the selector or the rule that is named; all entries if none is."""
-        from kdfast.prune.scores.registry import SCORES
+        from kdfast.pruning.scores.registry import SCORES
 
         method, rule = (value if isinstance(value := given.get(key), str) else None for key in ("method", "rule"))
         if method is None and rule is None:
@@ -93,7 +93,7 @@ class PruneCommand(ScoreCommand):
 
 def scores(flag: str) -> dict[str, Entry]:
     """Return every score, with options set by a flag."""
-    from kdfast.prune.scores.registry import SCORES
+    from kdfast.pruning.scores.registry import SCORES
 
     return {
         name: Entry(f"Score {name}", f"{method.summary}{_inputs(method.needs)}", flag, method.options)
@@ -103,14 +103,14 @@ def scores(flag: str) -> dict[str, Entry]:
 
 def rules() -> dict[str, Entry]:
     """Return every selection rule."""
-    from kdfast.prune.rules.registry import RULES
+    from kdfast.pruning.rules.registry import RULES
 
     return {name: Entry(f"Rule {name}", rule.summary, "--option", rule.options) for name, rule in RULES.items()}
 
 
 def selectors() -> dict[str, Entry]:
     """Return every method that selects the subset directly."""
-    from kdfast.prune.selectors import SELECTORS
+    from kdfast.pruning.selectors import SELECTORS
 
     return {name: Entry(f"Method {name}", m.summary, "--option", m.options, m.presets) for name, m in SELECTORS.items()}
 

@@ -12,7 +12,7 @@ def list_terms(context: Any, _parameter: Any, asked: bool) -> None:
     if not asked:
         return
     # The registry imports torch, so it is imported only when it is printed.
-    from kdfast.distill.losses.registry import LOSSES
+    from kdfast.distillation.losses.registry import LOSSES
 
     formatter = context.make_formatter()
     for title, reads_logits in (

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     POLICY = 14
     MIX = 15
     SPLIT = 16
+    GALLERY = 17
 
 
 def mix64(words: WordArray) -> WordArray:

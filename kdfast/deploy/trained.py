@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdfast.distill.folder import METADATA_KEY, is_run_config, read_finished_run
+from kdfast.distillation.folder import METADATA_KEY, is_run_config, read_finished_run
 from kdfast.errors import CheckpointError, DataError, UsageError
 from kdfast.files import read_json
 from kdfast.nets.checkpoint import Model, load_model

@@ -433,6 +433,9 @@ class SweepRow(SweepKey):
     test_top1: Percent
     seconds: NotNegative
     settings: SweepSettings
+    epochs: Count | None = None
+    subset_seconds: NotNegative | None = None
+    costs: dict[str, NotNegative | None] | None = None
 
 
 # Score files: the description of scores.npz.

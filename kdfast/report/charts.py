@@ -62,8 +62,16 @@ class Bins:
         return [(float(x), f"{10**v if self.log else v:.2g}") for x, v in zip(positions, values, strict=True)]
 
 
-def histogram(all_counts: Counts, kept_counts: Counts | None, bins: Bins, label: str) -> Safe:
-    """Draw a large histogram with axes; the kept part of each bar has the accent color."""
+def histogram(all_counts: Counts, kept_counts: Sequence[Counts], bins: Bins, label: str) -> Safe:
+    """Draw a large histogram with axes.
+
+    Args:
+        all_counts: Samples in each bin.
+        kept_counts: Those that each subset keeps: of one subset the part of each bar in the accent color, of several
+            an outline each.
+        bins: The bins.
+        label: Description of the chart for screen readers.
+    """
     width, height, left, bottom = 760, 260, 56, 40
     top = max(1, int(all_counts.max()))
     plot_width, plot_height = width - left - 20, height - bottom - 12
@@ -81,8 +89,8 @@ def histogram(all_counts: Counts, kept_counts: Counts | None, bins: Bins, label:
     return _svg(width, height, label, grid, bars, axis)
 
 
-def small_histogram(all_counts: Counts, kept_counts: Counts | None, label: str) -> Safe:
-    """Draw a histogram without axes."""
+def small_histogram(all_counts: Counts, kept_counts: Sequence[Counts], label: str) -> Safe:
+    """Draw a histogram without axes; arguments as for `histogram`."""
     return _svg(160, 52, label, _bars(all_counts, kept_counts, (0, 2, 160, 50), max(1, int(all_counts.max()))))
 
 
@@ -158,10 +166,17 @@ def line_chart(x: Floats, lines: Mapping[str, Floats], axis: str, label: str, *,
     return _svg(width, height, label, marks)
 
 
-def _bars(all_counts: Counts, kept: Counts | None, box: tuple[float, float, float, float], top: int) -> list[Safe]:
+def outline(number: int) -> str:
+    """Return the class in the style sheet that colors the outline of the subset with this number, counted from 1."""
+    return f"c{(number - 1) % 9 + 1}"
+
+
+def _bars(
+    all_counts: Counts, kept_counts: Sequence[Counts], box: tuple[float, float, float, float], top: int
+) -> list[Safe]:
     left, above, width, height = box
     step = width / len(all_counts)
-    layers = [("all", all_counts)] + ([] if kept is None else [("kept", kept)])
+    layers = [("all", all_counts)] + ([("kept", kept_counts[0])] if len(kept_counts) == 1 else [])
     bars = []
     for kind, counts in layers:
         for place, count in enumerate(counts):
@@ -169,6 +184,13 @@ def _bars(all_counts: Counts, kept: Counts | None, box: tuple[float, float, floa
                 bar_height = max(height * int(count) / top, 0.6)
                 corner = {"x": _format(left + place * step), "y": _format(above + height - bar_height)}
                 bars.append(tag("rect", **corner, width=_format(step * 0.9), height=_format(bar_height), class_=kind))
+    if len(kept_counts) > 1:
+        for number, counts in enumerate(kept_counts, 1):
+            steps = [f"M{left:g} {above + height:g}"]
+            for place, count in enumerate(counts):
+                y = above + height * (1 - int(count) / top)
+                steps.append(f"V{y:.1f} H{left + (place + 1) * step:.1f}")
+            bars.append(tag("path", d=f"{' '.join(steps)} V{above + height:g}", class_=f"trend {outline(number)}"))
     return bars
 
 

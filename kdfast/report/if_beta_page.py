@@ -12,7 +12,7 @@ import numpy as np
 from kdfast.errors import DataError
 from kdfast.files import matches_seal, read_json, schemas
 from kdfast.files.validate import check_type
-from kdfast.prune.if_beta.stages import mode_and_sharpness
+from kdfast.pruning.if_beta.stages import mode_and_sharpness
 from kdfast.report import charts
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import check_page_path, render_page, write_page
@@ -145,7 +145,7 @@ def _render_path(record: dict[str, Any]) -> Safe:
 def _render_scores(record: dict[str, Any]) -> Safe:
     bins = charts.Bins(np.array(record["scores"]["edges"]), log=False)
     all_counts, kept = (np.array(record["scores"][name], np.int64) for name in ("all", "kept"))
-    return tag("figure", charts.histogram(all_counts, kept, bins, "Scores of all and of the kept samples"))
+    return tag("figure", charts.histogram(all_counts, [kept], bins, "Scores of all and of the kept samples"))
 
 
 def _render_balance(record: dict[str, Any]) -> Safe:

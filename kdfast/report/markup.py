@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from kdfast.text import printable
 
-_VOID = frozenset({"br", "img", "meta", "rect", "line", "path"})
+_VOID = frozenset({"br", "img", "meta", "rect", "line", "path", "wbr"})
 
 
 class Safe(str):

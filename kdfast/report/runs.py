@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.distill.folder import read_finished_run
+from kdfast.distillation.folder import read_finished_run
 from kdfast.errors import DataError
 from kdfast.files import schemas
 from kdfast.files.validate import decode_json, read_regular

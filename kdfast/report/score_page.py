@@ -1,4 +1,4 @@
-"""The score page: one self-contained HTML file."""
+"""The page about scores, or about subsets alone: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from kdfast.report.score_sections import SECTIONS, render_statistics
 
 def render_score_page(data: ScorePageData) -> str:
     """Return the HTML of the page."""
-    title = f"{data.scored.method} scores of {Path(data.source.path).name}"
+    about = "Subsets" if data.scored is None else f"{data.scored.method} scores"
+    title = f"{about} of {Path(data.source.path).name}"
     sections = [(anchor, heading, render(data)) for anchor, (heading, render) in SECTIONS.items()]
     return render_page(title, render_statistics(data), sections)
 

@@ -9,18 +9,17 @@ import numpy as np
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import Subset
+from kdfast.pruning.score_file import ScoreFile
 from kdfast.report import charts
+from kdfast.report.gallery import render_kept_and_dropped, render_samples
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.score_data import ScorePageData
 from kdfast.report.score_statistics import (
-    Example,
     Matrix,
     class_counts,
     classes_by_mean_score,
     compute_overlaps,
-    extreme_samples,
     highest_samples,
-    load_examples,
     rank_correlations,
 )
 
@@ -28,77 +27,53 @@ from kdfast.report.score_statistics import (
 _MAX_HISTOGRAMS = 100
 # Maximum number of columns with names below them.
 _MAX_NAMED_COLUMNS = 12
-# Predictions below this probability are omitted, except the first.
-_MIN_PROBABILITY = 0.005
 # Keys of a subset's provenance that the page omits: it shows the data elsewhere, and the digest was checked on reading.
 _OMITTED = ("data", "ids")
 
 
 def render_statistics(data: ScorePageData) -> Safe:
     """Render the numbers at the top."""
-    scores = data.scored.scores
-    pairs = [
-        ("Training samples", f"{len(scores):,}"),
-        ("Classes", f"{len(data.source.classes):,}"),
-        ("Method", data.scored.method),
-        ("Median score", f"{np.median(scores):.3g}"),
-        ("Range", f"{scores.min():.2g} to {scores.max():.2g}"),
-        ("Scoring time", f"{data.scored.seconds:.3g} s"),
-    ]
+    n = len(data.source.train)
+    pairs = [("Training samples", f"{n:,}"), ("Classes", f"{len(data.source.classes):,}")]
+    if data.scored is not None:
+        scores = data.scored.scores
+        pairs += [
+            ("Method", data.scored.method),
+            ("Median score", f"{np.median(scores):.3g}"),
+            ("Range", f"{scores.min():.2g} to {scores.max():.2g}"),
+            ("Scoring time", f"{data.scored.seconds:.3g} s"),
+        ]
     for name, subset in data.subsets.items():
-        pairs.append((f"Kept in {name}", f"{len(subset.ids):,} ({len(subset.ids) / len(scores):.1%})"))
+        pairs.append((f"Kept in {name}", f"{len(subset.ids):,} ({len(subset.ids) / n:.1%})"))
     return statistics_list(pairs)
 
 
-def render_histograms(data: ScorePageData) -> Safe:
-    """Render a large histogram of all samples and a small one per class."""
+def render_histograms(data: ScorePageData) -> Safe | None:
+    """Render a large histogram of all samples and a small one per class, with the samples that each subset keeps."""
+    if data.scored is None:
+        return None
     scores, labels = data.scored.scores, data.source.train.labels
     bins = charts.Bins.of(scores)
-    name, kept = _first_subset(data)
-    legend = render([tag("span", class_="key all"), "all samples"])
-    if kept is not None:
-        legend = render([legend, tag("span", class_="key kept"), f"kept in {name}"])
+    subsets = {name: subset.ids for name, subset in data.subsets.items()}
     label = f"Histogram of {data.scored.method} scores of all samples"
-    chart = charts.histogram(bins.count(scores), _count_kept(scores, kept, bins), bins, label)
-    caption = tag("figcaption", legend, ". The outer bins include the 0.5% of samples beyond each end.")
+    kept_counts = [bins.count(scores[ids]) for ids in subsets.values()]
+    chart = charts.histogram(bins.count(scores), kept_counts, bins, label)
+    caption = tag("figcaption", _legend(list(subsets)), " The outer bins include the 0.5% of samples beyond each end.")
     small_bins = charts.Bins.of(scores, 28)
-    shown, note = _histogram_classes(data)
+    shown, note = _histogram_classes(labels, scores, len(data.source.classes))
     figures = []
     for label_id in shown:
         members = labels == label_id
-        kept_members = None if kept is None else kept[labels[kept] == label_id]
         title, mean = data.source.classes[label_id], float(scores[members].mean())
         small = charts.small_histogram(
             small_bins.count(scores[members]),
-            _count_kept(scores, kept_members, small_bins),
+            [small_bins.count(scores[ids[labels[ids] == label_id]]) for ids in subsets.values()],
             f"Scores of class {title}, mean {mean:.3g}",
         )
         lines = [tag("strong", title), tag("br"), f"mean {mean:.3g}", tag("br"), f"{int(members.sum()):,} samples"]
         figures.append(tag("figure", small, tag("figcaption", lines)))
     heading = tag("h3", "Per class, on the same axis, hardest first")
     return render([tag("figure", chart, caption), heading, note, tag("div", figures, class_="small-multiples")])
-
-
-def render_samples(data: ScorePageData) -> Safe:
-    """Render the samples of highest and lowest score of a few classes, with the teacher's predictions."""
-    scores, labels = data.scored.scores, data.source.train.labels
-    note = "Below each image: its score. With a teacher's cache, the page also shows the teacher's predictions."
-    if data.cache is not None:
-        note = (
-            "Below each image: its score and the teacher's most probable classes. A red frame marks images whose first "
-            "prediction differs from the label."
-        )
-    parts = [tag("p", note, class_="note")]
-    for label in classes_by_mean_score(scores, labels, data.sample_classes):
-        name = data.source.classes[label]
-        parts.append(tag("h3", f"Label: {name}"))
-        ends = extreme_samples(scores, labels, label, data.samples_per_end)
-        for title, ids in zip(("Highest scores", "Lowest scores"), ends, strict=True):
-            examples = load_examples(ids, scores, data.source.train, data.cache)
-            items = [_render_example(data, example, label) for example in examples]
-            parts.append(tag("p", title, class_="note"))
-            parts.append(tag("ul", items, class_="samples", aria_label=f"{title} of class {name}"))
-    return render(parts)
 
 
 def render_balance(data: ScorePageData) -> Safe | None:
@@ -110,7 +85,7 @@ def render_balance(data: ScorePageData) -> Safe | None:
 def render_overlap(data: ScorePageData) -> Safe | None:
     """Render the agreement of the scores and the overlap of the subsets."""
     parts: list[Safe] = []
-    scores = {data.scored.method: data.scored.scores, **{name: other.scores for name, other in data.others.items()}}
+    scores = {name: scored.scores for name, scored in _all_scores(data).items()}
     if len(scores) > 1:
         highest = {name: highest_samples(values, data.fraction) for name, values in scores.items()}
         share = f"{data.fraction:.3g}"
@@ -133,7 +108,7 @@ def render_provenance(data: ScorePageData) -> Safe:
         ["Data", f"{data.source.path} ({data.source.kind})"],
         ["Data fingerprint", tag("code", data.source.fingerprint)],
     ]
-    for name, scored in {data.scored.method: data.scored, **data.others}.items():
+    for name, scored in _all_scores(data).items():
         rows.append([f"Scores: {name}", _format_mapping({**scored.parameters, "seconds": round(scored.seconds, 3)})])
         rows.append(["Digest", tag("code", scored.digest)])
         rows += [[f"Digest of the {what} used", tag("code", digest)] for what, digest in scored.sources.items()]
@@ -155,6 +130,7 @@ def render_provenance(data: ScorePageData) -> Safe:
 SECTIONS: dict[str, tuple[str, Callable[[ScorePageData], Safe | None]]] = {
     "scores": ("Scores by class", render_histograms),
     "samples": ("Highest and lowest samples", render_samples),
+    "kept": ("Kept and dropped samples", render_kept_and_dropped),
     "balance": ("Class balance", render_balance),
     "overlap": ("Overlap between methods", render_overlap),
     "provenance": ("Provenance", render_provenance),
@@ -182,35 +158,22 @@ def _render_class_shares(data: ScorePageData, name: str, subset: Subset) -> Safe
     return render([tag("h3", name), figure, tag("details", tag("summary", "As a table"), numbers)])
 
 
-def _render_example(data: ScorePageData, example: Example, label: int) -> Safe:
-    classes = data.source.classes
-    lines = []
-    for place, (predicted, probability) in enumerate(example.predictions):
-        if place and probability < _MIN_PROBABILITY:
-            break
-        kind = "right" if predicted == label else "wrong" if place == 0 else "other"
-        mark = "✓ " if predicted == label else "✗ " if place == 0 else ""
-        lines.append(tag("span", f"{mark}{classes[predicted]} {probability:.0%}", class_=kind))
-    differs = bool(example.predictions) and example.predictions[0][0] != label
-    alt = f"Sample {example.id}, label {classes[label]}, score {example.score:.3g}"
-    image = tag("img", src=example.image, alt=alt, title=f"sample {example.id}", loading="lazy")
-    score = tag("span", f"{example.score:.3g}", class_="score")
-    return tag("li", image, score, lines, class_="differs" if differs else None)
+def _all_scores(data: ScorePageData) -> dict[str, ScoreFile]:
+    return {} if data.scored is None else {data.scored.method: data.scored, **data.others}
 
 
-def _first_subset(data: ScorePageData) -> tuple[str, IntArray | None]:
-    for name, subset in data.subsets.items():
-        return name, subset.ids
-    return "", None
+def _legend(names: Sequence[str]) -> Safe:
+    """Return the colors of a histogram: bars of all samples, and of one subset; lines of several."""
+    keys = [tag("span", tag("span", class_="key all"), "all samples")]
+    for number, name in enumerate(names, 1):
+        kind = "kept" if len(names) == 1 else f"line {charts.outline(number)}"
+        keys.append(tag("span", tag("span", class_=f"key {kind}"), f"kept in {name}"))
+    return tag("span", keys, class_="keys")
 
 
-def _count_kept(scores: charts.Floats, ids: IntArray | None, bins: charts.Bins) -> charts.Counts | None:
-    return None if ids is None else bins.count(scores[ids])
-
-
-def _histogram_classes(data: ScorePageData) -> tuple[list[int], Safe | None]:
+def _histogram_classes(labels: IntArray, scores: Matrix, classes: int) -> tuple[list[int], Safe | None]:
     """Return the classes by mean score, hardest first, and a note if some are omitted."""
-    order = classes_by_mean_score(data.scored.scores, data.source.train.labels, len(data.source.classes))
+    order = classes_by_mean_score(scores, labels, classes)
     if len(order) <= _MAX_HISTOGRAMS:
         return order, None
     half = _MAX_HISTOGRAMS // 2

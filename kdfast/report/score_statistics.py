@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from kdfast.data.source import Split
 from kdfast.data.stateless_random import IntArray
-from kdfast.prune.rules.base import FloatArray
-from kdfast.prune.rules.beta import mid_ranks
+from kdfast.pruning.rules.base import FloatArray
+from kdfast.pruning.rules.beta import mid_ranks
 from kdfast.report.images import encode_data_uri
 from kdfast.teacher.cache import TeacherCache
 
@@ -24,14 +24,14 @@ class Example:
 
     Attributes:
         id: Index in the training split.
-        score: Its score.
+        score: Its score; None without scores.
         image: Its image as a data URI.
         predictions: The teacher's most probable classes with their probabilities, in descending order; empty without a
             cache.
     """
 
     id: int
-    score: float
+    score: float | None
     image: str
     predictions: tuple[tuple[int, float], ...]
 
@@ -60,13 +60,13 @@ def extreme_samples(scores: FloatArray, labels: IntArray, label: int, count: int
 
 
 def load_examples(
-    ids: IntArray, scores: FloatArray, split: Split, cache: TeacherCache | None, top: int = 3
+    ids: IntArray, scores: FloatArray | None, split: Split, cache: TeacherCache | None, top: int = 3
 ) -> list[Example]:
     """Load images, scores and the teacher's predictions of samples.
 
     Args:
         ids: int64 (n,).
-        scores: float64 (N,), of all samples.
+        scores: float64 (N,), of all samples, or None.
         split: The training split.
         cache: A teacher's cache, or None.
         top: Number of predictions per sample.
@@ -79,7 +79,8 @@ def load_examples(
     for i, pixels in zip(ids.tolist(), split.read(ids), strict=True):
         row = cached_rows.get(i)
         predictions = () if cache is None or row is None else _top_predictions(cache.identity_logits()[row], top)
-        examples.append(Example(i, float(scores[i]), encode_data_uri(pixels), predictions))
+        score = None if scores is None else float(scores[i])
+        examples.append(Example(i, score, encode_data_uri(pixels), predictions))
     return examples
 
 

@@ -3,10 +3,14 @@
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f6f7f9; --panel: #ffffff; --ink: #16202c; --soft: #51606f; --line: #d9dfe6;
-  --all: #b9c4d0; --kept: #1f5fd0; --good: #0b6e3e; --bad: #b3261e; --heat: 31 95 208; }
+  --all: #b9c4d0; --kept: #1f5fd0; --good: #0b6e3e; --bad: #b3261e; --heat: 31 95 208;
+  --c1: #1f5fd0; --c2: #c8450a; --c3: #0b7a4b; --c4: #8b2fc9; --c5: #0e7490; --c6: #cc1f78; --c7: #7c4a1e;
+  --c8: #6b7300; --c9: #c02a20; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #10151b; --panel: #19212a; --ink: #e8edf2; --soft: #a3b1bf; --line: #33404d;
-  --all: #4b5a69; --kept: #7fb0ff; --good: #6fd39b; --bad: #ff9a92; --heat: 127 176 255; } }
+  --all: #4b5a69; --kept: #7fb0ff; --good: #6fd39b; --bad: #ff9a92; --heat: 127 176 255;
+  --c1: #7fb0ff; --c2: #ff9a63; --c3: #5fd39a; --c4: #c99bff; --c5: #5cc8de; --c6: #ff8cc6; --c7: #d3a67c;
+  --c8: #c6cf5a; --c9: #ff8f87; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -30,7 +34,30 @@ figure { margin: 0; overflow-x: auto; } svg.wide { min-width: 620px; }
 svg { display: block; width: 100%; height: auto; }
 .all { fill: var(--all); } .kept { fill: var(--kept); } .grid { stroke: var(--line); }
 .reference { stroke: var(--ink); stroke-dasharray: 4 3; }
+.c0 { --own: var(--ink); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); } .c3 { --own: var(--c3); }
+.c4 { --own: var(--c4); } .c5 { --own: var(--c5); } .c6 { --own: var(--c6); } .c7 { --own: var(--c7); }
+.c8 { --own: var(--c8); } .c9 { --own: var(--c9); }
+.trend { fill: none; stroke: var(--own); stroke-width: 1.6; } .bar { stroke: var(--own); stroke-width: 1.2; }
+.mark { fill: var(--own); stroke: var(--panel); stroke-width: .2; } .star { fill: var(--ink); }
+.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.75rem;
+  margin: .75rem 0 1.25rem; }
+.chart .tick, .chart .axis { font-size: 13px; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0; }
+.legend li { display: flex; align-items: center; gap: .4rem; font-size: .85rem; overflow-wrap: anywhere; }
+svg.swatch { flex: none; width: 30px; }
+svg.interval { width: 150px; margin-left: auto; } .zero { stroke: var(--soft); }
+.whisker { stroke: var(--own); stroke-width: 2; } .interval .good { --own: var(--good); fill: var(--good); }
+.interval .bad { --own: var(--bad); fill: var(--bad); } .interval .unclear { --own: var(--soft); fill: var(--soft); }
+.results { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 0 1.75rem; }
+.results .scroll { min-width: 0; } .compared th[scope=row] { overflow-wrap: break-word; }
+.compared { width: 100%; } .compared td, .compared thead th { white-space: nowrap; }
 .tick, .axis { fill: var(--soft); font-size: 12px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
+.keys { display: inline-flex; flex-wrap: wrap; gap: 0 1rem; } .keys .key { margin-left: 0; }
+.key.line { height: 0; border-top: 3px solid var(--own); vertical-align: .25em; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.75rem; }
+.beside > div { border-top: 3px solid var(--line); padding-top: .3rem; } .beside > .kept { border-color: var(--kept); }
+.samples .file { color: var(--soft); font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .9em; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em;
   margin: 0 .3em 0 .8em; }
 .key.all { background: var(--all); } .key.kept { background: var(--kept); }
@@ -60,5 +87,7 @@ code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; color: var(--kept); margin: .5rem 0; }
 :focus-visible { outline: 2px solid var(--kept); outline-offset: 2px; }
 footer { padding-bottom: 2.5rem; font-size: .85rem; }
+@media (max-width: 32rem) { header, main, footer { padding-left: .6rem; padding-right: .6rem; }
+  section { padding: 1rem .8rem; } th, td { padding: .3rem .35rem; } svg.interval { width: 110px; } }
 @media print { body { background: none; } section { break-inside: avoid; } nav { display: none; } }
 """

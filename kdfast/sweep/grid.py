@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdfast.data.order import batch_count
-from kdfast.distill.config import RunConfig, check_integer
-from kdfast.distill.losses.alpha import parse_alpha
+from kdfast.distillation.config import RunConfig, check_integer
+from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.errors import UsageError, unknown_name
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.prune.if_beta.selector.select import fixed_settings
-from kdfast.prune.rules.registry import RULES, get_rule
-from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores.base import HOW_TO_GET
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.select import Options, SelectionMethod, published_rule
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.if_beta.selector.select import fixed_settings
+from kdfast.pruning.rules.registry import RULES, get_rule
+from kdfast.pruning.score_file import ScoreFile
+from kdfast.pruning.scores.base import HOW_TO_GET
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.select import Options, SelectionMethod, published_rule
+from kdfast.pruning.selectors import SELECTORS
 from kdfast.sweep.spec import MethodSpec
 
 # The score that a rule alone, such as beta:a=2,b=2, ranks the samples by.

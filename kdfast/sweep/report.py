@@ -1,4 +1,4 @@
-"""The table and the plot of a sweep, made from results.jsonl alone."""
+"""The table, the plot and the page of a sweep, made from results.jsonl alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from kdfast.errors import DataError
 from kdfast.files import atomic_write, check_replaceable
+from kdfast.report.page import check_page_path, write_page
 from kdfast.report.plots import add_legend, check_plot_path, save_plot
+from kdfast.sweep.page import render_sweep_page
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.summary import BASELINE, Difference, Section, group_rows
 from kdfast.text import printable
 
-TABLE, PLOT = "table.md", "plot.png"
+TABLE, PLOT, PAGE = "table.md", "plot.png", "report.html"
 
 # The first line of a table: its common settings, and the start of the data's fingerprint.
 _FIRST_LINE = re.compile(rb"\*\*student .*, steps .*\*\* \(data [0-9a-f]{12}\)$")
@@ -30,7 +32,7 @@ _SHOWN = (
 
 
 def report_sweep(folder: Path) -> str:
-    """Write table.md and plot.png from the rows of a sweep.
+    """Write table.md, plot.png and report.html from the rows of a sweep.
 
     Args:
         folder: Folder of the sweep.
@@ -50,17 +52,19 @@ def report_sweep(folder: Path) -> str:
     with atomic_write(folder / TABLE) as file:
         file.write(text.encode(errors="backslashreplace"))
     plot(sections, folder / PLOT)
+    write_page(render_sweep_page(folder.resolve().name, sections), folder / PAGE)
     return text
 
 
 def check_report_files(folder: Path) -> None:
-    """Check, before the work, that table.md and plot.png may be written. Writes nothing.
+    """Check, before the work, that table.md, plot.png and report.html may be written. Writes nothing.
 
     Raises:
         OutputError: One of them exists, and kdfast did not write it.
     """
     check_replaceable(folder / TABLE, _is_own_table)
     check_plot_path(folder / PLOT)
+    check_page_path(folder / PAGE)
 
 
 def table(section: Section) -> str:

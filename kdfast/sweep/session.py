@@ -17,20 +17,21 @@ from kdfast.data.source import Source, compute_normalization
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.inputs import check_student
-from kdfast.distill.plan import LoadedInputs, Plan
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.train import Monitoring, train
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import check_student
+from kdfast.distillation.plan import LoadedInputs, Plan
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
 from kdfast.progress import Progress
-from kdfast.prune.own_scores import describe_scores
-from kdfast.prune.score_file import ScoreFile, open_scores
-from kdfast.prune.scores.compute import ScoreSources
-from kdfast.prune.select import SubsetPipeline
+from kdfast.pruning.own_scores import describe_scores
+from kdfast.pruning.score_file import ScoreFile, open_scores
+from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.select import SubsetPipeline
+from kdfast.sweep.costs import stage_seconds
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.results_log import RUNS
@@ -73,7 +74,8 @@ class Session:
         dynamics = None
         if config.dynamics is not None:
             dynamics = Dynamics.open(config.dynamics, labels=labels, fingerprint=fingerprint)
-        self._pipeline = SubsetPipeline(ScoreSources(source, cache, dynamics), files, device=str(self._device))
+        self._sources = ScoreSources(source, cache, dynamics)
+        self._pipeline = SubsetPipeline(self._sources, files, device=str(self._device))
         for recipe in self._recipes:
             for fraction in config.fractions:
                 self._pipeline.check(recipe.method, fraction)
@@ -175,6 +177,7 @@ class Session:
             **{name: result[name] for name in _FROM_RESULT},
             "subset": plan.identity["subset"],
             "subset_seconds": round(selection.seconds, 3),
+            "costs": stage_seconds(selection, self._sources, plan.config.views if run.kd else 0),
             **({"chosen": selection.details} if selection.details else {}),
             "settings": run.settings,
             "kdfast": kdfast.__version__,

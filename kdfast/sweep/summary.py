@@ -75,6 +75,105 @@ class Section:
         return Difference(float(gaps.mean()), half_width(gaps), len(gaps))
 
 
+@dataclass(frozen=True)
+class FullRun:
+    """Runs on all data, a reference for those on subsets.
+
+    Attributes:
+        steps: Their steps.
+        epochs: Their epochs; None in rows of earlier versions.
+        rows: The rows, one for each seed.
+        same_steps: Fractions whose runs were asked for the same number of steps, ascending.
+        same_epochs: Fractions whose runs have the same number of epochs, ascending.
+    """
+
+    steps: int
+    epochs: int | None
+    rows: list[dict[str, Any]]
+    same_steps: tuple[float, ...]
+    same_epochs: tuple[float, ...]
+
+    @property
+    def top1(self) -> float:
+        """Mean test top-1 in percent."""
+        return float(np.mean([row["test_top1"] for row in self.rows]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs on subsets that one chart can show, and the runs on all data to compare them with.
+
+    Attributes:
+        section: The runs on subsets; those on all data if there are no others.
+        steps: The steps that its runs were asked for, ascending.
+        full_rows: Rows of all data whose other settings are the same, for any number of steps.
+    """
+
+    section: Section
+    steps: tuple[int, ...]
+    full_rows: list[dict[str, Any]]
+
+    def full_runs(self, kd: bool) -> list[FullRun]:
+        """Return the references with or without the teacher, by ascending steps; one row of each seed, random first."""
+        subsets = [row for row in self.section.rows if row["kd"] == kd and row["fraction"] < 1]
+        found: dict[tuple[int, int | None], dict[int, dict[str, Any]]] = {}
+        asked: dict[tuple[int, int | None], set[int]] = {}
+        for row in sorted(self.full_rows, key=lambda row: row["method"] != BASELINE):
+            if row["kd"] == kd and subsets:
+                place = row["steps"], row.get("epochs")
+                found.setdefault(place, {}).setdefault(row["seed"], row)
+                asked.setdefault(place, set()).add(row["settings"]["steps"])
+        return [
+            FullRun(
+                place[0],
+                place[1],
+                [rows[seed] for seed in sorted(rows)],
+                _fractions(row for row in subsets if row["settings"]["steps"] in asked[place]),
+                _fractions(row for row in subsets if place[1] is not None and row.get("epochs") == place[1]),
+            )
+            for place, rows in sorted(found.items(), key=lambda item: item[0][0])
+        ]
+
+
+def compare(sections: Iterable[Section]) -> list[Comparison]:
+    """Arrange sections for charts: all data becomes a reference, and fractions that differ in steps join one chart.
+
+    Sections join if they differ in the steps alone, and no two of them have runs on the same fraction: so a sweep whose
+    fractions have different numbers of steps is one chart.
+
+    Args:
+        sections: As `group_rows` returns them.
+
+    Returns:
+        The comparisons, in order of their first section.
+    """
+    families: dict[str, list[Section]] = {}
+    for section in sections:
+        families.setdefault(_key(section.settings, without=("steps",)), []).append(section)
+    return [comparison for members in families.values() for comparison in _compare_family(members)]
+
+
+def _compare_family(members: list[Section]) -> list[Comparison]:
+    full_rows = {row["key"]: row for section in members for row in section.rows if row["fraction"] == 1}
+    parts = [(section.settings, [row for row in section.rows if row["fraction"] < 1]) for section in members]
+    parts = [(settings, rows) for settings, rows in parts if rows]
+    if not parts:
+        return [Comparison(section, (section.settings["steps"],), []) for section in members]
+    places = [{(row["fraction"], row["kd"]) for row in rows} for _, rows in parts]
+    if sum(map(len, places)) == len(set().union(*places)):
+        parts = [(parts[0][0], [row for _, rows in parts for row in rows])]
+    return [
+        Comparison(
+            _section(settings, rows), tuple(sorted({row["settings"]["steps"] for row in rows})), [*full_rows.values()]
+        )
+        for settings, rows in parts
+    ]
+
+
+def _fractions(rows: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+    return tuple(sorted({row["fraction"] for row in rows}))
+
+
 def half_width(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """Return half the width of the 95% t-interval of the mean of independent values; NaN for one value."""
     from scipy import stats

@@ -19,10 +19,10 @@ from kdfast.api.teacher import cache, evaluate, load_teacher
 from kdfast.api.training import Run, distill
 from kdfast.data.readers.bare_labels import from_labels
 from kdfast.data.source import Source
-from kdfast.distill.folder import METADATA_KEY
-from kdfast.distill.train import Monitoring
+from kdfast.distillation.folder import METADATA_KEY
+from kdfast.distillation.train import Monitoring
 from kdfast.errors import CheckpointError, DataError, SubsetError, UsageError
-from kdfast.prune.score_file import open_scores, write_scores
+from kdfast.pruning.score_file import open_scores, write_scores
 from kdfast.teacher.cache import TeacherCache
 
 

@@ -69,10 +69,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher trained on the tiny data."""
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
-    from kdfast.distill.folder import RunFolder
-    from kdfast.distill.inputs import InputPaths, plan_run
-    from kdfast.distill.train import train
+    from kdfast.distillation.config import RunConfig
+    from kdfast.distillation.folder import RunFolder
+    from kdfast.distillation.inputs import InputPaths, plan_run
+    from kdfast.distillation.train import train
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
     config = RunConfig("resnet8", epochs=3, batch_size=20, lr=0.05, schedule="cosine")
@@ -98,10 +98,10 @@ def cache(tiny: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a student on the tiny data, with its checkpoints; copy it to change it."""
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
-    from kdfast.distill.folder import RunFolder
-    from kdfast.distill.inputs import InputPaths, plan_run
-    from kdfast.distill.train import Monitoring, train
+    from kdfast.distillation.config import RunConfig
+    from kdfast.distillation.folder import RunFolder
+    from kdfast.distillation.inputs import InputPaths, plan_run
+    from kdfast.distillation.train import Monitoring, train
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     config = RunConfig("resnet8", epochs=1, batch_size=40)

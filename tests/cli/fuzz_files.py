@@ -21,7 +21,7 @@ from PIL import Image
 
 from kdfast.files import write_sealed
 from kdfast.nets import checkpoint
-from kdfast.prune.score_file import ScoreFile
+from kdfast.pruning.score_file import ScoreFile
 
 TRAP = "executed"  # the folder that a pickle makes if an unsafe loader reads it
 DEEP, DIGITS = "@deep@", "@digits@"  # stand for text that json.dumps cannot write

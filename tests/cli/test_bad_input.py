@@ -461,7 +461,7 @@ def test_unexpected_error_prints_one_line(kdfast, tiny: Path, tmp_path: Path, mo
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("kdfast.prune.select.select_subset", fail)
+    monkeypatch.setattr("kdfast.pruning.select.select_subset", fail)
     outcome = kdfast("prune", "--data", tiny, "--fraction", 0.5, "--out", tmp_path / "idx.npy")
     expect(outcome, 1, "unexpected ZeroDivisionError: oh .KDFAST_DEBUG=1")
 

@@ -164,8 +164,8 @@ def make_data(root: Path) -> None:
 
 
 def make_results(root: Path, patch: pytest.MonkeyPatch) -> None:
-    from kdfast.prune.if_beta.search import Schedule
-    from kdfast.prune.if_beta.selector import costs
+    from kdfast.pruning.if_beta.search import Schedule
+    from kdfast.pruning.if_beta.selector import costs
 
     patch.setattr(costs, "distillation_seconds", lambda *_: 1.0)
     call(f"teacher train --data data.npz --net resnet8 {TRAINING} --out teacher.pt")

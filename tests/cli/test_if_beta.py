@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kdfast.data.readers.registry import open_source
-from kdfast.prune.if_beta.search import Schedule
-from kdfast.prune.if_beta.selector import costs, select
+from kdfast.pruning.if_beta.search import Schedule
+from kdfast.pruning.if_beta.selector import costs, select
 from kdfast.sweep.summary import group_rows
 from kdfast.teacher.build import build_cache
 

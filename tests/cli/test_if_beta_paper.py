@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.prune import request
-from kdfast.prune.if_beta.selector import costs
-from kdfast.prune.if_beta.stages import TwoStages, mode_and_sharpness
+from kdfast.pruning import request
+from kdfast.pruning.if_beta.selector import costs
+from kdfast.pruning.if_beta.stages import TwoStages, mode_and_sharpness
 from kdfast.teacher.flatten import FlattenConfig
 
 PAPER = ("--option", "preset=paper", "--option", "held=0.2", "--option", "mu_step=0.5", "--option", "steps=2",
@@ -45,8 +45,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> list[FlattenConfig]:
 @pytest.fixture(scope="module")
 def scores(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kdfast.data.readers.registry import open_source
-    from kdfast.prune.score_file import write_scores
-    from kdfast.prune.scores.compute import ScoreSources
+    from kdfast.pruning.score_file import write_scores
+    from kdfast.pruning.scores.compute import ScoreSources
 
     path = tmp_path_factory.mktemp("scores") / "el2n.npz"
     write_scores(path, ScoreSources.open(open_source(tiny), cache=cache).score("el2n", seed=0))
@@ -179,7 +179,7 @@ def test_dry_run_flattens_nothing(
 def test_keeps_scores_and_flat_network_of_an_interrupted_command(
     kdfast, tiny: Path, cache: Path, teacher: Path, tmp_path: Path, brief, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdfast.prune.scores.compute import ScoreSources
+    from kdfast.pruning.scores.compute import ScoreSources
 
     whole, parts = tmp_path / "whole.npy", tmp_path / "parts.npy"
     assert kdfast(*command(tiny, cache, whole, *PAPER, "--teacher", teacher)).code == 0

@@ -192,7 +192,7 @@ def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> 
 
 
 def test_signal_during_the_last_step_interrupts_the_command(kdfast, tiny, tmp_path, monkeypatch) -> None:
-    from kdfast.distill import train
+    from kdfast.distillation import train
 
     def command(out: Path) -> list[object]:
         return ["distill", "--data", tiny, "--student", "resnet8", "--epochs", 2, "--batch-size", 20, "--alpha", 0,

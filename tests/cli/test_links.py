@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdfast.distill.folder import MetricsFile, RunFolder
+from kdfast.distillation.folder import MetricsFile, RunFolder
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import CacheMismatch, CheckpointError, DataError, OutputError
 from kdfast.files import FolderLock, is_plain_name, read_json, write_json

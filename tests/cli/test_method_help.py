@@ -2,9 +2,9 @@
 
 import pytest
 
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.selectors import SELECTORS
 
 ENTRIES = {
     **{f"--method {name}": entry for name, entry in {**SCORES, **SELECTORS}.items()},

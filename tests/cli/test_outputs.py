@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdfast.prune.score_file import ScoreFile, write_scores
+from kdfast.pruning.score_file import ScoreFile, write_scores
 from kdfast.report.page import render_page, write_page
 from kdfast.report.plots import check_plot_path
 from kdfast.sweep.report import check_report_files

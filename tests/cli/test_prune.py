@@ -11,9 +11,9 @@ import torch
 from kdfast.data.readers.registry import open_source
 from kdfast.nets import forward_with_features
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.score_file import ScoreFile, write_scores
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.score_file import ScoreFile, write_scores
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_signal_whose_exception_is_lost(kdfast, tiny, teacher, tmp_path, monkeyp
         "cache": ["cache", "--data", tiny, "--teacher", teacher, "--views", 1, "--out", tmp_path / "out"],
     }[command]
     with monkeypatch.context() as patch:
-        for place in ("kdfast.data.loaders", "kdfast.distill.inputs"):
+        for place in ("kdfast.data.loaders", "kdfast.distillation.inputs"):
             patch.setattr(f"{place}.make_loader", lambda *a, **k: lose(make_loader(*a, **k)))
         if command == "cache":
             patch.setattr(Predictor, "predict_identity", lambda *a, **k: lose(predict(*a, **k)))

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DivergedError
-from kdfast.prune.options import Option
-from kdfast.prune.scores.compute import ScoreSources
-from kdfast.prune.selector import SubsetSelector
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.options import Option
+from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.selector import SubsetSelector
+from kdfast.pruning.selectors import SELECTORS
 from kdfast.sweep import session as sessions
 
 GRID = ("--student", "resnet8", "--steps", 6, "--batch-size", 10, "--lr", 0.05)

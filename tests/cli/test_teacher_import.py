@@ -93,10 +93,10 @@ def write_folder(root: Path, names: dict[str, int]) -> Path:
 def animals(tmp_path_factory) -> tuple[Path, Path]:
     """Image folders of two classes, and a teacher trained on them."""
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
-    from kdfast.distill.folder import RunFolder
-    from kdfast.distill.inputs import InputPaths, plan_run
-    from kdfast.distill.train import train
+    from kdfast.distillation.config import RunConfig
+    from kdfast.distillation.folder import RunFolder
+    from kdfast.distillation.inputs import InputPaths, plan_run
+    from kdfast.distillation.train import train
 
     root = tmp_path_factory.mktemp("animals")
     data = write_folder(root / "old", {"cat": 20, "dog": 180})

@@ -75,6 +75,6 @@ def test_doctor_shows_the_settings(environment: dict[str, str]) -> None:
 
 
 def test_library_sets_nothing(environment: dict[str, str]) -> None:
-    code = "import os, kdfast, kdfast.distill.train; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import os, kdfast, kdfast.distillation.train; print(os.environ.get('GOMP_SPINCOUNT'))"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "None"

@@ -80,7 +80,7 @@ def test_tells_each_package_every_row_and_the_result(kdfast, tiny: Path, tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in TRACKERS if name != "tensorboard"])
 def test_a_resumed_run_continues_under_its_name(kdfast, tiny: Path, tmp_path: Path, calls, name: str) -> None:
-    from kdfast.distill.trainer import Trainer
+    from kdfast.distillation.trainer import Trainer
 
     step = Trainer.train_step
 

@@ -150,7 +150,7 @@ def test_log_json_writes_events(kdfast, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_says_where(kdfast, tiny: Path, tmp_path: Path, monkeypatch) -> None:
-    from kdfast.distill.trainer import Trainer
+    from kdfast.distillation.trainer import Trainer
 
     step = Trainer.train_step
 

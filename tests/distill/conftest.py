@@ -11,9 +11,9 @@ import torch
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
-from kdfast.distill.config import RunConfig
-from kdfast.distill.plan import LoadedInputs, Plan
-from kdfast.distill.targets import TeacherTargets
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.plan import LoadedInputs, Plan
+from kdfast.distillation.targets import TeacherTargets
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache

@@ -13,11 +13,11 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import ArraySplit, compute_normalization
 from kdfast.data.views import apply_views
-from kdfast.distill.config import RunConfig
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import CheckpointError, UsageError
 

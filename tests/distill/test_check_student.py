@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from kdfast.data.source import ArraySplit, Source, default_view_spec
-from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.inputs import check_student
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.inputs import check_student
 from kdfast.errors import UsageError
 from kdfast.nets import NETS
 

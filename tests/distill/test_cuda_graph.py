@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kdfast.distill import cuda_graph, optimizer
-from kdfast.distill.batches import Batch
-from kdfast.distill.config import Execution
-from kdfast.distill.cuda_graph import CapturedStep
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import Plan
-from kdfast.distill.record_dynamics import BatchRecordingTrainer
-from kdfast.distill.targets import CachedTargets, TeacherTargets
-from kdfast.distill.train import train
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation import cuda_graph, optimizer
+from kdfast.distillation.batches import Batch
+from kdfast.distillation.config import Execution
+from kdfast.distillation.cuda_graph import CapturedStep
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.record_dynamics import BatchRecordingTrainer
+from kdfast.distillation.targets import CachedTargets, TeacherTargets
+from kdfast.distillation.train import train
+from kdfast.distillation.trainer import Trainer
 from kdfast.dynamics.batches import BatchCorrectness
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache

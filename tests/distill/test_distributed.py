@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
-from kdfast.distill.batches import Batches
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.plan import Plan
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.train import Monitoring, _TrainingLoop
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.batches import Batches
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.train import Monitoring, _TrainingLoop
+from kdfast.distillation.trainer import Trainer
 from kdfast.errors import UsageError
 from kdfast.files.interrupt import StopRequest
 
@@ -138,7 +138,7 @@ def test_processes_look_for_a_stop_every_twenty_steps_and_when_they_log(
 _GROUP_OF_TWO = """
 import os, pathlib, sys
 import torch
-from kdfast.distill.distributed import Distributed
+from kdfast.distillation.distributed import Distributed
 
 ranks = Distributed.from_environment()
 device = torch.device("cpu")
@@ -173,12 +173,12 @@ import torch.distributed as dist
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.losses.settings import TermSetting
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast.distill.config import RunConfig
-from kdfast.distill.folder import MetricsFile, RunFolder
-from kdfast.distill.inputs import InputPaths, plan_run
-from kdfast.distill.plan import Plan
-from kdfast.distill.train import Monitoring, train
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.folder import MetricsFile, RunFolder
+from kdfast.distillation.inputs import InputPaths, plan_run
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.train import Monitoring, train
 from kdfast.errors import CheckpointError, DataError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import load_model, save_model

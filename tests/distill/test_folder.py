@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast.distill.folder import MetricsFile, RunFolder
+from kdfast.distillation.folder import MetricsFile, RunFolder
 from kdfast.errors import CheckpointError, DataError, OutputError, UsageError
 
 CONFIG = {"student": "resnet8", "lr": 0.1, "ids": "abc"}

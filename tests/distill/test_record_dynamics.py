@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kdfast.distill.record_dynamics import RecordingConfig, draw_training_mask
+from kdfast.distillation.record_dynamics import RecordingConfig, draw_training_mask
 from kdfast.errors import UsageError
 
 

@@ -11,9 +11,9 @@ import torch
 
 from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
-from kdfast.distill.config import RunConfig
-from kdfast.distill.losses.logits.reshaped import Reshaping
-from kdfast.distill.targets import CachedTargets, TeacherTargets
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.losses.logits.reshaped import Reshaping
+from kdfast.distillation.targets import CachedTargets, TeacherTargets
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model

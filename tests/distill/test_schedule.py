@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from kdfast.distill.losses.alpha import compute_alpha, parse_alpha
-from kdfast.distill.recipe.optimizer import LR_SCHEDULES, compute_learning_rate, step_decay
+from kdfast.distillation.losses.alpha import compute_alpha, parse_alpha
+from kdfast.distillation.recipe.optimizer import LR_SCHEDULES, compute_learning_rate, step_decay
 from kdfast.errors import UsageError
 
 

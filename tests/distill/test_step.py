@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.data import views as views_module
-from kdfast.distill import targets as targets_module
-from kdfast.distill.batches import Batch
-from kdfast.distill.config import Execution
-from kdfast.distill.plan import Plan
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation import targets as targets_module
+from kdfast.distillation.batches import Batch
+from kdfast.distillation.config import Execution
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets.checkpoint import Model
 from kdfast.ops import backends
 from kdfast.teacher.cache import TeacherCache

@@ -11,9 +11,9 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.order import epoch_order
 from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
-from kdfast.distill import targets as targets_module
-from kdfast.distill.batches import Batches
-from kdfast.distill.targets import CachedTargets, OnlineTargets
+from kdfast.distillation import targets as targets_module
+from kdfast.distillation.batches import Batches
+from kdfast.distillation.targets import CachedTargets, OnlineTargets
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.ops.kd_loss import TopKTeacher

@@ -28,9 +28,9 @@ from kdfast.cli.program import app
 from kdfast.nets import NETS
 from kdfast.ops import backends
 from kdfast.ops.grad_norms.layers import REGISTERED
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.selectors import SELECTORS
 
 ROOT = Path(__file__).parents[2]
 REGISTRIES = {

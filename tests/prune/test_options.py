@@ -3,10 +3,10 @@
 import pytest
 
 from kdfast.errors import UsageError
-from kdfast.prune.options import Option, complete_options, parse_options, read_span
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.selectors import SELECTORS
+from kdfast.pruning.options import Option, complete_options, parse_options, read_span
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.selectors import SELECTORS
 
 ENTRIES = {
     f"{kind} {name}": entry

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.own_scores import describe_scores
-from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
+from kdfast.pruning.own_scores import describe_scores
+from kdfast.pruning.score_file import ScoreFile, read_scores, write_scores
 
 N = 12
 FINGERPRINT = "f" * 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
+from kdfast.pruning.score_file import ScoreFile, read_scores, write_scores
 
 FINGERPRINT = "a" * 64
 

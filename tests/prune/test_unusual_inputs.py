@@ -13,14 +13,14 @@ import torch
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, KdfastError
-from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.proxy import ProxyTrainingConfig
-from kdfast.prune.if_beta.search import Schedule
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.score_file import ScoreFile, read_scores, write_scores
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import SCORES, compute_score
+from kdfast.pruning.if_beta import IFBeta
+from kdfast.pruning.if_beta.proxy import ProxyTrainingConfig
+from kdfast.pruning.if_beta.search import Schedule
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.score_file import ScoreFile, read_scores, write_scores
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import SCORES, compute_score
 
 N, C, D = 60, 3, 4
 RNG = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
 from kdfast.data.subset import Subset, write_subset
 from kdfast.errors import DataError, OutputError, SubsetError, UsageError
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.score_file import ScoreFile, write_scores
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.score_file import ScoreFile, write_scores
 from kdfast.report.charts import Bins
 from kdfast.report.markup import Safe, render, tag
 from kdfast.report.score_data import ScorePageData, read_score_page_data

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from kdfast.errors import UsageError
-from kdfast.prune import selectors
-from kdfast.prune.options import Option
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.score_file import ScoreFile
-from kdfast.prune.scores.registry import SCORES
-from kdfast.prune.select import SelectionMethod
-from kdfast.prune.selector import SubsetSelector
+from kdfast.pruning import selectors
+from kdfast.pruning.options import Option
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.score_file import ScoreFile
+from kdfast.pruning.scores.registry import SCORES
+from kdfast.pruning.select import SelectionMethod
+from kdfast.pruning.selector import SubsetSelector
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.spec import parse_methods
 

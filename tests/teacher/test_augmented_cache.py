@@ -10,7 +10,7 @@ from kdfast.data.augment.presets import augment_source
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
 from kdfast.data.views import view_table
-from kdfast.distill.targets import OnlineTargets
+from kdfast.distillation.targets import OnlineTargets
 from kdfast.errors import CacheMismatch
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model

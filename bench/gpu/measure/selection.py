@@ -16,9 +16,9 @@ from gpu.data import VIEWS, TrainingData, training_data
 from gpu.results import PartResults, measure_missing
 from kdfast.data.readers.registry import open_source
 from kdfast.nets.checkpoint import load_model
-from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.proxy import ProxyTrainingConfig
-from kdfast.prune.if_beta.search import Schedule
+from kdfast.pruning.if_beta import IFBeta
+from kdfast.pruning.if_beta.proxy import ProxyTrainingConfig
+from kdfast.pruning.if_beta.search import Schedule
 from kdfast.teacher.build import build_cache
 
 _CACHED = {"cuda": 1000, "cpu": 20}  # samples

@@ -17,7 +17,7 @@ from typing import Any
 from gpu.data import TrainingData, training_data
 from gpu.part import SKIPPED
 from gpu.results import ROOT, PartResults, measure_missing
-from kdfast.distill.losses.alpha import compute_alpha
+from kdfast.distillation.losses.alpha import compute_alpha
 
 # Network, epochs, precision.
 _RUN = {"cuda": ("resnet32", 240, "bf16"), "cpu": ("resnet8", 2, "fp32")}

@@ -24,12 +24,12 @@ from gpu.data import TrainingData, training_data
 from gpu.measure.resnet18 import register
 from gpu.results import PartResults, measure_missing
 from kdfast.device import resolve_device
-from kdfast.distill.config import Execution, RunConfig
-from kdfast.distill.folder import RunFolder
-from kdfast.distill.inputs import InputPaths, plan_run
-from kdfast.distill.losses.alpha import compute_alpha
-from kdfast.distill.plan import Plan
-from kdfast.distill.train import Monitoring, train
+from kdfast.distillation.config import Execution, RunConfig
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import InputPaths, plan_run
+from kdfast.distillation.losses.alpha import compute_alpha
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.train import Monitoring, train
 
 # Networks, batch sizes, and the epochs before and during a timing.
 _NETS = {"cuda": ("resnet32", register()), "cpu": ("resnet8",)}

@@ -96,10 +96,10 @@ def distill(
     checkpoints.
     """
     from kdfast.device import resolve_device
-    from kdfast.distill.config import Execution, RunConfig
-    from kdfast.distill.folder import check_run_folder
-    from kdfast.distill.inputs import InputPaths, plan_run
-    from kdfast.distill.losses.settings import parse_taps, parse_terms
+    from kdfast.distillation.config import Execution, RunConfig
+    from kdfast.distillation.folder import check_run_folder
+    from kdfast.distillation.inputs import InputPaths, plan_run
+    from kdfast.distillation.losses.settings import parse_taps, parse_terms
 
     trackers, resume = training.load_trackers(track, tensorboard), training.resume_mode(resume, force)
     place = resolve_device(device)

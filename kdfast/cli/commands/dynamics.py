@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from kdfast.data.source import Source
-    from kdfast.distill.config import RunConfig
-    from kdfast.distill.record_dynamics import RecordingConfig
+    from kdfast.distillation.config import RunConfig
+    from kdfast.distillation.record_dynamics import RecordingConfig
 
 
 def dynamics(
@@ -100,12 +100,12 @@ def dynamics(
     from kdfast.data.readers.registry import open_source
     from kdfast.data.source import compute_normalization
     from kdfast.device import resolve_device
-    from kdfast.distill.config import RunConfig
-    from kdfast.distill.distributed import Distributed
-    from kdfast.distill.inputs import check_student
-    from kdfast.distill.plan import LoadedInputs
-    from kdfast.distill.record_dynamics import RecordingConfig, record_dynamics
-    from kdfast.distill.targets import TeacherTargets
+    from kdfast.distillation.config import RunConfig
+    from kdfast.distillation.distributed import Distributed
+    from kdfast.distillation.inputs import check_student
+    from kdfast.distillation.plan import LoadedInputs
+    from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+    from kdfast.distillation.targets import TeacherTargets
     from kdfast.dynamics.plan import check_dynamics_folder, check_top_k, delete_dynamics
 
     place = resolve_device(device)

@@ -14,7 +14,7 @@ from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdfast.prune.select import Selection
+    from kdfast.pruning.select import Selection
 
 # Values of --balance, and the words that the library writes to disk.
 BALANCES = {"proportional": "balanced", "equal": "equal", "none": "unbalanced"}
@@ -140,9 +140,9 @@ def prune(
     from kdfast.data.subset import check_subset_path, digest_of, read_origin, subset_size, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
-    from kdfast.prune.flat_scores import state_paths
-    from kdfast.prune.options import parse_options
-    from kdfast.prune.request import PruneRequest, subset_paths
+    from kdfast.pruning.flat_scores import state_paths
+    from kdfast.pruning.options import parse_options
+    from kdfast.pruning.request import PruneRequest, subset_paths
 
     paths = subset_paths(out, fraction)
     for path in paths:
@@ -213,7 +213,7 @@ def prune(
 
 def _describe_scores(selection: Selection) -> list[str]:
     """Return a line about how a file of another program was read, if the scores come from one."""
-    from kdfast.prune.own_scores import describe_scores
+    from kdfast.pruning.own_scores import describe_scores
 
     scored = {"method": selection.provenance["method"], **selection.provenance["parameters"].get("score", {})}
     text = describe_scores(scored["method"], scored)

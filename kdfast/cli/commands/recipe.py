@@ -72,7 +72,7 @@ def changed(**settings: Any) -> dict[str, Any]:
     """Return the settings of `RunConfig` that are not its default."""
     import dataclasses
 
-    from kdfast.distill.config import RunConfig
+    from kdfast.distillation.config import RunConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     return {name: value for name, value in settings.items() if value != defaults[name]}

@@ -15,17 +15,29 @@ from kdfast.cli.output import note, show
 app = typer.Typer(help="Write self-contained HTML pages about scores and selections.", no_args_is_help=True)
 
 
+Out = Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")]
+Classes = Annotated[int, typer.Option("--classes", help="Number of classes of which to show samples.", min=1)]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of the kept and dropped samples to show.", min=0, max=2**63 - 1)
+]
+
+
 @app.command("scores", cls=Command)
 def scores(
     file: Annotated[
         Path, typer.Argument(help="Score file written by `kdfast score`, or scores of your own.", metavar="SCORES")
     ],
     data: options.Data,
-    out: Annotated[Path, typer.Option("--out", help="Page to write, .html; it loads no other file.")],
+    out: Out,
     cache: Cache = None,
     subset: Annotated[
         list[Path] | None,
-        typer.Option("--subset", help="Subset file whose class balance to show; repeatable.", metavar=options.PATH),
+        typer.Option(
+            "--subset",
+            help="Subset file whose samples to mark in the histograms, with its class balance and samples that it "
+            "drops; repeatable.",
+            metavar=options.PATH,
+        ),
     ] = None,
     others: Annotated[
         list[Path] | None,
@@ -43,9 +55,15 @@ def scores(
             metavar=options.HIGHER,
         ),
     ] = None,
-    classes: Annotated[int, typer.Option("--classes", help="Number of classes of which to show samples.", min=1)] = 5,
+    classes: Classes = 5,
     each: Annotated[
-        int, typer.Option("--each", help="Samples to show at either end of a class.", min=1, max=1000)
+        int,
+        typer.Option(
+            "--each",
+            help="Samples to show at either end of a class, and of those kept and dropped.",
+            min=1,
+            max=1000,
+        ),
     ] = 10,
     fraction: Annotated[
         float,
@@ -56,15 +74,16 @@ def scores(
             max=1,
         ),
     ] = 0.1,
+    seed: Seed = 0,
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
-    """Show histograms per class, extreme samples, class balance, overlap with other scores, and provenance."""
+    """Show histograms per class, extreme samples, kept and dropped samples, class balance, overlap, and provenance."""
     from kdfast.data.readers.registry import open_source
-    from kdfast.prune.own_scores import describe_scores
+    from kdfast.pruning.own_scores import describe_scores
     from kdfast.report.page import check_page_path
     from kdfast.report.score_data import read_score_page_data
     from kdfast.report.score_page import write_score_page
@@ -81,14 +100,62 @@ def scores(
         sample_classes=classes,
         samples_per_end=each,
         fraction=fraction,
+        seed=seed,
     )
+    scored = content.scored
+    assert scored is not None
     size_bytes = write_score_page(content, out, replace=force)
-    for scored in (content.scored, *content.others.values()):
-        if (how := describe_scores(scored.method, scored.parameters)) is not None:
+    for one in (scored, *content.others.values()):
+        if (how := describe_scores(one.method, one.parameters)) is not None:
             note(how)
     show(
-        f"wrote {out}: {size_bytes / 1e6:.1f} MB, {len(content.scored.scores)} {content.scored.method} scores",
-        {"out": str(out), "bytes": size_bytes, "scores": len(content.scored.scores), "method": content.scored.method},
+        f"wrote {out}: {size_bytes / 1e6:.1f} MB, {len(scored.scores)} {scored.method} scores",
+        {"out": str(out), "bytes": size_bytes, "scores": len(scored.scores), "method": scored.method},
+    )
+
+
+@app.command("subsets", cls=Command)
+def subsets(
+    files: Annotated[
+        list[Path], typer.Argument(help="Subset files, of `kdfast prune` or of your own.", metavar="SUBSET...")
+    ],
+    data: options.Data,
+    out: Out,
+    cache: Cache = None,
+    classes: Classes = 5,
+    each: Annotated[
+        int,
+        typer.Option("--each", help="Kept and dropped samples to show of each class.", min=1, max=1000),
+    ] = 10,
+    seed: Seed = 0,
+    size: options.Size = None,
+    order: options.Order = "path",
+    split: options.Split = None,
+    force: options.Force = False,
+    config: options.Config = None,
+) -> None:
+    """Show subsets without scores: kept and dropped samples, class balance, overlap, and provenance."""
+    from kdfast.data.readers.registry import open_source
+    from kdfast.report.page import check_page_path
+    from kdfast.report.score_data import read_score_page_data
+    from kdfast.report.score_page import write_score_page
+
+    check_page_path(out)
+    content = read_score_page_data(
+        open_source(data, size=size, order=order, split=split),
+        None,
+        subsets=files,
+        cache=cache,
+        sample_classes=classes,
+        samples_per_end=each,
+        seed=seed,
+    )
+    size_bytes = write_score_page(content, out, replace=force)
+    kept = {name: len(subset.ids) for name, subset in content.subsets.items()}
+    counts = ", ".join(f"{name} keeps {count:,}" for name, count in kept.items())
+    show(
+        f"wrote {out}: {size_bytes / 1e6:.1f} MB, {counts} of {len(content.source.train):,} samples",
+        {"out": str(out), "bytes": size_bytes, "kept": kept},
     )
 
 

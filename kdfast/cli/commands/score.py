@@ -49,10 +49,10 @@ def score(
 
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
-    from kdfast.prune.options import complete_options, parse_options
-    from kdfast.prune.score_file import check_score_path, read_origin, write_scores
-    from kdfast.prune.scores.compute import ScoreSources
-    from kdfast.prune.scores.registry import get_score
+    from kdfast.pruning.options import complete_options, parse_options
+    from kdfast.pruning.score_file import check_score_path, read_origin, write_scores
+    from kdfast.pruning.scores.compute import ScoreSources
+    from kdfast.pruning.scores.registry import get_score
 
     check_score_path(out)
     score_options = complete_options(method, get_score(method).options, parse_options(option or []))

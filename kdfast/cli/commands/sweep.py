@@ -117,7 +117,10 @@ def sweep(
         ),
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Only write the table and the plot again; needs no option but --out.")
+        bool,
+        typer.Option(
+            "--report-only", help="Only write the table, the plot and the page again; needs no option but --out."
+        ),
     ] = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
@@ -126,7 +129,7 @@ def sweep(
     """Train a student for each method, fraction and seed, with and without the teacher, and compare them in one table.
 
     Each finished run appends a row to results.jsonl and is not run again; several of these commands at once share the
-    work. table.md and plot.png are made from the rows.
+    work. table.md, plot.png and report.html are made from the rows.
     """
     from kdfast.sweep.report import check_report_files, report_sweep
     from kdfast.sweep.results_log import ResultsLog
@@ -135,7 +138,7 @@ def sweep(
     check_report_files(out)
     if not report_only:
         from kdfast.device import resolve_device
-        from kdfast.distill.losses.settings import parse_terms
+        from kdfast.distillation.losses.settings import parse_terms
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
@@ -198,7 +201,10 @@ def sweep(
         with progress("sweep") as report:
             run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
     table = report_sweep(out)
-    show(f"\n{table}\ntable.md and plot.png written to {out}", {"out": str(out), "rows": ResultsLog(out).results()})
+    show(
+        f"\n{table}\ntable.md, plot.png and report.html written to {out}",
+        {"out": str(out), "rows": ResultsLog(out).results()},
+    )
 
 
 def _print_row(row: dict[str, Any]) -> None:

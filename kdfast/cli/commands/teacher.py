@@ -68,8 +68,8 @@ def train(
 ) -> None:
     """Train a network on the labels of the whole training split; the same command resumes it."""
     from kdfast.device import resolve_device
-    from kdfast.distill.config import Execution, RunConfig
-    from kdfast.distill.inputs import InputPaths, plan_run
+    from kdfast.distillation.config import Execution, RunConfig
+    from kdfast.distillation.inputs import InputPaths, plan_run
     from kdfast.nets.checkpoint import load_model, save_model
 
     folder = out.parent / f"{out.name}.run"

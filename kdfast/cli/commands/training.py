@@ -16,7 +16,7 @@ from kdfast.cli.progress import log_event, progress
 from kdfast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from kdfast.distill.plan import Plan
+    from kdfast.distillation.plan import Plan
     from kdfast.trackers import TrackerSet
 
 Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training samples.")]
@@ -174,8 +174,8 @@ def run(
     keep_checkpoints: bool,
 ) -> dict[str, Any]:
     """Claim the run folder and train, showing the progress. Return the content of result.json."""
-    from kdfast.distill.folder import RunFolder
-    from kdfast.distill.train import Monitoring, train
+    from kdfast.distillation.folder import RunFolder
+    from kdfast.distillation.train import Monitoring, train
     from kdfast.trackers import TrackerSet
 
     if plan.distributed.is_main:
@@ -278,7 +278,7 @@ def check_trained_model(out: Path, folder: Path) -> None:
         OutputError: The file exists and holds anything but the run's result, or its folder cannot be written.
         CheckpointError: The run is finished, and its own student is damaged.
     """
-    from kdfast.distill.folder import read_finished_run, read_result
+    from kdfast.distillation.folder import read_finished_run, read_result
     from kdfast.errors import CheckpointError
     from kdfast.nets.checkpoint import load_model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdfast.distill.losses.base import Outputs, TapShapes
+from kdfast.distillation.losses.base import Outputs, TapShapes
 
 BATCH, CLASSES = 5, 7
 STUDENT = {

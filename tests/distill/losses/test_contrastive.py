@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kdfast.data.stateless_random import Purpose, hash64
-from kdfast.distill.losses.base import BatchSamples, Outputs, RunSamples, TapShapes
-from kdfast.distill.losses.features import contrastive
-from kdfast.distill.losses.registry import get_term
+from kdfast.distillation.losses.base import BatchSamples, Outputs, RunSamples, TapShapes
+from kdfast.distillation.losses.features import contrastive
+from kdfast.distillation.losses.registry import get_term
 from kdfast.errors import DataWarning, UsageError
 
 SAMPLES = RunSamples(np.arange(3, 63, 2), np.arange(30) * 7 % 30 % 4, 5)

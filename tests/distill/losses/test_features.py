@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.distill.losses.base import Outputs, TapShapes
-from kdfast.distill.losses.features import relations
-from kdfast.distill.losses.registry import LOSSES, get_term
+from kdfast.distillation.losses.base import Outputs, TapShapes
+from kdfast.distillation.losses.features import relations
+from kdfast.distillation.losses.registry import LOSSES, get_term
 from kdfast.errors import UsageError
 from tests.distill.losses.conftest import STUDENT, TEACHER, draw_outputs
 

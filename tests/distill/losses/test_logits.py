@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.distill.losses.base import Outputs, TapShapes
-from kdfast.distill.losses.registry import LOSSES, get_term
+from kdfast.distillation.losses.base import Outputs, TapShapes
+from kdfast.distillation.losses.registry import LOSSES, get_term
 from kdfast.errors import UsageError
 
 LOGIT_TERMS = [name for name, entry in LOSSES.items() if not entry.taps]

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.losses.settings import TermSetting
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.nets import NETS, build_net
 from kdfast.nets.checkpoint import Model
 

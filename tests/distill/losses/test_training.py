@@ -9,12 +9,12 @@ import torch
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distill.config import Execution, RunConfig
-from kdfast.distill.losses.registry import LOSSES
-from kdfast.distill.losses.settings import TermSetting, parse_taps, parse_terms
-from kdfast.distill.plan import LoadedInputs
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.config import Execution, RunConfig
+from kdfast.distillation.losses.registry import LOSSES
+from kdfast.distillation.losses.settings import TermSetting, parse_taps, parse_terms
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model

@@ -17,16 +17,16 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
 from kdfast.data.views import apply_views
-from kdfast.distill.batches import Batches
-from kdfast.distill.config import RunConfig
-from kdfast.distill.distributed import Distributed
-from kdfast.distill.losses.settings import TermSetting
-from kdfast.distill.plan import LoadedInputs, Plan
-from kdfast.distill.recipe.average import WeightAverage
-from kdfast.distill.recipe.mixing import Mixing, mix_images, partner_labels
-from kdfast.distill.recipe.optimizer import OPTIMIZERS, ScheduledOptimizer
-from kdfast.distill.targets import TeacherTargets
-from kdfast.distill.trainer import Trainer
+from kdfast.distillation.batches import Batches
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.distillation.plan import LoadedInputs, Plan
+from kdfast.distillation.recipe.average import WeightAverage
+from kdfast.distillation.recipe.mixing import Mixing, mix_images, partner_labels
+from kdfast.distillation.recipe.optimizer import OPTIMIZERS, ScheduledOptimizer
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model

@@ -7,8 +7,8 @@ import pytest
 
 from kdfast.errors import DataError, OutputError
 from kdfast.files import without_seal
-from kdfast.prune.if_beta.checkpoint import SearchCheckpoint
-from kdfast.prune.if_beta.search import Schedule
+from kdfast.pruning.if_beta.checkpoint import SearchCheckpoint
+from kdfast.pruning.if_beta.search import Schedule
 
 
 def saved(path: Path) -> SearchCheckpoint:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kdfast.errors import UsageError
-from kdfast.prune.if_beta.estimators import CommonNoise, Outcome, ScoreFunction
-from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
+from kdfast.pruning.if_beta.estimators import CommonNoise, Outcome, ScoreFunction
+from kdfast.pruning.if_beta.policy import StratifiedSampler, average_ranks
 
 VALUES = np.array([0.3, -1.0, 2.0, 0.1, 0.9, -0.4])
 PHI = np.array([0.3, -0.2])

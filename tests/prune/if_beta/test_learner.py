@@ -9,15 +9,15 @@ import torch
 
 from kdfast.data.holdout import hold_out
 from kdfast.errors import DataError, DivergedError, OutputError, ShapeError, SubsetError, UsageError
-from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.estimators import Estimate, ScoreFunction, Trial
-from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-from kdfast.prune.if_beta.policy import StratifiedSampler
-from kdfast.prune.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, ProxyTrainingConfig
-from kdfast.prune.if_beta.reward import REWARDS
-from kdfast.prune.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
-from kdfast.prune.if_beta.search import Schedule
-from kdfast.prune.if_beta.selector.costs import distillation_seconds
+from kdfast.pruning.if_beta import IFBeta
+from kdfast.pruning.if_beta.estimators import Estimate, ScoreFunction, Trial
+from kdfast.pruning.if_beta.evaluator import PolicyEvaluator
+from kdfast.pruning.if_beta.policy import StratifiedSampler
+from kdfast.pruning.if_beta.proxy import PROXIES, Bottleneck, Projection, ProxyData, ProxyTrainingConfig
+from kdfast.pruning.if_beta.reward import REWARDS
+from kdfast.pruning.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
+from kdfast.pruning.if_beta.search import Schedule
+from kdfast.pruning.if_beta.selector.costs import distillation_seconds
 
 QUICK = IFBeta(proxy=Projection(4), budget=ProxyTrainingConfig(steps=30, batch_size=32), schedule=Schedule(steps=6))
 

@@ -5,9 +5,9 @@ import pytest
 
 from kdfast.data.subset import class_budgets
 from kdfast.errors import SubsetError
-from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.proxy import ProxyTrainingConfig
-from kdfast.prune.if_beta.search import Schedule
+from kdfast.pruning.if_beta import IFBeta
+from kdfast.pruning.if_beta.proxy import ProxyTrainingConfig
+from kdfast.pruning.if_beta.search import Schedule
 
 CASES = {
     "one of ten of each class": (np.full(10, 10), 0.1),

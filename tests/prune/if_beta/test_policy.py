@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chisquare, rankdata
 
 from kdfast.errors import SubsetError
-from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
+from kdfast.pruning.if_beta.policy import StratifiedSampler, average_ranks
 
 
 def make_sampler(n=5, total=2, strata=None):

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import kdfast
 from kdfast.data.holdout import hold_out
-from kdfast.prune.if_beta.scores import HeadInputs, absolute, removal
-from kdfast.prune.scores.influence import DEFAULT_L2
+from kdfast.pruning.if_beta.scores import HeadInputs, absolute, removal
+from kdfast.pruning.scores.influence import DEFAULT_L2
 
 N, CLASSES, REMOVED = 300, 10, 25
 

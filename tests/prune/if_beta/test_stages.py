@@ -12,12 +12,12 @@ from scipy.stats import beta
 
 from kdfast.errors import DataError, DivergedError, OutputError, UsageError
 from kdfast.files import without_seal
-from kdfast.prune.if_beta import IFBeta
-from kdfast.prune.if_beta.estimators import Estimate, Outcome, ScoreFunction
-from kdfast.prune.if_beta.policy import StratifiedSampler, average_ranks
-from kdfast.prune.if_beta.proxy import Linear, Projection, ProxyData, ProxyTrainingConfig, train_proxies
-from kdfast.prune.if_beta.selector.presets import OPTIONS, build_learner
-from kdfast.prune.if_beta.stages import MAX_TAU, MIN_TAU, TwoStages, beta_parameters, mode_and_sharpness
+from kdfast.pruning.if_beta import IFBeta
+from kdfast.pruning.if_beta.estimators import Estimate, Outcome, ScoreFunction
+from kdfast.pruning.if_beta.policy import StratifiedSampler, average_ranks
+from kdfast.pruning.if_beta.proxy import Linear, Projection, ProxyData, ProxyTrainingConfig, train_proxies
+from kdfast.pruning.if_beta.selector.presets import OPTIONS, build_learner
+from kdfast.pruning.if_beta.stages import MAX_TAU, MIN_TAU, TwoStages, beta_parameters, mode_and_sharpness
 
 VALUES = np.array([0.3, -1.0, 2.0, 0.1, 0.9, -0.4])
 DEFAULTS = {name: option.default for name, option in OPTIONS["paper"].items()}
@@ -233,9 +233,9 @@ def test_stays_close_to_uniform_where_both_halves_are_needed(two_modes):
 @pytest.mark.slow
 def test_reaches_the_best_of_a_grid_with_a_quarter_of_its_runs(noisy_fifth):
     from kdfast.data.holdout import hold_out
-    from kdfast.prune.if_beta.estimators import Trial
-    from kdfast.prune.if_beta.evaluator import PolicyEvaluator
-    from kdfast.prune.if_beta.reward import REWARDS
+    from kdfast.pruning.if_beta.estimators import Trial
+    from kdfast.pruning.if_beta.evaluator import PolicyEvaluator
+    from kdfast.pruning.if_beta.reward import REWARDS
 
     found = fit(noisy_fifth, build_learner(DEFAULTS | {"preset": "paper"}, "balanced"))
     pool, held_out = hold_out(noisy_fifth.labels, 5)

@@ -6,11 +6,11 @@ import torch
 
 from kdfast.data.subset import class_budgets
 from kdfast.errors import DataError
-from kdfast.prune.options import complete_options
-from kdfast.prune.rules import bws
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.registry import RULES
+from kdfast.pruning.options import complete_options
+from kdfast.pruning.rules import bws
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.base import RuleInputs
+from kdfast.pruning.rules.registry import RULES
 
 
 def made(sizes: list[int], seed: int = 0, depth: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdfast.errors import UsageError
-from kdfast.prune.options import complete_options
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.d2 import default_cut, pass_messages
-from kdfast.prune.rules.d2_graph import nearest_neighbors, undirected_graph
-from kdfast.prune.rules.d2_greedy import select_greedily
-from kdfast.prune.rules.registry import RULES
+from kdfast.pruning.options import complete_options
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.base import RuleInputs
+from kdfast.pruning.rules.d2 import default_cut, pass_messages
+from kdfast.pruning.rules.d2_graph import nearest_neighbors, undirected_graph
+from kdfast.pruning.rules.d2_greedy import select_greedily
+from kdfast.pruning.rules.registry import RULES
 
 RNG = np.random.default_rng(0)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.beta import mid_ranks
-from kdfast.prune.rules.ccs import default_cut, stratum_budgets
-from kdfast.prune.rules.draw import draw_weighted
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.base import RuleInputs
+from kdfast.pruning.rules.beta import mid_ranks
+from kdfast.pruning.rules.ccs import default_cut, stratum_budgets
+from kdfast.pruning.rules.draw import draw_weighted
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [300, 150, 60, 30])).astype(np.int64)
 SCORES = np.random.default_rng(1).gamma(2.0, size=len(LABELS))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from kdfast.errors import DataError
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.dual import beta_parameters
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.dual import beta_parameters
 
 N = 4000
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [3000, 700, 300])).astype(np.int64)
@@ -32,7 +32,7 @@ def test_dual_matches_the_public_code() -> None:
     """The draw matches exponential races on the public code's weights with the same noise."""
     from scipy.stats import beta as density
 
-    from kdfast.prune.rules.draw import rule_uniform
+    from kdfast.pruning.rules.draw import rule_uniform
 
     score, mean_p = made()
     mu = mean_p[np.argsort(-score)[:10]].mean()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from kdfast.data.subset import class_budgets
 from kdfast.errors import DataError, SubsetError, UsageError
-from kdfast.prune.options import complete_options
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.rules.base import RuleInputs
-from kdfast.prune.rules.class_budget import BALANCE
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.options import complete_options
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.rules.base import RuleInputs
+from kdfast.pruning.rules.class_budget import BALANCE
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 
 BALANCED = np.tile(np.arange(5), 40).astype(np.int64)
 UNBALANCED = np.repeat(np.arange(4), [300, 150, 60, 30]).astype(np.int64)  # 10 : 1

@@ -6,10 +6,10 @@ import torch
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import UsageError
-from kdfast.prune.options import complete_options
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import SCORES, compute_score
+from kdfast.pruning.options import complete_options
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import SCORES, compute_score
 
 N, C, EPOCHS = 240, 3, 8
 RNG = np.random.default_rng(0)

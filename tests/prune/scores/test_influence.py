@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.influence import draw_holdout
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.influence import draw_holdout
+from kdfast.pruning.scores.registry import compute_score
 
 N, C, D, L2 = 36, 3, 2, 0.05
 

@@ -13,9 +13,9 @@ from kdfast.data.views import Normalization, apply_views, view_table
 from kdfast.errors import DataError, DataWarning, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.prune.scores import fvm
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.scores import fvm
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 
 N, C = 30, 3
 LABELS = np.random.default_rng(5).permutation(np.arange(N) % C).astype(np.int64)

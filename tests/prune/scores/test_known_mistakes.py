@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.el2n_grand import compute_el2n
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.el2n_grand import compute_el2n
+from kdfast.pruning.scores.registry import compute_score
 
 
 def recorded(path, logits, labels, orders=None, features=None):
@@ -158,7 +158,7 @@ def head_problem(n=160, seed=0):
 def test_influence_matches_retraining():
     """Predicted changes of the held-out loss agree in size and sign with retraining without the sample."""
     from kdfast.ops.softmax_head import head_newton
-    from kdfast.prune.scores.influence import draw_holdout
+    from kdfast.pruning.scores.influence import draw_holdout
 
     l2 = 0.02
     features, labels, _ = head_problem()
@@ -202,7 +202,7 @@ def test_influence_separates_mislabelled_samples():
 def test_influence_does_not_read_the_test_split(tmp_path):
     """Influence never reads the test split."""
     from kdfast.data.source import ArraySplit, Source, default_view_spec
-    from kdfast.prune.scores.compute import ScoreSources
+    from kdfast.pruning.scores.compute import ScoreSources
 
     class Untouchable:
         shape = (8, 8, 3)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from kdfast.prune.rules.apply import select_subset
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import SCORES, compute_score
+from kdfast.pruning.rules.apply import select_subset
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import SCORES, compute_score
 
 N, C = 60, 4
 LABELS = np.random.default_rng(2).permutation(np.arange(N) % C).astype(np.int64)

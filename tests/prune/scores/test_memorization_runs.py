@@ -7,9 +7,9 @@ import pytest
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.memorization import memorization_stderr
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.memorization import memorization_stderr
+from kdfast.pruning.scores.registry import compute_score
 
 
 @pytest.mark.parametrize(("runs", "keep"), [(20, 0.7), (64, 0.7), (40, 0.5)])

@@ -7,8 +7,8 @@ import pytest
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import UsageError
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
 
 N, C, EPOCHS, RUNS = 40, 4, 14, 2
 LABELS = np.arange(N) % C

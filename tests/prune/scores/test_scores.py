@@ -13,9 +13,9 @@ from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
-from kdfast.prune.rules.registry import RULES
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import SCORES, compute_score
+from kdfast.pruning.rules.registry import RULES
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import SCORES, compute_score
 
 N, C, D, EPOCHS, RUNS = 60, 3, 4, 12, 5
 LABELS = np.random.default_rng(5).permutation(np.arange(N) % C).astype(np.int64)
@@ -280,7 +280,7 @@ def removal_effect(teacher, halves, l2):
 
 
 def test_removal_and_absolute_influence(inputs, teacher):
-    from kdfast.prune.scores.influence import draw_holdout
+    from kdfast.pruning.scores.influence import draw_holdout
 
     options = {"l2": 0.05, "holdout": 0.2}
     halves = draw_holdout(LABELS, 0.2, 0)

@@ -8,10 +8,10 @@ import torch
 
 from kdfast.dynamics import Dynamics, DynamicsRecorder
 from kdfast.errors import DataError, UsageError
-from kdfast.prune.scores import tdds as module
-from kdfast.prune.scores.base import ScoreInputs
-from kdfast.prune.scores.registry import compute_score
-from kdfast.prune.scores.tdds import compute_changes
+from kdfast.pruning.scores import tdds as module
+from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.registry import compute_score
+from kdfast.pruning.scores.tdds import compute_changes
 
 N, C, EPOCHS, RUNS = 30, 6, 13, 2
 LABELS = np.arange(N) % C

@@ -17,7 +17,7 @@ def clean(
     ] = False,
 ) -> None:
     """Delete the checkpoints of finished runs, and files that killed processes left behind; results stay."""
-    from kdfast.distill.folder import clean_run
+    from kdfast.distillation.folder import clean_run
 
     cleaned = {str(folder): clean_run(folder, force=force) for folder in run}
     show(

@@ -1,0 +1,117 @@
+"""Steps replayed as CUDA graphs: one launch in place of hundreds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kdfast.distillation.batches import Batch
+from kdfast.teacher.row_format import map_logits, tensors_of
+
+# Steps of a batch size that run as usual before it is captured: they compile kernels and allocate workspaces.
+WARMUP_STEPS = 2
+
+
+class CapturedStep:
+    """Run a step on the GPU as a CUDA graph, with one graph for each batch size.
+
+    Every batch is copied to the same memory, from the first step on: Triton compiles other code for other alignments,
+    and no code can be loaded while a step is recorded. The first steps of a batch size run as usual, and so does every
+    step if recording fails. All of them must run in one stream, that of `stream`, in which the network's gradients are
+    first computed.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._steps: Counter[int] = Counter()
+        self._batches: dict[int, Batch] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._enabled = True
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Make the stream of the steps the current one."""
+        before = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            # A recording that failed may have left its stream the current one.
+            torch.cuda.set_stream(before)
+            before.wait_stream(self._stream)
+
+    def __call__(self, batch: Batch, step: Callable[[Batch], None]) -> None:
+        """Run the step on a batch.
+
+        Args:
+            batch: On the GPU.
+            step: Takes a batch, the same function in every call. Everything that changes from step to step must be on
+                the GPU, and nothing may wait for it.
+        """
+        size = batch.index.shape[1]
+        own = self._place(batch, size)
+        if size not in self._graphs and self._enabled and self._steps[size] >= WARMUP_STEPS:
+            self._record(own, size, step)
+        self._steps[size] += 1
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
+            step(own)
+
+    def _place(self, batch: Batch, size: int) -> Batch:
+        """Copy a batch to the memory of its size."""
+        own = self._batches.get(size)
+        if own is None:
+            own = self._batches[size] = clone_changing(batch)
+        else:
+            for target, source in zip(changing_tensors(own), changing_tensors(batch), strict=True):
+                target.copy_(source, non_blocking=True)
+        return own
+
+    def _record(self, batch: Batch, size: int, step: Callable[[Batch], None]) -> None:
+        """Record the step without running it; if that fails, never try again."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate memory meanwhile: those of the loader, for example.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step(batch)
+        except RuntimeError as error:
+            self._enabled = False
+            warnings.warn(f"kdfast: this step cannot be a CUDA graph, so it is slower: {error}", RuntimeWarning, 2)
+        else:
+            self._graphs[size] = graph
+
+
+def changing_tensors(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch that differ from step to step, without those that hold all rows."""
+    tensors = [batch.index]
+    if not batch.whole_split:
+        tensors.append(batch.images)
+    if batch.mixing is not None:
+        tensors.append(batch.mixing)
+    if batch.teacher is not None and batch.teacher_rows is None:
+        tensors.extend(tensors_of(batch.teacher))
+    return tensors
+
+
+def clone_changing(batch: Batch) -> Batch:
+    """Return the batch with the tensors of `changing_tensors` copied."""
+    images, teacher, mixing = batch.images, batch.teacher, batch.mixing
+    if not batch.whole_split:
+        images = images.clone()
+    if teacher is not None and batch.teacher_rows is None:
+        teacher = map_logits(Tensor.clone, teacher)
+    if mixing is not None:
+        mixing = mixing.clone()
+    return dataclasses.replace(batch, index=batch.index.clone(), images=images, teacher=teacher, mixing=mixing)

@@ -1,0 +1,108 @@
+"""The terms of a run as one module, and what they need of the two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.distillation.losses.base import BatchSamples, Outputs, RunSamples, SampleTerm, TapShapes, Term
+from kdfast.distillation.losses.settings import TermSetting
+from kdfast.errors import UsageError
+from kdfast.nets.taps import TapRecorder, default_places
+
+Places = Mapping[str, str]
+
+
+class LossTerms(nn.Module):
+    """All terms of a run, with their trained parameters.
+
+    Args:
+        settings: The terms.
+        shapes: Shapes of the taps of both networks.
+        samples: The samples of the run.
+    """
+
+    def __init__(self, settings: Sequence[TermSetting], shapes: TapShapes, samples: RunSamples) -> None:
+        super().__init__()
+        self.settings = tuple(settings)
+        self.terms = nn.ModuleDict({s.name: s.entry.build(shapes, dict(s.options)) for s in settings})
+        for term in self.terms.values():
+            if isinstance(term, SampleTerm):
+                term.set_samples(samples)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, labels: Tensor, batch: BatchSamples, *, initial: bool
+    ) -> Tensor:
+        """Return the weighted sum of the terms that count in a phase; 0 if none does.
+
+        Args:
+            student: The student's outputs.
+            teacher: The teacher's, without gradient.
+            labels: int64 (B,).
+            batch: Which samples these are.
+            initial: Whether this is the initial phase, in which some terms train alone.
+        """
+        total = student.logits.new_zeros(())
+        for setting in self.settings:
+            term = cast(Term, self.terms[setting.name])
+            if initial and setting.entry.prepares:
+                total = total + term.preparation(teacher)
+            elif initial == setting.entry.initial:
+                own = (batch,) if isinstance(term, SampleTerm) else ()
+                total = total + setting.weight * term(student, teacher, labels, *own)
+        return total
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return the terms' parameters as groups of an optimizer, without the empty ones."""
+        free = [p for term in self.terms.values() for p in cast(Term, term).parameters_without_decay()]
+        unlike = {id(p) for p in free}
+        decayed = [p for p in self.parameters() if id(p) not in unlike]
+        groups: list[dict[str, object]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+
+def required_taps(settings: Sequence[TermSetting]) -> tuple[str, ...]:
+    """Return the names of the taps that the terms read."""
+    return tuple(dict.fromkeys(tap for setting in settings for tap in setting.entry.taps))
+
+
+def choose_places(net: nn.Module, taps: Sequence[str], given: Places, side: str) -> dict[str, str]:
+    """Return where to read the taps in a network.
+
+    Args:
+        net: The network.
+        taps: Names of the taps.
+        given: Places that replace the default ones.
+        side: `student` or `teacher`, for messages.
+
+    Raises:
+        UsageError: A tap has no place; the message says how to name one.
+    """
+    places = {**default_places(net), **given}
+    missing = [tap for tap in taps if tap not in places]
+    if missing:
+        raise UsageError(
+            f"a term reads the {side}'s {missing[0]}, and {type(net).__name__} has no default for it: name a module "
+            f"with `tap` {side}.{missing[0]}=MODULE"
+        )
+    return {tap: places[tap] for tap in taps}
+
+
+@torch.no_grad()
+def probe_shapes(net: nn.Module, places: Places, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tap, without the batch axis, from a pass over one blank image.
+
+    Args:
+        net: The network; its mode and its buffers are left as they are.
+        places: The place of each tap.
+        size: Height and width of the image.
+    """
+    mode = net.training
+    device = next(net.parameters()).device
+    with TapRecorder(net.eval(), places) as recorder:
+        net(torch.zeros(1, 3, *size, device=device))
+    net.train(mode)
+    return {name: tuple(x.shape[1:]) for name, x in recorder.take().items()}

@@ -1,0 +1,96 @@
+"""IF-Beta as a subset selector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.errors import SubsetError
+from kdfast.pruning.if_beta.inputs import check_fraction
+from kdfast.pruning.if_beta.scores import AT_OPTIMUM, INFLUENCES, mean_logits
+from kdfast.pruning.if_beta.selector.costs import measure_costs
+from kdfast.pruning.if_beta.selector.presets import DEFAULT_PRESET, OPTIONS, build_learner
+from kdfast.pruning.if_beta.selector.record import summarize
+from kdfast.pruning.options import OptionValue
+from kdfast.pruning.scores.influence import DEFAULT_L2
+from kdfast.pruning.selector import SelectorInputs, SubsetSelector
+from kdfast.teacher.cache import TeacherCache
+
+# More views barely change the ranks, and each is a pass over the cache.
+_MAX_VIEWS = 8
+_BLOCK_ROWS = 1 << 16
+
+
+def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
+    """Learn the policy for one fraction and draw the subset.
+
+    Args:
+        inputs: Data, cache, fraction, seed, options and scores; `state` is the checkpoint file of the search.
+
+    Returns:
+        int64 (m,) indices, ascending; and `summarize`'s values with `fixed_settings` and the costs.
+
+    Raises:
+        SubsetError: The fraction is 0 or 1 or leaves a class empty, or the cache does not cover the training split.
+        CacheMismatch: The cache has no features.
+        KdfastError: As `IFBeta.fit`.
+    """
+    check_fraction(inputs.fraction)
+    labels, cache, scores = inputs.source.train.labels, inputs.cache, inputs.scores
+    if len(cache) != len(labels):
+        raise SubsetError(f"{cache.path} covers {len(cache)} of {len(labels)} samples: build a cache of all of them")
+    # Copies in memory: the cache's arrays are memory-mapped, and the search reads them repeatedly.
+    logits, features = (torch.tensor(np.asarray(x)) for x in (cache.identity_logits(), cache.features()))
+    result = build_learner(inputs.options, inputs.balance).fit(
+        logits,
+        features,
+        labels,
+        inputs.fraction,
+        inputs.seed,
+        score_logits=_mean_over_views(cache, inputs.device) if scores is None else None,
+        scores=None if scores is None else scores.scores,
+        state=inputs.state,
+        progress=inputs.progress,
+        device=inputs.device,
+    )
+    record = summarize(result, labels) | fixed_settings(inputs.options) | {"preset": inputs.options["preset"]}
+    return result.ids, record | measure_costs(inputs, result)
+
+
+def fixed_settings(options: Mapping[str, OptionValue]) -> dict[str, float | str]:
+    """Return what determines a selection but is no option; it is part of idx.json and of the keys of a sweep's rows.
+
+    Args:
+        options: Options by name; a missing one has its default.
+
+    Returns:
+        `influence_l2`, the penalty behind an influence score, and `influence_head`, "optimum" for the scores that fit a
+        head of their own; nothing for the other scores.
+    """
+    score = options.get("score", OPTIONS[str(options.get("preset", DEFAULT_PRESET))]["score"].default)
+    penalty: dict[str, float | str] = {"influence_l2": DEFAULT_L2} if score in INFLUENCES else {}
+    return {**penalty, "influence_head": "optimum"} if score in AT_OPTIMUM else penalty
+
+
+IF_BETA = SubsetSelector(
+    select,
+    "draws by a Beta density over influence ranks, learned on proxies",
+    OPTIONS[DEFAULT_PRESET],
+    check_fraction,
+    presets=OPTIONS,
+)
+
+
+def _mean_over_views(cache: TeacherCache, device: torch.device | str) -> Tensor:
+    """Return `mean_logits` over the first views of the cache, computed in blocks of samples on the device."""
+    views = min(cache.n_views, _MAX_VIEWS)
+    blocks = []
+    for start in range(0, len(cache), _BLOCK_ROWS):
+        ids = cache.coverage[start : start + _BLOCK_ROWS]
+        blocks.append(mean_logits(cache.lookup(ids, np.full_like(ids, view)).to(device) for view in range(views)))
+    return torch.cat(blocks)

@@ -1,0 +1,86 @@
+"""Split the number of samples to keep over the classes, and apply a rule class by class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import class_budgets
+from kdfast.errors import SubsetError
+from kdfast.pruning.rules.base import Rule, RuleInputs
+
+# balanced means proportional: each class keeps its share of the data (largest remainder), but at least one sample;
+# equal: every class keeps the same number, but no more than it has; unbalanced: all samples are ranked together.
+BALANCE = ("balanced", "unbalanced", "equal")
+
+
+def check_budgets(labels: IntArray, total: int, balance: str) -> None:
+    """Check that no class would be empty, if classes have budgets.
+
+    Raises:
+        SubsetError: A class would be.
+    """
+    find_budgets(labels, total, balance)
+
+
+def find_budgets(labels: IntArray, total: int, balance: str, available: IntArray | None = None) -> IntArray | None:
+    """Return the number of samples to keep of each class, int64 (C,); None if all samples are ranked together.
+
+    Args:
+        labels: int64 (N,).
+        total: Samples to keep.
+        balance: One of `BALANCE`.
+        available: int64 (C,), the samples that may be kept of each class; None: all.
+
+    Raises:
+        SubsetError: A class would be empty.
+    """
+    if balance == "unbalanced":
+        return None
+    try:
+        return class_budgets(labels, total, "equal" if balance == "equal" else "proportional", available)
+    except SubsetError as error:
+        raise SubsetError(f"{error}; or pass `balance` unbalanced, to select from all samples together") from error
+
+
+def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: str) -> IntArray:
+    """Apply a rule to each class, or to all samples together.
+
+    Args:
+        rule: The rule.
+        inputs: All samples as one group.
+        labels: int64 (N,).
+        balance: One of `BALANCE`.
+
+    Returns:
+        int64 (count,), ascending positions.
+
+    Raises:
+        SubsetError: A class would be empty.
+    """
+    pool = None if rule.pool is None else rule.pool(inputs)
+    available = None if pool is None else np.bincount(labels[pool], minlength=inputs.classes)
+    budgets = find_budgets(labels, inputs.count, balance, available)
+    if budgets is None:
+        return np.sort(rule(inputs) if pool is None else pool[rule(_part(inputs, pool, inputs.count))])
+    kept = []
+    for label in np.flatnonzero(budgets):
+        members = np.flatnonzero(labels == label) if pool is None else pool[labels[pool] == label]
+        kept.append(members[rule(_part(inputs, members, int(budgets[label])))])
+    return np.sort(np.concatenate(kept))
+
+
+def _part(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
+    return replace(
+        inputs,
+        scores=inputs.scores[members],
+        ties=inputs.ties[members],
+        count=count,
+        ids=members,
+        features=None if inputs.features is None else inputs.features[members],
+        extras={name: values[members] for name, values in inputs.extras.items()},
+        labels=None if inputs.labels is None else inputs.labels[members],
+        budgets=None,
+    )
