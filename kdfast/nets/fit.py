@@ -19,6 +19,12 @@ from kdfast.nets.outputs import input_channels
 
 _BATCH = 2  # the smallest batch with a variance
 _SHOWN = 4
+_ROUNDING = 1e-3  # of the sum of probabilities
+_OTHER_SIZE = (
+    "choose a network that takes images of this size, pass it the size with `net_arg` if it has such an argument, or "
+    "resize the images of a folder with `size`"
+)
+_RESHAPE = "write reshape or flatten where its code has view, since networks run in channels_last memory"
 
 
 def check_fit(model: Model, source: Source, name: str) -> None:
@@ -174,17 +180,16 @@ def _checking(name: str, size: Sequence[int], device: torch.device) -> Iterator[
             yield images.contiguous(memory_format=torch.channels_last)
         except (KdfastError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # any code may run inside a network
+        except (Exception, SystemExit) as error:  # any code may run inside a network
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UsageError(
-                f"{name} cannot run on images of {width}x{height} ({reason}): choose a network that takes images of "
-                "this size, pass it the size with `net_arg` if it has such an argument, or resize the images of a "
-                "folder with `size`"
-            ) from error
+            remedy = _RESHAPE if "view size is not compatible" in reason else _OTHER_SIZE
+            raise UsageError(f"{name} cannot run on images of {width}x{height} ({reason}): {remedy}") from error
 
 
 def _as_logits(output: Any, name: str, batch: int, classes: int) -> Tensor:
     if isinstance(output, Tensor) and output.shape == (batch, classes) and output.is_floating_point():
+        if bool((output >= 0).all()) and bool(((output.float().sum(1) - 1).abs() <= _ROUNDING).all()):
+            raise UsageError(f"{name} returns probabilities, not logits: let it return the inputs of its softmax")
         return output
     if isinstance(output, Tensor):
         found = f"a tensor of shape {tuple(output.shape)} and dtype {output.dtype}"

@@ -100,6 +100,16 @@ class NoGradient(Base):
             return self.logits(x)
 
 
+class Probabilities(Base):
+    def forward(self, x):
+        return self.logits(x).softmax(1)
+
+
+class Exits(Base):
+    def forward(self, x):
+        raise SystemExit(3)
+
+
 class InPlace(Base):
     def forward(self, x):
         hidden = self.conv(x).sigmoid()
@@ -118,7 +128,9 @@ BAD = {
     Segmentation: "returns a OrderedDict of out, not logits",
     Map: r"returns a tensor of shape \(2, 8, 8, 8\)",
     Integers: r"returns a tensor of shape \(2, 3\) and dtype torch\.int64",
-    OldView: "cannot run on images of 8x8 .view size is not compatible",
+    OldView: "cannot run on images of 8x8 .view size is not compatible.*write reshape or flatten",
+    Probabilities: "returns probabilities, not logits: let it return the inputs of its softmax",
+    Exits: r"cannot run on images of 8x8 \(3\)",
     NoGradient: "no trainable parameter",
     InPlace: "cannot run on images of 8x8 .*inplace operation",
 }
@@ -139,7 +151,7 @@ def test_networks_pass_and_leaves_the_random_numbers_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("network", [OneSize, FixedLinear, TooDeep, Pair, EvalPair, Segmentation, Map])
+@pytest.mark.parametrize("network", [OneSize, FixedLinear, TooDeep, Pair, EvalPair, Segmentation, Map, Probabilities])
 def test_teachers_that_cannot_serve_the_data_are_refused(network):
     with pytest.raises(CheckpointError, match=r"T\.pt does not fit DATA: NAME (cannot run|returns)"):
         check_fit(model(("0", "1", "2"), network()), source(("0", "1", "2")), "T.pt")
