@@ -37,6 +37,9 @@ class Gray(nn.Sequential):
 def make(classes):
     return Net(5, classes)
 
+def positional(num_classes, /, width=4):
+    return Net(width, num_classes)
+
 def quoted(classes, text):
     assert text == "a, (b)='c'"
     return Net(5, classes)
@@ -80,6 +83,7 @@ def save(name, path="T.pt"):
 @pytest.mark.parametrize(
     ("name", "width"),
     [("models.py:Net", 4), ("models.py:Net(width=7)", 7), ("models.py:make", 5), ("models:Net", 4),
+     ("models.py:positional(width=6)", 6),
      ('models.py:quoted(text="a, (b)=\'c\'")', 5)],
 )  # fmt: skip
 def test_a_class_or_function_gets_the_number_of_classes_and_its_arguments(folder, name, width):
@@ -193,6 +197,33 @@ def test_a_file_that_moved_is_found_by_the_name_given(folder, monkeypatch):
     with pytest.raises(CodeError, match="is not there any more"):
         load_model("T.pt")
     assert load_model("T.pt", net="new/networks.py:Net").name == "new/networks.py:Net"
+
+
+def test_of_two_files_of_one_name_the_one_with_the_digest_is_run(folder, monkeypatch):
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "helper.py").write_text("INPUTS = 12\n")
+    (folder / "teacher" / "models.py").write_text(SOURCE.replace("return {", "z = 3 * z\n        return {"))
+    images = torch.ones(2, 3, 2, 2)
+    saved = save("teacher/models.py:Net")
+    for latest in ("models.py:Net", "teacher/models.py:Net"):
+        build_net("teacher/models.py:Net", 3)
+        build_net(latest, 3)
+        assert load_model("T.pt").name == "teacher/models.py:Net"
+        assert torch.equal(load_model("T.pt").net(images), saved.net(images))
+
+
+@pytest.mark.parametrize("helper", ["helper.py", "helper/__init__.py", "helper/inputs.py"])
+def test_each_file_imports_the_modules_beside_it(folder, helper):
+    source = SOURCE.replace("import helper", "import helper.inputs as helper") if "inputs" in helper else SOURCE
+    (folder / "helper.py").unlink()
+    for place, inputs in ((folder, 12), (folder / "other", 27)):
+        (place / helper).parent.mkdir(parents=True, exist_ok=True)
+        (place / helper).write_text(f"INPUTS = {inputs}\n")
+        (place / "models.py").write_text(source)
+    for _ in range(2):
+        assert build_net("models.py:Net", 3).fc.in_features == 12
+        assert build_net("other/models.py:Net", 3).fc.in_features == 27
+    sys.modules.pop("helper.inputs", None)
 
 
 def test_code_that_no_longer_fits_is_not_called_damage(folder, monkeypatch):

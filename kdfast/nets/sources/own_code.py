@@ -137,7 +137,7 @@ def _call(factory: Callable[..., Any], classes: int, arguments: Mapping[str, Any
         parameters = [p for p in inspect.signature(factory).parameters.values() if p.name not in arguments]
     except (TypeError, ValueError):  # a builtin without a signature
         return factory(classes, **arguments)
-    names = [p.name for p in parameters if p.kind in _KINDS]
+    names = [p.name for p in parameters if p.kind in _KINDS and p.kind is not p.POSITIONAL_ONLY]
     for name in _CLASSES:
         if name in names:
             return factory(**{name: classes}, **arguments)
@@ -170,6 +170,7 @@ def _import_file(spec: NetSpec) -> ModuleType:
 def _run_file(spec: NetSpec, file: Path, source: bytes, name: str) -> ModuleType:
     module, folder = ModuleType(name), str(file.parent)
     module.__file__ = str(file)
+    _forget_namesakes(file.parent)
     before = list(sys.path)
     sys.path.insert(0, folder)
     sys.modules[name] = module  # dataclasses look their module up
@@ -182,6 +183,23 @@ def _run_file(spec: NetSpec, file: Path, source: bytes, name: str) -> ModuleType
         # For imports inside functions, it stays behind everything installed.
         sys.path[:] = before if folder in before else [*before, folder]
     return module
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Forget modules beside other files of the user with names of modules beside this one, which would hide them."""
+    others = {Path(file).parent for file in _LOADED} - {folder}
+    for top in {name.partition(".")[0] for name in sys.modules}:
+        if not (folder / f"{top}.py").is_file() and not (folder / top).is_dir():
+            continue
+        if _folder_of(sys.modules.get(top)) in others:
+            for name in [name for name in sys.modules if name == top or name.startswith(f"{top}.")]:
+                del sys.modules[name]
+
+
+def _folder_of(module: ModuleType | None) -> Path | None:
+    """Return the folder that has a module's file, or a package's folder."""
+    places = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None)]
+    return Path(places[0]).resolve().parent if places[0] else None
 
 
 def _import_module(spec: NetSpec) -> ModuleType:

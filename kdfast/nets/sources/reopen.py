@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def choose_spec(
     place = Code(**code) if code is not None else None
     if held.kind == "hf" and given is None and (Path(held.member).expanduser() / "config.json").is_file():
         return held  # a configuration runs no code of its folder
-    found = next((spec for spec in named if _is_same(held, spec, place)), None)
+    found = _choose_named([spec for spec in named if _is_same(held, spec, place)], place)
     if found is None and given is not None and held.runs_own_code and named[0].runs_own_code:
         found = named[0] if named[0].member == held.member else None  # moved to a file of another name
     if found is None:
@@ -65,6 +65,21 @@ def _is_same(held: NetSpec, named: NetSpec, code: Code | None) -> bool:
     if held.member != named.member:
         return False
     return held.place == named.place or (held.kind == "file" and Path(held.place).name == Path(named.place).name)
+
+
+def _choose_named(named: Sequence[NetSpec], code: Code | None) -> NetSpec | None:
+    """Return the one with the code of the checkpoint, or else the latest: files of one name may hold other networks."""
+    if len(named) > 1 and code is not None:
+        return next((spec for spec in named if _same_code(spec, code)), named[0])
+    return named[0] if named else None
+
+
+def _same_code(named: NetSpec, code: Code) -> bool:
+    try:
+        other = find_code(named)
+    except CodeError:  # its file is not there any more
+        return False
+    return other is not None and other.sha256 == code.sha256
 
 
 def _same_config(named: NetSpec, code: Code | None) -> bool:
