@@ -81,8 +81,9 @@ def histogram(all_counts: Counts, kept_counts: Sequence[Counts], bins: Bins, lab
         grid.append(tag("line", x1=left, x2=width - 20, y1=_format(y), y2=_format(y), class_="grid"))
         grid.append(tag("text", f"{value:,}", x=left - 8, y=_format(y + 4), class_="tick end"))
     for position, text in bins.ticks():
-        x = left + plot_width * position
-        grid.append(tag("text", text, x=_format(x), y=height - bottom + 18, class_="tick middle"))
+        # The last label ends at the edge of the chart, which may cut it off otherwise.
+        x, anchor = (left + plot_width * position, "middle") if position < 1 else (width, "end")
+        grid.append(tag("text", text, x=_format(x), y=height - bottom + 18, class_=f"tick {anchor}"))
     name = f"score (higher = harder){', logarithmic' if bins.log else ''}"
     axis = tag("text", name, x=left + plot_width / 2, y=height - 4, class_="axis middle")
     bars = _bars(all_counts, kept_counts, (left, 12, plot_width, plot_height), top)
@@ -186,11 +187,16 @@ def _bars(
                 bars.append(tag("rect", **corner, width=_format(step * 0.9), height=_format(bar_height), class_=kind))
     if len(kept_counts) > 1:
         for number, counts in enumerate(kept_counts, 1):
-            steps = [f"M{left:g} {above + height:g}"]
+            steps, drawn = [], False
             for place, count in enumerate(counts):
-                y = above + height * (1 - int(count) / top)
-                steps.append(f"V{y:.1f} H{left + (place + 1) * step:.1f}")
-            bars.append(tag("path", d=f"{' '.join(steps)} V{above + height:g}", class_=f"trend {outline(number)}"))
+                x, y = left + place * step, above + height * (1 - int(count) / top)
+                if count and not drawn:
+                    steps.append(f"M{x:.1f} {above + height:g}")
+                if count or drawn:
+                    steps.append(f"V{y:.1f}" + (f" H{x + step:.1f}" if count else ""))
+                drawn = bool(count)
+            end = f"V{above + height:g}" if drawn else ""
+            bars.append(tag("path", d=" ".join([*steps, end]), class_=f"trend {outline(number)}"))
     return bars
 
 

@@ -40,6 +40,11 @@ class ScorePageData:
     fraction: float = 0.1
     seed: int = 0
 
+    @property
+    def score_files(self) -> dict[str, ScoreFile]:
+        """All scores by name, first those that the page is about."""
+        return {} if self.scored is None else {self.scored.method: self.scored, **self.others}
+
     @cached_property
     def files(self) -> Sequence[str] | None:
         """The path of each training sample; None if the samples are no files."""

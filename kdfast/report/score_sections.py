@@ -9,7 +9,6 @@ import numpy as np
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import Subset
-from kdfast.pruning.score_file import ScoreFile
 from kdfast.report import charts
 from kdfast.report.gallery import render_kept_and_dropped, render_samples
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
@@ -58,7 +57,7 @@ def render_histograms(data: ScorePageData) -> Safe | None:
     label = f"Histogram of {data.scored.method} scores of all samples"
     kept_counts = [bins.count(scores[ids]) for ids in subsets.values()]
     chart = charts.histogram(bins.count(scores), kept_counts, bins, label)
-    caption = tag("figcaption", _legend(list(subsets)), " The outer bins include the 0.5% of samples beyond each end.")
+    caption = tag("figcaption", _legend(list(subsets)), "The outer bins include the 0.5% of samples beyond each end.")
     small_bins = charts.Bins.of(scores, 28)
     shown, note = _histogram_classes(labels, scores, len(data.source.classes))
     figures = []
@@ -85,7 +84,7 @@ def render_balance(data: ScorePageData) -> Safe | None:
 def render_overlap(data: ScorePageData) -> Safe | None:
     """Render the agreement of the scores and the overlap of the subsets."""
     parts: list[Safe] = []
-    scores = {name: scored.scores for name, scored in _all_scores(data).items()}
+    scores = {name: scored.scores for name, scored in data.score_files.items()}
     if len(scores) > 1:
         highest = {name: highest_samples(values, data.fraction) for name, values in scores.items()}
         share = f"{data.fraction:.3g}"
@@ -108,7 +107,7 @@ def render_provenance(data: ScorePageData) -> Safe:
         ["Data", f"{data.source.path} ({data.source.kind})"],
         ["Data fingerprint", tag("code", data.source.fingerprint)],
     ]
-    for name, scored in _all_scores(data).items():
+    for name, scored in data.score_files.items():
         rows.append([f"Scores: {name}", _format_mapping({**scored.parameters, "seconds": round(scored.seconds, 3)})])
         rows.append(["Digest", tag("code", scored.digest)])
         rows += [[f"Digest of the {what} used", tag("code", digest)] for what, digest in scored.sources.items()]
@@ -156,10 +155,6 @@ def _render_class_shares(data: ScorePageData, name: str, subset: Subset) -> Safe
     numbers = table(f"Class balance of {name}", ["class", "in the data", "kept", "share kept"], rows)
     figure = tag("figure", chart, tag("figcaption", caption))
     return render([tag("h3", name), figure, tag("details", tag("summary", "As a table"), numbers)])
-
-
-def _all_scores(data: ScorePageData) -> dict[str, ScoreFile]:
-    return {} if data.scored is None else {data.scored.method: data.scored, **data.others}
 
 
 def _legend(names: Sequence[str]) -> Safe:

@@ -46,14 +46,15 @@ svg { display: block; width: 100%; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0; }
 .legend li { display: flex; align-items: center; gap: .4rem; font-size: .85rem; overflow-wrap: anywhere; }
 svg.swatch { flex: none; width: 30px; }
-svg.interval { width: 150px; margin-left: auto; } .zero { stroke: var(--soft); }
+.gap { display: flex; justify-content: flex-end; align-items: center; gap: 0 .8rem; }
+.gap span { min-width: 10.5rem; } svg.interval { width: 240px; } .zero { stroke: var(--soft); }
 .whisker { stroke: var(--own); stroke-width: 2; } .interval .good { --own: var(--good); fill: var(--good); }
 .interval .bad { --own: var(--bad); fill: var(--bad); } .interval .unclear { --own: var(--soft); fill: var(--soft); }
-.results { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 0 1.75rem; }
-.results .scroll { min-width: 0; } .compared th[scope=row] { overflow-wrap: break-word; }
-.compared { width: 100%; } .compared td, .compared thead th { white-space: nowrap; }
+.compared { width: 100%; } .compared th[scope=row] { overflow-wrap: break-word; }
+.compared td, .compared thead th { white-space: nowrap; }
+.compared th:nth-child(2) { width: 9rem; } .compared th:last-child { width: 6rem; }
 .tick, .axis { fill: var(--soft); font-size: 12px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
-.keys { display: inline-flex; flex-wrap: wrap; gap: 0 1rem; } .keys .key { margin-left: 0; }
+.keys { display: flex; flex-wrap: wrap; gap: 0 1rem; } .keys .key { margin-left: 0; }
 .key.line { height: 0; border-top: 3px solid var(--own); vertical-align: .25em; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.75rem; }
 .beside > div { border-top: 3px solid var(--line); padding-top: .3rem; } .beside > .kept { border-color: var(--kept); }
@@ -88,6 +89,12 @@ summary { cursor: pointer; color: var(--kept); margin: .5rem 0; }
 :focus-visible { outline: 2px solid var(--kept); outline-offset: 2px; }
 footer { padding-bottom: 2.5rem; font-size: .85rem; }
 @media (max-width: 32rem) { header, main, footer { padding-left: .6rem; padding-right: .6rem; }
-  section { padding: 1rem .8rem; } th, td { padding: .3rem .35rem; } svg.interval { width: 110px; } }
+  section { padding: 1rem .8rem; } th, td { padding: .3rem .35rem; }
+  .compared, .compared thead, .compared tbody, .compared caption { display: block; }
+  .compared tr { display: grid; grid-template-columns: 6.2rem 1fr 4.6rem; border-bottom: 1px solid var(--line); }
+  .compared th, .compared td { border: 0; } .compared th:first-child { grid-column: 1 / -1; padding-bottom: 0; }
+  .compared th:nth-child(n) { width: auto; }
+  .compared td:nth-child(2), .compared thead th:nth-child(2) { text-align: left; }
+  .gap { flex-wrap: wrap; } .gap span { min-width: 0; } svg.interval { width: 100%; } }
 @media print { body { background: none; } section { break-inside: avoid; } nav { display: none; } }
 """

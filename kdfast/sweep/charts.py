@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,12 @@ _SHAPES = (
     "M0 -1.3L1.3 0L0 1.3L-1.3 0Z",  # diamond
     "M0 1.2L1.1 -.8H-1.1Z",  # triangle, pointing down
 )
+_ARROWS = ("M-1.2 0L1 -1.1V1.1Z", "M1.2 0L-1 -1.1V1.1Z")  # to the left, to the right
 _STAR = "M0 -1.5L.45 -.45L1.5 0L.45 .45L0 1.5L-.45 .45L-1.5 0L-.45 -.45Z"
 _LOG_FACTOR = 6  # an axis is logarithmic if its largest value exceeds the smallest by more than this factor
 _LABEL_GAP = 14  # least distance of two labels, in units of the chart
 _MAX_SHIFT = 34  # marks of one fraction are spread over at most this width
-_INTERVAL_WIDTH, _INTERVAL_HEIGHT = 150, 18
+_INTERVAL_WIDTH, _INTERVAL_HEIGHT = 240, 18
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,15 @@ def breakable(method: str) -> Safe:
 
 
 def interval(gap: Difference, reach: float) -> Safe:
-    """Draw a difference as a point on a line with its 95% interval, which ends at the edge if it is longer.
+    """Draw a difference as a point on a line with its 95% interval; what lies beyond the edge is drawn at it.
 
     Args:
-        gap: The difference.
+        gap: The difference; one beyond the edge becomes an arrow.
         reach: Value at either end of the line, above 0.
     """
 
     def place(value: float) -> float:
-        return _INTERVAL_WIDTH / 2 * (1 + max(-1.0, min(1.0, value / reach)) * 0.94)
+        return _INTERVAL_WIDTH / 2 * (1 + max(-1.0, min(1.0, value / reach)) * 0.97)
 
     y = _INTERVAL_HEIGHT / 2
     kind = "unclear" if not gap.is_significant else "good" if gap.mean > 0 else "bad"
@@ -192,20 +194,16 @@ def interval(gap: Difference, reach: float) -> Safe:
     if gap.n > 1:
         ends = [place(gap.mean - gap.half_width), place(gap.mean + gap.half_width)]
         parts.append(tag("line", x1=f"{ends[0]:.1f}", x2=f"{ends[1]:.1f}", y1=y, y2=y, class_=f"whisker {kind}"))
-    point = tag("path", d=_SHAPES[0], class_=kind)
-    label = f"Difference from random {gap.mean:+.2f}"
-    box = f"0 0 {_INTERVAL_WIDTH} {_INTERVAL_HEIGHT}"
-    return tag(
-        "svg", parts, _moved(point, place(gap.mean), y, 4.0), viewBox=box, role="img", aria_label=label,
-        class_="interval",
-    )  # fmt: skip
+    shape = _SHAPES[0] if abs(gap.mean) <= reach else _ARROWS[gap.mean > 0]
+    parts.append(_moved(tag("path", d=shape, class_=kind), place(gap.mean), y, 4.0))
+    label, box = f"Difference from random {gap.mean:+.2f}", f"0 0 {_INTERVAL_WIDTH} {_INTERVAL_HEIGHT}"
+    return tag("svg", parts, viewBox=box, role="img", aria_label=label, class_="interval")
 
 
 def reach_of(gaps: Sequence[Difference]) -> float:
-    """Return the range of differences to draw: all of the means, and of the intervals what does not dwarf them."""
-    means = max((abs(gap.mean) for gap in gaps), default=0.0)
-    ends = max((abs(gap.mean) + gap.half_width for gap in gaps if gap.n > 1), default=0.0)
-    return max(min(max(means, ends), 2 * means + 5), 0.1)
+    """Return the range of differences to draw: all intervals, but at most three times as far as the median one."""
+    ends = [abs(gap.mean) + (gap.half_width if gap.n > 1 else 0.0) for gap in gaps]
+    return max(min(max(ends), 3 * statistics.median(ends)), 0.1) if ends else 1.0
 
 
 def _draw_line(line: Line, axis: Axis, height: Callable[[float], float], shift: float) -> list[Safe]:

@@ -10,7 +10,7 @@ from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import render_page
 from kdfast.sweep.charts import Axis, Line, Mark, Reference, breakable, chart, interval, legend, reach_of
 from kdfast.sweep.costs import STAGES, TRAINING, known_seconds, row_seconds
-from kdfast.sweep.summary import Comparison, Difference, FullRun, Section, compare
+from kdfast.sweep.summary import BASELINE, Comparison, Difference, FullRun, Section, compare
 
 # Settings that the page shows elsewhere, or of which digests stand in the rows.
 _OMITTED = ("data", "cache", "scores", "steps", "method", "fraction", "kd", "seed")
@@ -23,7 +23,7 @@ _NOTE = (
 )
 _PAIRED = (
     "Minus random: the difference in percentage points between runs of the same seed, with its 95% t-interval; "
-    "one seed has no interval. Green or red: the interval excludes 0. Long intervals are cut off at the edge."
+    "one seed has no interval. Green or red: the interval excludes 0. Arrows: the difference lies beyond the edge."
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -70,6 +70,8 @@ def _heading(comparison: Comparison, number: int | None) -> str:
 
 def _render(comparison: Comparison) -> Safe:
     parts = [tag("p", _NOTE, class_="note")]
+    if len(comparison.section.methods) > 1 and BASELINE in comparison.section.methods:
+        parts.append(tag("p", _PAIRED, class_="note"))
     for kd in (True, False):
         if any(row["kd"] == kd for row in comparison.section.rows):
             parts.append(_render_runs(comparison, kd))
@@ -101,10 +103,7 @@ def _render_runs(comparison: Comparison, kd: bool) -> Safe:
         f"{title}: accuracy against cost",
     )
     parts.append(tag("div", tag("figure", by_fraction), tag("figure", by_cost), class_="charts"))
-    if any(section.difference(method, fraction, kd) for method, fraction in cells):
-        parts.append(tag("p", _PAIRED, class_="note"))
-    tables = [_fraction_table(section, methods, fraction, kd, cells) for fraction in fractions]
-    parts.append(tag("div", tables, class_="results"))
+    parts += [_fraction_table(section, methods, fraction, kd, cells) for fraction in fractions]
     if full:
         parts.append(_full_table(full))
     parts.append(_cost_table(methods, fractions, cells, full))
@@ -153,9 +152,9 @@ def _fraction_table(
     reach = reach_of([gap for gap in gaps.values() if gap is not None])
     some = any(gap is not None for gap in gaps.values())
     first = cells[present[0], fraction][0]
-    epochs = "" if first.get("epochs") is None else f", {first['epochs']:,} epochs"
+    epochs = "" if first.get("epochs") is None else f", {_count(first['epochs'], 'epoch')}"
     counts = {len(cells[method, fraction]) for method in present}
-    seeds = f", {_count_seeds(counts.pop())}" if len(counts) == 1 else ""
+    seeds = f", {_count(counts.pop(), 'seed')}" if len(counts) == 1 else ""
     caption = render(
         [
             tag("strong", f"{fraction:g} of the data"),
@@ -180,7 +179,7 @@ def _gap_cell(gap: Difference | None, reach: float) -> Safe:
     text = f"{gap.mean:+.2f}"
     if gap.n > 1:
         text += f" [{gap.mean - gap.half_width:+.2f}, {gap.mean + gap.half_width:+.2f}]"
-    return tag("td", interval(gap, reach), tag("span", text))
+    return tag("td", tag("div", interval(gap, reach), tag("span", text), class_="gap"))
 
 
 def _full_table(full: Sequence[FullRun]) -> Safe:
@@ -238,14 +237,14 @@ def _render_settings(comparisons: Iterable[Comparison]) -> Safe:
         settings = comparison.section.settings
         rows: list[list[object]] = [["Data fingerprint", tag("code", settings["data"])]]
         rows.append(["steps", ", ".join(str(steps) for steps in comparison.steps)])
-        rows += [[name, str(value)] for name, value in settings.items() if name not in _OMITTED]
+        rows += [[name, str(value)] for name, value in settings.items() if name not in _OMITTED and value is not None]
         parts.append(table(f"Comparison {number}", ["setting", "value"], rows, class_="provenance"))
     return render(parts)
 
 
 def _name(run: FullRun) -> str:
     """Return the name of runs on all data, with what they share with the subsets."""
-    epochs = f"{run.steps:,} steps" if run.epochs is None else f"{run.epochs:,} epochs"
+    epochs = _count(run.steps, "step") if run.epochs is None else _count(run.epochs, "epoch")
     if run.same_steps:
         return f"all data, same steps ({epochs})"
     if run.same_epochs:
@@ -254,15 +253,15 @@ def _name(run: FullRun) -> str:
 
 
 def _title(name: str, rows: Rows) -> str:
-    return f"{name}: {_mean_top1(rows):.2f}%, {_seconds(_mean_seconds(rows))} s ({_count_seeds(len(rows))})"
+    return f"{name}: {_mean_top1(rows):.2f}%, {_seconds(_mean_seconds(rows))} s ({_count(len(rows), 'seed')})"
 
 
 def _accuracy(rows: Rows) -> str:
     return f"{_mean_top1(rows):.2f}" + (f" ± {_deviation(rows):.2f}" if len(rows) > 1 else "")
 
 
-def _count_seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _mean_top1(rows: Rows) -> float:

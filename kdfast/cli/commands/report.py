@@ -102,10 +102,9 @@ def scores(
         fraction=fraction,
         seed=seed,
     )
-    scored = content.scored
-    assert scored is not None
     size_bytes = write_score_page(content, out, replace=force)
-    for one in (scored, *content.others.values()):
+    scored, *_ = score_files = list(content.score_files.values())
+    for one in score_files:
         if (how := describe_scores(one.method, one.parameters)) is not None:
             note(how)
     show(
