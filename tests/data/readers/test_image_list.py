@@ -113,6 +113,20 @@ def test_links_in_circles_end_and_are_counted(tmp_path, target):
     assert "link to folders that contain them" in lister.notes()[0]
 
 
+@pytest.mark.parametrize("target", ["train", ".", "train/ant"])
+def test_a_link_to_a_folder_above_adds_no_image_of_another_class(tmp_path, target):
+    place(tmp_path / "data/train/ant", "0.png")
+    place(tmp_path / "data/train/bee", "1.png")
+    root = tmp_path / "data/train"
+    for place_of_link in (root / "ant/up", root / "up"):
+        place_of_link.symlink_to(tmp_path / "data" / target)
+    lister = ImageLister(root, "path")
+    assert lister.class_folders() == (("ant", "bee", "up") if target == "train/ant" else ("ant", "bee"))
+    assert [Path(path).name for path in lister.list_images(root / "ant")] == ["0.png"]
+    assert [Path(path).name for path in lister.list_images(root / "bee")] == ["1.png"]
+    assert "folders that contain them, such as" in lister.notes()[0]
+
+
 def test_links_in_too_many_ways_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(image_list, "_MAX_REPEATS", 200)
     for name in "abcdefgh":

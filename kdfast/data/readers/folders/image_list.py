@@ -38,6 +38,8 @@ class ImageLister:
         self._hidden: list[str] = []
         self._circles: list[str] = []
         self._loose: list[str] = []
+        real = Path(os.path.realpath(root))
+        self._above = {_identity(str(folder)) for folder in (real, *real.parents)}
 
     def class_folders(self) -> tuple[str, ...]:
         """Return the names of the sub-folders of the split that are not hidden, sorted."""
@@ -46,7 +48,10 @@ class ImageLister:
             if entry.name.startswith("."):
                 self._add_hidden(entry)
             elif is_directory(entry):
-                names.append(entry.name)
+                if entry.is_symlink() and _identity(entry.path) in self._above:
+                    self._circles.append(entry.path)
+                else:
+                    names.append(entry.name)
             elif is_image_name(entry.name):
                 self._loose.append(entry.path)
         return tuple(names)
@@ -100,7 +105,7 @@ class ImageLister:
                     yield entry
                 elif entry.name not in self._known:
                     self._others[os.path.splitext(entry.name)[1].lower()] += 1
-            elif (identity := _identity(entry.path)) in (level[0] for level in levels):
+            elif (identity := _identity(entry.path)) in self._above or identity in (level[0] for level in levels):
                 self._circles.append(entry.path)
             else:
                 repeats += identity in seen
