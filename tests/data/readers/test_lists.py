@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from kdfast.data.readers.registry import open_source
-from kdfast.errors import DataError
+from kdfast.errors import DataError, DataWarning
 
 
 def image(path, value):
@@ -54,6 +54,36 @@ def test_reads_the_usual_tables(images, name, text):
     source = open_source(images)
     assert (values(source.train), source.train.labels.tolist(), values(source.test)) == ([0, 10], [0, 1], [20])
     assert source.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.csv", "0.png,gray wolf\n1.png,gray seal\n"),
+        ("train.csv", '\ufefffilename,label\r\n0.png,gray wolf\r\n1.png,"gray seal"\r\n'),
+        ("train.txt", "0.png\tgray wolf\n1.png\tgray seal\n"),
+        ("train.tsv", "0.png\tgray wolf\n1.png\tgray seal\n"),
+    ],
+)
+def test_names_of_classes_may_contain_blanks(images, name, text):
+    (images / name).write_text(text)
+    (images / "test.csv").write_text("2.png,gray wolf\n")
+    source = open_source(images)
+    assert source.classes == ("gray seal", "gray wolf")
+    assert (source.train.labels.tolist(), source.test.labels.tolist()) == ([1, 0], [1])
+
+
+def test_a_list_beside_images_in_one_folder(images):
+    """As Kaggle publishes data: `train.csv`, the images in `train/`, and those of the challenge in `test/`."""
+    (images / "images").rename(images / "train")
+    image(images / "test" / "a.png", 0)
+    (images / "train.csv").write_text("id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(6)))
+    with pytest.warns(DataWarning, match="2 of 6 training images"):
+        source = open_source(images, split=0.3)
+    assert source.kind == "list"
+    assert sorted(values(source.train) + values(source.test)) == [0, 10, 20, 30, 40, 50]
+    with pytest.raises(DataError, match=r"has no test split .*`split`"):
+        open_source(images)
 
 
 def test_paths_are_found_beside_below_and_above_the_list(tmp_path):

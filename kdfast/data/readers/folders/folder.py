@@ -27,7 +27,7 @@ _TRIED = 20  # folders and files that are looked at to recognize class folders
 def is_folder(path: Path) -> bool:
     """Return whether `path` is a folder with a sub-folder `train` that holds folders, or nothing of another kind."""
     roots = find_folders(path, TRAIN_NAMES)
-    return bool(roots) and not _holds_records(roots[0])
+    return bool(roots) and (_has_folders(roots[0]) or not (_holds_records(roots[0]) or is_lists(path)))
 
 
 def is_class_folders(path: Path) -> bool:
@@ -95,13 +95,15 @@ def _source(
     return Source(str(path), kind, classes, first, second, views, notes=notes + decided)
 
 
-def _holds_records(root: Path) -> bool:
-    """Return whether a folder has no sub-folder, and files that hold many images each, such as .tar."""
+def _has_folders(root: Path) -> bool:
     with os.scandir(root) as entries:
-        found = list(entries)
-    return not any(is_directory(e) and not e.name.startswith(".") for e in found) and any(
-        e.name.lower().endswith((".tar", ".parquet", ".arrow")) for e in found
-    )
+        return any(is_directory(entry) and not entry.name.startswith(".") for entry in entries)
+
+
+def _holds_records(root: Path) -> bool:
+    """Return whether a folder has files that hold many images each, such as .tar."""
+    with os.scandir(root) as entries:
+        return any(entry.name.lower().endswith((".tar", ".parquet", ".arrow")) for entry in entries)
 
 
 def _has_image(folder: str) -> bool:

@@ -4,11 +4,12 @@
 |---|---|
 | `val_annotations.txt` (Tiny-ImageNet), `.tsv` | path, class and further values, separated by tabs |
 | `.csv` | the same, separated by commas; a first line with the names of the columns says which two count |
-| `.txt`, `.lst` and others | path and class, separated by blanks or a tab; the path may contain blanks |
+| `.txt`, `.lst` and others | path and class, separated by a tab, or by the last blank, if the class has none |
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ ANNOTATIONS = "val_annotations.txt"
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "img", "image_id", "imageid", "id")
-_LABELS = ("label", "class", "target", "category", "labels", "class_name", "label_name", "predictionstring")
+_BOXES = "predictionstring"  # Kaggle's LOC_val_solution.csv: a class and the corners of boxes
+_LABELS = ("label", "class", "target", "category", "labels", "class_name", "label_name", _BOXES)
 _LOOKED_AT = 1 << 12  # bytes
 
 
@@ -47,7 +49,7 @@ def is_list(path: Path) -> bool:
         return False
     try:
         with open_regular(path) as file:
-            lines = os.fsdecode(file.read(_LOOKED_AT)).splitlines()[:2]
+            lines = _lines(file.read(_LOOKED_AT))[:2]
     except OSError:
         return False
     return any(is_image_name(name) for line in lines for name in _fields(path, line)[:-1]) or bool(
@@ -65,7 +67,7 @@ def read_pairs(path: Path) -> list[Pair]:
         DataError: The file cannot be read or is empty, or a line has no class or repeats a path.
     """
     try:
-        lines = os.fsdecode(read_bounded(path, MAX_TEXT_BYTES)).splitlines()
+        lines = _lines(read_bounded(path, MAX_TEXT_BYTES))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     seen: set[str] = set()
@@ -82,7 +84,7 @@ def read_pairs(path: Path) -> list[Pair]:
 def _parse(path: Path, lines: list[str]) -> Iterator[Pair]:
     """Yield the lines that name an image."""
     columns: tuple[int, int] | None = None
-    started = False
+    started = boxes = False
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -90,6 +92,7 @@ def _parse(path: Path, lines: list[str]) -> Iterator[Pair]:
         if not started:
             started, columns = True, _columns(fields)
             if columns is not None:
+                boxes = fields[columns[1]].strip().lower() == _BOXES
                 continue
         first, second = columns or (0, 1)
         if len(fields) <= max(first, second):
@@ -97,8 +100,12 @@ def _parse(path: Path, lines: list[str]) -> Iterator[Pair]:
         label = fields[second].strip()
         if not label and path.name != ANNOTATIONS:
             raise DataError(f"{path}, line {number}: {line[:80]!r} has no class: write `path label`")
-        # Kaggle's LOC_val_solution.csv: a class and the corners of boxes.
-        yield Pair(number, fields[first].strip(), label.split()[0] if path.suffix.lower() == ".csv" else label)
+        yield Pair(number, fields[first].strip(), label.split()[0] if boxes else label)
+
+
+def _lines(content: bytes) -> list[str]:
+    """Return the lines of a text, without the mark that some spreadsheets write before the first."""
+    return os.fsdecode(content.removeprefix(codecs.BOM_UTF8)).splitlines()
 
 
 def _fields(path: Path, line: str) -> list[str]:
@@ -107,7 +114,7 @@ def _fields(path: Path, line: str) -> list[str]:
         return next(csv.reader([line]), [])
     if suffix == ".tsv" or path.name == ANNOTATIONS:
         return line.split("\t")
-    return line.rsplit(None, 1)
+    return line.strip().rsplit("\t" if "\t" in line.strip() else None, 1)
 
 
 def _columns(fields: list[str]) -> tuple[int, int] | None:
