@@ -129,7 +129,7 @@ def test_computes_the_influence_of_a_flattened_teacher(kdfast, tiny, teacher, tm
     ran = kdfast("teacher", "flatten", "--data", tiny, "--teacher", teacher, "--iterations", 3, "--out", flat)
     assert ran.code == 0, ran.err
     for fisher in ("train", "validation"):
-        ran = kdfast(*arguments, "--teacher", flat, "--option", f"fisher={fisher}", "--option", "views=2")
+        ran = kdfast(*arguments, "--teacher", flat, "--option", f"fisher={fisher}", "--option", "views=2", "--force")
         assert (ran.code, ran.err) == (0, "")
         with np.load(out) as held:
             about = json.loads(str(held["about"]))
