@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.pruning.options import OptionValue, complete_options
+from kdfast.pruning.own_scores.readings import choose_higher
 from kdfast.pruning.request import PruneRequest
 from kdfast.pruning.score_file import ScoreFile
 from kdfast.pruning.scores.compute import ScoreSources
@@ -87,6 +88,8 @@ def prune(
     *,
     method: str | None = None,
     scores: ScoreFile | npt.ArrayLike | StrPath | None = None,
+    key: str | None = None,
+    higher: str | None = None,
     rule: str | None = None,
     options: Options | None = None,
     score_options: Options | None = None,
@@ -109,7 +112,9 @@ def prune(
         method: A score, or a method that selects directly, such as `if-beta`; `kdfast prune --help` lists them. None:
             random, unless there are `scores`.
         scores: Scores to select by, or for such a method to rank by: those of `kdfast.score`, real numbers `(N,)`,
-            higher = harder, or a file.
+            higher = harder, or a file, also of another program.
+        key: Which array of such a file to use; None: the only one.
+        higher: What a high score means in such a file or in numbers, `hard` or `easy`; None: hard.
         rule: A key of `kdfast.pruning.rules.registry.RULES`; None: the one that the score was published with.
         options: Options of the rule, or of the method that selects directly.
         score_options: Options of the score.
@@ -139,7 +144,7 @@ def prune(
         request = PruneRequest(
             fractions=(fraction,),
             method=method,
-            scores=_scores(scores, source),
+            **_scores(scores, source, key, higher),
             rule=rule,
             options=dict(options or {}),
             score_options=dict(score_options or {}),
@@ -188,9 +193,19 @@ def _network(teacher: ModelLike | None, source: Source) -> Model | None:
     return None if teacher is None else load_teacher(teacher, source)
 
 
-def _scores(scores: ScoreFile | npt.ArrayLike | StrPath | None, source: Source) -> ScoreFile | Path | None:
-    if scores is None or isinstance(scores, ScoreFile):
-        return scores
-    if isinstance(scores, (str, os.PathLike)):
-        return Path(scores)
-    return ScoreFile(as_values(scores, len(source.train), "`scores`"), "own", source.fingerprint)
+def _scores(
+    scores: ScoreFile | npt.ArrayLike | StrPath | None, source: Source, key: str | None, higher: str | None
+) -> dict[str, Any]:
+    """Return the arguments of `PruneRequest` that say which scores to use."""
+    if scores is None or isinstance(scores, (str, os.PathLike)):
+        return {"scores": None if scores is None else Path(scores), "key": key, "higher": higher}
+    if key is not None:
+        raise UsageError("`key` chooses an array of a file, and `scores` is none: omit it")
+    if isinstance(scores, ScoreFile):
+        if higher is not None:
+            raise UsageError("`scores` were computed by kdfast, so higher = harder: omit `higher`")
+        return {"scores": scores}
+    values = as_values(scores, len(source.train), "`scores`")
+    if choose_higher(higher, "") == "easy":
+        return {"scores": ScoreFile(-values, "own", source.fingerprint, parameters={"higher": "easy"})}
+    return {"scores": ScoreFile(values, "own", source.fingerprint)}

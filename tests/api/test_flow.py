@@ -177,6 +177,29 @@ def test_scores_are_written_and_read(data: Source, cached: TeacherCache, tmp_pat
     np.testing.assert_array_equal(prune(data, 0.2, scores=tmp_path / "s.npz"), prune(data, 0.2, scores=scores))
 
 
+def test_own_scores_may_be_high_for_easy_samples(data: Source, tmp_path: Path) -> None:
+    hardness = np.random.default_rng(0).normal(size=len(data.train))
+    np.savez(tmp_path / "own.npz", margin=-hardness, loss=2 * hardness)
+    expected = prune(data, 0.2, scores=hardness, rule="hard", balance="unbalanced")
+    np.testing.assert_array_equal(expected, np.sort(np.argsort(-hardness)[: len(expected)]))
+    file = tmp_path / "own.npz"
+    for scores, reading in [
+        (-hardness, {"higher": "easy"}),
+        (file, {"key": "margin", "higher": "easy"}),
+        (file, {"key": "loss"}),
+    ]:
+        found = prune(data, 0.2, scores=scores, rule="hard", balance="unbalanced", **reading)
+        np.testing.assert_array_equal(found, expected)
+    for scores, reading, message in [
+        (hardness, {"key": "loss"}, "`key` chooses an array of a file"),
+        (hardness, {"higher": "up"}, "`higher` is 'up'"),
+        (None, {"higher": "easy"}, "says how to read `scores`"),
+        (file, {"key": "margin"}, "pass `higher` easy or hard"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            prune(data, 0.2, scores=scores, **reading)
+
+
 def test_two_indexed_data_sets() -> None:
     items = [(np.full((8, 8), 10 * i, np.uint8), i % 2) for i in range(6)]
     data = open_data((items, items[:2]))
