@@ -52,6 +52,7 @@ WRITERS = {
     "several.npz": (lambda p: np.savez(p, score=SCORES, loss=SCORES * 2, short=SCORES[:3]), "score"),
     "list.txt": (lambda p: save_text(p, map(str, FLOATS)), None),
     "paths.txt": (lambda p: save_text(p, [f"{name} {s}" for _, name, _, s in ROWS]), None),
+    "indices.txt": (lambda p: np.savetxt(p, [(i, s) for i, _, _, s in ROWS]), None),
     "by-index.csv": (lambda p: save_text(p, ["loss,idx", *(f"{s},{i}" for i, _, _, s in ROWS)]), "loss"),
     "pandas.csv": (lambda p: save_text(p, [",el2n", *(f"{i},{s}" for i, _, _, s in ROWS)]), "el2n"),
     "by-path.csv": (
@@ -161,7 +162,8 @@ def with_value(value):
         ("s.npz", lambda p: np.savez(p, a=SCORES[:5], b=SCORES[:3]), r"holds a \(5,\), b \(3,\), and none has one"),
         ("s.npz", lambda p: np.savez(p), "holds no array, and none"),
         ("s.csv", lambda p: save_text(p, ["index,score", "0,1"]), "holds 1 scores"),
-        ("s.csv", lambda p: save_text(p, ["index,name", "0,a"]), "holds no array"),
+        ("s.csv", lambda p: save_text(p, ["index,name", "0,a"]),
+         "no column of numbers beside index, but name with 'a'"),
         ("s.csv", lambda p: save_text(p, ["idx,s", *(f"{min(i, 10)},{i}" for i in range(N))]),
          "2 scores of sample 10 and none of sample 11"),
         ("s.csv", lambda p: save_text(p, ["idx,s", *(f"{i + 1},{i}" for i in range(N))]), "indices from 1 to 12"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.subset.tables import as_number, read_lines, read_table
+from kdfast.data.subset.tables import as_index, as_number, parse_indices, read_lines, read_table
 from kdfast.errors import DataError
 from kdfast.files.arrays import read_npy, read_npz
 from kdfast.files.pickles import read_pickle
@@ -68,12 +68,15 @@ def _load_table(file: Path) -> Found:
         numbers = [as_number(text) for text in texts]
         if None not in numbers:
             arrays[name] = np.array(numbers, np.float64)
+    if not arrays:
+        held = ", ".join(f"{name} with {texts[0][:60]!r}" for name, texts in list(table.columns.items())[:20])
+        raise DataError(f"{file} has no column of numbers beside {table.by or 'the index'}, but {held or 'none'}")
     by = f"the column {table.by}" if table.by else "the index in the first column"
     return Found(arrays, table.rows, f"scores by {by}")
 
 
 def _load_list(file: Path) -> Found:
-    """Read a list of numbers, or of paths with a number behind each."""
+    """Read a list of numbers, or of indices or paths with a number behind each."""
     lines = read_lines(file)
     numbers = [as_number(line) for line in lines]
     if None not in numbers:
@@ -83,9 +86,12 @@ def _load_list(file: Path) -> Found:
     if None in values:
         raise DataError(
             f"{file} has the line {lines[values.index(None)][:200]!r}, which does not end in a number: write one score "
-            "on each line, or a path and its score; a list of paths alone is a subset"
+            "on each line, or an index or path and its score; a list of paths alone is a subset"
         )
-    return Found({"": np.array(values, np.float64)}, [pair[0] for pair in pairs], "scores by path")
+    samples = [pair[0] for pair in pairs]
+    if all(as_index(sample) is not None for sample in samples):
+        return Found({"": np.array(values, np.float64)}, parse_indices(samples, str(file)), "scores by index")
+    return Found({"": np.array(values, np.float64)}, samples, "scores by path")
 
 
 LOADERS: dict[str, Callable[[Path], Found]] = {
