@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,9 +111,22 @@ def flush_output() -> None:
 
 
 def complain(text: str) -> None:
-    """Print one line to standard error, if that is possible."""
+    """Print one line to standard error, if that is possible; with --log-json, as an event."""
+    line = " ".join(text.split())
+    if MODE.log_json:
+        log_event("message", text=printable(line))
+    else:
+        _print_error_line(printable(line))
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """Write a line of --log-json: the kind of event, the time in seconds since 1970, and further JSON values."""
+    _print_error_line(json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+
+
+def _print_error_line(line: str) -> None:
     try:
-        print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
 

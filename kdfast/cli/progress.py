@@ -7,14 +7,12 @@ JSON object per line.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from kdfast.cli.output import MODE, complain
+from kdfast.cli.output import MODE, complain, log_event
 from kdfast.cli.signals import INTERRUPTER
 from kdfast.progress import Remaining
 from kdfast.text import printable
@@ -96,16 +94,6 @@ def announce(out: Path, size: int, seconds: float | None) -> None:
         return
     takes = "" if seconds is None else f", in about {format_seconds(seconds)}"
     complain(f"kdfast: writes about {format_bytes(size)} to {out} ({format_bytes(free_space(out))} free){takes}")
-
-
-def log_event(event: str, **fields: Any) -> None:
-    """Write a line of --log-json: the kind of event, the time in seconds since 1970, and further JSON values."""
-    complain(json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
-
-
-def log_metrics(row: Mapping[str, Any]) -> None:
-    """Write a row of metrics as a line of --log-json."""
-    log_event("metrics", **row)
 
 
 class _Lines:

@@ -75,8 +75,8 @@ def test_refuses_foreign_files_before_the_work(kdfast, tiny, scores, teacher, tm
     def work(*_: object, **__: object) -> None:
         pytest.fail("the work began")
 
-    for place in ("distill.record_dynamics.train", "distill.train.train", "prune.scores.compute.ScoreSources.score",
-                  "prune.select.select_subset"):  # fmt: skip
+    for place in ("distillation.record_dynamics.train", "distillation.train.train",
+                  "pruning.scores.compute.ScoreSources.score", "pruning.select.select_subset"):  # fmt: skip
         monkeypatch.setattr(f"kdfast.{place}", work)
     ran = kdfast(*command, *(["--dry-run"] if dry else []))
     assert ran.code == 4, (ran.err, ran.out)

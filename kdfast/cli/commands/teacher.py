@@ -118,6 +118,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         trackers=trackers,
         keep_checkpoints=keep_checkpoints,
+        replaced=out if force else None,
     )
     if plan.distributed.is_main:
         save_model(out, load_model(folder / "student.pt"))
@@ -284,6 +285,7 @@ def flatten(
         training.refuse_existing(out, force=force)
         if force:
             FlattenCheckpoint(state, described).delete()
+            out.unlink(missing_ok=True)  # else the same command without `force` could not resume
         with progress("flatten") as report:
             flat = flatten_teacher(
                 model,

@@ -11,8 +11,8 @@ import typer
 
 from kdfast.cli import term_help
 from kdfast.cli.commands import recipe
-from kdfast.cli.output import MODE
-from kdfast.cli.progress import log_event, progress
+from kdfast.cli.output import MODE, log_event
+from kdfast.cli.progress import progress
 from kdfast.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -172,21 +172,28 @@ def run(
     checkpoint_seconds: float,
     trackers: TrackerSet,
     keep_checkpoints: bool,
+    replaced: Path | None = None,
 ) -> dict[str, Any]:
-    """Claim the run folder and train, showing the progress. Return the content of result.json."""
+    """Claim the run folder and train, showing the progress. Return the content of result.json.
+
+    `replaced` is a file of an earlier run to delete, as it would keep the same command without --force from resuming.
+    """
     from kdfast.distillation.folder import RunFolder
     from kdfast.distillation.train import Monitoring, train
     from kdfast.trackers import TrackerSet
 
-    if plan.distributed.is_main:
-        recipe.announce_views(plan.source, plan.metadata["augment"])
     with (
         progress(label, shown=plan.distributed.is_main) as report,
         plan.distributed.process_group(plan.device),
         RunFolder(out, plan.identity, metadata=plan.metadata, resume=resume, writes=plan.distributed.is_main) as folder,
     ):
+        if replaced is not None and plan.distributed.is_main:
+            replaced.unlink(missing_ok=True)
         finished = folder.read_result() if plan.distributed.is_main else None
-        chosen = trackers if plan.distributed.is_main and finished is None else TrackerSet([])
+        trains = plan.distributed.is_main and finished is None
+        if trains:
+            recipe.announce_views(plan.source, plan.metadata["augment"])
+        chosen = trackers if trains else TrackerSet([])
         with chosen.started(out, plan.identity) as started:
             if MODE.log_json and plan.distributed.is_main:
                 started.append(JsonLines())
