@@ -124,7 +124,9 @@ def build(
     arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
     check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
     size_bytes = kept * n_views * RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
-    seconds = None if is_finished(out) and not force else estimate_forward(source, model, place, kept * n_views)
+    reused = is_finished(out) and not force
+    seconds = None if reused else estimate_forward(source, model, place, kept * n_views)
+    announce(out, size_bytes, seconds)
     if dry_run:
         show(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
@@ -135,8 +137,8 @@ def build(
         return
     if force:
         delete_cache(out)
-    announce(out, size_bytes, seconds)
-    recipe.announce_views(source, augment)
+    if not reused:
+        recipe.announce_views(source, augment)
     with progress("cache") as report:
         build_cache(
             source,
@@ -198,6 +200,7 @@ def import_outputs(
     size: options.Size = None,
     order: options.Order = "path",
     split: options.Split = None,
+    force: options.Force = False,
     config: options.Config = None,
 ) -> None:
     """Make a cache of logits that another program computed. Row i is training sample i, and column c its class c.
@@ -219,6 +222,7 @@ def import_outputs(
             view_seed=view_seed,
             dtype=dtype,
             key=key,
+            force=force,
             progress=report,
         )
     top1, width = cache.manifest["train_top1"], cache.manifest["features"]

@@ -83,6 +83,8 @@ def convert(
     check_out_folder(out, source)
     pixels = source.train.shape[0] * source.train.shape[1] * 3
     total = (len(source.train) + len(source.test)) * pixels
+    if jpeg is None:  # the size of compressed images is not known before
+        announce(out, total, estimate_reading(source.train))
     if dry_run:
         show(
             f"would write {len(source.train)} + {len(source.test)} images to {out}, about {total / 1e6:.0f} MB raw",
@@ -91,8 +93,6 @@ def convert(
         return
     if force:
         delete_conversion(out, source)
-    if jpeg is None:  # the size of compressed images is not known before
-        announce(out, total, estimate_reading(source.train))
     with progress("convert") as report:
         convert_source(source, out, jpeg_quality=jpeg, progress=report)
     show(

@@ -140,6 +140,7 @@ def dynamics(
     check_student(settings, len(source.train), source, Distributed(), place)
     check_top_k(top_k, len(source.classes))
     size_bytes, seconds = _estimate(settings, recording, source, place)
+    announce(out, size_bytes, seconds)
     if dry_run:
         show(
             f"would train {net} {runs} times for {epochs} epochs and write {size_bytes / 1e6:.1f} MB to {out}"
@@ -149,7 +150,6 @@ def dynamics(
         return
     if force:
         delete_dynamics(out)
-    announce(out, size_bytes, seconds)
     recipe.announce_views(source, augment)
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()

@@ -137,7 +137,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path, digest_of, read_origin, subset_size, write_subset
+    from kdfast.data.subset import check_subset_path, read_origin, subset_size, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.pruning.flat_scores import state_paths
@@ -186,11 +186,15 @@ def prune(
     selections = []
     with progress(method or "prune", shown=request.uses_selector) as report:
         found = request.run(source, None if dry_run else states, report, score_state=score_state)
+        if not (dry_run or request.uses_selector):  # a selector's subsets are written as they are found
+            chosen = list(found)
+            found = iter(chosen)
+            for path, selection in zip(paths, chosen, strict=True):
+                _refuse_other(path, selection, force)
         for path, state, selection in zip(paths, states, found, strict=True):
             selections.append(selection)
             if not dry_run:
-                held = read_origin(path)
-                options.refuse_other(path, held is None or held["ids"] == digest_of(selection.ids), force)
+                _refuse_other(path, selection, force)
                 write_subset(path, selection.ids, selection.provenance)
                 if request.uses_selector:
                     state.unlink(missing_ok=True)
@@ -209,6 +213,13 @@ def prune(
         found_facts.append({"out": str(path), "kept": len(selection.ids), "per_class": counts.tolist()})
     facts = {"of": len(source.train), "subsets": found_facts, "dry_run": dry_run}
     show("\n".join(lines), facts | ({"scores": lines[0]} if len(lines) > len(found_facts) else {}))
+
+
+def _refuse_other(path: Path, selection: Selection, force: bool) -> None:
+    from kdfast.data.subset import digest_of, read_origin
+
+    held = read_origin(path)
+    options.refuse_other(path, held is None or held["ids"] == digest_of(selection.ids), force)
 
 
 def _describe_scores(selection: Selection) -> list[str]:

@@ -23,10 +23,11 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, DataError, DataWarning, UsageError
 from kdfast.files import FolderLock, atomic_write, check_writable, make_subfolder, sha256_file
+from kdfast.files.space import check_space
 from kdfast.progress import Progress
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.manifest import BUILDING, FEATURES, IDENTITY, IMPORTED, MANIFEST, shard_file
-from kdfast.teacher.plan import check_cache_folder, make_plan, samples_per_shard, write_or_check_plan
+from kdfast.teacher.plan import check_cache_folder, delete_cache, make_plan, samples_per_shard, write_or_check_plan
 from kdfast.teacher.row_format import RowFormat
 from kdfast.teacher.writing.convert import Conversion
 from kdfast.teacher.writing.finish import reuse_finished, seal_cache
@@ -48,6 +49,7 @@ def teacher_outputs(
     view_seed: int = 0,
     dtype: str = "float16",
     key: str | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> TeacherCache:
     """Make a cache of the outputs of a network that kdfast does not have, and open it.
@@ -66,6 +68,7 @@ def teacher_outputs(
         view_seed: Seed that chose the views.
         dtype: dtype of the stored logits, "float16" or "float32".
         key: Name of the logits in a file of several arrays. None: "logits", or the only array.
+        force: Replace another cache in the folder, once the outputs are checked.
         progress: Called with (samples done, samples in total, note).
 
     Returns:
@@ -87,6 +90,12 @@ def teacher_outputs(
     if held is not None:
         _check_features(held, len(source.train))
     facts = outputs.check(held, progress)
+    values = outputs.rows.shape[-1] * outputs.n_views
+    check_space(
+        out, len(source.train) * (values * outputs.dtype.itemsize + 4 * (held.shape[1] if held else 0)), "the cache"
+    )
+    if force:
+        delete_cache(Path(out))
     folder = check_writable(out)
     plan = _make_plan(outputs, source, facts, held, view_seed)
     if (folder / MANIFEST).exists():
