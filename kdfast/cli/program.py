@@ -77,16 +77,21 @@ def _run() -> int:
         if os.environ.get("KDFAST_DEBUG"):
             raise
         command = find_command(typer.main.get_command(app), sys.argv[1:])
-        complain(f"kdfast: {translate(str(error), command)}")
+        complain(f"kdfast: {_without_force(translate(str(error), command))}")
         return Interrupted.exit_code if INTERRUPTER.received else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        complain(MESSAGE)
+        complain(_without_force(MESSAGE))
         return Interrupted.exit_code
     except Exception as error:
         if INTERRUPTER.received:  # what was interrupted has made another error of it
-            complain(MESSAGE)
+            complain(_without_force(MESSAGE))
             return Interrupted.exit_code
         return _report_exception(error)
+
+
+def _without_force(text: str) -> str:
+    """Return a message that advises to resume, for a command line with --force, which would start over again."""
+    return text.replace("same command again", "same command without --force") if "--force" in sys.argv[1:] else text
 
 
 def _report_exception(error: Exception) -> int:

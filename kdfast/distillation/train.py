@@ -73,6 +73,8 @@ def train(
     monitoring = monitoring or Monitoring()
     finished = folder.read_result()
     if finished is not None:
+        if folder.read_state() != "finished":  # a kill after the result was written
+            _end(folder, monitoring, finished["steps"])
         return finished
     trainer = make_trainer(plan)
     plan.distributed.barrier()
@@ -234,7 +236,12 @@ class _TrainingLoop:
         }
         self.track(trainer.step, {f"test_{name}": scores[name] for name in ("top1", "top5", "loss")})
         self.folder.write_result(result)
-        if not self.monitoring.keep_checkpoints:
-            self.folder.delete_checkpoints()
-        self.folder.write_status("finished", **self.position())
+        _end(self.folder, self.monitoring, trainer.step)
         return result
+
+
+def _end(folder: RunFolder, monitoring: Monitoring, steps: int) -> None:
+    """Delete what a finished run does not need, and say in its status that it is finished."""
+    if not monitoring.keep_checkpoints:
+        folder.delete_checkpoints()
+    folder.write_status("finished", step=steps, steps=steps)

@@ -26,7 +26,7 @@ from kdfast.distillation.folder.content import (
     checkpoint_files,
     read_finished_run,
 )
-from kdfast.errors import CheckpointError, UsageError
+from kdfast.errors import CheckpointError, DataError, UsageError
 from kdfast.files import (
     FolderLock,
     atomic_write,
@@ -175,6 +175,14 @@ class RunFolder:
         """Replace status.json."""
         if self.writes:
             write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), "updated": time.time(), **facts})
+
+    def read_state(self) -> str | None:
+        """Return the state in status.json; None if there is none that can be read."""
+        try:
+            status = read_json(self.path / "status.json")
+        except DataError:
+            return None
+        return str(status["state"]) if isinstance(status, dict) and "state" in status else None
 
     def read_result(self) -> dict[str, Any] | None:
         """Read the result of a finished run, see `read_finished_run`."""
