@@ -1,6 +1,7 @@
 """Networks of Hugging Face model folders, with weights or without."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from kdfast.nets import build_net, forward_with_features
 from kdfast.nets.checkpoint import Model, load_model, save_model
 from kdfast.nets.importing import import_checkpoint
 from kdfast.nets.initial import load_initial_weights
+from kdfast.nets.sources.hugging_face import read_hugging_face_weights
 from kdfast.nets.sources.own_code import name_code
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -98,6 +100,19 @@ def test_code_in_a_folder_is_not_run(models, tmp_path):
     with pytest.raises(UsageError, match="cannot be used"):
         build_net(f"hf:{tmp_path}", 4)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("_attn_implementation", "owner/kernels"), ("attn_implementation", {"": "owner/kernels@v1"})],
+)
+def test_kernels_that_a_configuration_names_are_not_run(models, tmp_path, key, value):
+    shutil.copytree(models[0] / "vit", tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config | {"nested": [{key: value}]}))
+    for read in (lambda: build_net(f"hf:{tmp_path / 'vit'}", 4), lambda: read_hugging_face_weights(tmp_path / "vit")):
+        with pytest.raises(UsageError, match=f"asks for {key} 'owner/kernels.*, code from elsewhere"):
+            read()
 
 
 def test_folders_without_a_model(models, tmp_path):

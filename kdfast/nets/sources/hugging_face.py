@@ -5,7 +5,8 @@ Only classes of the installed transformers are used, never code in the folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ def build_hugging_face_net(folder: str, classes: int, arguments: Mapping[str, An
     if not file.is_file():
         raise UsageError(f"hf:{folder}: there is no {file}: pass a local folder of a model, downloaded before")
     transformers = open_library("transformers", f"hf:{folder}")
+    _check_runs_no_kernels(file)
     try:
         config = transformers.AutoConfig.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers of hundreds of configurations
@@ -56,8 +58,10 @@ def read_hugging_face_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         LibraryError: transformers is not installed, or does not work.
         CheckpointError: The folder holds no such weights.
+        UsageError: Its configuration asks for code from elsewhere.
     """
     transformers = open_library("transformers", f"hf:{folder}")
+    _check_runs_no_kernels(folder / "config.json")
     messages = transformers.utils.logging
     level, shows_bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     messages.set_verbosity(messages.CRITICAL)
@@ -76,6 +80,31 @@ def read_hugging_face_weights(folder: Path) -> dict[str, Tensor]:
         if shows_bars:
             messages.enable_progress_bar()
     return {name: tensor for name, tensor in net.state_dict().items() if name not in found["missing_keys"]}
+
+
+def _check_runs_no_kernels(file: Path) -> None:
+    """Refuse a configuration with an implementation such as "owner/kernels", which transformers downloads and runs."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong
+    for key, value in _values(content):
+        if key.endswith("_implementation") and "/" in value:
+            raise UsageError(
+                f"{file} asks for {key} {value!r}, code from elsewhere, which kdfast does not run: delete {key} from it"
+            )
+
+
+def _values(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in nested dicts and lists, each with the innermost key that names an implementation, or any."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _values(value, key if key.endswith("_implementation") else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
+    elif isinstance(content, str):
+        yield key, content
 
 
 def _set_values(config: Any, name: str, arguments: Mapping[str, Any]) -> None:
