@@ -66,6 +66,21 @@ def estimate_training(
     return _timed(step, device) * steps + _timed(classify, device) * forwards / batch_size
 
 
+def cached_bytes(model: Model, source: Source, *, samples: int, view_bytes: int) -> int:
+    """Return the bytes of a cache.
+
+    Args:
+        model: The teacher.
+        source: The data.
+        samples: Number of cached samples.
+        view_bytes: Bytes of the logits of a sample's views.
+    """
+    with torch.no_grad():
+        logits, features = forward_with_features(model.net, torch.zeros(1, 3, *source.view_spec.size))
+    # Of the image as it is, logits and features are also stored in float32.
+    return samples * (view_bytes + 4 * (logits.shape[1] + features.shape[1]))
+
+
 def recorded_bytes(net: str, source: Source, *, bits: int, feature_epochs: int) -> int:
     """Return the bytes of recorded dynamics.
 

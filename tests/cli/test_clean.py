@@ -30,6 +30,19 @@ def test_a_finished_run_has_no_checkpoints(kdfast, tiny: Path, tmp_path: Path) -
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_run_that_was_killed_after_its_result_ends_when_it_is_run_again(
+    kdfast, tiny: Path, kept: Path, tmp_path: Path
+) -> None:
+    command = ("distill", "--data", tiny, *TRAINING, "--out", tmp_path / "run")
+    run = shutil.copytree(kept, tmp_path / "run")
+    assert kdfast(*command).code == 0
+    assert files(run) == files(kept), "what was kept stays"
+    (run / "status.json").write_text(json.dumps({"state": "running"}))
+    assert kdfast(*command).code == 0
+    assert not (run / "checkpoints").exists()
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
 def test_clean_says_what_it_deleted(kdfast, tiny: Path, kept: Path, tmp_path: Path) -> None:
     run = shutil.copytree(kept, tmp_path / "run")
     (run / ".kdtmp-0123456789ab-student.pt").write_bytes(b"half")

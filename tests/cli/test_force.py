@@ -118,6 +118,63 @@ def test_a_small_disk_is_refused_before_the_work(
         ran = kdfast(*command)
         assert (ran.code, "takes about" in ran.err and "1 bytes free" in ran.err) == (4, True), ran.err
         assert not list(tmp_path.iterdir())
+        assert kdfast(*command, "--dry-run").code == 4
+
+
+def test_a_small_disk_is_refused_before_force_deletes(
+    kdfast, tiny: Path, teacher: Path, tmp_path: Path, monkeypatch
+) -> None:
+    command, change, file = commands(tiny, teacher, tmp_path)["cache"]
+    assert kdfast(*command).code == 0
+    before = (tmp_path / file).read_bytes()
+    monkeypatch.setattr("kdfast.files.space.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert kdfast(*command, "--views", 9, "--dtype", "float32", "--force").code == 4
+    assert (tmp_path / file).read_bytes() == before
+    assert kdfast(*command, *change, "--force").code == 0, "the space of what is deleted counts as free"
+
+
+def test_prune_writes_no_subset_if_one_is_refused(kdfast, tiny: Path, tmp_path: Path) -> None:
+    command = ("prune", "--data", tiny, "--out", tmp_path / "i-{fraction}.npy")
+    assert kdfast(*command, "--fraction", 0.5).code == 0
+    ran = kdfast(*command, "--fraction", 0.25, "--fraction", 0.5, "--seed", 1)
+    assert (ran.code, "i-0.5.npy exists and holds another result" in ran.err) == (4, True), ran.err
+    assert {file.name for file in tmp_path.iterdir()} == {"i-0.5.npy", "i-0.5.json"}
+
+
+def test_force_replaces_imported_outputs_once_others_are_checked(kdfast, tiny: Path, tmp_path: Path) -> None:
+    logits = 3 * np.eye(3, dtype=np.float32)[np.arange(120) % 3]
+    for name, values in (("a", logits), ("b", 2 * logits), ("bad", logits[:5])):
+        np.save(tmp_path / f"{name}.npy", values)
+    out, command = tmp_path / "cache", ("--data", tiny, "--out", tmp_path / "cache")
+    assert kdfast("cache", "import", tmp_path / "a.npy", *command).code == 0
+    before = (out / "manifest.json").read_bytes()
+    assert kdfast("cache", "import", tmp_path / "b.npy", *command).code == 3
+    assert kdfast("cache", "import", tmp_path / "bad.npy", *command, "--force").code == 3
+    assert (out / "manifest.json").read_bytes() == before
+    assert kdfast("cache", "import", tmp_path / "b.npy", *command, "--force").code == 0
+    assert (out / "manifest.json").read_bytes() != before
+
+
+def test_an_interrupted_force_resumes_without_it(kdfast, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    from kdfast.distillation.trainer import Trainer
+
+    command = ("teacher", "train", "--data", tiny, "--net", "resnet8", *TRAINING, "--out", tmp_path / "t.pt",
+               "--checkpoint-seconds", 0)  # fmt: skip
+    assert kdfast(*command).code == 0
+    step = Trainer.train_step
+
+    def stop(self: Trainer, batch: object) -> None:
+        step(self, batch)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop)
+        patch.setattr("sys.argv", ["kdfast", *map(str, command), "--seed", "1", "--force"])
+        ran = kdfast(*command, "--seed", 1, "--force")
+    assert (ran.code, "run the same command without --force to resume" in ran.err) == (75, True), ran.err
+    ran = kdfast(*command, "--seed", 1)
+    assert (ran.code, "resuming at step 1 of 3" in ran.err) == (0, True), ran.err
 
 
 def test_long_work_is_announced(kdfast, tiny: Path, teacher: Path, tmp_path: Path, monkeypatch) -> None:
@@ -125,5 +182,7 @@ def test_long_work_is_announced(kdfast, tiny: Path, teacher: Path, tmp_path: Pat
     command, _, _ = commands(tiny, teacher, tmp_path)["cache"]
     ran = kdfast(*command)
     assert ran.code == 0, ran.err
-    assert f"kdfast: writes about 1.44 kB to {tmp_path / 'cache'} (" in ran.err
+    files = (tmp_path / "cache").glob("*.npy")
+    assert 33_600 < sum(file.stat().st_size for file in files) < 36_000
+    assert f"kdfast: writes about 33.6 kB to {tmp_path / 'cache'} (" in ran.err
     assert "writes about" not in kdfast(*command, "--quiet").err

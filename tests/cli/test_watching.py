@@ -149,6 +149,17 @@ def test_log_json_writes_events(kdfast, tiny: Path, tmp_path: Path) -> None:
     assert {"test_top1", "test_top5", "test_loss"} <= metrics[-1].keys()
 
 
+def test_log_json_writes_warnings_and_errors_as_events(kdfast, tiny: Path, tmp_path: Path) -> None:
+    ran = train(kdfast, tiny, tmp_path / "run", "--log-json")
+    (views,) = [event for event in map(json.loads, ran.err.splitlines()) if event["event"] == "message"]
+    assert views["text"].startswith("kdfast: images are padded by 1")
+    ran = kdfast("data", "info", tmp_path / "no  data", "--log-json")
+    assert (ran.code, ran.out) == (3, "")
+    event = json.loads(ran.err)
+    assert event["event"] == "message"
+    assert event["text"].startswith("kdfast: ")
+
+
 def test_a_resumed_run_says_where(kdfast, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     from kdfast.distillation.trainer import Trainer
 

@@ -98,7 +98,7 @@ def build(
     from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_file, open_subset
     from kdfast.device import resolve_device
-    from kdfast.estimates import estimate_forward
+    from kdfast.estimates import cached_bytes, estimate_forward
     from kdfast.nets.checkpoint import load_model
     from kdfast.nets.fit import check_fit
     from kdfast.teacher.build import build_cache, check_build
@@ -123,14 +123,15 @@ def build(
     place = resolve_device(device)
     arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
     check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
-    size_bytes = kept * n_views * RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
+    view_bytes = n_views * RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
+    size_bytes = cached_bytes(model, source, samples=kept, view_bytes=view_bytes)
     reused = is_finished(out) and not force
     seconds = None if reused else estimate_forward(source, model, place, kept * n_views)
     announce(out, size_bytes, seconds)
     if dry_run:
         show(
             f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
-            f"and write {size_bytes / 1e6:.0f} MB of logits to {out}"
+            f"and write {size_bytes / 1e6:.0f} MB to {out}"
             f"{'' if seconds is None else f', in about {format_seconds(seconds)}'}",
             {"dry_run": True, "samples": kept, "views": n_views, "bytes": size_bytes, "seconds": seconds},
         )
