@@ -82,7 +82,9 @@ def existing_file(path: str | os.PathLike[str]) -> Path:
     """
     file = Path(path)
     if not file.is_file():
-        raise CheckpointError(f"no checkpoint at {file}: pass the path of an existing file")
+        inside = file / "student.pt"  # of a run's folder
+        advice = f"{inside}, which is in this folder" if inside.is_file() else "the path of an existing file"
+        raise CheckpointError(f"no checkpoint at {file}: pass {advice}")
     return file
 
 

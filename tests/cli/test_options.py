@@ -175,7 +175,7 @@ def test_net_and_student_name_the_same_option(
 def test_help_shows_one_spelling_of_the_network(kdfast, words: str) -> None:
     help_text = kdfast(*words.split(), "--help").out
     assert ("--net NAME" in help_text) != ("--student NAME" in help_text)
-    assert "Network, such as resnet8, torchvision:NAME or timm:NAME." in " ".join(help_text.split())
+    assert "Network, such as resnet8; torchvision:NAME; timm:NAME; hf:FOLDER" in " ".join(help_text.split())
 
 
 def prune(kdfast, tiny: Path, out: Path, *flags: object) -> tuple[bytes, dict[str, Any]]:

@@ -131,6 +131,12 @@ def test_message_names_missing_files_and_folders(tmp_path):
             imported(path)
 
 
+def test_message_names_the_student_of_a_run(tmp_path, model):
+    save_model(tmp_path / "student.pt", model)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*: pass .*student.pt, which is in this folder"):
+        load_model(tmp_path)
+
+
 def test_rejects_another_class_count(tmp_path, model):
     save_model(tmp_path / "m.pt", model)
     with pytest.raises(CheckpointError, match="10 classes, but the data has 100"):
