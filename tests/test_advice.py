@@ -22,6 +22,7 @@ from kdfast.pruning.rules.apply import select_subset
 from kdfast.pruning.score_file import ScoreFile, read_scores, write_scores
 from kdfast.pruning.scores.base import ScoreInputs
 from kdfast.pruning.scores.registry import compute_score
+from kdfast.teacher.writing.rows import open_rows
 
 ROOT = Path(kdfast.__file__).parent
 # An expression in a message that the reader is to type.
@@ -181,6 +182,16 @@ def test_mode_of_gradient_norms() -> None:
     assert kdfast.grad_norms(net.eval(), x, y).isfinite().all()
 
 
+def test_order_of_imported_logits(tmp_path: Path) -> None:
+    logits = np.asfortranarray(np.random.default_rng(0).normal(size=(6, 3)))
+    np.savez(tmp_path / "z.npz", logits)
+    said = message_of(lambda: open_rows(tmp_path / "z.npz", what="logits"))
+    code = re.search(r"np\.\w+\(logits\)", said)
+    assert code is not None
+    np.savez(tmp_path / "z.npz", eval(code[0], {"np": np, "logits": logits}))
+    np.testing.assert_array_equal(open_rows(tmp_path / "z.npz", what="logits").read(0, 6), logits)
+
+
 def test_every_message_with_code_is_tried() -> None:
     """A message that tells the reader to type code is known here, so that a test above tries it."""
     known = (
@@ -192,6 +203,7 @@ def test_every_message_with_code_is_tried() -> None:
         ".detach()",
         "call write_scores(",
         "convert it with .int()",
+        "write np.ascontiguousarray(logits)",
     )
     unknown = [text for text in raise_sites() if not any(code in text for code in known)]
     assert not unknown, unknown
