@@ -85,10 +85,20 @@ def html(source: Source, files: dict[str, Path]) -> str:
 
 def test_page_has_all_sections_images_and_charts(html: str, source: Source) -> None:
     page = read(html)
-    titles = ["Scores by class", "Highest and lowest samples", "Class balance", "Overlap between methods", "Provenance"]
+    titles = [
+        "Scores by class",
+        "Highest and lowest samples",
+        "Kept and dropped samples",
+        "Class balance",
+        "Overlap between methods",
+        "Provenance",
+    ]
     assert all(title in page.text for title in titles)
     images = [attributes for name, attributes in page.seen if name == "img"]
-    assert len(images) == 3 * 2 * 10, "ten at either end of three classes"
+    labels = source.train.labels
+    shown = classes_by_mean_score(scored(source).scores, labels, 3)
+    few = [min(10, int((labels[:100] == label).sum())) for label in shown]
+    assert len(images) == 3 * 2 * 10 * 2 + 3 * 10 + sum(few), "ends of classes; kept and dropped of two subsets"
     charts = [attributes["aria-label"] for name, attributes in page.seen if name == "svg"]
     assert len(charts) == 1 + len(source.classes) + 2
     assert sum("Histogram" in text for text in charts) == 1
