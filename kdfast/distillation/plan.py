@@ -199,7 +199,7 @@ class LoadedInputs:
 
     def _plan_terms(self, config: RunConfig, ids: NDArray[np.int64], execution: Execution) -> TermPlan:
         """Plan the terms of the loss, and check that they can be computed as the run is."""
-        if not config.terms:
+        if not config.terms and not config.taps:
             return TermPlan()
         with torch.random.fork_rng(devices=[]):
             student = build_started_net(config.student, len(self.source.classes), config.init)

@@ -82,7 +82,7 @@ class TapRecorder:
             module = place.removesuffix(INPUT)
             if not module or module not in modules:
                 raise unknown_name(
-                    f"`taps`: {type(net).__name__} has no module named", module, [m for m in modules if m]
+                    f"`tap`: {type(net).__name__} has no module named", module, [m for m in modules if m]
                 )
             self._hooks.append((modules[module], name, place.endswith(INPUT)))
         self._open: ExitStack | None = None
@@ -129,5 +129,5 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> AbstractContextManage
 
 def _tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise UsageError(f"`taps`: {name!r} is a {type(value).__name__}, not a tensor: choose another module")
+        raise UsageError(f"`tap`: {name!r} is a {type(value).__name__}, not a tensor: choose another module")
     return value

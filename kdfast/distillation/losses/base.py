@@ -128,6 +128,7 @@ class TermEntry:
         initial: Whether the term trains alone for the first epochs of a run, and is 0 afterwards.
         prepares: Whether it is fitted to the teacher alone in those epochs, and joins the loss after them.
         labels: Whether it depends on the labels.
+        axes: Whether its taps must be (channels, height, width), or (D,) for "pooled"; else they may have any shape.
     """
 
     build: Callable[[TapShapes, Mapping[str, float]], Term]
@@ -139,6 +140,7 @@ class TermEntry:
     initial: bool = False
     prepares: bool = False
     labels: bool = False
+    axes: bool = True
 
 
 def require_equal(shapes: TapShapes, names: tuple[str, ...], term: str, axis: slice, what: str) -> None:

@@ -12,8 +12,15 @@ from torch import nn
 from kdfast.data.source import Source
 from kdfast.distillation.losses.base import RunSamples, Shape, TapShapes
 from kdfast.distillation.losses.settings import SIDES, TermSetting
-from kdfast.distillation.losses.total import LossTerms, Places, choose_places, probe_shapes, required_taps
-from kdfast.errors import CacheMismatch
+from kdfast.distillation.losses.total import (
+    LossTerms,
+    Places,
+    check_shapes,
+    choose_places,
+    probe_shapes,
+    required_taps,
+)
+from kdfast.errors import CacheMismatch, UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.cache import TeacherCache
 
@@ -60,11 +67,13 @@ def plan_terms(
         samples: The samples of the run.
 
     Raises:
-        UsageError: A tap has no place, or a term does not fit the networks or the samples.
+        UsageError: A tap has no place, or one that cannot be read; a place is of no tap; or a term does not fit the
+            networks or the samples.
         CacheMismatch: The terms need more than the cache holds.
     """
     given = _by_side(taps)
     names = required_taps(settings)
+    _check_places(given, names, cached=cache is not None)
     if cache is not None and settings:
         _check_cache(cache, names, views)
     student_places = choose_places(student, names, given["student"], "student")
@@ -76,6 +85,7 @@ def plan_terms(
     elif cache is not None and names:
         theirs = {"pooled": (cache.manifest["features"],)}
     plan = TermPlan(student_places, teacher_places, TapShapes(probe_shapes(student, student_places, size), theirs))
+    check_shapes(settings, plan.shapes)
     with torch.random.fork_rng(devices=[]):
         LossTerms(settings, plan.shapes, samples)
     return plan
@@ -93,6 +103,15 @@ def _by_side(taps: tuple[tuple[str, str], ...]) -> dict[str, dict[str, str]]:
         side, _, name = key.partition(".")
         given[side][name] = place
     return given
+
+
+def _check_places(given: dict[str, dict[str, str]], names: tuple[str, ...], *, cached: bool) -> None:
+    for side, places in given.items():
+        for name in places:
+            if name not in names:
+                raise UsageError(f"`tap` names {side}.{name}, which no term of the loss reads: omit it")
+            if cached and side == "teacher":
+                raise UsageError(f"`tap` names {side}.{name}, and the cache holds the teacher's features: omit it")
 
 
 def _check_cache(cache: TeacherCache, names: tuple[str, ...], views: int) -> None:

@@ -14,6 +14,8 @@ from kdfast.errors import UsageError
 from kdfast.nets.taps import TapRecorder, default_places
 
 Places = Mapping[str, str]
+# Images in a pass that finds the shapes of taps: more than one, to tell the axis of the batch.
+PROBES = 2
 
 
 class LossTerms(nn.Module):
@@ -93,16 +95,49 @@ def choose_places(net: nn.Module, taps: Sequence[str], given: Places, side: str)
 
 @torch.no_grad()
 def probe_shapes(net: nn.Module, places: Places, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tap, without the batch axis, from a pass over one blank image.
+    """Return the shape of each tap, without the batch axis, from a pass over blank images.
 
     Args:
         net: The network; its mode and its buffers are left as they are.
         places: The place of each tap.
-        size: Height and width of the image.
+        size: Height and width of the images.
+
+    Raises:
+        UsageError: A module does not run in a pass, or its activations have no axis of the batch's size.
     """
     mode = net.training
     device = next(net.parameters()).device
     with TapRecorder(net.eval(), places) as recorder:
-        net(torch.zeros(1, 3, *size, device=device))
+        net(torch.zeros(PROBES, 3, *size, device=device))
     net.train(mode)
-    return {name: tuple(x.shape[1:]) for name, x in recorder.take().items()}
+    taken = recorder.take()
+    for name, place in places.items():
+        if name not in taken:
+            raise UsageError(f"`tap`: {type(net).__name__} has {place!r}, but does not call it: choose another module")
+        if taken[name].shape[:1] != (PROBES,):
+            raise UsageError(
+                f"`tap`: {place!r} of {type(net).__name__} has shape {tuple(taken[name].shape)} for a batch of "
+                f"{PROBES} images: choose a module with one activation for each image"
+            )
+    return {name: tuple(x.shape[1:]) for name, x in taken.items()}
+
+
+def check_shapes(settings: Sequence[TermSetting], shapes: TapShapes) -> None:
+    """Check that the taps have the axes that the terms need.
+
+    Args:
+        settings: The terms.
+        shapes: Shapes of the taps of both networks.
+
+    Raises:
+        UsageError: One has not; the message says how to name another module.
+    """
+    for setting in settings:
+        for name in setting.entry.taps if setting.entry.axes else ():
+            axes = ("features",) if name == "pooled" else ("channels", "height", "width")
+            for side, shape in (("student", shapes.student[name]), ("teacher", shapes.teacher[name])):
+                if len(shape) != len(axes):
+                    raise UsageError(
+                        f"the term {setting.name} reads {name} as ({', '.join(axes)}), and the {side}'s has shape "
+                        f"{shape}: name another module with `tap` {side}.{name}=MODULE"
+                    )

@@ -227,6 +227,15 @@ def test_wrong_taps(text):
         ({"terms": (TermSetting("fsp"),), "initial_epochs": 3}, "3 of 2 epochs"),
         ({"terms": (TermSetting("vid"),), "taps": (("student.stage1", "layr1"),)}, "layer1"),
         ({"terms": (TermSetting("fsp"),), "student": "wrn_40_2"}, "equal numbers of channels"),
+        ({"taps": (("student.stage1", "layer1"),)}, r"`tap` names student.stage1, which no term of the loss reads"),
+        (
+            {"terms": (TermSetting("vid"),), "taps": (("teacher.stage1", "fc"),)},
+            r"vid reads stage1 as \(channels, height, width\), and the teacher's has shape \(10,\)",
+        ),
+        (
+            {"terms": (TermSetting("rkd"),), "taps": (("student.pooled", "layer3"),)},
+            r"rkd reads pooled as \(features\), and the student's has shape \(64, 2, 2\)",
+        ),
     ],
 )
 def test_refused_settings(inputs, changes, message):
@@ -262,6 +271,44 @@ def test_a_network_without_default_taps_needs_names(inputs, teacher, source):
         make_trainer(own, terms=(TermSetting("fitnets"),))
     run(make_trainer(own, terms=(TermSetting("fitnets"),), taps=(("teacher.stage2", "body"),)), steps=1)
     run(make_trainer(own, terms=(TermSetting("rkd"),)), steps=1)
+
+
+class Tokens(torch.nn.Module):
+    """Has activations without the axes of a map, without the batch's axis, and a module that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.flat, self.spare = torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.Linear(4, 4), torch.nn.ReLU()
+        self.tokens, self.fc = torch.nn.Identity(), torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.body(x).flatten(2).mT
+        x = self.tokens(self.flat(x.flatten(0, 1)).view(x.shape))
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("fitnets", "tokens", r"\(channels, height, width\), and the teacher's has shape \(4, 4\)"),
+        ("fitnets", "flat", r"'flat' of Tokens has shape \(8, 4\) for a batch of 2 images"),
+        ("fitnets", "spare", r"Tokens has 'spare', but does not call it"),
+        ("sp", "tokens", None),
+    ],
+)
+def test_activations_of_other_shapes(inputs, teacher, name, place, message):
+    tokens = dataclasses.replace(inputs, teacher=TeacherTargets(model=dataclasses.replace(teacher, net=Tokens())))
+    settings = {"terms": (TermSetting(name),), "taps": ((f"teacher.stage{2 if name == 'fitnets' else 3}", place),)}
+    if message is None:
+        run(make_trainer(tokens, **settings), steps=1)
+    else:
+        with pytest.raises(UsageError, match=message):
+            make_trainer(tokens, **settings)
+
+
+def test_a_place_in_a_teacher_that_does_not_run_is_refused(cached_inputs):
+    with pytest.raises(UsageError, match=r"`tap` names teacher\.pooled, and the cache holds the teacher's features"):
+        make_trainer(cached_inputs, terms=(TermSetting("pkt"),), taps=(("teacher.pooled", "fc@input"),))
 
 
 def test_what_cannot_run_so(inputs):
