@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,7 +138,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path, read_origin, subset_size, write_subset
+    from kdfast.data.subset import check_subset_path, read_origin, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.pruning.flat_scores import state_paths
@@ -168,18 +169,13 @@ def prune(
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:
             check_writable(folder)
-    if request.uses_selector and not dry_run:  # what can be told before long work
+        # What can be told before long work.
         asked = {"method": method, "seed": seed, "data": source.fingerprint}
         for path, held in ((path, read_origin(path)) for path in paths):
             options.refuse_other(path, held is None or asked == {name: held.get(name) for name in asked}, force)
     if request.ranks_by_fvm and dry_run:
         request.check_data(source)
-        kept = [subset_size(len(source.train), share) for share in fraction]
-        show(
-            f"would flatten {teacher} if it is not flat, score {len(source.train)} samples and keep "
-            f"{', '.join(map(str, kept))} of them",
-            {"dry_run": True, "teacher": str(teacher), "of": len(source.train), "kept": kept},
-        )
+        _show_flattening(len(source.train), fraction, teacher)
         return
     states = [path.with_suffix(".search.json") for path in paths]
     score_state = None if dry_run else paths[0]
@@ -187,10 +183,7 @@ def prune(
     with progress(method or "prune", shown=request.uses_selector) as report:
         found = request.run(source, None if dry_run else states, report, score_state=score_state)
         if not (dry_run or request.uses_selector):  # a selector's subsets are written as they are found
-            chosen = list(found)
-            found = iter(chosen)
-            for path, selection in zip(paths, chosen, strict=True):
-                _refuse_other(path, selection, force)
+            found = _refuse_others(paths, found, force)
         for path, state, selection in zip(paths, states, found, strict=True):
             selections.append(selection)
             if not dry_run:
@@ -215,11 +208,30 @@ def prune(
     show("\n".join(lines), facts | ({"scores": lines[0]} if len(lines) > len(found_facts) else {}))
 
 
+def _show_flattening(samples: int, fractions: list[float], teacher: Path | None) -> None:
+    from kdfast.data.subset import subset_size
+
+    kept = [subset_size(samples, share) for share in fractions]
+    show(
+        f"would flatten {teacher} if it is not flat, score {samples} samples and keep {', '.join(map(str, kept))} of "
+        "them",
+        {"dry_run": True, "teacher": str(teacher), "of": samples, "kept": kept},
+    )
+
+
 def _refuse_other(path: Path, selection: Selection, force: bool) -> None:
     from kdfast.data.subset import digest_of, read_origin
 
     held = read_origin(path)
     options.refuse_other(path, held is None or held["ids"] == digest_of(selection.ids), force)
+
+
+def _refuse_others(paths: list[Path], selections: Iterator[Selection], force: bool) -> Iterator[Selection]:
+    """Return the selections, unless the file of one of them may not be replaced."""
+    found = list(selections)
+    for path, selection in zip(paths, found, strict=True):
+        _refuse_other(path, selection, force)
+    return iter(found)
 
 
 def _describe_scores(selection: Selection) -> list[str]:
