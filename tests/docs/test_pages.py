@@ -181,6 +181,7 @@ def test_guide_code_runs(page):
     run_page(ROOT / f"docs/guides/{page}.md")
 
 
+@pytest.mark.filterwarnings("ignore:photos has no test split")
 def test_own_network_guide_prints_the_output_it_shows():
     assert run_page(ROOT / "docs/guides/your-own-network.md", commands=True, any_number=True) >= 5
 
