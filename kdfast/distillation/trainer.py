@@ -218,14 +218,21 @@ class Trainer:
                     mean(module.get_buffer(name))
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32."""
+        """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32.
+
+        Of mixed images, it is the loss with the labels mixed likewise; the teacher has seen the mixed images.
+        """
         labels = self.labels[batch.ids]
+        loss = self._labeled_loss(logits, labels, batch)
+        if batch.mixing is None:
+            return loss
+        return torch.lerp(self._labeled_loss(logits, partner_labels(labels), batch), loss, batch.mixing[0])
+
+    def _labeled_loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         config = self.plan.config
-        if batch.mixing is not None or config.label_smoothing:
-            return self._softened_loss(logits, labels, batch)
         total = 1.0 if config.ce is None else config.ce + config.alpha
         if batch.teacher is None or total == 0:
-            return total * F.cross_entropy(logits.float(), labels)
+            return total * F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
         loss = kd_loss(
             logits,
             labels,
@@ -233,22 +240,9 @@ class Trainer:
             batch.teacher_rows,
             alpha=config.alpha / total,
             temperature=config.temperature,
+            label_smoothing=config.label_smoothing,
         )
         return loss if total == 1 else total * loss
-
-    def _softened_loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss with smoothed labels, or of mixed images, whose labels are mixed likewise."""
-        config = self.plan.config
-        entropy = partial(F.cross_entropy, logits.float(), label_smoothing=config.label_smoothing)
-        loss = entropy(labels)
-        if batch.mixing is not None:
-            loss = torch.lerp(entropy(partner_labels(labels)), loss, batch.mixing[0])
-        loss = config.cross_entropy_weight * loss
-        if batch.teacher is None or not config.alpha:
-            return loss
-        return loss + config.alpha * kd_loss(
-            logits, None, batch.teacher, batch.teacher_rows, alpha=1.0, temperature=config.temperature
-        )
 
     def _add_terms(self, loss: Tensor, logits: Tensor, batch: Batch, teacher_taps: dict[str, Tensor]) -> Tensor:
         """Return the loss with the terms, in float32; in the initial phase, the terms of that phase alone."""
