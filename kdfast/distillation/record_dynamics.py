@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdfast.data.source import Source
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.config import RunConfig, check_integer
@@ -103,6 +104,23 @@ def draw_training_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[
     return permutation_element(np.full(n, position), fraction.denominator, keys) < fraction.numerator
 
 
+def check_recording(config: RunConfig, recording: RecordingConfig, source: Source) -> None:
+    """Check that runs can be recorded, before anything is written or deleted.
+
+    Raises:
+        UsageError: If the settings do not fit each other or the data.
+    """
+    if config.epochs % recording.record_every:
+        raise UsageError(
+            f"`record_every` is {recording.record_every}, which does not divide {config.epochs} `epochs`: change one"
+        )
+    check_top_k(recording.top_k, len(source.classes))
+    for run in recording.selected_runs:
+        kept = int(draw_training_mask(len(source.train), recording.keep, config.seed, run).sum())
+        if kept < config.batch_size:
+            raise UsageError(f"run {run} trains on {kept} samples, fewer than one batch: raise `keep`")
+
+
 def record_dynamics(
     inputs: LoadedInputs,
     config: RunConfig,
@@ -133,18 +151,12 @@ def record_dynamics(
         Interrupted: After SIGTERM or Ctrl-C, with the state saved.
         OutputError: If the folder cannot be written.
     """
-    if config.epochs % recording.record_every:
-        raise UsageError(
-            f"`record_every` is {recording.record_every}, which does not divide {config.epochs} `epochs`: change one"
-        )
-    check_top_k(recording.top_k, len(inputs.source.classes))
+    check_recording(config, recording, inputs.source)
     results = []
     for run in recording.selected_runs:
         mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
         run_config = dataclasses.replace(config, seed=config.seed + run)
-        if len(ids) < run_config.batch_size:
-            raise UsageError(f"run {run} trains on {len(ids)} samples, fewer than one batch: raise `keep`")
         check_student(run_config, len(ids), inputs.source, Distributed(), device)
         plan = inputs.plan(run_config, ids, device=device)
         with _open_recorder(plan, config, recording, out, run, mask) as recorder:

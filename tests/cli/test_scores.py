@@ -37,7 +37,9 @@ METHODS = {
 def expect(outcome, code: int, pattern: str) -> None:
     assert outcome.code == code, f"exit code {outcome.code}, stderr: {outcome.err}"
     assert re.search(pattern, outcome.err), outcome.err
-    assert outcome.err.count("\n") == 1, f"one line, not: {outcome.err}"
+    # How images are augmented by default is said when the work starts.
+    said = [line for line in outcome.err.splitlines() if not line.startswith("kdfast: images are ")]
+    assert len(said) == 1, f"one line, not: {outcome.err}"
     assert "Traceback" not in outcome.err
 
 
@@ -129,7 +131,8 @@ def test_computes_the_influence_of_a_flattened_teacher(kdfast, tiny, teacher, tm
     ran = kdfast("teacher", "flatten", "--data", tiny, "--teacher", teacher, "--iterations", 3, "--out", flat)
     assert ran.code == 0, ran.err
     for fisher in ("train", "validation"):
-        ran = kdfast(*arguments, "--teacher", flat, "--option", f"fisher={fisher}", "--option", "views=2", "--force")
+        options = ["--option", f"fisher={fisher}", "--option", "views=2"]
+        ran = kdfast(*arguments, "--teacher", flat, *options, "--force", "--quiet")
         assert (ran.code, ran.err) == (0, "")
         with np.load(out) as held:
             about = json.loads(str(held["about"]))
@@ -290,6 +293,14 @@ def test_rejected_recordings_write_nothing(kdfast, tiny, tmp_path, flag, value) 
     assert ran.code == 2, ran.err
     assert ran.err.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+def test_refused_recordings_delete_nothing_despite_force(kdfast, tiny, dynamics) -> None:
+    before = arrays_of(dynamics)
+    for flag, value in (("--keep", 0.05), ("--record-every", 2)):
+        ran = kdfast(*dynamics_command(tiny, dynamics, flag, value, "--force"))
+        assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err
+    assert arrays_of(dynamics) == before
 
 
 def test_divergence_prints_one_line(kdfast, tiny, tmp_path) -> None:

@@ -104,9 +104,9 @@ def dynamics(
     from kdfast.distillation.distributed import Distributed
     from kdfast.distillation.inputs import check_student
     from kdfast.distillation.plan import LoadedInputs
-    from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+    from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
     from kdfast.distillation.targets import TeacherTargets
-    from kdfast.dynamics.plan import check_dynamics_folder, check_top_k, delete_dynamics
+    from kdfast.dynamics.plan import check_dynamics_folder, delete_dynamics
 
     place = resolve_device(device)
     check_dynamics_folder(out)
@@ -138,7 +138,7 @@ def dynamics(
         record=record,
     )
     check_student(settings, len(source.train), source, Distributed(), place)
-    check_top_k(top_k, len(source.classes))
+    check_recording(settings, recording, source)
     size_bytes, seconds = _estimate(settings, recording, source, place)
     announce(out, size_bytes, seconds)
     if dry_run:
