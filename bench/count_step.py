@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
-from kdfast.distillation import optimizer, targets
+from kdfast.distillation import targets
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.recipe import optimizer
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.trainer import Trainer
 from kdfast.nets import build_net

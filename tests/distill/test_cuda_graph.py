@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kdfast.distillation import cuda_graph, optimizer
+from kdfast.distillation import cuda_graph
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.config import Execution
 from kdfast.distillation.cuda_graph import CapturedStep
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.plan import Plan
+from kdfast.distillation.recipe import optimizer
 from kdfast.distillation.record_dynamics import BatchRecordingTrainer
 from kdfast.distillation.targets import CachedTargets, TeacherTargets
 from kdfast.distillation.train import train
