@@ -100,6 +100,11 @@ def as_float(name: str, value: object) -> float:
 def _number_or_vector(name: str, value: object, logits: Tensor, default: float) -> tuple[float, Tensor | None]:
     """Return a number, or, if the value is a tensor with one number per row of the logits, a default and the tensor."""
     n = logits.shape[0]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        raise TypeError(
+            f"`{name}` is of type {type(value).__name__}: pass a number, or a tensor ({n},), one for each row of "
+            "`logits`"
+        )
     if not isinstance(value, Tensor) or value.dim() == 0:
         return as_float(name, value), None
     if value.numel() == 1 and (n != 1 or value.dim() != 1 or not value.is_floating_point()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,6 +322,8 @@ BAD = {
     "elsewhere": (torch.ones(N, device="meta"), TypeError, "is on meta"),
     "a gradient": (torch.ones(N, requires_grad=True), TypeError, r"requires a gradient.*\.detach\(\)"),
     "sparse": (torch.ones(N).to_sparse(), TypeError, "is a .* must be dense"),
+    "a list": ([1.0] * N, TypeError, r"is of type list: pass a number, or a tensor \(9,\)"),
+    "an array": (np.ones(N), TypeError, r"is of type ndarray: pass a number, or a tensor \(9,\)"),
 }
 
 
