@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from kdfast.errors import DataError, DataWarning, KdfastError, OutputError, UsageError, did_you_mean
 from kdfast.files import read_json, refuse_links, write_json
@@ -241,7 +242,8 @@ class _Guarded:
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         try:
-            yield
+            with _off_stdout():
+                yield
         except Exception as error:
             if self._works:
                 text = (
@@ -253,11 +255,17 @@ class _Guarded:
 
 def _start(name: str, package: Any, run: TrackedRun) -> Tracker:
     try:
-        return TRACKERS[name].make(package, run)
+        with _off_stdout():
+            return TRACKERS[name].make(package, run)
     except KdfastError:
         raise
     except Exception as error:
         raise OutputError(f"`track` {name}: it cannot start a run: {_first_line(error)}") from error
+
+
+def _off_stdout() -> contextlib.redirect_stdout[TextIO]:
+    """Return a context in which packages that print links write to the standard error: the other one is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _first_line(error: Exception) -> str:

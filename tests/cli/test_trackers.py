@@ -105,6 +105,19 @@ def test_a_resumed_run_continues_under_its_name(kdfast, tiny: Path, tmp_path: Pa
     assert [step for step, _ in logged(name, calls[stopped:])] == [12, 12], "no step twice but for the result"
 
 
+def test_what_a_package_prints_is_no_part_of_the_result(kdfast, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    class Printing(StandIn):
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("__"):
+                print(f"visit me: {name}")
+            return super().__getattr__(name)
+
+    monkeypatch.setitem(sys.modules, "trackio", Printing("trackio", []))
+    ran = train(kdfast, tiny, tmp_path / "run", "--track", "trackio", "--json")
+    assert json.loads(ran.out)["steps"] == 12
+    assert {"visit me: init", "visit me: log", "visit me: finish"} <= set(ran.err.splitlines())
+
+
 def test_a_failed_run_is_said_to_have_failed(kdfast, tiny: Path, tmp_path: Path, calls) -> None:
     assert train(kdfast, tiny, tmp_path / "run", "--track", "mlflow", "--track", "wandb", "--lr", "1e30").code == 5
     assert ("end_run", ("FAILED",), {}) in calls
