@@ -225,9 +225,9 @@ def _model_from(path: str | os.PathLike[str], content: Mapping[str, Any], spec: 
     try:
         net.load_state_dict(content["state_dict"])
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]
         if code is None:
-            raise CheckpointError(f"{path} is damaged ({error}): {advice}") from error
-        reason = str(error).strip().splitlines()[-1].strip()[:300]
+            raise CheckpointError(f"{path} is damaged ({reason}): {advice}") from error
         raise CheckpointError(
             f"{path} does not fit {code.file}{', which has changed since' if changed else ''} ({reason}): use the "
             "version that it was trained with"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from kdfast.errors import UsageError, unknown_name
+from kdfast.errors import KdfastError, UsageError, unknown_name
 from kdfast.nets.cifar.deep_resnet import DeepResNet
 from kdfast.nets.cifar.mobilenetv2 import MobileNetV2
 from kdfast.nets.cifar.resnet import CifarResNet, Shortcut
@@ -82,9 +82,10 @@ def _build_by_name(spec: NetSpec, classes: int) -> nn.Module:
         raise unknown_name("no network is named", spec.member, [*NETS, *FORMS.replace(" or ", ", ").split(", ")])
     try:
         return NETS[spec.member](classes, **spec.arguments)
-    except TypeError as error:
+    except KdfastError:
+        raise
+    except Exception as error:  # any value may have been passed
         if not spec.arguments:
             raise
-        raise UsageError(
-            f"`net_arg`: {spec} cannot be built ({first_line(error)}): omit what {spec.member} does not take"
-        ) from error
+        remedy = f"omit what {spec.member} does not take" if isinstance(error, TypeError) else "change it"
+        raise UsageError(f"`net_arg`: {spec} cannot be built ({first_line(error)}): {remedy}") from error

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -119,6 +120,7 @@ def test_a_network_for_gray_images_gets_the_mean_of_the_channels(folder):
         ("models:", "no network is named"),
         ("models.py:a.b", "no network is named"),
         ("resnet8(channel=1)", "omit what resnet8 does not take"),
+        ("resnet8(channels=-1)", "resnet8(channels=-1) cannot be built"),
     ],
 )
 def test_every_mistake_has_its_message(folder, name, words):
@@ -276,6 +278,22 @@ def test_programs_name_the_code_of_a_teacher(folder, monkeypatch):
     with pytest.raises(CodeError, match="name it"):
         kdfast.load_teacher("T.pt")
     assert kdfast.load_teacher("T.pt", net="models.py:Net").name == "models.py:Net(width=7)"
+
+
+def test_a_network_of_a_program_is_opened_by_the_file_of_the_program(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    program = types.ModuleType("__main__")
+    program.__file__ = str(folder / "models.py")
+    exec(SOURCE, program.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", program)
+        saved = save("__main__:Net(width=7)")
+    forget(monkeypatch)
+    with pytest.raises(CodeError, match=rf"pass `teacher_net` {folder}/models\.py:Net$"):
+        load_model("T.pt")
+    name_code("models.py:Net")
+    assert load_model("T.pt").name == "models.py:Net(width=7)"
+    assert load_model("T.pt").digest == saved.digest
 
 
 def test_a_model_whose_class_has_no_place_is_saved_without_its_code(folder):

@@ -51,13 +51,20 @@ def choose_spec(
 
 def describe_place(spec: NetSpec, code: Code | None) -> str:
     """Return a network's name without arguments, with the absolute path of its file or folder."""
-    if code is None or spec.kind == "module":
+    if code is None or (spec.kind == "module" and not _is_script(spec)):
         return spec.target
     return f"hf:{Path(code.file).parent}" if spec.kind == "hf" else f"{code.file}:{spec.member}"
 
 
+def _is_script(spec: NetSpec) -> bool:
+    """Return whether the network's class is in a program that was run, which is a file to every other program."""
+    return spec.place == "__main__"
+
+
 def _is_same(held: NetSpec, named: NetSpec, code: Code | None) -> bool:
     """Return whether the named network is the held one, possibly in a file or folder that was moved."""
+    if _is_script(held) and code is not None and named.kind == "file":
+        return held.member == named.member and Path(code.file).name == Path(named.place).name
     if held.kind != named.kind:
         return False
     if held.kind == "hf":
@@ -93,7 +100,8 @@ def _refusal(path: str | os.PathLike[str], held: NetSpec, code: Code | None, giv
         return f"{path} holds {where}, not {given}: name the network that it holds"
     if held.kind == "hf":
         return f"{path} holds {held}, whose folder is not there: pass the folder's new place as `teacher_net` hf:FOLDER"
-    there = code is None or held.kind == "module" or Path(code.file).is_file()
+    is_module = held.kind == "module" and not _is_script(held)
+    there = code is None or is_module or Path(code.file).is_file()
     moved = "" if there else f"; {code.file if code else ''} is not there any more, so pass the file's new place"
     return (
         f"{path} holds the network {where}, code of your own, which a checkpoint runs only where you name it: pass "
