@@ -16,6 +16,7 @@ from kdfast.distillation.losses.total import (
     LossTerms,
     Places,
     check_shapes,
+    check_single_sample,
     choose_places,
     probe_shapes,
     required_taps,
@@ -53,6 +54,7 @@ def plan_terms(
     views: int,
     size: tuple[int, int],
     samples: RunSamples,
+    smallest: int,
 ) -> TermPlan:
     """Find the taps of the terms and check that they fit.
 
@@ -65,6 +67,7 @@ def plan_terms(
         views: Number of views per sample in the run.
         size: Height and width of the images.
         samples: The samples of the run.
+        smallest: Samples of the smallest batch of a process.
 
     Raises:
         UsageError: A tap has no place, or one that cannot be read; a place is of no tap; or a term does not fit the
@@ -87,7 +90,9 @@ def plan_terms(
     plan = TermPlan(student_places, teacher_places, TapShapes(probe_shapes(student, student_places, size), theirs))
     check_shapes(settings, plan.shapes)
     with torch.random.fork_rng(devices=[]):
-        LossTerms(settings, plan.shapes, samples)
+        terms = LossTerms(settings, plan.shapes, samples)
+    if smallest == 1:
+        check_single_sample(terms, plan.shapes)
     return plan
 
 

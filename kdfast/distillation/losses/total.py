@@ -141,3 +141,33 @@ def check_shapes(settings: Sequence[TermSetting], shapes: TapShapes) -> None:
                         f"the term {setting.name} reads {name} as ({', '.join(axes)}), and the {side}'s has shape "
                         f"{shape}: name another module with `tap` {side}.{name}=MODULE"
                     )
+
+
+@torch.no_grad()
+def check_single_sample(terms: LossTerms, shapes: TapShapes) -> None:
+    """Check that adapters can train on a single sample: batch norm needs two values for each channel.
+
+    Args:
+        terms: The terms.
+        shapes: Shapes of the taps of both networks.
+
+    Raises:
+        UsageError: A term cannot.
+    """
+    student, teacher = (
+        Outputs(torch.zeros(1, 1), {name: torch.zeros(1, *shape) for name, shape in side.items()})
+        for side in (shapes.student, shapes.teacher)
+    )
+    for setting in terms.settings:
+        term = cast(Term, terms.terms[setting.name])
+        if isinstance(term, SampleTerm) or next(term.parameters(), None) is None:
+            continue
+        try:
+            term(student, teacher, torch.zeros(1, dtype=torch.int64))
+            if setting.entry.prepares:
+                term.preparation(teacher)
+        except ValueError as error:
+            raise UsageError(
+                f"the last batch of an epoch gives a process a single sample, and the term {setting.name} cannot train "
+                f"on one ({error}): choose another `batch_size`"
+            ) from error

@@ -311,6 +311,13 @@ def test_a_place_in_a_teacher_that_does_not_run_is_refused(cached_inputs):
         make_trainer(cached_inputs, terms=(TermSetting("pkt"),), taps=(("teacher.pooled", "fc@input"),))
 
 
+def test_a_last_batch_of_one_sample(inputs):
+    config = dataclasses.replace(CONFIG, batch_size=33, epochs=1)
+    run(make_trainer(inputs, config, terms=(TermSetting("vid"), TermSetting("rkd"))))
+    with pytest.raises(UsageError, match=r"a single sample, and the term review cannot.*another `batch_size`"):
+        make_trainer(inputs, config, terms=(TermSetting("review"),))
+
+
 def test_what_cannot_run_so(inputs):
     config = dataclasses.replace(CONFIG, terms=(TermSetting("vid"),))
     with pytest.raises(UsageError, match="`compile` cannot read activations"):
