@@ -73,7 +73,7 @@ def test_names_that_are_not_utf8_or_control_a_terminal(kdfast, images: Path, tmp
         ran = kdfast(*command)
         assert ran.code == 0, (command, ran.err)
         assert shown(ran.out, ran.err), command
-    for file in ("page.html", "sweep/table.md"):
+    for file in ("page.html", "sweep/table.md", "sweep/report.html"):
         assert shown((out / file).read_text(encoding="utf-8")), file
     assert "caf\\xe9" in (out / "page.html").read_text()
     ran = kdfast("eval", "--data", images, "--model", out / f"missing-{ESCAPES}.pt")

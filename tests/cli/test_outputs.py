@@ -49,9 +49,9 @@ def command_for(name: str, tiny: Path, scores: Path, teacher: Path, out: Path) -
 
 FOREIGN = [
     ("score", "mine.npz"), ("prune", "mine.npy"), ("prune", "mine.json"), ("report", "index.html"),
-    ("sweep", "table.md"), ("sweep", "plot.png"), ("sweep", "notes.txt"), ("distill", "notes.txt"),
-    ("dynamics", "labels.npy"), ("dynamics", "plan.json"), ("cache", "features.npy"), ("cache", "manifest.json"),
-    ("flip", "labels.npy"), ("train", "t.pt"),
+    ("sweep", "table.md"), ("sweep", "plot.png"), ("sweep", "report.html"), ("sweep", "notes.txt"),
+    ("distill", "notes.txt"), ("dynamics", "labels.npy"), ("dynamics", "plan.json"), ("cache", "features.npy"),
+    ("cache", "manifest.json"), ("flip", "labels.npy"), ("train", "t.pt"),
 ]  # fmt: skip
 
 

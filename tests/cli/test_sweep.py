@@ -71,14 +71,19 @@ def test_writes_rows_table_and_plot(kdfast, tiny: Path, cache: Path, tmp_path: P
         assert row["views"] == (3 if row["kd"] else 9)
         assert 0 <= row["test_top1"] <= 100
         assert len(row["subset"]) == 64
+        stages = {"scores", "selection"} | ({"cache"} if row["kd"] or row["method"] != "random" else set())
+        assert row["costs"].keys() == stages
     of = {(r["method"], r["fraction"], r["kd"]): r["subset"] for r in rows(out)}
     assert of["random", 0.25, True] == of["random", 0.25, False]
     assert of["el2n", 0.25, True] != of["moderate", 0.25, True]
     assert (out / "table.md").read_text() in outcome.out
     assert "| random |" in outcome.out
     assert (out / "plot.png").stat().st_size > 10_000
+    page = (out / "report.html").read_text()
+    assert all(f"{row['test_top1']:.2f}" in page for row in rows(out))
     assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == [
         "plot.png",
+        "report.html",
         "results.jsonl",
         "runs",
         "table.md",
