@@ -12,7 +12,7 @@ import numpy.typing as npt
 import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import CacheMismatch, OutputError
+from kdfast.errors import CacheMismatch, OutputError, UsageError
 from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
@@ -49,7 +49,13 @@ def samples_per_shard(n_views: int, row_bytes: int, shard_bytes: int = SHARD_BYT
 def make_plan(
     source: Source, teacher: Mapping[str, Any], coverage: IntArray, n_views: int, view_seed: int
 ) -> dict[str, Any]:
-    """Return what determines the cache's content, except how it is computed and stored."""
+    """Return what determines the cache's content, except how it is computed and stored.
+
+    Raises:
+        UsageError: The seed is negative.
+    """
+    if view_seed < 0:
+        raise UsageError(f"`view_seed` is {view_seed}: pass 0 or more")
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -175,6 +175,7 @@ def spoil(z, value, row=17):
         (lambda z: spoil(softmax(z), np.nan), {"kind": "probabilities"}, DataError, "first at row 17"),
         (lambda z: z, {"kind": "odds"}, UsageError, "`kind` is 'odds'"),
         (lambda z: z, {"temperature": 0.0}, UsageError, "`temperature` is 0"),
+        (lambda z: z, {"view_seed": -1}, UsageError, "`view_seed` is -1"),
         (lambda z: z, {"dtype": "bfloat16"}, UsageError, "`dtype` is 'bfloat16'"),
         (lambda z: z, {"features": np.zeros((3, 2))}, DataError, r"`features` have shape \(3, 2\)"),
         (lambda z: z, {"features": np.full((120, 2), np.nan)}, DataError, "`features` of row 0 are not finite"),

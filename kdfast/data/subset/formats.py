@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.subset.tables import as_index, parse_indices, read_lines, read_table
+from kdfast.data.subset.tables import Table, as_index, parse_indices, read_lines, read_table
 from kdfast.errors import SubsetError
 from kdfast.files.arrays import read_npy
 from kdfast.files.pickles import read_pickle
@@ -22,6 +22,9 @@ _PICKLES = (".pt", ".pth", ".pkl", ".pickle")
 _LISTS = (".txt", ".lst", ".list")
 # Keys that hold the kept indices where a file holds more, as those of DeepCore do.
 _KEYS = ("indices", "index", "idx", "ids", "subset", "coreset", "coreset_index", "mask")
+
+# Columns of a table that choose among its rows.
+_CHOICES = ("keep", "kept", "selected", "select", "mask", "in_subset", "included", "include", "use", "used")
 
 
 def load_subset(file: Path) -> Array | list[str]:
@@ -36,7 +39,9 @@ def load_subset(file: Path) -> Array | list[str]:
     """
     suffix = file.suffix.lower()
     if suffix in _TABLES:
-        return read_table(file, error=SubsetError).rows
+        table = read_table(file, error=SubsetError)
+        _check_says_no_more(table, file)
+        return table.rows
     if suffix in _LISTS:
         lines = read_lines(file, error=SubsetError)
         is_list_of_indices = as_index(lines[0].split()[0]) is not None
@@ -49,6 +54,16 @@ def load_subset(file: Path) -> Array | list[str]:
             "np.save(path, ids)"
         )
     return read_npy(file, error=SubsetError, advice="pickles are not read; write it with np.save(path, ids)")
+
+
+def _check_says_no_more(table: Table, file: Path) -> None:
+    """Refuse a table whose rows are not all to be kept, by the name of a column."""
+    for name in table.columns:
+        if name.lower() in _CHOICES:
+            raise SubsetError(
+                f"{file} has the column {name}: either it says which rows to keep, or all of them are kept; write the "
+                f"rows to keep, without {name}"
+            )
 
 
 def _choose(content: Any, file: Path) -> Array | list[str]:

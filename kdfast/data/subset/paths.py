@@ -11,13 +11,14 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError, KdfastError
 
 _SEVERAL = -1
+_TEST_SPLITS = ("test", "val", "valid", "validation", "testing", "eval")
 
 
 class SamplePaths:
     """Finds samples by the ends of their paths.
 
-    A path is found if it is `class/file.JPEG`, with any folders before it, or the name of a file that only one class
-    has.
+    A path is found if it is `class/file.JPEG`, with any folders before it but that of a test split, or the name of a
+    file that only one class has.
 
     Args:
         files: The path of each sample's file.
@@ -27,6 +28,7 @@ class SamplePaths:
         if len({os.path.isabs(file) for file in files}) > 1:
             files = [os.path.abspath(file) for file in files]
         root = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
+        self._root = os.path.basename(root).lower()
         self._by_path = {os.path.relpath(file, root): index for index, file in enumerate(files)}
         self._by_name: dict[str, int] = {}
         for index, file in enumerate(files):
@@ -73,5 +75,6 @@ class SamplePaths:
         for start in range(len(parts)):
             index = self._by_path.get("/".join(parts[start:]))
             if index is not None:
-                return index
+                above = parts[start - 1].lower() if start else ""
+                return None if above in _TEST_SPLITS and above != self._root else index
         return self._by_name.get(parts[0]) if len(parts) == 1 else None

@@ -61,7 +61,7 @@ def read_table(path: str | os.PathLike[str], *, error: type[KdfastError] = DataE
 
     Raises:
         KdfastError: Of type `error`, if the file cannot be read, a row has another number of fields than the header,
-            two columns have the same name, none says which sample a row is about, or an index is no whole number.
+            two columns have the same name, none or two say which sample a row is about, or an index is no whole number.
     """
     delimiter = "\t" if os.fspath(path).endswith(".tsv") else ","
     try:
@@ -83,6 +83,12 @@ def read_table(path: str | os.PathLike[str], *, error: type[KdfastError] = DataE
         raise error(
             f"{path} has the columns {', '.join(header)}, and none says which sample a row is about: name one index "
             "(0 is the first sample) or path"
+        )
+    column = next((names[name] for name in PATH_NAMES if name in names), by)
+    if by and column != by:
+        raise error(
+            f"{path} has the columns {by} and {column}, and either may say which sample a row is about: delete {by} if "
+            f"it only numbers the rows, or else {column}"
         )
     samples = columns.pop(by)
     if by.lower() in PATH_NAMES:

@@ -96,8 +96,8 @@ def teacher_outputs(
     )
     if force:
         delete_cache(Path(out))
-    folder = check_writable(out)
     plan = _make_plan(outputs, source, facts, held, view_seed)
+    folder = check_writable(out)
     if (folder / MANIFEST).exists():
         reuse_finished(folder, plan)
     else:
