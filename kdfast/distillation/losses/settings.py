@@ -10,6 +10,7 @@ from kdfast.distillation.losses.base import TermEntry
 from kdfast.distillation.losses.registry import get_term
 from kdfast.errors import UsageError, unknown_name
 from kdfast.nets.taps import TAPS
+from kdfast.ops.kd_loss.validation import check_temperature
 
 # Share of a run's epochs in which terms with a phase of their own train; RepDistiller has 30 epochs for 240.
 INITIAL_SHARE = 1 / 8
@@ -27,7 +28,8 @@ class TermSetting:
         options: (name, value) of every option, sorted by name.
 
     Raises:
-        UsageError: There is no such term or option, or the weight is negative or not finite.
+        UsageError: There is no such term or option, the weight is negative or not finite, or a temperature is not
+            positive.
     """
 
     name: str
@@ -44,6 +46,8 @@ class TermSetting:
                 raise unknown_name(f"the term {self.name} has no option", name, list(entry.options))
             if not math.isfinite(value):
                 raise UsageError(f"the term {self.name} has {name} {value:g}: pass a finite number")
+            if name == "temperature":
+                check_temperature(value, name=f"the temperature of the term {self.name}", error=UsageError)
         object.__setattr__(self, "options", tuple(sorted({**entry.options, **given}.items())))
 
     @property

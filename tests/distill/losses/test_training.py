@@ -204,6 +204,8 @@ def test_terms_by_text():
         (["vid", "vid"], [], "names vid twice"),
         (["dkd:gamma=1"], [], "dkd has no option"),
         (["dkd:beta=x"], [], "write NAME or NAME:option=number"),
+        (["dist:temperature=0"], [], r"the temperature of the term dist is 0.0: must be a positive number"),
+        (["ls:temperature=-1"], [], r"the temperature of the term ls is -1.0: must be a positive number"),
     ],
 )
 def test_wrong_terms(texts, weights, message):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.distillation.losses.base import Outputs, Term, TermEntry
+from kdfast.errors import UsageError
 
 
 class Correlation(Term):
@@ -18,6 +19,8 @@ class Correlation(Term):
     """
 
     def __init__(self, beta: float, gamma: float, temperature: float) -> None:
+        if beta < 0 or gamma < 0:
+            raise UsageError(f"the term dist has beta {beta:g} and gamma {gamma:g}: pass numbers of at least 0")
         super().__init__()
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
