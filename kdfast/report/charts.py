@@ -87,7 +87,7 @@ def histogram(all_counts: Counts, kept_counts: Sequence[Counts], bins: Bins, lab
     name = f"score (higher = harder){', logarithmic' if bins.log else ''}"
     axis = tag("text", name, x=left + plot_width / 2, y=height - 4, class_="axis middle")
     bars = _bars(all_counts, kept_counts, (left, 12, plot_width, plot_height), top)
-    return _svg(width, height, label, grid, bars, axis)
+    return tag("div", _svg(width, height, label, grid, bars, axis), class_="fits")
 
 
 def small_histogram(all_counts: Counts, kept_counts: Sequence[Counts], label: str) -> Safe:

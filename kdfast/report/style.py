@@ -90,6 +90,7 @@ summary { cursor: pointer; color: var(--kept); margin: .5rem 0; }
 footer { padding-bottom: 2.5rem; font-size: .85rem; }
 @media (max-width: 32rem) { header, main, footer { padding-left: .6rem; padding-right: .6rem; }
   section { padding: 1rem .8rem; } th, td { padding: .3rem .35rem; }
+  .fits svg.wide { min-width: 0; } .fits .tick, .fits .axis { font-size: 17px; }
   .compared, .compared thead, .compared tbody, .compared caption { display: block; }
   .compared tr { display: grid; grid-template-columns: 6.2rem 1fr 4.6rem; border-bottom: 1px solid var(--line); }
   .compared th, .compared td { border: 0; } .compared th:first-child { grid-column: 1 / -1; padding-bottom: 0; }
