@@ -96,6 +96,7 @@ def test_from_an_own_teacher_to_an_own_student(kdfast, tiny, folder, monkeypatch
     changed = kdfast(*distill, "--cache", "cache")
     assert changed.code != 0
     assert "student_code" in changed.err
+    assert "the file with the student's code has changed" in changed.err
 
 
 def test_a_teacher_of_own_code_runs_online(kdfast, tiny, monkeypatch):

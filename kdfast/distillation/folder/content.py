@@ -100,7 +100,8 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
     saved, new = read_json(file, schemas.RunConfigFile), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
     if changes := describe_changes(saved, new):
-        raise UsageError(f"{path} holds a run with other settings: {changes}. Choose another `out`, or delete it")
+        own = "; the file with the student's code has changed" if "student_code" in changes else ""
+        raise UsageError(f"{path} holds a run with other settings: {changes}{own}. Choose another `out`, or delete it")
     return True
 
 
