@@ -144,6 +144,15 @@ def test_own_scores(tmp_path: Path, monkeypatch, kind: str, name: str) -> None:
     np.testing.assert_array_equal(read_scores("own.npz", n=20, fingerprint=FINGERPRINT).scores, scores)
 
 
+def test_own_logits_stored_by_columns(tmp_path: Path) -> None:
+    logits = np.asfortranarray(np.random.default_rng(0).random((20, 3), dtype=np.float32))
+    np.savez(tmp_path / "own.npz", logits=logits)
+    said = message_of(lambda: open_rows(tmp_path / "own.npz", what="logits"))
+    written = eval(re.search(r"np\.\w+\(logits\)", said)[0], {"np": np, "logits": logits})
+    np.savez(tmp_path / "own.npz", logits=written)
+    np.testing.assert_array_equal(open_rows(tmp_path / "own.npz", what="logits").read(0, 20), logits)
+
+
 def test_own_scores_of_other_data_are_written_again(tmp_path: Path) -> None:
     write_scores(tmp_path / "own.npz", ScoreFile(np.arange(20.0), "own", FINGERPRINT))
     for n, fingerprint in ((20, "e" * 64), (19, FINGERPRINT)):
@@ -203,6 +212,7 @@ def test_every_message_with_code_is_tried() -> None:
         ".detach()",
         "call write_scores(",
         "convert it with .int()",
+        "write np.ascontiguousarray(logits)",
         "write np.ascontiguousarray(logits)",
     )
     unknown = [text for text in raise_sites() if not any(code in text for code in known)]
