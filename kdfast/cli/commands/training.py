@@ -191,7 +191,7 @@ def run(
             replaced.unlink(missing_ok=True)
         finished = folder.read_result() if plan.distributed.is_main else None
         trains = plan.distributed.is_main and finished is None
-        if trains:
+        if trains and not folder.has_checkpoint:
             recipe.announce_views(plan.source, plan.metadata["augment"])
         chosen = trackers if trains else TrackerSet([])
         with chosen.started(out, plan.identity) as started:

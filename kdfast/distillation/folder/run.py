@@ -144,15 +144,20 @@ class RunFolder:
             for file in checkpoint_files(self.path):
                 file.unlink()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a state was saved."""
+        return (self.path / CHECKPOINTS / POINTER).exists()
+
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Load the latest intact state; None if none was saved.
 
         Raises:
             CheckpointError: If the last two files are damaged or missing.
         """
-        pointer = self.path / CHECKPOINTS / POINTER
-        if not pointer.exists():
+        if not self.has_checkpoint:
             return None
+        pointer = self.path / CHECKPOINTS / POINTER
         latest = self._read_pointer(pointer)
         for entry in filter(None, (latest, latest.get("before"))):
             file = pointer.parent / entry["file"]
