@@ -51,7 +51,8 @@ def test_a_dry_run_prints_the_size_of_the_files(record, tmp_path) -> None:
         ran = record(name, *more, "--dry-run", "--runs", 10_000)
         assert ran.code == 0
         sizes[name] = float(ran.out.split(" write ")[1].split(" MB")[0])
-    assert sizes["plain"] == pytest.approx(120 * 2 * 10_000 * (4 * 2 + 1 / 8) / 1e6, abs=0.05)
+    features = 120 * 64 * 4 * 10_000  # of the last epoch of each run, in float32
+    assert sizes["plain"] == pytest.approx((120 * 2 * 10_000 * (4 * 2 + 1 / 8) + features) / 1e6, abs=0.05)
     assert sizes["batch"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 / 8 / 1e6, abs=0.1)
     assert sizes["top"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 * 3 * 3 / 1e6, abs=0.1)
     assert not list(tmp_path.glob("*/plan.json"))
