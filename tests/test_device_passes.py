@@ -57,12 +57,15 @@ def model_of(source: Source) -> Model:
     return Model(build_net("resnet8", 10), "resnet8", 10, source.classes, statistics, {})
 
 
+@torch.no_grad()
 def evaluate(source: Source, device: str) -> list[Any]:
     # Without inference mode, in which the stand-in's tensors cannot exist.
     model, place = model_of(source), torch.device(device)
-    net = model.net.to(place).eval()
-    scores = evaluation._evaluate.__wrapped__(model, net, source.test, source.view_spec, place, 200)  # type: ignore[attr-defined]
-    return list(scores.values())
+    model.net.to(place).eval()
+    sums = evaluation._Sums(model.classes, place)
+    evaluation._predict.__wrapped__([model], source.test, source.view_spec, place, 200, sums)  # type: ignore[attr-defined]
+    found = sums.result(with_agreement=False)
+    return [found["top1"], found["top5"], found["loss"]]
 
 
 def predict(source: Source, device: str) -> list[Any]:
@@ -198,7 +201,7 @@ def test_waits_for_the_device_do_not_grow_with_the_batches_or_steps(source: Sour
     assert reads(3) == reads(9) == 4, "one for the score, one per step of the search, one for the final comparison"
     with stand_in.StandInDevice() as device:
         evaluate(source, stand_in.DEVICE.type)
-    assert len(device.reads) == 3, "two counts and the loss"
+    assert len(device.reads) == 5, "the counts by class, the top 5, the loss, the calibration error, the confidence"
     with stand_in.StandInDevice() as device:
         flatten(source, stand_in.DEVICE.type)
     assert len(device.reads) == 2, "the loss of all steps, and whether the weights are finite"
