@@ -15,7 +15,7 @@ from kdfast.device import resolve_device
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit
-from kdfast.nets.outputs import adapt
+from kdfast.nets.outputs import adapt, unchanged
 from kdfast.progress import Progress
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
@@ -36,7 +36,8 @@ def load_teacher(
 
     Args:
         teacher: A file that kdfast wrote, such as T.pt or the student.pt of a run; or a module that takes normalized
-            images `(B, 3, H, W)` and returns logits `(B, C)`, or an object with `logits`.
+            images `(B, 3, H, W)` and returns logits `(B, C)`, or an object with `logits`. The module itself is put into
+            evaluation mode, and returns its logits alone from then on.
         data: The data it was trained on. A module needs it for its classes; a file is compared with it if given.
         normalization: Of the input of a module; None: mean and standard deviation of the training images.
         net: The network that a file must hold, as for `kdfast.nets.build_net`; needed for one of your own code.
@@ -112,9 +113,9 @@ def evaluate(
     """Evaluate a network on the test split.
 
     Args:
-        model: See `load_teacher`.
+        model: See `load_teacher`. A module moves to the device, and is otherwise left as it is, also in training.
         data: The data.
-        teacher: A network to compare the predictions with; or None.
+        teacher: A network to compare the predictions with, likewise; or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Returns:
@@ -125,7 +126,8 @@ def evaluate(
         CheckpointError: A file is damaged, or a network does not fit the data.
     """
     place = resolve_device(device)
-    other = None if teacher is None else load_teacher(teacher, data)
-    return evaluate_in_detail(
-        load_teacher(model, data), data.test, teacher=other, device=place, view_spec=data.view_spec
-    )
+    with unchanged(*(given for given in (model, teacher) if isinstance(given, nn.Module))):
+        other = None if teacher is None else load_teacher(teacher, data)
+        return evaluate_in_detail(
+            load_teacher(model, data), data.test, teacher=other, device=place, view_spec=data.view_spec
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,21 @@ def adapt(net: nn.Module) -> nn.Module:
     if input_channels(net) == 1 and _to_gray not in net._forward_pre_hooks.values():
         net.register_forward_pre_hook(_to_gray)
     return net
+
+
+@contextmanager
+def unchanged(*nets: nn.Module) -> Iterator[None]:
+    """Undo, at the end of the block, what `adapt` and `eval` do to networks in it: their hooks, and their modes."""
+    modes = [(module, module.training) for net in nets for module in net.modules()]
+    hooks = [(held, set(held)) for net in nets for held in (net._forward_hooks, net._forward_pre_hooks)]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for held, before in hooks:
+            for key in held.keys() - before:
+                del held[key]
 
 
 def keep_hooks(net: nn.Module, other: nn.Module) -> nn.Module:
