@@ -93,7 +93,7 @@ class _Items:
     """The samples of an indexed data set.
 
     Raises:
-        DataError: It has no length, is empty, or holds several splits.
+        DataError: It has no length or no items by index, is empty, or holds several splits.
     """
 
     def __init__(
@@ -116,7 +116,17 @@ class _Items:
             raise DataError(f"the {name} data set has no length: pass one that is indexed, not a stream") from error
         if not count:
             raise DataError(f"the {name} data set is empty: pass at least one sample")
-        self._keys = self._find_keys(data[0], image_key, label_key)
+        try:
+            first = data[0]
+        except (NotImplementedError, TypeError) as error:
+            # Loaders have no items; those of torch's IterableDataset are not implemented.
+            if isinstance(error, TypeError) and hasattr(data, "__getitem__"):
+                raise
+            raise DataError(
+                f"the {name} data, a {type(data).__name__}, has no items by index: pass a data set that is indexed, "
+                "not a stream or a loader"
+            ) from error
+        self._keys = self._find_keys(first, image_key, label_key)
 
     def read(self, index: int) -> tuple[Pixels, int]:
         """Return one sample: its pixels, uint8 `(H, W, 3)`, and its label."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kdfast.data.readers.datasets import from_datasets
 from kdfast.errors import DataError, UsageError
@@ -82,6 +82,30 @@ def test_rejects_a_set_that_augments():
 def test_rejects_wrong_items(make, labels, message):
     with pytest.raises(DataError, match=message):
         from_datasets(Items(make, labels), Items(FORMS["array"]))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(Items(FORMS["array"]))
+
+
+class CountedStream(Stream):
+    def __len__(self):
+        return 6
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Stream(), "training data set has no length"),
+        (iter([]), "training data set has no length"),
+        (CountedStream(), "a CountedStream, has no items by index"),
+        (DataLoader(Items(FORMS["array"]), batch_size=2), "a DataLoader, has no items by index"),
+    ],
+)
+def test_rejects_streams_and_loaders(data, message):
+    with pytest.raises(DataError, match=message):
+        from_datasets(data, Items(FORMS["array"]))
 
 
 def test_rejects_labels_outside_the_named_classes():
