@@ -37,7 +37,7 @@ class Bins:
     def of(cls, values: Floats, count: int = 40) -> Bins:
         """Make equal bins from the 0.5th to the 99.5th percentile, so that a long tail does not flatten the rest.
 
-        The axis is logarithmic if all values are positive and most are small compared with the largest.
+        The axis is logarithmic if nearly all values are positive and most are small compared with the largest.
         """
         low, middle, high = np.percentile(values, (0.5, 50, 99.5))
         log = bool(low > 0 and high > _LOG_FACTOR * middle)
@@ -51,8 +51,8 @@ class Bins:
 
     def count(self, values: Floats) -> Counts:
         """Return the number of values per bin, int64 (count,); the outer bins include the values beyond them."""
-        with np.errstate(divide="ignore"):
-            placed = np.log10(values) if self.log else values
+        # Below the first edge, values may be negative.
+        placed = np.log10(np.maximum(values, 10 ** self.edges[0])) if self.log else values
         return np.histogram(np.clip(placed, self.edges[0], self.edges[-1]), self.edges)[0].astype(np.int64)
 
     def ticks(self) -> list[tuple[float, str]]:

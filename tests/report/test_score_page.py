@@ -212,6 +212,12 @@ def test_bins_count_every_sample_and_are_logarithmic_for_a_long_tail() -> None:
         assert bins.log is log
         assert bins.count(values).sum() == len(values)
         assert (np.diff(bins.edges) > 0).all()
+    values = 10 ** rng.normal(-5, 3, 999)
+    values[:2] = -1, 0  # fewer than the 0.5% below the first edge
+    bins = Bins.of(values)
+    assert bins.log
+    with np.errstate(all="raise"):
+        assert bins.count(values).sum() == len(values)
 
 
 def test_rejects_files_of_other_data(source: Source, files: dict[str, Path], tmp_path: Path) -> None:
