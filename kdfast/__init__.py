@@ -3,7 +3,45 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from kdfast.api.data import open_data as open_data  # noqa: I001 - several names in a line
+    from kdfast.api.selection import prune as prune, score as score
+    from kdfast.api.teacher import cache as cache, evaluate as evaluate, load_teacher as load_teacher
+    from kdfast.api.training import distill as distill
+    from kdfast.data.readers.bare_labels import from_labels as from_labels
+    from kdfast.data.readers.datasets import from_datasets as from_datasets
+    from kdfast.data.subset import write_subset as write_subset
+    from kdfast.distillation.train import Monitoring as Monitoring
+    from kdfast.dynamics.reader import Dynamics as Dynamics
+    from kdfast.dynamics.recorder import DynamicsRecorder as DynamicsRecorder
+    from kdfast.ops.grad_norms import (
+        fisher_diagonal as fisher_diagonal,
+        grad_dots as grad_dots,
+        grad_norms as grad_norms,
+        register_grad_norms as register_grad_norms,
+    )
+    from kdfast.ops.kd_loss import (
+        KDLoss as KDLoss,
+        TopKTeacher as TopKTeacher,
+        kd_loss as kd_loss,
+        kd_loss_terms as kd_loss_terms,
+        topk_teacher as topk_teacher,
+    )
+    from kdfast.ops.network_curvature import NetworkCurvature as NetworkCurvature, network_hvp as network_hvp
+    from kdfast.ops.softmax_head import (
+        head_grad_norms as head_grad_norms,
+        head_hvp as head_hvp,
+        head_influence as head_influence,
+        head_leave_one_out as head_leave_one_out,
+        head_logits as head_logits,
+        head_newton as head_newton,
+        head_self_influence as head_self_influence,
+        head_solve as head_solve,
+    )
+    from kdfast.pruning.score_file import write_scores as write_scores
+    from kdfast.teacher.writing.outputs import teacher_outputs as teacher_outputs
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,11 @@ import numpy.typing as npt
 from torch import nn
 
 from kdfast.api.teacher import ModelLike, load_teacher
+from kdfast.data.arrays import as_array
 from kdfast.data.augment.presets import augment_source
 from kdfast.data.source import Source, check_epoch_ids
 from kdfast.data.subset import Subset, open_subset
+from kdfast.data.subset.ids import mask_to_ids
 from kdfast.device import resolve_device, resolve_precision
 from kdfast.distillation.config import Execution, RunConfig
 from kdfast.distillation.distributed import Distributed
@@ -203,9 +205,9 @@ def _read_subset(subset: npt.ArrayLike | StrPath | None, source: Source, batch_s
     n = len(source.train)
     if isinstance(subset, (str, os.PathLike)):
         return open_subset(subset, source, batch_size=batch_size)
-    ids = np.arange(n) if subset is None else np.asarray(subset)
-    if ids.dtype == np.bool_ and ids.shape == (n,):
-        ids = np.flatnonzero(ids)
+    ids = np.arange(n) if subset is None else as_array(subset, "`subset`", f"indices (m,), or a mask ({n},)")
+    if ids.dtype == np.bool_:
+        ids = mask_to_ids(ids, "`subset`", n)
     ids = check_epoch_ids(ids, n, batch_size)
     if len(ids) < batch_size:
         raise UsageError(f"`batch_size` is {batch_size}, more than the {len(ids)} samples: lower it")

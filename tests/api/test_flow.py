@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import kdfast
 from kdfast import cli
 from kdfast.api.data import open_data
 from kdfast.api.selection import prune, score
@@ -170,6 +172,19 @@ def test_own_modules(data: Source, teacher: Run, tmp_path: Path) -> None:
     assert np.isfinite(made.identity_logits()).all()
 
 
+def test_evaluate_leaves_modules_in_training_as_they_are(data: Source) -> None:
+    own, other = Tiny(10), Tiny(10)
+    own.features.eval()  # a part that is frozen
+    modes = [module.training for module in own.modules()]
+    evaluate(own, data, teacher=other)
+    assert [module.training for module in own.modules()] == modes
+    assert other.training
+    assert own(torch.zeros(2, 3, 8, 8)).keys() == {"logits", "features"}
+    adapted = load_teacher(own, data).net
+    evaluate(adapted, data)
+    assert adapted(torch.zeros(2, 3, 8, 8)).shape == (2, 10), "what load_teacher did stays"
+
+
 def test_scores_are_written_and_read(data: Source, cached: TeacherCache, tmp_path: Path) -> None:
     scores = score(data, "el2n", cache=cached)
     write_scores(tmp_path / "s.npz", scores)
@@ -226,8 +241,19 @@ def test_bad_input_is_one_clear_line(data: Source, cached: TeacherCache, teacher
         (UsageError, "top level", lambda: distill(data, Tiny(10), tmp_path / "r", alpha=0)),
         (UsageError, "`cache` or `teacher`", lambda: distill(data, "resnet8", tmp_path / "r")),
         (SubsetError, "twice|times", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=[1, 1, 2])),
+        (SubsetError, "mask .*: pass", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=[True, False])),
+        (SubsetError, "keeps no", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=labels < 0)),
+        (DataError, "not an array", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=[[1], [2, 3]])),
         (TypeError, "epoch", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, epoch=3)),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             call()
     assert not (tmp_path / "r").exists()
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    """Without this, `kdfast.NAME` has the type Any: the names are imported on first use."""
+    (block,) = [node for node in ast.parse(Path(kdfast.__file__).read_text()).body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: (node.module, alias.name) for node in imports for alias in node.names}
+    assert seen == {name: (module, name) for name, module in kdfast._PUBLIC.items()}
