@@ -205,7 +205,9 @@ def _read_subset(subset: npt.ArrayLike | StrPath | None, source: Source, batch_s
     n = len(source.train)
     if isinstance(subset, (str, os.PathLike)):
         return open_subset(subset, source, batch_size=batch_size)
-    ids = np.arange(n) if subset is None else as_array(subset, "`subset`", f"indices (m,), or a mask ({n},)")
+    ids: npt.NDArray[Any] = (
+        np.arange(n) if subset is None else as_array(subset, "`subset`", f"indices (m,), or a mask ({n},)")
+    )
     if ids.dtype == np.bool_:
         ids = mask_to_ids(ids, "`subset`", n)
     ids = check_epoch_ids(ids, n, batch_size)

@@ -70,7 +70,7 @@ class DistillTrainer(Trainer):
     def __init__(self, *, teacher: kdfast.TopKTeacher, alpha: float, temperature: float, **trainer: Any) -> None:
         super().__init__(**trainer)
         self.teacher = kdfast.TopKTeacher(*(part.to(self.args.device) for part in teacher))
-        self.distill = {"alpha": alpha, "temperature": temperature, "ignore_index": IGNORE}
+        self.distill: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "ignore_index": IGNORE}
         # Makes Trainer pass the number of labels in all accumulated batches to compute_loss.
         self.model_accepts_loss_kwargs = True
 
