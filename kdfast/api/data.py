@@ -1,12 +1,15 @@
-"""Open data."""
+"""Open data, and check what callers pass with it."""
 
 from __future__ import annotations
 
+import operator
 import os
+from typing import Any
 
 from kdfast.data.readers.datasets import IndexedDataset, from_datasets
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
+from kdfast.errors import UsageError
 
 
 def open_data(
@@ -32,6 +35,31 @@ def open_data(
         DataError: There is no such data, or it is damaged.
         UsageError: An option does not fit the data.
     """
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and len(data) == 2:
         return from_datasets(*data)
+    if not isinstance(data, (str, os.PathLike)):
+        raise UsageError(f"`data` is a {type(data).__name__}: pass a path, or two data sets, (train, test)")
     return open_source(data, size=size, order=order, split=split)
+
+
+def check_opened(data: Any) -> None:
+    """Check that data is open.
+
+    Raises:
+        UsageError: It is a path or something else.
+    """
+    if not isinstance(data, Source):
+        shown = repr(str(data)) if isinstance(data, (str, os.PathLike)) else f"a {type(data).__name__}"
+        raise UsageError(f"`data` is {shown}: open it first, with kdfast.open_data")
+
+
+def as_integer(name: str, value: Any) -> int:
+    """Return an integer of any type, such as one of numpy, as an int.
+
+    Raises:
+        UsageError: The argument `name` is no integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"`{name}` is {value!r}: pass an integer") from error

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
+from kdfast.api.data import as_integer, check_opened
 from kdfast.api.teacher import ModelLike, load_teacher
 from kdfast.data.arrays import as_values
 from kdfast.data.readers.bare_labels import from_labels
@@ -19,6 +19,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import check_subset_path, write_subset
 from kdfast.device import resolve_device
+from kdfast.distillation.config import LARGEST_SEED, check_integer
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model
@@ -79,7 +80,7 @@ def score(
         sources = ScoreSources.open(
             source, cache=folder, dynamics=_dynamics_folder(dynamics), teacher=_network(teacher, source)
         )
-        return sources.score(method, seed=seed, options=completed, device=place, progress=progress)
+        return sources.score(method, seed=_seed(seed), options=completed, device=place, progress=progress)
 
 
 def prune(
@@ -149,7 +150,7 @@ def prune(
             options=dict(options or {}),
             score_options=dict(score_options or {}),
             balance=balance,
-            seed=seed,
+            seed=_seed(seed),
             device=place,
             cache=folder,
             dynamics=_dynamics_folder(dynamics),
@@ -164,7 +165,7 @@ def prune(
 
 def _as_source(data: Data) -> Source:
     if isinstance(data, (str, os.PathLike)):
-        raise UsageError(f"`data` is {str(data)!r}: open it first, with kdfast.open_data")
+        check_opened(data)
     return data if isinstance(data, Source) else from_labels(data)
 
 
@@ -181,8 +182,13 @@ def _cache_folder(
     if cache is not None:
         raise UsageError("`logits` take the place of `cache`: pass one of them")
     with tempfile.TemporaryDirectory(prefix="kdfast-") as folder:
-        held = None if features is None else np.asarray(features)
-        yield teacher_outputs(np.asarray(logits), source, Path(folder) / "cache", features=held, dtype="float32").path
+        yield teacher_outputs(logits, source, Path(folder) / "cache", features=features, dtype="float32").path
+
+
+def _seed(seed: int) -> int:
+    value = as_integer("seed", seed)
+    check_integer("seed", value, 0, LARGEST_SEED)
+    return value
 
 
 def _dynamics_folder(dynamics: Dynamics | StrPath | None) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy.typing as npt
 from torch import nn
 
+from kdfast.api.data import check_opened
 from kdfast.data.source import Source, compute_normalization
 from kdfast.data.views import Normalization
 from kdfast.device import resolve_device
@@ -98,6 +99,7 @@ def cache(
         CacheMismatch: The folder holds another cache.
         CheckpointError, DataError, OutputError, SubsetError, UsageError: As for `kdfast.teacher.build.build_cache`.
     """
+    check_opened(data)
     model = load_teacher(teacher, data)
     place = resolve_device(device)
     build_cache(
@@ -125,6 +127,7 @@ def evaluate(
     Raises:
         CheckpointError: A file is damaged, or a network does not fit the data.
     """
+    check_opened(data)
     place = resolve_device(device)
     with unchanged(*(given for given in (model, teacher) if isinstance(given, nn.Module))):
         other = None if teacher is None else load_teacher(teacher, data)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from kdfast.api.data import as_integer, check_opened
 from kdfast.api.teacher import ModelLike, load_teacher
 from kdfast.data.arrays import as_array
 from kdfast.data.augment.presets import augment_source
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
 
 StrPath: TypeAlias = str | os.PathLike[str]
+
+
+_INTEGERS = {"epochs", "batch_size", "views", "view_seed", "seed", "initial_epochs"}
 
 
 class Settings(TypedDict, total=False):
@@ -160,6 +164,7 @@ def _plan(
     execution: Execution | None,
     settings: Settings,
 ) -> Plan:
+    check_opened(data)
     started = time.perf_counter()
     distributed = Distributed.from_environment()
     place = distributed.local_device(resolve_device(device))
@@ -183,7 +188,12 @@ def _plan(
 
 
 def _resolve(settings: Settings, device: Any) -> dict[str, Any]:
-    resolved: dict[str, Any] = dict(settings)
+    resolved: dict[str, Any] = {
+        name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()
+    }
+    for name in _INTEGERS & resolved.keys():
+        if resolved[name] is not None:
+            resolved[name] = as_integer(name, resolved[name])
     resolved["precision"] = resolve_precision(settings.get("precision", "fp32"), device)
     return {**resolved, **{name: tuple(resolved[name]) for name in ("terms", "taps") if name in resolved}}
 

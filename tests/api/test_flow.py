@@ -185,6 +185,22 @@ def test_evaluate_leaves_modules_in_training_as_they_are(data: Source) -> None:
     assert adapted(torch.zeros(2, 3, 8, 8)).shape == (2, 10), "what load_teacher did stays"
 
 
+def test_numbers_and_tensors_of_other_libraries(data: Source, cached: TeacherCache, tmp_path: Path) -> None:
+    labels, logits = data.train.labels, cached.identity_logits()
+    expected = score(labels, "el2n", logits=logits)
+    tensor = torch.tensor(logits, requires_grad=True)
+    np.testing.assert_array_equal(score(labels, "el2n", logits=tensor).scores, expected.scores)
+    rounded = score(labels, "el2n", logits=tensor.bfloat16()).scores
+    np.testing.assert_allclose(rounded, expected.scores, atol=0.1)
+    for seed in np.arange(2, dtype=np.int32):
+        np.testing.assert_array_equal(prune(data, 0.1, seed=seed), prune(data, 0.1, seed=int(seed)))
+    recipe = {"alpha": 0, "epochs": 1, "batch_size": 32, "lr": 0.125, "subset": np.arange(64)}
+    plain = distill(data, "resnet8", tmp_path / "plain", **recipe)
+    kinds = {"epochs": np.int64(1), "batch_size": np.int64(32), "lr": np.float32(0.125), "seed": np.uint8(0)}
+    again = distill(data, "resnet8", tmp_path / "plain", **{**recipe, **kinds})
+    assert again.result == plain.result
+
+
 def test_scores_are_written_and_read(data: Source, cached: TeacherCache, tmp_path: Path) -> None:
     scores = score(data, "el2n", cache=cached)
     write_scores(tmp_path / "s.npz", scores)
@@ -244,6 +260,13 @@ def test_bad_input_is_one_clear_line(data: Source, cached: TeacherCache, teacher
         (SubsetError, "mask .*: pass", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=[True, False])),
         (SubsetError, "keeps no", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=labels < 0)),
         (DataError, "not an array", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, subset=[[1], [2, 3]])),
+        (UsageError, "`seed` is 1.5: pass an integer", lambda: prune(data, 0.1, seed=1.5)),
+        (UsageError, "`seed` is -1", lambda: score(data, "random", seed=-1)),
+        (UsageError, "`epochs` is 1.5", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, epochs=1.5)),
+        (UsageError, "kdfast.open_data", lambda: distill("digits", "resnet8", tmp_path / "r", alpha=0)),
+        (UsageError, "kdfast.open_data", lambda: evaluate(teacher.student, "digits")),
+        (UsageError, "kdfast.open_data", lambda: cache("digits", teacher.student, tmp_path / "r")),
+        (UsageError, "a list: pass a path", lambda: open_data([[], []])),
         (TypeError, "epoch", lambda: distill(data, "resnet8", tmp_path / "r", alpha=0, epoch=3)),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
