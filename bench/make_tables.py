@@ -20,7 +20,7 @@ MISSING = "*not measured*"
 _BLOCK = re.compile(r"(?P<begin><!-- gpu (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 # Classes, and the target of the share in half precision.
 LOSSES = {10: "", 100: "", 1000: "90%", 8192: "", 32000: "75%", 131072: "55%", 262144: ""}
-NETWORKS = ("resnet32", "resnet18-cifar")
+NETWORKS = ("resnet32", "resnet18")
 BATCHES = (128, 512)
 SANITIZED = ("kd_loss", "grad_norms", "softmax_head", "views")
 STUDENTS = ("KD, seed 0", "no KD, seed 0")

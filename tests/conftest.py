@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (for libraries that draw from the global state)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch):
+    """Restore the path that modules are imported from, to which a network of a user's file adds its folder."""
+    monkeypatch.setattr("sys.path", list(sys.path))
 
 
 @pytest.fixture(autouse=True)

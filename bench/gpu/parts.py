@@ -36,7 +36,7 @@ def parts(device: str) -> list[Part]:
         _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
         loss_tests,
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
-        _program("training", 240, *_TRAINING, "bench/gpu/measure/resnet18.py"),
+        _program("training", 240, *_TRAINING),
         _students("students", 0),
         *other_tests,
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),

@@ -61,7 +61,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "helper.py").write_text("INPUTS = 12\n")
     (tmp_path / "models.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("helper", "models"):
+        sys.modules.pop(name, None)
     for name in ("_NAMED", "_MODULES", "_LOADED"):
         monkeypatch.setattr(own_code, name, {})
     yield tmp_path

@@ -21,7 +21,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu.data import TrainingData, training_data
-from gpu.measure.resnet18 import register
 from gpu.results import PartResults, measure_missing
 from kdfast.device import resolve_device
 from kdfast.distillation.config import Execution, RunConfig
@@ -32,7 +31,7 @@ from kdfast.distillation.plan import Plan
 from kdfast.distillation.train import Monitoring, train
 
 # Networks, batch sizes, and the epochs before and during a timing.
-_NETS = {"cuda": ("resnet32", register()), "cpu": ("resnet8",)}
+_NETS = {"cuda": ("resnet32", "resnet18"), "cpu": ("resnet8",)}
 _BATCHES = {"cuda": (128, 512), "cpu": (64,)}
 _WARM = {"cuda": 3, "cpu": 1}
 _TIMED = {"cuda": 20, "cpu": 1}
