@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from kdfast.api.data import as_integer, check_opened
@@ -143,7 +144,7 @@ def prune(
         check_subset_path(out)
     with _cache_folder(source, cache, logits, features) as folder:
         request = PruneRequest(
-            fractions=(fraction,),
+            fractions=(fraction.item() if isinstance(fraction, np.generic) else fraction,),
             method=method,
             **_scores(scores, source, key, higher),
             rule=rule,

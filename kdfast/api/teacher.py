@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy.typing as npt
 from torch import nn
 
-from kdfast.api.data import check_opened
+from kdfast.api.data import as_integer, check_opened
 from kdfast.data.source import Source, compute_normalization
 from kdfast.data.views import Normalization
 from kdfast.device import resolve_device
@@ -102,8 +102,9 @@ def cache(
     check_opened(data)
     model = load_teacher(teacher, data)
     place = resolve_device(device)
+    n_views, seed = None if views is None else as_integer("views", views), as_integer("view_seed", view_seed)
     build_cache(
-        data, model, out, ids=ids, n_views=views, view_seed=view_seed, top_k=top_k, precision=precision, device=place,
+        data, model, out, ids=ids, n_views=n_views, view_seed=seed, top_k=top_k, precision=precision, device=place,
         progress=progress,
     )  # fmt: skip
     return TeacherCache.open(Path(out), source=data, teacher=model, check_files=False)

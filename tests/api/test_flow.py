@@ -185,7 +185,9 @@ def test_evaluate_leaves_modules_in_training_as_they_are(data: Source) -> None:
     assert adapted(torch.zeros(2, 3, 8, 8)).shape == (2, 10), "what load_teacher did stays"
 
 
-def test_numbers_and_tensors_of_other_libraries(data: Source, cached: TeacherCache, tmp_path: Path) -> None:
+def test_numbers_and_tensors_of_other_libraries(
+    data: Source, teacher: Run, cached: TeacherCache, tmp_path: Path
+) -> None:
     labels, logits = data.train.labels, cached.identity_logits()
     expected = score(labels, "el2n", logits=logits)
     tensor = torch.tensor(logits, requires_grad=True)
@@ -194,6 +196,9 @@ def test_numbers_and_tensors_of_other_libraries(data: Source, cached: TeacherCac
     np.testing.assert_allclose(rounded, expected.scores, atol=0.1)
     for seed in np.arange(2, dtype=np.int32):
         np.testing.assert_array_equal(prune(data, 0.1, seed=seed), prune(data, 0.1, seed=int(seed)))
+    assert len(prune(data, np.float32(0.5), out=tmp_path / "idx.npy")) == 721
+    views = {"views": np.int64(2), "view_seed": np.int64(0)}
+    assert cache(data, teacher.student, cached.path, **views).n_views == 2, "the cache that was built with ints"
     recipe = {"alpha": 0, "epochs": 1, "batch_size": 32, "lr": 0.125, "subset": np.arange(64)}
     plain = distill(data, "resnet8", tmp_path / "plain", **recipe)
     kinds = {"epochs": np.int64(1), "batch_size": np.int64(32), "lr": np.float32(0.125), "seed": np.uint8(0)}
