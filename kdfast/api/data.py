@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
+from pathlib import Path
 from typing import Any
 
 from kdfast.data.readers.datasets import IndexedDataset, from_datasets
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source
+from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
+from kdfast.teacher.cache import TeacherCache
 
 
 def open_data(
@@ -51,6 +54,13 @@ def check_opened(data: Any) -> None:
     if not isinstance(data, Source):
         shown = repr(str(data)) if isinstance(data, (str, os.PathLike)) else f"a {type(data).__name__}"
         raise UsageError(f"`data` is {shown}: open it first, with kdfast.open_data")
+
+
+def folder_of(opened: TeacherCache | Dynamics | str | os.PathLike[str] | None) -> Path | None:
+    """Return the folder of a cache or of dynamics that are open, or given as a path; None for none."""
+    if opened is None or isinstance(opened, (str, os.PathLike)):
+        return None if opened is None else Path(opened)
+    return opened.path
 
 
 def as_integer(name: str, value: Any) -> int:

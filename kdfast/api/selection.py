@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.api.data import as_integer, check_opened
+from kdfast.api.data import as_integer, check_opened, folder_of
 from kdfast.api.teacher import ModelLike, load_teacher
 from kdfast.data.arrays import as_values
 from kdfast.data.readers.bare_labels import from_labels
@@ -79,7 +79,7 @@ def score(
     completed = complete_options(method, get_score(method).options, dict(options or {}))
     with _cache_folder(source, cache, logits, features) as folder:
         sources = ScoreSources.open(
-            source, cache=folder, dynamics=_dynamics_folder(dynamics), teacher=_network(teacher, source)
+            source, cache=folder, dynamics=folder_of(dynamics), teacher=_network(teacher, source)
         )
         return sources.score(method, seed=_seed(seed), options=completed, device=place, progress=progress)
 
@@ -154,7 +154,7 @@ def prune(
             seed=_seed(seed),
             device=place,
             cache=folder,
-            dynamics=_dynamics_folder(dynamics),
+            dynamics=folder_of(dynamics),
             teacher=_network(teacher, source),
         )
         request.check()
@@ -178,7 +178,7 @@ def _cache_folder(
     if logits is None:
         if features is not None:
             raise UsageError("`features` are given without `logits`: pass both")
-        yield cache.path if isinstance(cache, TeacherCache) else None if cache is None else Path(cache)
+        yield folder_of(cache)
         return
     if cache is not None:
         raise UsageError("`logits` take the place of `cache`: pass one of them")
@@ -190,10 +190,6 @@ def _seed(seed: int) -> int:
     value = as_integer("seed", seed)
     check_integer("seed", value, 0, LARGEST_SEED)
     return value
-
-
-def _dynamics_folder(dynamics: Dynamics | StrPath | None) -> Path | None:
-    return dynamics.path if isinstance(dynamics, Dynamics) else None if dynamics is None else Path(dynamics)
 
 
 def _network(teacher: ModelLike | None, source: Source) -> Model | None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from kdfast.api.data import as_integer, check_opened
+from kdfast.api.data import as_integer, check_opened, folder_of
 from kdfast.api.teacher import ModelLike, load_teacher
 from kdfast.data.arrays import as_array
 from kdfast.data.augment.presets import augment_source
@@ -26,7 +26,7 @@ from kdfast.device import resolve_device, resolve_precision
 from kdfast.distillation.config import Execution, RunConfig
 from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
-from kdfast.distillation.inputs import plan_opened
+from kdfast.distillation.inputs import open_targets, plan_opened
 from kdfast.distillation.losses.settings import TermSetting
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.targets import TeacherTargets
@@ -229,12 +229,5 @@ def _read_subset(subset: npt.ArrayLike | StrPath | None, source: Source, batch_s
 def _open_teacher(
     source: Source, subset: Subset, cache: TeacherCache | StrPath | None, teacher: ModelLike | None
 ) -> TeacherTargets:
-    if cache is None and teacher is None:
-        raise UsageError("`alpha` above 0 and terms of the loss need `cache` or `teacher`: pass one, or `alpha` 0")
     model = None if teacher is None else load_teacher(teacher, source)
-    if cache is None:
-        return TeacherTargets(model=model)
-    folder = cache.path if isinstance(cache, TeacherCache) else cache
-    opened = TeacherCache.open(folder, source=source, teacher=model)
-    opened.check_covers(subset.ids)
-    return TeacherTargets(cache=opened, model=model)
+    return open_targets(source, subset.ids, folder_of(cache), model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.errors import UsageError
-from kdfast.nets.checkpoint import load_model
+from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_channels, check_fit, check_training
 from kdfast.nets.initial import build_started_net
 from kdfast.teacher.cache import TeacherCache
@@ -201,19 +202,39 @@ def _read_subset(path: str | None, source: Source, batch_size: int) -> Subset:
 
 def _open_teacher(paths: InputPaths, source: Source, ids: IntArray, stage_seconds: dict[str, float]) -> TeacherTargets:
     """Open the cache or the teacher, and add what they cost to `stage_seconds`."""
-    if paths.cache is None and paths.teacher is None:
+    model = None if paths.teacher is None else load_model(paths.teacher)
+    if model is not None and paths.teacher is not None:
+        check_fit(model, source, paths.teacher)
+    started = time.perf_counter()
+    targets = open_targets(source, ids, paths.cache, model)
+    if targets.cache is not None:
+        stage_seconds["open cache"] = time.perf_counter() - started
+        stage_seconds["cache"] = float(targets.cache.manifest["seconds"])
+    return targets
+
+
+def open_targets(
+    source: Source, ids: IntArray, cache: str | os.PathLike[str] | None, model: Model | None
+) -> TeacherTargets:
+    """Open the teacher of a run whose loss needs one.
+
+    Args:
+        source: The data.
+        ids: int64 (n,), the kept samples, which the cache must cover.
+        cache: Folder of a teacher's cache, or None.
+        model: The teacher, checked against the data; with a cache, the one that the cache must belong to; or None.
+
+    Raises:
+        UsageError: There is neither.
+        CacheMismatch: The cache is damaged, belongs to other data or another teacher, or lacks samples.
+    """
+    if cache is None and model is None:
         raise UsageError(
             "`alpha` above 0 and terms of the loss need `cache` or `teacher`: pass one, or `alpha` 0 without terms to "
             "train without a teacher"
         )
-    model = None if paths.teacher is None else load_model(paths.teacher)
-    if model is not None and paths.teacher is not None:
-        check_fit(model, source, paths.teacher)
-    if paths.cache is None:
+    if cache is None:
         return TeacherTargets(model=model)
-    started = time.perf_counter()
-    cache = TeacherCache.open(paths.cache, source=source, teacher=model)
-    cache.check_covers(ids)
-    stage_seconds["open cache"] = time.perf_counter() - started
-    stage_seconds["cache"] = float(cache.manifest["seconds"])
-    return TeacherTargets(cache=cache, model=model)
+    opened = TeacherCache.open(cache, source=source, teacher=model)
+    opened.check_covers(ids)
+    return TeacherTargets(cache=opened, model=model)
