@@ -29,9 +29,10 @@ LAYER = {
     "estimates": 7,
     "api": 8,
     "sweep": 8,
-    "cli": 9,
-    "examples": 9,
-    "__main__": 10,
+    "reproduction": 9,
+    "cli": 10,
+    "examples": 10,
+    "__main__": 11,
 }
 # A model includes its input normalization, whose type is in the data layer.
 SIDEWAYS = {("nets", "data")}

@@ -16,11 +16,14 @@ from typing import Any
 
 import msgspec
 
-from kdfast.errors import DataError, KdfastError
-from kdfast.files.inputs import MAX_JSON_BYTES, read_bounded
+from kdfast.errors import DataError, KdfastError, UsageError
+from kdfast.files.inputs import MAX_CONFIG_BYTES, MAX_JSON_BYTES, read_bounded
 
 MAX_DEPTH = 64  # of nested dicts and lists; those who work on the values call themselves for each level
 _MAX_DIGITS = 20
+_MAX_YAML_DEPTH = 8  # what people write needs three
+_SHOWN = 80  # characters of a value in a message
+_SHOWN_REASON = 400
 
 _WHERE = re.compile(r"^(?P<what>.*) - at `(?P<in_key>key` in `)?\$\.?(?P<field>.*)`$", re.DOTALL)
 ADVICE = "it is damaged or not a kdfast file; write it again"
@@ -33,6 +36,55 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         OSError: The file is missing, unreadable, too large, or a pipe or device.
     """
     return read_bounded(path, MAX_JSON_BYTES)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """Read a YAML file of plain values that a person wrote.
+
+    Args:
+        path: The file.
+        what: Its name in messages.
+
+    Raises:
+        UsageError: It cannot be read, is no regular file, is too large, nested too deeply, has a key twice, or has
+            anchors, by which a few lines can stand for a value that fills the memory.
+    """
+    import yaml
+
+    try:
+        text = read_bounded(path, MAX_CONFIG_BYTES).decode()
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if anchor := getattr(event, "anchor", None):
+                raise UsageError(f"{what} has the anchor or alias {shorten_text(anchor)}: write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH:
+                raise UsageError(f"{what} is nested too deeply: write one `key: value` per line")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), what)
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be read: {error.strerror or error}") from error
+    except UsageError:
+        raise
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date or number
+        raise UsageError(f"{what} cannot be read: {shorten_text(str(error), _SHOWN_REASON)}") from error
+
+
+def _refuse_repeated_keys(node: Any, what: str) -> None:
+    """Raise UsageError if a mapping has a key twice, of which YAML would keep the last one alone."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    keys = [key.value for key, _ in pairs if key.id == "scalar"]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise UsageError(f"{what} has the key {shorten_text(key)} twice: write it once")
+    inner = [value for _, value in pairs] or (node.value if node is not None and node.id == "sequence" else [])
+    for child in inner:
+        _refuse_repeated_keys(child, what)
+
+
+def shorten_text(text: str, length: int = _SHOWN) -> str:
+    """Return a text for a message, cut to a number of characters."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def decode_json(

@@ -10,10 +10,9 @@ import typer
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.cli.config.run import STARTED, options_of_run
 from kdfast.errors import UsageError, did_you_mean
+from kdfast.files.validate import read_yaml, shorten_text
 
-_MAX_DEPTH = 8  # of nested mappings and lists; the options need two
-_SHOWN = 80  # characters of a value in a message
-_SHOWN_REASON = 400
+_SHOWN = 80  # characters of a key that is compared with the known ones
 
 
 def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -26,7 +25,7 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    values = _read_yaml(path)
+    values = read_yaml(path, f"--config {path}")
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} is not a mapping: write one `option: value` per line")
     known = {
@@ -41,41 +40,12 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         if parameter is None or parameter.name in ("config", "write_config", "help", "help_options"):
             shown = sorted(name for name, parameter in known.items() if not getattr(parameter, "hidden", False))
             hint = did_you_mean(word[:_SHOWN], shown)
-            raise UsageError(f"--config {path}: no option {_short(repr(key))}: {hint}known: {', '.join(shown)}")
+            raise UsageError(f"--config {path}: no option {shorten_text(repr(key))}: {hint}known: {', '.join(shown)}")
         defaults[str(parameter.name)] = _default(
-            f"--config {path}: {key} is {_short(repr(value))}", word, value, parameter
+            f"--config {path}: {key} is {shorten_text(repr(value))}", word, value, parameter
         )
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
-
-
-def _read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values.
-
-    Raises:
-        UsageError: It cannot be read, is no regular file, is too large, nested too deeply, or has anchors, by which a
-            few lines can stand for a value that fills the memory.
-    """
-    import yaml
-
-    from kdfast.files.inputs import MAX_CONFIG_BYTES, read_bounded
-
-    try:
-        text = read_bounded(path, MAX_CONFIG_BYTES).decode()
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if anchor := getattr(event, "anchor", None):
-                raise UsageError(f"--config {path} has the anchor or alias {_short(anchor)}: write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise UsageError(f"--config {path} is nested too deeply: write one `option: value` per line")
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
-    except UsageError:
-        raise
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date or number
-        raise UsageError(f"--config {path} cannot be read: {_short(str(error), _SHOWN_REASON)}") from error
 
 
 def _spellings(parameter: Any) -> list[str]:
@@ -99,7 +69,3 @@ def _default(given: str, word: str, value: Any, parameter: Any) -> Any:
     if is_flag and f"--{word}" in parameter.secondary_opts:
         return not value
     return [value] if several and not isinstance(value, list) else value
-
-
-def _short(text: str, length: int = _SHOWN) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,326 @@
+"""Studies: a figure or table of a paper as one YAML file, read and checked in full.
+
+A study file is a mapping with these keys. Unknown keys, wrong types and values that no code accepts are refused with a
+line that names the file and the key.
+
+    title: Pruning methods against the fraction kept     # required; one line
+    source: Ben-Baruch et al., ICML 2025, Figure 3       # required; what is reproduced
+    recipe: {epochs: 240, batch_size: 64, lr: 0.05}      # training of the students; see below
+    defaults: {student: resnet32, teacher: resnet32}     # values of axes that an entry of cells does not name
+    cells:                                               # required; each entry is the product of its lists
+      - {method: [random, forgetting], fraction: [0.1, 0.3], kd: [off, on]}
+      - {fraction: 1.0, kd: [off, on], match_steps_of: 0.1}
+    order: [fraction, kd, method]                        # the order of runs; the first axis varies slowest
+    dynamics: {net: resnet32, epochs: 30, lr: 0.1}       # the recording that scores such as forgetting read
+    teachers: {epochs: 240}                              # training of teachers that come without a file
+    cache: {views: 5}                                    # the teacher's outputs that methods such as if-beta read
+    published:                                           # by kind of data; values in percent
+      cifar100:
+        - {method: random, fraction: 0.1, kd: off, top1: 39.8}
+        - {method: forgetting, kd: off, fraction: [0.1, 0.3], top1: [22.21, 49.41]}
+    teacher_top1: {cifar100: {resnet32: 71.6}}           # the paper's teachers, in percent
+    plot: {x: fraction, lines: [method, kd]}             # the chart: its horizontal axis, and what tells lines apart
+    samples: 50000                                       # training samples of the paper's data, for --list
+
+`recipe`: fields of `kdfast.distillation.config.RunConfig`, those of `axes.RECIPE_FIELDS`, and the axis temperature.
+What is missing has the default of `kdfast distill`, the recipe of RepDistiller: 240 epochs, batches of 64, SGD with a
+learning rate of 0.05 divided by ten after 62.5%, 75% and 87.5%, momentum 0.9, weight decay 5e-4, fp32 or as
+`--precision` says.
+
+Axes of a cell, in `defaults`, `cells` and `published`; recipe fields may stand there too, for single cells:
+
+    method            as in `kdfast sweep --methods`: random, forgetting, el2n, el2n/beta:a=1,b=3, grand:epoch=10;
+                      levels are rules: el2n/easy, el2n/moderate, el2n/hard
+    fraction          share of the training split to train on; 1: all data, whatever the method
+    kd                on, or off: training on the labels alone, without the axes of the teacher and the loss
+    alpha             weight of the divergence from the teacher: a number, or auto; above 1 only with ce_weight
+    temperature       temperature of the divergence
+    ce_weight         weight of the cross-entropy; none: 1 - alpha
+    term              further term of the loss, as `kdfast distill --kd-term` takes it, such as vid; none: no term
+    term_weight       its weight; none: 1
+    teacher           network of the teacher
+    teacher_fraction  share of the training split that the teacher is trained on, a seeded class-balanced draw
+    disjoint          on: the student's samples are chosen from those that the teacher was not trained on; fraction
+                      stays a share of the whole training split
+    student           network of the student
+    match_steps_of    a fraction: train for as many steps as a run on it, in place of the recipe's epochs
+
+Defaults: method random, fraction 1, kd on, alpha 0.5, temperature 4, teacher and student resnet32, teacher_fraction 1,
+disjoint off. A cell that several entries name is one cell.
+
+`order`: runs go seed by seed, and within a seed by these axes, each in the order in which the file first names its
+values; a run with `match_steps_of` goes with the runs on that fraction. `dynamics`: `net` (default: the student of
+`defaults`), the fields of `RecordingConfig` `runs`, `record`, `record_every`, `features_every` and `top_k`, and recipe
+fields; default 30 epochs, batches of 128, learning rate 0.1 with the schedule cosine. `teachers`: recipe fields in
+place of those of `recipe`.
+
+`published`: an entry names one cell as an entry of `cells` would, completed by `defaults`; or it has one list of values
+and lists of figures of the same length. `top1` and `top5` are figures; a note in `note` is allowed. The kind of data is
+that of `Source.kind`, such as cifar10, cifar100 or svhn, or a name that `--dataset` chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kdfast
+from kdfast.errors import UsageError, unknown_name
+from kdfast.files.validate import read_yaml
+from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Values, parse_fields
+from kdfast.reproduction.cells import Cell, expand
+
+FOLDER = Path(kdfast.__file__).parent / "studies"
+SUFFIX = ".yaml"
+RECORDING_FIELDS = ("runs", "record", "record_every", "features_every", "top_k")
+FIGURES = ("top1", "top5")
+
+_DYNAMICS = {"epochs": 30, "batch_size": 128, "lr": 0.1, "schedule": "cosine"}
+_MAY_LACK = ("alpha", "temperature", "teacher", "teacher_fraction", "term_weight")
+_REQUIRED = ("title", "source", "cells")
+_KINDS = {
+    "title": str, "source": str, "recipe": dict, "defaults": dict, "cells": list, "order": list, "dynamics": dict,
+    "teachers": dict, "cache": dict, "published": dict, "teacher_top1": dict, "plot": dict, "samples": int,
+}  # fmt: skip
+_WORDS = {str: "a text", dict: "a mapping", list: "a list", int: "an integer"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The chart of a study: its horizontal axis, and the axes that tell its lines apart."""
+
+    x: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        name: Name of its file, without the suffix.
+        title: Its title.
+        source: What it reproduces.
+        cells: Its cells, in the order of the file.
+        order: The axes by which runs are ordered.
+        recipe: Recipe fields of the students.
+        teachers: Recipe fields of teachers that are trained for it.
+        dynamics: `net`, fields of `RecordingConfig` and recipe fields of the recording.
+        cache_views: Views of the teacher's cache that methods read.
+        published: By kind of data and cell: figures in percent by `top1` and `top5`.
+        teacher_top1: By kind of data and network: the paper's top-1 of a teacher trained on all data, in percent.
+        plot: The chart, or None.
+        samples: Training samples of the paper's data.
+    """
+
+    name: str
+    title: str
+    source: str
+    cells: tuple[Cell, ...]
+    order: tuple[str, ...]
+    recipe: Values
+    teachers: Values
+    dynamics: dict[str, Any]
+    cache_views: int
+    published: dict[str, dict[Cell, dict[str, float]]]
+    teacher_top1: dict[str, dict[str, float]]
+    plot: Plot | None
+    samples: int = field(default=50_000)
+
+    @property
+    def images(self) -> int:
+        """Images that one seed of all cells trains on, on the paper's data."""
+        return sum(round(self.samples * cell.fraction) * cell.epochs(self.samples) for cell in self.cells)
+
+    def varying(self) -> tuple[str, ...]:
+        """Return the axes and recipe fields in which the cells differ, in the order of `AXES`."""
+        rows = [{**dict(cell.recipe), **{name: getattr(cell, name) for name in AXES}} for cell in self.cells]
+        found = []
+        for name in (*AXES, *RECIPE_FIELDS):
+            # Without the teacher, its axes have no value; no term and no weight are values of runs with it.
+            values = {row.get(name) for row in rows if row["kd"] or name not in ("ce_weight", "term")}
+            if len(values - {None} if name in _MAY_LACK else values) > 1:
+                found.append(name)
+        return tuple(found)
+
+    def sorted(self) -> list[Cell]:
+        """Return the cells in the order in which they are run."""
+        ranks: dict[str, dict[Any, int]] = {name: {} for name in self.order}
+        for cell in self.cells:
+            for name in self.order:
+                ranks[name].setdefault(_place(cell, name), len(ranks[name]))
+        return sorted(
+            self.cells,
+            key=lambda cell: (
+                [ranks[name][_place(cell, name)] for name in self.order],
+                cell.match_steps_of is not None,
+            ),
+        )
+
+
+def _place(cell: Cell, name: str) -> Any:
+    if name == "fraction" and cell.match_steps_of is not None:
+        return cell.match_steps_of
+    return dict(cell.recipe).get(name) if name in RECIPE_FIELDS else getattr(cell, name)
+
+
+def study_names() -> list[str]:
+    """Return the names of the studies that kdfast has, sorted."""
+    return sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}"))
+
+
+def load_study(name: str) -> Study:
+    """Read a study by its name, or by the path of a file that ends in .yaml.
+
+    Raises:
+        UsageError: There is no such study, or its file is not as this module describes.
+    """
+    if name.endswith((SUFFIX, ".yml")):
+        return read_study(Path(name))
+    if name not in study_names():
+        raise unknown_name("no study is named", name, study_names())
+    return read_study(FOLDER / f"{name}{SUFFIX}")
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UsageError: It cannot be read, or is not as this module describes; the message names the file and the key.
+    """
+    values = read_yaml(path, f"the study {path}")
+    _check_keys(values, path)
+
+    def within(key: str) -> Any:
+        return functools.partial(_blame, f"{path}, {key}")
+
+    recipe: Values = within("recipe")(parse_fields, values.get("recipe", {}), (*RECIPE_FIELDS, "temperature"))
+    defaults: Values = within("defaults")(parse_fields, values.get("defaults", {}), (*AXES, *RECIPE_FIELDS))
+    base = {**recipe, **defaults}
+    cells: dict[Cell, None] = {}
+    for number, entry in enumerate(values["cells"], 1):
+        cells.update(dict.fromkeys(within(f"cells, entry {number}")(_expand, entry, base)))
+    order = tuple(values.get("order", ()))
+    for name in order:
+        if name not in AXES and name not in RECIPE_FIELDS:
+            raise unknown_name(f"{path}, order: there is no axis", str(name), [*AXES, *RECIPE_FIELDS])
+    dynamics = values.get("dynamics", {})
+    recording = {name: dynamics[name] for name in ("net", *RECORDING_FIELDS) if name in dynamics}
+    rest = {name: value for name, value in dynamics.items() if name not in recording}
+    trained = within("dynamics")(parse_fields, rest, RECIPE_FIELDS)
+    recording.setdefault("net", next(iter(cells)).student if "student" not in defaults else defaults["student"])
+    cache = values.get("cache", {})
+    if set(cache) - {"views"} or not isinstance(cache.get("views", 1), int) or cache.get("views", 1) < 1:
+        raise UsageError(f"{path}, cache, is {cache}: write views, an integer of at least 1")
+    return Study(
+        name=path.stem,
+        title=values["title"],
+        source=values["source"],
+        cells=tuple(cells),
+        order=order,
+        recipe=recipe,
+        teachers=within("teachers")(parse_fields, values.get("teachers", {}), RECIPE_FIELDS),
+        dynamics={**_DYNAMICS, **recording, **trained},
+        cache_views=cache.get("views", 1),
+        published=_read_published(values.get("published", {}), base, cells, path),
+        teacher_top1=_read_teachers(values.get("teacher_top1", {}), path),
+        plot=_read_plot(values.get("plot"), path),
+        samples=values.get("samples", 50_000),
+    )
+
+
+def _check_keys(values: Any, path: Path) -> None:
+    if not isinstance(values, dict):
+        raise UsageError(f"the study {path} is not a mapping: write title, source and cells")
+    for key, value in values.items():
+        if key not in _KINDS:
+            raise unknown_name(f"the study {path} has no key", str(key), _KINDS)
+        kind = _KINDS[key]
+        if not isinstance(value, kind) or isinstance(value, bool) or value in ("", []):
+            raise UsageError(f"{path}, {key}, is {value!r}: write {_WORDS[kind]}")
+    for key in _REQUIRED:
+        if key not in values:
+            raise UsageError(f"the study {path} has no {key}: add it")
+
+
+def _blame(where: str, function: Any, *arguments: Any) -> Any:
+    """Call a function, and name the file and the key in the errors that it raises."""
+    try:
+        return function(*arguments)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _expand(entry: Any, base: Values) -> list[Cell]:
+    if not isinstance(entry, dict):
+        raise UsageError(f"it is {entry!r}: write values or lists of values by axis")
+    return list(expand(entry, base))
+
+
+def _read_published(
+    published: Mapping[str, Any], base: Values, cells: Mapping[Cell, None], path: Path
+) -> dict[str, dict[Cell, dict[str, float]]]:
+    found: dict[str, dict[Cell, dict[str, float]]] = {}
+    for kind, entries in published.items():
+        figures_of = found.setdefault(str(kind), {})
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+            where = f"{path}, published, {kind}, entry {number}"
+            for cell, figures in _blame(where, _read_entry, entry, base):
+                if cell not in cells:
+                    raise UsageError(f"{where}: no cell of the study is {cell}: add the cell, or correct the entry")
+                if cell in figures_of:
+                    raise UsageError(f"{where}: the cell {cell} has a published value already: write it once")
+                figures_of[cell] = figures
+    return found
+
+
+def _read_entry(entry: Any, base: Values) -> list[tuple[Cell, dict[str, float]]]:
+    if not isinstance(entry, dict) or not any(name in entry for name in FIGURES):
+        raise UsageError(f"it is {entry!r}: write the axes of one cell, and top1 or top5")
+    axes = {name: value for name, value in entry.items() if name not in (*FIGURES, "note")}
+    if sum(isinstance(value, list) for value in axes.values()) > 1:
+        raise UsageError("it has two lists of values: write an entry for each value of one of them")
+    cells = list(expand(axes, base))
+    figures: list[dict[str, float]] = [{} for _ in cells]
+    for name in FIGURES:
+        if name not in entry:
+            continue
+        given = entry[name] if isinstance(entry[name], list) else [entry[name]]
+        if len(given) != len(cells):
+            raise UsageError(f"it has {len(cells)} cells and {len(given)} values of {name}: write one for each cell")
+        for place, value in zip(figures, given, strict=True):
+            place[name] = _percent(name, value)
+    return list(zip(cells, figures, strict=True))
+
+
+def _percent(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise UsageError(f"`{name}` is {value!r}: write a number of percent")
+    return float(value)
+
+
+def _read_teachers(given: Mapping[str, Any], path: Path) -> dict[str, dict[str, float]]:
+    found = {}
+    for kind, networks in given.items():
+        if not isinstance(networks, dict):
+            raise UsageError(f"{path}, teacher_top1, {kind}, is {networks!r}: write percent by network")
+        found[str(kind)] = {
+            str(net): _blame(f"{path}, teacher_top1, {kind}", _percent, str(net), top1)
+            for net, top1 in networks.items()
+        }
+    return found
+
+
+def _read_plot(given: Mapping[str, Any] | None, path: Path) -> Plot | None:
+    if given is None:
+        return None
+    lines = given.get("lines", [])
+    if set(given) - {"x", "lines"} or "x" not in given or not isinstance(lines, list):
+        raise UsageError(f"{path}, plot, is {dict(given)}: write x, an axis, and lines, a list of axes")
+    for name in (given["x"], *lines):
+        if name not in AXES and name not in RECIPE_FIELDS:
+            raise unknown_name(f"{path}, plot: there is no axis", str(name), [*AXES, *RECIPE_FIELDS])
+    return Plot(given["x"], tuple(lines))
