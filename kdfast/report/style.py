@@ -1,11 +1,30 @@
 """Style sheet of the pages: light and dark by the reader's preference, one column on narrow screens."""
 
-STYLE = """
+# Variables for a light background, on pages and in pictures of their own.
+LIGHT = """
 :root { color-scheme: light dark;
   --page: #f6f7f9; --panel: #ffffff; --ink: #16202c; --soft: #51606f; --line: #d9dfe6;
   --all: #b9c4d0; --kept: #1f5fd0; --good: #0b6e3e; --bad: #b3261e; --heat: 31 95 208;
   --c1: #1f5fd0; --c2: #c8450a; --c3: #0b7a4b; --c4: #8b2fc9; --c5: #0e7490; --c6: #cc1f78; --c7: #7c4a1e;
   --c8: #6b7300; --c9: #c02a20; }
+"""
+
+# What charts need, on pages and in pictures of their own.
+CHARTS = """
+.all { fill: var(--all); } .kept { fill: var(--kept); } .grid { stroke: var(--line); }
+.reference { stroke: var(--ink); stroke-dasharray: 4 3; }
+.c0 { --own: var(--ink); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); } .c3 { --own: var(--c3); }
+.c4 { --own: var(--c4); } .c5 { --own: var(--c5); } .c6 { --own: var(--c6); } .c7 { --own: var(--c7); }
+.c8 { --own: var(--c8); } .c9 { --own: var(--c9); }
+.trend { fill: none; stroke: var(--own); stroke-width: 1.6; } .bar { stroke: var(--own); stroke-width: 1.2; }
+.dashed { stroke-dasharray: 5 4; }
+.mark { fill: var(--own); stroke: var(--panel); stroke-width: .2; } .star { fill: var(--ink); }
+.hollow { fill: var(--panel); stroke: var(--own); stroke-width: .35; }
+.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
+.tick, .axis { fill: var(--soft); font-size: 12px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
+"""
+
+_PAGE = """
 @media (prefers-color-scheme: dark) { :root {
   --page: #10151b; --panel: #19212a; --ink: #e8edf2; --soft: #a3b1bf; --line: #33404d;
   --all: #4b5a69; --kept: #7fb0ff; --good: #6fd39b; --bad: #ff9a92; --heat: 127 176 255;
@@ -32,14 +51,6 @@ dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; font-size: 1.05rem
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 figure { margin: 0; overflow-x: auto; } svg.wide { min-width: 620px; }
 svg { display: block; width: 100%; height: auto; }
-.all { fill: var(--all); } .kept { fill: var(--kept); } .grid { stroke: var(--line); }
-.reference { stroke: var(--ink); stroke-dasharray: 4 3; }
-.c0 { --own: var(--ink); } .c1 { --own: var(--c1); } .c2 { --own: var(--c2); } .c3 { --own: var(--c3); }
-.c4 { --own: var(--c4); } .c5 { --own: var(--c5); } .c6 { --own: var(--c6); } .c7 { --own: var(--c7); }
-.c8 { --own: var(--c8); } .c9 { --own: var(--c9); }
-.trend { fill: none; stroke: var(--own); stroke-width: 1.6; } .bar { stroke: var(--own); stroke-width: 1.2; }
-.mark { fill: var(--own); stroke: var(--panel); stroke-width: .2; } .star { fill: var(--ink); }
-.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.75rem;
   margin: .75rem 0 1.25rem; }
 .chart .tick, .chart .axis { font-size: 13px; }
@@ -53,7 +64,6 @@ svg.swatch { flex: none; width: 30px; }
 .compared { width: 100%; } .compared th[scope=row] { overflow-wrap: break-word; }
 .compared td, .compared thead th { white-space: nowrap; }
 .compared th:nth-child(2) { width: 9rem; } .compared th:last-child { width: 6rem; }
-.tick, .axis { fill: var(--soft); font-size: 12px; } .end { text-anchor: end; } .middle { text-anchor: middle; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 1rem; } .keys .key { margin-left: 0; }
 .key.line { height: 0; border-top: 3px solid var(--own); vertical-align: .25em; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.75rem; }
@@ -99,3 +109,5 @@ footer { padding-bottom: 2.5rem; font-size: .85rem; }
   .gap { flex-wrap: wrap; } .gap span { min-width: 0; } svg.interval { width: 100%; } }
 @media print { body { background: none; } section { break-inside: avoid; } nav { display: none; } }
 """
+
+STYLE = LIGHT + CHARTS + _PAGE

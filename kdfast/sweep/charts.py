@@ -1,4 +1,4 @@
-"""Charts of a sweep's page as inline SVG: lines of marks over one axis, and intervals of differences."""
+"""Charts of accuracy as inline SVG: lines of marks over one axis, and intervals of differences."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mark:
     """A point of a chart.
 
     Attributes:
-        x: Its value on the horizontal axis, above 0.
+        x: Its value on the horizontal axis.
         y: Its value on the vertical axis.
         spread: Half the length of its vertical bar; 0 for none.
         radius: Its size.
@@ -51,10 +51,21 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """The marks of one method, in the order in which they are joined; `number` chooses color and shape."""
+    """The marks of one method.
+
+    Attributes:
+        number: Chooses color and shape.
+        marks: The marks, in the order in which they are joined.
+        joined: Whether a line joins them.
+        dashed: Whether this line is dashed.
+        hollow: Whether the marks are hollow.
+    """
 
     number: int
-    marks: Sequence[Mark]
+    marks: Sequence[Mark] = ()
+    joined: bool = True
+    dashed: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis: positive values, on a linear or a logarithmic scale, with its ticks."""
+    """The horizontal axis: values on a linear or a logarithmic scale, with its ticks."""
 
     low: float
     high: float
@@ -84,14 +95,18 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
     @classmethod
-    def of_fractions(cls, fractions: Sequence[float]) -> Axis:
-        """Return the axis of kept fractions, with a tick at each."""
-        low, high = min(fractions), max(fractions)
-        log = high > _LOG_FACTOR * low
-        margin = (high / low) ** 0.08 if log else 0.08 * (high - low) or 0.1 * high
+    def of_values(cls, values: Sequence[float]) -> Axis:
+        """Return the axis of a few values, with a tick at each: logarithmic if they differ much and are above 0."""
+        low, high = min(values), max(values)
+        log = 0 < _LOG_FACTOR * low < high
+        margin = (high / low) ** 0.08 if log else 0.08 * (high - low) or 0.1 * high or 1.0
         ends = (low / margin, high * margin) if log else (low - margin, high + margin)
-        ticks = tuple((fraction, f"{fraction:g}") for fraction in fractions)
-        return cls(*ends, log, ticks)
+        return cls(*ends, log, tuple((value, f"{value:g}") for value in values))
+
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> Axis:
+        """Return the axis of names, which lie at 0, 1, 2 and so on."""
+        return cls(-0.5, len(names) - 0.5, log=False, ticks=tuple(enumerate(names)))
 
     @classmethod
     def of_seconds(cls, seconds: Sequence[float]) -> Axis:
@@ -116,9 +131,16 @@ class Axis:
 
 
 def chart(
-    lines: Sequence[Line], references: Sequence[Reference], axis: Axis, name: str, label: str, *, spread: bool = False
+    lines: Sequence[Line],
+    references: Sequence[Reference],
+    axis: Axis,
+    name: str,
+    label: str,
+    *,
+    spread: bool = False,
+    value_name: str = "test top-1 (%)",
 ) -> Safe:
-    """Draw the accuracy of methods.
+    """Draw the accuracy of methods, or another quantity above 0.
 
     Args:
         lines: The methods.
@@ -127,6 +149,7 @@ def chart(
         name: Its name.
         label: Description of the chart for screen readers.
         spread: Whether marks of the same value are drawn side by side.
+        value_name: Name of the vertical axis.
     """
     marks = [mark for line in lines for mark in line.marks]
     values = [mark.y + side * mark.spread for mark in marks for side in (-1, 1)] + [line.y for line in references]
@@ -136,7 +159,7 @@ def chart(
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     parts = [
-        tag("text", "test top-1 (%)", x=4, y=14, class_="axis"),
+        tag("text", value_name, x=4, y=14, class_="axis"),
         tag("text", name, x=(_WIDTH + _LEFT) / 2, y=_HEIGHT - 6, class_="axis middle"),
     ]
     for value, text in ticks:
@@ -156,18 +179,20 @@ def chart(
     return tag("svg", parts, stars, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label, class_="chart")
 
 
-def legend(names: Sequence[str], *, reference: bool) -> Safe:
-    """List the methods with their lines, in the order of their numbers."""
-    items = []
-    for number, name in enumerate(names):
-        line = tag("line", x1=1, x2=29, y1=7, y2=7, class_=f"trend {_color(number)}")
-        swatch = _swatch(line, _moved(_shape(number), 15, 7, 4.0))
-        items.append(tag("li", swatch, tag("span", breakable(name))))
+def legend(lines: Sequence[tuple[str, Line]], *, reference: bool) -> Safe:
+    """List the names of lines with their color, shape and dashes."""
+    items = [tag("li", _swatch(*line_sample(line)), tag("span", breakable(name))) for name, line in lines]
     if reference:
         line = tag("line", x1=1, x2=29, y1=7, y2=7, class_="reference")
         star = _moved(tag("path", d=_STAR, class_="star"), 15, 7, 4.5)
         items.append(tag("li", _swatch(line, star), tag("span", "all data")))
     return tag("ul", items, class_="legend", aria_label="Methods")
+
+
+def line_sample(line: Line) -> list[Safe]:
+    """Draw a piece of a line with a mark, 30 wide and 14 high."""
+    stroke = tag("line", x1=1, x2=29, y1=7, y2=7, class_=_trend(line)) if line.joined else None
+    return [render(stroke), _moved(_shape(line), 15, 7, 4.0)]
 
 
 def breakable(method: str) -> Safe:
@@ -210,14 +235,14 @@ def _draw_line(line: Line, axis: Axis, height: Callable[[float], float], shift: 
     places = [(axis.place(mark.x) + shift, height(mark.y), mark) for mark in line.marks]
     color = _color(line.number)
     parts = []
-    if len(places) > 1:
+    if line.joined and len(places) > 1:
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
-        parts.append(tag("path", d=path, class_=f"trend {color}"))
+        parts.append(tag("path", d=path, class_=_trend(line)))
     for x, y, mark in places:
         if mark.spread:
             ends = [f"{height(mark.y + side * mark.spread):.1f}" for side in (-1, 1)]
             parts.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=ends[0], y2=ends[1], class_=f"bar {color}"))
-        parts.append(_moved(_shape(line.number, mark.title), x, y, mark.radius))
+        parts.append(_moved(_shape(line, mark.title), x, y, mark.radius))
     return parts
 
 
@@ -265,10 +290,15 @@ def _round_ticks(low: float, high: float, count: int) -> tuple[tuple[float, str]
     return tuple((number * step, f"{number * step:,.10g}") for number in numbers)
 
 
-def _shape(number: int, title: str | None = None) -> Safe:
-    shape = _SHAPES[(number + number // COLORS) % len(_SHAPES)]
+def _shape(line: Line, title: str | None = None) -> Safe:
+    shape = _SHAPES[(line.number + line.number // COLORS) % len(_SHAPES)]
     children = () if title is None else (tag("title", title),)
-    return tag("g", tag("path", d=shape), children, class_=f"mark {_color(number)}")
+    kind = "mark hollow" if line.hollow else "mark"
+    return tag("g", tag("path", d=shape), children, class_=f"{kind} {_color(line.number)}")
+
+
+def _trend(line: Line) -> str:
+    return f"trend {'dashed ' if line.dashed else ''}{_color(line.number)}"
 
 
 def _color(number: int) -> str:

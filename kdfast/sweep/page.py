@@ -85,11 +85,14 @@ def _render_runs(comparison: Comparison, kd: bool) -> Safe:
     fractions = sorted({fraction for _, fraction in cells})
     title = "With the teacher" if kd else "Without the teacher"
     trends = _trends(section, cells, methods, fractions)
-    parts = [tag("h3", title), legend(methods, reference=bool(full))]
+    parts = [
+        tag("h3", title),
+        legend([(m, line) for m, (line, _) in zip(methods, trends, strict=True)], reference=bool(full)),
+    ]
     by_fraction = chart(
         [Line(line.number, [_at(mark, fraction) for fraction, mark in marks]) for line, marks in trends],
         [Reference(run.top1, _name(run)) for run in full],
-        Axis.of_fractions(fractions),
+        Axis.of_values(fractions),
         "share of the training split kept",
         f"{title}: accuracy against the kept fraction",
         spread=True,
