@@ -36,6 +36,94 @@ class TopKTeacher(NamedTuple):
     classes: Tensor
     tail: Tensor
 
+    @classmethod
+    def from_logprobs(
+        cls,
+        values: Any,
+        ids: Any,
+        temperature: float,
+        *,
+        classes: int | None = None,
+        offsets: Any | None = None,
+        top_k: int | None = None,
+        logprob_temperature: float = 1.0,
+        tail: bool = True,
+    ) -> TopKTeacher:
+        """Make a teacher of stored log-probabilities, as inference servers return them.
+
+        The kept classes are exact at every temperature. The tail is exact if ``temperature`` is the one of the
+        log-probabilities, 1 for those of vLLM and SGLang: the mass of the other classes is 1 minus that of the kept
+        ones. At another temperature, the sum of p^(1/T) over the other classes also depends on how they share that
+        mass. It is then estimated by a power law of the rank that has their mass and continues below the last of the
+        ``top_k`` classes. ``kdfast.ops.kd_loss.offline.tempered_tail`` returns the estimate with its bounds, the least
+        and the largest value that agree with the stored numbers.
+
+        Args:
+            values: (M, k) natural log-probabilities over all classes, floating point, an array or a tensor; -inf for
+                entries to leave out. With ``offsets``: (E,).
+            ids: (M, k) or (E,) their classes, integers. Of a class that is repeated in a row, the first entry counts,
+                so the token that was drawn may be among them twice.
+            temperature: The T of the loss.
+            classes: Number of all classes, the size of the vocabulary; needed unless the tail is exact.
+            offsets: (M + 1,): row i holds the entries from ``offsets[i]`` to ``offsets[i + 1]``, for rows of different
+                lengths, such as top-p sets.
+            top_k: How many entries of each row are the most probable classes; the others may be any, such as the token
+                that was drawn. Only the estimate uses it. None: all of them.
+            logprob_temperature: What the logits were divided by before the softmax.
+            tail: False divides by the mass of the kept classes instead, as some trainers do. This is biased: the
+                student learns that all other classes are impossible.
+
+        Returns:
+            The teacher, (M, k). Mass below 2^-24 of the other classes counts as 2^-24, unless all classes are kept. A
+            row without entries adds nothing to the loss.
+
+        Raises:
+            ShapeError: If shapes do not fit, a value is no log-probability, a row has more mass than 1, or the mass of
+                the other classes is more than they can have.
+            IndexError: If a class is negative or not below ``classes``.
+            TypeError: If the values are no floating-point numbers.
+        """
+        from kdfast.ops.kd_loss.offline import from_logprobs
+
+        return from_logprobs(
+            values, ids, temperature, classes=classes, offsets=offsets, top_k=top_k,
+            logprob_temperature=logprob_temperature, tail=tail,
+        )  # fmt: skip
+
+    @classmethod
+    def from_samples(
+        cls, ids: Any, temperature: float = 1.0, *, weights: Any | None = None, classes: int | None = None
+    ) -> TopKTeacher:
+        """Make a teacher of classes that were drawn at random in each row, an estimate of the full distribution.
+
+        Without ``weights``, the classes are drawn from the teacher's softmax at the temperature of the loss. The mean
+        gradient of the forward divergence, over the draws, is then that of the full teacher. The value of the loss is
+        not unbiased: it is larger, by what the draws' entropy lacks, which does not depend on the student.
+
+        With classes drawn from another distribution q, ``weights`` are p / q. The estimate of a row is divided by its
+        total weight, as a distribution must be. For an unbiased gradient, pass the mean weight of each row to the loss,
+        ``weights=(p / q).mean(1)``, with ``reduction="sum"`` or ``"none"``.
+
+        Args:
+            ids: (M, s) drawn classes, integers, repeats included; negative: no draw.
+            temperature: The T of the loss.
+            weights: (M, s) p / q of each draw, not negative; None: 1.
+            classes: Number of all classes, to check the ids. None: not checked.
+
+        Returns:
+            The teacher, (M, s), without a tail. A row without draws adds nothing to the loss.
+
+        Raises:
+            ShapeError: If shapes do not fit, or a weight is negative or not finite.
+            IndexError: If a class is not below ``classes``.
+
+        Source: Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs, ACL 2025,
+        https://arxiv.org/abs/2503.16870, section 4.
+        """
+        from kdfast.ops.kd_loss.offline import from_samples
+
+        return from_samples(ids, temperature, weights=weights, classes=classes)
+
 
 torch.serialization.add_safe_globals([TopKTeacher])
 
