@@ -167,7 +167,8 @@ def rank_bound(values: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
 
 def _tempered_rest(values: Tensor, classes: int, top_k: int | None, power: float) -> Tensor:
     parts = []
-    for block in values.split(_BLOCK_ROWS):
+    for begin in range(0, len(values), _BLOCK_ROWS):
+        block = values[begin : begin + _BLOCK_ROWS]
         most, rank = rank_bound(block, top_k)
         others = classes - torch.isneginf(block).logical_not().sum(1)
         parts.append(tempered_tail(log_rest(block, classes), most, rank, others, power).estimate.float())
@@ -180,8 +181,8 @@ def _check_feasible(rest: Tensor, most: Tensor, rank: Tensor, others: Tensor) ->
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ShapeError(
-            f"row {row}: {int(others[row])} other classes have the probability {float(mass[row]):.3g}, more than if each "
-            f"had that of the class of rank {int(rank[row])}, {float(most[row].exp()):.3g}: pass `top_k`, how many of "
+            f"row {row}: {int(others[row])} other classes have the probability {float(mass[row]):.3g}, more than if "
+            f"each had that of the class of rank {int(rank[row])}, {float(most[row].exp()):.3g}: pass `top_k`, how many of "
             "the entries are the most probable ones, if others were added, and check `classes`"
         )
 

@@ -201,25 +201,25 @@ def test_rows_without_draws_and_draws_to_leave_out():
     assert loss[1] == 0
 
 
-V, I = [[-1.0, -2.0]], [[0, 1]]
+VALUES, IDS = [[-1.0, -2.0]], [[0, 1]]
 
 
 @pytest.mark.parametrize(
     ("values", "ids", "options", "error", "message"),
     [
-        ([[1.5, -2.0]], I, {}, ShapeError, r"`values\[0, 0\]` is 1.5: log-probabilities are at most 0"),
-        ([[math.nan, -2.0]], I, {}, ShapeError, r"`values\[0, 0\]` is nan"),
-        ([[-0.1, -0.2]], I, {}, ShapeError, r"row 0 sum to 1.724"),
-        (V, [[0, 9]], {"classes": 9}, IndexError, r"`ids\[0, 1\]` is 9: must be below 9"),
-        (V, [[0, -3]], {}, IndexError, r"`ids\[0, 1\]` is -3: must not be negative"),
-        (V, [[0.0, 1.0]], {}, ShapeError, "`ids` are torch.float32"),
-        ([[1, 2]], I, {}, TypeError, "`values` are torch.int64"),
-        (V, [[0, 1, 2]], {}, ShapeError, r"shapes \(1, 2\) and \(1, 3\)"),
-        (V, I, {"temperature": 2.0}, ShapeError, "pass `classes`, the size of the vocabulary"),
-        (V, I, {"temperature": 0.0}, ShapeError, "`temperature` is 0.0"),
-        (V, I, {"top_k": 0}, ShapeError, "`top_k` is 0"),
+        ([[1.5, -2.0]], IDS, {}, ShapeError, r"`values\[0, 0\]` is 1.5: log-probabilities are at most 0"),
+        ([[math.nan, -2.0]], IDS, {}, ShapeError, r"`values\[0, 0\]` is nan"),
+        ([[-0.1, -0.2]], IDS, {}, ShapeError, r"row 0 sum to 1.724"),
+        (VALUES, [[0, 9]], {"classes": 9}, IndexError, r"`ids\[0, 1\]` is 9: must be below 9"),
+        (VALUES, [[0, -3]], {}, IndexError, r"`ids\[0, 1\]` is -3: must not be negative"),
+        (VALUES, [[0.0, 1.0]], {}, ShapeError, "`ids` are torch.float32"),
+        ([[1, 2]], IDS, {}, TypeError, "`values` are torch.int64"),
+        (VALUES, [[0, 1, 2]], {}, ShapeError, r"shapes \(1, 2\) and \(1, 3\)"),
+        (VALUES, IDS, {"temperature": 2.0}, ShapeError, "pass `classes`, the size of the vocabulary"),
+        (VALUES, IDS, {"temperature": 0.0}, ShapeError, "`temperature` is 0.0"),
+        (VALUES, IDS, {"top_k": 0}, ShapeError, "`top_k` is 0"),
         ([-1.0, -2.0], [0, 1], {"offsets": [0, 3]}, ShapeError, "`offsets` must begin with 0"),
-        ([[-1.0, -30.0]], I, {"temperature": 2.0, "classes": 99}, ShapeError, "row 0: 97 other classes have"),
+        ([[-1.0, -30.0]], IDS, {"temperature": 2.0, "classes": 99}, ShapeError, "row 0: 97 other classes have"),
     ],
 )
 def test_refuses_what_is_no_set_of_logprobs(values, ids, options, error, message):
