@@ -126,11 +126,12 @@ def parse_value(name: str, value: Any) -> Value:
             raise UsageError(f"`{name}` is {value!r}: {error}") from error
     if name not in RECIPE_FIELDS:
         raise unknown_name("there is no axis", name, [*AXES, *RECIPE_FIELDS])
-    kind = _RECIPE_TYPES[name]
-    accepted = {"int": int, "float": (int, float), "str": str}.get(kind.removesuffix(" | None"), object)
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    kind = _RECIPE_TYPES[name].removesuffix(" | None")
+    accepted: tuple[type, ...] = {"int": (int,), "float": (int, float)}.get(kind, (str,))
+    if type(value) not in accepted:
         raise UsageError(f"`{name}` is {value!r}: write {'a word' if kind == 'str' else f'a number ({kind})'}")
-    return float(value) if kind == "float" else value  # type: ignore[no-any-return]
+    number_or_word: Value = float(value) if kind == "float" else value
+    return number_or_word
 
 
 def format_value(value: Value) -> str:

@@ -61,9 +61,7 @@ class Cell:
     def axes(self) -> Values:
         """Return the axes that have an effect, in the order of `AXES`."""
         values = {name: getattr(self, name) for name in AXES}
-        return {
-            name: value for name, value in values.items() if value is not None and value is not False or name == "kd"
-        }
+        return {n: value for n, value in values.items() if n == "kd" or (value is not None and value is not False)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the axes and the recipe as JSON values; equal cells have equal dictionaries."""

@@ -23,18 +23,21 @@ _ADVICE = "delete that line or move the file away"
 
 
 class ResultsLog:
-    """The rows of a sweep, and the claims of processes on the rows they work on.
+    """The rows of a sweep or a study, and the claims of processes on the rows they work on.
 
     The next writer cuts off a row that a killed process left unfinished. A row whose key exists is not written again.
     A claim is a lock on one byte of a file, so it ends with the process that holds it.
 
     Args:
         folder: Folder of the sweep; it must exist for `claim` and `append`.
+        schema: What a row holds, a class of `kdfast.files.schemas`.
+        what: What the rows are of, for messages.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, schema: type = schemas.SweepRow, what: str = "sweep") -> None:
         self.folder = folder
         self.path = folder / RESULTS
+        self._schema, self._what = schema, what
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all complete rows in the order they were written; change nothing.
@@ -46,7 +49,7 @@ class ResultsLog:
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            return _parse(self.path, read_regular(self.path))
+            return self._parse(read_regular(self.path))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -62,7 +65,7 @@ class ResultsLog:
         entries = visible_entries(self.folder)
         begun = self.path.exists() or (self.folder / _CLAIMS).exists()
         if entries and not begun:
-            raise OutputError(f"{self.folder} holds {entries[0]}, and no sweep: choose another `out`")
+            raise OutputError(f"{self.folder} holds {entries[0]}, and no {self._what}: choose another `out`")
         for name in (RESULTS, _CLAIMS, RUNS):
             refuse_links(self.folder, name)
         self.rows()
@@ -76,7 +79,7 @@ class ResultsLog:
         rows = self._read()
         for number, row in enumerate(rows, 1):
             where = f"line {number} of {self.path}"
-            check_type(row, schemas.SweepRow, where, advice=_ADVICE)
+            check_type(row, self._schema, where, advice=_ADVICE)
             if not matches_seal(row):
                 raise DataError(f"{where} was damaged or edited, it does not match its own digest: {_ADVICE}")
         return [without_seal(row) for row in rows]
@@ -97,7 +100,7 @@ class ResultsLog:
             with open(open_own(self.path), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 data = file.read()
-                if any(other["key"] == row["key"] for other in _parse(self.path, data)):
+                if any(other["key"] == row["key"] for other in self._parse(data)):
                     return
                 end = data.rfind(b"\n") + 1
                 file.truncate(end)
@@ -108,6 +111,14 @@ class ResultsLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"cannot append to {self.path}: {error.strerror}; free space and run again") from error
+
+    def begin(self) -> None:
+        """Mark the existing folder as that of runs, before the first row.
+
+        Raises:
+            OutputError: The lock file cannot be written.
+        """
+        os.close(open_own(self.folder / _CLAIMS))
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -131,13 +142,12 @@ class ResultsLog:
         finally:
             os.close(descriptor)
 
-
-def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
-    rest = data[data.rfind(b"\n") + 1 :]
-    if not _ROW_START.startswith(rest[: len(_ROW_START)]):
-        raise DataError(f"the last line of {path} is not a row of a sweep: move the file away")
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    return [
-        decode_json(line, schemas.SweepKey, f"line {number} of {path}", advice=_ADVICE)
-        for number, line in enumerate(lines, 1)
-    ]
+    def _parse(self, data: bytes) -> list[dict[str, Any]]:
+        rest = data[data.rfind(b"\n") + 1 :]
+        if not _ROW_START.startswith(rest[: len(_ROW_START)]):
+            raise DataError(f"the last line of {self.path} is not a row of a {self._what}: move the file away")
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        return [
+            decode_json(line, schemas.SweepKey, f"line {number} of {self.path}", advice=_ADVICE)
+            for number, line in enumerate(lines, 1)
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from kdfast.files import check_writable
@@ -45,4 +46,5 @@ def run_sweep(
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, progress=progress)
     else:
-        run_workers(session.config, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)
+        opened = functools.partial(Session, session.config)
+        run_workers(opened, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)

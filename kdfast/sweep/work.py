@@ -1,40 +1,65 @@
-"""The loop of one process of a sweep: claim a run that has no row, run it, append its row."""
+"""The loop of one process of a sweep or a study: claim a run that has no row, run it, append its row."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from kdfast.errors import DivergedError, Interrupted
 from kdfast.progress import Progress
-from kdfast.sweep.grid import SweepRun
 from kdfast.sweep.results_log import ResultsLog
-from kdfast.sweep.session import Session
 
 POLL_SECONDS = 0.3
 
 OnRow = Callable[[dict[str, Any]], None]
 
 
+class Run(Protocol):
+    """What has one row; its text is its name for people."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 (hexadecimal) of everything that determines the row."""
+
+
+RunT = TypeVar("RunT", bound=Run)
+
+
+class RunSession(Protocol[RunT]):
+    """Opened inputs, and the execution of runs on them."""
+
+    def runs(self) -> list[RunT]:
+        """Return the runs in their order."""
+
+    def execute(self, run: RunT, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Return the row of a run, resumed if it was interrupted."""
+
+    def delete_checkpoints(self, run: RunT, out: Path, *, keep_runs: bool) -> None:
+        """Delete what served to resume a run, once its row is written."""
+
+
 def run_worker(
-    session: Session,
-    runs: Sequence[SweepRun],
+    session: RunSession[RunT],
+    runs: Sequence[RunT],
     log: ResultsLog,
     *,
     keep_runs: bool,
+    admit: Callable[[str], bool] | None = None,
     on_row: OnRow | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Run what no other process runs, until every run has its row.
+    """Run what no other process runs, until every run has its row or is not admitted.
 
     Args:
-        session: The opened sweep.
-        runs: Its runs.
-        log: The log of its rows.
+        session: The opened inputs.
+        runs: The runs.
+        log: The log of their rows.
         keep_runs: Whether to keep the folder of every run.
-        on_row: Called with every new row of this sweep, whichever process wrote it.
+        admit: Called with the key of a run that is to begin; whether it may. None: all may.
+        on_row: Called with every new row of these runs, whichever process wrote it.
         progress: Called with (rows done, rows total, status).
 
     Raises:
@@ -44,6 +69,7 @@ def run_worker(
         DataError: results.jsonl is not that of a sweep.
     """
     diverged: dict[str, str] = {}
+    refused: set[str] = set()
     done = log.done()
     for run in runs:
         # A process killed between appending a row and clearing its run leaves the run behind.
@@ -51,9 +77,12 @@ def run_worker(
             with log.claim(run.key) as claimed:
                 if claimed:
                     session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
-    while pending := [run for run in runs if run.key not in done | diverged.keys()]:
+    while pending := [run for run in runs if run.key not in done | diverged.keys() | refused]:
         worked = False
         for run in pending:
+            if admit is not None and not admit(run.key):
+                refused.add(run.key)
+                continue
             with log.claim(run.key) as claimed:
                 if not claimed or run.key in log.done():
                     continue
@@ -74,9 +103,9 @@ def run_worker(
 
 
 class _RunProgress:
-    """Report the progress of one run as progress of the sweep."""
+    """Report the progress of one run as progress of all."""
 
-    def __init__(self, runs: Sequence[SweepRun], done: set[str], run: SweepRun, progress: Progress | None) -> None:
+    def __init__(self, runs: Sequence[Run], done: set[str], run: Run, progress: Progress | None) -> None:
         self._done = sum(other.key in done for other in runs)
         self._total, self._run, self._progress = len(runs), run, progress
 
@@ -86,8 +115,8 @@ class _RunProgress:
             self._progress(self._done, self._total, f"{self._run}: step {step}/{steps} {note}")
 
 
-def report_rows(log: ResultsLog, runs: Sequence[SweepRun], done: set[str], on_row: OnRow | None) -> set[str]:
-    """Report the rows of the sweep whose keys are not in `done`, and return the keys of all rows."""
+def report_rows(log: ResultsLog, runs: Sequence[Run], done: set[str], on_row: OnRow | None) -> set[str]:
+    """Report the rows of the runs whose keys are not in `done`, and return the keys of all rows."""
     new = {run.key for run in runs} - done
     rows = log.results()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Run a sweep in several processes."""
+"""Run a sweep or a study in several processes."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from kdfast.errors import Interrupted, KdfastError
 from kdfast.progress import Progress
-from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.results_log import ResultsLog
-from kdfast.sweep.session import Session
-from kdfast.sweep.work import POLL_SECONDS, OnRow, report_rows, run_worker
+from kdfast.sweep.work import POLL_SECONDS, OnRow, Run, RunSession, report_rows, run_worker
 
 
 def run_workers(
-    config: SweepConfig,
-    runs: Sequence[SweepRun],
+    open_session: Callable[[], RunSession[Any]],
+    runs: Sequence[Run],
     log: ResultsLog,
     *,
     jobs: int,
     keep_runs: bool,
+    admit: Callable[[str], bool] | None = None,
     on_row: OnRow | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Start processes that share the runs of a sweep, and wait for them.
+    """Start processes that share runs, and wait for them.
 
     Each opens the inputs once and calls `kdfast.sweep.work.run_worker`. Together they use as many threads as torch
     would use in this process.
 
     Args:
-        config: The settings of the sweep.
-        runs: Its runs.
-        log: The log of its rows.
+        open_session: Opens the inputs in each process; it is pickled.
+        runs: The runs.
+        log: The log of their rows; it is pickled too.
         jobs: Number of processes.
         keep_runs: Whether to keep the folder of every run.
-        on_row: Called with every new row of this sweep.
+        admit: As for `run_worker`; it is pickled too.
+        on_row: Called with every new row of these runs.
         progress: Called with (rows done, rows total, status).
 
     Raises:
@@ -54,8 +53,8 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // jobs)
-    arguments = (config, log.folder, keep_runs, threads, failures)
-    workers = [context.Process(target=_work_in_process, args=arguments, name=f"sweep-{k}") for k in range(jobs)]
+    arguments = (open_session, log, keep_runs, threads, admit, failures)
+    workers = [context.Process(target=_work_in_process, args=arguments, name=f"worker-{k}") for k in range(jobs)]
     done = log.done()
     try:
         with _ctrl_c_ignored():
@@ -74,10 +73,11 @@ def run_workers(
     done = report_rows(log, runs, done, on_row)
     if not failures.empty():
         raise failures.get()
-    if any(run.key not in done for run in runs):
+    killed = any(worker.exitcode for worker in workers)
+    if any(run.key not in done for run in runs) and (killed or admit is None):
         codes = ", ".join(str(worker.exitcode) for worker in workers)
         raise Interrupted(
-            f"processes of the sweep ended early (exit codes {codes}): run the same command again to resume"
+            f"processes of this command ended early (exit codes {codes}): run the same command again to resume"
         )
 
 
@@ -94,12 +94,19 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work_in_process(config: SweepConfig, folder: Path, keep_runs: bool, threads: int, failures: Any) -> None:
+def _work_in_process(
+    open_session: Callable[[], RunSession[Any]],
+    log: ResultsLog,
+    keep_runs: bool,
+    threads: int,
+    admit: Callable[[str], bool] | None,
+    failures: Any,
+) -> None:
     # Ctrl-C in a terminal signals the whole process group, and training aborts on a second signal: get only SIGTERM.
     os.setsid()
     torch.set_num_threads(threads)
     try:
-        session = Session(config)
-        run_worker(session, session.runs(), ResultsLog(folder), keep_runs=keep_runs)
+        session = open_session()
+        run_worker(session, session.runs(), log, keep_runs=keep_runs, admit=admit)
     except KdfastError as error:
         failures.put(error)
