@@ -26,6 +26,7 @@ ALIASES = {
     "normalization": ("mean",),
     "jpeg_quality": ("jpeg",),
     "ce": ("ce_weight",),
+    "terms": ("kd_term",),
     "terms_warmup_epochs": ("kd_warmup_epochs",),
 }
 

@@ -143,6 +143,11 @@ class RunConfig:
         check_integer("initial_epochs", self.initial_epochs or 0, 0)
         if (self.initial_epochs or 0) > self.epochs:
             raise UsageError(f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs: lower it")
+        if self.terms_warmup_epochs and not self.terms:
+            raise UsageError(
+                f"`terms_warmup_epochs` is {self.terms_warmup_epochs:g}, and the loss has no terms: omit it, or add "
+                "`terms`"
+            )
         if self.initial_epochs and not self._has_initial_phase():
             raise UsageError(
                 f"`initial_epochs` is {self.initial_epochs}, and no term trains alone first: omit it, or add such a "

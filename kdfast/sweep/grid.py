@@ -11,6 +11,7 @@ from typing import Any
 from kdfast.data.order import batch_count
 from kdfast.distillation.config import RunConfig, check_integer
 from kdfast.distillation.losses.alpha import parse_alpha
+from kdfast.distillation.losses.plan import POOLED
 from kdfast.errors import UsageError, unknown_name
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec
@@ -90,6 +91,7 @@ class SweepConfig:
             for file in given:
                 if file not in self.scores:
                     raise unknown_name(f"`{option}`: `scores` has no file named", file, self.scores)
+        self._check_loss()
         if True in self.kd:
             if self.cache is None:
                 raise UsageError("runs with the teacher need `cache`: make one with kdfast cache, or set `kd` to off")
@@ -100,6 +102,23 @@ class SweepConfig:
                     raise UsageError(
                         "`alpha` is 0, which trains without the teacher: set `kd` to off, or raise `alpha`"
                     )
+
+    def _check_loss(self) -> None:
+        loss = self.run_config(0, seed=0, kd=True)
+        if True not in self.kd:
+            unused = {
+                "terms": bool(loss.terms), "terms_warmup_epochs": loss.terms_warmup_epochs > 0,
+                "ce": loss.ce is not None, "alpha": self.alpha != SweepConfig.alpha,
+                "temperature": loss.temperature != RunConfig.temperature,
+            }  # fmt: skip
+            for name in (name for name, given in unused.items() if given):
+                raise UsageError(f"`kd` is off, and `{name}` is for runs with the teacher: omit one of them")
+        for term in loss.terms:
+            if term.entry.taps and not (loss.views == 1 and set(term.entry.taps) <= set(POOLED)):
+                raise UsageError(
+                    f"the term {term.name} reads activations of the teacher, and a sweep has its cache alone: use "
+                    "terms of the logits, or kdfast reproduce, which runs the teacher"
+                )
 
     def alpha_at(self, fraction: float) -> float:
         """Return the weight of the divergence in the runs with the teacher on a share of the training split."""

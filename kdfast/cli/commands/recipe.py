@@ -10,6 +10,7 @@ from kdfast.cli.output import MODE, complain
 
 if TYPE_CHECKING:
     from kdfast.data.source import Source
+    from kdfast.distillation.config import RunConfig
 
 # Kinds of data that papers augment in one way.
 CONVENTIONAL = ("cifar10", "cifar100", "svhn", "digits")
@@ -76,6 +77,20 @@ def changed(**settings: Any) -> dict[str, Any]:
 
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     return {name: value for name, value in settings.items() if value != defaults[name]}
+
+
+def announce_unused(config: RunConfig, cache: str | None, teacher: str | None) -> None:
+    """Say on stderr which options have no effect on a run."""
+    unused = []
+    if not config.needs_teacher:
+        given = {"--cache": cache is not None, "--teacher": teacher is not None}
+        unused += [(flag, "--alpha is 0 and there is no --kd-term") for flag, is_given in given.items() if is_given]
+    if config.alpha == 0 and config.temperature != type(config).temperature:
+        unused.append(("--temperature", "--alpha is 0"))
+    if config.label_smoothing and config.cross_entropy_weight == 0:
+        unused.append(("--label-smoothing", f"the weight of the cross-entropy is 0 (--alpha is {config.alpha:g})"))
+    for flag, why in unused if not MODE.quiet else ():
+        complain(f"kdfast: {flag} has no effect: {why}")
 
 
 def announce_views(source: Source, augment: str | None) -> None:

@@ -74,10 +74,16 @@ def parse_terms(texts: list[str], weights: list[float], preset: str = "paper") -
 
     Raises:
         UsageError: A term is unknown, is named twice, or has an unknown option or a wrong value; the numbers of terms
-            and weights differ; or there is no such preset.
+            and weights differ; there is no such preset; or weights or a preset have no effect.
     """
     if preset not in PRESETS:
         raise unknown_name("`kd_preset`: no preset is named", preset, list(PRESETS))
+    if weights and not texts:
+        raise UsageError(f"`kd_weight` is {weights[0]:g}, and the loss has no terms: omit it, or add `kd_term`")
+    if preset != "paper" and not texts:
+        raise UsageError(f"`kd_preset` is {preset}, and the loss has no terms: omit it, or add `kd_term`")
+    if preset != "paper" and weights:
+        raise UsageError(f"`kd_preset` is {preset}, and every term has a weight of its own: omit it, or `kd_weight`")
     if weights and len(weights) != len(texts):
         raise UsageError(
             f"{len(texts)} terms have {len(weights)} weights: pass one `kd_weight` for each `kd_term`, or none"
