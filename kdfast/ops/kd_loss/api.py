@@ -29,13 +29,14 @@ from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
 from kdfast.ops.kd_loss.dispatch import choose_backend
 from kdfast.ops.kd_loss.fast_path import try_kd_loss
 from kdfast.ops.kd_loss.reference import reference_loss, reference_terms, safe_reciprocal
+from kdfast.ops.kd_loss.targets.forms import check_kind, flat_arguments, with_class_weights, with_logits
+from kdfast.ops.kd_loss.targets.values import check_class_weights, check_values
 from kdfast.ops.kd_loss.validation import (
     as_float,
     check_teacher_logits,
     check_temperature,
     make_call,
 )
-from kdfast.ops.kd_loss.values import check_values
 
 __all__ = ["KDLoss", "TopKTeacher", "kd_loss", "kd_loss_terms", "topk_teacher"]
 
@@ -59,6 +60,8 @@ def kd_loss(
     jsd_beta: float = 0.5,
     dkd_weights: tuple[float, float] = (1.0, 8.0),
     validate: bool = False,
+    class_weights: Tensor | None = None,
+    teacher_kind: str = "logits",
 ) -> Tensor:
     """Cross-entropy plus temperature-scaled KL divergence against cached teacher logits.
 
@@ -87,8 +90,11 @@ def kd_loss(
     The cross-entropy always is that of the logits themselves. Alpha and temperature may differ from sample to sample.
 
     Args:
-        logits: (N, C) student logits, any strides.
-        labels: (N,) int64 classes; may be None if ``alpha`` is 1, except for "dkd".
+        logits: (N, C) student logits, any strides. Leading dimensions (..., C) are flattened, also those of the other
+            arguments that have one entry per row.
+        labels: (N,) int64 classes, or (N, C) floating-point probabilities, as those of mixed images; may be None if
+            ``alpha`` is 1, except for "dkd", which needs classes. With probabilities y the cross-entropy is
+            -sum y log softmax(z), and no row is ignored.
         teacher: (M, C) raw teacher logits on the device of ``logits``, in any floating dtype (float64 is converted to
             float32 at each call); or, for "kl", a ``TopKTeacher``, which holds k classes per row.
         rows: (N,) int64, the teacher's row for each sample, in any order, repeats allowed. None: row i for sample i,
@@ -116,6 +122,11 @@ def kd_loss(
             implementation when compiled or transformed), an index out of range is clamped, and its row gets NaN, like
             one whose alpha or temperature is out of range; a class that repeats on a GPU makes its row wrong. Not
             available in compiled code or under ``torch.func.vmap``.
+        class_weights: (C,) factor of the cross-entropy of the rows with that label, not negative. The divisor of a mean
+            stays the sum of ``weights``, unlike in ``torch.nn.functional.cross_entropy``. With soft labels, each
+            class's probability is multiplied.
+        teacher_kind: What a teacher of all classes holds: "logits", "logprobs" for their logarithmic softmax, which are
+            logits, too, or "probs" for probabilities at temperature 1, whose logarithms are taken at each call.
 
     Returns:
         The loss: a scalar, or (N,) for "none"; float32, or float64 for float64 logits.
@@ -129,13 +140,19 @@ def kd_loss(
 
     Source: https://arxiv.org/abs/1503.02531, section 2.
     """
-    if weights is None:
+    if weights is None and class_weights is None and teacher_kind == "logits":
         loss = try_kd_loss(
             logits, labels, teacher, rows, alpha, temperature, t_squared, ignore_index, reduction, direction, backend,
             divergence, jsd_beta, dkd_weights, label_smoothing,
         )  # fmt: skip
         if loss is not None:
             return loss
+    lead = None
+    if isinstance(logits, Tensor) and logits.dim() > 2:
+        lead = logits.shape[:-1]
+        logits, labels, teacher, rows, (weights, alpha, temperature) = flat_arguments(
+            logits, labels, teacher, rows, (weights, alpha, temperature)
+        )
     call = make_call(
         logits,
         labels,
@@ -152,13 +169,24 @@ def kd_loss(
         jsd_beta=jsd_beta,
         dkd_weights=dkd_weights,
         label_smoothing=label_smoothing,
+        class_weights=class_weights,
     )
+    check_kind(teacher_kind, call.classes is None)
+    if class_weights is not None:
+        if validate or values_are_readable(call):
+            check_class_weights(class_weights)
+        call = with_class_weights(call, class_weights)
     backend = choose_backend(logits.device.type, logits.dtype, backend, call.operator)
-    if validate or (backend == "reference" and values_are_readable(call)):
-        check_values(call, thorough=validate)
-    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-        return _differentiable_in_weights(call, backend)
-    return _run(call, backend)
+    checked = backend == "reference" or call.soft_labels is not None or teacher_kind == "probs"
+    if validate or (checked and values_are_readable(call)):
+        check_values(call, thorough=validate, has_probs=teacher_kind == "probs")
+    if teacher_kind == "probs":
+        call = with_logits(call)
+    if call.weights is not None and call.weights.requires_grad and torch.is_grad_enabled():
+        loss = _differentiable_in_weights(call, backend)
+    else:
+        loss = _run(call, backend)
+    return loss if lead is None or reduction != "none" else loss.reshape(lead)
 
 
 def kd_loss_terms(
@@ -235,7 +263,8 @@ class KDLoss(nn.Module):
             for each new value and gives up after several: do not compile a loss whose alpha follows a schedule.
         temperature: As in ``kd_loss``.
         **options: ``t_squared``, ``label_smoothing``, ``ignore_index``, ``reduction``, ``backend``, ``direction``,
-            ``divergence``, ``jsd_beta``, ``dkd_weights`` and ``validate``, as in ``kd_loss``.
+            ``divergence``, ``jsd_beta``, ``dkd_weights``, ``validate``, ``class_weights`` and ``teacher_kind``, as in
+            ``kd_loss``.
 
     Raises:
         TypeError: If ``kd_loss`` has no such option.
@@ -245,7 +274,7 @@ class KDLoss(nn.Module):
         super().__init__()
         known = {
             "t_squared", "label_smoothing", "ignore_index", "reduction", "backend", "direction", "divergence",
-            "jsd_beta", "dkd_weights", "validate",
+            "jsd_beta", "dkd_weights", "validate", "class_weights", "teacher_kind",
         }  # fmt: skip
         unknown = sorted(set(options) - known)
         if unknown:
@@ -312,8 +341,8 @@ def _differentiable_in_weights(call: KDCall, backend: str) -> Tensor:
     """Return the loss when the weights also need a gradient: PyTorch weights and reduces the rows of the kernel."""
     assert call.weights is not None
     weights = call.weights.to(torch.promote_types(call.weights.dtype, torch.float32))
-    if call.labels is not None:
-        weights = torch.where(call.labels != call.ignore_index, weights, 0)
+    if call.hard_labels is not None:
+        weights = torch.where(call.hard_labels != call.ignore_index, weights, 0)
     loss = _run(call.replace(weights=None, reduction="none"), backend) * weights
     if call.reduction == "none":
         return loss

@@ -71,7 +71,8 @@ def differentiable_loss(call: KDCall, backend: str) -> Tensor:
 
 def detached_terms(call: KDCall, backend: str) -> tuple[Tensor, Tensor]:
     """Run a kernel for the cross-entropy and the divergence of each row, (N,) each; no logits may need a gradient."""
-    if backend == "native" and not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors):
+    plain = not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors)
+    if backend == "native" and call.soft_labels is None and plain:
         return run_terms(call)
     ce, kl = call.replace(alpha=0.0), call.replace(alpha=1.0, t_squared=False)
     return differentiable_loss(ce, backend), differentiable_loss(kl, backend)
@@ -269,8 +270,8 @@ def _vmap(
     if call.reduction == "sum":
         return (loss.sum(1), grad), (0, 0)
     weights = loss.new_ones(size, n) if flat.weights is None else flat.weights.view(size, n).to(loss.dtype)
-    if flat.labels is not None:
-        weights = torch.where(flat.labels.view(size, n) != call.ignore_index, weights, 0)
+    if flat.hard_labels is not None:
+        weights = torch.where(flat.hard_labels.view(size, n) != call.ignore_index, weights, 0)
     factor = safe_reciprocal(weights.sum(1))
     if need_grad:
         rescale = call.grad_scale() / call.replace(reduction="none").grad_scale()
@@ -299,7 +300,7 @@ def _flatten_batches(call: KDCall, dims: Any, size: int) -> KDCall:
     of_samples = {}
     for name in ("labels", "weights", "alphas", "temperatures"):
         x = _batch_first(getattr(call, name), getattr(dims, name), size)
-        of_samples[name] = None if x is None else x.reshape(-1)
+        of_samples[name] = None if x is None else x.reshape(-1, *x.shape[2:])
     return call.replace(
         logits=logits.reshape(-1, c),
         teacher=teacher,

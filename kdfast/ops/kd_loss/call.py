@@ -135,7 +135,7 @@ class KDCall(NamedTuple):
 
     Attributes:
         logits: (N, C) student logits.
-        labels: (N,) int64, or None if alpha is 1.
+        labels: (N,) int64, (N, C) probabilities, or None if alpha is 1.
         teacher: (M, C) teacher logits; (M, k) values if ``classes`` is set.
         rows: (N,) int64 teacher rows, or None for row i.
         classes: (M, k) int32 class ids of a top-k teacher, or None.
@@ -187,6 +187,16 @@ class KDCall(NamedTuple):
         return self[:9]
 
     @property
+    def hard_labels(self) -> Tensor | None:
+        """The labels if they are classes; None if there are none, or if they are probabilities."""
+        return None if self.labels is None or self.labels.is_floating_point() else self.labels
+
+    @property
+    def soft_labels(self) -> Tensor | None:
+        """The labels if they are probabilities."""
+        return self.labels if self.labels is not None and self.labels.is_floating_point() else None
+
+    @property
     def use_ce(self) -> bool:
         """Whether the cross-entropy may have non-zero weight."""
         return self.alphas is not None or self.alpha < 1
@@ -223,9 +233,10 @@ class KDCall(NamedTuple):
         without ``t_squared``), and stays finite when scaled by 4 for logits up to 1e4. That of standardized logits
         grows as their deviation shrinks. That of decoupled parts is the forward divergence's times their weights.
         Temperatures of single samples are not read: scaled by 16, a gradient stays finite up to T = 4,000. Weighted
-        rows have no bound in a sum or without reduction.
+        rows have no bound in a sum or without reduction. Soft labels are two calls, whose gradients are added.
         """
-        if self.logits.dtype != torch.float16 or (self.weights is not None and self.reduction != "mean"):
+        weighted = self.weights is not None and self.reduction != "mean"
+        if self.logits.dtype != torch.float16 or weighted or self.soft_labels is not None:
             return 1.0
         is_known = self.temperatures is None
         largest = max(self.temperature, 1 / self.temperature) if is_known else 1.0

@@ -13,6 +13,7 @@ from kdfast.errors import UsageError
 from kdfast.ops import backends
 from kdfast.ops._torch_compat import assume_constant_result
 from kdfast.ops.kd_loss.call import KDCall
+from kdfast.ops.kd_loss.targets.soft_labels import run_soft_labels
 
 __all__ = ["choose_backend", "kernels", "run_kernel", "run_terms", "scale_rows"]
 
@@ -44,13 +45,22 @@ def kernels(backend: str) -> Any:
     return importlib.import_module(_MODULES[backend])
 
 
-def run_kernel(backend: str, call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
+def run_kernel(backend: str, call: KDCall, need_grad: bool, *, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Run a kernel.
+
+    Args:
+        backend: "native" or "triton".
+        call: The checked call.
+        need_grad: Whether to compute the gradient.
+        grad: Contiguous tensor (N, C) to write the gradient to, in the dtype of the logits; may be the logits
+            themselves. None: a new one.
 
     Returns:
         The float32 loss, and the gradient of the logits times ``call.grad_scale()`` (empty unless ``need_grad``).
     """
-    result: tuple[Tensor, Tensor] = kernels(backend).kd_loss(call, need_grad)
+    if call.soft_labels is not None:
+        return run_soft_labels(kernels(backend).kd_loss, call, need_grad, grad)
+    result: tuple[Tensor, Tensor] = kernels(backend).kd_loss(call, need_grad, grad=grad)
     return result
 
 

@@ -22,6 +22,7 @@ def kd_loss(
     call: KDCall,
     need_grad: bool,
     *,
+    grad: Tensor | None = None,
     terms: tuple[Tensor, Tensor] | None = None,
     isa_limit: int = WIDEST_ISA,
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +31,7 @@ def kd_loss(
     Args:
         call: The checked call.
         need_grad: Whether to compute the gradient.
+        grad: Where to write the gradient; may be the logits themselves, whose rows are read before they are written.
         terms: Two float32 tensors (N,) that receive each row's cross-entropy and divergence.
         isa_limit: Widest instruction set to use (0: baseline, 1: x86-64-v3, 2: x86-64-v4), so that tests can compare
             them.
@@ -46,7 +48,8 @@ def kd_loss(
     if teacher.dtype == torch.float64:
         teacher = teacher.float()
     loss = call.new_loss()
-    grad = gradient_buffer.new_gradient(logits, tuple(logits.shape) if need_grad else (0,))
+    if grad is None or not need_grad:
+        grad = gradient_buffer.new_gradient(logits, tuple(logits.shape) if need_grad else (0,))
     classes = None if call.classes is None else call.classes.contiguous()
     tail, weights = _vector_of(call.tail, torch.float32), _vector_of(call.weights, torch.float32)
     alphas, temperatures = _vector_of(call.alphas, torch.float64), _vector_of(call.temperatures, torch.float64)

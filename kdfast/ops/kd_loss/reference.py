@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdfast.ops.kd_loss.call import MAX_T, MIN_T, KDCall
 
-__all__ = ["STANDARDIZATION_EPSILON", "reference_loss", "reference_terms", "safe_reciprocal"]
+__all__ = ["STANDARDIZATION_EPSILON", "reference_loss", "reference_terms", "safe_reciprocal", "smoothed_labels"]
 
 STANDARDIZATION_EPSILON = 1e-7
 
@@ -28,8 +28,8 @@ def reference_terms(call: KDCall, *, use_ce: bool = True, use_kl: bool = True) -
     z = call.logits if call.logits.dtype == torch.float64 else call.logits.float()
     zeros = z.new_zeros(z.shape[0])
     counted = torch.ones_like(zeros, dtype=torch.bool)
-    if call.labels is not None:
-        counted = call.labels != call.ignore_index
+    if call.hard_labels is not None:
+        counted = call.hard_labels != call.ignore_index
     # Rows that have each term: all of them, also those whose alpha is NaN, unless its weight is 0.
     hard = counted if call.alphas is None else counted & ~(call.alphas >= 1)
     soft = counted if call.alphas is None else counted & ~(call.alphas <= 0)
@@ -72,13 +72,22 @@ def _factors(call: KDCall, like: Tensor) -> tuple[float | Tensor, float | Tensor
 
 
 def _cross_entropy(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:
+    log_p = torch.log_softmax(z, 1)
+    if call.soft_labels is not None:
+        target = smoothed_labels(call.soft_labels, call.label_smoothing).to(z.dtype)
+        return -(target * torch.where(target == 0, 0, log_p)).sum(1)
     assert call.labels is not None
     label, bad = _clamp(torch.where(counted, call.labels, 0), z.shape[1])
-    log_p = torch.log_softmax(z, 1)
     ce = -log_p.gather(1, label.unsqueeze(1)).squeeze(1)
     if call.label_smoothing > 0:
         ce = (1 - call.label_smoothing) * ce - call.label_smoothing * log_p.mean(1)
     return _nan_where(bad, ce)
+
+
+def smoothed_labels(labels: Tensor, smoothing: float) -> Tensor:
+    """Soft labels with a share of the uniform distribution, in float32 or wider."""
+    labels = labels.to(torch.promote_types(labels.dtype, torch.float32))
+    return labels if smoothing == 0 else (1 - smoothing) * labels + smoothing / labels.shape[1]
 
 
 def _row_divergence(call: KDCall, counted: Tensor, z: Tensor) -> Tensor:

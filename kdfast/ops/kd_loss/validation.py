@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast.errors import KdfastError, ShapeError
 from kdfast.ops.kd_loss.call import ALPHA_RANGE, MAX_T, MIN_T, T_RANGE, KDCall, TopKTeacher
 
-__all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "make_call"]
+__all__ = ["as_float", "as_int", "check_teacher_logits", "check_temperature", "check_tensor", "make_call"]
 
 DIVERGENCES = ("kl", "jsd", "dkd", "standardized")
 
@@ -35,6 +35,7 @@ def make_call(
     jsd_beta: object,
     dkd_weights: object,
     label_smoothing: object = 0.0,
+    class_weights: Tensor | None = None,
 ) -> KDCall:
     """Check shapes, dtypes, devices and numbers, and unpack a ``TopKTeacher``; arguments as in ``kd_loss``.
 
@@ -48,7 +49,9 @@ def make_call(
     ignore_index, smoothing = as_int("ignore_index", ignore_index), as_float("label_smoothing", label_smoothing)
     _check_options(alpha, temperature, t_squared, ignore_index, reduction, direction, smoothing)
     first, second = _part_weights(divergence, direction, jsd_beta, dkd_weights)
-    if labels is not None:
+    if labels is not None and isinstance(labels, Tensor) and labels.is_floating_point():
+        _check_soft_labels(labels, logits, divergence)
+    elif labels is not None:
         _check_index("labels", labels, logits)
     elif alphas is not None or alpha != 1:
         value = alpha if alphas is None else "a tensor"
@@ -59,6 +62,8 @@ def make_call(
         _check_index("rows", rows, logits)
     if weights is not None:
         _check_vector("weights", weights, logits)
+    if class_weights is not None:
+        _check_class_weights(class_weights, logits, smoothing)
     if isinstance(teacher, Tensor):
         _check_dense_teacher(teacher, rows, logits)
         values, classes, tail = teacher, None, None
@@ -156,7 +161,7 @@ def check_teacher_logits(name: str, x: Tensor) -> None:
         ShapeError: If it is not two-dimensional.
         TypeError: If it is not a tensor, or its dtype is not floating point.
     """
-    _check_tensor(name, x, 2)
+    check_tensor(name, x, 2)
     if x.dtype not in _FLOATS:
         raise TypeError(f"`{name}` is {x.dtype}: pass raw logits in float32, bfloat16, float16 or float64")
 
@@ -208,7 +213,7 @@ def _part_weights(divergence: str, direction: str, jsd_beta: object, dkd_weights
 
 
 def _check_logits(logits: Tensor) -> None:
-    _check_tensor("logits", logits, 2)
+    check_tensor("logits", logits, 2)
     if logits.dtype not in _FLOATS:
         raise TypeError(f"`logits` are {logits.dtype}: must be float32, bfloat16, float16 or float64")
     n, c = logits.shape
@@ -217,7 +222,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _check_vector(name: str, x: Tensor, logits: Tensor) -> None:
-    _check_tensor(name, x, 1)
+    check_tensor(name, x, 1)
     n = logits.shape[0]
     if x.shape[0] != n:
         raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must be ({n},), one for each row of `logits`")
@@ -226,7 +231,13 @@ def _check_vector(name: str, x: Tensor, logits: Tensor) -> None:
     _check_device(name, x, logits)
 
 
-def _check_tensor(name: str, x: object, dim: int) -> None:
+def check_tensor(name: str, x: object, dim: int | None) -> None:
+    """Check that an argument is a dense tensor with a number of dimensions, or with any number if that is None.
+
+    Raises:
+        ShapeError: If it has another number of dimensions.
+        TypeError: If it is no tensor, or not a plain dense one.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` is {type(x).__name__}: pass a tensor")
     if x.is_nested:
@@ -238,7 +249,7 @@ def _check_tensor(name: str, x: object, dim: int) -> None:
         )
     if x.layout != torch.strided:
         raise TypeError(f"`{name}` is a {x.layout} tensor: must be dense; convert it with .to_dense()")
-    if x.dim() != dim:
+    if dim is not None and x.dim() != dim:
         needed = "(rows, classes)" if dim == 2 else "one dimension"
         raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must have {needed}; flatten leading dimensions first")
 
@@ -250,13 +261,45 @@ def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
 
 
 def _check_index(name: str, x: Tensor, logits: Tensor) -> None:
-    _check_tensor(name, x, 1)
+    check_tensor(name, x, 1)
     n = logits.shape[0]
     if x.shape[0] != n:
         raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must be ({n},), one for each row of `logits`")
     if x.dtype != torch.int64:
         raise TypeError(f"`{name}` is {x.dtype}: must be int64; convert it with .long()")
     _check_device(name, x, logits)
+
+
+def _check_soft_labels(labels: Tensor, logits: Tensor, divergence: str) -> None:
+    check_tensor("labels", labels, 2)
+    if labels.shape != logits.shape:
+        raise ShapeError(
+            f"`labels` are probabilities of shape {tuple(labels.shape)}: must be {tuple(logits.shape)}, like `logits`; "
+            "classes are integers (N,), of dtype int64"
+        )
+    if labels.dtype not in _FLOATS:
+        raise TypeError(f"`labels` are {labels.dtype}: pass probabilities in float32, bfloat16, float16 or float64")
+    if labels.requires_grad:
+        raise TypeError("`labels` require a gradient, which kd_loss does not compute: pass labels.detach()")
+    if divergence == "dkd":
+        raise ShapeError("`labels` are probabilities, but the divergence 'dkd' needs one class per row: pass classes")
+    _check_device("labels", labels, logits)
+
+
+def _check_class_weights(weights: Tensor, logits: Tensor, smoothing: float) -> None:
+    check_tensor("class_weights", weights, 1)
+    c = logits.shape[1]
+    if weights.shape[0] != c:
+        raise ShapeError(f"`class_weights` has shape {tuple(weights.shape)}: must be ({c},), one for each class")
+    if weights.dtype not in _FLOATS:
+        raise TypeError(f"`class_weights` is {weights.dtype}: must have a floating dtype")
+    if weights.requires_grad:
+        raise TypeError(
+            "`class_weights` require a gradient, which kd_loss does not compute: pass class_weights.detach()"
+        )
+    if smoothing > 0:
+        raise ShapeError(f"`label_smoothing` is {smoothing}, which does not go with `class_weights`: omit one of them")
+    _check_device("class_weights", weights, logits)
 
 
 def _check_teacher(name: str, x: Tensor, rows: Tensor | None, logits: Tensor) -> None:
@@ -287,8 +330,8 @@ def _check_topk_teacher(teacher: object, rows: Tensor | None, logits: Tensor) ->
         raise TypeError(f"`teacher` is {type(teacher).__name__}: pass a tensor of logits (M, C) or a TopKTeacher")
     values, classes, tail = teacher
     _check_teacher("teacher.values", values, rows, logits)
-    _check_tensor("teacher.classes", classes, 2)
-    _check_tensor("teacher.tail", tail, 1)
+    check_tensor("teacher.classes", classes, 2)
+    check_tensor("teacher.tail", tail, 1)
     if classes.shape != values.shape or tail.shape != values.shape[:1]:
         raise ShapeError(
             f"`teacher.values`, `teacher.classes` and `teacher.tail` have shapes {tuple(values.shape)}, "

@@ -29,7 +29,7 @@ def sparse(**changes):
 
 BAD = {
     "logits 1-D": ({"logits": torch.randn(6)}, ShapeError, r"`logits` has shape \(6,\)"),
-    "logits 3-D": ({"logits": torch.randn(2, 4, 6)}, ShapeError, "flatten leading dimensions"),
+    "logits 3-D": ({"logits": torch.randn(2, 4, 6)}, ShapeError, r"`labels` has shape \(4,\): must be \(8,\)"),
     "logits int": ({"logits": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "`logits` are torch.int64"),
     "logits list": ({"logits": [[1.0]]}, TypeError, "`logits` is list"),
     "no classes": ({"logits": torch.randn(4, 0)}, ShapeError, "at least one class"),

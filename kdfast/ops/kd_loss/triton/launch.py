@@ -30,7 +30,7 @@ SWEPT = {"jsd": 16, "dkd": 32, "standardized": 16}
 """Elements that a thread has of a tile in rows of several tiles; the most without spilling registers (sm_90)."""
 
 
-def kd_loss(call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
+def kd_loss(call: KDCall, need_grad: bool, *, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the loss and the gradient of the logits; arguments and results as ``native.kd_loss``."""
     call = call.replace(
         logits=call.logits.resolve_neg(),
@@ -38,7 +38,8 @@ def kd_loss(call: KDCall, need_grad: bool) -> tuple[Tensor, Tensor]:
         weights=None if call.weights is None else call.weights.resolve_neg().contiguous(),
     )
     row_losses = call.logits.new_empty(call.logits.shape[0], dtype=torch.float32)
-    grad = call.logits.new_empty(call.logits.shape if need_grad else (0,))
+    if grad is None or not need_grad:
+        grad = call.logits.new_empty(call.logits.shape if need_grad else (0,))
     if call.logits.shape[0] > 0:
         with device_of(call.logits):
             _launch(call, row_losses, grad if need_grad else None)

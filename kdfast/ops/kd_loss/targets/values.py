@@ -8,27 +8,33 @@ from torch import Tensor
 from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss.call import ALPHA_RANGE, MAX_T, MIN_T, T_RANGE, KDCall
 
-__all__ = ["check_values"]
+__all__ = ["check_class_weights", "check_probabilities", "check_values"]
 
 
-def check_values(call: KDCall, thorough: bool) -> None:
+def check_values(call: KDCall, thorough: bool, *, has_probs: bool = False) -> None:
     """Check labels, rows, class ids, and alpha and temperature of each sample. On a GPU, this synchronizes.
 
     Args:
         call: The call to check.
         thorough: Check the class ids of every row of a top-k teacher, not only of those that are used.
+        has_probs: Whether the teacher holds probabilities; they are checked in the rows that are used.
 
     Raises:
         IndexError: If a label, a row or a class id is out of range.
-        ShapeError: If a class id repeats within a row, or alpha or a temperature is out of range.
+        ShapeError: If a probability is negative or not finite, a class id repeats within a row, or alpha or a
+            temperature is out of range.
     """
     n, c = call.logits.shape
     counted = torch.ones(n, dtype=torch.bool, device=call.logits.device)
-    if call.labels is not None:
-        counted = call.labels != call.ignore_index
-        _check_range("labels", call.labels, counted, c, f"or `ignore_index` ({call.ignore_index})")
+    if call.hard_labels is not None:
+        counted = call.hard_labels != call.ignore_index
+        _check_range("labels", call.hard_labels, counted, c, f"or `ignore_index` ({call.ignore_index})")
+    elif call.soft_labels is not None:
+        check_probabilities("labels", call.soft_labels)
     if call.rows is not None:
         _check_range("rows", call.rows, counted, call.teacher.shape[0], "the rows of `teacher`")
+    if has_probs:
+        check_probabilities("teacher", call.teacher if call.rows is None else call.teacher[call.rows[counted]])
     if call.alphas is not None:
         _check_numbers("alpha", call.alphas, counted, 0, 1, ALPHA_RANGE)
     if call.temperatures is not None:
@@ -44,6 +50,31 @@ def check_values(call: KDCall, thorough: bool) -> None:
         used[call.rows[counted]] = True
     _check_range("teacher.classes", call.classes, used.unsqueeze(1), c, "the classes of `logits`")
     _check_distinct(call.teacher, call.classes, used)
+
+
+def check_probabilities(name: str, x: Tensor) -> None:
+    """Check that no entry of a matrix is negative, infinite or NaN.
+
+    Raises:
+        ShapeError: If one is.
+    """
+    bad = ~((x >= 0) & (x < torch.inf))
+    if bool(bad.any()):
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        index = ", ".join(str(i) for i in at)
+        raise ShapeError(f"`{name}[{index}]` is {float(x[at]):g}: pass probabilities, not logits")
+
+
+def check_class_weights(x: Tensor) -> None:
+    """Check that no weight is negative, infinite or NaN.
+
+    Raises:
+        ShapeError: If one is.
+    """
+    bad = ~((x >= 0) & (x < torch.inf))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ShapeError(f"`class_weights[{at}]` is {float(x[at]):g}: must be finite and not negative")
 
 
 def _check_distinct(values: Tensor, classes: Tensor, used: Tensor) -> None:

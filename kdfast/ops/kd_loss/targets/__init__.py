@@ -1,0 +1,1 @@
+"""What ``kd_loss`` compares the student with: other forms of teachers and labels, and checks of their values."""
