@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         kd_loss_terms as kd_loss_terms,
         topk_teacher as topk_teacher,
     )
+    from kdfast.ops.kd_loss.linear import LinearTeacher as LinearTeacher, linear_kd_loss as linear_kd_loss
     from kdfast.ops.network_curvature import NetworkCurvature as NetworkCurvature, network_hvp as network_hvp
     from kdfast.ops.softmax_head import (
         head_grad_norms as head_grad_norms,
@@ -67,6 +68,8 @@ _PUBLIC = {
     "kd_loss_terms": "kdfast.ops.kd_loss",
     "KDLoss": "kdfast.ops.kd_loss",
     "TopKTeacher": "kdfast.ops.kd_loss",
+    "linear_kd_loss": "kdfast.ops.kd_loss.linear",
+    "LinearTeacher": "kdfast.ops.kd_loss.linear",
     "head_grad_norms": "kdfast.ops.softmax_head",
     "head_hvp": "kdfast.ops.softmax_head",
     "head_influence": "kdfast.ops.softmax_head",
