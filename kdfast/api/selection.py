@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from kdfast.api.data import as_integer, check_opened, folder_of
 from kdfast.api.teacher import ModelLike, load_teacher
-from kdfast.data.arrays import as_values
+from kdfast.data.arrays import as_array, as_values
 from kdfast.data.readers.bare_labels import from_labels
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import check_subset_path, write_subset
+from kdfast.data.subset.ids import check_ids, check_range, mask_to_ids
 from kdfast.device import resolve_device
 from kdfast.distillation.config import LARGEST_SEED, check_integer
 from kdfast.dynamics.reader import Dynamics
@@ -96,6 +97,7 @@ def prune(
     options: Options | None = None,
     score_options: Options | None = None,
     balance: str = "balanced",
+    exclude: npt.ArrayLike | StrPath | None = None,
     seed: int = 0,
     cache: TeacherCache | StrPath | None = None,
     dynamics: Dynamics | StrPath | None = None,
@@ -121,6 +123,8 @@ def prune(
         options: Options of the rule, or of the method that selects directly.
         score_options: Options of the score.
         balance: `balanced`, `equal` or `unbalanced`, see `kdfast.pruning.rules.apply.select_subset`.
+        exclude: Samples that must not be kept: indices `(k,)`, a mask `(N,)`, or a subset file; `fraction` stays the
+            share of the whole training split. None: none.
         seed: Seed of scores, tie-breaks and random draws.
         cache: A teacher's cache.
         dynamics: Recorded training dynamics.
@@ -135,7 +139,7 @@ def prune(
         int64 `(m,)`, ascending indices into the training split.
 
     Raises:
-        SubsetError: The fraction keeps no sample, or leaves a class empty.
+        SubsetError: The fraction keeps no sample, leaves a class empty, or needs samples that are excluded.
         UsageError: A name or an option does not exist, or an input is missing; the message says how to get it.
         DataError, CacheMismatch, CheckpointError: An input is damaged or belongs to other data.
     """
@@ -156,6 +160,7 @@ def prune(
             cache=folder,
             dynamics=folder_of(dynamics),
             teacher=_network(teacher, source),
+            exclude=_excluded(exclude, source),
         )
         request.check()
         (selection,) = request.run(source, progress=progress)
@@ -194,6 +199,18 @@ def _seed(seed: int) -> int:
 
 def _network(teacher: ModelLike | None, source: Source) -> Model | None:
     return None if teacher is None else load_teacher(teacher, source)
+
+
+def _excluded(exclude: npt.ArrayLike | StrPath | None, source: Source) -> Path | IntArray | None:
+    if exclude is None or isinstance(exclude, (str, os.PathLike)):
+        return None if exclude is None else Path(exclude)
+    n = len(source.train)
+    ids: npt.NDArray[Any] = as_array(exclude, "`exclude`", f"indices (k,), or a mask ({n},)")
+    if ids.dtype == np.bool_:
+        return mask_to_ids(ids, "`exclude`", n)
+    checked = check_ids(ids, "`exclude`", n)
+    check_range(checked, "`exclude`", n)
+    return checked
 
 
 def _scores(

@@ -65,6 +65,7 @@ def plan_run(
     device: torch.device,
     alpha: str | None = None,
     execution: Execution | None = None,
+    choose: Callable[[Source], Subset] | None = None,
 ) -> Plan:
     """Open and check everything that a run needs, and plan it. Writes nothing.
 
@@ -75,6 +76,7 @@ def plan_run(
         device: Where to train.
         alpha: A number in [0, 1], or `auto`, as text; replaces `config.alpha` unless None.
         execution: How the steps are computed.
+        choose: Returns the samples to train on, in place of `paths.subset`.
 
     Returns:
         The plan.
@@ -91,7 +93,7 @@ def plan_run(
     source = open_source(paths.data, size=paths.size, order=paths.order, split=paths.split)
     source, views = augment_source(source, paths.augment, config.views)
     config = dataclasses.replace(config, views=views)
-    subset = _read_subset(paths.subset, source, config.batch_size)
+    subset = _read_subset(paths.subset, source, config.batch_size) if choose is None else choose(source)
     stage_seconds = {"open data": time.perf_counter() - started}
     return plan_opened(
         source,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import open_subset
 from kdfast.errors import DataError, UsageError, unknown_name
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
@@ -65,6 +67,7 @@ class PruneRequest:
         cache: Folder of a teacher's cache, or None.
         dynamics: Folder of training dynamics, or None.
         teacher: A network or its file, or None.
+        exclude: A subset whose samples must not be kept: its file, or int64 (k,) distinct indices; None: none.
     """
 
     fractions: tuple[float, ...]
@@ -81,6 +84,7 @@ class PruneRequest:
     cache: Path | None = None
     dynamics: Path | None = None
     teacher: Path | Model | None = None
+    exclude: Path | IntArray | None = None
 
     @property
     def uses_selector(self) -> bool:
@@ -175,10 +179,16 @@ class PruneRequest:
                 name, score = self._file_names[0], file.method
         method = self._selection_method(name, published_rule(score))
         method.check(files)
-        pipeline = SubsetPipeline(sources, files, balance=self.balance, device=self.device)
+        pipeline = self._pipeline(sources, files)
         for fraction in self.fractions:
             pipeline.check(method, fraction)
         return method, sources, pipeline
+
+    def _pipeline(self, sources: ScoreSources, files: Mapping[str, ScoreFile]) -> SubsetPipeline:
+        exclude = self.exclude
+        if isinstance(exclude, Path):
+            exclude = open_subset(exclude, sources.source).ids
+        return SubsetPipeline(sources, files, balance=self.balance, device=self.device, exclude=exclude)
 
     def _selection_method(self, name: str, published: str) -> SelectionMethod:
         options = tuple(self.options.items())
@@ -214,4 +224,4 @@ class PruneRequest:
         scores = fvm_scores(
             sources, self.score_options, seed=self.seed, device=self.device, state=score_state, progress=progress
         )
-        return SubsetPipeline(sources, {FVM: scores}, balance=self.balance, device=self.device)
+        return self._pipeline(sources, {FVM: scores})

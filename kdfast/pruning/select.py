@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from kdfast.data.stateless_random import IntArray
-from kdfast.data.subset import subset_size
+from kdfast.data.subset import digest_of
 from kdfast.errors import UsageError
 from kdfast.progress import Progress
+from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.options import OptionValue, complete_options
 from kdfast.pruning.rules.apply import check_required, select_subset
 from kdfast.pruning.rules.class_budget import check_budgets
@@ -118,6 +121,7 @@ class SubsetPipeline:
         files: Score files by name.
         balance: One of `kdfast.pruning.rules.class_budget.BALANCE`.
         device: Device for expensive computations.
+        exclude: int64 (k,), distinct indices of samples that must not be kept; None: none.
     """
 
     def __init__(
@@ -127,9 +131,10 @@ class SubsetPipeline:
         *,
         balance: str = "balanced",
         device: str = "cpu",
+        exclude: IntArray | None = None,
     ) -> None:
         self._sources, self._files = sources, files or {}
-        self._balance, self._device = balance, device
+        self._balance, self._device, self._exclude = balance, device, exclude
         self._scores: dict[tuple[str, Options, int], ScoreFile] = {}
         self._last: tuple[tuple[SelectionMethod, float, int], Selection] | None = None
 
@@ -137,15 +142,17 @@ class SubsetPipeline:
         """Check that a fraction can be selected, before any work.
 
         Raises:
-            SubsetError: The fraction keeps no sample, leaves a class empty, or the selector does not allow it.
+            SubsetError: The fraction keeps no sample, leaves a class empty, needs samples that are excluded, or the
+                selector does not allow it.
             UsageError: The rule lacks an input.
         """
         labels = self._sources.source.train.labels
-        if method.rule is None:
-            SELECTORS[method.name].check_fraction(fraction)
-        else:
+        if method.rule is not None:
             self._check_rule(method, method.rule)
-        check_budgets(labels, subset_size(len(labels), fraction), self._balance)
+        candidates = find_candidates(labels, fraction, self._balance, self._exclude)
+        if method.rule is None:
+            SELECTORS[method.name].check_fraction(candidates.fraction)
+        check_budgets(candidates.take(labels), candidates.count, self._balance)
 
     def _check_rule(self, method: SelectionMethod, rule: str) -> None:
         """Check that the rule has its inputs: the cache's features, and what the score computes for it."""
@@ -204,10 +211,17 @@ class SubsetPipeline:
             features=None if cache is None else cache.features(),
             extras=scored.extras,
             options=dict(method.rule_options),
+            exclude=self._exclude,
             device=self._device,
         )
         ended = time.perf_counter()
-        parameters = {"fraction": fraction, "rule": rule, "balance": self._balance, "options": dict(result.options)}
+        parameters = {
+            "fraction": fraction,
+            "rule": rule,
+            "balance": self._balance,
+            "options": dict(result.options),
+            **self._excluded(),
+        }
         provenance = {
             "data": sources.source.fingerprint,
             "seed": seed,
@@ -238,6 +252,7 @@ class SubsetPipeline:
                 balance=self._balance,
                 seed=seed,
                 options=options,
+                exclude=self._exclude,
                 scores=scored,
                 network=sources.network,
                 device=self._device,
@@ -251,7 +266,12 @@ class SubsetPipeline:
             "seed": seed,
             "seconds": ended - selecting + (0 if scored is None else scored.seconds),
             "method": method.name,
-            "parameters": {"fraction": fraction, "balance": self._balance, "options": options},
+            "parameters": {
+                "fraction": fraction,
+                "balance": self._balance,
+                "options": options,
+                **self._excluded(),
+            },
             "scores": None,
             "sources": {"cache": sources.digests["cache"]},
             method.name: details,
@@ -262,6 +282,12 @@ class SubsetPipeline:
             # The selector's cache may be another one than that of the scores, whose own digest covers theirs.
             provenance["sources"] = {**scored.sources, **provenance["sources"]}
         return Selection(fraction, ids, provenance, details, ended - started)
+
+    def _excluded(self) -> dict[str, Any]:
+        """Return what identifies the excluded samples in idx.json; nothing if there are none."""
+        if self._exclude is None:
+            return {}
+        return {"excluded": {"samples": len(self._exclude), "ids": digest_of(np.sort(self._exclude))}}
 
     def _selector_scores(
         self, method: SelectionMethod, score: OptionValue, seed: int, progress: Progress | None

@@ -28,6 +28,8 @@ class SelectorInputs:
         balance: `balanced`, `unbalanced` or `equal`, see `kdfast.pruning.rules.class_budget`.
         seed: Seed of every random draw.
         options: Every option with its value.
+        exclude: int64 (k,), distinct indices of samples that must not be kept, see
+            `kdfast.pruning.candidates.find_candidates`; None: none.
         scores: The scores that the option `score` names, if they are those of a file or of the registry.
         network: The network that scores were computed with, or None.
         device: Device to compute on.
@@ -42,6 +44,7 @@ class SelectorInputs:
     balance: str
     seed: int
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    exclude: IntArray | None = None
     scores: ScoreFile | None = None
     network: Model | None = None
     device: str = "cpu"

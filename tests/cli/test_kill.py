@@ -138,6 +138,18 @@ def test_caching_survives_kill_9(tmp_path: Path, kills: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_teacher_on_a_part_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
+    def command(name: str) -> list[object]:
+        return ["teacher", "train", "--data", tiny, "--net", "resnet20", "--epochs", 40, "--batch-size", 25,
+                "--fraction", 0.5, "--checkpoint-seconds", 0.05, "--out", tmp_path / f"{name}.pt"]  # fmt: skip
+
+    seconds = finish(command("whole"))
+    assert end_with_kills(command("cut"), 3, seconds, random.Random(0)) > 0
+    same_files(tmp_path / "whole.pt.run", tmp_path / "cut.pt.run")
+    assert (tmp_path / "cut.pt.subset.npy").read_bytes() == (tmp_path / "whole.pt.subset.npy").read_bytes()
+
+
+@pytest.mark.slow
 def test_recording_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
     """Kills come within epochs, between an epoch's files and its checkpoint, and between two runs."""
 

@@ -119,6 +119,14 @@ def prune(
             metavar="proportional|equal|none",
         ),
     ] = None,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(
+            "--exclude",
+            help="Subset file whose samples must not be kept, such as that of a teacher, T.pt.subset.npy; --fraction "
+            "stays the share of the whole training split.",
+        ),
+    ] = None,
     balanced: Annotated[bool | None, typer.Option("--balanced/--unbalanced", hidden=True)] = None,
     equal: Annotated[bool, typer.Option("--equal", hidden=True)] = False,
     teacher_net: options.TeacherNet = None,
@@ -138,7 +146,7 @@ def prune(
     import numpy as np
 
     from kdfast.data.readers.registry import open_source
-    from kdfast.data.subset import check_subset_path, read_origin, write_subset
+    from kdfast.data.subset import check_subset_file, check_subset_path, read_origin, write_subset
     from kdfast.device import resolve_device
     from kdfast.files import check_writable
     from kdfast.pruning.flat_scores import state_paths
@@ -163,8 +171,11 @@ def prune(
         cache=cache,
         dynamics=dynamics,
         teacher=teacher,
+        exclude=exclude,
     )
     request.check()
+    if exclude is not None:
+        check_subset_file(exclude)
     source = open_source(data, size=size, order=order, split=split)
     if request.uses_selector and not dry_run:
         for folder in {path.parent for path in paths}:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import numpy.typing as npt
 
 from kdfast.data.arrays import as_labels, as_matrix, as_values
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
-from kdfast.data.subset import subset_size
 from kdfast.errors import UsageError
+from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.options import OptionValue, complete_options
 from kdfast.pruning.rules.base import RuleInputs
 from kdfast.pruning.rules.class_budget import BALANCE, find_budgets, select_by_class
@@ -69,6 +68,7 @@ def select_subset(
     features: npt.ArrayLike | None = None,
     extras: Mapping[str, npt.ArrayLike] | None = None,
     options: Mapping[str, OptionValue] | None = None,
+    exclude: IntArray | None = None,
     device: str = "cpu",
 ) -> RuleSelection:
     """Select a fraction of the training samples.
@@ -85,6 +85,8 @@ def select_subset(
         features: Real numbers (N, D), used in float32, for rules that need them.
         extras: Further values per sample, real numbers (N,) each, for rules that need them.
         options: The rule's options; the others have their defaults.
+        exclude: int64 (k,), distinct indices of samples that must not be kept; None: none. The rule sees the others as
+            if they were all there is, with the same random numbers.
         device: Device for expensive computations of the rule.
 
     Returns:
@@ -93,7 +95,7 @@ def select_subset(
     Raises:
         DataError: The labels are no classes; or scores, features or extras differ from them in length, are not real
             numbers, or are not finite.
-        SubsetError: The fraction keeps no sample, or leaves a class empty.
+        SubsetError: The fraction keeps no sample, leaves a class empty, or needs samples that are excluded.
         UsageError: The rule, the balance or an option is unknown, or the rule lacks an input.
     """
     entry = get_rule(rule)
@@ -101,23 +103,23 @@ def select_subset(
         raise UsageError(f"balance {balance!r}: must be one of {', '.join(BALANCE)}")
     labels = as_labels(labels)
     n = len(labels)
-    ids = np.arange(n, dtype=np.int64)
-    count = subset_size(n, fraction)
+    candidates = find_candidates(labels, fraction, balance, exclude)
+    ids, own_labels = candidates.ids, candidates.take(labels)
     inputs = RuleInputs(
-        scores=as_values(scores, n, "scores"),
+        scores=candidates.take(as_values(scores, n, "scores")),
         ties=uniform(hash64(Purpose.TIE, seed, ids)),
-        count=count,
-        fraction=fraction,
+        count=candidates.count,
+        fraction=candidates.fraction,
         seed=seed,
         ids=ids,
-        features=None if features is None else as_matrix(features, n, "features"),
-        extras={name: as_values(values, n, name) for name, values in (extras or {}).items()},
+        features=None if features is None else candidates.take(as_matrix(features, n, "features")),
+        extras={name: candidates.take(as_values(values, n, name)) for name, values in (extras or {}).items()},
         options=complete_options(f"rule {rule!r}", entry.options, options or {}),
         classes=int(labels.max()) + 1,
         device=device,
-        labels=labels,
-        budgets=find_budgets(labels, count, balance),
+        labels=own_labels,
+        budgets=find_budgets(own_labels, candidates.count, balance),
     )
     check_required(rule, inputs.options, {*inputs.extras, *({"features"} if inputs.features is not None else ())})
     inputs = entry.with_defaults(inputs)
-    return RuleSelection(select_by_class(entry, inputs, labels, balance), inputs.options)
+    return RuleSelection(ids[select_by_class(entry, inputs, own_labels, balance)], inputs.options)

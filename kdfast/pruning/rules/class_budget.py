@@ -78,7 +78,7 @@ def _part(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
         scores=inputs.scores[members],
         ties=inputs.ties[members],
         count=count,
-        ids=members,
+        ids=inputs.ids[members],
         features=None if inputs.features is None else inputs.features[members],
         extras={name: values[members] for name, values in inputs.extras.items()},
         labels=None if inputs.labels is None else inputs.labels[members],

@@ -14,12 +14,13 @@ _BINS = 40
 _EXTREMES = 10
 
 
-def summarize(result: IFBetaResult, labels: IntArray) -> dict[str, Any]:
+def summarize(result: IFBetaResult, labels: IntArray, samples: IntArray) -> dict[str, Any]:
     """Return the record of a search in idx.json, sufficient to draw its page without the data.
 
     Args:
         result: The search.
-        labels: int64 (N,).
+        labels: int64 (N,), of the samples that the search chose from.
+        samples: int64 (N,), their indices into the training split.
 
     Returns:
         JSON values: the policy and its path, rewards, the gain over the uniform policy, the time of the search,
@@ -45,7 +46,7 @@ def summarize(result: IFBetaResult, labels: IntArray) -> dict[str, Any]:
             "all": np.bincount(labels).tolist(),
             "kept": np.bincount(labels[result.ids], minlength=int(labels.max()) + 1).tolist(),
         },
-        "ends": _extremes(result, labels),
+        "ends": _extremes(result, labels, samples),
     }
 
 
@@ -63,12 +64,17 @@ def _histogram(values: FloatArray, ids: IntArray, edges: FloatArray) -> dict[str
     return {"edges": edges.tolist(), **count}
 
 
-def _extremes(result: IFBetaResult, labels: IntArray) -> dict[str, list[dict[str, float]]]:
+def _extremes(result: IFBetaResult, labels: IntArray, samples: IntArray) -> dict[str, list[dict[str, float]]]:
     order = result.ids[np.lexsort((result.ids, result.scores[result.ids]))]
 
     def rows(ids: IntArray) -> list[dict[str, float]]:
         return [
-            {"id": int(i), "label": int(labels[i]), "score": float(result.scores[i]), "u": float(result.u[i])}
+            {
+                "id": int(samples[i]),
+                "label": int(labels[i]),
+                "score": float(result.scores[i]),
+                "u": float(result.u[i]),
+            }
             for i in ids
         ]
 

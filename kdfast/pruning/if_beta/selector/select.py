@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import SubsetError
+from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.if_beta.inputs import check_fraction
 from kdfast.pruning.if_beta.scores import AT_OPTIMUM, INFLUENCES, mean_logits
 from kdfast.pruning.if_beta.selector.costs import measure_costs
@@ -40,26 +41,34 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         CacheMismatch: The cache has no features.
         KdfastError: As `IFBeta.fit`.
     """
-    check_fraction(inputs.fraction)
     labels, cache, scores = inputs.source.train.labels, inputs.cache, inputs.scores
+    candidates = find_candidates(labels, inputs.fraction, inputs.balance, inputs.exclude)
+    check_fraction(candidates.fraction)
     if len(cache) != len(labels):
         raise SubsetError(f"{cache.path} covers {len(cache)} of {len(labels)} samples: build a cache of all of them")
     # Copies in memory: the cache's arrays are memory-mapped, and the search reads them repeatedly.
-    logits, features = (torch.tensor(np.asarray(x)) for x in (cache.identity_logits(), cache.features()))
+    logits, features = (
+        torch.tensor(candidates.take(np.asarray(x))) for x in (cache.identity_logits(), cache.features())
+    )
+    labels = candidates.take(labels)
     result = build_learner(inputs.options, inputs.balance).fit(
         logits,
         features,
         labels,
-        inputs.fraction,
+        candidates.fraction,
         inputs.seed,
-        score_logits=_mean_over_views(cache, inputs.device) if scores is None else None,
-        scores=None if scores is None else scores.scores,
+        score_logits=_mean_over_views(cache, candidates.ids, inputs.device) if scores is None else None,
+        scores=None if scores is None else candidates.take(scores.scores),
         state=inputs.state,
         progress=inputs.progress,
         device=inputs.device,
     )
-    record = summarize(result, labels) | fixed_settings(inputs.options) | {"preset": inputs.options["preset"]}
-    return result.ids, record | measure_costs(inputs, result)
+    record = (
+        summarize(result, labels, candidates.ids)
+        | fixed_settings(inputs.options)
+        | {"preset": inputs.options["preset"]}
+    )
+    return candidates.ids[result.ids], record | measure_costs(inputs, result)
 
 
 def fixed_settings(options: Mapping[str, OptionValue]) -> dict[str, float | str]:
@@ -86,11 +95,11 @@ IF_BETA = SubsetSelector(
 )
 
 
-def _mean_over_views(cache: TeacherCache, device: torch.device | str) -> Tensor:
-    """Return `mean_logits` over the first views of the cache, computed in blocks of samples on the device."""
+def _mean_over_views(cache: TeacherCache, samples: IntArray, device: torch.device | str) -> Tensor:
+    """Return `mean_logits` of samples over the first views of the cache, computed in blocks on the device."""
     views = min(cache.n_views, _MAX_VIEWS)
     blocks = []
-    for start in range(0, len(cache), _BLOCK_ROWS):
-        ids = cache.coverage[start : start + _BLOCK_ROWS]
+    for start in range(0, len(samples), _BLOCK_ROWS):
+        ids = samples[start : start + _BLOCK_ROWS]
         blocks.append(mean_logits(cache.lookup(ids, np.full_like(ids, view)).to(device) for view in range(views)))
     return torch.cat(blocks)
