@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         head_solve as head_solve,
     )
     from kdfast.pruning.score_file import write_scores as write_scores
+    from kdfast.teacher.tokens.importing import token_outputs as token_outputs
+    from kdfast.teacher.tokens.read import TokenTeacher as TokenTeacher
+    from kdfast.teacher.tokens.write import TokenWriter as TokenWriter
     from kdfast.teacher.writing.outputs import teacher_outputs as teacher_outputs
 
 __version__ = "0.1.0"
@@ -82,6 +85,9 @@ _PUBLIC = {
     "network_hvp": "kdfast.ops.network_curvature",
     "register_grad_norms": "kdfast.ops.grad_norms",
     "teacher_outputs": "kdfast.teacher.writing.outputs",
+    "token_outputs": "kdfast.teacher.tokens.importing",
+    "TokenTeacher": "kdfast.teacher.tokens.read",
+    "TokenWriter": "kdfast.teacher.tokens.write",
     "topk_teacher": "kdfast.ops.kd_loss",
 }
 

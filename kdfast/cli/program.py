@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cli.command import Command
-from kdfast.cli.commands import cache, data, distill, dynamics, prune, report, score, sweep, system, teacher
+from kdfast.cli.commands import data, distill, dynamics, prune, report, score, sweep, system, teacher
+from kdfast.cli.commands.caches import images as cache
+from kdfast.cli.commands.caches import tokens
 from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
@@ -35,6 +37,8 @@ app.callback()(system.root)
 app.command("doctor", cls=Command)(system.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(teacher.app, name="teacher")
+cache.app.command("import-tokens", cls=Command)(tokens.import_tokens)
+cache.app.command("verify-tokens", cls=Command)(tokens.verify_tokens)
 app.add_typer(cache.app, name="cache")
 app.command("dynamics", cls=Command)(dynamics.dynamics)
 app.command("score", cls=ScoreCommand)(score.score)

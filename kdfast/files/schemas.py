@@ -375,6 +375,44 @@ class ShardRecord(Struct):
     seconds: NotNegative
 
 
+# A cache of a language model's log-probabilities: plan.json, records of shards, manifest.json.
+
+
+class TokenPlan(FormatVersion):
+    """plan.json."""
+
+    vocabulary: Annotated[int, Meta(ge=2, le=2**31 - 1)]
+    temperature: Above0
+    sources: list[Json]
+    options: Json
+
+
+class TokenShard(Struct):
+    """What a shard holds."""
+
+    sequences: Positive
+    tokens: Positive
+    entries: Count
+
+
+class TokenShardRecord(TokenShard, kw_only=True):
+    """The record of a finished shard."""
+
+    plan: Sha256
+    files: dict[str, DataFile]
+    numbered: bool
+    labels: bool
+
+
+class TokenManifest(TokenPlan, kw_only=True):
+    """manifest.json."""
+
+    shards: Annotated[list[TokenShard], Meta(min_length=1)]
+    numbered: bool
+    labels: bool
+    files: dict[str, DataFile]
+
+
 # Dynamics: plan.json, sealed.json, manifest.json.
 
 

@@ -36,8 +36,8 @@ from kdfast.teacher.plan import (
 )
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat, TopK
-from kdfast.teacher.shards import ShardBuilder
 from kdfast.teacher.writing.finish import reuse_finished, write_manifest
+from kdfast.teacher.writing.shards import ShardBuilder
 
 Dtype = Literal["float16", "float32"]
 

@@ -16,7 +16,7 @@ from kdfast.errors import ShapeError
 from kdfast.ops.kd_loss.call import TopKTeacher
 from kdfast.ops.kd_loss.validation import as_float, as_int, check_temperature
 
-__all__ = ["Tail", "from_logprobs", "from_samples", "tempered_tail"]
+__all__ = ["Tail", "from_logprobs", "from_samples", "pad_rows", "rank_bound", "tempered_tail"]
 
 SMALLEST_REST = 2.0**-24
 """Mass of the other classes where rounding leaves none: half of the spacing of float32 at 1."""
@@ -54,7 +54,7 @@ def from_logprobs(
     check_temperature(stored_at, name="`logprob_temperature`")
     values, ids = torch.as_tensor(values), torch.as_tensor(ids)
     if offsets is not None:
-        values, ids = _pad(values, ids, torch.as_tensor(offsets))
+        values, ids = pad_rows(values, ids, torch.as_tensor(offsets))
     classes = None if classes is None else as_int("classes", classes)
     ids, kept = _check_entries(values, ids, classes)
     if top_k is not None and as_int("top_k", top_k) < 1:
@@ -154,15 +154,39 @@ def tempered_tail(rest: Tensor, most: Tensor, rank: Tensor, others: Tensor, powe
     return Tail(*(torch.where(none, -torch.inf, x) for x in (bounded, low, high)))
 
 
-def rank_bound(values: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+def rank_bound(values: Tensor, top_k: int | Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the log-probability of the last class that is certainly among the most probable, and its rank, (M,).
 
     A row without entries has the bound 0, at rank 1.
     """
     count = torch.isneginf(values).logical_not().sum(1)
-    rank = (count if top_k is None else count.clamp_max(top_k)).clamp_min(1)
+    rank = (count if top_k is None else count.clamp(max=top_k)).clamp_min(1)
     most = values.double().sort(1, descending=True).values.gather(1, rank.unsqueeze(1) - 1).squeeze(1)
     return torch.where(count > 0, most, 0.0), rank
+
+
+def pad_rows(values: Tensor, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries of rows of different lengths as (M, k), with -inf and class 0 behind the short ones.
+
+    Raises:
+        ShapeError: If the shapes do not fit, or the offsets do not fit the entries.
+    """
+    if values.dim() != 1 or ids.shape != values.shape or offsets.dim() != 1:
+        raise ShapeError(
+            f"`values`, `ids` and `offsets` have shapes {tuple(values.shape)}, {tuple(ids.shape)} and "
+            f"{tuple(offsets.shape)}: with `offsets`, pass (E,), (E,) and (M + 1,)"
+        )
+    offsets = offsets.long()
+    counts = offsets.diff()
+    if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values) or bool((counts < 0).any()):
+        raise ShapeError(f"`offsets` must begin with 0, never fall, and end with {len(values)}, the number of entries")
+    k = max(1, int(counts.max()) if len(counts) else 1)
+    column = torch.arange(k, device=counts.device)
+    inside = column < counts.unsqueeze(1)
+    if len(values) == 0:
+        return values.new_full((len(counts), k), -torch.inf), ids.new_zeros(len(counts), k)
+    at = torch.where(inside, offsets[:-1].unsqueeze(1) + column, 0)
+    return torch.where(inside, values[at], -torch.inf), torch.where(inside, ids.long()[at], 0)
 
 
 def _tempered_rest(values: Tensor, classes: int, top_k: int | None, power: float) -> Tensor:
@@ -182,8 +206,8 @@ def _check_feasible(rest: Tensor, most: Tensor, rank: Tensor, others: Tensor) ->
         row = int(bad.nonzero()[0])
         raise ShapeError(
             f"row {row}: {int(others[row])} other classes have the probability {float(mass[row]):.3g}, more than if "
-            f"each had that of the class of rank {int(rank[row])}, {float(most[row].exp()):.3g}: pass `top_k`, how many of "
-            "the entries are the most probable ones, if others were added, and check `classes`"
+            f"each had that of the class of rank {int(rank[row])}, {float(most[row].exp()):.3g}: check `classes`, and "
+            "pass `top_k`, how many of the entries are the most probable ones, if others were added"
         )
 
 
@@ -210,26 +234,6 @@ def _solve_exponent(full: Tensor, rank: Tensor, others: Tensor) -> Tensor:
         above = _power_law_sum(middle, rank, others) > full
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return (low + high) / 2
-
-
-def _pad(values: Tensor, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries of rows of different lengths as (M, k), with -inf and class 0 behind the short ones."""
-    if values.dim() != 1 or ids.shape != values.shape or offsets.dim() != 1:
-        raise ShapeError(
-            f"`values`, `ids` and `offsets` have shapes {tuple(values.shape)}, {tuple(ids.shape)} and "
-            f"{tuple(offsets.shape)}: with `offsets`, pass (E,), (E,) and (M + 1,)"
-        )
-    offsets = offsets.long()
-    counts = offsets.diff()
-    if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(values) or bool((counts < 0).any()):
-        raise ShapeError(f"`offsets` must begin with 0, never fall, and end with {len(values)}, the number of entries")
-    k = max(1, int(counts.max()) if len(counts) else 1)
-    column = torch.arange(k, device=counts.device)
-    inside = column < counts.unsqueeze(1)
-    if len(values) == 0:
-        return values.new_full((len(counts), k), -torch.inf), ids.new_zeros(len(counts), k)
-    at = torch.where(inside, offsets[:-1].unsqueeze(1) + column, 0)
-    return torch.where(inside, values[at], -torch.inf), torch.where(inside, ids.long()[at], 0)
 
 
 def _check_entries(values: Tensor, ids: Tensor, classes: int | None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from kdfast.teacher.manifest import (
     shard_file,
 )
 from kdfast.teacher.plan import check_same_plan, compute_accuracy
-from kdfast.teacher.shards import ShardBuilder
+from kdfast.teacher.writing.shards import ShardBuilder
 
 
 def reuse_finished(folder: Path, plan: dict[str, Any]) -> float:

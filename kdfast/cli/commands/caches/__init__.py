@@ -1,0 +1,1 @@
+"""The `kdfast cache` commands, on images and on texts."""

@@ -1,0 +1,151 @@
+"""Make a cache of log-probabilities that another program computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import CacheMismatch, DataError, UsageError
+from kdfast.files import sha256_file, sha256_json
+from kdfast.progress import Progress
+from kdfast.teacher.manifest import MANIFEST
+from kdfast.teacher.tokens.files import Text, find_files, read_texts
+from kdfast.teacher.tokens.layout import check_folder, delete_tokens
+from kdfast.teacher.tokens.read import TokenTeacher
+from kdfast.teacher.tokens.records import DEFAULT_NAMES, RecordReader
+from kdfast.teacher.tokens.sequence import Rows
+from kdfast.teacher.tokens.write import TokenWriter
+
+_ARRAY_NAMES = ("lengths", "offsets")
+
+TokenSource = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+
+
+def token_outputs(
+    source: TokenSource,
+    out: str | os.PathLike[str],
+    vocabulary: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    names: Mapping[str, str] | None = None,
+    tokens: Mapping[str, int] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TokenTeacher:
+    """Make a cache of a language model's log-probabilities, and open it. The same call resumes.
+
+    Each record is a text: a line of a .jsonl file, a row of a table, or a mapping. It holds one of
+
+    - a response of OpenAI's or vLLM's completions or chat completions with `logprobs`, also as a line of a batch;
+    - vLLM's `prompt_logprobs`, which count if there are both;
+    - SGLang's `meta_info` with `input_top_logprobs` or `output_top_logprobs`;
+    - `values` and `ids`, lists of each token's log-probabilities and classes, and maybe `labels`, the tokens.
+
+    A .npz or .safetensors file holds arrays `values` and `ids`, (S, L, k), or (N, k) with `lengths` (S,), or (E,) with
+    `offsets` (N + 1,) and `lengths` (S,), and maybe `labels`, (S, L) or (N,), and `sequence` (S,).
+
+    Args:
+        source: Paths of such files, or of folders of them, such as one that Hugging Face's `save_to_disk` wrote; or
+            records, such as a data set of Hugging Face. Texts are numbered from 0 on, unless they have a field
+            `sequence` with a number.
+        out: The cache's folder; created if missing.
+        vocabulary: Number of the teacher's tokens.
+        temperature: What the logits were divided by before the softmax.
+        top_k: How many entries of each token are the most probable classes, if others were added. Responses of servers
+            tell it themselves.
+        names: Names of the fields `values`, `ids`, `labels`, `sequence`, and of the array `lengths` or `offsets`, where
+            they differ.
+        tokens: Class of each token's text, for responses that name tokens by their texts.
+        force: Delete the cache in the folder first.
+        progress: Called with (texts done, 0 as their number is not known, note).
+
+    Returns:
+        The cache.
+
+    Raises:
+        UsageError: An option is out of range, or a name is unknown.
+        DataError: A file is missing, damaged or of another kind, or a text has something wrong; the message names the
+            file, the text and the token. No cache is left.
+        CacheMismatch: The folder holds another cache.
+        OutputError: The folder cannot be written, or holds something else.
+        BackendUnavailable: A table needs pyarrow, which is not installed.
+    """
+    _check_names(names)
+    folder = Path(out)
+    check_folder(folder)
+    files = _files_of(source)
+    options: dict[str, Any] = {
+        "names": dict(names or {}),
+        "top_k": top_k,
+        "tokens": None if tokens is None else sha256_json(tokens),
+    }
+    facts: list[dict[str, Any]] = [
+        {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files or ()
+    ]
+    if files is None and not force and (folder / MANIFEST).exists():
+        raise CacheMismatch(f"{folder} holds a cache, and records in memory cannot be compared with it: pass `force`")
+    restart = files is None  # records in memory cannot be compared with those of an unfinished cache either
+    reader = RecordReader(names, tokens)
+    texts = _texts_of_files(files, reader, names or {}) if files is not None else _texts_of_records(source, reader)
+    writer = TokenWriter(
+        folder, vocabulary, temperature=temperature, options=options, force=force or restart, sources=facts
+    )
+    try:
+        with writer:
+            if not writer.is_finished:
+                _write(writer, texts, top_k, progress)
+    except DataError:
+        delete_tokens(folder)
+        raise
+    return TokenTeacher.open(folder)
+
+
+def _write(writer: TokenWriter, texts: Iterator[Text], top_k: int | None, progress: Progress | None) -> None:
+    for number, (where, read) in enumerate(islice(texts, writer.done, None), writer.done + 1):
+        try:
+            rows = read()
+            if top_k is not None and rows.tops is None:
+                rows = Rows(rows.values, rows.ids, rows.offsets, rows.labels, _tops(rows, top_k), rows.sequence)
+            writer.add_rows(rows)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if progress is not None:
+            progress(number, 0, "texts")
+
+
+def _tops(rows: Rows, top_k: int) -> Any:
+    import numpy as np
+
+    return np.full(max(0, len(rows.offsets) - 1), top_k)
+
+
+def _files_of(source: Any) -> list[Path] | None:
+    """Return the files of a source; None for records."""
+    if isinstance(source, (str, os.PathLike)):
+        return find_files([Path(source)])
+    if isinstance(source, (list, tuple)) and source and all(isinstance(one, (str, os.PathLike)) for one in source):
+        return find_files([Path(one) for one in source])
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise UsageError(f"`source` is a {type(source).__name__}: pass paths, or records, one per text")
+    return None
+
+
+def _texts_of_files(files: list[Path], reader: RecordReader, names: Mapping[str, str]) -> Iterator[Text]:
+    for file in files:
+        yield from read_texts(file, reader, names)
+
+
+def _texts_of_records(records: Any, reader: RecordReader) -> Iterator[Text]:
+    for index, record in enumerate(records):
+        yield f"record {index}", lambda record=record: reader.read(record)  # type: ignore[misc]
+
+
+def _check_names(names: Mapping[str, str] | None) -> None:
+    known = (*DEFAULT_NAMES, *_ARRAY_NAMES)
+    for name in names or {}:
+        if name not in known:
+            raise UsageError(f"`names` has {name!r}: pass names of {', '.join(known)}")

@@ -1,0 +1,131 @@
+"""What a teacher says about the tokens of a text: for each position, some classes with their log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdfast.errors import DataError
+from kdfast.ops.kd_loss.offline import SMALLEST_REST
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+UNKNOWN = -1
+"""Label of a position whose token is not known."""
+
+_NEVER = -9999.0  # servers write it in place of -inf, which JSON does not have
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of different lengths, before they are checked.
+
+    Attributes:
+        values: (E,) natural log-probabilities; -inf for entries to leave out.
+        ids: (E,) their classes.
+        offsets: (L + 1,): position i has the entries from ``offsets[i]`` to ``offsets[i + 1]``.
+        labels: (L,) the tokens of the text, `UNKNOWN` where not known; or None.
+        tops: (L,) how many entries of each position are the most probable classes; None: all.
+        sequence: Number of the text; None: not given.
+    """
+
+    values: Array
+    ids: Array
+    offsets: Array
+    labels: Array | None = None
+    tops: Array | None = None
+    sequence: int | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Checked rows of a text of L tokens, with E entries: within a position, most probable class first, each once.
+
+    Attributes:
+        values: float32 (E,) log-probabilities.
+        ids: int64 (E,) classes.
+        counts: int64 (L,) entries of each position; 0: the teacher says nothing there.
+        ranks: int64 (L,) how many of them, from the first on, are the most probable classes.
+        tail: float32 (L,) log-mass of the classes left out.
+        labels: int64 (L,) the tokens of the text; `UNKNOWN` where not known.
+    """
+
+    values: npt.NDArray[np.float32]
+    ids: Ints
+    counts: Ints
+    ranks: Ints
+    tail: npt.NDArray[np.float32]
+    labels: Ints
+
+
+def check_rows(rows: Rows, vocabulary: int) -> Sequence:
+    """Check the rows of a text.
+
+    Raises:
+        DataError: A shape does not fit, an id is out of range, or a number is no log-probability; the message names
+            the position.
+    """
+    values, ids, offsets = _check_shapes(rows)
+    length = len(offsets) - 1
+    position = np.repeat(np.arange(length), np.diff(offsets))
+    slack = 2e-2 if rows.values.dtype.itemsize <= 2 else 1e-3
+    _refuse(~(values <= slack), position, values, "the log-probability {}: they are at most 0")
+    used = values > _NEVER
+    _refuse(used & ((ids < 0) | (ids >= vocabulary)), position, ids, f"the class {{}}: must be in [0, {vocabulary})")
+    values, ids, position = values[used], ids[used], position[used]
+    # By position, then from the most probable class down; of a repeated class, the first entry counts.
+    first = np.sort(np.unique(position * np.int64(vocabulary) + ids, return_index=True)[1])
+    values, ids, position = values[first], ids[first], position[first]
+    order = np.lexsort((-values, position))
+    values, ids, position = values[order], ids[order], position[order]
+    counts = np.bincount(position, minlength=length).astype(np.int64)
+    mass = np.bincount(position, np.exp(values), minlength=length)
+    if (mass > 1 + slack).any():
+        at = int(np.argmax(mass))
+        raise DataError(f"position {at}: the probabilities sum to {mass[at]:.4g}, more than 1")
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.where(counts >= vocabulary, 0, np.maximum(1 - mass, SMALLEST_REST)))
+    ranks = counts if rows.tops is None else np.minimum(counts, np.asarray(rows.tops, np.int64))
+    labels = _check_labels(rows.labels, length, vocabulary)
+    return Sequence(values.astype(np.float32), ids, counts, ranks, tail.astype(np.float32), labels)
+
+
+def _check_shapes(rows: Rows) -> tuple[Floats, Ints, Ints]:
+    if rows.values.dtype.kind != "f" or rows.ids.dtype.kind not in "iu" or rows.offsets.dtype.kind not in "iu":
+        raise DataError(
+            f"log-probabilities, classes and offsets are {rows.values.dtype}, {rows.ids.dtype} and "
+            f"{rows.offsets.dtype}: must be floating-point numbers, integers and integers"
+        )
+    values, ids = rows.values.astype(np.float64), rows.ids.astype(np.int64)
+    offsets = rows.offsets.astype(np.int64)
+    if values.ndim != 1 or ids.shape != values.shape or offsets.ndim != 1 or len(offsets) < 2:
+        raise DataError(
+            f"log-probabilities and classes have shapes {values.shape} and {ids.shape}, and there are "
+            f"{max(0, len(offsets) - 1)} positions: must be as many classes as log-probabilities, and a position"
+        )
+    if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        raise DataError(f"offsets must begin with 0, never fall, and end with {len(values)}, the number of entries")
+    return values, ids, offsets
+
+
+def _check_labels(labels: Array | None, length: int, vocabulary: int) -> Ints:
+    if labels is None:
+        return np.full(length, UNKNOWN, np.int64)
+    if labels.shape != (length,) or labels.dtype.kind not in "iu":
+        raise DataError(f"the tokens are {labels.dtype} of shape {labels.shape}: must be integers ({length},)")
+    found = labels.astype(np.int64)
+    bad = np.flatnonzero((found < UNKNOWN) & (found != -100) | (found >= vocabulary))
+    if len(bad):
+        raise DataError(f"position {bad[0]} has the token {found[bad[0]]}: must be in [0, {vocabulary})")
+    return np.maximum(found, UNKNOWN)
+
+
+def _refuse(bad: npt.NDArray[np.bool_], position: Ints, found: Array, fault: str) -> None:
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise DataError(f"position {position[at]} has {fault.format(f'{found[at]:.6g}')}")

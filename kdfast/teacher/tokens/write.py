@@ -1,0 +1,293 @@
+"""Write a cache of log-probabilities text by text. A killed writer loses at most its current shard."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdfast.errors import CacheMismatch, DataError, UsageError
+from kdfast.files import (
+    FolderLock,
+    atomic_write,
+    check_writable,
+    make_subfolder,
+    read_json,
+    schemas,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_sealed,
+)
+from kdfast.teacher.manifest import BUILDING, MANIFEST, PLAN
+from kdfast.teacher.plan import check_same_plan
+from kdfast.teacher.tokens.layout import (
+    MAX_RANK,
+    PARTS,
+    check_folder,
+    delete_tokens,
+    dtype_of,
+    make_plan,
+    part_file,
+    read_manifest,
+    read_sealed_file,
+)
+from kdfast.teacher.tokens.sequence import UNKNOWN, Array, Rows, Sequence, check_rows
+
+_SHARD_BYTES = 64 << 20
+
+
+class TokenWriter:
+    """Writes a teacher's log-probabilities, one text after another, for `TokenTeacher`.
+
+    A writer of a folder that holds an unfinished cache of the same settings continues it: `done` texts are stored
+    already, which the caller leaves out. Use it in a `with` block. It finishes the cache at the end, unless there is an
+    exception.
+
+        with kdfast.TokenWriter("tokens", vocabulary=50257) as writer:
+            for text in texts[writer.done:]:
+                logp = model(text).logits[0].log_softmax(-1)
+                values, ids = logp[:-1].topk(64)
+                writer.add(values, ids, labels=text[1:])
+
+    Args:
+        out: The folder; created if missing.
+        vocabulary: Number of the teacher's tokens.
+        temperature: What the logits were divided by before the softmax.
+        options: Further settings of the caller that determine the content, for JSON; a cache of others is not
+            continued.
+        force: Replace another cache in the folder.
+
+    Attributes:
+        done: Number of texts that were stored when the writer was opened.
+
+    Raises:
+        CacheMismatch: The folder holds a cache of other settings.
+        OutputError: The folder cannot be written, holds something else, or another process writes to it.
+        UsageError: The vocabulary or the temperature is out of range.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        vocabulary: int,
+        *,
+        temperature: float = 1.0,
+        options: dict[str, Any] | None = None,
+        force: bool = False,
+        sources: list[dict[str, Any]] | None = None,
+    ) -> None:
+        plan = make_plan(vocabulary, temperature, sources or [], options or {})
+        check_folder(Path(out))
+        if force:
+            delete_tokens(Path(out))
+        self.path = check_writable(out)
+        self._plan, self._digest = plan, sha256_json(plan)
+        self._lock: FolderLock | None = None
+        self._records: list[dict[str, Any]] = []
+        self._numbers: set[int] = set()
+        self._pending: list[tuple[Sequence, int | None]] = []
+        self._pending_bytes = 0
+        self.is_finished = (self.path / MANIFEST).exists()
+        if self.is_finished:
+            manifest = read_manifest(self.path)
+            check_same_plan(self.path, manifest, plan, "a finished cache")
+            self._records = manifest["shards"]
+            self._is_numbered: bool | None = manifest["numbered"]
+        else:
+            self._is_numbered = None
+            self._resume()
+        self.done = sum(record["sequences"] for record in self._records)
+
+    def add(
+        self,
+        values: Any,
+        ids: Any,
+        *,
+        offsets: Any | None = None,
+        labels: Any | None = None,
+        top_k: int | None = None,
+        sequence: int | None = None,
+    ) -> None:
+        """Store a text of L tokens.
+
+        Args:
+            values: (L, k) natural log-probabilities, -inf for entries to leave out; with `offsets`, (E,). An array or a
+                tensor.
+            ids: (L, k) or (E,) their classes.
+            offsets: (L + 1,) first entry of each token.
+            labels: (L,) the tokens of the text; -1 or -100 where not known.
+            top_k: How many entries of each token are the most probable classes; None: all.
+            sequence: Number of the text, for `TokenTeacher.lookup`; pass it for all texts or for none, which numbers
+                them from 0 on.
+
+        Raises:
+            DataError: Something does not fit; the message names the token.
+        """
+        given, classes = to_array(values), to_array(ids)
+        if offsets is None:
+            if given.ndim != 2 or classes.shape != given.shape:
+                raise DataError(
+                    f"`values` and `ids` have shapes {given.shape} and {classes.shape}: pass both as (L, k), or as "
+                    "(E,) with `offsets`"
+                )
+            bounds: Array = np.arange(len(given) + 1) * given.shape[1]
+            given, classes = given.ravel(), classes.ravel()
+        else:
+            bounds = to_array(offsets)
+        tops = None if top_k is None else np.full(len(bounds) - 1, top_k)
+        own = None if labels is None else to_array(labels)
+        self.add_rows(Rows(given, classes, bounds, own, tops, sequence))
+
+    def add_rows(self, rows: Rows) -> None:
+        """Store the rows of a text; `add` makes them.
+
+        Raises:
+            DataError: Something does not fit; the message names the token.
+        """
+        if self.is_finished:
+            raise UsageError(f"{self.path} is finished: write to another folder, or pass `force`")
+        text = check_rows(rows, self._plan["vocabulary"])
+        self._check_number(rows.sequence)
+        self._pending.append((text, rows.sequence))
+        self._pending_bytes += 6 * len(text.ids) + 24 * len(text.counts)
+        if self._pending_bytes >= _SHARD_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left, and the manifest last.
+
+        Raises:
+            DataError: There are no texts.
+            OutputError: A file cannot be written.
+        """
+        if self.is_finished:
+            return
+        if self._pending:
+            self._flush()
+        if not self._records:
+            raise DataError("there are no texts: add at least one")
+        files = {name: facts for record in self._records for name, facts in record["files"].items()}
+        shards = [{name: record[name] for name in ("sequences", "tokens", "entries")} for record in self._records]
+        labels = any(record["labels"] for record in self._records)
+        results = {"shards": shards, "numbered": bool(self._is_numbered), "labels": labels, "files": files}
+        write_sealed(self.path / MANIFEST, self._plan | results)
+        self.close()
+        shutil.rmtree(self.path / BUILDING)
+        self.is_finished = True
+
+    def close(self) -> None:
+        """Release the folder. An unfinished cache stays, for another writer to continue."""
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def _resume(self) -> None:
+        """Lock the folder, and find the shards that a killed writer has finished."""
+        building = make_subfolder(self.path, BUILDING)
+        path = building / PLAN
+        if not path.exists():
+            write_sealed(path, self._plan)
+        check_same_plan(self.path, read_sealed_file(path, schemas.TokenPlan), self._plan, "an unfinished cache")
+        self._lock = FolderLock(building)
+        self._lock.__enter__()
+        while (record := self._read_record(len(self._records))) is not None:
+            self._records.append(record)
+            self._is_numbered = record["numbered"]
+            if self._is_numbered:
+                numbers = np.load(self.path / part_file("numbers", len(self._records) - 1))
+                self._numbers.update(numbers.tolist())
+
+    def _read_record(self, shard: int) -> dict[str, Any] | None:
+        """Return the record of a finished shard whose files are as they were written, or None."""
+        path = self._record_path(shard)
+        if not path.is_file():
+            return None
+        with contextlib.suppress(DataError, CacheMismatch):
+            record: dict[str, Any] = read_json(path, schemas.TokenShardRecord)
+            names = {part_file(part, shard) for part in PARTS}
+            if record["plan"] == self._digest and record["files"].keys() == names:
+                paths = {name: self.path / name for name in names}
+                if all(p.is_file() and sha256_file(p) == record["files"][n]["sha256"] for n, p in paths.items()):
+                    return record
+        return None
+
+    def _record_path(self, shard: int) -> Path:
+        return self.path / BUILDING / f"shard-{shard:05d}.json"
+
+    def _check_number(self, number: int | None) -> None:
+        is_numbered = number is not None
+        if self._is_numbered is None:
+            self._is_numbered = is_numbered
+        elif self._is_numbered != is_numbered:
+            raise DataError("some texts have a number and others have none: give all of them one, or none")
+        if number is not None:
+            if not 0 <= number < 2**63:
+                raise DataError(f"the number of the text is {number}: must not be negative, and fit into int64")
+            if number in self._numbers:
+                raise DataError(f"the number of the text is {number}, which another text has: give each its own")
+            self._numbers.add(number)
+
+    def _flush(self) -> None:
+        shard, texts = len(self._records), [text for text, _ in self._pending]
+        start = sum(record["sequences"] for record in self._records)
+        numbers = [start + i if number is None else number for i, (_, number) in enumerate(self._pending)]
+        counts = np.concatenate([text.counts for text in texts])
+        labels = np.concatenate([text.labels for text in texts])
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "values": np.concatenate([text.values for text in texts]),
+            "ids": np.concatenate([text.ids for text in texts]),
+            "offsets": np.concatenate([[0], np.cumsum(counts)]),
+            "ranks": np.concatenate([text.ranks for text in texts]).clip(max=MAX_RANK),
+            "tail": np.concatenate([text.tail for text in texts]),
+            "labels": labels,
+            "lengths": np.array([len(text.counts) for text in texts]),
+            "numbers": np.array(numbers),
+        }
+        files = {}
+        for part in PARTS:
+            name = part_file(part, shard)
+            with atomic_write(self.path / name) as file:
+                np.save(file, arrays[part].astype(dtype_of(part, self._plan["vocabulary"])))
+            files[name] = {
+                "bytes": (self.path / name).stat().st_size,
+                "sha256": sha256_file(self.path / name),
+            }
+        record = {
+            "plan": self._digest,
+            "files": files,
+            "sequences": len(texts),
+            "tokens": len(counts),
+            "entries": int(counts.sum()),
+            "numbered": bool(self._is_numbered),
+            "labels": bool((labels != UNKNOWN).any()),
+        }
+        write_json(self._record_path(shard), record)
+        self._records.append(record)
+        self._pending, self._pending_bytes = [], 0
+
+
+def to_array(values: Any) -> Array:
+    """Return an array of an array, a tensor or nested lists; bfloat16 becomes float32."""
+    if hasattr(values, "detach"):
+        tensor = values.detach().cpu()
+        return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
+    return np.asarray(values)
