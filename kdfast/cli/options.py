@@ -16,6 +16,8 @@ from kdfast.errors import OutputError, UsageError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from kdfast.data.views import Normalization
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # Values of --precision for a cache, and the words of its manifest.
@@ -244,3 +246,27 @@ Loader = Annotated[
         metavar="auto|ffcv|resident",
     ),
 ]
+
+
+def parse_normalization(mean: str | None, std: str | None) -> Normalization | None:
+    """Return the input statistics of --mean and --std; None without them.
+
+    Raises:
+        UsageError: One of them is missing, or is not of three numbers or one.
+    """
+    from kdfast.data.views import Normalization
+
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise UsageError("pass --mean and --std together, or neither where the file holds the normalization")
+    return Normalization(_triple("--mean", mean), _triple("--std", std))
+
+
+def _triple(flag: str, text: str) -> tuple[float, float, float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+        first, second, third = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError as error:
+        raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c, or one for all channels") from error
+    return first, second, third

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cli.command import Command
-from kdfast.cli.commands import data, distill, dynamics, prune, report, score, sweep, system, teacher
+from kdfast.cli.commands import data, distill, dynamics, prune, score, sweep, system, teacher
 from kdfast.cli.commands.caches import images as cache
 from kdfast.cli.commands.caches import tokens
+from kdfast.cli.commands.results import report, reproduce
 from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
@@ -45,6 +46,7 @@ app.command("score", cls=ScoreCommand)(score.score)
 app.command("prune", cls=PruneCommand)(prune.prune)
 app.command("distill", cls=Command)(distill.distill)
 app.command("sweep", cls=Command)(sweep.sweep)
+app.command("reproduce", cls=Command)(reproduce.reproduce)
 app.add_typer(report.app, name="report")
 app.command("eval", cls=Command)(evaluate.evaluate)
 app.command("predict", cls=Command)(predict.predict)

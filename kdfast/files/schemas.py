@@ -71,7 +71,7 @@ class RunResult(Struct):
     seconds: NotNegative
     images_per_second: NotNegative
     kept: Count
-    alpha: Annotated[float, Meta(ge=0, le=1)]
+    alpha: NotNegative  # above 1 only with a weight of the cross-entropy of its own
     views: Count
     loader: str
     targets: str | None
@@ -474,6 +474,28 @@ class SweepRow(SweepKey):
     epochs: Count | None = None
     subset_seconds: NotNegative | None = None
     costs: dict[str, NotNegative | None] | None = None
+
+
+class StudyRow(SweepKey):
+    """A line of results.jsonl of a study."""
+
+    study: str
+    cell: Json
+    seed: int
+    epochs: Positive
+    compressed_to: Positive | None
+    dataset: str
+    teacher_top1: Percent | None
+    test_top1: Percent
+    test_top5: Percent
+    steps: Count
+    images: Count
+    seconds: NotNegative
+    targets: str | None
+    precision: str
+    machine: Json
+    command: str
+    settings: Json
 
 
 # Score files: the description of scores.npz.

@@ -70,7 +70,7 @@ from typing import Any
 import kdfast
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
-from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Values, parse_fields
+from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Values, format_value, parse_fields
 from kdfast.reproduction.cells import Cell, expand
 
 FOLDER = Path(kdfast.__file__).parent / "studies"
@@ -145,6 +145,12 @@ class Study:
             if len(values - {None} if name in _MAY_LACK else values) > 1:
                 found.append(name)
         return tuple(found)
+
+    def label(self, cell: Cell) -> str:
+        """Return a cell for people: the axes in which the study's cells differ, where they have a value."""
+        values = {**dict(cell.recipe), **cell.axes()}
+        shown = [f"{name}={format_value(values[name])}" for name in self.varying() if name in values]
+        return " ".join(shown) or str(cell)
 
     def sorted(self) -> list[Cell]:
         """Return the cells in the order in which they are run."""

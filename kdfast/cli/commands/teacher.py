@@ -19,7 +19,6 @@ from kdfast.errors import CheckpointError, OutputError, SubsetError, UsageError
 if TYPE_CHECKING:
     from kdfast.data.source import Source
     from kdfast.data.subset import Subset
-    from kdfast.data.views import Normalization
     from kdfast.distillation.config import RunConfig
     from kdfast.distillation.plan import Plan
     from kdfast.nets.checkpoint import Model
@@ -256,7 +255,7 @@ def import_(
     from kdfast.teacher.evaluate import evaluate
 
     training.refuse_existing(out, force=force)
-    normalization = _normalization(mean, std)
+    normalization = options.parse_normalization(mean, std)
     source = open_source(data, size=size, order=order, split=split)
     model, report = import_checkpoint(
         checkpoint,
@@ -403,22 +402,3 @@ def _summarize_flattening(about: dict[str, Any], samples: int, out: Path) -> str
         f"{about['iterations']} steps ({about['sharpness']}), {about['images']} images = "
         f"{about['images'] / samples:.2f} epochs of the training split, in {about['seconds']:.1f} s; written to {out}"
     )
-
-
-def _normalization(mean: str | None, std: str | None) -> Normalization | None:
-    from kdfast.data.views import Normalization
-
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None:
-        raise UsageError("pass --mean and --std together, or neither where the file holds the normalization")
-    return Normalization(_triple("--mean", mean), _triple("--std", std))
-
-
-def _triple(flag: str, text: str) -> tuple[float, float, float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-        first, second, third = numbers * 3 if len(numbers) == 1 else numbers
-    except ValueError as error:
-        raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c, or one for all channels") from error
-    return first, second, third

@@ -1,0 +1,317 @@
+"""`kdfast reproduce`: figures and tables of papers, run as published and held against the published values."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdfast.cli import options
+from kdfast.cli.output import note, show
+from kdfast.cli.progress import format_seconds, progress
+from kdfast.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from kdfast.reproduction.engine.budget import Budget
+    from kdfast.reproduction.engine.session import ReproductionSession
+    from kdfast.reproduction.study import Study
+    from kdfast.sweep.results_log import ResultsLog
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def reproduce(
+    study: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a study, as --list prints them; or a study file of your own, FILE.yaml.", metavar="STUDY"
+        ),
+    ] = None,
+    list_studies: Annotated[
+        bool, typer.Option("--list", help="Print the studies, their cells and the images of one seed, and exit.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of all files; the same command resumes, and several studies and machines may share it.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            help="A trained teacher of this network, a file of kdfast or any checkpoint; repeatable. Others are "
+            "trained with the study's recipe.",
+            metavar="NET=FILE",
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean", help="Channel means the checkpoints were trained with, a,b,c, where the file lacks them."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Channel standard deviations, a,b,c on the same scale.")
+    ] = None,
+    dynamics: Annotated[
+        str | None,
+        typer.Option(
+            "--dynamics",
+            help="Folder written by `kdfast dynamics`, for scores; default: recorded as the study says.",
+            metavar=options.PATH,
+        ),
+    ] = None,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            "--fractions", help="Only these kept shares, comma-separated; runs on all data stay.", metavar="LIST"
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Only these methods, comma-separated; runs on all data stay.", metavar="LIST"),
+    ] = None,
+    restrict: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Only cells with one of these values of an axis; repeatable.", metavar="AXIS=VALUE,..."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="Number of seeds, or comma-separated seeds.", metavar="N|LIST")
+    ] = "1",
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            help="Shorten every schedule of the study: epochs in place of those of its recipe. The rows are then "
+            "marked, and published values are not subtracted.",
+            min=1,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset", help="Name of the data in the study's published values; default: recognized.", metavar="NAME"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Begin no run that would end later than this from now, by the speed of this machine.",
+            metavar="90m|3h|2d",
+        ),
+    ] = None,
+    precision: options.Precision = "auto",
+    loader: options.Loader = "auto",
+    size: options.Size = None,
+    order: options.Order = "path",
+    split: options.Split = None,
+    device: options.Device = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
+    keep_runs: Annotated[
+        bool,
+        typer.Option(
+            "--keep-runs",
+            help="Keep the folder of every run, with its student; default: delete it when the run is finished.",
+        ),
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only write the table and the page again, from the rows in --out.")
+    ] = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
+    write_config: options.WriteConfig = None,
+) -> None:
+    """Run a figure or table of a paper as published, and show ours beside the published values.
+
+    Teachers, recorded dynamics, subsets and caches are made when a run needs them. Each finished run appends a row to
+    results.jsonl and is not run again; several of these commands at once share the work.
+    """
+    if list_studies:
+        _show_list()
+        return
+    if study is None or out is None:
+        raise UsageError("pass a study and --out, or --list")
+    from kdfast.files import schemas
+    from kdfast.reproduction.selection import parse_restrictions, parse_values, select_cells
+    from kdfast.reproduction.study import load_study
+    from kdfast.reproduction.table import check_table
+    from kdfast.sweep.results_log import ResultsLog
+
+    loaded = load_study(study)
+    cells = select_cells(
+        loaded,
+        parse_restrictions(restrict or []),
+        fractions=None if fractions is None else [float(str(f)) for f in parse_values("fraction", fractions)],
+        methods=None if methods is None else [str(name) for name in parse_values("method", methods)],
+    )
+    seconds = None if budget is None else _parse_seconds(budget)
+    numbers = _parse_seeds(seeds)
+    log = ResultsLog(out, schemas.StudyRow, "study")
+    log.check_folder()
+    check_table(out)
+    if report_only:
+        _report(loaded, log, dataset=dataset, epochs=epochs)
+        return
+    if data is None:
+        raise UsageError("pass --data, or --report-only")
+    from kdfast.device import resolve_device
+    from kdfast.reproduction.engine.config import ReproductionConfig
+    from kdfast.reproduction.engine.run import run_study
+    from kdfast.reproduction.engine.session import ReproductionSession
+
+    session = ReproductionSession(
+        ReproductionConfig(
+            study=loaded,
+            cells=tuple(cells),
+            seeds=numbers,
+            data=data,
+            out=out,
+            dataset=dataset,
+            epochs=epochs,
+            teachers=_parse_teachers(teacher or []),
+            normalization=options.parse_normalization(mean, std),
+            dynamics=dynamics,
+            precision=options.choose_precision(precision, resolve_device(device)),
+            loader=loader,
+            size=size,
+            order=order,
+            split=split,
+            device=device,
+        )
+    )
+    if dry_run:
+        show(*_plan(session, log))
+        return
+    labels = {run.key: str(run) for run in session.runs()}
+    with progress(f"reproduce {loaded.name}") as report:
+        used = run_study(
+            session,
+            log,
+            jobs=jobs,
+            keep_runs=keep_runs,
+            budget_seconds=seconds,
+            on_row=functools.partial(_print_row, labels),
+            progress=report,
+        )
+    _report(loaded, log, dataset=dataset or session.source.kind, epochs=epochs)
+    if used is not None:
+        _show_left(session, log, used)
+
+
+def _show_list() -> None:
+    from kdfast.reproduction.study import load_study, study_names
+
+    studies = [load_study(name) for name in study_names()]
+    lines = [
+        f"{s.name:<12} {len(s.cells):>4} cells, {s.images / 1e6:>6,.0f} million images a seed: {s.title}"
+        for s in studies
+    ]
+    facts = [
+        {"name": s.name, "title": s.title, "source": s.source, "cells": len(s.cells), "images": s.images}
+        for s in studies
+    ]
+    show("\n".join(lines), {"studies": facts})
+
+
+def _report(study: Study, log: ResultsLog, *, dataset: str | None, epochs: int | None) -> None:
+    """Write table.md and report.html of the rows with these epochs, and print the table."""
+    from kdfast.reproduction.table import rows_of, table, write_table
+
+    rows = log.results()
+    if not rows:
+        raise DataError(f"{log.folder} has no row of a study: pass as `out` the folder of one with a finished run")
+    dataset = dataset or str(rows[-1]["dataset"])
+    results = rows_of(study, rows, dataset=dataset, epochs=epochs)
+    text = table(study, results, dataset=dataset, epochs=epochs)
+    write_table(text, log.folder)
+    known = [row for result in results for row in result.rows.values()]
+    show(f"\n{text}\ntable.md written to {log.folder}", {"out": str(log.folder), "rows": known})
+
+
+def _print_row(labels: dict[str, str], row: dict[str, Any]) -> None:
+    note(f"{labels[row['key']]}: top-1 {row['test_top1']:.2f} ({row['steps']} steps, {format_seconds(row['seconds'])})")
+
+
+def _plan(session: ReproductionSession, log: ResultsLog) -> tuple[str, dict[str, Any]]:
+    """Return the runs and what they need, with estimated times, in words and as JSON values."""
+    from kdfast.reproduction.engine.budget import make_budget
+
+    runs, done = session.runs(), log.done()
+    pending = [run for run in runs if run.key not in done]
+    estimate = make_budget(session, pending, log, time.time())
+    lines, rows = [], []
+    made: set[Path] = set()
+    total = 0.0
+    for run in runs:
+        if run.key in done:
+            lines.append(f"{run}: done")
+            rows.append({"run": str(run), "done": True})
+            continue
+        cost = estimate.costs[run.key]
+        before = {path: seconds for path, seconds in cost.before.items() if path not in made and not path.exists()}
+        made |= before.keys()
+        training = estimate.training_seconds(run.key)
+        total += training + sum(before.values())
+        for path, seconds in before.items():
+            lines.append(f"  makes {path}: {format_seconds(seconds)}")
+        targets = "" if run.targets is None else f", targets from {run.targets}"
+        lines.append(f"{run}: {run.epochs} epochs, {cost.images:,} images, {format_seconds(training)}{targets}")
+        rows.append({"run": str(run), "done": False, "epochs": run.epochs, "images": cost.images, "seconds": training})
+    lines.append(f"would run {len(pending)} of {len(runs)}, in about {format_seconds(total)}")
+    return "\n".join(lines), {"dry_run": True, "to_run": len(pending), "seconds": total, "rows": rows}
+
+
+def _show_left(session: ReproductionSession, log: ResultsLog, budget: Budget) -> None:
+    done = log.done()
+    left = [run for run in session.runs() if run.key not in done]
+    if left:
+        seconds = sum(budget.training_seconds(run.key) for run in left)
+        note(
+            f"{len(left)} runs are left, about {format_seconds(seconds)} on this machine; the next one is {left[0]}: "
+            "run the same command again"
+        )
+
+
+def _parse_seconds(text: str) -> float:
+    found = re.fullmatch(r"([0-9.]+)([smhd])", text)
+    try:
+        seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise UsageError(f"`budget` is {text!r}: pass a number and a unit, such as 90m, 3h or 2d")
+    return seconds
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        numbers = ()
+    if "," not in text and len(numbers) == 1:
+        numbers = tuple(range(numbers[0]))
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0 or len(numbers) > 10_000:
+        raise UsageError(f"`seeds` is {text!r}: pass their number, or distinct seeds separated by commas, such as 0,3")
+    return numbers
+
+
+def _parse_teachers(texts: list[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for text in texts:
+        net, equals, path = text.partition("=")
+        if not (net and equals and path) or net in files:
+            raise UsageError(f"`teacher` is {text!r}: pass NET=FILE, each network once")
+        files[net] = path
+    return files

@@ -1,0 +1,374 @@
+"""What the runs of a study share: teachers, dynamics, subsets and caches, each made once, under a lock, in its folder.
+
+    teachers/NET-SHARE-DIGEST.pt        a teacher, given or trained; T.pt.run is its run, T.pt.subset.npy its samples
+    dynamics/DIGEST                     recorded dynamics
+    outputs/TEACHER                     a teacher's outputs on every sample, for methods
+    subsets/DIGEST.npy                  the samples of a cell and seed
+    caches/TEACHER-DIGEST               a teacher's outputs on all views of a subset, for the loss
+
+A name contains the digest of everything that determines the content, so that studies and machines can share a folder.
+An interrupted process leaves what it has done, and the next one resumes there. Everything is checked by the code that
+opens it, as in other commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import Subset, write_subset
+from kdfast.data.views import Normalization
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.plan import LoadedInputs
+from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+from kdfast.distillation.train import Monitoring, train
+from kdfast.dynamics import format as dynamics_format
+from kdfast.dynamics.reader import Dynamics
+from kdfast.errors import UsageError
+from kdfast.files import make_subfolder, sha256_json
+from kdfast.nets.checkpoint import Model, is_own_checkpoint, load_model, save_model
+from kdfast.nets.fit import check_fit
+from kdfast.nets.foreign import read_torch_file
+from kdfast.nets.importing import import_checkpoint
+from kdfast.progress import Progress
+from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.select import SelectionMethod, SubsetPipeline
+from kdfast.reproduction.cells import Cell, resolve
+from kdfast.reproduction.engine.locks import building
+from kdfast.reproduction.study import RECORDING_FIELDS, Study
+from kdfast.teacher.build import build_cache
+from kdfast.teacher.cache import TeacherCache
+from kdfast.teacher.evaluate import evaluate
+from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
+from kdfast.teacher.manifest import MANIFEST
+from kdfast.teacher.predictor import Precision
+
+# Seed of teachers: of the share of the data, the weights and the order. No student's, so that a share of the data for a
+# teacher and one for a student are independent draws.
+TEACHER_SEED = 1000
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher, as far as it is known before it exists.
+
+    Attributes:
+        net: Its network.
+        fraction: Share of the training split that it is trained on.
+        identity: What determines it: the digest of a given file, or the settings of its training. JSON values.
+        given: The model of a given file.
+    """
+
+    net: str
+    fraction: float
+    identity: dict[str, Any]
+    given: Model | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its files, without a suffix."""
+        return f"{_plain(self.net)}-{self.fraction:g}-{sha256_json(self.identity)[:8]}"
+
+
+class Artifacts:
+    """The artefacts of a study's folder.
+
+    Args:
+        out: The folder.
+        study: The study.
+        inputs: The data, without a teacher.
+        device: Where to compute.
+        precision: Of training and of caches.
+        recipe: Settings of the training of a network as a teacher, but its name; fields of `RunConfig`.
+        recording: Settings of the training of the recorded network; fields of `RunConfig` with its name.
+        given: Teachers of files, by network.
+        dynamics: Recorded dynamics to use in place of those of the folder.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        study: Study,
+        inputs: LoadedInputs,
+        device: torch.device,
+        precision: str,
+        *,
+        recipe: dict[str, Any],
+        recording: dict[str, Any],
+        given: dict[str, Model],
+        dynamics: Dynamics | None,
+    ) -> None:
+        self.out, self._study, self._inputs = out, study, inputs
+        self._device, self._precision = device, precision
+        self._recipe, self._given, self._given_dynamics = recipe, given, dynamics
+        self._recorded = RunConfig(**recording, precision=precision)
+        fields = {name: study.dynamics[name] for name in RECORDING_FIELDS if name in study.dynamics}
+        self._recording = RecordingConfig(**fields)
+        self._pipelines: dict[Any, SubsetPipeline] = {}
+        self._models: dict[str, Model] = {}
+
+    @property
+    def _source(self) -> Source:
+        return self._inputs.source
+
+    # What identifies artefacts, known before they exist.
+
+    def teacher_spec(self, net: str, fraction: float) -> TeacherSpec:
+        """Return what is known of a teacher."""
+        if fraction == 1 and net in self._given:
+            model = self._given[net]
+            statistics = dataclasses.asdict(model.normalization)
+            return TeacherSpec(net, 1.0, {"net": net, "digest": model.digest, **statistics}, model)
+        config = self._teacher_config(net)
+        return TeacherSpec(
+            net, fraction, {"trained": config.to_dict(), "fraction": fraction, "data": self._source.fingerprint}
+        )
+
+    def dynamics_identity(self) -> dict[str, Any]:
+        """Return what determines the recorded dynamics, JSON values."""
+        if self._given_dynamics is not None:
+            return {"digest": self._given_dynamics.digest}
+        recording = dataclasses.asdict(self._recording)
+        return {"trained": self._recorded.to_dict(), "recording": recording, "data": self._source.fingerprint}
+
+    def method_identity(self, cell: Cell) -> dict[str, Any]:
+        """Return what determines the scores and the samples of a cell beside method, fraction and seed; JSON values."""
+        method = resolve(cell.method)
+        identity: dict[str, Any] = dict(method.fixed)
+        if "dynamics" in method.inputs:
+            identity["dynamics"] = self.dynamics_identity()
+        if method.inputs & {"cache", "teacher"}:
+            identity["teacher"] = self._spec_of(cell).identity
+        if "cache" in method.inputs:
+            identity["cache"] = {"views": self._study.cache_views, "precision": self._cache_precision}
+        if cell.disjoint:
+            identity["excluded"] = {"fraction": cell.teacher_fraction, "seed": TEACHER_SEED}
+        return identity
+
+    def subset_path(self, cell: Cell, seed: int) -> Path | None:
+        """Return the file of a cell's samples; None for all samples."""
+        if cell.fraction == 1:
+            return None
+        identity = {"method": cell.method, "fraction": cell.fraction, "seed": seed, "data": self._source.fingerprint}
+        digest = sha256_json({**identity, **self.method_identity(cell)})[:12]
+        return self.out / "subsets" / f"{_plain(cell.method)}-{cell.fraction:g}-{seed}-{digest}.npy"
+
+    def teacher_path(self, spec: TeacherSpec) -> Path:
+        """Return the file of a teacher."""
+        return self.out / "teachers" / f"{spec.name}.pt"
+
+    def dynamics_path(self) -> Path:
+        """Return the folder of the dynamics."""
+        if self._given_dynamics is not None:
+            return self._given_dynamics.path
+        return self.out / "dynamics" / sha256_json(self.dynamics_identity())[:12]
+
+    def missing_training(self, cell: Cell) -> dict[Path, tuple[str, int]]:
+        """Return what must be trained before a cell: network and images by the file that is then there."""
+        method, samples = resolve(cell.method), len(self._source.train)
+        found: dict[Path, tuple[str, int]] = {}
+        if cell.kd or method.inputs & {"cache", "teacher"}:
+            spec = self._spec_of(cell)
+            if spec.given is None:
+                config = self._teacher_config(spec.net)
+                found[self.teacher_path(spec)] = (spec.net, round(spec.fraction * samples) * config.epochs)
+        if "dynamics" in method.inputs and self._given_dynamics is None:
+            images = self._recorded.epochs * self._recording.runs * samples
+            found[self.dynamics_path() / dynamics_format.MANIFEST] = (self._recorded.student, images)
+        return {path: cost for path, cost in found.items() if not path.exists()}
+
+    # The artefacts themselves, made where they are missing.
+
+    def teacher(self, net: str, fraction: float, progress: Progress | None = None) -> Model:
+        """Return a teacher, imported or trained."""
+        spec = self.teacher_spec(net, fraction)
+        path = self.teacher_path(spec)
+        self._make(path, path, functools.partial(self._make_teacher, spec, path), progress, f"teacher {net}")
+        if spec.name not in self._models:
+            model = load_model(path, net=net)
+            check_fit(model, self._source, str(path))
+            self._models[spec.name] = model
+        return self._models[spec.name]
+
+    def teacher_samples(self, fraction: float) -> Subset | None:
+        """Return the samples that a teacher is trained on; None for all."""
+        if fraction == 1:
+            return None
+        method = SelectionMethod("random", rule="hard")
+        selection = SubsetPipeline(ScoreSources(self._source)).select(method, fraction, TEACHER_SEED)
+        return Subset(selection.ids, selection.provenance, None)
+
+    def subset(self, cell: Cell, seed: int, progress: Progress | None = None) -> Path | None:
+        """Return the file of a cell's samples; None for all samples."""
+        path = self.subset_path(cell, seed)
+        if path is not None:
+            chosen = functools.partial(self._select, cell, seed, path)
+            self._make(path, path, chosen, progress, f"subset {cell.method}")
+        return path
+
+    def cache(self, cell: Cell, ids: IntArray, views: int, progress: Progress | None = None) -> Path:
+        """Return the cache of the teacher's logits on views of samples; 0 views: all."""
+        spec = self._spec_of(cell)
+        model = self.teacher(spec.net, spec.fraction, progress)
+        identity = {"ids": np.sort(ids).tolist(), "precision": self._cache_precision, "views": views}
+        path = self.out / "caches" / f"{spec.name}-{sha256_json(identity)[:12]}"
+        return self._cache(model, path, ids, views or None, progress)
+
+    def _spec_of(self, cell: Cell) -> TeacherSpec:
+        assert cell.teacher is not None, "the cell has a teacher"
+        assert cell.teacher_fraction is not None, "so it has its share of the data"
+        return self.teacher_spec(cell.teacher, cell.teacher_fraction)
+
+    @property
+    def _cache_precision(self) -> Precision:
+        return "bfloat16" if self._precision == "bf16" else "float32"
+
+    def _teacher_config(self, net: str) -> RunConfig:
+        return RunConfig(student=net, **self._recipe, seed=TEACHER_SEED, precision=self._precision)
+
+    def _make(
+        self, path: Path, done: Path, make: Callable[[Progress | None], None], progress: Progress | None, name: str
+    ) -> None:
+        """Make an artefact unless the file `done` exists, while no other process makes it."""
+        if done.exists():
+            return
+        make_subfolder(self.out, path.relative_to(self.out).parts[0])
+        with building(self.out, str(path.relative_to(self.out)), progress):
+            if not done.exists():
+                make(None if progress is None else _named(progress, name))
+
+    def _make_teacher(self, spec: TeacherSpec, path: Path, progress: Progress | None) -> None:
+        if spec.given is not None:
+            model = spec.given
+            scores = evaluate(model, self._source.test, device=self._device, view_spec=self._source.view_spec)
+            model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
+            save_model(path, model)
+            return
+        samples = self.teacher_samples(spec.fraction)
+        ids = np.arange(len(self._source.train), dtype=np.int64) if samples is None else samples.ids
+        if samples is not None and samples.provenance is not None:
+            write_subset(path.with_name(f"{path.name}.subset.npy"), samples.ids, samples.provenance)
+        plan = self._inputs.plan(self._teacher_config(spec.net), ids, device=self._device)
+        with RunFolder(path.with_name(f"{path.name}.run"), plan.identity, metadata=plan.metadata) as folder:
+            train(plan, folder, Monitoring(progress=progress))
+            save_model(path, load_model(folder.path / "student.pt", net=spec.net))
+
+    def _record(self, path: Path, progress: Progress | None) -> None:
+        record_dynamics(self._inputs, self._recorded, self._recording, path, device=self._device, progress=progress)
+
+    def _select(self, cell: Cell, seed: int, path: Path, progress: Progress | None) -> None:
+        pipeline = self._pipeline(cell, progress)
+        state = path.with_suffix(".search")
+        method = resolve(cell.method).method
+        selection = pipeline.select(method, cell.fraction, seed, state=state, progress=progress)
+        write_subset(path, selection.ids, selection.provenance)
+        state.unlink(missing_ok=True)
+
+    def _pipeline(self, cell: Cell, progress: Progress | None) -> SubsetPipeline:
+        """Return the selection of a cell, with what its method is computed from; kept for cells that share it."""
+        needs = resolve(cell.method).inputs
+        key = sha256_json(self.method_identity(cell))
+        if key not in self._pipelines:
+            model = cache = recorded = None
+            if needs & {"cache", "teacher"}:
+                spec = self._spec_of(cell)
+                model = self.teacher(spec.net, spec.fraction, progress)
+                if "cache" in needs:
+                    where = self.out / "outputs" / f"{spec.name}-{self._study.cache_views}-{self._cache_precision}"
+                    cache = TeacherCache.open(
+                        self._cache(model, where, None, self._study.cache_views, progress), source=self._source
+                    )
+            if "dynamics" in needs:
+                recorded = self._dynamics(progress)
+            network = self._flattened(cell, model, progress) if "teacher" in needs and model is not None else None
+            exclude = None
+            if cell.disjoint and (samples := self.teacher_samples(cell.teacher_fraction or 1.0)) is not None:
+                exclude = samples.ids
+            sources = ScoreSources(self._source, cache, recorded, network)
+            self._pipelines = {key: SubsetPipeline(sources, device=str(self._device), exclude=exclude)}
+        return self._pipelines[key]
+
+    def _dynamics(self, progress: Progress | None) -> Dynamics:
+        if self._given_dynamics is not None:
+            return self._given_dynamics
+        path = self.dynamics_path()
+        make = functools.partial(self._record, path)
+        self._make(path, path / dynamics_format.MANIFEST, make, progress, "dynamics")
+        return Dynamics.open(path, labels=self._source.train.labels, fingerprint=self._source.fingerprint)
+
+    def _flattened(self, cell: Cell, model: Model, progress: Progress | None) -> Model:
+        path = self.out / "teachers" / f"{self._spec_of(cell).name}-flat.pt"
+
+        def make(report: Progress | None) -> None:
+            state = path.with_name(f"{path.name}.state")
+            flat = flatten_teacher(
+                model, self._source, FlattenConfig(), state=state, progress=report, device=self._device
+            )
+            save_model(path, flat)
+            state.unlink(missing_ok=True)
+
+        self._make(path, path, make, progress, "flatten")
+        return load_model(path, net=model.name)
+
+    def _cache(
+        self, model: Model, path: Path, ids: IntArray | None, views: int | None, progress: Progress | None
+    ) -> Path:
+        def make(report: Progress | None) -> None:
+            build_cache(
+                self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
+                device=self._device, progress=report,
+            )  # fmt: skip
+
+        self._make(path, path / MANIFEST, make, progress, f"cache of {model.name}")
+        return path
+
+
+def read_given(
+    files: Mapping[str, str], used: set[str], source: Source, normalization: Normalization | None
+) -> dict[str, Model]:
+    """Return the teachers of files by network, checked against the data.
+
+    Args:
+        files: Files by network, of kdfast or of another program.
+        used: Networks of the cells' teachers.
+        source: The data.
+        normalization: Input statistics of files that do not hold them.
+
+    Raises:
+        UsageError: The cells have no such teacher, or a file needs `normalization`.
+        CheckpointError: A file cannot be read, or does not fit the network or the data.
+    """
+    models = {}
+    for net, path in files.items():
+        if net not in used:
+            known = ", ".join(sorted(used)) or "none"
+            raise UsageError(f"`teacher` names {net}, and the networks of these cells' teachers are: {known}")
+        own = is_own_checkpoint(read_torch_file(Path(path), advice="pass another file"))
+        models[net], _ = import_checkpoint(
+            path,
+            net=net,
+            classes=len(source.classes),
+            class_names=source.classes,
+            normalization=None if own else normalization,
+        )
+        check_fit(models[net], source, path)
+    return models
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda done, total, note: progress(done, total, f"{name}: {note}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", name)[:60]

@@ -1,0 +1,256 @@
+"""The inputs of a reproduction, opened once per process, and the execution of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kdfast
+from kdfast.data.loaders import make_loader
+from kdfast.data.readers.registry import open_source
+from kdfast.data.source import Source, compute_normalization
+from kdfast.data.subset import class_budgets, open_subset, subset_size
+from kdfast.device import resolve_device
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
+from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import check_student, open_targets
+from kdfast.distillation.losses.alpha import parse_alpha
+from kdfast.distillation.plan import LoadedInputs, Plan
+from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.train import Monitoring, train
+from kdfast.dynamics.reader import Dynamics
+from kdfast.errors import SubsetError
+from kdfast.files import make_subfolder, refuse_links, sha256_json
+from kdfast.progress import Progress
+from kdfast.reproduction.axes import RECIPE_FIELDS
+from kdfast.reproduction.cells import Cell
+from kdfast.reproduction.engine.artifacts import Artifacts, read_given
+from kdfast.reproduction.engine.command import distill_command
+from kdfast.reproduction.engine.config import ReproductionConfig
+from kdfast.reproduction.engine.machine import describe_machine
+from kdfast.reproduction.engine.targets import CACHE, choose_targets
+from kdfast.reproduction.selection import compress, compressed_epochs
+from kdfast.sweep.results_log import RUNS
+
+_FROM_RESULT = ("test_top1", "test_top5", "steps", "images", "seconds", "kept", "alpha", "views", "targets", "weights")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run: a cell with a seed.
+
+    Attributes:
+        cell: The cell.
+        label: The cell for people, by the axes in which the study's cells differ.
+        seed: The seed.
+        epochs: Its epochs.
+        targets: Where the teacher's logits come from, a value of `choose_targets`.
+        settings: Everything that determines the result, including what identifies the inputs; JSON values.
+    """
+
+    cell: Cell
+    label: str
+    seed: int
+    epochs: int
+    targets: str | None
+    settings: dict[str, Any] = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 (hexadecimal) of the settings; rows with equal keys are the same row."""
+        return sha256_json(self.settings)
+
+    def __str__(self) -> str:
+        """Return the cell and the seed, for people."""
+        return f"{self.label}, seed {self.seed}"
+
+
+class ReproductionSession:
+    """The inputs that the runs share. Opening them checks as much as possible and writes nothing.
+
+    Args:
+        config: What to run.
+
+    Attributes:
+        config: What to run.
+        source: The data.
+        device: Where to compute.
+        artifacts: What the runs share in the folder.
+
+    Raises:
+        UsageError: Settings do not fit each other.
+        DataError, CheckpointError: An input is damaged or does not fit the others.
+        SubsetError: A fraction keeps too few samples.
+    """
+
+    def __init__(self, config: ReproductionConfig) -> None:
+        self.config = config
+        self.device: torch.device = resolve_device(config.device)
+        self.source: Source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+        source, study = self.source, config.study
+        self._check_cells()
+        used = {cell.teacher for cell in config.cells if cell.teacher is not None and cell.teacher_fraction == 1}
+        given = read_given(config.teachers, used, source, config.normalization)
+        recorded = None
+        if config.dynamics is not None:
+            recorded = Dynamics.open(config.dynamics, labels=source.train.labels, fingerprint=source.fingerprint)
+        self._inputs = LoadedInputs(
+            source,
+            make_loader(source.train, config.loader, self.device),
+            compute_normalization(source.train),
+            TeacherTargets(),
+        )
+        recipe = {name: value for name, value in study.recipe.items() if name != "temperature"} | study.teachers
+        self.artifacts = Artifacts(
+            config.out,
+            study,
+            self._inputs,
+            self.device,
+            config.precision,
+            recipe=self._shorten(recipe),
+            recording=self._shorten({"student": study.dynamics["net"], **_recipe_of(study.dynamics)}),
+            given=given,
+            dynamics=recorded,
+        )
+
+    def _shorten(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        epochs = compress(self.config.study, int(recipe.get("epochs") or 240), self.config.epochs)
+        return {**recipe, "epochs": epochs}
+
+    def _check_cells(self) -> None:
+        labels = self.source.train.labels
+        checked = set()
+        for cell in self.config.cells:
+            samples, config = subset_size(len(labels), cell.fraction), self._run_config(cell, 0)
+            place = (cell.student, samples, config.batch_size)
+            if place in checked:
+                continue
+            checked.add(place)
+            class_budgets(labels, samples)
+            if samples < config.batch_size:
+                raise SubsetError(
+                    f"the fraction {cell.fraction:g} keeps {samples} of {len(labels)} samples, fewer than one batch of "
+                    f"{config.batch_size}: leave it out with `fractions`"
+                )
+            check_student(config, samples, self.source, Distributed(), self.device)
+
+    def _run_config(self, cell: Cell, seed: int) -> RunConfig:
+        epochs = compressed_epochs(self.config.study, cell, self.config.epochs, len(self.source.train))
+        return cell.run_config(epochs=epochs, seed=seed, precision=self.config.precision)
+
+    def runs(self) -> list[StudyRun]:
+        """Return the runs in their order: seed by seed, so that every cell has a row early."""
+        return [self._run(cell, seed) for seed in self.config.seeds for cell in self.config.cells]
+
+    def _run(self, cell: Cell, seed: int) -> StudyRun:
+        config, study = self._run_config(cell, seed), self.config.study
+        targets = choose_targets(study, cell, self.source, config, self.config.epochs)
+        settings: dict[str, Any] = {
+            **config.to_dict(),
+            "alpha": cell.alpha if cell.kd else 0,
+            "method": cell.method,
+            "fraction": cell.fraction,
+            "disjoint": cell.disjoint,
+            "data": self.source.fingerprint,
+            "inputs": self.artifacts.method_identity(cell),
+            "targets": targets,
+            "teacher": None,
+        }
+        if cell.kd and cell.teacher is not None:
+            settings["teacher"] = self.artifacts.teacher_spec(cell.teacher, cell.teacher_fraction or 1.0).identity
+        return StudyRun(cell, study.label(cell), seed, config.epochs, targets, settings)
+
+    def execute(self, run: StudyRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Make what the run needs, train its student and evaluate it; resume what was interrupted.
+
+        Args:
+            run: The run.
+            out: Folder of the reproduction, which contains the folder of the run.
+            progress: Called with (step, steps, status).
+
+        Returns:
+            The row of the run.
+
+        Raises:
+            DivergedError: The loss is not finite.
+            Interrupted: SIGTERM or Ctrl-C; the state is saved.
+            OutputError: The folder cannot be written.
+        """
+        cell, subset = run.cell, self.artifacts.subset(run.cell, run.seed, progress)
+        plan, paths = self._plan(run, subset, progress)
+        folder = self._folder(run, out)
+        with RunFolder(folder, plan.identity, metadata=plan.metadata) as claimed:
+            result = train(plan, claimed, Monitoring(progress=progress))
+        teacher = None
+        if cell.kd:
+            teacher = self.artifacts.teacher(str(cell.teacher), cell.teacher_fraction or 1.0).metadata.get("test_top1")
+        return {
+            "key": run.key,
+            "study": self.config.study.name,
+            "cell": cell.to_dict(),
+            "seed": run.seed,
+            "epochs": run.epochs,
+            "compressed_to": self.config.epochs,
+            "dataset": self.config.dataset or self.source.kind,
+            "teacher_top1": teacher,
+            **{name: result[name] for name in _FROM_RESULT},
+            "precision": self.config.precision,
+            "machine": describe_machine(self.device),
+            "subset": plan.identity["subset"],
+            "command": distill_command(plan, paths, folder, self.config),
+            "settings": run.settings,
+            "kdfast": kdfast.__version__,
+            "torch": torch.__version__,
+        }
+
+    def _plan(self, run: StudyRun, subset: Path | None, progress: Progress | None) -> tuple[Plan, dict[str, Path]]:
+        """Return the plan of a run, and the paths of its inputs by option of `kdfast distill`."""
+        config = self._run_config(run.cell, run.seed)
+        ids, paths = np.arange(len(self.source.train), dtype=np.int64), {}
+        if subset is not None:
+            ids, paths["subset"] = open_subset(subset, self.source, batch_size=config.batch_size).ids, subset
+        targets = TeacherTargets()
+        if run.cell.kd and run.cell.teacher is not None:
+            fraction = run.cell.teacher_fraction or 1.0
+            most = 1.0 if config.ce is None else float("inf")
+            alpha = parse_alpha(str(run.cell.alpha), len(ids) / len(self.source.train), most)
+            config = dataclasses.replace(config, alpha=alpha)
+            if run.targets == CACHE:
+                paths["cache"] = self.artifacts.cache(run.cell, ids, config.views, progress)
+                targets = open_targets(self.source, ids, paths["cache"], None)
+            else:
+                paths["teacher"] = self.artifacts.teacher_path(self.artifacts.teacher_spec(run.cell.teacher, fraction))
+                targets = TeacherTargets(model=self.artifacts.teacher(run.cell.teacher, fraction, progress))
+        inputs = dataclasses.replace(self._inputs, teacher=targets)
+        metadata = {"data": self.config.data, **{name: str(path) for name, path in paths.items()}}
+        return inputs.plan(config, ids, device=self.device, metadata=metadata), paths
+
+    def _folder(self, run: StudyRun, out: Path) -> Path:
+        return refuse_links(make_subfolder(out, RUNS), run.key[:16])
+
+    def delete_checkpoints(self, run: StudyRun, out: Path, *, keep_runs: bool) -> None:
+        """Delete the folder of a run, once its row is written.
+
+        Args:
+            run: The run.
+            out: Folder of the reproduction.
+            keep_runs: Whether to keep the folder, which contains the student.
+        """
+        folder = refuse_links(out, RUNS) / run.key[:16]
+        if not keep_runs and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+
+    def needs(self, run: StudyRun) -> dict[Path, tuple[str, int]]:
+        """Return what must be trained before a run, see `Artifacts.missing_training`."""
+        return self.artifacts.missing_training(run.cell)
+
+
+def _recipe_of(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in RECIPE_FIELDS}
