@@ -3,7 +3,7 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from kdfast.data.readers.registry import open_source
-from kdfast.errors import DataError
+from kdfast.errors import DataError, DataWarning
 
 
 def test_labels_and_pixels_match_the_file(tmp_path, svhn):
@@ -45,8 +45,28 @@ def test_truncated_file_is_named(tmp_path, svhn, cut):
 def test_rejects_wrong_content(tmp_path, svhn, content):
     folder = svhn(tmp_path / "svhn")
     savemat(folder / "test_32x32.mat", content)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         open_source(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_rejects_matlab_7_3_files(tmp_path, svhn):
+    file = svhn(tmp_path / "svhn") / "train_32x32.mat"
+    head = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM"
+    file.write_bytes(head.ljust(512, b"\0") + b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(DataError, match=r"train_32x32\.mat is damaged or not a MATLAB 5 file"):
+        open_source(file.parent)
+
+
+def test_the_extra_digits_are_left_out_and_named(tmp_path, svhn):
+    folder = svhn(tmp_path / "svhn")
+    assert open_source(folder).notes == ()
+    before = open_source(folder).fingerprint
+    savemat(folder / "extra_32x32.mat", {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((4, 1), np.uint8)})
+    with pytest.warns(DataWarning, match="is not read"):
+        source = open_source(folder)
+    assert (len(source.train), source.fingerprint) == (20, before)
+    assert source.notes == (f"{folder / 'extra_32x32.mat'} is not read: the training split is train_32x32.mat",)
 
 
 def test_refuses_arrays_that_do_not_fit_into_the_memory(tmp_path, svhn, monkeypatch):

@@ -15,6 +15,7 @@ from kdfast.files.inputs import available_memory
 _VARIABLES = ("X", "y")
 
 FILES = ("train_32x32.mat", "test_32x32.mat")
+EXTRA = "extra_32x32.mat"
 
 
 def is_svhn(path: Path) -> bool:
@@ -25,14 +26,16 @@ def is_svhn(path: Path) -> bool:
 def open_svhn(path: Path) -> Source:
     """Read SVHN's cropped digits from `train_32x32.mat` and `test_32x32.mat`.
 
-    The files label the digit zero as class 10; here it is class 0. Views shift by up to 4 pixels and do not flip.
+    The files label the digit zero as class 10; here it is class 0. Views shift by up to 4 pixels and do not flip. The
+    simpler digits of `extra_32x32.mat` are not read: papers on subsets train on the 73,257 of the first file.
 
     Raises:
         DataError: A file is missing, damaged, or not an SVHN file.
     """
     train, test = (_read_split(path / name) for name in FILES)
     views = ViewSpec(kind="shift", size=train.shape[:2], pad=4, flip=False)
-    return Source(str(path), "svhn", tuple(str(digit) for digit in range(10)), train, test, views)
+    notes = (f"{path / EXTRA} is not read: the training split is {FILES[0]}",) if (path / EXTRA).exists() else ()
+    return Source(str(path), "svhn", tuple(str(digit) for digit in range(10)), train, test, views, notes=notes)
 
 
 def _read_split(path: Path) -> ArraySplit:
