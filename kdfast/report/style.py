@@ -54,13 +54,14 @@ svg { display: block; width: 100%; height: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.75rem;
   margin: .75rem 0 1.25rem; }
 .chart .tick, .chart .axis { font-size: 13px; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0; }
+.legend { display: flex; flex-wrap: wrap; align-content: start; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0; }
 .legend li { display: flex; align-items: center; gap: .4rem; font-size: .85rem; overflow-wrap: anywhere; }
 svg.swatch { flex: none; width: 30px; }
 .gap { display: flex; justify-content: flex-end; align-items: center; gap: 0 .8rem; }
 .gap span { min-width: 10.5rem; } svg.interval { width: 240px; } .zero { stroke: var(--soft); }
 .whisker { stroke: var(--own); stroke-width: 2; } .interval .good { --own: var(--good); fill: var(--good); }
 .interval .bad { --own: var(--bad); fill: var(--bad); } .interval .unclear { --own: var(--soft); fill: var(--soft); }
+.study th[scope=row] { min-width: 10rem; } .study td { white-space: nowrap; }
 .compared { width: 100%; } .compared th[scope=row] { overflow-wrap: break-word; }
 .compared td, .compared thead th { white-space: nowrap; }
 .compared th:nth-child(2) { width: 9rem; } .compared th:last-child { width: 6rem; }

@@ -108,6 +108,9 @@ DEFAULTS: Values = {
 }  # fmt: skip
 
 _OPTIONAL = ("ce_weight", "term", "term_weight", "match_steps_of")  # null stands for none
+RECIPE_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(RunConfig) if field.name in RECIPE_FIELDS
+}
 _RECIPE_TYPES = {field.name: str(field.type) for field in dataclasses.fields(RunConfig)}
 
 

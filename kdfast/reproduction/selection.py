@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Value, format_value, parse_text
+from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Value, format_value, parse_text
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.study import Study
 from kdfast.sweep.spec import parse_methods
@@ -97,7 +97,7 @@ def compress(study: Study, own: int, epochs: int | None) -> int:
 
 
 def _value(cell: Cell, name: str) -> Value:
-    value: Value = dict(cell.recipe).get(name) if name in RECIPE_FIELDS else getattr(cell, name)
+    value: Value = {**RECIPE_DEFAULTS, **dict(cell.recipe)}[name] if name in RECIPE_FIELDS else getattr(cell, name)
     return value
 
 

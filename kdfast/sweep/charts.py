@@ -181,7 +181,7 @@ def chart(
 
 def legend(lines: Sequence[tuple[str, Line]], *, reference: bool) -> Safe:
     """List the names of lines with their color, shape and dashes."""
-    items = [tag("li", _swatch(*line_sample(line)), tag("span", breakable(name))) for name, line in lines]
+    items = [tag("li", _swatch(line_sample(line)), tag("span", breakable(name))) for name, line in lines]
     if reference:
         line = tag("line", x1=1, x2=29, y1=7, y2=7, class_="reference")
         star = _moved(tag("path", d=_STAR, class_="star"), 15, 7, 4.5)
@@ -189,10 +189,10 @@ def legend(lines: Sequence[tuple[str, Line]], *, reference: bool) -> Safe:
     return tag("ul", items, class_="legend", aria_label="Methods")
 
 
-def line_sample(line: Line) -> list[Safe]:
+def line_sample(line: Line) -> Safe:
     """Draw a piece of a line with a mark, 30 wide and 14 high."""
     stroke = tag("line", x1=1, x2=29, y1=7, y2=7, class_=_trend(line)) if line.joined else None
-    return [render(stroke), _moved(_shape(line), 15, 7, 4.0)]
+    return render([stroke, _moved(_shape(line), 15, 7, 4.0)])
 
 
 def breakable(method: str) -> Safe:
@@ -277,7 +277,7 @@ def _label_heights(heights: Sequence[float]) -> list[float]:
 
 def _accuracy_range(low: float, high: float) -> tuple[float, float, tuple[tuple[float, str], ...]]:
     """Return the ends of the vertical axis, with room above for a label, and its ticks."""
-    room = max(high - low, 1.0)
+    room = max(high - low, min(high, 1.0)) or 1.0
     low, high = max(0.0, low - 0.06 * room), high + 0.1 * room
     return low, high, _round_ticks(low, high, 8)
 

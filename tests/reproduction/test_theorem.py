@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import subspace_angles
 from sklearn.linear_model import Ridge
 
-from kdfast.reproduction.theorem import (
+from kdfast.reproduction.theorem.regression import (
     Problem,
     agreement,
     bias_map,
