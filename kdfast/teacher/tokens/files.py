@@ -151,30 +151,28 @@ def _split(arrays: Mapping[str, Array], names: Mapping[str, str]) -> Iterator[Ro
         raise ValueError(
             f"{names['values']} have shape {values.shape} and {names['ids']} {ids.shape}: must be the same"
         )
-    if values.ndim == 3:
-        texts, longest = values.shape[:2]
-        lengths = np.full(texts, longest) if lengths is None else lengths
-        starts: Array = np.arange(texts) * longest
+    if values.ndim not in (2, 3) and not (values.ndim == 1 and offsets is not None):
+        raise ValueError(
+            f"{names['values']} have shape {values.shape}: must be (S, L, k), (N, k) with lengths (S,), or (E,) with "
+            "offsets (N + 1,) and lengths (S,)"
+        )
+    padded = values.shape[:2] if values.ndim == 3 else None
+    if padded is not None:
         values, ids = values.reshape(-1, values.shape[2]), ids.reshape(-1, values.shape[2])
         labels = None if labels is None else labels.reshape(-1)
-        _check_lengths(lengths, texts, longest)
+    bounds: Any = offsets if values.ndim == 1 else np.arange(len(values) + 1) * values.shape[1]
+    total = len(bounds) - 1
+    if padded is not None:
+        lengths = np.full(padded[0], padded[1]) if lengths is None else lengths
+        _check_lengths(lengths, padded[0], padded[1])
+        starts: Array = np.arange(padded[0]) * padded[1]
     else:
-        total = len(offsets) - 1 if values.ndim == 1 and offsets is not None else len(values)
         lengths = np.array([total]) if lengths is None else lengths
         _check_lengths(lengths, len(lengths), total)
         if int(lengths.sum()) != total:
             raise ValueError(f"lengths sum to {int(lengths.sum())}, and there are {total} tokens")
         starts = np.cumsum(lengths) - lengths
-    if values.ndim == 2:
-        bounds: Array = np.arange(len(values) + 1) * values.shape[1]
-        values, ids = values.reshape(-1), ids.reshape(-1)
-    elif values.ndim == 1 and offsets is not None:
-        bounds = offsets.astype(np.int64)
-    else:
-        raise ValueError(
-            f"{names['values']} have shape {values.shape}: must be (S, L, k), (N, k) with lengths (S,), or (E,) with "
-            "offsets (N + 1,) and lengths (S,)"
-        )
+    values, ids, bounds = values.reshape(-1), ids.reshape(-1), bounds.astype(np.int64)
     for text, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         inside = bounds[start : start + length + 1]
         first, last = int(inside[0]), int(inside[-1])
