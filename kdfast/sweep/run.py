@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kdfast.files import check_writable
 from kdfast.progress import Progress
+from kdfast.sweep.parallel.processes import run_workers
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
 from kdfast.sweep.work import OnRow, run_worker
-from kdfast.sweep.workers import run_workers
 
 
 def run_sweep(
@@ -46,5 +46,5 @@ def run_sweep(
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, progress=progress)
     else:
-        opened = functools.partial(Session, session.config)
+        opened = functools.partial(Session, session.given, session.share())
         run_workers(opened, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)

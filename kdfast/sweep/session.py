@@ -33,6 +33,7 @@ from kdfast.pruning.scores.compute import ScoreSources
 from kdfast.pruning.select import SubsetPipeline
 from kdfast.sweep.costs import stage_seconds
 from kdfast.sweep.grid import SweepConfig, SweepRun
+from kdfast.sweep.parallel.shared import share_source
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.results_log import RUNS
 from kdfast.teacher.cache import TeacherCache
@@ -43,9 +44,11 @@ class Session:
 
     Args:
         config: The settings of the sweep.
+        source: The data, opened as the settings say; None: open it.
 
     Attributes:
-        config: The settings of the sweep.
+        config: The settings of the sweep, with its views.
+        given: The settings as given.
 
     Raises:
         UsageError: A method is unknown or lacks an input, or settings contradict each other.
@@ -53,9 +56,11 @@ class Session:
         SubsetError: A fraction keeps too few samples.
     """
 
-    def __init__(self, config: SweepConfig) -> None:
-        self._device = resolve_device(config.device)
-        source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+    def __init__(self, config: SweepConfig, source: Source | None = None) -> None:
+        self.given, self._device = config, resolve_device(config.device)
+        if source is None:
+            source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+        self._opened = source
         if config.augment is not None:
             source, views = augment_source(source, config.augment, config.settings.get("views", 0))
             config = dataclasses.replace(config, settings={**config.settings, "views": views})
@@ -113,6 +118,10 @@ class Session:
             for recipe in self._recipes
             for kd in config.kd
         ]
+
+    def share(self) -> Source | None:
+        """Return the data for the sessions of other processes, see `kdfast.sweep.parallel.shared.share_source`."""
+        return share_source(self._opened, self._inputs[False].loader)
 
     @property
     def source(self) -> Source:

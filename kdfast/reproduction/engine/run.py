@@ -10,9 +10,9 @@ from kdfast.progress import Progress
 from kdfast.reproduction.engine.budget import Budget, make_budget
 from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.session import ReproductionSession
+from kdfast.sweep.parallel.processes import run_workers
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.work import OnRow, run_worker
-from kdfast.sweep.workers import run_workers
 
 
 def open_log(config: ReproductionConfig) -> ResultsLog:
