@@ -97,7 +97,7 @@ class DivergenceRows {
     write(i, true, slopes);
     if (label < 0) return;
     const float e = s_.e[label], of_label = e == 0.0f ? 0.0f : e * slopes.e * (s_.u[label] - slopes.shift);
-    store_gradient(a_, i, label, e1_at(terms_.power, s_, label) * slopes.e1 + of_label - label_slope());
+    store_gradient(a_, i, label, of_cross_entropy(e1_at(terms_.power, s_, label), slopes.e1) + of_label);
   }
 
   // Sums over the classes other than the label, whose logit is removed from the rows before. The probability of the
@@ -157,7 +157,7 @@ class DivergenceRows {
                                                             gradient_row(a_, i), uniform_slope());
     if (label < 0) return;
     const float of_label = s_.e[label] * slopes.e - s_.u[label] * slopes.u + fourth_[label] * slopes.centered;
-    store_gradient(a_, i, label, s_.e1[label] * slopes.e1 + of_label - label_slope());
+    store_gradient(a_, i, label, of_cross_entropy(s_.e1[label], slopes.e1) + of_label);
   }
 
   static constexpr double kEpsilon = 1e-7;  // STANDARDIZATION_EPSILON of reference.py
@@ -169,9 +169,14 @@ class DivergenceRows {
 
   bool is_smoothed(int64_t label) const { return label >= 0 && a_.label_smoothing > 0; }
 
-  // Parts of the gradient that the target of the cross-entropy subtracts at every class, and at the label.
+  // Part of the gradient that the target of the cross-entropy subtracts at every class.
   float uniform_slope() const { return static_cast<float>(ce_slope_ * call_.class_target); }
-  float label_slope() const { return static_cast<float>(ce_slope_ * call_.label_target); }
+
+  // The gradient of the cross-entropy at the label. It is small where the label is almost certain, so that its two large
+  // parts are subtracted before another is added.
+  float of_cross_entropy(float e1, float slope) const {
+    return e1 * slope - static_cast<float>(ce_slope_ * call_.label_target);
+  }
 
   // The cross-entropy from the odds of the label and the logits of the other classes, relative to the largest of them,
   // whose terms add up to `sum`.

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, add_two, known
 from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient
-from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax, tile_terms
+from kdfast.ops.kd_loss.triton.softmax import add_e1, sweep_sums, terms, tile_softmax, tile_terms
 from kdfast.ops.kd_loss.triton.tiles import at_label, load_tile, per_row, tile_scale
 
 __all__ = ["jensen_shannon"]
@@ -192,5 +192,6 @@ def jensen_shannon(
         if USE_CE:
             e, root, u, _ = terms(z_label, t_label, tops[0], tops[1], tops[2], scale, True, False, POWER)
             gap, _ = log_ratios(z_label, t_label, e, u, tops, scale, mixture)
-            gradient = slope(e, root, u, gap, slopes, USE_CE, True, True, POWER) - factor * numbers[3]
+            of_ce = add_e1(root, slopes[0], -factor * numbers[3], POWER)  # first, as in `standardized`
+            gradient = of_ce + slope(e, root, u, gap, slopes, False, True, True, POWER)
     return loss, gradient

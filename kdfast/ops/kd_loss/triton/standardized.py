@@ -139,43 +139,47 @@ def deviation(spread):
 
 @triton.jit
 def terms(z, t, tops, scales, mean, USE_CE: tl.constexpr):
-    """Return e1, e, u, z - mean, a - b and b; what is not finite for a masked class is 0."""
+    """Return e1, e, u, z - mean and a - b; what is not finite for a masked class is 0."""
     d = z - tops[0]
     b, a = d * scales[0], (t - tops[1]) * scales[1]
     e, u = tl.exp2(b), tl.exp2(a)
     e1 = e
     if USE_CE:
         e1 = tl.exp2(d * LOG2E)
-    return e1, e, u, kept(d, d - mean), tl.where(u == 0.0, 0.0, a - b), kept(d, b)
+    return e1, e, u, kept(d, d - mean), tl.where(u == 0.0, 0.0, a - b)
 
 
 @triton.jit
 def tile_terms(zs, ts, tops, scales, mean, STEPS: tl.constexpr, USE_CE: tl.constexpr):
-    """Return the ``terms`` of all vectors: six tuples."""
+    """Return the ``terms`` of all vectors: five tuples."""
     tops, scales = (per_row(tops[0]), per_row(tops[1])), (per_row(scales[0]), per_row(scales[1]))
-    e1s, es, us, centers, gaps, bs = (), (), (), (), (), ()
+    e1s, es, us, centers, gaps = (), (), (), (), ()
     for k in tl.static_range(STEPS):
         z, t = zs[k].to(tl.float32), ts[k].to(tl.float32)
-        e1, e, u, center, gap, b = terms(z, t, tops, scales, per_row(mean), USE_CE)
+        e1, e, u, center, gap = terms(z, t, tops, scales, per_row(mean), USE_CE)
         e1s, es, us = e1s + (e1,), es + (e,), us + (u,)  # type: ignore[assignment]  # noqa: RUF005
-        centers, gaps, bs = centers + (center,), gaps + (gap,), bs + (b,)  # type: ignore[assignment]  # noqa: RUF005
-    return e1s, es, us, centers, gaps, bs
+        centers, gaps = centers + (center,), gaps + (gap,)  # type: ignore[assignment]  # noqa: RUF005
+    return e1s, es, us, centers, gaps
 
 
 @triton.jit
 def thread_sums(all_terms, STEPS: tl.constexpr):
-    """Return the sums of e1, e, u, u (a - b), e b and u b of each thread's columns, (ROWS, LANES)."""
-    e1s, es, us, _, gaps, bs = all_terms
+    """Return the sums of e1, e, u, u (a - b), and of z - mean times e and u, of each thread, (ROWS, LANES).
+
+    The last two are subtracted from each other. Relative to the maximum, as b is, their rounding errors would be larger
+    than those of PyTorch.
+    """
+    e1s, es, us, centers, gaps = all_terms
     # Summed within a vector first, which needs fewer registers.
     sum_e1, sum_e, sum_u = tl.sum(e1s[0], 2), tl.sum(es[0], 2), tl.sum(us[0], 2)
-    cross, of_e, of_u = us[0] * gaps[0], es[0] * bs[0], us[0] * bs[0]
+    cross, of_e, of_u = us[0] * gaps[0], es[0] * centers[0], us[0] * centers[0]
     for k in tl.static_range(1, STEPS):
         sum_e1 += tl.sum(e1s[k], 2)
         sum_e += tl.sum(es[k], 2)
         sum_u += tl.sum(us[k], 2)
         cross = tl.fma(us[k], gaps[k], cross)
-        of_e = tl.fma(es[k], bs[k], of_e)
-        of_u = tl.fma(us[k], bs[k], of_u)
+        of_e = tl.fma(es[k], centers[k], of_e)
+        of_u = tl.fma(us[k], centers[k], of_u)
     return sum_e1, sum_e, sum_u, tl.sum(cross, 2), tl.sum(of_e, 2), tl.sum(of_u, 2)
 
 
@@ -234,7 +238,7 @@ def store_gradient(
     flat,
 ):  # fmt: skip
     """Store the gradient of a tile from its terms and ``slopes``, the coefficients of each row."""
-    e1s, es, us, centers, _, _ = all_terms
+    e1s, es, us, centers, _ = all_terms
     slopes = (per_row(slopes[0]), per_row(slopes[1]), per_row(slopes[2]), per_row(slopes[3]))
     for k in tl.static_range(STEPS):
         g = slope(e1s[k], es[k], us[k], centers[k], slopes, USE_CE)
@@ -266,7 +270,7 @@ def sweep_gradients(
 def finish(top_z, count, spread, sums, z_label, factor, numbers, USE_CE: tl.constexpr):
     """Return the losses and the coefficients that ``slope`` takes, (ROWS,)."""
     sum_e1, sum_e, sum_u, cross, of_e, of_u = sums
-    scale, ce_factor, kl_factor, ce_slope, kl_slope = numbers
+    _, ce_factor, kl_factor, ce_slope, kl_slope = numbers
     loss = kl_factor * (LN2 * (cross / sum_u + tl.log2(sum_e / sum_u)))
     hard = factor
     if USE_CE:
@@ -274,7 +278,7 @@ def finish(top_z, count, spread, sums, z_label, factor, numbers, USE_CE: tl.cons
         hard = factor * ce_slope / sum_e1
     slope = factor * kl_slope / (spread + EPSILON)
     # The deviation takes the part along the centered logits from the gradient.
-    along = slope * (of_u / sum_u - of_e / sum_e) / scale
+    along = slope * (of_u / sum_u - of_e / sum_e) / (spread + EPSILON)
     along = tl.where(spread == 0.0, 0.0, along / (spread * (count - 1.0)))
     return loss * factor, (hard, slope / sum_e, slope / sum_u, along)
 
@@ -324,6 +328,8 @@ def standardized(
                 USE_CE, TILES, STEPS, LAST_STEPS, LAST_FULL, soft, flat,
             )  # fmt: skip
         if USE_CE:
-            e1, e, u, center, _, _ = terms(z_label, t_label, tops, scales, mean, USE_CE)
-            gradient = slope(e1, e, u, center, slopes, USE_CE) - factor * numbers[3]
+            e1, e, u, center, _ = terms(z_label, t_label, tops, scales, mean, USE_CE)
+            # The two large parts of the cross-entropy are subtracted first: where the label is almost certain, they
+            # leave little.
+            gradient = tl.fma(e1, slopes[0], -factor * numbers[3]) + slope(e1, e, u, center, slopes, False)
     return loss, gradient
