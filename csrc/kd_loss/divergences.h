@@ -172,8 +172,8 @@ class DivergenceRows {
   // Part of the gradient that the target of the cross-entropy subtracts at every class.
   float uniform_slope() const { return static_cast<float>(ce_slope_ * call_.class_target); }
 
-  // The gradient of the cross-entropy at the label. It is small where the label is almost certain, so that its two large
-  // parts are subtracted before another is added.
+  // The gradient of the cross-entropy at the label. It is small where the label is almost certain, so that its two
+  // large parts are subtracted before another is added.
   float of_cross_entropy(float e1, float slope) const {
     return e1 * slope - static_cast<float>(ce_slope_ * call_.label_target);
   }
