@@ -74,8 +74,7 @@ def reproduce_theorem(
     Raises:
         OutputError: The files cannot be written, or would replace some that kdfast did not write.
     """
-    check_page_path(out / PAGE)
-    check_picture_path(out / PICTURE)
+    check_theorem_files(out)
     check_writable(out)
     problem = problem or Problem()
     points = curves(problem, seed)
@@ -91,6 +90,16 @@ def reproduce_theorem(
     entries = [(name, line_sample(line)) for name, line in lines]
     write_picture(draw_picture(title, _bias_chart(lines), entries), out / PICTURE)
     return _to_dict(findings)
+
+
+def check_theorem_files(out: Path) -> None:
+    """Check, before the work, that report.html and plot.svg may be written. Writes nothing.
+
+    Raises:
+        OutputError: One of them exists, and kdfast did not write it.
+    """
+    check_page_path(out / PAGE)
+    check_picture_path(out / PICTURE)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kdfast.reproduction.study import Study
     from kdfast.sweep.results_log import ResultsLog
 
+_THEOREM = "theorem"  # no study: it has no cells
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -28,7 +29,9 @@ def reproduce(
     study: Annotated[
         str | None,
         typer.Argument(
-            help="Name of a study, as --list prints them; or a study file of your own, FILE.yaml.", metavar="STUDY"
+            help="Name of a study, as --list prints them; a study file of your own, FILE.yaml; or theorem, which needs "
+            "no data.",
+            metavar="STUDY",
         ),
     ] = None,
     list_studies: Annotated[
@@ -143,7 +146,16 @@ def reproduce(
         return
     if study is None or out is None:
         raise UsageError("pass a study and --out, or --list")
+    if study == _THEOREM:
+        given = {"data": data, "teacher": teacher, "dynamics": dynamics, "fractions": fractions, "methods": methods,
+                 "restrict": restrict, "epochs": epochs, "dataset": dataset, "budget": budget}  # fmt: skip
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"the theorem takes no `{name}`: omit it")
+        _reproduce_theorem(out, dry_run=dry_run)
+        return
     from kdfast.files import schemas
+    from kdfast.reproduction.report.page import check_report_files
     from kdfast.reproduction.selection import parse_restrictions, parse_values, select_cells
     from kdfast.reproduction.study import load_study
     from kdfast.reproduction.table import check_table
@@ -161,8 +173,9 @@ def reproduce(
     log = ResultsLog(out, schemas.StudyRow, "study")
     log.check_folder()
     check_table(out)
+    check_report_files(out)
     if report_only:
-        _report(loaded, log, dataset=dataset, epochs=epochs)
+        _report(loaded, log, dataset=dataset, data=data)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
@@ -205,9 +218,21 @@ def reproduce(
             on_row=functools.partial(_print_row, labels),
             progress=report,
         )
-    _report(loaded, log, dataset=dataset or session.source.kind, epochs=epochs)
+    _report(loaded, log, dataset=dataset or session.source.kind, data=data)
     if used is not None:
         _show_left(session, log, used)
+
+
+def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:
+    from kdfast.reproduction.theorem.page import check_theorem_files, describe, reproduce_theorem
+
+    check_theorem_files(out)
+    if dry_run:
+        show(f"would write report.html and plot.svg to {out}", {"dry_run": True, "out": str(out)})
+        return
+    with progress("theorem") as report:
+        result = reproduce_theorem(out, progress=report)
+    show(f"{describe(result)}\nreport.html and plot.svg written to {out}", {"out": str(out), **result})
 
 
 def _show_list() -> None:
@@ -215,9 +240,12 @@ def _show_list() -> None:
 
     studies = [load_study(name) for name in study_names()]
     lines = [
-        f"{s.name:<12} {len(s.cells):>4} cells, {s.images / 1e6:>6,.0f} million images a seed: {s.title}"
+        f"{s.name:<16} {len(s.cells):>4} cells, {s.images / 1e6:>6,.0f} million images a seed: {s.title}"
         for s in studies
     ]
+    lines.append(
+        f"{_THEOREM:<16} no data, under a minute: a student's bias and its teacher's data, by formula and simulation"
+    )
     facts = [
         {"name": s.name, "title": s.title, "source": s.source, "cells": len(s.cells), "images": s.images}
         for s in studies
@@ -225,19 +253,23 @@ def _show_list() -> None:
     show("\n".join(lines), {"studies": facts})
 
 
-def _report(study: Study, log: ResultsLog, *, dataset: str | None, epochs: int | None) -> None:
-    """Write table.md and report.html of the rows with these epochs, and print the table."""
-    from kdfast.reproduction.table import rows_of, table, write_table
+def _report(study: Study, log: ResultsLog, *, dataset: str | None, data: str | None) -> None:
+    """Write table.md, report.html and plot.svg from the rows, and print the table."""
+    from kdfast.reproduction.report.page import write_report
+    from kdfast.reproduction.report.results import collect
+    from kdfast.reproduction.table import table, write_table
 
     rows = log.results()
     if not rows:
         raise DataError(f"{log.folder} has no row of a study: pass as `out` the folder of one with a finished run")
     dataset = dataset or str(rows[-1]["dataset"])
-    results = rows_of(study, rows, dataset=dataset, epochs=epochs)
-    text = table(study, results, dataset=dataset, epochs=epochs)
+    found = collect(study, rows, dataset)
+    text = "\n".join(table(results) for results in found)
     write_table(text, log.folder)
-    known = [row for result in results for row in result.rows.values()]
-    show(f"\n{text}\ntable.md written to {log.folder}", {"out": str(log.folder), "rows": known})
+    write_report(study, rows, log.folder, dataset, data=data)
+    known = [row for results in found for row in results.rows]
+    written = f"table.md and report.html written to {log.folder}"
+    show(f"\n{text}\n{written}", {"out": str(log.folder), "rows": known})
 
 
 def _print_row(labels: dict[str, str], row: dict[str, Any]) -> None:
