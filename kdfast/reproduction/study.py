@@ -257,7 +257,8 @@ def _blame(where: str, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+        # Without backticks, which would make an option of the command line of a key of the file.
+        raise UsageError(f"{where}: {error}".replace("`", "")) from error
 
 
 def _expand(entry: Any, base: Values) -> list[Cell]:

@@ -163,6 +163,8 @@ class ReproductionSession:
             "targets": targets,
             "teacher": None,
         }
+        if self.config.epochs is not None:
+            settings["compressed_to"] = self.config.epochs
         if cell.kd and cell.teacher is not None:
             settings["teacher"] = self.artifacts.teacher_spec(cell.teacher, cell.teacher_fraction or 1.0).identity
         return StudyRun(cell, study.label(cell), seed, config.epochs, targets, settings)
