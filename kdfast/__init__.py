@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
         head_solve as head_solve,
     )
     from kdfast.pruning.score_file import write_scores as write_scores
+    from kdfast.pruning.token_scores import token_scores as token_scores
     from kdfast.teacher.tokens.importing import token_outputs as token_outputs
     from kdfast.teacher.tokens.read import TokenTeacher as TokenTeacher
     from kdfast.teacher.tokens.write import TokenWriter as TokenWriter
@@ -86,6 +87,7 @@ _PUBLIC = {
     "register_grad_norms": "kdfast.ops.grad_norms",
     "teacher_outputs": "kdfast.teacher.writing.outputs",
     "token_outputs": "kdfast.teacher.tokens.importing",
+    "token_scores": "kdfast.pruning.token_scores",
     "TokenTeacher": "kdfast.teacher.tokens.read",
     "TokenWriter": "kdfast.teacher.tokens.write",
     "topk_teacher": "kdfast.ops.kd_loss",
