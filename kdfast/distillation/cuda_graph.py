@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,16 @@ from kdfast.teacher.row_format import map_logits, tensors_of
 # Steps of a batch size that run as usual before it is captured: they compile kernels and allocate workspaces.
 WARMUP_STEPS = 2
 
+EXCLUSIVE = threading.RLock()
+"""Held by a thread that trains on a GPU for whatever may load code, wait for the whole device, allocate or free memory
+of the driver or draw from torch's global generators: for everything but replays.
+
+While one thread records a graph, none of this may happen in another one. A process that trains one network at a time
+never waits for it.
+"""
+
+_streams = threading.local()
+
 
 class CapturedStep:
     """Run a step on the GPU as a CUDA graph, with one graph for each batch size.
@@ -24,14 +35,14 @@ class CapturedStep:
     Every batch is copied to the same memory, from the first step on: Triton compiles other code for other alignments,
     and no code can be loaded while a step is recorded. The first steps of a batch size run as usual, and so does every
     step if recording fails. All of them must run in one stream, that of `stream`, in which the network's gradients are
-    first computed.
+    first computed. Threads have streams of their own, so that their graphs run at the same time.
 
     Args:
         device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = stream_of_thread(device)
         self._steps: Counter[int] = Counter()
         self._batches: dict[int, Batch] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -60,14 +71,21 @@ class CapturedStep:
                 the GPU, and nothing may wait for it.
         """
         size = batch.index.shape[1]
-        own = self._place(batch, size)
-        if size not in self._graphs and self._enabled and self._steps[size] >= WARMUP_STEPS:
-            self._record(own, size, step)
-        self._steps[size] += 1
-        if size in self._graphs:
-            self._graphs[size].replay()
-        else:
-            step(own)
+        with contextlib.nullcontext() if size in self._graphs else EXCLUSIVE:
+            own = self._place(batch, size)
+            if size not in self._graphs and self._enabled and self._steps[size] >= WARMUP_STEPS:
+                self._record(own, size, step)
+            self._steps[size] += 1
+            if size in self._graphs:
+                self._graphs[size].replay()
+            else:
+                step(own)
+
+    def close(self) -> None:
+        """Destroy the graphs, which must not wait for the garbage collector in another thread."""
+        with EXCLUSIVE:
+            self._graphs.clear()
+            self._enabled = False
 
     def _place(self, batch: Batch, size: int) -> Batch:
         """Copy a batch to the memory of its size."""
@@ -91,6 +109,14 @@ class CapturedStep:
             warnings.warn(f"kdfast: this step cannot be a CUDA graph, so it is slower: {error}", RuntimeWarning, 2)
         else:
             self._graphs[size] = graph
+
+
+def stream_of_thread(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of this thread on a GPU. Torch gives out 32 in turn, so that a new one may be in use."""
+    found: dict[str, torch.cuda.Stream] = _streams.__dict__
+    if str(device) not in found:
+        found[str(device)] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return found[str(device)]
 
 
 def changing_tensors(batch: Batch) -> list[Tensor]:

@@ -206,10 +206,16 @@ class TeacherTargets:
     """The teacher of a run: a cache, a model to run during training, or neither.
 
     Beside a cache, the model is only what the student's predictions are compared with.
+
+    Attributes:
+        cache: The cache.
+        model: The model.
+        runs: Runs that train on the device at a time, and share its memory.
     """
 
     cache: TeacherCache | None = None
     model: Model | None = None
+    runs: int = 1
 
     def identity(self) -> dict[str, Any] | None:
         """Return what determines the logits; None without a teacher."""
@@ -280,7 +286,7 @@ class TeacherTargets:
             _check_temperature(self.cache, config)
             size = len(ids) * config.views * self.cache.row_bytes
             # On a CPU the file is in memory already, in the system's cache.
-            resident = device.type != "cpu" and fits_in_memory(size, device)
+            resident = device.type != "cpu" and fits_in_memory(self.runs * size, device)
             reshaping = Reshaping.of_cache(self.cache, source.train.labels) if config.reshape_logits else None
             return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident, reshaping=reshaping)
         if self.model is not None:

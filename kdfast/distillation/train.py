@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import MetricsFile, RunFolder
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.trainer import Trainer
@@ -76,23 +77,27 @@ def train(
         if folder.read_state() != "finished":  # a kill after the result was written
             _end(folder, monitoring, finished["steps"])
         return finished
-    trainer = make_trainer(plan)
+    with EXCLUSIVE:
+        trainer = make_trainer(plan)
     plan.distributed.barrier()
     saved = folder.load_checkpoint()
     if saved is not None:
-        trainer.load_state(saved)
+        with EXCLUSIVE:
+            trainer.load_state(saved)
     loop = _TrainingLoop(trainer, folder, monitoring)
     if saved is not None and monitoring.say is not None and folder.writes:
         monitoring.say(f"resuming at step {trainer.step} of {trainer.total_steps}")
     try:
         with StopRequest() as stop, trainer.stream():
             loop.run(stop)
-        return loop.finish()
+        with EXCLUSIVE:
+            return loop.finish()
     except Exception as error:
         state = "interrupted" if isinstance(error, Interrupted) else "failed"
         folder.write_status(state, **loop.position(), reason=str(error))
         raise
     finally:
+        trainer.close()
         if loop.metrics is not None:
             loop.metrics.close()
 
@@ -126,21 +131,23 @@ class _TrainingLoop:
                     must_save = must_stop or time.monotonic() - self.saved_at > monitoring.checkpoint_seconds
                     if not (must_log or must_save):
                         continue
-                    trainer.check_finite()
-                    trainer.train_seconds += time.perf_counter() - clock
-                    if must_log:
-                        self.log(epoch_ended)
-                    if epoch_ended and monitoring.on_epoch_end is not None:
-                        monitoring.on_epoch_end(trainer)
-                    if must_save:
-                        self.save()
+                    with EXCLUSIVE:
+                        trainer.check_finite()
+                        trainer.train_seconds += time.perf_counter() - clock
+                        if must_log:
+                            self.log(epoch_ended)
+                        if epoch_ended and monitoring.on_epoch_end is not None:
+                            monitoring.on_epoch_end(trainer)
+                        if must_save:
+                            self.save()
                     if must_stop:
                         raise self.interruption(stop)
                     clock = time.perf_counter()
             finally:
                 batches.close()
-        trainer.check_finite()
-        self.save()
+        with EXCLUSIVE:
+            trainer.check_finite()
+            self.save()
         # A signal during the last log and save must still stop the commands that follow this one.
         if self.stop_requested(stop, wait=True):
             raise self.interruption(stop)

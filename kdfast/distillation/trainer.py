@@ -144,6 +144,11 @@ class Trainer:
         """Return a context in which all steps must run, and everything else that uses the network meanwhile."""
         return contextlib.nullcontext() if self._captured is None else self._captured.stream()
 
+    def close(self) -> None:
+        """Free what the steps need on a GPU; no step may follow."""
+        if self._captured is not None:
+            self._captured.close()
+
     @property
     def in_initial_phase(self) -> bool:
         """Whether only the terms with a phase of their own train at the next step."""

@@ -170,6 +170,23 @@ def check_logits(net: nn.Module, name: str, classes: int, size: Sequence[int]) -
         net.train(training)
 
 
+def draws_random_numbers(net: nn.Module, name: str, size: Sequence[int]) -> bool:
+    """Return whether a forward pass in training mode draws from torch's global generator, as dropout does.
+
+    Args:
+        net: The network, on the CPU; its batch norms count the pass.
+        name: Its name, for messages.
+        size: Height and width of the images.
+
+    Raises:
+        UsageError: The network cannot run on such images.
+    """
+    with _checking(name, size, torch.device("cpu")) as images, torch.no_grad():
+        before = torch.get_rng_state()
+        net.train()(images)
+        return not torch.equal(before, torch.get_rng_state())
+
+
 @contextmanager
 def _checking(name: str, size: Sequence[int], device: torch.device) -> Iterator[Tensor]:
     """Yield random images (2, 3, height, width); turn every failure into an error that names the network and size."""

@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
+import struct
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,7 @@ class ResultsLog:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Try to claim a row; yield whether this process holds the claim, which ends with the block.
+        """Try to claim a row; yield whether this thread holds the claim, which ends with the block.
 
         Args:
             key: Key of the row, hexadecimal.
@@ -133,12 +135,7 @@ class ResultsLog:
         byte = int(key[:15], 16)
         descriptor = open_own(self.folder / _CLAIMS)
         try:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-                held = True
-            except (BlockingIOError, PermissionError):
-                held = False
-            yield held
+            yield _lock_byte(descriptor, byte)
         finally:
             os.close(descriptor)
 
@@ -151,3 +148,20 @@ class ResultsLog:
             decode_json(line, schemas.SweepKey, f"line {number} of {self.path}", advice=_ADVICE)
             for number, line in enumerate(lines, 1)
         ]
+
+
+def _lock_byte(descriptor: int, byte: int) -> bool:
+    """Try to lock one byte of a file for this descriptor alone; closing it releases the lock."""
+    if sys.platform != "linux":  # a lock of the process, which its threads share
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+    # struct flock: type, whence, start, length, pid.
+    request = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

@@ -8,6 +8,7 @@ from pathlib import Path
 from kdfast.files import check_writable
 from kdfast.progress import Progress
 from kdfast.sweep.parallel.processes import run_workers
+from kdfast.sweep.parallel.threads import run_threads
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.session import Session
 from kdfast.sweep.work import OnRow, run_worker
@@ -29,7 +30,8 @@ def run_sweep(
     Args:
         session: The opened sweep.
         out: Folder of the sweep; created if missing.
-        jobs: Number of processes that train; 1: this process.
+        jobs: Number of runs that train at a time: on a CPU in processes, on a GPU in threads of this process, unless
+            their steps rule that out, see `Session.divide_device`. 1: in this thread.
         keep_runs: Whether to keep the folder of every run.
         on_row: Called with every new row of this sweep, whichever process wrote it.
         progress: Called with (rows done, rows total, status).
@@ -45,6 +47,8 @@ def run_sweep(
     check_writable(out)
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, on_row=on_row, progress=progress)
+    elif session.device.type == "cuda" and session.divide_device(jobs):
+        run_threads(session, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)
     else:
         opened = functools.partial(Session, session.given, session.share())
         run_workers(opened, runs, log, jobs=jobs, keep_runs=keep_runs, on_row=on_row, progress=progress)

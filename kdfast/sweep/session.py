@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import kdfast
 from kdfast.data.augment.presets import augment_source
@@ -17,6 +18,7 @@ from kdfast.data.source import Source, compute_normalization
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
@@ -26,6 +28,8 @@ from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
+from kdfast.nets.fit import draws_random_numbers
+from kdfast.nets.initial import build_started_net
 from kdfast.progress import Progress
 from kdfast.pruning.own_scores import describe_scores
 from kdfast.pruning.score_file import ScoreFile, open_scores
@@ -49,6 +53,7 @@ class Session:
     Attributes:
         config: The settings of the sweep, with its views.
         given: The settings as given.
+        device: Where the runs train.
 
     Raises:
         UsageError: A method is unknown or lacks an input, or settings contradict each other.
@@ -57,7 +62,7 @@ class Session:
     """
 
     def __init__(self, config: SweepConfig, source: Source | None = None) -> None:
-        self.given, self._device = config, resolve_device(config.device)
+        self.given, self.device = config, resolve_device(config.device)
         if source is None:
             source = open_source(config.data, size=config.size, order=config.order, split=config.split)
         self._opened = source
@@ -80,16 +85,16 @@ class Session:
         if config.dynamics is not None:
             dynamics = Dynamics.open(config.dynamics, labels=labels, fingerprint=fingerprint)
         self._sources = ScoreSources(source, cache, dynamics)
-        self._pipeline = SubsetPipeline(self._sources, files, device=str(self._device))
+        self._pipeline = SubsetPipeline(self._sources, files, device=str(self.device))
         for recipe in self._recipes:
             for fraction in config.fractions:
                 self._pipeline.check(recipe.method, fraction)
-        loader = make_loader(source.train, config.loader, self._device)
+        loader = make_loader(source.train, config.loader, self.device)
         plain = LoadedInputs(source, loader, compute_normalization(source.train), TeacherTargets())
         self._inputs = {False: plain, True: dataclasses.replace(plain, teacher=TeacherTargets(cache))}
         for kd in config.kd:
             # Refuse more views than exist, and terms that do not fit.
-            self._inputs[kd].plan(config.run_config(1, seed=0, kd=kd), np.arange(len(labels)), device=self._device)
+            self._plan_all(kd)
         self._digests: dict[str, Any] = {
             "cache": self._inputs[True].teacher.identity(),
             "dynamics": None if dynamics is None else dynamics.digest,
@@ -106,7 +111,7 @@ class Session:
                     f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
                     f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
-            check_student(self.config.run_config(samples, seed=0), samples, self._source, Distributed(), self._device)
+            check_student(self.config.run_config(samples, seed=0), samples, self._source, Distributed(), self.device)
 
     def runs(self) -> list[SweepRun]:
         """Return the grid in the order it is run: seed by seed, so that a complete table exists early."""
@@ -118,6 +123,27 @@ class Session:
             for recipe in self._recipes
             for kd in config.kd
         ]
+
+    def _plan_all(self, kd: bool) -> Plan:
+        """Plan a run on all samples."""
+        ids = np.arange(len(self._source.train), dtype=np.int64)
+        return self._inputs[kd].plan(self.config.run_config(1, seed=0, kd=kd), ids, device=self.device)
+
+    def divide_device(self, jobs: int) -> bool:
+        """Return whether threads can train at the same time on the GPU, and divide its memory among so many runs.
+
+        Their steps must run as CUDA graphs, and must not draw from torch's global generators.
+        """
+        if not all(self._plan_all(kd).can_capture() for kd in self.config.kd):
+            return False
+        config, source = self.config.run_config(1, seed=0), self._source
+        with torch.random.fork_rng(devices=[]):
+            net = build_started_net(config.student, len(source.classes), config.init)
+        if draws_random_numbers(net, config.student, source.view_spec.size):
+            return False
+        inputs = self._inputs[True]
+        self._inputs[True] = dataclasses.replace(inputs, teacher=dataclasses.replace(inputs.teacher, runs=jobs))
+        return True
 
     def share(self) -> Source | None:
         """Return the data for the sessions of other processes, see `kdfast.sweep.parallel.shared.share_source`."""
@@ -169,8 +195,9 @@ class Session:
         """
         runs = make_subfolder(out, RUNS)
         state = runs / f"{run.key[:16]}.search"
-        selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=progress)
-        plan = self._plan(run, selection.ids)
+        with EXCLUSIVE:
+            selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=progress)
+            plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
         folder = refuse_links(runs, f"{run.key[:16]}-{plan.identity['subset'][:8]}")
         with RunFolder(folder, identity, metadata=plan.metadata) as claimed:
@@ -209,7 +236,7 @@ class Session:
     def _plan(self, run: SweepRun, ids: IntArray) -> Plan:
         alpha = self.config.alpha_at(len(ids) / len(self._source.train)) if run.kd else 0.0
         config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha, kd=run.kd)
-        return self._inputs[run.kd].plan(config, ids, device=self._device)
+        return self._inputs[run.kd].plan(config, ids, device=self.device)
 
 
 def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[ResolvedMethod]:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from kdfast.errors import DivergedError, Interrupted
+from kdfast.files.interrupt import StopRequest
 from kdfast.progress import Progress
 from kdfast.sweep.results_log import ResultsLog
 
 POLL_SECONDS = 0.3
 
 OnRow = Callable[[dict[str, Any]], None]
+
+
+class Postponed(Exception):
+    """Raised by `execute` where another process makes what the run needs; the run is tried again after others."""
 
 
 class Run(Protocol):
@@ -35,7 +40,7 @@ class RunSession(Protocol[RunT]):
         """Return the runs in their order."""
 
     def execute(self, run: RunT, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
-        """Return the row of a run, resumed if it was interrupted."""
+        """Return the row of a run, resumed if it was interrupted; raise Postponed if it cannot run yet."""
 
     def delete_checkpoints(self, run: RunT, out: Path, *, keep_runs: bool) -> None:
         """Delete what served to resume a run, once its row is written."""
@@ -78,7 +83,8 @@ def run_worker(
                 if claimed:
                     session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
     while pending := [run for run in runs if run.key not in done | diverged.keys() | refused]:
-        worked = False
+        _check_stop()
+        worked, looked = False, time.monotonic()
         for run in pending:
             if admit is not None and not admit(run.key):
                 refused.add(run.key)
@@ -86,18 +92,23 @@ def run_worker(
             with log.claim(run.key) as claimed:
                 if not claimed or run.key in log.done():
                     continue
-                worked = True
                 report = _RunProgress(runs, done, run, progress)
                 try:
                     log.append(session.execute(run, log.folder, progress=report))
                     session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
+                except Postponed:
+                    continue
                 except DivergedError as error:
                     diverged[run.key] = f"{run}: {error}"
+                worked = True
                 break
         done = report_rows(log, runs, done, on_row)
         if not worked:
             _check_parent()
-            time.sleep(POLL_SECONDS)
+            if progress is not None:
+                progress(sum(run.key in done for run in runs), len(runs), "waits for other processes")
+            # Looking at all runs takes time of the processes that work.
+            time.sleep(max(POLL_SECONDS, 3 * (time.monotonic() - looked)))
     if diverged:
         raise DivergedError(f"{len(diverged)} of {len(runs)} runs diverged: {'; '.join(diverged.values())}")
 
@@ -123,6 +134,12 @@ def report_rows(log: ResultsLog, runs: Sequence[Run], done: set[str], on_row: On
         if on_row is not None and row["key"] in new:
             on_row(row)
     return {row["key"] for row in rows}
+
+
+def _check_stop() -> None:
+    """Raise if the process of this thread was asked to stop; a run stops by itself, with its state saved."""
+    if (name := StopRequest.of_main_thread()) is not None:
+        raise Interrupted(f"stopped by {name}: run the same command again to resume")
 
 
 def _check_parent() -> None:
