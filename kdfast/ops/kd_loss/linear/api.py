@@ -87,8 +87,9 @@ def linear_kd_loss(
         reduction: "mean", "sum" or "none". The mean over no rows is 0.
         num_items: Divisor of the mean in place of the sum of the weights of the rows that are not ignored: the number
             of tokens of all micro-batches or processes, whose losses then add up. A number or a scalar tensor.
-        chunk: Rows whose logits are held at a time. "auto": 128 on a CPU and 1,024 on a GPU; but for trained weights
-            in half precision all rows up to 2 H, which takes less memory than a float32 sum of their gradient.
+        chunk: Rows whose logits are held at a time. "auto": 128 on a CPU, 256 in half precision, and 1,024 on a GPU;
+            but for trained weights in half precision all rows up to 2 H, which takes less memory than a float32 sum of
+            their gradient.
         memory: "fast" computes the gradients with the loss, and keeps those of hidden states and weights until the
             backward pass. "low" keeps none and computes the logits again in the backward pass. Also computed there are
             float16 gradients, since they need the factor of a ``GradScaler``, and those of weights and bias with the

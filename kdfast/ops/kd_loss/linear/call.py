@@ -115,7 +115,8 @@ class LinearCall(NamedTuple):
             return min(self.chunk, max(n, 1))
         if trains_weight and self.weight.itemsize == 2 and n <= 2 * h:
             return max(n, 1)
-        return min(n, 128 if self.hidden.device.type == "cpu" else 1024) or 1
+        size = 1024 if self.hidden.device.type != "cpu" else 256 if self.dtype.itemsize == 2 else 128
+        return min(n, size) or 1
 
     @property
     def student(self) -> Layer:

@@ -95,7 +95,8 @@ def _make_kd_call(
         )
     beta = as_float("beta", options["beta"])
     if divergence == "jsd" and not 0 < beta < 1:
-        raise ShapeError(f"`beta` is {beta}: must be above 0 and below 1, the teacher's share of the mixture")
+        limits = "for 0 pass divergence='forward', for 1 'reverse'"
+        raise ShapeError(f"`beta` is {beta}: must be above 0 and below 1, the teacher's share of the mixture; {limits}")
     return make_call(
         logits, labels, teacher, rows, weights,
         alpha=vectors.get("alpha", options["alpha"]), temperature=vectors.get("temperature", options["temperature"]),
