@@ -121,7 +121,7 @@ def parse_value(name: str, value: Any) -> Value:
         UsageError: There is no such axis or field, or it does not accept the value.
     """
     if name in AXES:
-        if value is None and name in _OPTIONAL:
+        if value in (None, "none") and name in _OPTIONAL:
             return None
         try:
             return AXES[name](value)
@@ -150,8 +150,6 @@ def parse_text(name: str, text: str) -> Value:
     Raises:
         UsageError: As `parse_value`.
     """
-    if text == "none" and name in _OPTIONAL:
-        return None
     for kind in (int, float):
         try:
             return parse_value(name, kind(text))

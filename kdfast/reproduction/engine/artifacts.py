@@ -4,7 +4,7 @@
     dynamics/DIGEST                     recorded dynamics
     outputs/TEACHER                     a teacher's outputs on every sample, for methods
     subsets/DIGEST.npy                  the samples of a cell and seed
-    caches/TEACHER-DIGEST               a teacher's outputs on all views of a subset, for the loss
+    caches/TEACHER-DIGEST               a teacher's outputs on all views of a subset, for the loss; deleted after use
 
 A name contains the digest of everything that determines the content, so that studies and machines can share a folder.
 An interrupted process leaves what it has done, and the next one resumes there. Everything is checked by the code that
@@ -13,11 +13,11 @@ opens it, as in other commands.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,59 +26,36 @@ import torch
 
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
-from kdfast.data.subset import Subset, write_subset
-from kdfast.data.views import Normalization
+from kdfast.data.subset import Subset, class_budgets, subset_size, write_subset
 from kdfast.distillation.config import RunConfig
+from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs
-from kdfast.distillation.record_dynamics import RecordingConfig, record_dynamics
+from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
 from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics import format as dynamics_format
 from kdfast.dynamics.reader import Dynamics
-from kdfast.errors import UsageError
+from kdfast.estimates import cached_bytes
 from kdfast.files import make_subfolder, sha256_json
-from kdfast.nets.checkpoint import Model, is_own_checkpoint, load_model, save_model
+from kdfast.files.space import check_space
+from kdfast.nets.checkpoint import Model, load_model, save_model
 from kdfast.nets.fit import check_fit
-from kdfast.nets.foreign import read_torch_file
-from kdfast.nets.importing import import_checkpoint
 from kdfast.progress import Progress
 from kdfast.pruning.scores.compute import ScoreSources
 from kdfast.pruning.select import SelectionMethod, SubsetPipeline
 from kdfast.reproduction.cells import Cell, resolve
-from kdfast.reproduction.engine.locks import building
+from kdfast.reproduction.engine.locks import hold
+from kdfast.reproduction.engine.teachers import TEACHER_SEED, TeacherSpec, plain_name
 from kdfast.reproduction.study import RECORDING_FIELDS, Study
+from kdfast.sweep.work import Postponed
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
 from kdfast.teacher.manifest import MANIFEST
+from kdfast.teacher.plan import delete_cache
 from kdfast.teacher.predictor import Precision
-
-# Seed of teachers: of the share of the data, the weights and the order. No student's, so that a share of the data for a
-# teacher and one for a student are independent draws.
-TEACHER_SEED = 1000
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """A teacher, as far as it is known before it exists.
-
-    Attributes:
-        net: Its network.
-        fraction: Share of the training split that it is trained on.
-        identity: What determines it: the digest of a given file, or the settings of its training. JSON values.
-        given: The model of a given file.
-    """
-
-    net: str
-    fraction: float
-    identity: dict[str, Any]
-    given: Model | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of its files, without a suffix."""
-        return f"{_plain(self.net)}-{self.fraction:g}-{sha256_json(self.identity)[:8]}"
 
 
 class Artifacts:
@@ -162,7 +139,7 @@ class Artifacts:
             return None
         identity = {"method": cell.method, "fraction": cell.fraction, "seed": seed, "data": self._source.fingerprint}
         digest = sha256_json({**identity, **self.method_identity(cell)})[:12]
-        return self.out / "subsets" / f"{_plain(cell.method)}-{cell.fraction:g}-{seed}-{digest}.npy"
+        return self.out / "subsets" / f"{plain_name(cell.method)}-{cell.fraction:g}-{seed}-{digest}.npy"
 
     def teacher_path(self, spec: TeacherSpec) -> Path:
         """Return the file of a teacher."""
@@ -174,19 +151,54 @@ class Artifacts:
             return self._given_dynamics.path
         return self.out / "dynamics" / sha256_json(self.dynamics_identity())[:12]
 
-    def missing_training(self, cell: Cell) -> dict[Path, tuple[str, int]]:
-        """Return what must be trained before a cell: network and images by the file that is then there."""
+    def cache_path(self, cell: Cell, seed: int, views: int) -> Path:
+        """Return the folder of the cache of a cell's teacher and samples; 0 views: all."""
+        subset = self.subset_path(cell, seed)
+        part = "all" if subset is None else subset.stem.rpartition("-")[2]
+        return self.out / "caches" / f"{self._spec_of(cell).name}-{part}-{views}-{self._cache_precision}"
+
+    def missing(self, cell: Cell) -> dict[Path, tuple[str, int, int]]:
+        """Return what must be made before a cell, but the cache of its samples, by the file that is then there.
+
+        Returns:
+            The network, the images it is trained on, and those that it only classifies.
+        """
         method, samples = resolve(cell.method), len(self._source.train)
-        found: dict[Path, tuple[str, int]] = {}
+        found: dict[Path, tuple[str, int, int]] = {}
         if cell.kd or method.inputs & {"cache", "teacher"}:
             spec = self._spec_of(cell)
-            if spec.given is None:
-                config = self._teacher_config(spec.net)
-                found[self.teacher_path(spec)] = (spec.net, round(spec.fraction * samples) * config.epochs)
+            images = (
+                0 if spec.given is not None else round(spec.fraction * samples) * self._teacher_config(spec.net).epochs
+            )
+            found[self.teacher_path(spec)] = (spec.net, images, len(self._source.test))
+            if "cache" in method.inputs:
+                found[self._outputs_path(spec) / MANIFEST] = (spec.net, 0, samples * self._study.cache_views)
         if "dynamics" in method.inputs and self._given_dynamics is None:
             images = self._recorded.epochs * self._recording.runs * samples
-            found[self.dynamics_path() / dynamics_format.MANIFEST] = (self._recorded.student, images)
+            found[self.dynamics_path() / dynamics_format.MANIFEST] = (self._recorded.student, images, images)
         return {path: cost for path, cost in found.items() if not path.exists()}
+
+    def check(self, cells: Iterable[Cell]) -> None:
+        """Check, before the work, that what is missing for cells can be trained.
+
+        Raises:
+            UsageError: A network does not exist or does not fit the data, or the recording does not.
+            SubsetError: A teacher's share of the data is too small.
+        """
+        samples, checked = len(self._source.train), set()
+        for cell in cells:
+            needs = resolve(cell.method).inputs
+            if cell.kd or needs & {"cache", "teacher"}:
+                spec = self._spec_of(cell)
+                if spec.given is None and spec.name not in checked:
+                    checked.add(spec.name)
+                    kept = subset_size(samples, spec.fraction)
+                    class_budgets(self._source.train.labels, kept)
+                    check_student(self._teacher_config(spec.net), kept, self._source, Distributed(), self._device)
+            if "dynamics" in needs and self._given_dynamics is None and "dynamics" not in checked:
+                checked.add("dynamics")
+                check_student(self._recorded, samples, self._source, Distributed(), self._device)
+                check_recording(self._recorded, self._recording, self._source)
 
     # The artefacts themselves, made where they are missing.
 
@@ -217,13 +229,25 @@ class Artifacts:
             self._make(path, path, chosen, progress, f"subset {cell.method}")
         return path
 
-    def cache(self, cell: Cell, ids: IntArray, views: int, progress: Progress | None = None) -> Path:
-        """Return the cache of the teacher's logits on views of samples; 0 views: all."""
-        spec = self._spec_of(cell)
-        model = self.teacher(spec.net, spec.fraction, progress)
-        identity = {"ids": np.sort(ids).tolist(), "precision": self._cache_precision, "views": views}
-        path = self.out / "caches" / f"{spec.name}-{sha256_json(identity)[:12]}"
-        return self._cache(model, path, ids, views or None, progress)
+    def cache(self, cell: Cell, seed: int, ids: IntArray, views: int, progress: Progress | None = None) -> Path:
+        """Return the cache of a teacher's logits on views of a cell's samples, which are `ids`; 0 views: all."""
+        spec, path = self._spec_of(cell), self.cache_path(cell, seed, views)
+        if not (path / MANIFEST).exists():
+            model = self.teacher(spec.net, spec.fraction, progress)
+            self._cache(model, path, ids, views or self._source.view_spec.count, progress)
+        return path
+
+    def use(self, path: Path) -> AbstractContextManager[bool]:
+        """Try to keep other processes from deleting an artefact in the block; yields whether that succeeded."""
+        return hold(self.out, str(path.relative_to(self.out)), shared=True)
+
+    def delete_cache(self, path: Path) -> None:
+        """Delete a cache that no other process uses."""
+        with hold(self.out, str(path.relative_to(self.out))) as held:
+            if held:
+                delete_cache(path)
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
     def _spec_of(self, cell: Cell) -> TeacherSpec:
         assert cell.teacher is not None, "the cell has a teacher"
@@ -240,11 +264,13 @@ class Artifacts:
     def _make(
         self, path: Path, done: Path, make: Callable[[Progress | None], None], progress: Progress | None, name: str
     ) -> None:
-        """Make an artefact unless the file `done` exists, while no other process makes it."""
+        """Make an artefact unless the file `done` exists; raise Postponed while another process makes it."""
         if done.exists():
             return
         make_subfolder(self.out, path.relative_to(self.out).parts[0])
-        with building(self.out, str(path.relative_to(self.out)), progress):
+        with hold(self.out, str(path.relative_to(self.out))) as held:
+            if not held:
+                raise Postponed
             if not done.exists():
                 make(None if progress is None else _named(progress, name))
 
@@ -285,10 +311,9 @@ class Artifacts:
                 spec = self._spec_of(cell)
                 model = self.teacher(spec.net, spec.fraction, progress)
                 if "cache" in needs:
-                    where = self.out / "outputs" / f"{spec.name}-{self._study.cache_views}-{self._cache_precision}"
-                    cache = TeacherCache.open(
-                        self._cache(model, where, None, self._study.cache_views, progress), source=self._source
-                    )
+                    where = self._outputs_path(spec)
+                    self._cache(model, where, None, self._study.cache_views, progress)
+                    cache = TeacherCache.open(where, source=self._source)
             if "dynamics" in needs:
                 recorded = self._dynamics(progress)
             network = self._flattened(cell, model, progress) if "teacher" in needs and model is not None else None
@@ -321,54 +346,21 @@ class Artifacts:
         self._make(path, path, make, progress, "flatten")
         return load_model(path, net=model.name)
 
-    def _cache(
-        self, model: Model, path: Path, ids: IntArray | None, views: int | None, progress: Progress | None
-    ) -> Path:
+    def _outputs_path(self, spec: TeacherSpec) -> Path:
+        return self.out / "outputs" / f"{spec.name}-{self._study.cache_views}-{self._cache_precision}"
+
+    def _cache(self, model: Model, path: Path, ids: IntArray | None, views: int, progress: Progress | None) -> None:
         def make(report: Progress | None) -> None:
+            samples = len(self._source.train) if ids is None else len(ids)
+            size = cached_bytes(model, self._source, samples=samples, view_bytes=views * model.classes * 2)
+            check_space(path, size, "the teacher's cache")
             build_cache(
                 self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
                 device=self._device, progress=report,
             )  # fmt: skip
 
         self._make(path, path / MANIFEST, make, progress, f"cache of {model.name}")
-        return path
-
-
-def read_given(
-    files: Mapping[str, str], used: set[str], source: Source, normalization: Normalization | None
-) -> dict[str, Model]:
-    """Return the teachers of files by network, checked against the data.
-
-    Args:
-        files: Files by network, of kdfast or of another program.
-        used: Networks of the cells' teachers.
-        source: The data.
-        normalization: Input statistics of files that do not hold them.
-
-    Raises:
-        UsageError: The cells have no such teacher, or a file needs `normalization`.
-        CheckpointError: A file cannot be read, or does not fit the network or the data.
-    """
-    models = {}
-    for net, path in files.items():
-        if net not in used:
-            known = ", ".join(sorted(used)) or "none"
-            raise UsageError(f"`teacher` names {net}, and the networks of these cells' teachers are: {known}")
-        own = is_own_checkpoint(read_torch_file(Path(path), advice="pass another file"))
-        models[net], _ = import_checkpoint(
-            path,
-            net=net,
-            classes=len(source.classes),
-            class_names=source.classes,
-            normalization=None if own else normalization,
-        )
-        check_fit(models[net], source, path)
-    return models
 
 
 def _named(progress: Progress, name: str) -> Progress:
     return lambda done, total, note: progress(done, total, f"{name}: {note}")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", name)[:60]

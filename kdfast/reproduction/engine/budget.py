@@ -29,7 +29,7 @@ class RunCost:
         group: Runs of equal groups have equal speed.
         images: Images that its student is trained on.
         seconds: Estimated seconds of its training, from a short timing.
-        before: Estimated seconds of what must be trained before it, by the file that is then there.
+        before: Estimated seconds of what must be made before it, by the file that is then there.
         folder: Folder of the run, whose state says how much of it is done.
     """
 
@@ -61,7 +61,7 @@ class Budget:
         return time.time() + self.seconds(key) <= self.deadline
 
     def seconds(self, key: str) -> float:
-        """Return the estimated seconds of a run from now, with what must be trained before it."""
+        """Return the estimated seconds of a run from now, with what must be made before it."""
         missing = sum(seconds for path, seconds in self.costs[key].before.items() if not path.exists())
         return missing + self.training_seconds(key)
 
@@ -73,9 +73,16 @@ class Budget:
         return training * (1 - _done_share(cost.folder))
 
 
-def make_budget(session: ReproductionSession, runs: Sequence[StudyRun], log: ResultsLog, deadline: float) -> Budget:
-    """Return the budget of runs, after timing a few steps of each network."""
-    return Budget(deadline, log, describe_machine(session.device), run_costs(session, runs))
+def make_budget(
+    session: ReproductionSession, runs: Sequence[StudyRun], log: ResultsLog, deadline: float, jobs: int = 1
+) -> Budget:
+    """Return the budget of runs that so many processes share, after timing a few steps of each network."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        return Budget(deadline, log, describe_machine(session.device), run_costs(session, runs))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_costs(session: ReproductionSession, runs: Sequence[StudyRun]) -> dict[str, RunCost]:
@@ -88,7 +95,10 @@ def run_costs(session: ReproductionSession, runs: Sequence[StudyRun]) -> dict[st
         seconds = images * timing.step(run.cell.student)
         if online:
             seconds += images * timing.forward(str(run.cell.teacher))
-        before = {path: count * timing.step(net) for path, (net, count) in session.needs(run).items()}
+        before = {
+            path: trained * timing.step(net) + classified * timing.forward(net)
+            for path, (net, trained, classified) in session.missing(run).items()
+        }
         group = group_of(run.cell.to_dict(), run.targets, session.config.precision)
         costs[run.key] = RunCost(group, images, seconds, before, session.config.out / RUNS / run.key[:16])
     return costs

@@ -58,7 +58,7 @@ def run_study(
     log.begin()
     done = log.done()
     pending = [run for run in runs if run.key not in done]
-    budget = None if deadline is None else make_budget(session, pending, log, deadline)
+    budget = None if deadline is None else make_budget(session, pending, log, deadline, jobs)
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, admit=budget, on_row=on_row, progress=progress)
     else:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import kdfast
 from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
+from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, open_subset, subset_size
 from kdfast.device import resolve_device
 from kdfast.distillation.config import RunConfig
@@ -28,16 +32,21 @@ from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError
 from kdfast.files import make_subfolder, refuse_links, sha256_json
+from kdfast.nets import build_net
+from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.reproduction.axes import RECIPE_FIELDS
 from kdfast.reproduction.cells import Cell
-from kdfast.reproduction.engine.artifacts import Artifacts, read_given
+from kdfast.reproduction.engine.artifacts import Artifacts
 from kdfast.reproduction.engine.command import distill_command
 from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.machine import describe_machine
 from kdfast.reproduction.engine.targets import CACHE, choose_targets
+from kdfast.reproduction.engine.teachers import read_given
 from kdfast.reproduction.selection import compress, compressed_epochs
-from kdfast.sweep.results_log import RUNS
+from kdfast.sweep.results_log import RUNS, ResultsLog
+from kdfast.sweep.work import Postponed
+from kdfast.teacher.manifest import MANIFEST
 
 _FROM_RESULT = ("test_top1", "test_top5", "steps", "images", "seconds", "kept", "alpha", "views", "targets", "weights")
 
@@ -119,6 +128,8 @@ class ReproductionSession:
             given=given,
             dynamics=recorded,
         )
+        self.artifacts.check(config.cells)
+        self._check_terms()
 
     def _shorten(self, recipe: dict[str, Any]) -> dict[str, Any]:
         epochs = compress(self.config.study, int(recipe.get("epochs") or 240), self.config.epochs)
@@ -141,12 +152,31 @@ class ReproductionSession:
                 )
             check_student(config, samples, self.source, Distributed(), self.device)
 
+    def _check_terms(self) -> None:
+        """Check that terms which read activations fit the networks, on networks that are not trained."""
+        classes, checked = len(self.source.classes), set()
+        for cell in self.config.cells:
+            place = (cell.student, cell.teacher, cell.term, cell.fraction)
+            if cell.term is None or cell.teacher is None or place in checked:
+                continue
+            checked.add(place)
+            with torch.random.fork_rng(devices=[]):
+                net = build_net(cell.teacher, classes).eval()
+            model = Model(net, cell.teacher, classes, self.source.classes, self._inputs.normalization)
+            inputs = dataclasses.replace(self._inputs, teacher=TeacherTargets(model=model))
+            ids = np.arange(subset_size(len(self.source.train), cell.fraction), dtype=np.int64)
+            inputs.plan(self._run_config(cell, 0), ids, device=self.device)
+
     def _run_config(self, cell: Cell, seed: int) -> RunConfig:
         epochs = compressed_epochs(self.config.study, cell, self.config.epochs, len(self.source.train))
         return cell.run_config(epochs=epochs, seed=seed, precision=self.config.precision)
 
     def runs(self) -> list[StudyRun]:
         """Return the runs in their order: seed by seed, so that every cell has a row early."""
+        return self._runs
+
+    @functools.cached_property
+    def _runs(self) -> list[StudyRun]:
         return [self._run(cell, seed) for seed in self.config.seeds for cell in self.config.cells]
 
     def _run(self, cell: Cell, seed: int) -> StudyRun:
@@ -184,12 +214,14 @@ class ReproductionSession:
             DivergedError: The loss is not finite.
             Interrupted: SIGTERM or Ctrl-C; the state is saved.
             OutputError: The folder cannot be written.
+            Postponed: Another process makes what the run needs.
         """
         cell, subset = run.cell, self.artifacts.subset(run.cell, run.seed, progress)
-        plan, paths = self._plan(run, subset, progress)
-        folder = self._folder(run, out)
-        with RunFolder(folder, plan.identity, metadata=plan.metadata) as claimed:
-            result = train(plan, claimed, Monitoring(progress=progress))
+        with self._cached(run, subset, progress) as cache:
+            plan, paths = self._plan(run, subset, cache, progress)
+            folder = refuse_links(make_subfolder(out, RUNS), run.key[:16])
+            with RunFolder(folder, plan.identity, metadata=plan.metadata) as claimed:
+                result = train(plan, claimed, Monitoring(progress=progress))
         teacher = None
         if cell.kd:
             teacher = self.artifacts.teacher(str(cell.teacher), cell.teacher_fraction or 1.0).metadata.get("test_top1")
@@ -212,46 +244,77 @@ class ReproductionSession:
             "torch": torch.__version__,
         }
 
-    def _plan(self, run: StudyRun, subset: Path | None, progress: Progress | None) -> tuple[Plan, dict[str, Path]]:
-        """Return the plan of a run, and the paths of its inputs by option of `kdfast distill`."""
+    @contextlib.contextmanager
+    def _cached(self, run: StudyRun, subset: Path | None, progress: Progress | None) -> Iterator[Path | None]:
+        """Yield the cache of a run, which no other process deletes in the block; None if it has none."""
+        if run.targets != CACHE:
+            yield None
+            return
         config = self._run_config(run.cell, run.seed)
-        ids, paths = np.arange(len(self.source.train), dtype=np.int64), {}
-        if subset is not None:
-            ids, paths["subset"] = open_subset(subset, self.source, batch_size=config.batch_size).ids, subset
-        targets = TeacherTargets()
-        if run.cell.kd and run.cell.teacher is not None:
-            fraction = run.cell.teacher_fraction or 1.0
+        path = self.artifacts.cache(run.cell, run.seed, self._ids(subset, config), config.views, progress)
+        with self.artifacts.use(path) as held:
+            if not (held and path.exists()):
+                raise Postponed
+            yield path
+
+    def _ids(self, subset: Path | None, config: RunConfig) -> IntArray:
+        if subset is None:
+            return np.arange(len(self.source.train), dtype=np.int64)
+        return open_subset(subset, self.source, batch_size=config.batch_size).ids
+
+    def _plan(
+        self, run: StudyRun, subset: Path | None, cache: Path | None, progress: Progress | None
+    ) -> tuple[Plan, dict[str, Path]]:
+        """Return the plan of a run, and the paths of its inputs by option of `kdfast distill`."""
+        cell, config = run.cell, self._run_config(run.cell, run.seed)
+        ids, targets = self._ids(subset, config), TeacherTargets()
+        paths = {} if subset is None else {"subset": subset}
+        if cell.kd and cell.teacher is not None:
+            fraction = cell.teacher_fraction or 1.0
             most = 1.0 if config.ce is None else float("inf")
-            alpha = parse_alpha(str(run.cell.alpha), len(ids) / len(self.source.train), most)
+            alpha = parse_alpha(str(cell.alpha), len(ids) / len(self.source.train), most)
             config = dataclasses.replace(config, alpha=alpha)
-            if run.targets == CACHE:
-                paths["cache"] = self.artifacts.cache(run.cell, ids, config.views, progress)
-                targets = open_targets(self.source, ids, paths["cache"], None)
+            if cache is not None:
+                paths["cache"], targets = cache, open_targets(self.source, ids, cache, None)
             else:
-                paths["teacher"] = self.artifacts.teacher_path(self.artifacts.teacher_spec(run.cell.teacher, fraction))
-                targets = TeacherTargets(model=self.artifacts.teacher(run.cell.teacher, fraction, progress))
+                paths["teacher"] = self.artifacts.teacher_path(self.artifacts.teacher_spec(cell.teacher, fraction))
+                targets = TeacherTargets(model=self.artifacts.teacher(cell.teacher, fraction, progress))
         inputs = dataclasses.replace(self._inputs, teacher=targets)
         metadata = {"data": self.config.data, **{name: str(path) for name, path in paths.items()}}
         return inputs.plan(config, ids, device=self.device, metadata=metadata), paths
 
-    def _folder(self, run: StudyRun, out: Path) -> Path:
-        return refuse_links(make_subfolder(out, RUNS), run.key[:16])
-
     def delete_checkpoints(self, run: StudyRun, out: Path, *, keep_runs: bool) -> None:
-        """Delete the folder of a run, once its row is written.
+        """Delete the folder of a run, once its row is written, and its cache if no other of these runs needs it.
 
         Args:
             run: The run.
             out: Folder of the reproduction.
-            keep_runs: Whether to keep the folder, which contains the student.
+            keep_runs: Whether to keep both.
         """
+        if keep_runs:
+            return
         folder = refuse_links(out, RUNS) / run.key[:16]
-        if not keep_runs and folder.is_dir() and not folder.is_symlink():
+        if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
+        cache = self._cache_path(run)
+        if cache is not None and cache.exists():
+            done = ResultsLog(out).done()
+            if all(other.key in done for other in self.runs() if self._cache_path(other) == cache):
+                self.artifacts.delete_cache(cache)
 
-    def needs(self, run: StudyRun) -> dict[Path, tuple[str, int]]:
-        """Return what must be trained before a run, see `Artifacts.missing_training`."""
-        return self.artifacts.missing_training(run.cell)
+    def _cache_path(self, run: StudyRun) -> Path | None:
+        if run.targets != CACHE:
+            return None
+        return self.artifacts.cache_path(run.cell, run.seed, self._run_config(run.cell, run.seed).views)
+
+    def missing(self, run: StudyRun) -> dict[Path, tuple[str, int, int]]:
+        """Return what must be made before a run, see `Artifacts.missing`."""
+        found, cache = self.artifacts.missing(run.cell), self._cache_path(run)
+        if cache is not None and not (cache / MANIFEST).exists():
+            views = self._run_config(run.cell, run.seed).views or self.source.view_spec.count
+            kept = subset_size(len(self.source.train), run.cell.fraction)
+            found[cache / MANIFEST] = (str(run.cell.teacher), 0, kept * views)
+        return found
 
 
 def _recipe_of(values: dict[str, Any]) -> dict[str, Any]:
