@@ -20,7 +20,7 @@ NEEDS = {
 
 
 def test_finds_all_examples():
-    assert NAMES == ["ddp", "hf_trainer", "lightning", "plain_loop", "timm_loop", "vit_scores"]
+    assert NAMES == ["ddp", "hf_trainer", "language_model", "lightning", "plain_loop", "timm_loop", "vit_scores"]
 
 
 @pytest.fixture(params=NAMES)
