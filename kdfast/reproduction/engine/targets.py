@@ -28,13 +28,13 @@ def choose_targets(study: Study, cell: Cell, source: Source, config: RunConfig, 
     """
     if not cell.kd:
         return None
-    if not _is_cacheable(cell, config) or source.view_spec.is_drawn:
+    if not _is_cacheable(cell) or source.view_spec.is_drawn:
         return ONLINE
     shared = _place(cell)
     shown = sum(
         compressed_epochs(study, other, epochs, len(source.train))
         for other in study.cells
-        if other.kd and _place(other) == shared and _is_cacheable(other, config)
+        if other.kd and _place(other) == shared and _is_cacheable(other)
     )
     return CACHE if (config.views or source.view_spec.count) < shown else ONLINE
 
@@ -43,6 +43,6 @@ def _place(cell: Cell) -> tuple[object, ...]:
     return cell.teacher, cell.teacher_fraction, cell.method, cell.fraction, cell.disjoint
 
 
-def _is_cacheable(cell: Cell, config: RunConfig) -> bool:
-    terms = cell.run_config(epochs=config.epochs, seed=0, precision="fp32").terms
-    return not config.mixes and not any(term.entry.taps for term in terms)
+def _is_cacheable(cell: Cell) -> bool:
+    config = cell.run_config(epochs=int(dict(cell.recipe)["epochs"]), seed=0, precision="fp32")
+    return not config.mixes and not any(term.entry.taps for term in config.terms)
