@@ -50,6 +50,7 @@ EXTENSIONS = {
     "kernel": "TABLE",
     "layer": "REGISTERED",
     "loss": None,
+    "study": None,
 }
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
