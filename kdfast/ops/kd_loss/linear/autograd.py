@@ -131,7 +131,7 @@ _SCHEMA_TENSORS = (
 _SCHEMA_NUMBERS = (
     "float alpha, float temperature, bool t_squared, SymInt ignore_index, str reduction, bool reverse, str divergence, "
     "float first_weight, float second_weight, float label_smoothing, float softcap, float scale, "
-    "float teacher_softcap, float teacher_scale, SymInt chunk, ScalarType dtype, str backend"
+    "float teacher_softcap, float teacher_scale, bool has_probs, SymInt chunk, ScalarType dtype, str backend"
 )
 _SCHEMA_NEEDS = "bool of_hidden, bool of_weight, bool of_bias"
 _LATE_NEEDS = "bool late_hidden, bool late_weight, bool late_bias"

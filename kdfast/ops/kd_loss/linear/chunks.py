@@ -6,8 +6,9 @@ of hidden states and weights, so that no more than one chunk of logits exists at
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from kdfast.ops.kd_loss.linear.call import Layer, LinearCall
 from kdfast.ops.kd_loss.reference import reference_loss
 from kdfast.ops.kd_loss.targets.forms import pick_rows
 
-__all__ = ["Gradients", "Needs", "capped", "chain_cap", "compute", "layer_logits"]
+__all__ = ["Gradients", "Needs", "capped", "chain_cap", "compute", "layer_logits", "no_autocast"]
 
 Needs = tuple[bool, bool, bool]
 """Whether hidden states, weights and bias need a gradient."""
@@ -46,7 +47,7 @@ def compute(call: LinearCall, backend: str, needs: Needs) -> tuple[Tensor, Gradi
     Returns:
         The loss of ``call.new_loss`` and the gradients.
     """
-    with torch.autocast(call.hidden.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(call.hidden.device.type):
         return _compute(call, backend, needs)
 
 
@@ -76,6 +77,12 @@ def _compute(call: LinearCall, backend: str, needs: Needs) -> tuple[Tensor, Grad
                 chain_cap(out, z, call.softcap)
             sums.add(out, x, begin, end)
     return (losses if call.reduction == "none" else losses.sum()), sums.result()
+
+
+def no_autocast(device_type: str) -> Any:
+    """Context manager that switches autocast off, on a device that has it."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 def layer_logits(layer: Layer, x: Tensor, out: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast.ops.kd_loss.call import TopKTeacher
 from kdfast.ops.kd_loss.linear.call import Layer, LinearTeacher
+from kdfast.ops.kd_loss.linear.chunks import no_autocast
 from kdfast.ops.kd_loss.linear.validation import Options, make_linear_call
 from kdfast.ops.kd_loss.reference import reference_loss
 from kdfast.ops.kd_loss.targets.forms import pick_rows
@@ -50,7 +51,7 @@ def linear_kd_loss_reference(
         "reduction": reduction, "num_items": num_items, "chunk": chunk, "memory": memory,
     }  # fmt: skip
     call, _ = make_linear_call(hidden, weight, labels, teacher, rows, options)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         z = _logits(call.hidden.to(call.dtype), call.student)
         t = None
         if call.teacher_layer is not None:

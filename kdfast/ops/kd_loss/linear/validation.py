@@ -115,7 +115,8 @@ def _check_student(hidden: Tensor, weight: Tensor, options: Options) -> tuple[La
         raise ShapeError(f"`hidden` has shape {tuple(hidden.shape)}: must be (tokens, H), or (..., H)")
     layer = _check_layer("", hidden, weight, options["bias"], options["softcap"], options["logit_scale"])
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if has_autocast and hidden.dtype != torch.float64:
         return layer, torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(
