@@ -63,7 +63,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class Study:
         teacher_top1: By kind of data and network: the paper's top-1 of a teacher trained on all data, in percent.
         plot: The chart, or None.
         samples: Training samples of the paper's data.
+        argument: How `load_study` is asked for it: its name, or the path of its file.
     """
 
     name: str
@@ -128,7 +129,8 @@ class Study:
     published: dict[str, dict[Cell, dict[str, float]]]
     teacher_top1: dict[str, dict[str, float]]
     plot: Plot | None
-    samples: int = field(default=50_000)
+    samples: int
+    argument: str
 
     @property
     def images(self) -> int:
@@ -235,6 +237,7 @@ def read_study(path: Path) -> Study:
         teacher_top1=_read_teachers(values.get("teacher_top1", {}), path),
         plot=_read_plot(values.get("plot"), path),
         samples=values.get("samples", 50_000),
+        argument=path.stem if path.parent == FOLDER else str(path),
     )
 
 

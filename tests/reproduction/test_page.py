@@ -166,7 +166,7 @@ def test_without_rows_the_page_shows_what_is_published_and_every_cell_open(study
     write_report(study, [], tmp_path, "cifar100", data="cifar data")
     page = parse((tmp_path / "report.html").read_text())
     assert "0 of 10" in text(page)
-    assert f"kdfast reproduce mine --data 'cifar data' --out {tmp_path}" in text(page)
+    assert f"kdfast reproduce {study.argument} --data 'cifar data' --out {tmp_path}" in text(page)
     assert len(marks(ET.fromstring((tmp_path / "plot.svg").read_text()), "mark hollow")) == 3
     write_report(study, [], tmp_path, "svhn")  # nothing published, nothing run: no chart
     assert (tmp_path / "plot.svg").exists(), "a picture of other data stays"

@@ -50,7 +50,7 @@ def write_report(study: Study, rows: Rows, out: Path, dataset: str, *, data: str
     """
     check_report_files(out)
     found = collect(study, rows, dataset)
-    command = ["kdfast", "reproduce", study.name, "--data", data or "DATA", "--out", str(out)]
+    command = ["kdfast", "reproduce", study.argument, "--data", data or "DATA", "--out", str(out)]
     write_page(render_study_page(found, shlex.join(command)), out / PAGE)
     drawn = draw_study(found[0])
     if drawn is not None:

@@ -175,13 +175,14 @@ def reproduce(
     check_table(out)
     check_report_files(out)
     if report_only:
-        _report(loaded, log, dataset=dataset, data=data)
+        if not (rows := log.results()):
+            raise DataError(f"{out} has no row of a study: pass as `out` the folder of one with a finished run")
+        _report(loaded, log, rows, dataset=dataset or str(rows[-1]["dataset"]), data=data)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
     from kdfast.device import resolve_device
     from kdfast.reproduction.engine.config import ReproductionConfig
-    from kdfast.reproduction.engine.run import run_study
     from kdfast.reproduction.engine.session import ReproductionSession
 
     session = ReproductionSession(
@@ -207,9 +208,16 @@ def reproduce(
     if dry_run:
         show(*_plan(session, log))
         return
+    _run(session, log, jobs=jobs, keep_runs=keep_runs, seconds=seconds)
+
+
+def _run(session: ReproductionSession, log: ResultsLog, *, jobs: int, keep_runs: bool, seconds: float | None) -> None:
+    from kdfast.reproduction.engine.run import run_study
+
+    config = session.config
     labels = {run.key: str(run) for run in session.runs()}
-    with progress(f"reproduce {loaded.name}") as report:
-        used = run_study(
+    with progress(f"reproduce {config.study.name}") as report:
+        budget = run_study(
             session,
             log,
             jobs=jobs,
@@ -218,9 +226,11 @@ def reproduce(
             on_row=functools.partial(_print_row, labels),
             progress=report,
         )
-    _report(loaded, log, dataset=dataset or session.source.kind, data=data)
-    if used is not None:
-        _show_left(session, log, used)
+    rows = log.results()
+    if rows:
+        _report(config.study, log, rows, dataset=config.dataset or session.source.kind, data=config.data)
+    if budget is not None:
+        _show_left(session, budget, {row["key"] for row in rows})
 
 
 def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:
@@ -253,16 +263,12 @@ def _show_list() -> None:
     show("\n".join(lines), {"studies": facts})
 
 
-def _report(study: Study, log: ResultsLog, *, dataset: str | None, data: str | None) -> None:
+def _report(study: Study, log: ResultsLog, rows: list[dict[str, Any]], *, dataset: str, data: str | None) -> None:
     """Write table.md, report.html and plot.svg from the rows, and print the table."""
     from kdfast.reproduction.report.page import write_report
     from kdfast.reproduction.report.results import collect
     from kdfast.reproduction.table import table, write_table
 
-    rows = log.results()
-    if not rows:
-        raise DataError(f"{log.folder} has no row of a study: pass as `out` the folder of one with a finished run")
-    dataset = dataset or str(rows[-1]["dataset"])
     found = collect(study, rows, dataset)
     text = "\n".join(table(results) for results in found)
     write_table(text, log.folder)
@@ -305,8 +311,8 @@ def _plan(session: ReproductionSession, log: ResultsLog) -> tuple[str, dict[str,
     return "\n".join(lines), {"dry_run": True, "to_run": len(pending), "seconds": total, "rows": rows}
 
 
-def _show_left(session: ReproductionSession, log: ResultsLog, budget: Budget) -> None:
-    done = log.done()
+def _show_left(session: ReproductionSession, budget: Budget, done: set[str]) -> None:
+    """Say which runs are left, those that would have ended after the budget."""
     left = [run for run in session.runs() if run.key not in done]
     if left:
         seconds = sum(budget.training_seconds(run.key) for run in left)
