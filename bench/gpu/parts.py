@@ -38,6 +38,7 @@ def parts(device: str) -> list[Part]:
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
         _program("training", 240, *_TRAINING),
         _students("students", 0),
+        _program("side_by_side", 150, *_TRAINING, "kdfast/sweep"),
         *other_tests,
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),

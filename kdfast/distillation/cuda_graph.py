@@ -81,6 +81,10 @@ class CapturedStep:
             else:
                 step(own)
 
+    def wait(self) -> None:
+        """Wait until the steps are done, without keeping other threads from theirs."""
+        self._stream.synchronize()
+
     def close(self) -> None:
         """Destroy the graphs, which must not wait for the garbage collector in another thread."""
         with EXCLUSIVE:

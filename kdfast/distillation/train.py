@@ -131,6 +131,7 @@ class _TrainingLoop:
                     must_save = must_stop or time.monotonic() - self.saved_at > monitoring.checkpoint_seconds
                     if not (must_log or must_save):
                         continue
+                    trainer.wait()
                     with EXCLUSIVE:
                         trainer.check_finite()
                         trainer.train_seconds += time.perf_counter() - clock

@@ -144,6 +144,11 @@ class Trainer:
         """Return a context in which all steps must run, and everything else that uses the network meanwhile."""
         return contextlib.nullcontext() if self._captured is None else self._captured.stream()
 
+    def wait(self) -> None:
+        """Wait until the steps on a GPU are done, so that whatever follows does not."""
+        if self._captured is not None:
+            self._captured.wait()
+
     def close(self) -> None:
         """Free what the steps need on a GPU; no step may follow."""
         if self._captured is not None:

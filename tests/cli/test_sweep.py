@@ -277,6 +277,8 @@ BAD = {
         "--scores names a file random, .* use another name",
     ),
     "score file": (("--scores", "mine=/nowhere.npz"), 3, "there is no /nowhere.npz"),
+    "jobs": (("--jobs", "many"), 2, "--jobs is 'many': pass a number from 1 to 1024, or auto"),
+    "no jobs": (("--jobs", 0), 2, "--jobs is '0'"),
     "dynamics": (("--dynamics", "/nowhere"), 3, "/nowhere"),
 }
 

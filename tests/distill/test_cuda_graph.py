@@ -108,6 +108,9 @@ class Stream:
     def wait_stream(self, other: object) -> None:
         """Wait for nothing."""
 
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
 
 def tensors(values: Any) -> list[Tensor]:
     """Return the tensors in nested values."""

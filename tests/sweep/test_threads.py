@@ -20,6 +20,7 @@ from kdfast.sweep import session as sessions
 from kdfast.sweep.grid import SweepConfig
 from kdfast.sweep.parallel.threads import run_threads
 from kdfast.sweep.results_log import ResultsLog
+from kdfast.sweep.run import choose_jobs
 from kdfast.sweep.session import Session
 from kdfast.sweep.spec import parse_methods
 from kdfast.sweep.work import run_worker
@@ -118,6 +119,12 @@ def test_networks_that_draw_are_known() -> None:
     dropout = torch.nn.Sequential(net, torch.nn.Dropout())
     assert draws_random_numbers(dropout, "dropout", (12, 12))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("device", "runs", "jobs"), [("cpu", 5, 3), ("cpu", 2, 2), ("cpu", 0, 1), ("cuda", 9, 4)])
+def test_jobs_fit_the_device(device: str, runs: int, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert choose_jobs(torch.device(device), runs) == jobs
 
 
 def test_a_cpu_has_no_threads_by_itself(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
+_MOST_JOBS = 1024
+
 
 def sweep(
     out: Annotated[Path, typer.Option("--out", help="Folder of the sweep; the same command resumes it.")],
@@ -108,7 +110,15 @@ def sweep(
     order: options.Order = "path",
     split: options.Split = None,
     device: options.Device = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
+    jobs: Annotated[
+        str,
+        typer.Option(
+            "--jobs",
+            help="Runs that train at a time, in processes on a CPU, in one process on a GPU. auto: one for each thread "
+            "of the CPU, four on a GPU.",
+            metavar="NUMBER|auto",
+        ),
+    ] = "1",
     keep_runs: Annotated[
         bool,
         typer.Option(
@@ -144,6 +154,7 @@ def sweep(
         from kdfast.sweep.session import Session
         from kdfast.sweep.spec import parse_methods
 
+        at_a_time = _parse_jobs(jobs)
         if data is None or student is None:
             raise UsageError("a sweep needs --data and --student: pass both, or --report-only")
         settings = {
@@ -199,12 +210,21 @@ def sweep(
             return
         recipe.announce_views(session.source, augment)
         with progress("sweep") as report:
-            run_sweep(session, out, jobs=jobs, keep_runs=keep_runs, on_row=_print_row, progress=report)
+            run_sweep(session, out, jobs=at_a_time, keep_runs=keep_runs, on_row=_print_row, progress=report)
     table = report_sweep(out)
     show(
         f"\n{table}\ntable.md, plot.png and report.html written to {out}",
         {"out": str(out), "rows": ResultsLog(out).results()},
     )
+
+
+def _parse_jobs(text: str) -> int | None:
+    """Return the runs at a time; None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_JOBS:
+        raise UsageError(f"--jobs is {text!r}: pass a number from 1 to {_MOST_JOBS}, or auto")
+    return int(text)
 
 
 def _print_row(row: dict[str, Any]) -> None:
