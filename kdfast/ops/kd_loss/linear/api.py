@@ -10,15 +10,19 @@ https://arxiv.org/abs/2410.10989, section 3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kdfast.errors import ShapeError, UsageError
 from kdfast.ops import _torch_compat
-from kdfast.ops.kd_loss.call import TopKTeacher
+from kdfast.ops.kd_loss.call import KDCall, TopKTeacher
 from kdfast.ops.kd_loss.dispatch import choose_backend
 from kdfast.ops.kd_loss.linear.autograd import differentiable_loss
 from kdfast.ops.kd_loss.linear.call import LinearCall, LinearTeacher
 from kdfast.ops.kd_loss.linear.reference import linear_kd_loss_reference
+from kdfast.ops.kd_loss.linear.shards import Shard, check_shard, make_shard
 from kdfast.ops.kd_loss.linear.validation import Options, make_linear_call
 from kdfast.ops.kd_loss.targets.values import check_class_weights, check_values
 
@@ -51,6 +55,7 @@ def linear_kd_loss(
     memory: str = "fast",
     backend: str = "auto",
     validate: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """``kd_loss`` of the logits ``hidden @ weight.T + bias``, holding those of one chunk of tokens at a time.
 
@@ -97,6 +102,11 @@ def linear_kd_loss(
         backend: "auto", or a backend named in ``kdfast.ops.backends.TABLE`` for ``kd_loss``. "reference" is plain
             PyTorch on the logits of all rows, differentiable more than once.
         validate: As in ``kd_loss``.
+        group: A process group of ``torch.distributed`` over which the classes are split, in the order of its ranks.
+            Each process passes the same ``hidden`` and ``labels``, and its own rows of ``weight``, entries of ``bias``
+            and columns of the teacher's logits or rows of its weights. Loss and gradient of ``hidden`` are those of all
+            classes, in all processes. Plain PyTorch in each chunk; no ``TopKTeacher``, soft labels, class weights,
+            ``torch.compile``.
 
     Returns:
         The loss: a scalar, or for "none" shaped like the leading dimensions of ``hidden``; float32, or float64 for
@@ -118,6 +128,10 @@ def linear_kd_loss(
         "reduction": reduction, "num_items": num_items, "chunk": chunk, "memory": memory,
     }  # fmt: skip
     call, kd = make_linear_call(hidden, weight, labels, teacher, rows, options)
+    if group is not None:
+        shard = _make_shard(call, kd, group, options)
+        loss = differentiable_loss(call, "reference", memory, shard)
+        return loss.reshape(hidden.shape[:-1]) if call.reduction == "none" else loss
     chosen = choose_backend(call.hidden.device.type, call.dtype, backend, kd.operator)
     plain = not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors)
     readable = plain and hidden.device.type == "cpu"
@@ -134,6 +148,17 @@ def linear_kd_loss(
     if kept is not None:
         loss = loss.new_zeros(call.hidden.shape[0]).index_copy(0, kept, loss)
     return loss.reshape(hidden.shape[:-1])
+
+
+def _make_shard(call: LinearCall, kd: KDCall, group: Any, options: Options) -> Shard:
+    """Check a call whose classes are split over a group, and return those of this process."""
+    if torch.compiler.is_compiling() or not _torch_compat.is_plain_eager(call.tensors):
+        raise UsageError("`group` is given in compiled code or under a mode: call linear_kd_loss in eager mode")
+    if options["class_weights"] is not None:
+        raise ShapeError("`class_weights` cannot be split by `group`: pass `weights`, the factor of each row")
+    shard = make_shard(group, call.weight)
+    check_shard(kd, shard, readable=call.hidden.device.type == "cpu")
+    return shard
 
 
 def _counted_rows(call: LinearCall) -> Tensor | None:

@@ -19,6 +19,7 @@ from kdfast.ops import _torch_compat
 from kdfast.ops.kd_loss.dispatch import scale_rows
 from kdfast.ops.kd_loss.linear.call import LinearCall
 from kdfast.ops.kd_loss.linear.chunks import Gradients, Needs, compute
+from kdfast.ops.kd_loss.linear.shards import Shard
 
 __all__ = ["differentiable_loss", "linear_kd_loss_grads_op", "linear_kd_loss_op"]
 
@@ -26,8 +27,14 @@ _NO_NEEDS: Needs = (False, False, False)
 _FIELDS = len(LinearCall._fields)
 
 
-def differentiable_loss(call: LinearCall, backend: str, memory: str) -> Tensor:
+def differentiable_loss(call: LinearCall, backend: str, memory: str, shard: Shard | None = None) -> Tensor:
     """Compute the loss and connect it with hidden states, weights and bias.
+
+    Args:
+        call: The checked call.
+        backend: "native", "triton" or "reference".
+        memory: "fast" or "low".
+        shard: The classes of this process, if they are split over a group; in eager mode only.
 
     Raises:
         RuntimeError: If a transform of ``torch.func`` or forward-mode differentiation is active.
@@ -42,23 +49,23 @@ def differentiable_loss(call: LinearCall, backend: str, memory: str) -> Tensor:
     late = memory == "low" or call.dtype == torch.float16 or (call.reduction == "none" and (of_weight or of_bias))
     plain = not torch.compiler.is_compiling() and _torch_compat.is_plain_eager(call.tensors)
     if plain and not any(needs):
-        return compute(call, backend, _NO_NEEDS)[0]
+        return compute(call, backend, _NO_NEEDS, shard)[0]
     if plain:
-        loss: Tensor = EagerLinearKDLoss.apply(*call, backend, needs, late)  # type: ignore[no-untyped-call]
+        loss: Tensor = EagerLinearKDLoss.apply(*call, backend, needs, late, shard)  # type: ignore[no-untyped-call]
         return loss
     loss, *_ = linear_kd_loss_op(*call, backend, *(_NO_NEEDS if late else needs), *needs)
     return loss
 
 
 class EagerLinearKDLoss(torch.autograd.Function):
-    """The loss in eager mode; arguments: the fields of ``LinearCall``, backend, needs, and whether to compute late."""
+    """The loss in eager mode; arguments: those of ``LinearCall``, backend, needs, whether it computes late, shard."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Compute the loss, and unless late the gradients."""
-        *fields, ctx.backend, ctx.needs, ctx.late = args
+        *fields, ctx.backend, ctx.needs, ctx.late, ctx.shard = args
         call = LinearCall(*fields)
-        loss, grads = compute(call, ctx.backend, _NO_NEEDS if ctx.late else ctx.needs)
+        loss, grads = compute(call, ctx.backend, _NO_NEEDS if ctx.late else ctx.needs, ctx.shard)
         ctx.stored = None
         if ctx.late:
             ctx.numbers = call[len(call.tensors) :]
@@ -77,7 +84,7 @@ class EagerLinearKDLoss(torch.autograd.Function):
         loss, *saved = ctx.saved_tensors  # raises PyTorch's own error if the graph was freed
         if ctx.late:
             call = LinearCall(*saved, *ctx.numbers)
-            grads = compute(call.with_factors(call.factors * grad_loss), ctx.backend, ctx.needs)[1]
+            grads = compute(call.with_factors(call.factors * grad_loss), ctx.backend, ctx.needs, ctx.shard)[1]
         else:
             hooked = ctx.stored is None
             grads = Gradients(*saved) if hooked else ctx.stored
@@ -88,7 +95,7 @@ class EagerLinearKDLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             once = (None if x is None else _Once.apply(x, grad_loss, loss) for x in grads)  # type: ignore[no-untyped-call]
             grads = Gradients(*once)
-        return *grads, *([None] * _FIELDS)
+        return *grads, *([None] * (_FIELDS + 1))
 
 
 class _Once(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.dispatch import run_kernel
 from kdfast.ops.kd_loss.linear.call import Layer, LinearCall
+from kdfast.ops.kd_loss.linear.shards import Shard, shard_losses, sum_over_group
 from kdfast.ops.kd_loss.reference import reference_loss
 from kdfast.ops.kd_loss.targets.forms import pick_rows
 
@@ -36,22 +37,23 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def compute(call: LinearCall, backend: str, needs: Needs) -> tuple[Tensor, Gradients]:
+def compute(call: LinearCall, backend: str, needs: Needs, shard: Shard | None = None) -> tuple[Tensor, Gradients]:
     """Compute the loss and the gradients of its sum.
 
     Args:
         call: The checked call.
         backend: "native" or "triton", or "reference" for plain PyTorch within a chunk.
         needs: Which gradients to compute.
+        shard: The classes of this process, if they are split over a group.
 
     Returns:
         The loss of ``call.new_loss`` and the gradients.
     """
     with torch.no_grad(), no_autocast(call.hidden.device.type):
-        return _compute(call, backend, needs)
+        return _compute(call, backend, needs, shard)
 
 
-def _compute(call: LinearCall, backend: str, needs: Needs) -> tuple[Tensor, Gradients]:
+def _compute(call: LinearCall, backend: str, needs: Needs, shard: Shard | None) -> tuple[Tensor, Gradients]:
     n, dtype = call.hidden.shape[0], call.dtype
     student = call.student._replace(weight=call.weight.to(dtype), bias=_cast(call.bias, dtype))
     teacher = call.teacher_layer
@@ -71,12 +73,19 @@ def _compute(call: LinearCall, backend: str, needs: Needs) -> tuple[Tensor, Grad
             picked = call.teacher[begin:end] if call.rows is None else pick_rows(call.teacher, call.rows[begin:end])
             t = layer_logits(teacher, picked.to(teacher.weight.dtype), of_teacher[: end - begin])
         out = z if other is None else other[: end - begin]
-        losses[begin:end] = _run(call.chunk_call(begin, end, z, t), backend, any(needs), out)
+        of_chunk = call.chunk_call(begin, end, z, t)
+        if shard is None:
+            losses[begin:end] = _run(of_chunk, backend, any(needs), out)
+        else:
+            losses[begin:end] = shard_losses(of_chunk, shard, out if any(needs) else None)
         if any(needs):
             if call.softcap > 0:
                 chain_cap(out, z, call.softcap)
             sums.add(out, x, begin, end)
-    return (losses if call.reduction == "none" else losses.sum()), sums.result()
+    grads = sums.result()
+    if shard is not None and grads.hidden is not None:
+        sum_over_group(shard, grads.hidden)
+    return (losses if call.reduction == "none" else losses.sum()), grads
 
 
 def no_autocast(device_type: str) -> Any:

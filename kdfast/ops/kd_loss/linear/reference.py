@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,8 +44,9 @@ def linear_kd_loss_reference(
     memory: str = "fast",
     backend: str = "auto",
     validate: bool = False,
+    group: Any = None,
 ) -> Tensor:
-    """Compute ``linear_kd_loss``, whose arguments it takes; the last four are accepted without effect."""
+    """Compute ``linear_kd_loss``, whose arguments it takes; the last five are accepted without effect."""
     options: Options = {
         "bias": bias, "alpha": alpha, "temperature": temperature, "t_squared": t_squared, "divergence": divergence,
         "beta": beta, "label_smoothing": label_smoothing, "class_weights": class_weights, "weights": weights,
