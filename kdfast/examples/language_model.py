@@ -6,9 +6,10 @@
 A byte-wise transformer learns from a larger one, on sonnets. The same student is trained with the teacher's logits,
 with its k largest log-probabilities in a cache (``kdfast.TokenWriter``), and with its hidden states and last layer,
 which need no logits at all (``kdfast.linear_kd_loss``): the losses are the same. Then it is trained on half of the
-texts, chosen by the teacher's cross-entropy and by influence on held-out texts, and at random.
+texts, chosen by the teacher's cross-entropy and by influence on some others, and at random.
 
-The second command takes a few minutes on one core; it uses all texts, of which every eighth is held out.
+The second command takes a few minutes on one core; it uses all texts, of which every eighth is held out, and another
+eighth chooses by influence.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Result(NamedTuple):
         random_half: On half of the texts, drawn at random.
         hard_half: On the half with the largest cross-entropy of the teacher.
         easy_half: On the half with the smallest.
-        influence_half: On the half that lowers the held-out loss most, by the influence of the head.
+        influence_half: On the half that lowers the loss of other texts most, by the influence of the teacher's head.
     """
 
     dense: list[float]
@@ -92,12 +93,13 @@ class Distillation:
     Args:
         teacher: The teacher.
         texts: (S, L + 1) bytes of the training texts.
+        chooser: (U, L + 1) bytes of texts for which the influence of the training texts is computed.
         held_out: (U, L + 1) bytes of the texts on which students are evaluated.
         steps: Updates of a student.
     """
 
-    def __init__(self, teacher: CausalLM, texts: Tensor, held_out: Tensor, steps: int) -> None:
-        self.teacher, self.texts, self.held_out, self.steps = teacher, texts, held_out, steps
+    def __init__(self, teacher: CausalLM, texts: Tensor, chooser: Tensor, held_out: Tensor, steps: int) -> None:
+        self.teacher, self.texts, self.chooser, self.held_out, self.steps = teacher, texts, chooser, held_out, steps
         with torch.no_grad():
             self.hidden = teacher.hidden(texts[:, :-1])  # (S, L, width)
             self.logits = teacher.head(self.hidden)  # (S, L, V)
@@ -160,10 +162,11 @@ def choose_half(work: Distillation, cache: kdfast.TokenTeacher) -> dict[str, np.
     one_class = np.zeros(texts, np.int64)  # texts have no classes to balance
     difficulty = kdfast.token_scores(cache, "ce").texts()
     with torch.no_grad():
-        held_out = work.teacher.hidden(work.held_out[:, :-1]).flatten(0, 1)
+        others = work.teacher.hidden(work.chooser[:, :-1]).flatten(0, 1)
+        logits = work.teacher.head(others)
     influence = kdfast.head_influence(
         work.hidden.flatten(0, 1), work.logits.flatten(0, 1), work.texts[:, 1:].flatten(),
-        held_out, work.held_out_logits.flatten(0, 1), work.held_out[:, 1:].flatten(), l2=1e-2, bias=False,
+        others, logits, work.chooser[:, 1:].flatten(), l2=1e-2, bias=False,
     )  # fmt: skip
     helpful = influence.view(texts, length).sum(1).numpy()
     return {
@@ -187,9 +190,9 @@ def main(steps: int = 20, teacher_steps: int = 40, k: int = 64, texts: int = 64)
         The losses.
     """
     every = load_texts(count=texts or None)
-    is_held_out = torch.arange(len(every)) % 8 == 7
-    work_texts, held_out = every[~is_held_out], every[is_held_out]
-    work = Distillation(train_teacher(work_texts, teacher_steps), work_texts, held_out, steps)
+    part = torch.arange(len(every)) % 8
+    work_texts = every[part < 6]
+    work = Distillation(train_teacher(work_texts, teacher_steps), work_texts, every[part == 6], every[part == 7], steps)
     with tempfile.TemporaryDirectory() as folder:
         cache = store(work.teacher, work_texts, Path(folder) / "tokens", k)
         curves = {

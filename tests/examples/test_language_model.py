@@ -13,7 +13,7 @@ from kdfast.examples._causal_lm import VOCABULARY, load_texts
 def work():
     texts = load_texts(length=32, count=28)
     teacher = language_model.train_teacher(texts[:24], steps=15, width=16, layers=1)
-    return language_model.Distillation(teacher, texts[:24], texts[24:], steps=10)
+    return language_model.Distillation(teacher, texts[:24], texts[24:26], texts[26:], steps=10)
 
 
 def test_texts_are_consecutive_pieces_of_ascii():
@@ -65,21 +65,21 @@ def test_halves_are_those_of_the_scores(work, tmp_path):
     assert len(work.run(work.from_cache(cache), halves["influence_half"])) == 10
 
 
-def test_influence_is_the_drop_of_the_held_out_loss_without_a_text(work, tmp_path):
+def test_influence_is_the_drop_of_the_loss_of_others_without_a_text(work, tmp_path):
     """Against leaving a text's tokens out of the head's training, by one Newton step in float64."""
     cache = language_model.store(work.teacher, work.texts, tmp_path / "t", k=VOCABULARY)
     halves = language_model.choose_half(work, cache)
     features, labels = work.hidden.flatten(0, 1).double(), work.texts[:, 1:].flatten()
     weight = work.teacher.head.weight.detach().double()
     with torch.no_grad():
-        held_out = work.teacher.hidden(work.held_out[:, :-1]).flatten(0, 1).double()
+        others = work.teacher.hidden(work.chooser[:, :-1]).flatten(0, 1).double()
 
     def gradients(h, y):
         r = (h @ weight.T).softmax(1)
         r[torch.arange(len(y)), y] -= 1
         return r, h
 
-    r, h = gradients(held_out, work.held_out[:, 1:].flatten())
+    r, h = gradients(others, work.chooser[:, 1:].flatten())
     p = (features @ weight.T).softmax(1)
     n, width = features.shape
     # The Hessian of the mean loss over the head's (V * D) weights.
