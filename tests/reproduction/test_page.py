@@ -94,12 +94,14 @@ def test_table_has_mean_interval_published_difference_and_hours(study: Study) ->
     assert len(table) == 1 + len(study.cells)
 
 
-def test_compressed_schedule_says_so_and_subtracts_nothing(study: Study) -> None:
+def test_compressed_schedule_says_so_and_subtracts_nothing(study: Study, tmp_path: Path) -> None:
     rows = [{**one, "compressed_to": 60, "epochs": 60} for one in three(study)]
     page = parse(render_study_page(collect(study, rows, "cifar100"), "run"))
     assert "Not the published recipe: the schedule was compressed from 240 to 60 epochs" in text(page)
     assert cells_of(page, "study")["random, 0.1 of the data, KD"][3:5] == ["50.00", ""]
     assert "run --epochs 60 --set" in text(page)
+    write_report(study, rows, tmp_path, "cifar100")
+    assert "Two methods (cifar100, compressed to 60 epochs)" in (tmp_path / "plot.svg").read_text()
     both = collect(study, [*rows, *three(study)], "cifar100")
     assert [(r.epochs, len(r.done)) for r in both] == [(None, 1), (60, 1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def write_report(study: Study, rows: Rows, out: Path, dataset: str, *, data: str
     drawn = draw_study(found[0])
     if drawn is not None:
         entries = [(name, line_sample(line)) for name, line in drawn.lines]
-        title = f"{study.title} ({dataset})"
+        schedule = "" if found[0].epochs is None else f", {_schedule(found[0])}"
+        title = f"{study.title} ({dataset}{schedule})"
         write_picture(draw_picture(title, drawn.drawing, entries), out / PICTURE)
 
 
@@ -86,13 +88,13 @@ def _render_statistics(results: Results, rows: Rows) -> Safe:
             ("Cells with a result", f"{len(results.done)} of {len(results.cells)}"),
             ("Runs", f"{len(rows):,}"),
             ("Seeds", f"{len({row['seed'] for row in rows})}"),
-            ("Hours of training", f"{sum(row['seconds'] for row in rows) / 3600:,.1f}"),
+            ("Hours of training", _hours(sum(row["seconds"] for row in rows))),
         ]
     )
 
 
 def _schedule(results: Results) -> str:
-    return "the study's epochs" if results.epochs is None else f"compressed to {results.epochs} epochs"
+    return "the study's epochs" if results.epochs is None else f"compressed to {_count(results.epochs)}"
 
 
 def _render_results(results: Results) -> Safe:
@@ -104,8 +106,8 @@ def _render_results(results: Results) -> Safe:
             tag(
                 "p",
                 tag("strong", "Not the published recipe: "),
-                f"the schedule was compressed from {own} to {results.epochs} epochs, so nothing is subtracted from the "
-                "published values.",
+                f"the schedule was compressed from {own} to {_count(results.epochs)}, so no difference from the "
+                "published values is shown.",
             )
         )
     drawn = draw_study(results)
@@ -135,7 +137,7 @@ def _table_row(result: Result, axes: Sequence[str]) -> list[object]:
     width = result.half_width
     interval = "" if math.isnan(width) else f"{result.mean - width:.2f} to {result.mean + width:.2f}"
     gap = "" if result.difference is None else f"{result.difference:+.2f}"
-    hours = f"{result.hours:.2g}" if result.hours < 10 else f"{result.hours:,.0f}"
+    hours = _hours(statistics.fmean(row["seconds"] for row in result.rows))
     return [name, f"{result.mean:.2f}", interval, f"{len(result.rows)}", published, gap, hours]
 
 
@@ -194,7 +196,7 @@ def _render_runs(rows: Rows, study: Study) -> Safe | None:
             f"{row['test_top1']:.2f}",
             f"{row['epochs']:,}",
             f"{row['steps']:,}",
-            f"{row['seconds'] / 3600:.2g}",
+            _hours(row["seconds"]),
             row["precision"],
             tag("code", row["command"]),
         ]
@@ -217,7 +219,16 @@ def _render_settings(study: Study, rows: Rows) -> Safe:
         )  # fmt: skip
         machines.setdefault(place, []).append(row["seconds"])
     if machines:
-        lines = [[*place, f"{len(times):,}", f"{sum(times) / 3600:,.1f}"] for place, times in machines.items()]
+        lines = [[*place, f"{len(times):,}", _hours(sum(times))] for place, times in machines.items()]
         titles = ["machine", "device", "threads", "precision", "kdfast", "torch", "runs", "hours"]
         parts.append(table("Machines and versions", titles, lines, class_="provenance"))
     return render(parts)
+
+
+def _count(epochs: int) -> str:
+    return f"{epochs} epoch{'' if epochs == 1 else 's'}"
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"

@@ -67,11 +67,6 @@ class Result:
             return None
         return self.mean - self.published
 
-    @property
-    def hours(self) -> float:
-        """Mean hours of a run."""
-        return statistics.fmean(row["seconds"] for row in self.rows) / 3600
-
 
 @dataclass(frozen=True)
 class Results:
