@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdfast.reproduction.engine import artifacts
+from kdfast.teacher.flatten import FlattenConfig
+
 STUDY = """
 title: Tiny
 source: Nobody
@@ -133,6 +136,24 @@ def test_disjoint_samples_are_those_that_the_teacher_never_saw(kdfast, command: 
         assert len(subset) == 30
         assert not teacher & set(subset.tolist())
     assert set(subsets[0].tolist()) != set(subsets[1].tolist())
+
+
+def test_scores_of_the_teacher_and_of_the_flattened_teacher_have_their_own_inputs(
+    kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "FlattenConfig", lambda: FlattenConfig(iterations=2, batch_size=10))
+    study = tmp_path / "scores.yaml"
+    study.write_text(
+        "title: T\nsource: S\nrecipe: {epochs: 1, batch_size: 10, views: 2}\n"
+        "defaults: {student: resnet8, teacher: resnet8, kd: off, fraction: 0.25}\n"
+        "cells: [{method: [medium, influence-fvm]}]\n"
+    )
+    out = tmp_path / "out"
+    outcome = kdfast("reproduce", study, "--data", tiny, "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert len({row["subset"] for row in rows(out)}) == len(rows(out)) == 2
+    assert len(list((out / "teachers").glob("*-flat-*.pt"))) == 1
+    assert len(list((out / "outputs").iterdir())) == 1
 
 
 def test_a_given_teacher_is_used_and_others_are_refused(kdfast, command: tuple, teacher: Path, tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ class Artifacts:
             identity["teacher"] = self._spec_of(cell).identity
         if "cache" in method.inputs:
             identity["cache"] = {"views": self._study.cache_views, "precision": self._cache_precision}
+        if "teacher" in method.inputs:
+            identity["flattened"] = dataclasses.asdict(FlattenConfig())
         if cell.disjoint:
             identity["excluded"] = {"fraction": cell.teacher_fraction, "seed": TEACHER_SEED}
         return identity
@@ -333,13 +335,13 @@ class Artifacts:
         return Dynamics.open(path, labels=self._source.train.labels, fingerprint=self._source.fingerprint)
 
     def _flattened(self, cell: Cell, model: Model, progress: Progress | None) -> Model:
-        path = self.out / "teachers" / f"{self._spec_of(cell).name}-flat.pt"
+        settings = FlattenConfig()
+        digest = sha256_json(dataclasses.asdict(settings))[:8]
+        path = self.out / "teachers" / f"{self._spec_of(cell).name}-flat-{digest}.pt"
 
         def make(report: Progress | None) -> None:
             state = path.with_name(f"{path.name}.state")
-            flat = flatten_teacher(
-                model, self._source, FlattenConfig(), state=state, progress=report, device=self._device
-            )
+            flat = flatten_teacher(model, self._source, settings, state=state, progress=report, device=self._device)
             save_model(path, flat)
             state.unlink(missing_ok=True)
 
