@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
+from kdfast.errors import Interrupted
+
 
 class StopRequest:
     """Context manager inside which the first SIGTERM or SIGINT only sets `signal_name`; a second one acts as usual.
@@ -28,9 +30,15 @@ class StopRequest:
         return self._received or (None if self._around is None else self._around.signal_name)
 
     @classmethod
-    def of_main_thread(cls) -> str | None:
-        """Return the signal that the main thread was asked to stop by, if it is inside a request."""
-        return None if cls._of_main_thread is None else cls._of_main_thread.signal_name
+    def check(cls) -> None:
+        """Raise if the main thread is inside a request that a signal has reached, for work of other threads.
+
+        Raises:
+            Interrupted: Names the signal.
+        """
+        name = None if cls._of_main_thread is None else cls._of_main_thread.signal_name
+        if name is not None:
+            raise Interrupted(f"stopped by {name}: run the same command again to resume")
 
     def __enter__(self) -> StopRequest:
         self._around = StopRequest._of_main_thread

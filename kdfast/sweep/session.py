@@ -28,6 +28,7 @@ from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
+from kdfast.files.interrupt import StopRequest
 from kdfast.nets.fit import draws_random_numbers
 from kdfast.nets.initial import build_started_net
 from kdfast.progress import Progress
@@ -196,7 +197,9 @@ class Session:
         runs = make_subfolder(out, RUNS)
         state = runs / f"{run.key[:16]}.search"
         with EXCLUSIVE:
-            selection = self._pipeline.select(run.recipe.method, run.fraction, run.seed, state=state, progress=progress)
+            selection = self._pipeline.select(
+                run.recipe.method, run.fraction, run.seed, state=state, progress=_stoppable(progress)
+            )
             plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
         folder = refuse_links(runs, f"{run.key[:16]}-{plan.identity['subset'][:8]}")
@@ -237,6 +240,17 @@ class Session:
         alpha = self.config.alpha_at(len(ids) / len(self._source.train)) if run.kd else 0.0
         config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha, kd=run.kd)
         return self._inputs[run.kd].plan(config, ids, device=self.device)
+
+
+def _stoppable(progress: Progress | None) -> Progress:
+    """Return the callback of a long selection, which stops it where a thread was asked to; a run stops by itself."""
+
+    def report(done: int, total: int, note: str) -> None:
+        StopRequest.check()
+        if progress is not None:
+            progress(done, total, note)
+
+    return report
 
 
 def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[ResolvedMethod]:

@@ -83,7 +83,7 @@ def run_worker(
                 if claimed:
                     session.delete_checkpoints(run, log.folder, keep_runs=keep_runs)
     while pending := [run for run in runs if run.key not in done | diverged.keys() | refused]:
-        _check_stop()
+        StopRequest.check()
         worked, looked = False, time.monotonic()
         for run in pending:
             if admit is not None and not admit(run.key):
@@ -134,12 +134,6 @@ def report_rows(log: ResultsLog, runs: Sequence[Run], done: set[str], on_row: On
         if on_row is not None and row["key"] in new:
             on_row(row)
     return {row["key"] for row in rows}
-
-
-def _check_stop() -> None:
-    """Raise if the process of this thread was asked to stop; a run stops by itself, with its state saved."""
-    if (name := StopRequest.of_main_thread()) is not None:
-        raise Interrupted(f"stopped by {name}: run the same command again to resume")
 
 
 def _check_parent() -> None:

@@ -88,7 +88,30 @@ def test_a_signal_stops_every_thread_with_its_state_saved(tmp_path: Path) -> Non
         run_threads(session, session.runs(), log, jobs=2, keep_runs=False)
     sender.join()
     assert len(list(log.folder.glob("runs/*/checkpoints/latest.json"))) == 2
-    assert StopRequest.of_main_thread() is None
+    StopRequest.check()  # the request has ended
+
+
+def test_a_signal_stops_what_a_thread_does_between_runs() -> None:
+    found: list[str] = []
+
+    def work() -> None:
+        try:
+            StopRequest.check()
+        except Interrupted as error:
+            found.append(str(error))
+
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with StopRequest() as stop:
+        in_a_thread()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.signal_name:
+            time.sleep(0.01)
+        in_a_thread()
+    assert found == ["stopped by SIGTERM: run the same command again to resume"]
 
 
 def test_threads_claim_a_row_once(tmp_path: Path) -> None:
