@@ -1,4 +1,4 @@
-"""Imports point down only: cli, sweep, report, then distillation and pruning, dynamics, teacher, nets and data, ops."""
+"""Imports point down only: cli, reproduction, sweep, report, distillation and pruning, dynamics, teacher, ..., ops."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -5,21 +5,13 @@ from __future__ import annotations
 import functools
 import time
 
-from kdfast.files import check_writable, schemas
+from kdfast.files import check_writable
 from kdfast.progress import Progress
 from kdfast.reproduction.engine.budget import Budget, make_budget
-from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.session import ReproductionSession
 from kdfast.sweep.parallel.processes import run_workers
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.work import OnRow, run_worker
-
-
-def open_log(config: ReproductionConfig) -> ResultsLog:
-    """Return the log of a study's folder, checked."""
-    log = ResultsLog(config.out, schemas.StudyRow, "study")
-    log.check_folder()
-    return log
 
 
 def run_study(
@@ -62,6 +54,6 @@ def run_study(
     if jobs == 1:
         run_worker(session, runs, log, keep_runs=keep_runs, admit=budget, on_row=on_row, progress=progress)
     else:
-        opened = functools.partial(ReproductionSession, session.config)
+        opened = functools.partial(ReproductionSession, session.config, session.share())
         run_workers(opened, runs, log, jobs=jobs, keep_runs=keep_runs, admit=budget, on_row=on_row, progress=progress)
     return budget

@@ -44,6 +44,7 @@ from kdfast.reproduction.engine.machine import describe_machine
 from kdfast.reproduction.engine.targets import CACHE, choose_targets
 from kdfast.reproduction.engine.teachers import read_given
 from kdfast.reproduction.selection import compress, compressed_epochs
+from kdfast.sweep.parallel.shared import share_source
 from kdfast.sweep.results_log import RUNS, ResultsLog
 from kdfast.sweep.work import Postponed
 from kdfast.teacher.manifest import MANIFEST
@@ -86,6 +87,7 @@ class ReproductionSession:
 
     Args:
         config: What to run.
+        source: The data, if they are open already; see `share`.
 
     Attributes:
         config: What to run.
@@ -99,11 +101,12 @@ class ReproductionSession:
         SubsetError: A fraction keeps too few samples.
     """
 
-    def __init__(self, config: ReproductionConfig) -> None:
+    def __init__(self, config: ReproductionConfig, source: Source | None = None) -> None:
         self.config = config
         self.device: torch.device = resolve_device(config.device)
-        self.source: Source = open_source(config.data, size=config.size, order=config.order, split=config.split)
-        source, study = self.source, config.study
+        if source is None:
+            source = open_source(config.data, size=config.size, order=config.order, split=config.split)
+        self.source, study = source, config.study
         self._check_cells()
         used = {cell.teacher for cell in config.cells if cell.teacher is not None and cell.teacher_fraction == 1}
         given = read_given(config.teachers, used, source, config.normalization)
@@ -130,6 +133,10 @@ class ReproductionSession:
         )
         self.artifacts.check(config.cells)
         self._check_terms()
+
+    def share(self) -> Source | None:
+        """Return the data for the sessions of other processes, see `share_source`."""
+        return share_source(self.source, self._inputs.loader)
 
     def _shorten(self, recipe: dict[str, Any]) -> dict[str, Any]:
         epochs = compress(self.config.study, int(recipe.get("epochs") or 240), self.config.epochs)
