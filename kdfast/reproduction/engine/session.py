@@ -127,7 +127,7 @@ class ReproductionSession:
             self.device,
             config.precision,
             recipe=self._shorten(recipe),
-            recording=self._shorten({"student": study.dynamics["net"], **_recipe_of(study.dynamics)}),
+            recording={"student": study.dynamics["net"], **_recipe_of(study.dynamics)},
             given=given,
             dynamics=recorded,
         )

@@ -96,8 +96,8 @@ def reproduce(
         int | None,
         typer.Option(
             "--epochs",
-            help="Shorten every schedule of the study: epochs in place of those of its recipe. The rows are then "
-            "marked, and published values are not subtracted.",
+            help="Shorten the schedules of students and teachers: epochs in place of those of the study's recipe. The "
+            "rows are then marked, and published values are not subtracted.",
             min=1,
         ),
     ] = None,
