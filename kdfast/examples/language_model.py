@@ -8,7 +8,7 @@ with its k largest log-probabilities in a cache (``kdfast.TokenWriter``), and wi
 which need no logits at all (``kdfast.linear_kd_loss``): the losses are the same. Then it is trained on half of the
 texts, chosen by the teacher's cross-entropy and by influence on some others, and at random.
 
-The second command takes a few minutes on one core; it uses all texts, of which every eighth is held out, and another
+The second command takes about a minute of one core; it uses all texts, of which every eighth is held out, and another
 eighth chooses by influence.
 """
 

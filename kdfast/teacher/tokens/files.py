@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,19 @@ _TABLES = (".parquet", ".arrow")
 _INSTALL = "reading Parquet and Arrow files needs pyarrow: run pip install pyarrow"
 KINDS = "*.jsonl, *.jsonl.gz, *.npz, *.safetensors, *.parquet, *.arrow, or a folder of them"
 
-Text = tuple[str, Callable[[], Rows]]
-"""Where a text is, for messages, and a function that reads it; texts that are stored already are not read."""
+
+class Text(NamedTuple):
+    """A text of a source; texts that are stored already are not read.
+
+    Attributes:
+        where: Where it is, for messages.
+        read: Reads it.
+        done: Bytes of the file up to its end, or records; 0 if not known.
+    """
+
+    where: str
+    read: Callable[[], Rows]
+    done: int
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -57,12 +69,11 @@ def read_texts(file: Path, reader: RecordReader, names: Mapping[str, str]) -> It
         yield from _array_texts(file, DEFAULT_NAMES | dict(names))
     elif name.endswith(_TABLES):
         for row, record in enumerate(_table_rows(file)):
-            yield f"{file}, row {row}", lambda record=record: reader.read(record)  # type: ignore[misc]
+            yield Text(f"{file}, row {row}", functools.partial(reader.read, record), 0)
     else:
-        for number, line in enumerate(_lines(file), 1):
+        for number, (line, done) in enumerate(_lines(file), 1):
             if line.strip():
-                where = f"{file}, line {number}"
-                yield where, lambda line=line, where=where: reader.read(_decode(line, where))  # type: ignore[misc]
+                yield Text(f"{file}, line {number}", functools.partial(_read_line, reader, line), done)
 
 
 def _is_known(file: Path) -> bool:
@@ -71,23 +82,25 @@ def _is_known(file: Path) -> bool:
     return whole or name.endswith(_LINES)
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def _lines(file: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a file, and the bytes read up to their ends."""
     try:
         with open_regular(file) as raw:
             stream: Any = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
             while line := stream.readline(MAX_JSON_BYTES + 1):
                 if len(line) > MAX_JSON_BYTES:
                     raise DataError(f"{file} has a line of more than {MAX_JSON_BYTES} bytes: write one text per line")
-                yield line
+                yield line, raw.tell()
     except (OSError, EOFError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
-def _decode(line: bytes, where: str) -> Any:
+def _read_line(reader: RecordReader, line: bytes) -> Rows:
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"it is not valid JSON ({error})") from error
+    return reader.read(record)
 
 
 def _table_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -126,7 +139,11 @@ def _array_texts(file: Path, names: Mapping[str, str]) -> Iterator[Text]:
     except (ValueError, TypeError, IndexError) as error:
         raise DataError(f"{file}: {error}") from error
     for index, rows in enumerate(texts):
-        yield f"{file}, text {index}", lambda rows=rows: rows  # type: ignore[misc]
+        yield Text(f"{file}, text {index}", functools.partial(_same, rows), file.stat().st_size)
+
+
+def _same(rows: Rows) -> Rows:
+    return rows
 
 
 def _read_safetensors(file: Path) -> dict[str, Array]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kdfast.errors import CacheMismatch, DataError, UsageError
 from kdfast.files import sha256_file, sha256_json
@@ -16,7 +20,6 @@ from kdfast.teacher.tokens.files import Text, find_files, read_texts
 from kdfast.teacher.tokens.layout import check_folder, delete_tokens
 from kdfast.teacher.tokens.read import TokenTeacher
 from kdfast.teacher.tokens.records import DEFAULT_NAMES, RecordReader
-from kdfast.teacher.tokens.sequence import Rows
 from kdfast.teacher.tokens.write import TokenWriter
 
 _ARRAY_NAMES = ("lengths", "offsets")
@@ -61,7 +64,7 @@ def token_outputs(
             they differ.
         tokens: Class of each token's text, for responses that name tokens by their texts.
         force: Delete the cache in the folder first.
-        progress: Called with (texts done, 0 as their number is not known, note).
+        progress: Called after each text with (done, total, note): kB of the files, or records.
 
     Returns:
         The cache.
@@ -91,36 +94,33 @@ def token_outputs(
     restart = files is None  # records in memory cannot be compared with those of an unfinished cache either
     reader = RecordReader(names, tokens)
     texts = _texts_of_files(files, reader, names or {}) if files is not None else _texts_of_records(source, reader)
+    total = sum(one["bytes"] for one in facts) if files is not None else _length(source)
     writer = TokenWriter(
         folder, vocabulary, temperature=temperature, options=options, force=force or restart, sources=facts
     )
     try:
         with writer:
             if not writer.is_finished:
-                _write(writer, texts, top_k, progress)
+                _write(writer, texts, top_k, total, progress, unit=1 if files is None else 1000)
     except DataError:
         delete_tokens(folder)
         raise
     return TokenTeacher.open(folder)
 
 
-def _write(writer: TokenWriter, texts: Iterator[Text], top_k: int | None, progress: Progress | None) -> None:
-    for number, (where, read) in enumerate(islice(texts, writer.done, None), writer.done + 1):
+def _write(
+    writer: TokenWriter, texts: Iterator[Text], top_k: int | None, total: int, progress: Progress | None, unit: int
+) -> None:
+    for text in islice(texts, writer.done, None):
         try:
-            rows = read()
+            rows = text.read()
             if top_k is not None and rows.tops is None:
-                rows = Rows(rows.values, rows.ids, rows.offsets, rows.labels, _tops(rows, top_k), rows.sequence)
+                rows = dataclasses.replace(rows, tops=np.full(max(0, len(rows.offsets) - 1), top_k))
             writer.add_rows(rows)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{text.where}: {error}") from error
         if progress is not None:
-            progress(number, 0, "texts")
-
-
-def _tops(rows: Rows, top_k: int) -> Any:
-    import numpy as np
-
-    return np.full(max(0, len(rows.offsets) - 1), top_k)
+            progress(text.done // unit, max(total, text.done) // unit, "kB" if unit > 1 else "records")
 
 
 def _files_of(source: Any) -> list[Path] | None:
@@ -135,13 +135,20 @@ def _files_of(source: Any) -> list[Path] | None:
 
 
 def _texts_of_files(files: list[Path], reader: RecordReader, names: Mapping[str, str]) -> Iterator[Text]:
+    before = 0
     for file in files:
-        yield from read_texts(file, reader, names)
+        for text in read_texts(file, reader, names):
+            yield text._replace(done=before + text.done)
+        before += file.stat().st_size
 
 
 def _texts_of_records(records: Any, reader: RecordReader) -> Iterator[Text]:
     for index, record in enumerate(records):
-        yield f"record {index}", lambda record=record: reader.read(record)  # type: ignore[misc]
+        yield Text(f"record {index}", functools.partial(reader.read, record), index + 1)
+
+
+def _length(records: Any) -> int:
+    return len(records) if isinstance(records, Sized) else 0
 
 
 def _check_names(names: Mapping[str, str] | None) -> None:

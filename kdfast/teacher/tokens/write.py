@@ -62,7 +62,8 @@ class TokenWriter:
         temperature: What the logits were divided by before the softmax.
         options: Further settings of the caller that determine the content, for JSON; a cache of others is not
             continued.
-        force: Replace another cache in the folder.
+        force: Delete the cache in the folder first.
+        sources: Name, size and digest of the files that the texts come from, for the manifest.
 
     Attributes:
         done: Number of texts that were stored when the writer was opened.
