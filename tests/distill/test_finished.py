@@ -16,7 +16,7 @@ from kdfast.distillation.inputs import InputPaths, plan_run
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.train import Monitoring, train
 from kdfast.errors import CheckpointError, DataError
-from kdfast.files import sha256_file
+from kdfast.files import seal, sha256_file, without_seal, write_json
 from kdfast.nets.checkpoint import load_model, save_model
 
 
@@ -193,4 +193,14 @@ def test_names_the_field_of_a_damaged_config(plan: Plan, run: Path) -> None:
     content = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**content, "started_with": 5}))
     with pytest.raises(DataError, match=r"config\.json: field started_with: expected object, got int"):
+        again(plan, run)
+
+
+def test_a_weight_of_the_teacher_above_1_is_a_result(plan: Plan, run: Path) -> None:
+    """It is allowed beside a weight of the cross-entropy, as in RepDistiller's loss."""
+    result = without_seal(json.loads((run / "result.json").read_text()))
+    write_json(run / "result.json", seal({**result, "alpha": 2.0}))
+    assert again(plan, run)["alpha"] == 2.0
+    write_json(run / "result.json", seal({**result, "alpha": -1.0}))
+    with pytest.raises(DataError, match="alpha"):
         again(plan, run)
