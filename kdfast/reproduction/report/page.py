@@ -10,9 +10,9 @@ from pathlib import Path
 
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import check_page_path, render_page, write_page
-from kdfast.report.picture import check_picture_path, draw_picture, write_picture
 from kdfast.reproduction.axes import format_value
 from kdfast.reproduction.report.chart import draw_study
+from kdfast.reproduction.report.picture import check_picture_path, draw_picture, write_picture
 from kdfast.reproduction.report.results import Result, Results, Rows, collect, digest_cell, label, restriction
 from kdfast.reproduction.study import Study
 from kdfast.sweep.charts import breakable, legend, line_sample

@@ -12,7 +12,7 @@ from kdfast.files import check_writable
 from kdfast.progress import Progress
 from kdfast.report.markup import Safe, render, statistics_list, table, tag
 from kdfast.report.page import check_page_path, render_page, write_page
-from kdfast.report.picture import check_picture_path, draw_picture, write_picture
+from kdfast.reproduction.report.picture import check_picture_path, draw_picture, write_picture
 from kdfast.reproduction.theorem.regression import (
     ALPHAS,
     SAMPLES_PER_FEATURE,
