@@ -51,10 +51,11 @@ class RecordReader:
         sequence = self._sequence(record)
         try:
             rows = self._rows(record)
-        except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"its log-probabilities are not in the form of their kind ({error!r})") from error
+        except DataError:
+            raise
+        except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+            reason = repr(error)[:150]
+            raise DataError(f"its log-probabilities are not in the form of their kind ({reason})") from error
         return Rows(rows.values, rows.ids, rows.offsets, rows.labels, rows.tops, sequence)
 
     def _rows(self, record: Mapping[str, Any]) -> Rows:

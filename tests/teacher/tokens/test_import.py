@@ -1,7 +1,9 @@
 """Log-probabilities in the forms in which people have them, each written here from full distributions."""
 
+import copy
 import gzip
 import json
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 import kdfast
 from kdfast.errors import CacheMismatch, DataError, UsageError
+from kdfast.teacher.tokens.records import RecordReader
+from kdfast.teacher.tokens.sequence import check_rows
 
 K, VOCABULARY = 5, 50
 
@@ -303,6 +307,45 @@ def test_wrong_lines_are_named_and_nothing_is_left(texts, tmp_path, line, messag
     assert not [name for name in (tmp_path / "t").iterdir() if not name.name.startswith(".")]
     log.write_text(json.dumps(plain(texts[0])) + "\n")
     assert len(kdfast.token_outputs(log, tmp_path / "t", VOCABULARY)) == 1
+
+
+ODD = [None, True, -1, 1.5, "x", "", "7", [], {}, [[]], [None], {"a": 1}, 1e308, 10**30, float("nan"), 2**63, [1, 2, 3]]
+
+
+def change_anything(draw, value):
+    """Replace, delete or rename a random part of nested dicts and lists."""
+    places = []
+
+    def walk(part):
+        for key in list(part) if isinstance(part, dict) else range(len(part)):
+            places.append((part, key))
+            if isinstance(part[key], (dict, list)):
+                walk(part[key])
+
+    walk(value)
+    part, key = draw.choice(places)
+    if draw.random() < 0.2:
+        del part[key]
+    elif draw.random() < 0.1 and isinstance(part, dict):
+        part[str(draw.choice(ODD))] = part.pop(key)
+    else:
+        part[key] = draw.choice(ODD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_records_are_read_or_refused_in_one_line(texts, kind):
+    draw, messages = random.Random(kind), []
+    for _ in range(150):
+        record = copy.deepcopy(KINDS[kind][0](draw.choice(texts)))
+        for _ in range(draw.choice([1, 1, 2, 3])):
+            if record:
+                change_anything(draw, record)
+        try:
+            check_rows(RecordReader().read(record), VOCABULARY)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all("\n" not in message and len(message) < 400 for message in messages)
 
 
 @pytest.mark.parametrize("logprob", ["-Infinity", "-9999.0", "null"])
