@@ -168,7 +168,7 @@ def test_a_given_teacher_is_used_and_others_are_refused(kdfast, command: tuple, 
     assert "--teacher names resnet14, and the networks of these cells' teachers are: resnet8" in other.err
     wrong = kdfast(*command, "--teacher", str(teacher))
     assert wrong.code == 2
-    assert "pass NET=FILE" in wrong.err
+    assert "pass NAME=FILE" in wrong.err
 
 
 def test_a_shorter_schedule_is_marked_and_kept_apart(kdfast, command: tuple, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def read_given(
     for net, path in files.items():
         if net not in used:
             known = ", ".join(sorted(used)) or "none"
-            raise UsageError(f"`teacher` names {net}, and the networks of these cells' teachers are: {known}")
+            raise UsageError(f"`teachers` names {net}, and the networks of these cells' teachers are: {known}")
         own = is_own_checkpoint(read_torch_file(Path(path), advice="pass another file"))
         models[net], _ = import_checkpoint(
             path,

@@ -47,13 +47,13 @@ def reproduce(
             help="Folder of all files; the same command resumes, and several studies and machines may share it.",
         ),
     ] = None,
-    teacher: Annotated[
+    teachers: Annotated[
         list[str] | None,
         typer.Option(
             "--teacher",
-            help="A trained teacher of this network, a file of kdfast or any checkpoint; repeatable. Others are "
+            help="A trained teacher of the network NAME, a file of kdfast or any checkpoint; repeatable. Others are "
             "trained with the study's recipe.",
-            metavar="NET=FILE",
+            metavar="NAME=FILE",
         ),
     ] = None,
     mean: Annotated[
@@ -147,7 +147,7 @@ def reproduce(
     if study is None or out is None:
         raise UsageError("pass a study and --out, or --list")
     if study == _THEOREM:
-        given = {"data": data, "teacher": teacher, "dynamics": dynamics, "fractions": fractions, "methods": methods,
+        given = {"data": data, "teachers": teachers, "dynamics": dynamics, "fractions": fractions, "methods": methods,
                  "restrict": restrict, "epochs": epochs, "dataset": dataset, "budget": budget}  # fmt: skip
         for name, value in given.items():
             if value is not None:
@@ -194,7 +194,7 @@ def reproduce(
             out=out,
             dataset=dataset,
             epochs=epochs,
-            teachers=_parse_teachers(teacher or []),
+            teachers=_parse_teachers(teachers or []),
             normalization=options.parse_normalization(mean, std),
             dynamics=dynamics,
             precision=options.choose_precision(precision, resolve_device(device)),
@@ -350,6 +350,6 @@ def _parse_teachers(texts: list[str]) -> dict[str, str]:
     for text in texts:
         net, equals, path = text.partition("=")
         if not (net and equals and path) or net in files:
-            raise UsageError(f"`teacher` is {text!r}: pass NET=FILE, each network once")
+            raise UsageError(f"`teachers` is {text!r}: pass NAME=FILE, each network once")
         files[net] = path
     return files
