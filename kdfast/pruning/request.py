@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
@@ -12,7 +13,7 @@ from kdfast.data.subset import open_subset
 from kdfast.errors import DataError, UsageError, unknown_name
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
-from kdfast.pruning.flat_scores import FVM, flatten_network, fvm_scores, state_paths
+from kdfast.pruning.flat_scores import FVM, flatten_network, fvm_scores, is_flattened, state_paths
 from kdfast.pruning.options import OptionValue, complete_options
 from kdfast.pruning.rules.registry import RULES, get_rule
 from kdfast.pruning.score_file import ScoreFile, open_scores
@@ -25,6 +26,9 @@ from kdfast.teacher.flatten import FlattenConfig
 
 FRACTION_FIELD = "{fraction}"
 _HELD_SCORES = "scores"  # name of scores without a file
+# A teacher that is not flat yet: flattening and scores together take less than four epochs of its training.
+BRIEF_ITERATIONS = 500
+BRIEF_SCORE: Mapping[str, OptionValue] = {"fisher": "validation"}
 
 
 def subset_paths(out: Path, fractions: Sequence[float]) -> list[Path]:
@@ -218,10 +222,11 @@ class PruneRequest:
     def _with_flat_scores(self, sources: ScoreSources, state: Path | None, progress: Progress | None) -> SubsetPipeline:
         """Return a pipeline with the scores of the network, which is flattened unless it is flat already."""
         flat_state, score_state = (None, None) if state is None else state_paths(state)
-        held = self._selector_options().get("held")
-        config = FlattenConfig(seed=self.seed) if held is None else FlattenConfig(held=float(held), seed=self.seed)
+        held = cast(float, self._selector_options().get("held", FlattenConfig.held))
+        config = FlattenConfig(iterations=BRIEF_ITERATIONS, held=held, seed=self.seed)
+        options = dict(self.score_options)
+        if sources.network is not None and not is_flattened(sources.network):
+            options = {**BRIEF_SCORE, **options}
         sources = flatten_network(sources, config, device=self.device, state=flat_state, progress=progress)
-        scores = fvm_scores(
-            sources, self.score_options, seed=self.seed, device=self.device, state=score_state, progress=progress
-        )
+        scores = fvm_scores(sources, options, seed=self.seed, device=self.device, state=score_state, progress=progress)
         return self._pipeline(sources, {FVM: scores})

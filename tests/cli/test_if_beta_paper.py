@@ -1,5 +1,6 @@
 """`kdfast prune --method if-beta` with preset=paper, and scores from files, the registry and a teacher's file."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -31,13 +32,14 @@ def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> list[FlattenConfig]:
-    """Flatten for three iterations; return the settings of every flattening."""
+    """Flatten for three iterations; return the settings that every flattening should have had."""
     made: list[FlattenConfig] = []
 
     def config(**settings: object) -> FlattenConfig:
-        made.append(FlattenConfig(iterations=3, **settings))
-        return made[-1]
+        made.append(FlattenConfig(**settings))
+        return dataclasses.replace(made[-1], iterations=3)
 
+    config.held = FlattenConfig.held  # type: ignore[attr-defined]
     monkeypatch.setattr(request, "FlattenConfig", config)
     return made
 
@@ -74,13 +76,13 @@ def test_flattens_scores_and_searches_in_one_command(
         "idx-0.5.json",
         "idx-0.5.npy",
     ]
-    assert [(c.held, c.seed) for c in brief] == [
-        (0.2, 3)
-    ]  # once for both fractions, on the held-out part of the search
+    # Once for both fractions, on the held-out part of the search, in less than four epochs with the scores.
+    assert [(c.held, c.seed, c.iterations) for c in brief] == [(0.2, 3, 500)]
     about = record(tmp_path / "idx-0.25.npy")
     found = about["if-beta"]
     assert about["parameters"]["score"]["method"] == "influence-fvm"
     assert about["parameters"]["score"]["network"].startswith("flattened, sharpness fsam")
+    assert about["parameters"]["score"]["fisher"] == "validation"
     assert about["scores"] == record(tmp_path / "idx-0.5.npy")["scores"]
     assert found["preset"] == "paper"
     assert len(found["path"]) == 3 + 2 + 1
