@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import LN2, finite_or_zero, known, own_numbers, row_factors, row_indices
+from kdfast.ops.kd_loss.triton.common import LN2, known
 from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient, sweep_gradients
+from kdfast.ops.kd_loss.triton.program import find_rows, row_operands, smoothed_target
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax
-from kdfast.ops.kd_loss.triton.tiles import mean_from, store_zeros
+from kdfast.ops.kd_loss.triton.tiles import store_zeros
 
 __all__ = ["dense_kernel"]
 
@@ -104,27 +105,21 @@ def dense_kernel(
     c = c // ALIGN * ALIGN
     z_row = z_row // ALIGN * ALIGN
     t_row = t_row // ALIGN * ALIGN
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = r < n
-    live, bad, label, teacher_row = row_indices(
-        r, exists, label_ptr, rows_ptr, label_stride, rows_stride, ignore_index, c, m, USE_KL, HAS_LABELS, HAS_ROWS
-    )
-    columns = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    if WIDE:
-        columns = columns.to(tl.int64)
+    r, exists, indices, columns = find_rows(
+        label_ptr, rows_ptr, n, c, m, label_stride, rows_stride, ignore_index,
+        USE_KL, HAS_LABELS, HAS_ROWS, WIDE, ROWS, LANES, VECTOR,
+    )  # fmt: skip
+    live, label = indices[0], indices[2]
     grad_base = grad_ptr + r * c
     if tl.max(live.to(tl.int32), 0) == 0:
         tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=exists)
         if GRAD:
             store_zeros(grad_base, columns, c, exists, (TILES - 1) * STEPS + LAST_STEPS)
     else:
-        factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
-        factor = tl.where(bad, float("nan"), factor)
-        operands = (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
-        numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
-        hard, soft = live, None
-        if alphas_ptr is not None or temperatures_ptr is not None:
-            numbers, hard, soft = own_numbers(numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED, ROWS)
+        factor, operands, numbers, hard, soft = row_operands(
+            z_ptr, t_ptr, weights_ptr, mass_ptr, alphas_ptr, temperatures_ptr, r, indices, (z_row, z_col, t_row, t_col),
+            (scale, ce_factor, kl_factor, ce_slope, kl_slope), HAS_WEIGHTS, HAS_MASS, T_SQUARED, ROWS,
+        )  # fmt: skip
         z_label, t_label = factor, factor
         if USE_CE:
             z_label = tl.load(operands[0] + label * z_col, mask=live, other=0.0).to(tl.float32)
@@ -134,9 +129,9 @@ def dense_kernel(
                     t_label = tl.where(soft, t_label, z_label)
         flat = None
         if smoothing is not None:
-            offset = mean_from(finite_or_zero(z_label), operands, columns, c, hard, TILES, STEPS, LAST_STEPS)
-            smooth = factor * numbers[3] * smoothing
-            flat = tl.where(live, smooth / c, 0.0)
+            offset, smooth, flat = smoothed_target(
+                smoothing, z_label, operands, columns, c, live, hard, factor, numbers, TILES, STEPS, LAST_STEPS
+            )
         if TILES == 1:
             _, tops, all_terms, sums = tile_softmax(
                 operands, columns, c, live, numbers[0], USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL, None, soft
