@@ -67,7 +67,7 @@ def failures(backend: str, classes: int, name: str) -> tuple[int, list[str]]:
         options = {"temperature": t, "alpha": alpha, "reduction": "none", **OPTIONS[name]}
         truth = results(z.double(), *args, **options, backend="reference")
         largest = max(1 - alpha, float(torch.softmax(teacher / t, 1).max()), float(torch.softmax(z / t, 1).max()))
-        floors = 0.1 * t**2, 0.01 * t * largest
+        floors = 0.1 * t**2, 0.02 * t * largest
         ours, eager = (
             [
                 ((a - b).abs().max() / b.abs().max().clamp_min(f)).item()
