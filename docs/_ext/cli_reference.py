@@ -74,7 +74,7 @@ def _format_flags(parameter: Any, context: Any) -> str:
 def _describe_parameter(parameter: Any) -> str:
     facts = ["required"] if parameter.required else []
     default = parameter.default
-    if not (parameter.required or parameter.is_flag or default in (None, (), [])):
+    if not (parameter.required or getattr(parameter, "is_flag", False) or default in (None, (), [])):
         facts.append(f"default: {default}")
     return _escape_bars(_format_help(parameter.help or "")) + (f" *({'; '.join(facts)})*" if facts else "")
 
