@@ -22,3 +22,8 @@ def _escape(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, see os.fsdecode
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def shorten_text(text: str, length: int = 80) -> str:
+    """Return a text for a message, cut to a number of characters."""
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -18,11 +18,11 @@ import msgspec
 
 from kdfast.errors import DataError, KdfastError, UsageError
 from kdfast.files.inputs import MAX_CONFIG_BYTES, MAX_JSON_BYTES, read_bounded
+from kdfast.text import shorten_text
 
 MAX_DEPTH = 64  # of nested dicts and lists; those who work on the values call themselves for each level
 _MAX_DIGITS = 20
 _MAX_YAML_DEPTH = 8  # what people write needs three
-_SHOWN = 80  # characters of a value in a message
 _SHOWN_REASON = 400
 
 _WHERE = re.compile(r"^(?P<what>.*) - at `(?P<in_key>key` in `)?\$\.?(?P<field>.*)`$", re.DOTALL)
@@ -80,11 +80,6 @@ def _refuse_repeated_keys(node: Any, what: str) -> None:
     inner = [value for _, value in pairs] or (node.value if node is not None and node.id == "sequence" else [])
     for child in inner:
         _refuse_repeated_keys(child, what)
-
-
-def shorten_text(text: str, length: int = _SHOWN) -> str:
-    """Return a text for a message, cut to a number of characters."""
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def decode_json(

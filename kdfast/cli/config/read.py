@@ -10,7 +10,7 @@ import typer
 from kdfast.cli.command import HIDDEN_SPELLINGS
 from kdfast.cli.config.run import STARTED, options_of_run
 from kdfast.errors import UsageError, did_you_mean
-from kdfast.files.validate import read_yaml, shorten_text
+from kdfast.text import shorten_text
 
 _SHOWN = 80  # characters of a key that is compared with the known ones
 
@@ -25,6 +25,8 @@ def load_defaults(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
+    from kdfast.files.validate import read_yaml
+
     values = read_yaml(path, f"--config {path}")
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} is not a mapping: write one `option: value` per line")

@@ -115,7 +115,7 @@ def reproduce(
             metavar="90m|3h|2d",
         ),
     ] = None,
-    precision: options.Precision = "auto",
+    precision: options.Precision = "fp32",
     loader: options.Loader = "auto",
     size: options.Size = None,
     order: options.Order = "path",
