@@ -200,8 +200,9 @@ class ReproductionSession:
             "targets": targets,
             "teacher": None,
         }
-        if self.config.epochs is not None:
-            settings["compressed_to"] = self.config.epochs
+        own = compressed_epochs(study, cell, None, len(self.source.train))
+        if self.config.epochs is not None and config.epochs == own:
+            settings["compressed_to"] = self.config.epochs  # else the row would be that of the full schedule
         if cell.kd and cell.teacher is not None:
             settings["teacher"] = self.artifacts.teacher_spec(cell.teacher, cell.teacher_fraction or 1.0).identity
         return StudyRun(cell, study.label(cell), seed, config.epochs, targets, settings)
