@@ -5,6 +5,7 @@ The kernels are compiled in a process of its own, see bench/triton_compile; noth
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import kdfast
 
 pytest.importorskip("triton")
 
@@ -70,3 +73,49 @@ def test_kernels_stay_within_their_bounds(selection, arch):
             faults.append(f"{row['case']}: {row['instructions']} instructions, at most {allowed}")
     assert result["rows"]
     assert not faults, "\n".join(faults)
+
+
+def returns_none(function):
+    """Return whether a function returns None, or a name that it sets to None, alone or in a tuple."""
+    none = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign)
+        for names, value in ((node.targets[0], node.value),)
+        for target, given in (
+            zip(names.elts, value.elts, strict=True)
+            if isinstance(names, ast.Tuple) and isinstance(value, ast.Tuple)
+            else ((names, value),)
+        )
+        if isinstance(target, ast.Name) and isinstance(given, ast.Constant) and given.value is None
+    }
+    returned = [
+        value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return) and node.value is not None
+        for value in (node.value.elts if isinstance(node.value, ast.Tuple) else [node.value])
+    ]
+    return any(
+        (isinstance(value, ast.Constant) and value.value is None) or (isinstance(value, ast.Name) and value.id in none)
+        for value in returned
+    )
+
+
+def jit_functions():
+    root = Path(kdfast.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in {ast.unparse(d) for d in node.decorator_list}:
+                yield pytest.param(node, id=f"{path.relative_to(root)}:{node.name}")
+
+
+@pytest.mark.parametrize("function", [*jit_functions()])
+def test_functions_of_kernels_do_not_return_none(function):
+    # Triton 3.6, which comes with PyTorch 2.11, does not compile it; the installed Triton may.
+    assert not returns_none(function)
+
+
+def test_a_returned_none_is_found():
+    source = "def f(x):\n    a, b = x, None\n    if x:\n        a, b = g(x)\n    return a, b"
+    assert returns_none(ast.parse(source).body[0])
+    assert not returns_none(ast.parse("def f(x):\n    b = None\n    return x, g(b)").body[0])

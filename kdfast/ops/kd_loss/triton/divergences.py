@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdfast.ops.kd_loss.triton.common import own_numbers
 from kdfast.ops.kd_loss.triton.decoupled import decoupled
 from kdfast.ops.kd_loss.triton.jensen_shannon import jensen_shannon
 from kdfast.ops.kd_loss.triton.program import find_rows, row_operands, smoothed_target
@@ -83,10 +84,14 @@ def divergence_kernel(
         if GRAD:
             store_zeros(grad_base, columns, c, exists, (TILES - 1) * STEPS + LAST_STEPS)
     else:
-        factor, operands, numbers, hard, soft = row_operands(
-            z_ptr, t_ptr, weights_ptr, mass_ptr, alphas_ptr, temperatures_ptr, r, indices, (z_row, z_col, t_row, t_col),
-            (scale, ce_factor, kl_factor, ce_slope, kl_slope), HAS_WEIGHTS, HAS_MASS, T_SQUARED, ROWS,
-        )  # fmt: skip
+        factor, operands = row_operands(
+            z_ptr, t_ptr, weights_ptr, mass_ptr, r, indices, (z_row, z_col, t_row, t_col), HAS_WEIGHTS, HAS_MASS
+        )
+        # Triton 3.6 cannot return None from a function, so this stands in both kernels.
+        numbers = (scale, ce_factor, kl_factor, ce_slope, kl_slope)
+        hard, soft = live, None
+        if alphas_ptr is not None or temperatures_ptr is not None:
+            numbers, hard, soft = own_numbers(numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED, ROWS)
         flat = None
         if smoothing is not None:
             z_label = tl.load(operands[0] + label * z_col, mask=hard, other=0.0).to(tl.float32)

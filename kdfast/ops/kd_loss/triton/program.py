@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.ops.kd_loss.triton.common import finite_or_zero, own_numbers, row_factors, row_indices
+from kdfast.ops.kd_loss.triton.common import finite_or_zero, row_factors, row_indices
 from kdfast.ops.kd_loss.triton.tiles import mean_from
 
 __all__ = ["find_rows", "row_operands", "smoothed_target"]
@@ -31,23 +31,17 @@ def find_rows(
 
 @triton.jit
 def row_operands(
-    z_ptr, t_ptr, weights_ptr, mass_ptr, alphas_ptr, temperatures_ptr, r, indices, strides, numbers,
-    HAS_WEIGHTS: tl.constexpr, HAS_MASS: tl.constexpr, T_SQUARED: tl.constexpr, ROWS: tl.constexpr,
+    z_ptr, t_ptr, weights_ptr, mass_ptr, r, indices, strides, HAS_WEIGHTS: tl.constexpr, HAS_MASS: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows' factors, operands and numbers, and which have each term.
+    """Return the rows' factors, and their operands as ``load_tile`` takes them.
 
-    ``strides`` are those of ``z_ptr`` and ``t_ptr``; the results are as in ``row_factors``, ``load_tile`` and
-    ``own_numbers``.
+    ``strides`` are those of ``z_ptr`` and ``t_ptr``.
     """
     live, bad, _, teacher_row = indices
     z_row, z_col, t_row, t_col = strides
     factor = row_factors(live, r, weights_ptr, mass_ptr, HAS_WEIGHTS, HAS_MASS)
     factor = tl.where(bad, float("nan"), factor)
-    operands = (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
-    hard, soft = live, None
-    if alphas_ptr is not None or temperatures_ptr is not None:
-        numbers, hard, soft = own_numbers(numbers, r, live, alphas_ptr, temperatures_ptr, T_SQUARED, ROWS)
-    return factor, operands, numbers, hard, soft
+    return factor, (z_ptr + r * z_row, z_col, t_ptr + teacher_row * t_row, t_col)
 
 
 @triton.jit
