@@ -68,7 +68,7 @@ class TopKTeacher(NamedTuple):
             offsets: (M + 1,): row i holds the entries from ``offsets[i]`` to ``offsets[i + 1]``, for rows of different
                 lengths, such as top-p sets.
             top_k: How many entries of each row are the most probable classes; the others may be any, such as the token
-                that was drawn. Only the estimate uses it. None: all of them.
+                that was drawn. Only the estimate uses it. None: all of them; 0: not known.
             logprob_temperature: What the logits were divided by before the softmax.
             tail: False divides by the mass of the kept classes instead, as some trainers do. This is biased: the
                 student learns that all other classes are impossible.

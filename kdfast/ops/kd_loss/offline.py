@@ -57,8 +57,8 @@ def from_logprobs(
         values, ids = pad_rows(values, ids, torch.as_tensor(offsets))
     classes = None if classes is None else as_int("classes", classes)
     ids, kept = _check_entries(values, ids, classes)
-    if top_k is not None and as_int("top_k", top_k) < 1:
-        raise ShapeError(f"`top_k` is {top_k}: pass the number of most probable classes in each row, at least 1")
+    if top_k is not None and as_int("top_k", top_k) < 0:
+        raise ShapeError(f"`top_k` is {top_k}: pass the number of most probable classes in each row, 0 if not known")
     kept = kept & ~_is_repeated(ids, kept)
     values = torch.where(kept, values, -torch.inf)
     found = kept.any(1)
@@ -157,12 +157,13 @@ def tempered_tail(rest: Tensor, most: Tensor, rank: Tensor, others: Tensor, powe
 def rank_bound(values: Tensor, top_k: int | Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the log-probability of the last class that is certainly among the most probable, and its rank, (M,).
 
-    A row without entries has the bound 0, at rank 1.
+    A row without such a class has the bound 0, at rank 1.
     """
     count = torch.isneginf(values).logical_not().sum(1)
-    rank = (count if top_k is None else count.clamp(max=top_k)).clamp_min(1)
+    top = count if top_k is None else count.clamp(max=top_k)
+    rank = top.clamp_min(1)
     most = values.double().sort(1, descending=True).values.gather(1, rank.unsqueeze(1) - 1).squeeze(1)
-    return torch.where(count > 0, most, 0.0), rank
+    return torch.where(top > 0, most, 0.0), rank
 
 
 def pad_rows(values: Tensor, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,9 +200,14 @@ def _tempered_rest(values: Tensor, classes: int, top_k: int | None, power: float
     return torch.cat(parts) if parts else values.new_empty(0, dtype=torch.float32)
 
 
+def is_feasible(mass: Any, largest: Any) -> Any:
+    """Return which masses are at most the largest possible ones, but for rounding to float16; arrays or tensors."""
+    return mass <= 1.05 * largest + 2e-3
+
+
 def _check_feasible(rest: Tensor, most: Tensor, rank: Tensor, others: Tensor) -> None:
     mass, largest = rest.exp(), others * most.exp()
-    bad = (mass > 1.05 * largest + 2e-3) & (others > 0)
+    bad = ~is_feasible(mass, largest) & (others > 0)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ShapeError(

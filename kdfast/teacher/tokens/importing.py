@@ -58,8 +58,8 @@ def token_outputs(
         out: The cache's folder; created if missing.
         vocabulary: Number of the teacher's tokens.
         temperature: What the logits were divided by before the softmax.
-        top_k: How many entries of each token are the most probable classes, if others were added. Responses of servers
-            tell it themselves.
+        top_k: How many entries of each token are the most probable classes, if others were added; 0: not known.
+            Responses of servers tell it themselves, and it limits what they tell.
         names: Names of the fields `values`, `ids`, `labels`, `sequence`, and of the array `lengths` or `offsets`, where
             they differ.
         tokens: Class of each token's text, for responses that name tokens by their texts.
@@ -114,8 +114,9 @@ def _write(
     for text in islice(texts, writer.done, None):
         try:
             rows = text.read()
-            if top_k is not None and rows.tops is None:
-                rows = dataclasses.replace(rows, tops=np.full(max(0, len(rows.offsets) - 1), top_k))
+            if top_k is not None:
+                tops = np.full(max(0, len(rows.offsets) - 1), top_k)
+                rows = dataclasses.replace(rows, tops=tops if rows.tops is None else np.minimum(rows.tops, tops))
             writer.add_rows(rows)
         except DataError as error:
             raise DataError(f"{text.where}: {error}") from error

@@ -6,6 +6,7 @@ Known are the responses of OpenAI's and vLLM's completions and chat completions,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,12 +17,17 @@ from kdfast.errors import DataError
 from kdfast.teacher.tokens.sequence import UNKNOWN, Rows
 
 _TOKEN_ID = "token_id:"
-_TOKEN_KEYS = ("prompt_token_ids", "token_ids", "input_ids")
+_PROMPT_KEYS = ("prompt_token_ids", "input_ids", "token_ids")
+_OUTPUT_KEYS = ("token_ids", "output_ids")
+_NUMBERED = re.compile(r"(?:[A-Za-z][^0-9]*)?([0-9]{1,18})")  # 17, request-17
 DEFAULT_NAMES = {"values": "values", "ids": "ids", "labels": "labels", "sequence": "sequence"}
 
 
 class Position(NamedTuple):
-    """Entries of a position: pairs of class and log-probability, its token, and how many entries are the top ones."""
+    """Entries of a position: pairs of class and log-probability, its token, and how many entries are the top ones.
+
+    Where their number is not known (None), a token that is the least probable of them may have been added.
+    """
 
     entries: list[tuple[int, float]]
     label: int = UNKNOWN
@@ -81,9 +87,10 @@ class RecordReader:
             return None
         if isinstance(found, (int, np.integer)) and not isinstance(found, bool):
             return int(found)
-        if isinstance(found, str) and found.isdecimal() and len(found) < 19:
-            return int(found)
-        raise DataError(f"{name} is {found!r}: must be an integer, the number of the text")
+        named = _NUMBERED.fullmatch(found) if isinstance(found, str) else None
+        if named is not None:
+            return int(named.group(1))
+        raise DataError(f"{name} is {found!r}: must be an integer, or end in one, the number of the text")
 
     def _plain(self, record: Mapping[str, Any]) -> Rows:
         names = self._names
@@ -105,7 +112,7 @@ class RecordReader:
     def _prompt(self, body: Mapping[str, Any]) -> list[Position] | None:
         """Read vLLM's `prompt_logprobs`, a dict for each token of the prompt, None for the first."""
         found = body.get("prompt_logprobs")
-        return None if found is None else _label(list(map(self._position, found)), body)
+        return None if found is None else _label(list(map(self._position, found)), body, _PROMPT_KEYS)
 
     def _generated(self, body: Mapping[str, Any]) -> list[Position] | None:
         found = body.get("logprobs")
@@ -115,35 +122,42 @@ class RecordReader:
             if found.get("top_logprobs") is not None:
                 return self._completion(found)
             return None
-        return None if found is None else _label(list(map(self._position, found)), body)
+        return None if found is None else _label(list(map(self._position, found)), body, _OUTPUT_KEYS)
 
     def _position(self, entries: Mapping[Any, Any] | None) -> Position:
         """Read a dict of log-probabilities by class, which are numbers or objects with `logprob` and `rank`."""
-        pairs, ranks = [], []
+        pairs: list[tuple[int, float]] = []
+        ranks: list[Any] = []
         for token, given in (entries or {}).items():
             value = given["logprob"] if isinstance(given, Mapping) else given
-            ranks.append((given.get("rank") if isinstance(given, Mapping) else None) or 0)
+            ranks.append(given.get("rank") if isinstance(given, Mapping) else None)
             if value is not None:
                 is_id = isinstance(token, int) or token.isdecimal()
                 pairs.append((int(token) if is_id else self._class(token), float(value)))
+        if None in ranks:
+            return Position(pairs)
         # Ranks count from 1, so one above the number of entries is that of the token of the text, which was added.
         extra = bool(ranks) and max(ranks) > len(ranks)
         return Position(pairs, top=len(pairs) - extra)
 
     def _chat_position(self, entry: Mapping[str, Any]) -> Position:
-        pairs = [(self._class(top["token"]), float(top["logprob"])) for top in entry["top_logprobs"]]
-        own = self._class(entry["token"])
-        return Position([*pairs, (own, float(entry["logprob"]))], own, len(pairs))
+        """Read a token, among whose top ones some servers count the drawn one although it is none."""
+        own = self._chat_class(entry)
+        entries = [(self._chat_class(top), top["logprob"]) for top in entry.get("top_logprobs") or ()]
+        return Position(_pairs([*entries, (own, entry["logprob"])]), own)
 
     def _completion(self, found: Mapping[str, Any]) -> list[Position]:
         positions = []
         own_values = found.get("token_logprobs") or [None] * len(found["top_logprobs"])
         for token, value, entries in zip(found["tokens"], own_values, found["top_logprobs"], strict=True):
-            pairs = [(self._class(text), float(number)) for text, number in (entries or {}).items()]
             own = self._class(token)
-            added = [] if value is None else [(own, float(value))]
-            positions.append(Position([*pairs, *added], own, len(pairs)))
+            pairs = [(self._class(text), number) for text, number in (entries or {}).items()]
+            positions.append(Position(_pairs([*pairs, (own, value)]), own))
         return positions
+
+    def _chat_class(self, entry: Mapping[str, Any]) -> int:
+        found = entry.get("id")  # llama.cpp
+        return found if isinstance(found, int) else self._class(entry["token"])
 
     def _class(self, token: object) -> int:
         """Return the class of a token that is given by its text, or as vLLM's `token_id:17`."""
@@ -182,22 +196,27 @@ def _sglang(body: Mapping[str, Any]) -> list[Position] | None:
         return None
     for side in ("input", "output"):
         tops = info.get(f"{side}_top_logprobs")
-        if not tops:
+        if not tops or not any(tops):  # without logprob_start_len, the input has no more than a None
             continue
         own = info.get(f"{side}_token_logprobs") or [None] * len(tops)
         positions = []
         for entries, token in zip(tops, own, strict=True):
-            pairs = [(int(entry[1]), float(entry[0])) for entry in entries or ()]
+            pairs = _pairs((int(entry[1]), entry[0]) for entry in entries or ())
             label = UNKNOWN if token is None else int(token[1])
-            added = [(label, float(token[0]))] if pairs and token is not None and token[0] is not None else []
+            added = _pairs([(label, token[0])]) if pairs and token is not None else []
             positions.append(Position([*pairs, *added], label, len(pairs)))
         return positions
     return None
 
 
-def _label(positions: list[Position], body: Mapping[str, Any]) -> list[Position]:
+def _pairs(entries: Iterable[tuple[int, Any]]) -> list[tuple[int, float]]:
+    """Return the entries with a log-probability; JSON writers put null in place of -inf."""
+    return [(token, float(value)) for token, value in entries if value is not None]
+
+
+def _label(positions: list[Position], body: Mapping[str, Any], names: tuple[str, ...]) -> list[Position]:
     """Add the tokens of the text, where the record has them."""
-    for name in _TOKEN_KEYS:
+    for name in names:
         tokens = body.get(name)
         if tokens is not None:
             if len(tokens) != len(positions):
@@ -209,14 +228,22 @@ def _label(positions: list[Position], body: Mapping[str, Any]) -> list[Position]
 def _to_rows(positions: list[Position]) -> Rows:
     entries = [entry for position in positions for entry in position.entries]
     counts = [len(position.entries) for position in positions]
-    tops = [count if one.top is None else one.top for one, count in zip(positions, counts, strict=True)]
     return Rows(
         np.array([value for _, value in entries], np.float64),
         np.array([token for token, _ in entries], np.int64),
         np.cumsum([0, *counts]),
         np.array([position.label for position in positions], np.int64),
-        np.array(tops, np.int64),
+        np.array([_count_top(position) for position in positions], np.int64),
     )
+
+
+def _count_top(position: Position) -> int:
+    """Return how many entries are certainly the most probable classes."""
+    if position.top is not None:
+        return position.top
+    known = dict(reversed(position.entries))  # the first entry of a class counts
+    own = known.get(position.label)
+    return len(known) - (own is not None and own <= min(known.values()))
 
 
 def _list(row: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.errors import DataError
-from kdfast.ops.kd_loss.offline import SMALLEST_REST
+from kdfast.ops.kd_loss.offline import SMALLEST_REST, is_feasible
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -90,7 +90,8 @@ def check_rows(rows: Rows, vocabulary: int) -> Sequence:
         raise DataError(f"position {at}: the probabilities sum to {mass[at]:.4g}, more than 1")
     with np.errstate(divide="ignore"):
         tail = np.log(np.where(counts >= vocabulary, 0, np.maximum(1 - mass, SMALLEST_REST)))
-    ranks = counts if rows.tops is None else np.minimum(counts, np.asarray(rows.tops, np.int64))
+    ranks = counts if rows.tops is None else np.minimum(counts, _check_tops(rows.tops))
+    _check_rest(values, counts, ranks, tail, vocabulary)
     labels = _check_labels(rows.labels, length, vocabulary)
     return Sequence(values.astype(np.float32), ids, counts, ranks, tail.astype(np.float32), labels)
 
@@ -103,14 +104,40 @@ def _check_shapes(rows: Rows) -> tuple[Floats, Ints, Ints]:
         )
     values, ids = rows.values.astype(np.float64), rows.ids.astype(np.int64)
     offsets = rows.offsets.astype(np.int64)
-    if values.ndim != 1 or ids.shape != values.shape or offsets.ndim != 1 or len(offsets) < 2:
+    if offsets.shape in ((0,), (1,)):
+        raise DataError("the text has no tokens: leave it out")
+    if values.ndim != 1 or ids.shape != values.shape or offsets.ndim != 1:
         raise DataError(
-            f"log-probabilities and classes have shapes {values.shape} and {ids.shape}, and there are "
-            f"{max(0, len(offsets) - 1)} positions: must be as many classes as log-probabilities, and a position"
+            f"log-probabilities, classes and offsets have shapes {values.shape}, {ids.shape} and {offsets.shape}: must "
+            "be (E,), (E,) and (L + 1,)"
         )
     if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise DataError(f"offsets must begin with 0, never fall, and end with {len(values)}, the number of entries")
     return values, ids, offsets
+
+
+def _check_tops(tops: Array) -> Ints:
+    found = np.asarray(tops, np.int64)
+    if (found < 0).any():
+        raise DataError(
+            f"`top_k` is {found.min()}: pass how many entries are the most probable classes, 0 if not known"
+        )
+    return found
+
+
+def _check_rest(values: Floats, counts: Ints, ranks: Ints, tail: Floats, vocabulary: int) -> None:
+    """Check that the classes left out can have their mass if none is more probable than the last of the top ones."""
+    most, others = np.zeros(len(counts)), vocabulary - counts
+    is_bounded = ranks > 0
+    most[is_bounded] = values[(np.cumsum(counts) - counts + ranks - 1)[is_bounded]]
+    bad = np.flatnonzero(~is_feasible(np.exp(tail), others * np.exp(most)) & (others > 0))
+    if len(bad):
+        at = bad[0]
+        raise DataError(
+            f"position {at}: {others[at]} other classes have the probability {np.exp(tail[at]):.3g}, more than if each "
+            f"had that of the class of rank {ranks[at]}, {np.exp(most[at]):.3g}: check `vocabulary`, and pass `top_k`, "
+            "how many of the entries are the most probable ones, if others were added"
+        )
 
 
 def _check_labels(labels: Array | None, length: int, vocabulary: int) -> Ints:

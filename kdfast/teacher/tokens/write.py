@@ -124,7 +124,7 @@ class TokenWriter:
             ids: (L, k) or (E,) their classes.
             offsets: (L + 1,) first entry of each token.
             labels: (L,) the tokens of the text; -1 or -100 where not known.
-            top_k: How many entries of each token are the most probable classes; None: all.
+            top_k: How many entries of each token are the most probable classes; None: all; 0: not known.
             sequence: Number of the text, for `TokenTeacher.lookup`; pass it for all texts or for none, which numbers
                 them from 0 on.
 

@@ -217,7 +217,7 @@ VALUES, IDS = [[-1.0, -2.0]], [[0, 1]]
         (VALUES, [[0, 1, 2]], {}, ShapeError, r"shapes \(1, 2\) and \(1, 3\)"),
         (VALUES, IDS, {"temperature": 2.0}, ShapeError, "pass `classes`, the size of the vocabulary"),
         (VALUES, IDS, {"temperature": 0.0}, ShapeError, "`temperature` is 0.0"),
-        (VALUES, IDS, {"top_k": 0}, ShapeError, "`top_k` is 0"),
+        (VALUES, IDS, {"top_k": -1}, ShapeError, "`top_k` is -1"),
         ([-1.0, -2.0], [0, 1], {"offsets": [0, 3]}, ShapeError, "`offsets` must begin with 0"),
         ([[-1.0, -30.0]], IDS, {"temperature": 2.0, "classes": 99}, ShapeError, "row 0: 97 other classes have"),
     ],

@@ -388,5 +388,15 @@ def test_top_k_says_which_entries_are_the_most_probable(tmp_path):
     record = {"values": [[-1.0, -2.0, -30.0]], "ids": [[1, 2, 3]]}
     teacher = kdfast.token_outputs([record], tmp_path / "t", VOCABULARY, top_k=2)
     assert torch.isfinite(teacher.lookup([0], 2.0).teacher.tail).all()
-    with pytest.raises(kdfast.errors.ShapeError, match="row 0: 47 other classes have the probability"):
-        kdfast.token_outputs([record], tmp_path / "u", VOCABULARY).lookup([0], 2.0)
+    with pytest.raises(DataError, match="record 0: position 0: 47 other classes have the"):
+        kdfast.token_outputs([record], tmp_path / "u", VOCABULARY)
+    unknown = kdfast.token_outputs([record], tmp_path / "v", VOCABULARY, top_k=0).lookup([0], 2.0)
+    rest = 1 - np.exp([-1.0, -2.0, -30.0]).sum()
+    assert (
+        rest**0.5 < float(unknown.teacher.tail.exp()) < (47 * rest) ** 0.5
+    )  # one class has all of it, or all the same
+    record = {"prompt_logprobs": [{"1": -1.0, "2": -2.0, "3": -30.0}]}  # without ranks
+    served = kdfast.token_outputs([record], tmp_path / "x", VOCABULARY, top_k=2).lookup([0], 2.0)
+    assert torch.equal(served.teacher.tail, teacher.lookup([0], 2.0).teacher.tail)
+    with pytest.raises(DataError, match="`top_k` is -1"):
+        kdfast.token_outputs([record], tmp_path / "w", VOCABULARY, top_k=-1)

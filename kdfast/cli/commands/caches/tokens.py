@@ -33,9 +33,9 @@ def import_tokens(
         int | None,
         typer.Option(
             "--top-k",
-            help="How many entries of each token are the most probable ones, if others were added; responses of "
-            "servers tell it themselves.",
-            min=1,
+            help="How many entries of each token are the most probable ones, if others were added, 0 if not known; "
+            "responses of servers tell it themselves.",
+            min=0,
         ),
     ] = None,
     names: Annotated[
