@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from kdfast.files import sha256_file, sha256_json
 from kdfast.progress import Progress
 from kdfast.teacher.manifest import MANIFEST
 from kdfast.teacher.tokens.files import Text, find_files, read_texts
-from kdfast.teacher.tokens.layout import check_folder, delete_tokens
+from kdfast.teacher.tokens.layout import check_folder, delete_tokens, make_plan
 from kdfast.teacher.tokens.read import TokenTeacher
 from kdfast.teacher.tokens.records import DEFAULT_NAMES, RecordReader
+from kdfast.teacher.tokens.sequence import NO_TEXTS, Rows, TextCheck
 from kdfast.teacher.tokens.write import TokenWriter
 
 _ARRAY_NAMES = ("lengths", "offsets")
@@ -63,7 +64,8 @@ def token_outputs(
         names: Names of the fields `values`, `ids`, `labels`, `sequence`, and of the array `lengths` or `offsets`, where
             they differ.
         tokens: Class of each token's text, for responses that name tokens by their texts.
-        force: Delete the cache in the folder first.
+        force: Replace another cache in the folder, once the texts are checked, for which they are read twice. Records
+            that can be read only once, such as those of a generator, are checked as they are written.
         progress: Called after each text with (done, total, note): kB of the files, or records.
 
     Returns:
@@ -93,35 +95,51 @@ def token_outputs(
         raise CacheMismatch(f"{folder} holds a cache, and records in memory cannot be compared with it: pass `force`")
     restart = files is None  # records in memory cannot be compared with those of an unfinished cache either
     reader = RecordReader(names, tokens)
-    texts = _texts_of_files(files, reader, names or {}) if files is not None else _texts_of_records(source, reader)
     total = sum(one["bytes"] for one in facts) if files is not None else _length(source)
+
+    def read_into(take: Callable[[Rows], object], done: int = 0) -> int:
+        texts = _texts_of_files(files, reader, names or {}) if files is not None else _texts_of_records(source, reader)
+        return _read(islice(texts, done, None), take, top_k, total, progress, unit=1 if files is None else 1000)
+
+    if force and (folder / MANIFEST).exists() and (files is not None or not isinstance(source, Iterator)):
+        check = TextCheck(make_plan(vocabulary, temperature, [], {})["vocabulary"])
+        if not read_into(check):
+            raise DataError(NO_TEXTS)
     writer = TokenWriter(
         folder, vocabulary, temperature=temperature, options=options, force=force or restart, sources=facts
     )
     try:
         with writer:
             if not writer.is_finished:
-                _write(writer, texts, top_k, total, progress, unit=1 if files is None else 1000)
+                read_into(writer.add_rows, writer.done)
     except DataError:
         delete_tokens(folder)
         raise
     return TokenTeacher.open(folder)
 
 
-def _write(
-    writer: TokenWriter, texts: Iterator[Text], top_k: int | None, total: int, progress: Progress | None, unit: int
-) -> None:
-    for text in islice(texts, writer.done, None):
+def _read(
+    texts: Iterator[Text],
+    take: Callable[[Rows], object],
+    top_k: int | None,
+    total: int,
+    progress: Progress | None,
+    unit: int,
+) -> int:
+    """Read texts, pass each to `take`, and return their number."""
+    count = 0
+    for count, text in enumerate(texts, 1):  # noqa: B007 - the last one is their number
         try:
             rows = text.read()
             if top_k is not None:
                 tops = np.full(max(0, len(rows.offsets) - 1), top_k)
                 rows = dataclasses.replace(rows, tops=tops if rows.tops is None else np.minimum(rows.tops, tops))
-            writer.add_rows(rows)
+            take(rows)
         except DataError as error:
             raise DataError(f"{text.where}: {error}") from error
         if progress is not None:
             progress(text.done // unit, max(total, text.done) // unit, "kB" if unit > 1 else "records")
+    return count
 
 
 def _files_of(source: Any) -> list[Path] | None:

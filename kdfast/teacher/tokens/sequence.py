@@ -18,6 +18,8 @@ Floats = npt.NDArray[np.float64]
 UNKNOWN = -1
 """Label of a position whose token is not known."""
 
+NO_TEXTS = "there are no texts: add at least one"
+
 _NEVER = -9999.0  # servers write it in place of -inf, which JSON does not have
 
 
@@ -61,6 +63,42 @@ class Sequence:
     ranks: Ints
     tail: npt.NDArray[np.float32]
     labels: Ints
+
+
+class TextCheck:
+    """Checks texts one after another, and that either all or none have a number, each its own.
+
+    Args:
+        vocabulary: Number of the teacher's tokens.
+
+    Attributes:
+        is_numbered: Whether the texts have numbers; None before the first.
+        numbers: Their numbers.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self.is_numbered: bool | None = None
+        self.numbers: set[int] = set()
+
+    def __call__(self, rows: Rows) -> Sequence:
+        """Return the checked rows of the next text.
+
+        Raises:
+            DataError: Something does not fit; the message names the position.
+        """
+        text, number = check_rows(rows, self._vocabulary), rows.sequence
+        if self.is_numbered is None:
+            self.is_numbered = number is not None
+        elif self.is_numbered != (number is not None):
+            raise DataError("some texts have a number and others have none: give all of them one, or none")
+        if number is not None:
+            if not 0 <= number < 2**63:
+                raise DataError(f"the number of the text is {number}: must not be negative, and fit into int64")
+            if number in self.numbers:
+                raise DataError(f"the number of the text is {number}, which another text has: give each its own")
+            self.numbers.add(number)
+        return text
 
 
 def check_rows(rows: Rows, vocabulary: int) -> Sequence:

@@ -38,7 +38,7 @@ from kdfast.teacher.tokens.layout import (
     read_manifest,
     read_sealed_file,
 )
-from kdfast.teacher.tokens.sequence import UNKNOWN, Array, Rows, Sequence, check_rows
+from kdfast.teacher.tokens.sequence import NO_TEXTS, UNKNOWN, Array, Rows, Sequence, TextCheck
 
 _SHARD_BYTES = 64 << 20
 
@@ -90,9 +90,9 @@ class TokenWriter:
             delete_tokens(Path(out))
         self.path = check_writable(out)
         self._plan, self._digest = plan, sha256_json(plan)
+        self._check = TextCheck(plan["vocabulary"])
         self._lock: FolderLock | None = None
         self._records: list[dict[str, Any]] = []
-        self._numbers: set[int] = set()
         self._pending: list[tuple[Sequence, int | None]] = []
         self._pending_bytes = 0
         self.is_finished = (self.path / MANIFEST).exists()
@@ -100,9 +100,7 @@ class TokenWriter:
             manifest = read_manifest(self.path)
             check_same_plan(self.path, manifest, plan, "a finished cache")
             self._records = manifest["shards"]
-            self._is_numbered: bool | None = manifest["numbered"]
         else:
-            self._is_numbered = None
             self._resume()
         self.done = sum(record["sequences"] for record in self._records)
 
@@ -154,8 +152,7 @@ class TokenWriter:
         """
         if self.is_finished:
             raise UsageError(f"{self.path} is finished: write to another folder, or pass `force`")
-        text = check_rows(rows, self._plan["vocabulary"])
-        self._check_number(rows.sequence)
+        text = self._check(rows)
         self._pending.append((text, rows.sequence))
         self._pending_bytes += 6 * len(text.ids) + 24 * len(text.counts)
         if self._pending_bytes >= _SHARD_BYTES:
@@ -173,11 +170,11 @@ class TokenWriter:
         if self._pending:
             self._flush()
         if not self._records:
-            raise DataError("there are no texts: add at least one")
+            raise DataError(NO_TEXTS)
         files = {name: facts for record in self._records for name, facts in record["files"].items()}
         shards = [{name: record[name] for name in ("sequences", "tokens", "entries")} for record in self._records]
         labels = any(record["labels"] for record in self._records)
-        results = {"shards": shards, "numbered": bool(self._is_numbered), "labels": labels, "files": files}
+        results = {"shards": shards, "numbered": bool(self._check.is_numbered), "labels": labels, "files": files}
         write_sealed(self.path / MANIFEST, self._plan | results)
         self.close()
         shutil.rmtree(self.path / BUILDING)
@@ -212,10 +209,10 @@ class TokenWriter:
         self._lock.__enter__()
         while (record := self._read_record(len(self._records))) is not None:
             self._records.append(record)
-            self._is_numbered = record["numbered"]
-            if self._is_numbered:
+            self._check.is_numbered = record["numbered"]
+            if self._check.is_numbered:
                 numbers = np.load(self.path / part_file("numbers", len(self._records) - 1))
-                self._numbers.update(numbers.tolist())
+                self._check.numbers.update(numbers.tolist())
 
     def _read_record(self, shard: int) -> dict[str, Any] | None:
         """Return the record of a finished shard whose files are as they were written, or None."""
@@ -233,19 +230,6 @@ class TokenWriter:
 
     def _record_path(self, shard: int) -> Path:
         return self.path / BUILDING / f"shard-{shard:05d}.json"
-
-    def _check_number(self, number: int | None) -> None:
-        is_numbered = number is not None
-        if self._is_numbered is None:
-            self._is_numbered = is_numbered
-        elif self._is_numbered != is_numbered:
-            raise DataError("some texts have a number and others have none: give all of them one, or none")
-        if number is not None:
-            if not 0 <= number < 2**63:
-                raise DataError(f"the number of the text is {number}: must not be negative, and fit into int64")
-            if number in self._numbers:
-                raise DataError(f"the number of the text is {number}, which another text has: give each its own")
-            self._numbers.add(number)
 
     def _flush(self) -> None:
         shard, texts = len(self._records), [text for text, _ in self._pending]
@@ -278,7 +262,7 @@ class TokenWriter:
             "sequences": len(texts),
             "tokens": len(counts),
             "entries": int(counts.sum()),
-            "numbered": bool(self._is_numbered),
+            "numbered": bool(self._check.is_numbered),
             "labels": bool((labels != UNKNOWN).any()),
         }
         write_json(self._record_path(shard), record)

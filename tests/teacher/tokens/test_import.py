@@ -384,6 +384,27 @@ def test_same_call_resumes_and_other_files_are_another_cache(texts, tmp_path, mo
     assert len(kdfast.token_outputs(log, tmp_path / "t", VOCABULARY, force=True)) == 2
 
 
+def test_force_keeps_the_old_cache_until_all_texts_are_checked(texts, tmp_path):
+    records = [plain(text) | {"sequence": i} for i, text in enumerate(texts)]
+    log = write_lines(tmp_path / "log.jsonl", records)
+    kdfast.token_outputs(log, tmp_path / "t", VOCABULARY)
+    wrong = [
+        (write_lines(tmp_path / "a.jsonl", [records[0], {"values": [[1.0]], "ids": [[1]], "sequence": 7}]), "line 2"),
+        (write_lines(tmp_path / "b.jsonl", [records[0], records[0]]), "which another text has"),
+        ([records[1], {}], "record 1"),
+        (write_lines(tmp_path / "c.jsonl", []), "there are no texts"),
+    ]
+    for source, message in wrong:
+        with pytest.raises(DataError, match=message):
+            kdfast.token_outputs(source, tmp_path / "t", VOCABULARY, force=True)
+        check(kdfast.TokenTeacher.open(tmp_path / "t"), texts, 0, False)
+    with pytest.raises(UsageError, match="`temperature` is 0"):
+        kdfast.token_outputs(log, tmp_path / "t", VOCABULARY, temperature=0, force=True)
+    check(kdfast.TokenTeacher.open(tmp_path / "t"), texts, 0, False)
+    check(kdfast.token_outputs(records[::-1], tmp_path / "t", VOCABULARY, force=True), texts, 0, False)
+    check(kdfast.token_outputs(iter(records[:2]), tmp_path / "t", VOCABULARY, force=True), texts[:2], 0, False)
+
+
 def test_top_k_says_which_entries_are_the_most_probable(tmp_path):
     record = {"values": [[-1.0, -2.0, -30.0]], "ids": [[1, 2, 3]]}
     teacher = kdfast.token_outputs([record], tmp_path / "t", VOCABULARY, top_k=2)
