@@ -23,9 +23,12 @@ RECIPE_FIELDS = (
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError("write a number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise ValueError("write a number")
 
 
 def _share(value: Any) -> float:
@@ -60,7 +63,7 @@ def _switch(value: Any) -> bool:
     words = {"on": True, "off": False, "true": True, "false": False}
     if isinstance(value, bool):
         return value
-    if value not in words:
+    if not isinstance(value, str) or value not in words:
         raise ValueError("write on or off")
     return words[value]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,15 @@ from kdfast.data.subset import subset_size
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.losses.settings import parse_terms
 from kdfast.errors import UsageError, unknown_name
-from kdfast.reproduction.axes import AXES, DEFAULTS, RECIPE_FIELDS, Values, format_value, parse_value
+from kdfast.reproduction.axes import (
+    AXES,
+    DEFAULTS,
+    RECIPE_DEFAULTS,
+    RECIPE_FIELDS,
+    Values,
+    format_value,
+    parse_value,
+)
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.spec import parse_methods
 
@@ -68,9 +75,9 @@ class Cell:
         return {**self.axes(), "recipe": dict(self.recipe)}
 
     def __str__(self) -> str:
-        """Return the cell on one line, as the options of `--set` are written."""
-        axes = {name: format_value(value) for name, value in self.axes().items()}
-        return " ".join(f"{name}={value}" for name, value in axes.items())
+        """Return the cell on one line, as the options of `--set` are written, with what its recipe changes."""
+        changed = {name: value for name, value in self.recipe if value != RECIPE_DEFAULTS[name]}
+        return " ".join(f"{name}={format_value(value)}" for name, value in {**self.axes(), **changed}.items())
 
     def epochs(self, samples: int, epochs: int | None = None) -> int:
         """Return the epochs of the run.
@@ -130,8 +137,7 @@ def make_cell(values: Mapping[str, Any]) -> Cell:
     """
     axes: dict[str, Any] = {**DEFAULTS, **{name: value for name, value in values.items() if name in AXES}}
     recipe = {name: values[name] for name in RECIPE_FIELDS if name in values}
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    recipe = {name: recipe.get(name, defaults[name]) for name in ("epochs", "batch_size")} | recipe
+    recipe = {name: recipe.get(name, RECIPE_DEFAULTS[name]) for name in ("epochs", "batch_size")} | recipe
     ordered = tuple((name, recipe[name]) for name in RECIPE_FIELDS if name in recipe)
     if axes["term"] is None and axes["term_weight"] is not None:
         raise UsageError(f"`term_weight` is {axes['term_weight']:g} without a `term`: add one, or omit it")
@@ -139,9 +145,9 @@ def make_cell(values: Mapping[str, Any]) -> Cell:
         axes["term_weight"] = 1.0
     if not axes["kd"] or (axes["alpha"] == 0 and axes["term"] is None):
         axes |= dict.fromkeys(("alpha", "temperature", "ce_weight", "term", "term_weight")) | {"kd": False}
-    if axes["fraction"] == 1:
-        axes["method"] = "random"  # all data, however they are chosen
     method = resolve(axes["method"])
+    if axes["fraction"] == 1:
+        method = resolve("random")  # all data, however they are chosen
     axes["method"] = str(method)
     needs_teacher = axes["kd"] or bool(method.inputs & {"cache", "teacher"})
     if not needs_teacher:

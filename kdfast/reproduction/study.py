@@ -68,6 +68,8 @@ from pathlib import Path
 from typing import Any
 
 import kdfast
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
 from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Values, format_value, parse_fields
@@ -78,7 +80,8 @@ SUFFIX = ".yaml"
 RECORDING_FIELDS = ("runs", "record", "record_every", "features_every", "top_k")
 FIGURES = ("top1", "top5")
 
-_DYNAMICS = {"epochs": 30, "batch_size": 128, "lr": 0.1, "schedule": "cosine"}
+_DYNAMICS: dict[str, Any] = {"epochs": 30, "batch_size": 128, "lr": 0.1, "schedule": "cosine"}
+_OF_STUDENTS = ("temperature", "initial_epochs", "terms_warmup_epochs")  # of a loss with a teacher
 _MAY_LACK = ("alpha", "temperature", "teacher", "teacher_fraction", "term_weight")
 _REQUIRED = ("title", "source", "cells")
 _KINDS = {
@@ -107,7 +110,7 @@ class Study:
         cells: Its cells, in the order of the file.
         order: The axes by which runs are ordered.
         recipe: Recipe fields of the students.
-        teachers: Recipe fields of teachers that are trained for it.
+        teachers: Recipe fields of teachers that are trained for it: those of `recipe`, and what the file changes.
         dynamics: `net`, fields of `RecordingConfig` and recipe fields of the recording.
         cache_views: Views of the teacher's cache that methods read.
         published: By kind of data and cell: figures in percent by `top1` and `top5`.
@@ -211,32 +214,31 @@ def read_study(path: Path) -> Study:
     cells: dict[Cell, None] = {}
     for number, entry in enumerate(values["cells"], 1):
         cells.update(dict.fromkeys(within(f"cells, entry {number}")(_expand, entry, base)))
-    order = tuple(values.get("order", ()))
-    for name in order:
-        if name not in AXES and name not in RECIPE_FIELDS:
-            raise unknown_name(f"{path}, order: there is no axis", str(name), [*AXES, *RECIPE_FIELDS])
-    dynamics = values.get("dynamics", {})
-    recording = {name: dynamics[name] for name in ("net", *RECORDING_FIELDS) if name in dynamics}
-    rest = {name: value for name, value in dynamics.items() if name not in recording}
-    trained = within("dynamics")(parse_fields, rest, RECIPE_FIELDS)
-    recording.setdefault("net", next(iter(cells)).student if "student" not in defaults else defaults["student"])
+    _check_axes(values.get("order", []), f"{path}, order")
+    net = str(defaults.get("student", next(iter(cells)).student))
+    teachers: dict[str, Any] = {name: value for name, value in recipe.items() if name not in _OF_STUDENTS}
+    teachers |= within("teachers")(parse_fields, values.get("teachers", {}), RECIPE_FIELDS)
+    within("teachers")(functools.partial(RunConfig, net, **teachers))
     cache = values.get("cache", {})
-    if set(cache) - {"views"} or not isinstance(cache.get("views", 1), int) or cache.get("views", 1) < 1:
+    if set(cache) - {"views"} or type(cache.get("views", 1)) is not int or cache.get("views", 1) < 1:
         raise UsageError(f"{path}, cache, is {cache}: write views, an integer of at least 1")
+    samples = values.get("samples", 50_000)
+    if samples < 1:
+        raise UsageError(f"{path}, samples, is {samples}: write an integer of at least 1")
     return Study(
         name=path.stem,
         title=values["title"],
         source=values["source"],
         cells=tuple(cells),
-        order=order,
+        order=tuple(values.get("order", ())),
         recipe=recipe,
-        teachers=within("teachers")(parse_fields, values.get("teachers", {}), RECIPE_FIELDS),
-        dynamics={**_DYNAMICS, **recording, **trained},
+        teachers=teachers,
+        dynamics=within("dynamics")(_read_dynamics, values.get("dynamics", {}), net),
         cache_views=cache.get("views", 1),
         published=_read_published(values.get("published", {}), base, cells, path),
         teacher_top1=_read_teachers(values.get("teacher_top1", {}), path),
         plot=_read_plot(values.get("plot"), path),
-        samples=values.get("samples", 50_000),
+        samples=samples,
         argument=path.stem if path.parent == FOLDER else str(path),
     )
 
@@ -253,6 +255,26 @@ def _check_keys(values: Any, path: Path) -> None:
     for key in _REQUIRED:
         if key not in values:
             raise UsageError(f"the study {path} has no {key}: add it")
+
+
+def _check_axes(names: Any, where: str) -> None:
+    for name in names:
+        if not isinstance(name, str) or (name not in AXES and name not in RECIPE_FIELDS):
+            raise unknown_name(f"{where}: there is no axis", str(name), [*AXES, *RECIPE_FIELDS])
+
+
+def _read_dynamics(given: Mapping[str, Any], net: str) -> dict[str, Any]:
+    """Return the settings of the recording, checked as it checks them; of the network `net` if none is named."""
+    recording = {name: value for name, value in given.items() if name in ("net", *RECORDING_FIELDS)}
+    for name, value in recording.items():
+        kind = str if name in ("net", "record") else int
+        if type(value) is not kind:
+            raise UsageError(f"`{name}` is {value!r}: write {'a word' if kind is str else 'an integer'}")
+    rest = {name: value for name, value in given.items() if name not in recording}
+    trained = {**_DYNAMICS, **parse_fields(rest, RECIPE_FIELDS)}
+    RunConfig(recording.get("net", net), **trained)
+    RecordingConfig(**{name: value for name, value in recording.items() if name != "net"})
+    return {"net": net, **recording, **trained}
 
 
 def _blame(where: str, function: Any, *arguments: Any) -> Any:
@@ -330,7 +352,5 @@ def _read_plot(given: Mapping[str, Any] | None, path: Path) -> Plot | None:
     lines = given.get("lines", [])
     if set(given) - {"x", "lines"} or "x" not in given or not isinstance(lines, list):
         raise UsageError(f"{path}, plot, is {dict(given)}: write x, an axis, and lines, a list of axes")
-    for name in (given["x"], *lines):
-        if name not in AXES and name not in RECIPE_FIELDS:
-            raise unknown_name(f"{path}, plot: there is no axis", str(name), [*AXES, *RECIPE_FIELDS])
+    _check_axes((given["x"], *lines), f"{path}, plot")
     return Plot(given["x"], tuple(lines))

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from kdfast.files import atomic_write, check_replaceable
-from kdfast.reproduction.axes import format_value
+from kdfast.reproduction.axes import RECIPE_DEFAULTS, format_value
 from kdfast.reproduction.report.results import Result, Results
 
 TABLE = "table.md"
@@ -31,8 +31,8 @@ def table(results: Results) -> str:
     titles = [*axes, f"{results.figure[:3]}-{results.figure[3:]} (n)", "95% interval", "published", "difference"]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for result in results.cells:
-        values = {**dict(result.cell.recipe), **{name: getattr(result.cell, name, None) for name in axes}}
-        cells = ["" if values.get(name) is None else format_value(values[name]) for name in axes]
+        values = {**vars(result.cell), **RECIPE_DEFAULTS, **dict(result.cell.recipe)}
+        cells = ["" if values[name] is None else format_value(values[name]) for name in axes]
         lines.append("| " + " | ".join([*cells, *_figures(result)]) + " |")
     return "\n".join([*lines, "", f"{len(results.done)} of {len(results.cells)} cells have a run.", ""])
 

@@ -6,7 +6,7 @@ import pytest
 
 from kdfast.errors import UsageError
 from kdfast.reproduction.cells import make_cell
-from kdfast.reproduction.selection import compressed_epochs, parse_restrictions, select_cells
+from kdfast.reproduction.selection import check_epochs, compressed_epochs, parse_restrictions, select_cells
 from kdfast.reproduction.study import Study, load_study
 
 GOOD = """
@@ -42,7 +42,9 @@ def read(tmp_path: Path, text: str = GOOD) -> Study:
 def test_cells_are_the_union_of_products_each_once(tmp_path: Path) -> None:
     study = read(tmp_path)
     teacher = "alpha=0.5 temperature=2 teacher=resnet14 teacher_fraction=1"
-    assert [str(cell) for cell in study.cells] == [
+    schedule = " epochs=100 batch_size=10"
+    assert {str(cell)[-len(schedule) :] for cell in study.cells[:-1]} == {schedule}
+    assert [str(cell).removesuffix(schedule) for cell in study.cells] == [
         f"method=forgetting fraction=0.5 kd=on {teacher} student=resnet8",
         "method=forgetting fraction=0.5 kd=off student=resnet8",
         f"method=forgetting fraction=0.25 kd=on {teacher} student=resnet8",
@@ -54,7 +56,7 @@ def test_cells_are_the_union_of_products_each_once(tmp_path: Path) -> None:
         "method=random fraction=1 kd=off student=resnet8",
         f"method=random fraction=1 kd=on {teacher.replace('0.5', '1')} student=resnet8 match_steps_of=0.25",
         "method=random fraction=0.5 kd=on alpha=2 temperature=2 ce_weight=1 term=sp term_weight=1 teacher=resnet14 "
-        "teacher_fraction=1 student=resnet8",
+        "teacher_fraction=1 student=resnet8 epochs=7 batch_size=10",
     ]
     assert study.varying() == (
         "method", "fraction", "kd", "alpha", "ce_weight", "term", "match_steps_of", "epochs"
@@ -121,6 +123,19 @@ def test_axes_without_effect_do_not_tell_cells_apart() -> None:
         ("fraction: [0.25, 0.5], top1", "fraction: [0.25, 0.3], top1", "entry 1: no cell of the study is "),
         ("top5: 99", "fraction: 0.5, top1: 60", "has the key fraction twice: write it once"),
         ("{x: fraction,", "{x: speed,", "plot: there is no axis 'speed'"),
+        ("kd: [on, off]", "kd: [[on]]", "cells, entry 1: kd is [True]: write on or off"),
+        ("kd: [on, off]", "kd: {a: 1}", "cells, entry 1: kd is {'a': 1}: write on or off"),
+        ("[0.5, 0.25]", "[1" + 400 * "0" + "]", ": write a number"),
+        ("{fraction: 1, kd: off}", "{fraction: 1, kd: off, method: rondom}", "no method is named 'rondom'"),
+        ("order: [fraction,", "order: [[fraction],", "order: there is no axis \"['fraction']\""),
+        ("{x: fraction,", "{x: [fraction],", "plot: there is no axis \"['fraction']\""),
+        ("title: T", "title: T\nsamples: 0", "samples, is 0: write an integer of at least 1"),
+        ("title: T", "title: T\ncache: {views: on}", "cache, is {'views': True}: write views"),
+        ("title: T", "title: T\ndynamics: {runs: many}", "dynamics: runs is 'many': write an integer"),
+        ("title: T", "title: T\ndynamics: {net: 5}", "dynamics: net is 5: write a word"),
+        ("title: T", "title: T\ndynamics: {epochs: -1}", "dynamics: epochs is -1: pass an integer of at least 1"),
+        ("title: T", "title: T\ndynamics: {record_every: 0}", "dynamics: record_every is 0: pass an integer"),
+        ("title: T", "title: T\nteachers: {epochs: 0}", "teachers: epochs is 0: pass an integer of at least 1"),
         ("title: T", "title: &a T", "has the anchor or alias a: write the value out"),
     ],
 )  # fmt: skip
@@ -132,6 +147,30 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, old: str, new: st
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_teachers_have_the_recipe_but_what_belongs_to_a_loss_with_a_teacher(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "title: T\nsource: S\nrecipe: {epochs: 9, batch_size: 10, temperature: 2, terms_warmup_epochs: 3}\n"
+        "teachers: {epochs: 5}\ncells: [{fraction: 0.5, term: sp}]\n",
+    )
+    assert study.teachers == {"epochs": 5, "batch_size": 10}
+    assert dict(study.cells[0].recipe)["terms_warmup_epochs"] == 3
+
+
+def test_a_cell_names_what_its_recipe_changes() -> None:
+    cells = {str(cell): cell for cell in load_study("logit-terms").cells}
+    assert len(cells) == len(load_study("logit-terms").cells)
+    assert sum("label_smoothing=0.1" in name for name in cells) == 1
+
+
+def test_a_schedule_may_be_shortened_alone(tmp_path: Path) -> None:
+    study = read(tmp_path)
+    assert check_epochs(study, 40) == 40
+    assert check_epochs(study, 100) is None, "that is the published schedule"
+    with pytest.raises(UsageError, match="`epochs` is 101, and the recipe of mine has 100: pass fewer"):
+        check_epochs(study, 101)
 
 
 def test_a_published_cell_has_one_value(tmp_path: Path) -> None:
