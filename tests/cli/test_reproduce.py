@@ -216,6 +216,9 @@ def test_names_what_is_wrong_and_writes_nothing(kdfast, command: tuple, study: P
         (("reproduce", study, "--out", out), "pass --data, or --report-only"),
         ((*command, "--seeds", "1,1"), "--seeds is '1,1'"),
         ((*command, "--seeds", "0"), "--seeds is '0'"),
+        ((*command, "--seeds", "3,1000"), "--seeds has 1000, the seed of the teachers"),
+        ((*command, "--epochs", "5"), "--epochs is 5, and the recipe of tiny has 4: pass fewer"),
+        ((*command, "--dataset", "npy"), "tiny has no published value for 'npy': did you mean 'npz'"),
         ((*command, "--set", "fraction=.3"), "no cell of tiny has the fraction 0.3"),
         ((*command, "--fractions", "a"), "--fractions is 'a': write a number"),
         ((*command, "--mean", "0.5"), "pass --mean and --std together"),
@@ -230,6 +233,20 @@ def test_names_what_is_wrong_and_writes_nothing(kdfast, command: tuple, study: P
     other = kdfast(*command)
     assert other.code == 4
     assert "holds notes.txt, and no study" in other.err
+
+
+def test_too_few_samples_beside_the_teachers_are_named_before_the_work(kdfast, tiny: Path, tmp_path: Path) -> None:
+    study, out, odd = tmp_path / "halves.yaml", tmp_path / "out", tmp_path / "odd.npz"
+    with np.load(tiny) as data:
+        np.savez(odd, **{name: array[:119] for name, array in data.items()})  # halves of 60 and 60 of 119 samples
+    study.write_text(
+        "title: T\nsource: S\nrecipe: {epochs: 1, batch_size: 10}\ndefaults: {student: resnet8, teacher: resnet8}\n"
+        "cells: [{fraction: 0.5, teacher_fraction: 0.5, disjoint: on}]\n"
+    )
+    outcome = kdfast("reproduce", study, "--data", odd, "--out", out)
+    assert outcome.code == 3, outcome.err
+    assert "a teacher on 0.5 of the data leaves too few samples for a student on 0.5" in outcome.err
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -260,7 +277,8 @@ def test_processes_share_cells_and_a_killed_one_changes_no_row(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_75_and_the_same_command_resumes(start, command: tuple, tmp_path: Path, number: int) -> None:
     out = tmp_path / "out"
-    long = (*command, "--set", "kd=off", "--set", "match_steps_of=0.25", "--epochs", "4000")
+    command[1].write_text(STUDY.replace("epochs: 4,", "epochs: 4000,"))
+    long = (*command, "--set", "kd=off", "--set", "match_steps_of=0.25")
     process = start(*long)
     deadline = time.monotonic() + 60
     while not list(out.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:

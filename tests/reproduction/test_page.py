@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdfast.errors import OutputError
+from kdfast.errors import OutputError, UsageError
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.report.page import render_study_page, write_report
-from kdfast.reproduction.report.results import collect, restriction
+from kdfast.reproduction.report.results import collect, name_data, restriction
 from kdfast.reproduction.selection import parse_restrictions, select_cells
 from kdfast.reproduction.study import Study, load_study, read_study, study_names
+from kdfast.reproduction.table import table
 from kdfast.reproduction.theorem.page import describe, reproduce_theorem
 from kdfast.reproduction.theorem.regression import Problem
 
@@ -112,6 +113,24 @@ def test_rows_of_other_data_and_other_cells_are_left_out_and_the_last_of_a_seed_
     rows = [row(chosen, 0, 1.0), row(chosen, 1, 2.0, dataset="svhn"), other, row(chosen, 0, 57.0)]
     (results,) = collect(study, rows, "cifar100")
     assert [r.values for r in results.done] == [[57.0]]
+
+
+def test_data_may_be_named_after_the_runs() -> None:
+    rows = [{"dataset": name, "settings": {"data": data}} for name, data in (("npz", "a"), ("cifar10", "b"))]
+    assert [one["dataset"] for one in name_data(rows, "cifar100", "a")] == ["cifar100", "cifar10"]
+    assert [one["dataset"] for one in name_data(rows[:1], "cifar100")] == ["cifar100"]
+    assert name_data(rows, "cifar10") == rows
+    assert rows[0]["dataset"] == "npz", "the rows themselves stay"
+    with pytest.raises(UsageError, match="`dataset` is 'cifar100', and the rows are of several: pass one of cifar10"):
+        name_data(rows, "cifar100")
+
+
+def test_markdown_has_the_fields_of_the_recipe_in_which_cells_differ(tmp_path: Path) -> None:
+    text = "title: T\nsource: S\ncells: [{fraction: 0.5, kd: off}, {fraction: 0.5, kd: off, label_smoothing: 0.1}]\n"
+    (tmp_path / "two.yaml").write_text(text)
+    study = read_study(tmp_path / "two.yaml")
+    lines = table(collect(study, [], "cifar100")[0]).splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == ["label_smoothing", "0", "0.1"]
 
 
 def test_teachers_stand_beside_the_papers(study: Study) -> None:

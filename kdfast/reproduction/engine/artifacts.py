@@ -36,6 +36,7 @@ from kdfast.distillation.record_dynamics import RecordingConfig, check_recording
 from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics import format as dynamics_format
 from kdfast.dynamics.reader import Dynamics
+from kdfast.errors import SubsetError
 from kdfast.estimates import cached_bytes
 from kdfast.files import make_subfolder, sha256_json
 from kdfast.files.space import check_space
@@ -181,13 +182,14 @@ class Artifacts:
         return {path: cost for path, cost in found.items() if not path.exists()}
 
     def check(self, cells: Iterable[Cell]) -> None:
-        """Check, before the work, that what is missing for cells can be trained.
+        """Check, before the work, that what is missing for cells can be trained, and their samples chosen.
 
         Raises:
             UsageError: A network does not exist or does not fit the data, or the recording does not.
-            SubsetError: A teacher's share of the data is too small.
+            SubsetError: A teacher's share of the data is too small, or it leaves too few samples for the student's.
         """
-        samples, checked = len(self._source.train), set()
+        samples = len(self._source.train)
+        checked: set[object] = set()
         for cell in cells:
             needs = resolve(cell.method).inputs
             if cell.kd or needs & {"cache", "teacher"}:
@@ -201,6 +203,17 @@ class Artifacts:
                 checked.add("dynamics")
                 check_student(self._recorded, samples, self._source, Distributed(), self._device)
                 check_recording(self._recorded, self._recording, self._source)
+            place = (cell.fraction, cell.teacher_fraction)
+            if cell.disjoint and place not in checked:
+                checked.add(place)
+                pipeline = SubsetPipeline(ScoreSources(self._source), exclude=self._excluded(cell))
+                try:
+                    pipeline.check(SelectionMethod("random", rule="hard"), cell.fraction)
+                except SubsetError as error:
+                    raise SubsetError(
+                        f"a teacher on {cell.teacher_fraction:g} of the data leaves too few samples for a student on "
+                        f"{cell.fraction:g}: leave these cells out with `restrict`, or lower a share in the study"
+                    ) from error
 
     # The artefacts themselves, made where they are missing.
 
@@ -319,12 +332,14 @@ class Artifacts:
             if "dynamics" in needs:
                 recorded = self._dynamics(progress)
             network = self._flattened(cell, model, progress) if "teacher" in needs and model is not None else None
-            exclude = None
-            if cell.disjoint and (samples := self.teacher_samples(cell.teacher_fraction or 1.0)) is not None:
-                exclude = samples.ids
             sources = ScoreSources(self._source, cache, recorded, network)
-            self._pipelines = {key: SubsetPipeline(sources, device=str(self._device), exclude=exclude)}
+            self._pipelines = {key: SubsetPipeline(sources, device=str(self._device), exclude=self._excluded(cell))}
         return self._pipelines[key]
+
+    def _excluded(self, cell: Cell) -> IntArray | None:
+        """Return the samples that must not be chosen for a cell, those of its teacher; None: any may be."""
+        samples = self.teacher_samples(cell.teacher_fraction or 1.0) if cell.disjoint else None
+        return None if samples is None else samples.ids
 
     def _dynamics(self, progress: Progress | None) -> Dynamics:
         if self._given_dynamics is not None:

@@ -30,7 +30,7 @@ from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
-from kdfast.errors import SubsetError
+from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links, sha256_json
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
@@ -42,7 +42,7 @@ from kdfast.reproduction.engine.command import distill_command
 from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.machine import describe_machine
 from kdfast.reproduction.engine.targets import CACHE, choose_targets
-from kdfast.reproduction.engine.teachers import read_given
+from kdfast.reproduction.engine.teachers import TEACHER_SEED, read_given
 from kdfast.reproduction.selection import compress, compressed_epochs
 from kdfast.sweep.parallel.shared import share_source
 from kdfast.sweep.results_log import RUNS, ResultsLog
@@ -119,14 +119,13 @@ class ReproductionSession:
             compute_normalization(source.train),
             TeacherTargets(),
         )
-        recipe = {name: value for name, value in study.recipe.items() if name != "temperature"} | study.teachers
         self.artifacts = Artifacts(
             config.out,
             study,
             self._inputs,
             self.device,
             config.precision,
-            recipe=self._shorten(recipe),
+            recipe=self._shorten(study.teachers),
             recording={"student": study.dynamics["net"], **_recipe_of(study.dynamics)},
             given=given,
             dynamics=recorded,
@@ -143,6 +142,8 @@ class ReproductionSession:
         return {**recipe, "epochs": epochs}
 
     def _check_cells(self) -> None:
+        if TEACHER_SEED in self.config.seeds:
+            raise UsageError(f"`seeds` has {TEACHER_SEED}, the seed of the teachers and of their data: pass others")
         labels = self.source.train.labels
         checked = set()
         for cell in self.config.cells:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.errors import UsageError
 from kdfast.files import sha256_json
 from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, format_value
 from kdfast.reproduction.cells import Cell
@@ -100,6 +101,27 @@ class Results:
     def rows(self) -> list[Mapping[str, Any]]:
         """The rows of all cells."""
         return [row for result in self.cells for row in result.rows]
+
+
+def name_data(rows: Rows, dataset: str, fingerprint: str | None = None) -> list[dict[str, Any]]:
+    """Return rows, those of one data set under another name, which may have been given after they were trained.
+
+    Args:
+        rows: Rows of results.jsonl.
+        dataset: The name.
+        fingerprint: Fingerprint of the data; None: of all rows, if they have the same and none has the name.
+
+    Raises:
+        UsageError: No row has the name, and the rows are of several data sets.
+    """
+    if fingerprint is None:
+        names = sorted({row["dataset"] for row in rows})
+        if dataset in names:
+            return list(map(dict, rows))
+        fingerprint, *others = {row["settings"]["data"] for row in rows}
+        if others:
+            raise UsageError(f"`dataset` is {dataset!r}, and the rows are of several: pass one of {', '.join(names)}")
+    return [{**row, "dataset": dataset} if row["settings"]["data"] == fingerprint else dict(row) for row in rows]
 
 
 def collect(study: Study, rows: Rows, dataset: str) -> list[Results]:

@@ -13,7 +13,7 @@ import typer
 from kdfast.cli import options
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import format_seconds, progress
-from kdfast.errors import DataError, UsageError
+from kdfast.errors import DataError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from kdfast.reproduction.engine.budget import Budget
@@ -156,7 +156,7 @@ def reproduce(
         return
     from kdfast.files import schemas
     from kdfast.reproduction.report.page import check_report_files
-    from kdfast.reproduction.selection import parse_restrictions, parse_values, select_cells
+    from kdfast.reproduction.selection import check_epochs, parse_restrictions, parse_values, select_cells
     from kdfast.reproduction.study import load_study
     from kdfast.reproduction.table import check_table
     from kdfast.sweep.results_log import ResultsLog
@@ -168,6 +168,9 @@ def reproduce(
         fractions=None if fractions is None else [float(str(f)) for f in parse_values("fraction", fractions)],
         methods=None if methods is None else [str(name) for name in parse_values("method", methods)],
     )
+    known = {**loaded.published, **loaded.teacher_top1}
+    if dataset is not None and known and dataset not in known:
+        raise unknown_name(f"`dataset`: {loaded.name} has no published value for", dataset, known)
     seconds = None if budget is None else _parse_seconds(budget)
     numbers = _parse_seeds(seeds)
     log = ResultsLog(out, schemas.StudyRow, "study")
@@ -177,7 +180,10 @@ def reproduce(
     if report_only:
         if not (rows := log.results()):
             raise DataError(f"{out} has no row of a study: pass as `out` the folder of one with a finished run")
-        _report(loaded, log, rows, dataset=dataset or str(rows[-1]["dataset"]), data=data)
+        from kdfast.reproduction.report.results import name_data
+
+        shown = dataset or str(rows[-1]["dataset"])
+        _report(loaded, log, name_data(rows, shown), dataset=shown, data=data)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
@@ -193,7 +199,7 @@ def reproduce(
             data=data,
             out=out,
             dataset=dataset,
-            epochs=epochs,
+            epochs=None if epochs is None else check_epochs(loaded, epochs),
             teachers=_parse_teachers(teachers or []),
             normalization=options.parse_normalization(mean, std),
             dynamics=dynamics,
@@ -213,6 +219,7 @@ def reproduce(
 
 def _run(session: ReproductionSession, log: ResultsLog, *, jobs: int, keep_runs: bool, seconds: float | None) -> None:
     from kdfast.reproduction.engine.run import run_study
+    from kdfast.reproduction.report.results import name_data
 
     config = session.config
     labels = {run.key: str(run) for run in session.runs()}
@@ -226,9 +233,10 @@ def _run(session: ReproductionSession, log: ResultsLog, *, jobs: int, keep_runs:
             on_row=functools.partial(_print_row, labels),
             progress=report,
         )
-    rows = log.results()
+    dataset = config.dataset or session.source.kind
+    rows = name_data(log.results(), dataset, session.source.fingerprint)
     if rows:
-        _report(config.study, log, rows, dataset=config.dataset or session.source.kind, data=config.data)
+        _report(config.study, log, rows, dataset=dataset, data=config.data)
     if budget is not None:
         _show_left(session, budget, {row["key"] for row in rows})
 
