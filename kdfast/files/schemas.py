@@ -385,6 +385,7 @@ class TokenPlan(FormatVersion):
     temperature: Above0
     sources: list[Json]
     options: Json
+    sampled: bool = False
 
 
 class TokenShard(Struct):

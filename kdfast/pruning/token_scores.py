@@ -62,12 +62,17 @@ def token_scores(teacher: TokenTeacher, method: str = "ce") -> TokenScores:
         method: "ce" or "el2n".
 
     Raises:
-        UsageError: The method does not exist, or the cache does not hold the tokens of the texts.
+        UsageError: The method does not exist, or the cache does not hold the tokens of the texts, or holds draws.
         CacheMismatch: The cache is damaged.
 
     Source: Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet", 2021 (EL2N), https://arxiv.org/abs/2107.07075.
     """
     compute = look_up(_METHODS, method, "score of tokens")
+    if teacher.sampled:
+        raise UsageError(
+            f"{teacher.path} holds classes that were drawn at random, which do not tell the probability of a token: "
+            "pass a cache of log-probabilities"
+        )
     if not teacher.has_labels:
         raise UsageError(
             f"{teacher.path} does not hold the tokens of the texts, which scores need: write it again, with `labels`"

@@ -13,6 +13,9 @@ The folder holds shards of texts. A shard of S texts with N tokens and E entries
 | `lengths-<shard>.npy` | int64 (S,) tokens of each text |
 | `numbers-<shard>.npy` | int64 (S,) number of each text |
 
+With `sampled`, the entries are classes that were drawn at random, each once, with the log of its share of the weights,
+and `tail` is the log of the mean weight.
+
 The plan holds everything that determines the content. `manifest.json` is the plan plus the sizes of the shards and the
 SHA-256 of every file, and is written last; it contains its own digest.
 """
@@ -54,7 +57,11 @@ def part_file(part: str, shard: int) -> str:
 
 
 def make_plan(
-    vocabulary: object, temperature: object, sources: list[dict[str, Any]], options: Mapping[str, Any]
+    vocabulary: object,
+    temperature: object,
+    sources: list[dict[str, Any]],
+    options: Mapping[str, Any],
+    sampled: bool = False,
 ) -> dict[str, Any]:
     """Return what determines a cache's content.
 
@@ -65,7 +72,7 @@ def make_plan(
     if not 2 <= size <= _MAX_VOCABULARY:
         raise UsageError(f"`vocabulary` is {size}: pass the number of the teacher's tokens, 2 to {_MAX_VOCABULARY}")
     check_temperature(divisor, error=UsageError)
-    return {
+    plan = {
         "format": FORMAT,
         "version": VERSION,
         "kdfast": kdfast.__version__,
@@ -74,6 +81,7 @@ def make_plan(
         "sources": sources,
         "options": dict(options),
     }
+    return plan | ({"sampled": True} if sampled else {})
 
 
 def check_folder(folder: Path) -> None:

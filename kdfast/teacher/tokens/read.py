@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.errors import CacheMismatch, ShapeError
+from kdfast.errors import CacheMismatch, ShapeError, UsageError
 from kdfast.files.arrays import read_npy
 from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.ops.kd_loss.offline import pad_rows, rank_bound, tempered_tail
@@ -38,17 +38,21 @@ class TokenBatch(NamedTuple):
         rows: (B, L) int64 row of each token; 0 for padding.
         labels: (B, L) int64 tokens; -100 for padding, for tokens without a prediction, and where not known.
         mask: (B, L) bool: there is a prediction.
+        weights: (B, L) float32 mean p / q of the draws of each token, 0 without a prediction, for `weights` of the
+            loss; None if the classes were not drawn.
     """
 
     teacher: TopKTeacher
     rows: Tensor
     labels: Tensor
     mask: Tensor
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """Return the batch on a device."""
         teacher = TopKTeacher(*(part.to(device) for part in self.teacher))
-        return TokenBatch(teacher, self.rows.to(device), self.labels.to(device), self.mask.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return TokenBatch(teacher, self.rows.to(device), self.labels.to(device), self.mask.to(device), weights)
 
 
 class TokenRows(NamedTuple):
@@ -57,7 +61,7 @@ class TokenRows(NamedTuple):
     Attributes:
         values: float32 (M, k) log-probabilities, -inf where a token has fewer entries.
         ids: int64 (M, k) classes.
-        tail: float64 (M,) log-mass of the classes left out.
+        tail: float64 (M,) log-mass of the classes left out; of drawn classes, log of the mean weight.
         ranks: int64 (M,) how many entries, from the first on, are the most probable classes.
         labels: int64 (M,) the tokens, -1 where not known.
     """
@@ -80,6 +84,7 @@ class TokenTeacher:
         numbers: int64 (S,) number of each text, in the order in which they were written.
         lengths: int64 (S,) tokens of each text.
         has_labels: Whether the tokens of a text are known.
+        sampled: Whether the classes were drawn at random.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -88,6 +93,7 @@ class TokenTeacher:
         self.vocabulary: int = manifest["vocabulary"]
         self.temperature: float = manifest["temperature"]
         self.has_labels: bool = manifest["labels"]
+        self.sampled: bool = manifest.get("sampled", False)
         self._maps: dict[tuple[str, int], Array] = {}
         shards = range(len(manifest["shards"]))
         self.numbers: Ints = np.concatenate([self._load("numbers", shard) for shard in shards])
@@ -142,9 +148,15 @@ class TokenTeacher:
         Raises:
             CacheMismatch: The cache lacks a text, or is damaged.
             ShapeError: The numbers are no integers (B,), or the temperature is out of range.
+            UsageError: The classes were drawn at another temperature.
         """
         divisor = self.temperature if temperature is None else as_float("temperature", temperature)
         check_temperature(divisor)
+        if self.sampled and divisor != self.temperature:
+            raise UsageError(
+                f"`temperature` is {divisor:g}, and the classes were drawn at {self.temperature:g}, where alone they "
+                "stand for the teacher: pass that, or draw again"
+            )
         at = self._find(numbers)
         lengths = torch.from_numpy(self.lengths[at])
         rows = self._read([(int(self._shard[i]), int(self._ends[i] - self.lengths[i]), int(self._ends[i])) for i in at])
@@ -155,7 +167,10 @@ class TokenTeacher:
         mask = inside & known[row] if len(known) else inside
         labels = torch.where(mask, rows.labels[row], IGNORE) if len(known) else row
         labels = torch.where(labels == UNKNOWN, IGNORE, labels)
-        return TokenBatch(self._teacher(rows, divisor, tail), row, labels, mask)
+        weights = None
+        if self.sampled:
+            weights = torch.where(mask, rows.tail[row].exp().float(), 0) if len(known) else mask.float()
+        return TokenBatch(self._teacher(rows, divisor, tail and not self.sampled), row, labels, mask, weights)
 
     def blocks(self, tokens: int = 1 << 14) -> Iterator[TokenRows]:
         """Yield the stored rows of all texts, in the order in which they were written, about ``tokens`` at a time."""

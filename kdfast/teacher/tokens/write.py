@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdfast.files import (
 )
 from kdfast.teacher.manifest import BUILDING, MANIFEST, PLAN
 from kdfast.teacher.plan import check_same_plan
+from kdfast.teacher.tokens.draws import draw_rows
 from kdfast.teacher.tokens.layout import (
     MAX_RANK,
     PARTS,
@@ -41,6 +43,7 @@ from kdfast.teacher.tokens.layout import (
 from kdfast.teacher.tokens.sequence import NO_TEXTS, UNKNOWN, Array, Rows, Sequence, TextCheck
 
 _SHARD_BYTES = 64 << 20
+_DEFAULTS: dict[str, Any] = {"sampled": False}  # plans have it where it is True
 
 
 class TokenWriter:
@@ -60,6 +63,7 @@ class TokenWriter:
         out: The folder; created if missing.
         vocabulary: Number of the teacher's tokens.
         temperature: What the logits were divided by before the softmax.
+        sampled: The texts are added by `add_samples`: classes drawn at random, not the most probable ones.
         options: Further settings of the caller that determine the content, for JSON; a cache of others is not
             continued.
         force: Delete the cache in the folder first.
@@ -80,11 +84,12 @@ class TokenWriter:
         vocabulary: int,
         *,
         temperature: float = 1.0,
+        sampled: bool = False,
         options: dict[str, Any] | None = None,
         force: bool = False,
         sources: list[dict[str, Any]] | None = None,
     ) -> None:
-        plan = make_plan(vocabulary, temperature, sources or [], options or {})
+        plan = make_plan(vocabulary, temperature, sources or [], options or {}, sampled)
         check_folder(Path(out))
         if force:
             delete_tokens(Path(out))
@@ -98,7 +103,7 @@ class TokenWriter:
         self.is_finished = (self.path / MANIFEST).exists()
         if self.is_finished:
             manifest = read_manifest(self.path)
-            check_same_plan(self.path, manifest, plan, "a finished cache")
+            check_same_plan(self.path, _DEFAULTS | manifest, _DEFAULTS | plan, "a finished cache")
             self._records = manifest["shards"]
         else:
             self._resume()
@@ -150,9 +155,38 @@ class TokenWriter:
         Raises:
             DataError: Something does not fit; the message names the token.
         """
+        self._check_open(sampled=False)
+        self._store(self._check(rows), rows)
+
+    def add_samples(
+        self, ids: Any, *, weights: Any | None = None, labels: Any | None = None, sequence: int | None = None
+    ) -> None:
+        """Store a text of L tokens by classes that were drawn at random, as for `TopKTeacher.from_samples`.
+
+        Args:
+            ids: (L, s) drawn classes, repeats included; negative: no draw. Drawn from the teacher's softmax at the
+                `temperature`, or from another distribution q.
+            weights: (L, s) p / q of each draw, not negative; None: 1.
+            labels: As for `add`.
+            sequence: As for `add`.
+
+        Raises:
+            DataError: Something does not fit; the message names the token.
+        """
+        self._check_open(sampled=True)
+        rows, mean = draw_rows(to_array(ids), None if weights is None else to_array(weights), self._plan["vocabulary"])
+        own = None if labels is None else to_array(labels)
+        rows = dataclasses.replace(rows, labels=own, sequence=sequence)
+        self._store(dataclasses.replace(self._check(rows), tail=mean), rows)
+
+    def _check_open(self, sampled: bool) -> None:
         if self.is_finished:
             raise UsageError(f"{self.path} is finished: write to another folder, or pass `force`")
-        text = self._check(rows)
+        if sampled != self._plan.get("sampled", False):
+            right = "False: use `add`" if sampled else "True: use `add_samples`"
+            raise UsageError(f"`sampled` is {right}")
+
+    def _store(self, text: Sequence, rows: Rows) -> None:
         self._pending.append((text, rows.sequence))
         self._pending_bytes += 6 * len(text.ids) + 24 * len(text.counts)
         if self._pending_bytes >= _SHARD_BYTES:
@@ -204,7 +238,8 @@ class TokenWriter:
         path = building / PLAN
         if not path.exists():
             write_sealed(path, self._plan)
-        check_same_plan(self.path, read_sealed_file(path, schemas.TokenPlan), self._plan, "an unfinished cache")
+        found = read_sealed_file(path, schemas.TokenPlan)
+        check_same_plan(self.path, _DEFAULTS | found, _DEFAULTS | self._plan, "an unfinished cache")
         self._lock = FolderLock(building)
         self._lock.__enter__()
         while (record := self._read_record(len(self._records))) is not None:
