@@ -176,11 +176,11 @@ def _fractions(rows: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
 
 def half_width(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """Return half the width of the 95% t-interval of the mean of independent values; NaN for one value."""
-    from scipy import stats
-
     n = len(values)
     if n < 2:
         return math.nan
+    from scipy import stats
+
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
