@@ -10,17 +10,25 @@ import pytest
 
 from kdfast import examples
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules(examples.__path__) if not m.name.startswith("_"))
+FOUND = [m for m in pkgutil.walk_packages(examples.__path__, "kdfast.examples.") if not m.ispkg and "._" not in m.name]
+NAMES = sorted(m.name.removeprefix("kdfast.examples.") for m in FOUND)
 NEEDS = {
     "lightning": ["lightning"],
     "hf_trainer": ["transformers", "accelerate"],
+    "text.sft": ["transformers", "accelerate", "datasets", "trl"],
+    "text.trainer": ["transformers", "accelerate"],
     "timm_loop": ["torchvision", "timm"],
+    "timm_task": ["torchvision", "timm", "timm.task"],
+    "torchdistill_loss": ["torchvision", "torchdistill"],
     "vit_scores": ["transformers"],
 }
 
 
 def test_finds_all_examples():
-    assert NAMES == ["ddp", "hf_trainer", "language_model", "lightning", "plain_loop", "timm_loop", "vit_scores"]
+    assert NAMES == [
+        "ddp", "hf_trainer", "language_model", "lightning", "plain_loop", "text.fsdp", "text.sft", "text.trainer",
+        "timm_loop", "timm_task", "torchdistill_loss", "vit_scores",
+    ]  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)
