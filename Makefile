@@ -10,7 +10,7 @@ EMULATION := $(wildcard $(addprefix tests/cuda_emulation/,*.cpp *.cu *.h */*.h))
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
 XDIST ?= -n 2
 
-.PHONY: demo test test-slow test-matrix sanitize docs lint format bench cuda-check gpu setup clean
+.PHONY: demo test test-slow test-matrix sanitize docs lint format bench cuda-check hub-kernel gpu setup clean
 
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
@@ -55,6 +55,10 @@ cuda-check: setup
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
 	  $(BIN)/cmake --build build/cuda-check; \
 	else echo "cuda-check: nvcc is not installed; nothing was compiled"; fi
+
+# Writes a folder for the kernel hub of Hugging Face to $OUT: the losses in torch and Triton, without kdfast.
+hub-kernel: setup
+	$(BIN)/python .ci/hub_kernel.py $(or $(OUT),build/hub-kernel)
 
 # On a machine with a GPU: builds, runs the tests that need it and the benchmarks, and writes the results to $OUT.
 gpu: setup
