@@ -150,6 +150,8 @@ def test_collator_finds_texts_padded_on_either_side(stored, texts, left):
 def test_collator_names_texts_that_are_not_those_of_the_cache(stored, texts):
     _, store = stored
     collate = example.TeacherCollator(example.pad, store(1, "all"), T)
+    with pytest.raises(ValueError, match='a sample has no "number"'):
+        collate([{"input_ids": texts[1]}])
     with pytest.raises(ValueError, match="text 1 has 3 tokens, and"):
         collate([{"input_ids": texts[1][:3], "number": 1}])
     with pytest.raises(ValueError, match="text 1 has other tokens in the cache"):

@@ -64,6 +64,8 @@ class TeacherCollator:
         )
         if self.cache is None:
             return batch
+        if any("number" not in sample for sample in samples):
+            raise ValueError('a sample has no "number", that of its text in the cache: add it, and do not pack texts')
         numbers = [int(sample["number"]) for sample in samples]
         found = self.cache.lookup(numbers, self.temperature)
         rows, known = torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)
