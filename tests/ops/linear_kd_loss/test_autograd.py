@@ -174,6 +174,19 @@ def test_transforms_are_refused():
     torch.testing.assert_close(got, expected)
 
 
+def test_batched_incoming_gradients(memory):
+    hidden, weight, labels, teacher = operands()
+    loss = kdfast.linear_kd_loss(hidden, weight, labels, teacher, memory=memory)
+    factors = torch.tensor([1.0, -2.0, 3.0])
+    if memory == "low":
+        with pytest.raises(RuntimeError, match="cannot take is_grads_batched=True: pass backend='reference'"):
+            gradients(loss, weight, grad_outputs=factors, is_grads_batched=True)
+        return
+    got = gradients(loss, weight, grad_outputs=factors, is_grads_batched=True, retain_graph=True)[0]
+    one = gradients(loss, weight)[0]
+    torch.testing.assert_close(got, torch.stack([x * one for x in factors]))
+
+
 def test_inputs_are_not_written():
     hidden, weight, labels, teacher = operands()
     copies = [x.detach().clone() for x in (hidden, weight, labels, teacher)]

@@ -24,6 +24,11 @@ BAD = {
     "label": ({"labels": torch.tensor([0, 1, 6, 0])}, IndexError, r"`labels\[2\]` is 6"),
     "no labels": ({"labels": None}, ShapeError, "`labels` are None"),
     "teacher": ({"teacher": torch.randn(N, V + 1)}, ShapeError, "`teacher` has 7 classes"),
+    "list of two tensors": ({"teacher": [torch.randn(N, 2), torch.randn(V, 2)]}, TypeError, "`teacher` is list: pass"),
+    "pair with a softcap": (
+        {"teacher": (torch.randn(N, 2), torch.randn(V, 2), None, 30.0)}, TypeError, "a LinearTeacher"
+    ),
+    "group": ({"group": 0}, TypeError, "`group` is 0: pass a process group"),
     "teacher rows": ({"teacher": torch.randn(N + 1, V)}, ShapeError, "pass `rows`"),
     "row": ({"rows": torch.tensor([0, 1, 2, 9])}, IndexError, r"`rows\[3\]` is 9"),
     "teacher of other classes": (

@@ -155,18 +155,18 @@ def test_soft_labels_and_teacher_kinds():
             assert relative_error(grad, of_z @ weight.detach().double()) < 5e-6
 
 
-def test_num_items_replaces_the_divisor():
+@pytest.mark.parametrize("options", [{}, {"class_weights": torch.linspace(0.1, 2, V)}], ids=["plain", "class weights"])
+def test_num_items_replaces_the_divisor(options):
     hidden, weight, _, labels = operands(torch.float32)
     teacher, rows, _ = teacher_of("rows", 4.0)
     parts = []
     for part in (slice(0, 4), slice(4, N)):
         for count in (8, torch.tensor(8)):
-            parts.append(
-                kdfast.linear_kd_loss(hidden[part], weight, labels[part], teacher, rows[part], num_items=count)
-            )
+            of_part = (hidden[part], weight, labels[part], teacher, rows[part])
+            parts.append(kdfast.linear_kd_loss(*of_part, num_items=count, **options))
     assert torch.equal(parts[0], parts[1])
     assert int((labels >= 0).sum()) == 8
-    whole = kdfast.linear_kd_loss(hidden, weight, labels, teacher, rows)
+    whole = kdfast.linear_kd_loss(hidden, weight, labels, teacher, rows, **options)
     torch.testing.assert_close(parts[0] + parts[2], whole)
 
 

@@ -83,6 +83,11 @@ class EagerLinearKDLoss(torch.autograd.Function):
         """Scale or compute the gradients."""
         loss, *saved = ctx.saved_tensors  # raises PyTorch's own error if the graph was freed
         if ctx.late:
+            if _torch_compat.is_legacy_batched(grad_loss):
+                raise RuntimeError(
+                    "linear_kd_loss computes these gradients in the backward pass, which cannot take "
+                    "is_grads_batched=True: pass backend='reference'"
+                )
             call = LinearCall(*saved, *ctx.numbers)
             grads = compute(call.with_factors(call.factors * grad_loss), ctx.backend, ctx.needs, ctx.shard)[1]
         else:

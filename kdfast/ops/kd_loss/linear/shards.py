@@ -33,7 +33,13 @@ class Shard(NamedTuple):
 
 
 def make_shard(group: Any, weight: Tensor) -> Shard:
-    """Exchange the numbers of classes; they are in the order of the ranks of the group."""
+    """Exchange the numbers of classes; they are in the order of the ranks of the group.
+
+    Raises:
+        TypeError: If it is no group of processes with this one among them.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"`group` is {group!r}: pass a process group of torch.distributed that this process is in")
     own = torch.tensor([weight.shape[0]], device=weight.device)
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, own, group=group)

@@ -55,6 +55,11 @@ def make_linear_call(
         teacher_hidden, teacher_layer = _check_linear_teacher(LinearTeacher(*teacher), rows, lead, weight)
         m = teacher_hidden.shape[0]
         teacher = hidden.new_empty((1, 1), dtype=teacher_hidden.dtype).expand(m, weight.shape[0])
+    elif not isinstance(teacher, Tensor) and not (isinstance(teacher, tuple) and len(teacher) == 3):
+        raise TypeError(
+            f"`teacher` is {type(teacher).__name__}: pass logits (M, V), a TopKTeacher, a LinearTeacher, or a tuple "
+            "(hidden, weight) or (hidden, weight, bias)"
+        )
     teacher = flat_teacher(teacher, rows, lead)  # type: ignore[arg-type]
     kind = options["teacher_kind"]
     check_kind(kind, isinstance(teacher, Tensor) and teacher_hidden is None)
@@ -64,9 +69,9 @@ def make_linear_call(
         if isinstance(x, Tensor)
     }
     kd = _make_kd_call(logits, flat_labels(labels, lead), teacher, vectors.get("rows", rows), vectors, options)
+    kd = kd.replace(weights=_factors(kd, options["num_items"]), reduction="none" if kd.reduction == "none" else "sum")
     if options["class_weights"] is not None:
         kd = with_class_weights(kd, options["class_weights"])
-    kd = kd.replace(weights=_factors(kd, options["num_items"]), reduction="none" if kd.reduction == "none" else "sum")
     values = kd.teacher if teacher_hidden is None else teacher_hidden
     head = Layer(values, None, 0.0, 1.0) if teacher_layer is None else teacher_layer
     call = LinearCall(

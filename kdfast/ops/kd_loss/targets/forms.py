@@ -79,6 +79,8 @@ def with_class_weights(call: KDCall, class_weights: Tensor) -> KDCall:
     alpha = call.alpha if call.alphas is None else call.alphas.to(dtype)
     share = (1 - alpha) * of_row + alpha
     alphas = torch.where(share > 0, alpha / torch.where(share > 0, share, 1), 0.0)
+    if isinstance(alpha, Tensor):  # one out of range stays so, for the checks and the kernels
+        alphas = torch.where((alpha >= 0) & (alpha <= 1), alphas, alpha)
     wide = torch.promote_types(call.logits.dtype, torch.float32)
     weights = torch.ones_like(share) if call.weights is None else call.weights
     scaled = share * weights

@@ -10,6 +10,9 @@ from kdfast.ops.kd_loss.call import ALPHA_RANGE, MAX_T, MIN_T, T_RANGE, KDCall
 
 __all__ = ["check_class_weights", "check_probabilities", "check_values"]
 
+_BLOCK = 1 << 20
+"""Entries that are checked at a time."""
+
 
 def check_values(call: KDCall, thorough: bool, *, has_probs: bool = False) -> None:
     """Check labels, rows, class ids, and alpha and temperature of each sample. On a GPU, this synchronizes.
@@ -34,7 +37,7 @@ def check_values(call: KDCall, thorough: bool, *, has_probs: bool = False) -> No
     if call.rows is not None:
         _check_range("rows", call.rows, counted, call.teacher.shape[0], "the rows of `teacher`")
     if has_probs:
-        check_probabilities("teacher", call.teacher if call.rows is None else call.teacher[call.rows[counted]])
+        check_probabilities("teacher", call.teacher, None if call.rows is None else call.rows[counted])
     if call.alphas is not None:
         _check_numbers("alpha", call.alphas, counted, 0, 1, ALPHA_RANGE)
     if call.temperatures is not None:
@@ -52,17 +55,21 @@ def check_values(call: KDCall, thorough: bool, *, has_probs: bool = False) -> No
     _check_distinct(call.teacher, call.classes, used)
 
 
-def check_probabilities(name: str, x: Tensor) -> None:
-    """Check that no entry of a matrix is negative, infinite or NaN.
+def check_probabilities(name: str, x: Tensor, rows: Tensor | None = None) -> None:
+    """Check that no entry of a matrix, or of some of its rows, is negative, infinite or NaN.
 
     Raises:
         ShapeError: If one is.
     """
-    bad = ~((x >= 0) & (x < torch.inf))
-    if bool(bad.any()):
-        at = tuple(int(i) for i in bad.nonzero()[0])
-        index = ", ".join(str(i) for i in at)
-        raise ShapeError(f"`{name}[{index}]` is {float(x[at]):g}: pass probabilities, not logits")
+    rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
+    # In blocks: the matrix may be larger than all that is computed from it.
+    for block in torch.split(rows, max(1, _BLOCK // max(1, x.shape[1]))):
+        part = x.index_select(0, block)
+        bad = ~((part >= 0) & (part < torch.inf))
+        if bool(bad.any()):
+            row, column = (int(i) for i in bad.nonzero()[0])
+            value = float(part[row, column])
+            raise ShapeError(f"`{name}[{int(block[row])}, {column}]` is {value:g}: pass probabilities, not logits")
 
 
 def check_class_weights(x: Tensor) -> None:

@@ -66,6 +66,20 @@ def test_soft_labels_of_one_class_are_classes():
     torch.testing.assert_close(hard_terms, soft_terms, rtol=1e-5, atol=1e-6)
 
 
+def test_soft_labels_leave_out_a_term_of_weight_0_even_if_it_is_infinite():
+    z, t, soft, _ = case(torch.float32)
+    t[0, 4] = -torch.inf  # KL(student || teacher) of row 0 is infinite
+    masked = torch.zeros(N, C)
+    masked[1, 0] = -torch.inf  # and so is the cross-entropy of row 1
+    alpha = torch.tensor([0.0, 1.0] + [0.5] * (N - 2))
+    losses = {}
+    for backend in ("native", "reference"):
+        loss = kdfast.kd_loss(z + masked, soft, t, alpha=alpha, direction="reverse", reduction="none", backend=backend)
+        losses[backend] = torch.cat([loss.unsqueeze(1), torch.autograd.grad(loss.sum(), z)[0]], 1)
+    assert losses["native"].isfinite().all()
+    torch.testing.assert_close(losses["native"], losses["reference"], rtol=1e-5, atol=1e-6)
+
+
 def test_soft_labels_need_no_unit_sum():
     z, t, soft, _ = case(torch.float32)
     scaled = (soft * torch.rand(N, 1)).float()
@@ -91,6 +105,17 @@ def test_class_weights(dtype, reduction, soft):
         return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count}[reduction]
 
     compare(loss, z, truth)
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 1.5, float("nan")])
+def test_class_weights_do_not_hide_an_alpha_out_of_range(alpha):
+    z, t, _, labels = case(torch.float32)
+    alphas = torch.full((N,), 0.5)
+    alphas[3] = alpha
+    class_weights = torch.full((C,), 0.2)
+    message = rf"`alpha\[3\]` is {alpha:g}: must be in \[0, 1\]"
+    with pytest.raises(ShapeError, match=message):
+        kdfast.kd_loss(z, labels, t, alpha=alphas, class_weights=class_weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -140,6 +165,14 @@ BAD = {
         r"must be \(3, 3\)",
     ),
 }
+
+
+def test_a_bad_probability_is_named_by_the_row_of_the_teacher():
+    z, _, soft, labels = case(torch.float32)
+    soft[7, 2] = float("nan")
+    with pytest.raises(ShapeError, match=r"`teacher\[7, 2\]` is nan: pass probabilities"):
+        kdfast.kd_loss(z, labels, soft, torch.full((N,), 7), teacher_kind="probs")
+    kdfast.kd_loss(z, labels, soft, torch.zeros(N, dtype=torch.int64), teacher_kind="probs")
 
 
 @pytest.mark.parametrize("name", BAD)
