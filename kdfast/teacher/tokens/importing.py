@@ -44,7 +44,7 @@ def token_outputs(
 
     Each record is a text: a line of a .jsonl file, a row of a table, or a mapping. It holds one of
 
-    - a response of OpenAI's or vLLM's completions or chat completions with `logprobs`, also as a line of a batch;
+    - a response of OpenAI's or vLLM's (chat) completions, or of llama.cpp's, with `logprobs`, also a line of a batch;
     - vLLM's `prompt_logprobs`, which count if there are both;
     - SGLang's `meta_info` with `input_top_logprobs` or `output_top_logprobs`;
     - `values` and `ids`, lists of each token's log-probabilities and classes, and maybe `labels`, the tokens.

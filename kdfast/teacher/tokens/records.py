@@ -80,13 +80,13 @@ class RecordReader:
 
     def _sequence(self, record: Mapping[str, Any]) -> int | None:
         name = self._names["sequence"]
-        found = record.get(name)
+        found = _to_lists(record.get(name))
         if found is None:
             if name != DEFAULT_NAMES["sequence"]:
                 raise DataError(f"it has no {name}, the number of the text")
             return None
-        if isinstance(found, (int, np.integer)) and not isinstance(found, bool):
-            return int(found)
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
         named = _NUMBERED.fullmatch(found) if isinstance(found, str) else None
         if named is not None:
             return int(named.group(1))
@@ -96,12 +96,11 @@ class RecordReader:
         names = self._names
         if names["ids"] not in record:
             raise DataError(f"it has {names['values']}, but no {names['ids']}, the classes of the log-probabilities")
-        values = [_list(row) for row in record[names["values"]]]
-        ids = [_list(row) for row in record[names["ids"]]]
+        values, ids = ([_to_lists(row) or () for row in _to_lists(record[names[part]])] for part in ("values", "ids"))
         counts = [len(row) for row in values]
         if counts != [len(row) for row in ids]:
             raise DataError(f"{names['values']} and {names['ids']} have different numbers of entries")
-        labels = record.get(names["labels"])
+        labels = _to_lists(record.get(names["labels"]))
         return Rows(
             np.array([-np.inf if value is None else value for value in chain(*values)], np.float64),
             _integers(chain(*ids)),
@@ -246,11 +245,12 @@ def _count_top(position: Position) -> int:
     return len(known) - (own is not None and own <= min(known.values()))
 
 
-def _list(row: Any) -> list[Any]:
-    return [] if row is None else row.tolist() if isinstance(row, np.ndarray) else list(row)
+def _to_lists(values: Any) -> Any:
+    """Return lists or a number of an array or tensor, and anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _integers(values: Iterable[Any]) -> Any:
     """Return an int64 array, also of no values; floats stay floats, to be refused."""
-    found = np.array(list(values))
+    found = np.array(list(map(_to_lists, values)))
     return found.astype(np.int64) if not found.size else found

@@ -43,6 +43,7 @@ from kdfast.teacher.tokens.layout import (
 from kdfast.teacher.tokens.sequence import NO_TEXTS, UNKNOWN, Array, Rows, Sequence, TextCheck
 
 _SHARD_BYTES = 64 << 20
+_TEXT_BYTES = 1 << 10  # of the objects that hold a text in memory
 _DEFAULTS: dict[str, Any] = {"sampled": False}  # plans have it where it is True
 
 
@@ -188,7 +189,7 @@ class TokenWriter:
 
     def _store(self, text: Sequence, rows: Rows) -> None:
         self._pending.append((text, rows.sequence))
-        self._pending_bytes += 6 * len(text.ids) + 24 * len(text.counts)
+        self._pending_bytes += _TEXT_BYTES + 6 * len(text.ids) + 24 * len(text.counts)
         if self._pending_bytes >= _SHARD_BYTES:
             self._flush()
 

@@ -34,7 +34,7 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 400, None])
+@pytest.mark.parametrize("shard_bytes", [1, 3000, None])
 def test_lookup_returns_the_stored_rows_of_each_text(texts, tmp_path, monkeypatch, shard_bytes):
     teacher = write_all(tmp_path / "t", texts, shard_bytes=shard_bytes, monkeypatch=monkeypatch)
     if shard_bytes == 1:
@@ -86,7 +86,7 @@ def test_loss_of_a_batch_is_that_of_its_tokens_one_by_one(texts, tmp_path, tempe
 
 def test_texts_are_found_by_their_numbers(texts, tmp_path, monkeypatch):
     numbers = [40, 7, 12, 3, 99, 0, 8]
-    teacher = write_all(tmp_path / "t", texts, numbers=numbers, shard_bytes=300, monkeypatch=monkeypatch)
+    teacher = write_all(tmp_path / "t", texts, numbers=numbers, shard_bytes=3000, monkeypatch=monkeypatch)
     for number, text in zip(numbers, texts, strict=True):
         assert teacher.lookup([number]).labels[0].tolist() == text.tokens
     with pytest.raises(CacheMismatch, match=r"lacks 2 of the texts \(for example 1\)"):
@@ -153,7 +153,7 @@ def test_other_process_reads_the_same(texts, tmp_path):
 
 
 def test_writer_continues_after_an_exception(texts, tmp_path, monkeypatch):
-    write_all(tmp_path / "whole", texts, shard_bytes=300, monkeypatch=monkeypatch)
+    write_all(tmp_path / "whole", texts, shard_bytes=3000, monkeypatch=monkeypatch)
 
     def half(writer):
         for i, text in enumerate(texts[writer.done :], writer.done):
@@ -180,7 +180,7 @@ torch.set_num_threads(1)
 from conftest import VOCABULARY, make_texts
 import kdfast
 from kdfast.teacher.tokens import write
-write._SHARD_BYTES = 200
+write._SHARD_BYTES = 4000
 texts = make_texts(60)
 print("ready", flush=True)
 with kdfast.TokenWriter(sys.argv[2], VOCABULARY) as writer:
@@ -192,7 +192,7 @@ with kdfast.TokenWriter(sys.argv[2], VOCABULARY) as writer:
 
 @pytest.mark.slow
 def test_killed_writer_resumes_to_the_same_bytes(many_texts, tmp_path, monkeypatch):
-    write_all(tmp_path / "whole", many_texts, shard_bytes=200, monkeypatch=monkeypatch)
+    write_all(tmp_path / "whole", many_texts, shard_bytes=4000, monkeypatch=monkeypatch)
     draw, folder, unfinished = random.Random(1), tmp_path / "killed", 0
     for _ in range(4):
         process = subprocess.Popen(

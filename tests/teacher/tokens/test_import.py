@@ -253,6 +253,10 @@ def test_reads_records_in_memory_and_tables(texts, tmp_path):
         {name: [np.array(row) if isinstance(row, list) else row for row in r[name]] for name in r} for r in records
     ]
     check(kdfast.token_outputs(iter(arrays), tmp_path / "t", VOCABULARY, force=True), texts, 0, False)
+    tensors = [
+        {**{name: torch.tensor(r[name]) for name in r}, "sequence": torch.tensor(i)} for i, r in enumerate(records)
+    ]
+    check(kdfast.token_outputs(tensors, tmp_path / "t", VOCABULARY, force=True), texts, 0, False)
 
 
 def test_reads_tables_of_parquet(texts, tmp_path):
