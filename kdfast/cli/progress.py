@@ -105,7 +105,7 @@ class _Lines:
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._written = seconds, time.monotonic()
-        self._any = False
+        self._any = self._ended = False
         self._remaining = Remaining(time.monotonic)
 
     def add(self, done: int, total: int, write: Callable[[int, int, float | None], None]) -> None:
@@ -113,9 +113,11 @@ class _Lines:
         left = self._remaining.update(done, total)
         now = time.monotonic()
         wait = self._seconds if self._any else FIRST_SECONDS
-        if now - self._written >= wait or (done >= total and self._any):
+        ended = done >= total
+        if now - self._written >= wait or (ended and self._any and not self._ended):
             self._written, self._any = now, True
             write(done, total, left)
+        self._ended = ended  # workers that have nothing left to do are still polled
 
 
 def _json_line(label: str, note: str) -> Callable[[int, int, float | None], None]:

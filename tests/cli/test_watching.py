@@ -115,6 +115,10 @@ def test_lines_keep_their_distance(monkeypatch) -> None:
         now[0] = float(second)
         lines.add(second, 40, lambda done, total, left: written.append((done, left)))
     assert written == [(1, 39.0), (11, 29.0), (21, 19.0), (31, 9.0), (40, 0.0)]
+    for second in range(41, 49):
+        now[0] = float(second)
+        lines.add(40, 40, lambda done, total, left: written.append((done, left)))
+    assert len(written) == 5, "processes that end slowly are watched in silence"
 
 
 def test_a_quick_command_writes_no_line(monkeypatch) -> None:
