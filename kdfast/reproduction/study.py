@@ -43,7 +43,8 @@ Axes of a cell, in `defaults`, `cells` and `published`; recipe fields may stand 
     disjoint          on: the student's samples are chosen from those that the teacher was not trained on; fraction
                       stays a share of the whole training split
     student           network of the student
-    match_steps_of    a fraction: train for as many steps as a run on it, in place of the recipe's epochs
+    match_steps_of    a fraction: train for as many steps as a run on it, in place of the recipe's epochs; rounded to
+                      whole epochs, at least one
 
 Defaults: method random, fraction 1, kd on, alpha 0.5, temperature 4, teacher and student resnet32, teacher_fraction 1,
 disjoint off. A cell that several entries name is one cell.

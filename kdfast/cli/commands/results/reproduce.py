@@ -126,7 +126,8 @@ def reproduce(
         bool,
         typer.Option(
             "--keep-runs",
-            help="Keep the folder of every run, with its student; default: delete it when the run is finished.",
+            help="Keep the folder of every run, with its student, and its cache; default: delete them when no run "
+            "needs them.",
         ),
     ] = False,
     report_only: Annotated[
