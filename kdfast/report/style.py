@@ -54,7 +54,8 @@ svg { display: block; width: 100%; height: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.75rem;
   margin: .75rem 0 1.25rem; }
 .chart .tick, .chart .axis { font-size: 13px; }
-.legend { display: flex; flex-wrap: wrap; align-content: start; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0; }
+.legend { display: flex; flex-wrap: wrap; align-content: start; gap: .2rem 1.1rem; list-style: none;
+  padding: 0; margin: .4rem 0; }
 .legend li { display: flex; align-items: center; gap: .4rem; font-size: .85rem; overflow-wrap: anywhere; }
 svg.swatch { flex: none; width: 30px; }
 .gap { display: flex; justify-content: flex-end; align-items: center; gap: 0 .8rem; }
