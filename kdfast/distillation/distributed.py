@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from kdfast.errors import UsageError
+
+_GLOO_CLEANUP_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,9 @@ class Distributed:
         try:
             yield
         finally:
+            # gloo's threads need the interpreter's lock to free their last collective, and the group's destructor waits
+            # for these threads while it holds the lock (PyTorch 2.13): let them finish first.
+            time.sleep(_GLOO_CLEANUP_SECONDS)
             dist.destroy_process_group()
 
     def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:

@@ -10,6 +10,7 @@ batch, and multiplies by the number of processes.
 from __future__ import annotations
 
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,7 @@ def run_worker(rank: int, processes: int, folder: str) -> None:
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
     dist.barrier()  # no process closes its connections while another uses them
+    time.sleep(0.1)  # gloo's threads free the barrier; see kdfast.examples.ddp
     dist.destroy_process_group()
 
 
