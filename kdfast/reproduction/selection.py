@@ -92,7 +92,7 @@ def compressed_epochs(study: Study, cell: Cell, epochs: int | None, samples: int
 
 def compress(study: Study, own: int, epochs: int | None) -> int:
     """Return a number of epochs, changed by the factor of `epochs` to the epochs of the study's recipe; at least 1."""
-    return own if epochs is None else max(1, round(own * epochs / _recipe_epochs(study)))
+    return own if epochs is None else max(1, round(own * epochs / study.epochs))
 
 
 def check_epochs(study: Study, epochs: int) -> int | None:
@@ -101,16 +101,12 @@ def check_epochs(study: Study, epochs: int) -> int | None:
     Raises:
         UsageError: It is larger.
     """
-    own = _recipe_epochs(study)
+    own = study.epochs
     if epochs > own:
         raise UsageError(
             f"`epochs` is {epochs}, and the recipe of {study.name} has {own}: pass fewer, or change a copy of its file"
         )
     return None if epochs == own else epochs
-
-
-def _recipe_epochs(study: Study) -> int:
-    return int(study.recipe.get("epochs") or RECIPE_DEFAULTS["epochs"])
 
 
 def _value(cell: Cell, name: str) -> Value:

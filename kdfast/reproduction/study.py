@@ -73,7 +73,7 @@ from kdfast.distillation.config import RunConfig
 from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
-from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Values, format_value, parse_fields
+from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Values, format_value, parse_fields
 from kdfast.reproduction.cells import Cell, expand
 
 FOLDER = Path(kdfast.__file__).parent / "studies"
@@ -135,6 +135,11 @@ class Study:
     plot: Plot | None
     samples: int
     argument: str
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of its recipe."""
+        return int(self.recipe.get("epochs") or RECIPE_DEFAULTS["epochs"])
 
     @property
     def images(self) -> int:

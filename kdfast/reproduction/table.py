@@ -26,8 +26,7 @@ def table(results: Results) -> str:
         "",
     ]
     if epochs is not None:
-        recipe = study.recipe.get("epochs") or 240
-        lines += [f"Not the published recipe: {epochs} epochs in place of {recipe}. Nothing is subtracted.", ""]
+        lines += [f"Not the published recipe: {epochs} epochs in place of {study.epochs}. Nothing is subtracted.", ""]
     titles = [*axes, f"{results.figure[:3]}-{results.figure[3:]} (n)", "95% interval", "published", "difference"]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for result in results.cells:

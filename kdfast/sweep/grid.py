@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +11,7 @@ from kdfast.distillation.config import RunConfig, check_integer
 from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.losses.plan import POOLED
 from kdfast.errors import UsageError, unknown_name
+from kdfast.files import sha256_json
 from kdfast.sweep.recipes import ResolvedMethod
 from kdfast.sweep.spec import MethodSpec
 from kdfast.sweep.summary import BASELINE
@@ -166,8 +165,7 @@ class SweepRun:
     @property
     def key(self) -> str:
         """SHA-256 (hexadecimal) of the settings; rows with equal keys are the same row."""
-        text = json.dumps(self.settings, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256_json(self.settings)
 
     def __str__(self) -> str:
         """Return method, fraction, teacher and seed, for people."""

@@ -102,8 +102,11 @@ class Artifacts:
 
     # What identifies artefacts, known before they exist.
 
-    def teacher_spec(self, net: str, fraction: float) -> TeacherSpec:
-        """Return what is known of a teacher."""
+    def teacher_spec(self, cell: Cell) -> TeacherSpec:
+        """Return what is known of the teacher of a cell that has one."""
+        net, fraction = cell.teacher, cell.teacher_fraction
+        assert net is not None, "the cell has a teacher"
+        assert fraction is not None, "so it has its share of the data"
         if fraction == 1 and net in self._given:
             model = self._given[net]
             statistics = dataclasses.asdict(model.normalization)
@@ -127,7 +130,7 @@ class Artifacts:
         if "dynamics" in method.inputs:
             identity["dynamics"] = self.dynamics_identity()
         if method.inputs & {"cache", "teacher"}:
-            identity["teacher"] = self._spec_of(cell).identity
+            identity["teacher"] = self.teacher_spec(cell).identity
         if "cache" in method.inputs:
             identity["cache"] = {"views": self._study.cache_views, "precision": self._cache_precision}
         if "teacher" in method.inputs:
@@ -158,7 +161,7 @@ class Artifacts:
         """Return the folder of the cache of a cell's teacher and samples; 0 views: all."""
         subset = self.subset_path(cell, seed)
         part = "all" if subset is None else subset.stem.rpartition("-")[2]
-        return self.out / "caches" / f"{self._spec_of(cell).name}-{part}-{views}-{self._cache_precision}"
+        return self.out / "caches" / f"{self.teacher_spec(cell).name}-{part}-{views}-{self._cache_precision}"
 
     def missing(self, cell: Cell) -> dict[Path, tuple[str, int, int]]:
         """Return what must be made before a cell, but the cache of its samples, by the file that is then there.
@@ -169,7 +172,7 @@ class Artifacts:
         method, samples = resolve(cell.method), len(self._source.train)
         found: dict[Path, tuple[str, int, int]] = {}
         if cell.kd or method.inputs & {"cache", "teacher"}:
-            spec = self._spec_of(cell)
+            spec = self.teacher_spec(cell)
             images = (
                 0 if spec.given is not None else round(spec.fraction * samples) * self._teacher_config(spec.net).epochs
             )
@@ -193,7 +196,7 @@ class Artifacts:
         for cell in cells:
             needs = resolve(cell.method).inputs
             if cell.kd or needs & {"cache", "teacher"}:
-                spec = self._spec_of(cell)
+                spec = self.teacher_spec(cell)
                 if spec.given is None and spec.name not in checked:
                     checked.add(spec.name)
                     kept = subset_size(samples, spec.fraction)
@@ -217,13 +220,12 @@ class Artifacts:
 
     # The artefacts themselves, made where they are missing.
 
-    def teacher(self, net: str, fraction: float, progress: Progress | None = None) -> Model:
+    def teacher(self, spec: TeacherSpec, progress: Progress | None = None) -> Model:
         """Return a teacher, imported or trained."""
-        spec = self.teacher_spec(net, fraction)
         path = self.teacher_path(spec)
-        self._make(path, path, functools.partial(self._make_teacher, spec, path), progress, f"teacher {net}")
+        self._make(path, path, functools.partial(self._make_teacher, spec, path), progress, f"teacher {spec.net}")
         if spec.name not in self._models:
-            model = load_model(path, net=net)
+            model = load_model(path, net=spec.net)
             check_fit(model, self._source, str(path))
             self._models[spec.name] = model
         return self._models[spec.name]
@@ -246,9 +248,9 @@ class Artifacts:
 
     def cache(self, cell: Cell, seed: int, ids: IntArray, views: int, progress: Progress | None = None) -> Path:
         """Return the cache of a teacher's logits on views of a cell's samples, which are `ids`; 0 views: all."""
-        spec, path = self._spec_of(cell), self.cache_path(cell, seed, views)
+        spec, path = self.teacher_spec(cell), self.cache_path(cell, seed, views)
         if not (path / MANIFEST).exists():
-            model = self.teacher(spec.net, spec.fraction, progress)
+            model = self.teacher(spec, progress)
             self._cache(model, path, ids, views or self._source.view_spec.count, progress)
         return path
 
@@ -263,11 +265,6 @@ class Artifacts:
                 delete_cache(path)
                 with contextlib.suppress(OSError):
                     path.rmdir()
-
-    def _spec_of(self, cell: Cell) -> TeacherSpec:
-        assert cell.teacher is not None, "the cell has a teacher"
-        assert cell.teacher_fraction is not None, "so it has its share of the data"
-        return self.teacher_spec(cell.teacher, cell.teacher_fraction)
 
     @property
     def _cache_precision(self) -> Precision:
@@ -323,8 +320,8 @@ class Artifacts:
         if key not in self._pipelines:
             model = cache = recorded = None
             if needs & {"cache", "teacher"}:
-                spec = self._spec_of(cell)
-                model = self.teacher(spec.net, spec.fraction, progress)
+                spec = self.teacher_spec(cell)
+                model = self.teacher(spec, progress)
                 if "cache" in needs:
                     where = self._outputs_path(spec)
                     self._cache(model, where, None, self._study.cache_views, progress)
@@ -352,7 +349,7 @@ class Artifacts:
     def _flattened(self, cell: Cell, model: Model, progress: Progress | None) -> Model:
         settings = FlattenConfig()
         digest = sha256_json(dataclasses.asdict(settings))[:8]
-        path = self.out / "teachers" / f"{self._spec_of(cell).name}-flat-{digest}.pt"
+        path = self.out / "teachers" / f"{self.teacher_spec(cell).name}-flat-{digest}.pt"
 
         def make(report: Progress | None) -> None:
             state = path.with_name(f"{path.name}.state")

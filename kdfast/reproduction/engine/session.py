@@ -35,7 +35,7 @@ from kdfast.files import make_subfolder, refuse_links, sha256_json
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
-from kdfast.reproduction.axes import RECIPE_FIELDS
+from kdfast.reproduction.axes import RECIPE_DEFAULTS, RECIPE_FIELDS
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.engine.artifacts import Artifacts
 from kdfast.reproduction.engine.command import distill_command
@@ -138,7 +138,7 @@ class ReproductionSession:
         return share_source(self.source, self._inputs.loader)
 
     def _shorten(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        epochs = compress(self.config.study, int(recipe.get("epochs") or 240), self.config.epochs)
+        epochs = compress(self.config.study, int(recipe.get("epochs") or RECIPE_DEFAULTS["epochs"]), self.config.epochs)
         return {**recipe, "epochs": epochs}
 
     def _check_cells(self) -> None:
@@ -204,8 +204,8 @@ class ReproductionSession:
         own = compressed_epochs(study, cell, None, len(self.source.train))
         if self.config.epochs is not None and config.epochs == own:
             settings["compressed_to"] = self.config.epochs  # else the row would be that of the full schedule
-        if cell.kd and cell.teacher is not None:
-            settings["teacher"] = self.artifacts.teacher_spec(cell.teacher, cell.teacher_fraction or 1.0).identity
+        if cell.kd:
+            settings["teacher"] = self.artifacts.teacher_spec(cell).identity
         return StudyRun(cell, study.label(cell), seed, config.epochs, targets, settings)
 
     def execute(self, run: StudyRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class ReproductionSession:
                 result = train(plan, claimed, Monitoring(progress=progress))
         teacher = None
         if cell.kd:
-            teacher = self.artifacts.teacher(str(cell.teacher), cell.teacher_fraction or 1.0).metadata.get("test_top1")
+            teacher = self.artifacts.teacher(self.artifacts.teacher_spec(cell)).metadata.get("test_top1")
         return {
             "key": run.key,
             "study": self.config.study.name,
@@ -278,16 +278,16 @@ class ReproductionSession:
         cell, config = run.cell, self._run_config(run.cell, run.seed)
         ids, targets = self._ids(subset, config), TeacherTargets()
         paths = {} if subset is None else {"subset": subset}
-        if cell.kd and cell.teacher is not None:
-            fraction = cell.teacher_fraction or 1.0
+        if cell.kd:
             most = 1.0 if config.ce is None else float("inf")
             alpha = parse_alpha(str(cell.alpha), len(ids) / len(self.source.train), most)
             config = dataclasses.replace(config, alpha=alpha)
             if cache is not None:
                 paths["cache"], targets = cache, open_targets(self.source, ids, cache, None)
             else:
-                paths["teacher"] = self.artifacts.teacher_path(self.artifacts.teacher_spec(cell.teacher, fraction))
-                targets = TeacherTargets(model=self.artifacts.teacher(cell.teacher, fraction, progress))
+                spec = self.artifacts.teacher_spec(cell)
+                paths["teacher"] = self.artifacts.teacher_path(spec)
+                targets = TeacherTargets(model=self.artifacts.teacher(spec, progress))
         inputs = dataclasses.replace(self._inputs, teacher=targets)
         metadata = {"data": self.config.data, **{name: str(path) for name, path in paths.items()}}
         return inputs.plan(config, ids, device=self.device, metadata=metadata), paths

@@ -101,13 +101,12 @@ def _render_results(results: Results) -> Safe:
     study = results.study
     parts: list[Safe] = [tag("p", f"Source: {study.source}.")]
     if results.epochs is not None:
-        own = study.recipe.get("epochs") or 240
         parts.append(
             tag(
                 "p",
                 tag("strong", "Not the published recipe: "),
-                f"the schedule was compressed from {own} to {_count(results.epochs)}, so no difference from the "
-                "published values is shown.",
+                f"the schedule was compressed from {study.epochs} to {_count(results.epochs)}, so no difference from "
+                "the published values is shown.",
             )
         )
     drawn = draw_study(results)
