@@ -17,6 +17,7 @@ LAYER = {
     "trackers": 2,
     "files": 1,
     "device": 1,
+    "distributed": 1,
     "ops": 2,
     "nets": 3,
     "data": 3,

@@ -24,13 +24,13 @@ from kdfast.data.subset import Subset, open_subset
 from kdfast.data.subset.ids import mask_to_ids
 from kdfast.device import resolve_device, resolve_precision
 from kdfast.distillation.config import Execution, RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import open_targets, plan_opened
 from kdfast.distillation.losses.settings import TermSetting
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.teacher.cache import TeacherCache

@@ -16,9 +16,9 @@ from kdfast.data.loaders import Loader
 from kdfast.data.order import batch_count, epoch_order, split_batches_by_rank
 from kdfast.data.transfer import Transfer, to_device
 from kdfast.data.views import ViewSpec, draw_view_indices, view_table
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.recipe.mixing import Mixing
 from kdfast.distillation.targets import CachedTargets
+from kdfast.distributed.group import Distributed
 from kdfast.teacher.row_format import TeacherLogits
 
 

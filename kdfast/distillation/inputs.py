@@ -20,10 +20,10 @@ from kdfast.data.source import Source, compute_normalization
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import Subset, check_subset_file, open_subset
 from kdfast.distillation.config import Execution, RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_channels, check_fit, check_training

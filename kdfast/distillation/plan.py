@@ -21,10 +21,10 @@ from kdfast.data.source import Source
 from kdfast.data.views import Normalization
 from kdfast.distillation.batches import Batches
 from kdfast.distillation.config import Execution, RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.losses.plan import TermPlan, collect_samples, plan_terms
 from kdfast.distillation.recipe.mixing import Mixing
 from kdfast.distillation.targets import CachedTargets, OnlineTargets, TeacherTargets
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.initial import build_started_net

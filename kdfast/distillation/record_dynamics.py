@@ -19,12 +19,12 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.config import RunConfig, check_integer
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.train import Monitoring, train
 from kdfast.distillation.trainer import Trainer
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.batches import BatchCorrectness
 from kdfast.dynamics.format import check_when
 from kdfast.dynamics.plan import check_top_k

@@ -19,12 +19,12 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, subset_size
 from kdfast.device import resolve_device
 from kdfast.distillation.cuda_graph import EXCLUSIVE
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links

@@ -7,8 +7,8 @@ from torch import nn
 
 from kdfast.data.source import ArraySplit, Source, default_view_spec
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.inputs import check_student
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets import NETS
 

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.distillation.batches import Batches
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, _TrainingLoop
 from kdfast.distillation.trainer import Trainer
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.files.interrupt import StopRequest
 
@@ -138,7 +138,7 @@ def test_processes_look_for_a_stop_every_twenty_steps_and_when_they_log(
 _GROUP_OF_TWO = """
 import os, pathlib, sys
 import torch
-from kdfast.distillation.distributed import Distributed
+from kdfast.distributed.group import Distributed
 
 ranks = Distributed.from_environment()
 device = torch.device("cpu")
@@ -174,7 +174,7 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
+from kdfast.distributed.group import Distributed
 from kdfast.distillation.losses.settings import TermSetting
 from kdfast.distillation.plan import LoadedInputs
 from kdfast.distillation.targets import TeacherTargets

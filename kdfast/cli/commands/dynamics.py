@@ -101,11 +101,11 @@ def dynamics(
     from kdfast.data.source import compute_normalization
     from kdfast.device import resolve_device
     from kdfast.distillation.config import RunConfig
-    from kdfast.distillation.distributed import Distributed
     from kdfast.distillation.inputs import check_student
     from kdfast.distillation.plan import LoadedInputs
     from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
     from kdfast.distillation.targets import TeacherTargets
+    from kdfast.distributed.group import Distributed
     from kdfast.dynamics.plan import check_dynamics_folder, delete_dynamics
 
     place = resolve_device(device)

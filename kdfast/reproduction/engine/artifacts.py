@@ -28,12 +28,12 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import Subset, class_budgets, subset_size, write_subset
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs
 from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
 from kdfast.distillation.train import Monitoring, train
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics import format as dynamics_format
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError

@@ -22,13 +22,13 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, open_subset, subset_size
 from kdfast.device import resolve_device
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student, open_targets
 from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links, sha256_json

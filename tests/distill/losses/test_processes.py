@@ -17,7 +17,7 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import compute_normalization
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
+from kdfast.distributed.group import Distributed
 from kdfast.distillation.losses.settings import TermSetting
 from kdfast.distillation.plan import LoadedInputs
 from kdfast.distillation.targets import TeacherTargets

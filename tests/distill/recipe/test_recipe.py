@@ -19,7 +19,6 @@ from kdfast.data.source import compute_normalization
 from kdfast.data.views import apply_views
 from kdfast.distillation.batches import Batches
 from kdfast.distillation.config import RunConfig
-from kdfast.distillation.distributed import Distributed
 from kdfast.distillation.losses.settings import TermSetting
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.recipe.average import WeightAverage
@@ -27,6 +26,7 @@ from kdfast.distillation.recipe.mixing import Mixing, mix_images, partner_labels
 from kdfast.distillation.recipe.optimizer import OPTIMIZERS, ScheduledOptimizer
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.trainer import Trainer
+from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
