@@ -115,17 +115,26 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
         BackendUnavailable: FFCV is needed and not installed.
     """
     target = torch.device(device)
+    return LOADERS[choose_loader(split, kind, target)](split, target)
+
+
+def choose_loader(split: Split, kind: str, device: torch.device) -> str:
+    """Return the key in LOADERS of the loader that `make_loader` makes.
+
+    Raises:
+        UsageError: The kind is unknown, or ffcv is all that fits and the split is not a .beton file.
+    """
     if kind == "auto":
         need = len(split) * int(np.prod(split.shape))
-        kind = "resident" if fits_in_memory(need, target) else "ffcv"
+        kind = "resident" if fits_in_memory(need, device) else "ffcv"
         if kind == "ffcv" and not isinstance(split, BetonSplit):
             raise UsageError(
                 f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the "
-                f"{device_memory(target) / 1e9:.1f} GB of {target}: {_CONVERT}, or set `loader` to resident"
+                f"{device_memory(device) / 1e9:.1f} GB of {device}: {_CONVERT}, or set `loader` to resident"
             )
     if kind not in LOADERS:
         raise UsageError(f"`loader` is {kind!r}: must be one of auto, {', '.join(LOADERS)}")
-    return LOADERS[kind](split, target)
+    return kind
 
 
 def fits_in_memory(size: int, device: torch.device) -> bool:
