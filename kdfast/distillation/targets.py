@@ -22,11 +22,12 @@ from kdfast.distillation.losses.base import Outputs
 from kdfast.distillation.losses.logits.reshaped import Reshaping
 from kdfast.distillation.losses.total import Places
 from kdfast.distillation.recipe.mixing import mix_images
-from kdfast.errors import CacheMismatch, UsageError
+from kdfast.errors import UsageError
 from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TeacherLogits, map_logits, slice_rows, tensors_of
 
@@ -38,7 +39,8 @@ class CachedTargets:
     """Logits looked up in a teacher's cache.
 
     Resident: all rows of the run are on the device, and a step indexes them in place. Otherwise a window of the epoch
-    is looked up at a time, by a thread while the steps use the window before.
+    is looked up at a time, by a thread while the steps use the window before. Of a cache of features, the logits of a
+    batch are computed on the device.
 
     Args:
         cache: The opened cache.
@@ -46,6 +48,8 @@ class CachedTargets:
         n_views: Number of views per sample in the run.
         view_seed: Seed of the run's choice of views.
         device: Device of the student.
+        temperature: Temperature of the loss, of which a cache of the most probable classes has a tail; None: its only
+            one.
         resident: Whether to keep all rows on the device; the first epoch reads them.
         reshaping: Changes the logits of samples; None leaves them as they are.
     """
@@ -60,10 +64,13 @@ class CachedTargets:
         view_seed: int,
         device: torch.device,
         *,
+        temperature: float | None = None,
         resident: bool = False,
         reshaping: Reshaping | None = None,
     ) -> None:
-        self.cache, self._reshaping = cache, reshaping
+        self.cache, self._reshaping, self._temperature = cache, reshaping, temperature
+        # Logits to reshape are computed by the thread; others on the device, from features that take less to copy.
+        self._head = None if cache.head is None or reshaping is not None else cache.head.to(device)
         self._ids = np.sort(ids)
         self._n_views, self._view_seed = n_views, view_seed
         self._device = device
@@ -91,12 +98,15 @@ class CachedTargets:
         if self._table is not None:
             return self._table
         assert self._windows is not None, "begin_epoch comes first"
-        return map_logits(lambda part: to_device(part, self._device), self._windows.take(start, count))
+        rows = map_logits(lambda part: to_device(part, self._device), self._windows.take(start, count))
+        return rows if self._head is None or isinstance(rows, TopKTeacher) else self._head.logits(rows)
 
     def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> TeacherLogits:
         cached = self.cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
         if self.cache.top_k is not None:
-            return self.cache.lookup_top_k(ids, cached)
+            return self.cache.lookup_top_k(ids, cached, self._temperature)
+        if self._head is not None:
+            return self.cache.lookup_rows(ids, cached)
         logits = self.cache.lookup(ids, cached)
         return logits if self._reshaping is None else self._reshaping(logits, ids)
 
@@ -283,22 +293,16 @@ class TeacherTargets:
         if self.cache is not None:
             # Raises if the cache was built with another view seed.
             self.cache.translate_view_indices(ids[:1], np.zeros(1, np.int64), config.views, seed)
-            _check_temperature(self.cache, config)
+            if self.cache.top_k is not None:
+                self.cache.top_k.column(config.temperature, self.cache.path)
             size = len(ids) * config.views * self.cache.row_bytes
             # On a CPU the file is in memory already, in the system's cache.
-            resident = device.type != "cpu" and fits_in_memory(self.runs * size, device)
+            resident = device.type != "cpu" and self.cache.head is None and fits_in_memory(self.runs * size, device)
             reshaping = Reshaping.of_cache(self.cache, source.train.labels) if config.reshape_logits else None
-            return CachedTargets(self.cache, ids, config.views, seed, device, resident=resident, reshaping=reshaping)
+            return CachedTargets(
+                self.cache, ids, config.views, seed, device, temperature=config.temperature, resident=resident,
+                reshaping=reshaping,
+            )  # fmt: skip
         if self.model is not None:
             return OnlineTargets(self.model, source.view_spec, device, places)
         return None
-
-
-def _check_temperature(cache: TeacherCache, config: RunConfig) -> None:
-    kept = cache.top_k
-    if kept is not None and kept.temperature != config.temperature:
-        raise CacheMismatch(
-            f"{cache.path} holds the {kept.k} most probable classes, and the others summed at temperature "
-            f"{kept.temperature:g}, but the run has {config.temperature:g}: pass `temperature` {kept.temperature:g}, "
-            "or build a cache for the run's temperature"
-        )

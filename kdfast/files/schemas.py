@@ -329,7 +329,8 @@ class TopKFields(Struct, forbid_unknown_fields=True):
     """What a cache of the most probable classes keeps."""
 
     k: Positive
-    temperature: Above0
+    temperature: Above0 | None = None
+    temperatures: Annotated[list[Above0], Meta(min_length=1)] | None = None
 
 
 class FormatVersion(Struct):
@@ -350,6 +351,7 @@ class CachePlan(FormatVersion):
     precision: Literal["float32", "bfloat16"]
     per_shard: Positive
     top_k: TopKFields | None = None
+    kind: Literal["logits", "features"] = "logits"
 
 
 class CacheManifest(CachePlan, kw_only=True):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdfast.errors import CheckpointError, ShapeError, UsageError
+from kdfast.ops.float32 import full_float32
 
 
 def find_classifier(net: nn.Module) -> nn.Linear:
@@ -79,3 +82,77 @@ def forward_with_features(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         shapes = [tuple(t.shape) for t in seen]
         raise ShapeError(f"the classifier of {type(net).__name__} must run once on (B, D) features; it ran on {shapes}")
     return logits, seen[0]
+
+
+class LinearHead(NamedTuple):
+    """The last layer of a network on its features.
+
+    Attributes:
+        weight: float32 (C, D).
+        bias: float32 (C,).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, net: nn.Module) -> LinearHead:
+        """Return a copy of a network's classifier, on the CPU.
+
+        Raises:
+            UsageError: The network has no linear layer.
+        """
+        layer = find_classifier(net)
+        weight = layer.weight.detach().float().cpu().clone()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu().clone()
+        return cls(weight, bias)
+
+    @classmethod
+    def from_array(cls, values: NDArray[np.float32]) -> LinearHead:
+        """Return the head that `as_array` returned."""
+        both = torch.from_numpy(np.array(values))
+        return cls(both[:, :-1].contiguous(), both[:, -1].contiguous())
+
+    def as_array(self) -> NDArray[np.float32]:
+        """Return weight and bias as one array (C, D + 1), the bias last."""
+        values: NDArray[np.float32] = torch.cat([self.weight, self.bias[:, None]], 1).cpu().numpy()
+        return values
+
+    def to(self, device: torch.device) -> LinearHead:
+        """Return the head on a device."""
+        return LinearHead(self.weight.to(device), self.bias.to(device))
+
+    @torch.no_grad()
+    @full_float32()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits of features (n, D) of any floating dtype, float32 (n, C)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.addmm(self.bias, features.float(), self.weight.t())
+
+
+@torch.no_grad()
+def check_linear_head(net: nn.Module, name: str, size: tuple[int, int]) -> None:
+    """Check that a network's logits are its last linear layer's output on a vector of features for each image.
+
+    Args:
+        net: A network in evaluation mode.
+        name: Its name, for the message.
+        size: Height and width of its images.
+
+    Raises:
+        UsageError: They are not.
+    """
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    parameter = next(net.parameters())
+    try:
+        with full_float32():
+            found, features = forward_with_features(net, images.to(parameter.device, parameter.dtype))
+        computed = LinearHead.of(net).logits(features.cpu())
+        close = computed.shape == found.shape and torch.allclose(computed, found.float().cpu(), rtol=1e-3, atol=1e-3)
+    except (UsageError, ShapeError):
+        close = False
+    if not close:
+        raise UsageError(
+            f"`kind` is features, and the logits of {name} are not those of one last linear layer on pooled features: "
+            "omit it, which caches the logits"
+        )

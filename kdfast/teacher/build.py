@@ -8,7 +8,6 @@ done once its record exists, and the process that finds all shards done locks th
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from kdfast.errors import CacheMismatch, DataError, Interrupted, OutputError, Us
 from kdfast.files import FolderLock, check_writable, make_subfolder, sha256_json
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.fit import check_class_names
+from kdfast.nets.head import check_linear_head, find_classifier
 from kdfast.progress import Progress
 from kdfast.teacher.manifest import BUILDING, MANIFEST
 from kdfast.teacher.plan import (
@@ -40,6 +40,7 @@ from kdfast.teacher.writing.finish import reuse_finished, write_manifest
 from kdfast.teacher.writing.shards import ShardBuilder
 
 Dtype = Literal["float16", "float32"]
+Kind = Literal["logits", "features"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def build_cache(
     view_seed: int = 0,
     dtype: Dtype = "float16",
     top_k: TopK | None = None,
+    kind: Kind = "logits",
     precision: Precision = "float32",
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
@@ -92,9 +94,12 @@ def build_cache(
         ids: Original indices of the samples to cover, in any order; None for the whole training split.
         n_views: Views per sample, chosen by `view_table`; None for all views.
         view_seed: Seed of that choice.
-        dtype: dtype of the stored logits. float16 has a relative error of at most 1 / 2048.
+        dtype: dtype of the stored logits or features. float16 has a relative error of at most 1 / 2048.
         top_k: Keep only the most probable classes of each view, for data with very many classes. The identity view's
             logits of all classes are stored in addition, because scores need them.
+        kind: "features" stores the inputs of the network's last layer on each view, and the layer's weights once. The
+            logits of all classes are computed from them when they are looked up: smaller than logits if there are more
+            classes than features.
         precision: "bfloat16" computes views other than the identity in bfloat16, several times as fast on CPUs with
             matrix units and on GPUs, with an error far above float16's rounding. The identity view is always float32.
         device: Where to compute.
@@ -119,16 +124,18 @@ def build_cache(
     """
     place = torch.device(device)
     n_views = source.view_spec.count if n_views is None else n_views
-    check_build(source, model, out, n_views, dtype, precision, top_k, rank, world)
+    check_build(source, model, out, n_views, dtype, precision, top_k, rank, world, kind=kind)
     coverage = np.arange(len(source.train), dtype=np.int64)
     if ids is not None:
         coverage = np.sort(check_epoch_ids(ids, len(source.train), 1))
     batch_size = batch_size or default_batch_size(place)
-    rows = RowFormat(model.classes, np.dtype(dtype), top_k)
+    rows = row_format(model, dtype, top_k, kind)
     per_shard = samples_per_shard(n_views, rows.row_bytes, shard_bytes)
     plan = make_plan(source, describe_teacher(model), coverage, n_views, view_seed)
     plan |= {"dtype": dtype, "precision": precision, "batch_size": batch_size, "device": place.type}
-    plan |= {"per_shard": per_shard, "top_k": None if top_k is None else dataclasses.asdict(top_k)}
+    plan |= {"per_shard": per_shard, "top_k": None if top_k is None else top_k.to_dict()}
+    if kind == "features":
+        plan |= {"kind": kind, "features": rows.features}
     folder = check_writable(out)
     if (folder / MANIFEST).exists():
         return CacheBuild(folder, True, 0, 0, reuse_finished(folder, plan))
@@ -158,12 +165,20 @@ def check_build(
     top_k: TopK | None,
     rank: int = 0,
     world: int = 1,
+    *,
+    kind: str = "logits",
 ) -> None:
     """Raise what `build_cache` would raise before any work, for the same arguments. Writes nothing.
 
     Raises:
         UsageError, CacheMismatch, CheckpointError, OutputError: As in `build_cache`.
     """
+    if kind not in get_args(Kind):
+        raise UsageError(f"`kind` is {kind!r}: pass one of {', '.join(get_args(Kind))}")
+    if kind == "features":
+        if top_k is not None:
+            raise UsageError("`top_k` chooses among logits, and `kind` is features, which give all of them: omit one")
+        check_linear_head(model.net, model.name, source.view_spec.size)
     if top_k is not None:
         top_k.check(model.classes)
     if dtype not in get_args(Dtype):
@@ -181,6 +196,12 @@ def check_build(
         )
     check_class_names(model, source)
     check_cache_folder(Path(out))
+
+
+def row_format(model: Model, dtype: str, top_k: TopK | None = None, kind: str = "logits") -> RowFormat:
+    """Return the format of the rows that `build_cache` writes with these arguments."""
+    width = find_classifier(model.net).in_features if kind == "features" else 0
+    return RowFormat(model.classes, np.dtype(dtype), top_k, features=width)
 
 
 def _build(

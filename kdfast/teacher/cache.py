@@ -1,8 +1,9 @@
 """A teacher's cache: its logits on the views of the training samples, for lookup during training.
 
 `build_cache` writes it, `TeacherCache` reads it. The folder holds `logits-<shard>.npy` [view, sample, class] (raw
-logits, never softmax; or records of the k most probable classes [view, sample]), `identity_logits.npy` [sample, class]
-and `features.npy` [sample, D] in float32, `coverage.npy` if not all training samples are covered, `manifest.json` and
+logits, never softmax; or records of the k most probable classes [view, sample]; or the classifier's inputs [view,
+sample, D], and its weight and bias in `classifier.npy` [class, D + 1]), `identity_logits.npy` [sample, class] and
+`features.npy` [sample, D] in float32, `coverage.npy` if not all training samples are covered, `manifest.json` and
 `timing.json`.
 """
 
@@ -25,9 +26,11 @@ from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
 from kdfast.files.arrays import read_npy
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.head import LinearHead
 from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.checks import check_intact, check_match
 from kdfast.teacher.manifest import (
+    CLASSIFIER,
     COVERAGE,
     FEATURES,
     IDENTITY,
@@ -52,8 +55,9 @@ class TeacherCache:
         spec: The data's set of views.
         classes: Number of classes, C.
         coverage: Original indices of the covered samples, ascending, int64 (n,).
-        dtype: dtype of the logits, torch.float16 or torch.float32.
+        dtype: dtype of the stored numbers, torch.float16 or torch.float32.
         top_k: The classes kept per view; None for all.
+        head: Computes the logits, for a cache of the classifier's inputs; None if logits are stored.
         teacher_digest: Digest of the teacher's weights, or of the logits if they were imported.
     """
 
@@ -69,6 +73,7 @@ class TeacherCache:
         self.top_k = self._rows.top_k
         self.teacher_digest: str = manifest["teacher"]["digest"]
         self.coverage = self._read_coverage()
+        self.head = self._read_head()
         self._covers_all: bool = manifest["coverage"]["whole"]
         self._per_shard: int = manifest["per_shard"]
         self._maps: dict[int, tuple[npt.NDArray[Any], Callable[[int], None]]] = {}
@@ -175,33 +180,46 @@ class TeacherCache:
             view_indices: View indices (n,) in [0, n_views), from `translate_view_indices`.
 
         Returns:
-            Logits (n, classes) in the cache's dtype, on the CPU.
+            Logits (n, classes) in the cache's dtype, or float32 if they are computed from features; on the CPU.
 
         Raises:
             CacheMismatch: The cache does not cover all samples, or does not hold all classes.
             ShapeError: The view indices have the wrong shape or are out of range.
         """
+        rows = self.lookup_rows(sample_ids, view_indices)
+        return rows if self.head is None else self.head.logits(rows)
+
+    def lookup_rows(self, sample_ids: IntArray, view_indices: IntArray) -> Tensor:
+        """Like `lookup`, but of a cache of features return these, (n, D) in the cache's dtype, for `head.logits`."""
         if self.top_k is not None:
             raise CacheMismatch(
                 f"{self.path} holds the {self.top_k.k} most probable of {self.classes} classes of each view, but "
-                "this use requires all: build a cache without `top_k`"
+                "this use requires all: build a cache of all classes (`top_k` 0), or of features (`kind`)"
             )
-        result = torch.empty((len(sample_ids), self.classes), dtype=self.dtype)
-        self._read(sample_ids, view_indices, result.numpy())
-        return result
+        rows = torch.empty((len(sample_ids), *self._rows.shape), dtype=self.dtype)
+        self._read(sample_ids, view_indices, rows.numpy())
+        return rows
 
-    def lookup_top_k(self, sample_ids: IntArray, view_indices: IntArray) -> TopKTeacher:
+    def lookup_top_k(
+        self, sample_ids: IntArray, view_indices: IntArray, temperature: float | None = None
+    ) -> TopKTeacher:
         """Like `lookup`, for a cache of the most probable classes.
 
+        Args:
+            sample_ids: Original indices (n,).
+            view_indices: View indices (n,).
+            temperature: The temperature of the loss; None: the only one of the cache.
+
         Raises:
-            CacheMismatch: The cache does not cover all samples, or holds all classes.
+            CacheMismatch: The cache does not cover all samples, holds all classes, or is not for this temperature.
             ShapeError: The view indices have the wrong shape or are out of range.
         """
         if self.top_k is None:
             raise CacheMismatch(f"{self.path} holds all classes: call `lookup`")
+        column = self.top_k.column(temperature, self.path)
         rows = np.empty(len(sample_ids), self._rows.element)
         self._read(sample_ids, view_indices, rows)
-        return self._rows.unpack(rows)
+        return self._rows.unpack(rows, column)
 
     def _read(self, sample_ids: IntArray, view_indices: IntArray, target: npt.NDArray[Any]) -> None:
         """Fill `target` with the stored rows."""
@@ -284,6 +302,13 @@ class TeacherCache:
         if digest_ids(coverage) != info["digest"]:
             raise CacheMismatch(f"{self.path / COVERAGE} does not match the manifest: build the cache again")
         return coverage
+
+    def _read_head(self) -> LinearHead | None:
+        if not self._rows.features:
+            return None
+        return LinearHead.from_array(
+            self._load_array(CLASSIFIER, (self.classes, self._rows.features + 1), np.float32, "r")
+        )
 
     def _load_array(
         self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, mode: Literal["r", "c"] = "c"

@@ -26,6 +26,7 @@ COVERAGE = "coverage.npy"
 FEATURES = "features.npy"
 IDENTITY = "identity_logits.npy"
 BUILDING = ".building"
+CLASSIFIER = "classifier.npy"
 IMPORTED = "imported"  # in place of the name of a network, where another program computed the logits
 PLAN = "plan.json"
 _BUILD_AGAIN = "delete the cache and build it again"

@@ -17,6 +17,7 @@ from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visib
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
+    CLASSIFIER,
     COVERAGE,
     FEATURES,
     FORMAT,
@@ -104,7 +105,7 @@ def delete_cache(folder: Path) -> None:
     for rank in folder.glob(f"{BUILDING}/rank-*"):
         with FolderLock(rank):  # raises if that process still works
             pass
-    delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, BUILDING, "logits-*.npy"))
+    delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, CLASSIFIER, BUILDING, "logits-*.npy"))
 
 
 def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:
@@ -122,7 +123,8 @@ def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], what: str) -> None:
     """Raise CacheMismatch if the found plan differs, naming the fields; `what` describes it in the message."""
-    if differing := compare_manifests(found, plan):
+    # Plans of logits do not name their kind, as in files of earlier versions.
+    if differing := compare_manifests({"kind": "logits", **found}, {"kind": "logits", **plan}):
         raise CacheMismatch(
             f"{folder} holds {what} with another plan: {'; '.join(differing)}. "
             "Use the same options or another folder, or delete it"

@@ -71,17 +71,20 @@ class Predictor:
 
     @torch.inference_mode()
     @full_float32()
-    def predict_views(self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision) -> Tensor:
-        """Compute logits of several views of each image.
+    def predict_views(
+        self, images: Tensor, view_ids: IntArray, ids: IntArray, precision: Precision, *, features: bool = False
+    ) -> Tensor:
+        """Compute logits, or features, of several views of each image.
 
         Args:
             images: uint8 (n, H, W, 3), on the device.
             view_ids: (n, V).
             ids: Original sample indices (n,).
             precision: Arithmetic inside the network.
+            features: Whether to return the classifier's inputs instead of its outputs.
 
         Returns:
-            float32 (n, V, C) on the CPU.
+            float32 (n, V, C), or (n, V, D), on the CPU.
         """
         count, n_views = view_ids.shape
         flat = torch.from_numpy(view_ids.reshape(-1))
@@ -91,7 +94,8 @@ class Predictor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             for piece in self._slices(len(flat)):
                 inputs = self._inputs(images[row_on_device[piece]], flat[piece], ids[row[piece].numpy()])
-                parts.append(self._net(inputs).float())
+                outputs = forward_with_features(self._net, inputs)[1] if features else self._net(inputs)
+                parts.append(outputs.float())
         return torch.cat(parts).cpu().reshape(count, n_views, -1)
 
     def _slices(self, count: int) -> list[slice]:

@@ -1,13 +1,14 @@
-"""Row format of a cache: a row holds the logits of one view of one sample, for all classes or for the k most probable.
+"""Row format of a cache: what a row holds of one view of one sample.
 
-With many thousand classes, the logits of all of them would fill disks. A row of the k most probable classes is a record
-of their logits, their class ids, and the log-sum-exp of logit / T over the omitted classes. It is valid for runs at
-that temperature T only.
+A row holds the logits of all classes; or the classifier's inputs, of which the logits are computed; or, for many
+classes, a record of the k largest logits, their class ids, and for each of some temperatures T the log-sum-exp of
+logit / T over the omitted classes. A record serves runs at those temperatures. With k = 10 and one temperature it takes
+42 bytes, whatever the number of classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdfast.errors import UsageError
-from kdfast.ops.kd_loss import TopKTeacher, topk_teacher
+from kdfast.errors import CacheMismatch, UsageError, shorten
+from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.ops.kd_loss.validation import check_temperature
 
 __all__ = ["RowFormat", "TeacherLogits", "TopK", "map_logits", "slice_rows", "tensors_of"]
@@ -26,22 +27,65 @@ TeacherLogits = Tensor | TopKTeacher
 """Teacher logits of a batch, in a form that `kd_loss` accepts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TopK:
-    """Number of classes to keep per row, and the temperature at which the omitted ones are summed."""
+    """Number of classes to keep per row, and the temperatures at which the omitted ones are summed.
+
+    Args:
+        k: Number of classes.
+        temperature: One temperature or several.
+
+    Attributes:
+        k: Number of classes.
+        temperatures: The temperatures, ascending, each once.
+    """
 
     k: int
-    temperature: float
+    temperatures: tuple[float, ...]
+
+    def __init__(self, k: int, temperature: float | Sequence[float]) -> None:
+        several = temperature if isinstance(temperature, Sequence) else (temperature,)
+        object.__setattr__(self, "k", k)
+        object.__setattr__(self, "temperatures", tuple(sorted({float(one) for one in several})))
 
     def check(self, classes: int) -> None:
-        """Check both values.
+        """Check the values.
 
         Raises:
-            UsageError: k is not below the number of classes, or the temperature is out of range.
+            UsageError: k is not below the number of classes, or a temperature is out of range, or there is none.
         """
         if not 1 <= self.k < classes:
             raise UsageError(f"`top_k` is {self.k}: pass 1 to {classes - 1}, or omit it to keep all {classes} classes")
-        check_temperature(self.temperature, name="`temperature`", error=UsageError)
+        if not self.temperatures:
+            raise UsageError("`temperature` is empty: pass at least one")
+        for temperature in self.temperatures:
+            check_temperature(temperature, name="`temperature`", error=UsageError)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as they are written in a manifest."""
+        return {"k": self.k, "temperatures": list(self.temperatures)}
+
+    def column(self, temperature: float | None, where: object) -> int:
+        """Return the position of a temperature; None: the only one.
+
+        Args:
+            temperature: The temperature of a run.
+            where: The cache, for the message.
+
+        Raises:
+            CacheMismatch: The temperature is not among them, or there are several and none is given.
+        """
+        if temperature is None and len(self.temperatures) == 1:
+            return 0
+        if temperature not in self.temperatures:
+            known = ", ".join(f"{one:g}" for one in self.temperatures)
+            wanted = "none is given" if temperature is None else f"the run has {temperature:g}"
+            which = "one of these" if len(self.temperatures) > 1 else known
+            raise CacheMismatch(
+                f"{where} holds the {self.k} most probable classes, and the others summed at temperature {known}, but "
+                f"{wanted}: pass `temperature` {which}, or build a cache for the run's temperature"
+            )
+        return self.temperatures.index(temperature)
 
 
 @dataclass(frozen=True)
@@ -50,33 +94,47 @@ class RowFormat:
 
     Attributes:
         classes: Number of classes.
-        dtype: dtype of a logit, float16 or float32.
+        dtype: dtype of a stored number, float16 or float32.
         top_k: The classes to keep; None for all.
+        features: Width of the classifier's inputs, which are stored in place of logits; 0: logits are stored.
+        wide: Whether records have 4-byte class ids and float32 tails, as those of earlier versions.
     """
 
     classes: int
     dtype: np.dtype[Any]
     top_k: TopK | None = None
+    features: int = 0
+    wide: bool = False
 
     @staticmethod
-    def from_manifest(manifest: dict[str, Any]) -> RowFormat:
+    def from_manifest(manifest: Mapping[str, Any]) -> RowFormat:
         """Return the format that a cache's manifest declares."""
-        top_k = manifest.get("top_k")
-        dtype = np.dtype(manifest["dtype"])
-        return RowFormat(manifest["data"]["classes"], dtype, None if top_k is None else TopK(**top_k))
+        classes, dtype, given = manifest["data"]["classes"], np.dtype(manifest["dtype"]), manifest.get("top_k")
+        if manifest.get("kind") == "features":
+            return RowFormat(classes, dtype, features=manifest["features"])
+        if given is None:
+            return RowFormat(classes, dtype)
+        if ("temperature" in given) == ("temperatures" in given):
+            raise CacheMismatch(f"`top_k` of the manifest is {shorten(given)}: build the cache again")
+        if "temperature" in given:
+            return RowFormat(classes, dtype, TopK(given["k"], given["temperature"]), wide=True)
+        return RowFormat(classes, dtype, TopK(given["k"], given["temperatures"]))
 
     @property
     def element(self) -> np.dtype[Any]:
         """Dtype of the stored array's elements."""
         if self.top_k is None:
             return self.dtype
-        k = self.top_k.k
-        return np.dtype([("values", self.dtype, (k,)), ("classes", "<i4", (k,)), ("tail", "<f4")])
+        k, tails = self.top_k.k, len(self.top_k.temperatures)
+        if self.wide:
+            return np.dtype([("values", self.dtype, (k,)), ("classes", "<i4", (k,)), ("tail", "<f4")])
+        class_id = "<u2" if self.classes <= 1 << 16 else "<i4"
+        return np.dtype([("values", self.dtype, (k,)), ("classes", class_id, (k,)), ("tail", self.dtype, (tails,))])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a row in the stored array."""
-        return (self.classes,) if self.top_k is None else ()
+        return (self.features or self.classes,) if self.top_k is None else ()
 
     @property
     def row_bytes(self) -> int:
@@ -84,19 +142,25 @@ class RowFormat:
         return int(self.element.itemsize * np.prod(self.shape, dtype=np.int64))
 
     def pack(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Convert logits (..., C) to rows (..., *shape)."""
+        """Convert logits (..., C), or features (..., D), to rows (..., *shape)."""
         if self.top_k is None:
             return logits.astype(self.dtype)
-        kept = topk_teacher(torch.from_numpy(logits.reshape(-1, self.classes)), self.top_k.k, self.top_k.temperature)
-        rows = np.empty(len(kept.tail), self.element)
-        for name, part in kept._asdict().items():
-            rows[name] = part.numpy()
+        given = torch.from_numpy(logits.reshape(-1, self.classes))
+        values, classes = given.topk(self.top_k.k, 1)
+        others = given.double().scatter(1, classes, -torch.inf)
+        tails = [(others / temperature).logsumexp(1) for temperature in self.top_k.temperatures]
+        rows = np.empty(len(values), self.element)
+        with np.errstate(over="ignore"):  # the caller checks that they are finite
+            for name, part in (("values", values), ("classes", classes), ("tail", torch.stack(tails, 1))):
+                rows[name] = part.numpy()
         return rows.reshape(logits.shape[:-1])
 
-    def unpack(self, rows: npt.NDArray[Any]) -> TopKTeacher:
-        """Convert records (n,) to the form that `kd_loss` accepts."""
-        parts = (np.ascontiguousarray(rows[name]) for name in TopKTeacher._fields)
-        return TopKTeacher(*(torch.from_numpy(part) for part in parts))
+    def unpack(self, rows: npt.NDArray[Any], column: int) -> TopKTeacher:
+        """Convert records (n,) to the form that `kd_loss` accepts, with the tail of a temperature."""
+        values = torch.from_numpy(np.ascontiguousarray(rows["values"]))
+        classes = torch.from_numpy(rows["classes"].astype(np.int32))
+        tails = rows["tail"].reshape(len(rows), -1)
+        return TopKTeacher(values, classes, torch.from_numpy(tails[:, column].astype(np.float32)))
 
 
 def tensors_of(logits: TeacherLogits) -> tuple[Tensor, ...]:

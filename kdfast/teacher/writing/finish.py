@@ -14,10 +14,12 @@ from kdfast.errors import CacheMismatch
 from kdfast.files import atomic_write, sha256_file, write_sealed
 from kdfast.files.arrays import read_npy
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.head import LinearHead
 from kdfast.teacher.checks import check_intact
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.manifest import (
     BUILDING,
+    CLASSIFIER,
     COVERAGE,
     FEATURES,
     IDENTITY,
@@ -83,6 +85,10 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
         with atomic_write(folder / COVERAGE) as file:
             np.save(file, coverage)
         names.append(COVERAGE)
+    if builder.rows.features:
+        with atomic_write(folder / CLASSIFIER) as file:
+            np.save(file, LinearHead.of(model.net).as_array())
+        names.append(CLASSIFIER)
     digests |= {name: sha256_file(folder / name) for name in names}
     identity = read_npy(folder / IDENTITY, mmap_mode="r", error=CacheMismatch)
     test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kdfast.data.source import Split
 from kdfast.data.stateless_random import IntArray
@@ -122,8 +123,8 @@ class ShardBuilder:
         return self.folder / BUILDING / f"shard-{shard:05d}.json"
 
     def _compute(self, ids: IntArray, advance: Advance) -> tuple[npt.NDArray[Any], Floats, Floats]:
-        """Return logits (V, n, ...) in the stored format; identity logits (n, C) and features (n, D) in float32."""
-        logits = np.empty((self.n_views, len(ids), *self.rows.shape), self.rows.element)
+        """Return rows (V, n, ...) in the stored format; identity logits (n, C) and features (n, D) in float32."""
+        stored = np.empty((self.n_views, len(ids), *self.rows.shape), self.rows.element)
         identities, features = [], []
         for begin, block in self._blocks(ids):
             images = torch.from_numpy(self.split.read(block)).to(self.predictor.device)
@@ -133,14 +134,15 @@ class ShardBuilder:
             identity_index = int(np.flatnonzero(table[0] == self.spec.identity)[0])
             others = np.delete(np.arange(self.n_views), identity_index)
             end = begin + len(block)
-            logits[identity_index, begin:end] = self._pack(identity.numpy(), block)
+            stored[identity_index, begin:end] = self._pack(feature if self.rows.features else identity, block)
             if len(others):
-                rows = self.predictor.predict_views(images, table[:, others], block, self.precision).numpy()
-                logits[others, begin:end] = self._pack(rows, block).swapaxes(0, 1)
+                keep = {"features": True} if self.rows.features else {}
+                rows = self.predictor.predict_views(images, table[:, others], block, self.precision, **keep)
+                stored[others, begin:end] = self._pack(rows, block).swapaxes(0, 1)
             identities.append(identity.numpy())
             features.append(feature.numpy())
             advance(len(block) * self.n_views)
-        return logits, np.concatenate(identities), np.concatenate(features)
+        return stored, np.concatenate(identities), np.concatenate(features)
 
     def _blocks(self, ids: IntArray) -> Iterator[tuple[int, IntArray]]:
         bytes_each = int(np.prod(self.split.shape))
@@ -148,19 +150,26 @@ class ShardBuilder:
         for begin in range(0, len(ids), step):
             yield begin, ids[begin : begin + step]
 
-    def _pack(self, rows: npt.NDArray[np.float32], ids: IntArray) -> npt.NDArray[Any]:
-        """Convert logits (n, ..., C) to the stored format; raise if a value is not finite or overflows its dtype."""
+    def _pack(self, outputs: Tensor, ids: IntArray) -> npt.NDArray[Any]:
+        """Convert logits or features (n, ..., width) to rows; raise if one is not finite or overflows its dtype."""
+        rows, what = outputs.numpy(), "features" if self.rows.features else "logits"
         largest = np.abs(rows).reshape(len(ids), -1).max(1)
         limit = float(np.finfo(self.rows.dtype).max)
         if bool((largest <= limit).all()):  # False for NaN too
-            return self.rows.pack(rows)
+            packed = self.rows.pack(rows)
+            if self.rows.top_k is not None and not np.isfinite(packed["tail"]).all():
+                raise DataError(
+                    f"the teacher's logits divided by the temperature {self.rows.top_k.temperatures[0]:g} exceed "
+                    f"{limit:.4g}, the largest {self.rows.dtype}: build the cache with `dtype` float32"
+                )
+            return packed
         worst = int(np.flatnonzero(~(largest <= limit))[0])
         if not np.isfinite(largest[worst]):
             raise DataError(
-                f"the teacher's logits on training sample {ids[worst]} are not finite: its weights or its "
+                f"the teacher's {what} on training sample {ids[worst]} are not finite: its weights or its "
                 "normalization are wrong; check its accuracy first"
             )
         raise DataError(
-            f"the teacher's logits on training sample {ids[worst]} reach {largest[worst]:.4g}, above {limit:.4g}, the "
+            f"the teacher's {what} on training sample {ids[worst]} reach {largest[worst]:.4g}, above {limit:.4g}, the "
             f"largest {self.rows.dtype}: build the cache with `dtype` float32"
         )
