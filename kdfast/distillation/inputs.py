@@ -144,7 +144,7 @@ def plan_opened(
     """
     samples = len(subset.ids)
     distributed.check_batches(samples, config.batch_size)
-    check_student(config, samples, source, distributed, device)
+    check_student(config, samples, source, device)
     if alpha is not None:
         most = 1.0 if config.ce is None else math.inf
         config = dataclasses.replace(config, alpha=parse_alpha(alpha, samples / len(source.train), most))
@@ -166,9 +166,7 @@ def plan_opened(
     )
 
 
-def check_student(
-    config: RunConfig, samples: int, source: Source, distributed: Distributed, device: torch.device | None = None
-) -> None:
+def check_student(config: RunConfig, samples: int, source: Source, device: torch.device | None = None) -> None:
     """Check that the network exists, and that it can train on the batches of an epoch and be evaluated.
 
     One small batch runs through it. Batch norm over one value per channel has no variance, so that a last batch of one
@@ -181,15 +179,14 @@ def check_student(
     net = build_started_net(config.student, classes, config.init)
     check_channels(net, config.student, source)
     check_training(net, config.student, classes, size, device=device)
-    last = samples % config.batch_size or config.batch_size
-    if last // distributed.world_size > 1:
+    if samples % config.batch_size != 1:
         return
     try:
         check_training(net, config.student, classes, size, batch=1, device=device)
     except UsageError as error:
         raise UsageError(
-            f"the last batch of an epoch gives a process a single sample (of {samples}), and the network cannot train "
-            f"on one ({error.__cause__ or error}): choose a `batch_size` other than {config.batch_size}"
+            f"the last batch of an epoch has a single sample (of {samples}), and the network cannot train on one "
+            f"({error.__cause__ or error}): choose a `batch_size` other than {config.batch_size}"
         ) from error
 
 

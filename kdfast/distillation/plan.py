@@ -161,7 +161,7 @@ class LoadedInputs:
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config.check_total()
         config = self.teacher.resolve_views(config, source.view_spec.count)
-        terms = self._plan_terms(config, ids, distributed, execution)
+        terms = self._plan_terms(config, ids, execution)
         targets = self.teacher.open(source, ids, config, device, terms.teacher)
         return Plan(
             config=config,
@@ -180,12 +180,12 @@ class LoadedInputs:
                 "normalization": dataclasses.asdict(self.normalization),
                 "targets": None if targets is None else targets.name,
                 "teacher": self.teacher.identity(),
-                "processes": distributed.world_size,
             },
             metadata={
                 **(metadata or {}),
                 "loader": self.loader.name,
                 "device": str(device),
+                "processes": distributed.world_size,
                 "threads": torch.get_num_threads(),
                 **dataclasses.asdict(execution),
                 "kdfast": kdfast.__version__,
@@ -197,9 +197,7 @@ class LoadedInputs:
             teacher=self.teacher.model,
         )
 
-    def _plan_terms(
-        self, config: RunConfig, ids: NDArray[np.int64], distributed: Distributed, execution: Execution
-    ) -> TermPlan:
+    def _plan_terms(self, config: RunConfig, ids: NDArray[np.int64], execution: Execution) -> TermPlan:
         """Plan the terms of the loss, and check that they can be computed as the run is."""
         if not config.terms and not config.taps:
             return TermPlan()
@@ -214,7 +212,7 @@ class LoadedInputs:
             views=config.views,
             size=self.source.view_spec.size,
             samples=collect_samples(self.source, ids, config.seed),
-            smallest=(len(ids) % config.batch_size or config.batch_size) // distributed.world_size,
+            smallest=len(ids) % config.batch_size or config.batch_size,
         )
         if plan.student and execution.compile:
             raise UsageError("`compile` cannot read activations: omit it, or use terms of the logits alone")

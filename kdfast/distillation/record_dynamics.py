@@ -24,7 +24,6 @@ from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.train import Monitoring, train
 from kdfast.distillation.trainer import Trainer
-from kdfast.distributed.group import Distributed
 from kdfast.dynamics.batches import BatchCorrectness
 from kdfast.dynamics.format import check_when
 from kdfast.dynamics.plan import check_top_k
@@ -157,7 +156,7 @@ def record_dynamics(
         mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
         run_config = dataclasses.replace(config, seed=config.seed + run)
-        check_student(run_config, len(ids), inputs.source, Distributed(), device)
+        check_student(run_config, len(ids), inputs.source, device)
         plan = inputs.plan(run_config, ids, device=device)
         with _open_recorder(plan, config, recording, out, run, mask) as recorder:
             monitoring = Monitoring(

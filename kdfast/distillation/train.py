@@ -11,6 +11,7 @@ from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import MetricsFile, RunFolder
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.trainer import Trainer
+from kdfast.distributed.ending import notice_lost_process
 from kdfast.errors import Interrupted
 from kdfast.files.interrupt import StopRequest
 from kdfast.nets.checkpoint import save_model
@@ -18,7 +19,7 @@ from kdfast.progress import Progress
 from kdfast.teacher.evaluate import evaluate, evaluate_in_detail
 from kdfast.trackers import Tracker
 
-# Steps between two looks at whether any of several processes was asked to stop: each is a reduction that waits.
+# Steps between two looks at whether several processes shall stop or save: each is a reduction that waits.
 STOP_CHECK_STEPS = 20
 
 
@@ -72,6 +73,7 @@ def train(
         OutputError: If the folder cannot be written.
     """
     monitoring = monitoring or Monitoring()
+    plan.distributed.barrier()  # the main process has claimed the folder
     finished = folder.read_result()
     if finished is not None:
         if folder.read_state() != "finished":  # a kill after the result was written
@@ -79,7 +81,6 @@ def train(
         return finished
     with EXCLUSIVE:
         trainer = make_trainer(plan)
-    plan.distributed.barrier()
     saved = folder.load_checkpoint()
     if saved is not None:
         with EXCLUSIVE:
@@ -88,7 +89,7 @@ def train(
     if saved is not None and monitoring.say is not None and folder.writes:
         monitoring.say(f"resuming at step {trainer.step} of {trainer.total_steps}")
     try:
-        with StopRequest() as stop, trainer.stream():
+        with StopRequest() as stop, trainer.stream(), notice_lost_process():
             loop.run(stop)
         with EXCLUSIVE:
             return loop.finish()
@@ -128,7 +129,7 @@ class _TrainingLoop:
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
                     must_log = epoch_ended or trainer.step % monitoring.log_every == 0
                     must_stop = self.stop_requested(stop, wait=must_log)
-                    must_save = must_stop or time.monotonic() - self.saved_at > monitoring.checkpoint_seconds
+                    must_save = must_stop or self.save_due(wait=must_log)
                     if not (must_log or must_save):
                         continue
                     trainer.wait()
@@ -160,10 +161,18 @@ class _TrainingLoop:
             stop: The request to this process.
             wait: Look at this step, whatever its number; the same in every process.
         """
-        distributed, asked = self.trainer.plan.distributed, bool(stop.signal_name)
+        return self._any_process(bool(stop.signal_name), wait)
+
+    def save_due(self, *, wait: bool) -> bool:
+        """Return whether it is time for a checkpoint by the clock of the main process; likewise."""
+        due = time.monotonic() - self.saved_at > self.monitoring.checkpoint_seconds
+        return self._any_process(due and self.folder.writes, wait)
+
+    def _any_process(self, flag: bool, wait: bool) -> bool:
+        distributed = self.trainer.plan.distributed
         if distributed.world_size > 1 and not wait and self.trainer.step % STOP_CHECK_STEPS:
             return False
-        return distributed.any(asked, self.trainer.plan.device)
+        return distributed.any(flag, self.trainer.plan.device)
 
     def interruption(self, stop: StopRequest) -> Interrupted:
         return Interrupted(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdfast.data.views import apply_views
 from kdfast.distillation.batches import Batch
@@ -23,6 +24,7 @@ from kdfast.distillation.recipe.average import WeightAverage
 from kdfast.distillation.recipe.mixing import mix_images, partner_labels
 from kdfast.distillation.recipe.optimizer import ScheduledOptimizer, compute_learning_rate
 from kdfast.distillation.targets import CachedFeatures, CachedTargets, OnlineTargets
+from kdfast.distributed.batch_norm import SynchronizedBatchNorms
 from kdfast.errors import CheckpointError, DivergedError
 from kdfast.files import schemas
 from kdfast.files.validate import check_type
@@ -183,7 +185,8 @@ class Trainer:
         )
         if batch.mixing is not None:
             inputs = mix_images(inputs, batch.mixing)
-        with torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST), self._taps:
+        autocast = torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST)
+        with autocast, self._taps, self._batch_norms(self.net):
             logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
@@ -213,8 +216,14 @@ class Trainer:
         several = self.plan.distributed.world_size > 1
         return self.net if several and self.in_initial_phase else self._forward
 
+    def _batch_norms(self, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which a module's batch norms take the whole batch, of which a process has a part."""
+        if self.plan.distributed.world_size == 1 or not any(isinstance(m, _BatchNorm) for m in module.modules()):
+            return contextlib.nullcontext()
+        return SynchronizedBatchNorms()
+
     def _average_over_processes(self) -> None:
-        """Average what the wrapped network does not: gradients, and the statistics of the terms' batch norms."""
+        """Average the gradients that the wrapped network does not."""
         if self.plan.distributed.world_size == 1:
             return
         mean = self.plan.distributed.mean
@@ -222,10 +231,6 @@ class Trainer:
             for parameter in part.parameters():
                 if parameter.grad is not None:
                     mean(parameter.grad)
-        for module in self.terms.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for name in ("running_mean", "running_var"):
-                    mean(module.get_buffer(name))
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of a batch without terms: distillation with a teacher, else cross-entropy in float32.
@@ -262,13 +267,14 @@ class Trainer:
         if self._cached_features is not None:
             teacher_taps = self._cached_features.take(batch.ids)
         taps = {name: x.float() for name, x in self._taps.take().items()}
-        terms: Tensor = self.terms(
-            Outputs(logits.float(), taps),
-            Outputs(teacher.float(), teacher_taps),
-            self.labels[batch.ids],
-            BatchSamples(batch.ids, self._step_on_device, self.plan.distributed.gather),
-            initial=self.in_initial_phase,
-        )
+        with self._batch_norms(self.terms):
+            terms: Tensor = self.terms(
+                Outputs(logits.float(), taps),
+                Outputs(teacher.float(), teacher_taps),
+                self.labels[batch.ids],
+                BatchSamples(batch.ids, self._step_on_device, self.plan.distributed.gather),
+                initial=self.in_initial_phase,
+            )
         return terms if self.in_initial_phase else loss + self._terms_weight() * terms
 
     def _terms_weight(self) -> Tensor | float:

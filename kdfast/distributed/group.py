@@ -1,4 +1,4 @@
-"""Several processes that train one student: `torchrun --nproc-per-node 2 -m kdfast distill ...`."""
+"""This process among those of a command: `torchrun --nproc-per-node 2 -m kdfast distill ...`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from kdfast.distributed.ending import is_connection_error, is_first_to_end, notice_lost_process
 from kdfast.errors import UsageError
 
 _GLOO_CLEANUP_SECONDS = 0.1
@@ -19,10 +22,10 @@ _GLOO_CLEANUP_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among the processes of a run; the default is a run of one process.
+    """This process among the processes of a command; the default is a single process.
 
     Attributes:
-        rank: Index of this process, from 0; process 0 writes the run's folder.
+        rank: Index of this process, from 0; process 0 writes the results.
         world_size: Number of processes.
         local_rank: Index of this process on its machine.
     """
@@ -50,7 +53,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's folder."""
+        """Whether this process writes the results."""
         return self.rank == 0
 
     def local_device(self, device: torch.device) -> torch.device:
@@ -87,12 +90,17 @@ class Distributed:
             )
 
     @contextlib.contextmanager
-    def process_group(self, device: torch.device) -> Iterator[None]:
+    def process_group(self, device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
         """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere.
 
         Args:
             device: The result of `local_device`. A CUDA device becomes the current one of the calling thread, so that
                 no process allocates memory on the first device of the machine.
+            timeout: How long a process waits for the others; None for the backend's default. One that ends is noticed
+                at once.
+
+        Raises:
+            Interrupted: Another process has ended.
         """
         if self.world_size == 1:
             yield
@@ -101,18 +109,23 @@ class Distributed:
         # functions, and the group's threads would outlive the interpreter, which now and then aborts the process.
         import torch.distributed.nn
 
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-        try:
-            yield
-        finally:
-            # gloo's threads need the interpreter's lock to free their last collective, and the group's destructor waits
-            # for these threads while it holds the lock (PyTorch 2.13): let them finish first.
-            time.sleep(_GLOO_CLEANUP_SECONDS)
-            dist.destroy_process_group()
+        limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        with notice_lost_process():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("nccl", device_id=device, **limit)
+            else:
+                dist.init_process_group("gloo", **limit)
+            try:
+                yield
+            except BaseException as error:
+                if not is_connection_error(error):
+                    is_first_to_end()  # before the others see the connections close
+                if device.type == "cuda":
+                    raise  # a collective that waits for the others may block the group's end
+                close_group()
+                raise
+            close_group()
 
     def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:
         """Return the network with its gradients averaged over the processes."""
@@ -128,27 +141,66 @@ class Distributed:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Add up a value over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Average a value over the processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(value)
+            self.sum(value)
             value /= self.world_size
         return value
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows of all processes, in their order, without gradient; their numbers may differ."""
+        """Return the rows of all processes, in their order, with their gradients; their numbers may differ.
+
+        Every process computes the same of them, so that the gradient of a process's rows is that of all processes'
+        losses together.
+        """
         if self.world_size == 1:
             return rows
+        gathered: torch.Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def _gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
+        """Return the rows of all processes, and where those of this one are."""
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world_size)]
         dist.all_gather(counts, counts[0].new_tensor([len(rows)]))
         sizes = [int(count) for count in counts]
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-        padded[: len(rows)] = rows.detach()
+        padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        start = sum(sizes[: self.rank])
+        own = slice(start, start + len(rows))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), own
 
     def barrier(self) -> None:
         """Wait until every process has reached this call."""
         if self.world_size > 1:
             dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, distributed: Distributed) -> torch.Tensor:
+        gathered, ctx.own = distributed._gather(rows.detach())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.own], None
+
+
+def close_group() -> None:
+    """Disconnect the processes, once the gloo threads of this one are done."""
+    if dist.get_backend() == "gloo":
+        # gloo's threads need the interpreter's lock to free their last collective, and the group's destructor waits for
+        # these threads while it holds the lock (PyTorch 2.13): let them finish first.
+        time.sleep(_GLOO_CLEANUP_SECONDS)
+    dist.destroy_process_group()

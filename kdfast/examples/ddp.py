@@ -10,7 +10,6 @@ losses, divides by the number of rows that count in the whole batch, and multipl
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdfast
+from kdfast.distributed.group import close_group
 
 __all__ = ["Batch", "Result", "main", "make_batch", "make_net", "shard_loss"]
 
@@ -88,10 +88,7 @@ def run_worker(rank: int, processes: int, folder: str) -> None:
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], f"{folder}/gradients.pt")
     dist.barrier()  # no process closes its connections while another uses them
-    # gloo's threads need the interpreter's lock to free the barrier, and the group's destructor waits for these threads
-    # while it holds the lock (PyTorch 2.13): let them finish first.
-    time.sleep(0.1)
-    dist.destroy_process_group()
+    close_group()
 
 
 def main(processes: int = 2) -> Result:

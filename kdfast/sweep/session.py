@@ -24,7 +24,6 @@ from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
-from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
@@ -112,7 +111,7 @@ class Session:
                     f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
                     f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
-            check_student(self.config.run_config(samples, seed=0), samples, self._source, Distributed(), self.device)
+            check_student(self.config.run_config(samples, seed=0), samples, self._source, self.device)
 
     def runs(self) -> list[SweepRun]:
         """Return the grid in the order it is run: seed by seed, so that a complete table exists early."""

@@ -8,7 +8,6 @@ from torch import nn
 from kdfast.data.source import ArraySplit, Source, default_view_spec
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.inputs import check_student
-from kdfast.distributed.group import Distributed
 from kdfast.errors import UsageError
 from kdfast.nets import NETS
 
@@ -26,21 +25,18 @@ def source() -> Source:
     return Source("DATA", "npz", ("a", "b", "c"), split, split, default_view_spec((8, 8, 3), flip=False))
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch_size", "processes"), [(12, 4, 1), (10, 4, 1), (12, 12, 4), (9, 8, 1), (12, 3, 2), (13, 6, 1)]
-)
+@pytest.mark.parametrize(("samples", "batch_size"), [(12, 4), (10, 4), (12, 12), (9, 8), (13, 6)])
 def test_a_last_batch_of_one_sample_is_refused_if_the_network_cannot_train_on_it(
-    monkeypatch, source, samples, batch_size, processes
+    monkeypatch, source, samples, batch_size
 ):
     monkeypatch.setitem(NETS, "pooled", pooled)
-    distributed = Distributed(0, processes)
     last = samples % batch_size or batch_size
-    check_student(RunConfig("resnet8", batch_size=batch_size), samples, source, distributed)
-    if last // processes > 1:
-        check_student(RunConfig("pooled", batch_size=batch_size), samples, source, distributed)
+    check_student(RunConfig("resnet8", batch_size=batch_size), samples, source)
+    if last > 1:
+        check_student(RunConfig("pooled", batch_size=batch_size), samples, source)
     else:
         with pytest.raises(UsageError, match=r"cannot train on one \(Expected more than 1 value.*other than"):
-            check_student(RunConfig("pooled", batch_size=batch_size), samples, source, distributed)
+            check_student(RunConfig("pooled", batch_size=batch_size), samples, source)
 
 
 def test_the_random_numbers_of_the_caller_do_not_depend_on_the_trial_batch(monkeypatch, source):
@@ -52,5 +48,5 @@ def test_the_random_numbers_of_the_caller_do_not_depend_on_the_trial_batch(monke
     built(3)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    check_student(RunConfig("dropout", batch_size=4), 12, source, Distributed())
+    check_student(RunConfig("dropout", batch_size=4), 12, source)
     assert torch.equal(torch.rand(1), expected)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,15 +73,17 @@ def test_each_process_has_its_own_cuda_device(monkeypatch: pytest.MonkeyPatch) -
             torch.device("cuda", 1),
             [("set_device", torch.device("cuda", 1)), ("nccl", {"device_id": torch.device("cuda", 1)}), "destroy"],
         ),
-        (torch.device("cpu"), [("gloo", {}), "destroy"]),
+        (torch.device("cpu"), [("gloo", {}), "pause", "destroy"]),
     ],
 )
-def test_process_group_selects_the_device_before_it_connects(
+def test_process_group_selects_the_device_before_it_connects_and_pauses_for_gloo_alone(
     device: torch.device, expected: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.append((backend, options)))
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl" if device.type == "cuda" else "gloo")
+    monkeypatch.setattr(time, "sleep", lambda seconds: calls.append("pause"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
     with Distributed(1, 2, local_rank=1).process_group(device):
         pass

@@ -105,7 +105,6 @@ def dynamics(
     from kdfast.distillation.plan import LoadedInputs
     from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
     from kdfast.distillation.targets import TeacherTargets
-    from kdfast.distributed.group import Distributed
     from kdfast.dynamics.plan import check_dynamics_folder, delete_dynamics
 
     place = resolve_device(device)
@@ -137,7 +136,7 @@ def dynamics(
         top_k=top_k,
         record=record,
     )
-    check_student(settings, len(source.train), source, Distributed(), place)
+    check_student(settings, len(source.train), source, place)
     check_recording(settings, recording, source)
     size_bytes, seconds = _estimate(settings, recording, source, place)
     announce(out, size_bytes, seconds)

@@ -22,6 +22,9 @@ RUN_FILES = ("config.json", "metrics.jsonl", "status.json", RESULT, "student.pt"
 
 RESUME = ("auto", "never", "overwrite")
 
+# Earlier versions took batch norm over the share of a process, so that runs of several were runs of their own.
+_PROCESSES = "processes"
+
 CHECKPOINTS = "checkpoints"
 POINTER = "latest.json"
 
@@ -99,6 +102,8 @@ def check_run_folder(path: Path, config: Mapping[str, Any], resume: str) -> bool
         return False
     saved, new = read_json(file, schemas.RunConfigFile), json.loads(json.dumps(config))
     saved.pop(METADATA_KEY)
+    if saved.get(_PROCESSES) == 1:
+        del saved[_PROCESSES]
     if changes := describe_changes(saved, new):
         own = "; the file with the student's code has changed" if "student_code" in changes else ""
         raise UsageError(f"{path} holds a run with other settings: {changes}{own}. Choose another `out`, or delete it")

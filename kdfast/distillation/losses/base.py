@@ -74,7 +74,8 @@ class BatchSamples:
     Attributes:
         ids: int64 (B,), indices into the training split, on the device.
         step: int64 (), the number of steps done, on the device.
-        gather: Returns the rows of a tensor (B, ...) of all processes, the same in each; with one process, the tensor.
+        gather: Returns the rows of a tensor (B, ...) of all processes, the same in each, with their gradients; with one
+            process, the tensor.
     """
 
     ids: Tensor
@@ -128,6 +129,7 @@ class TermEntry:
         initial: Whether the term trains alone for the first epochs of a run, and is 0 afterwards.
         prepares: Whether it is fitted to the teacher alone in those epochs, and joins the loss after them.
         labels: Whether it depends on the labels.
+        relates: Whether it relates the samples of a batch to each other, so that it is no mean over them.
         axes: Whether its taps must be (channels, height, width), or (D,) for "pooled"; else they may have any shape.
     """
 
@@ -140,6 +142,7 @@ class TermEntry:
     initial: bool = False
     prepares: bool = False
     labels: bool = False
+    relates: bool = False
     axes: bool = True
 
 

@@ -67,7 +67,7 @@ def plan_terms(
         views: Number of views per sample in the run.
         size: Height and width of the images.
         samples: The samples of the run.
-        smallest: Samples of the smallest batch of a process.
+        smallest: Samples of the smallest batch.
 
     Raises:
         UsageError: A tap has no place, or one that cannot be read; a place is of no tap; or a term does not fit the

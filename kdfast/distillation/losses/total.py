@@ -54,7 +54,10 @@ class LossTerms(nn.Module):
                 total = total + term.preparation(teacher)
             elif initial == setting.entry.initial:
                 own = (batch,) if isinstance(term, SampleTerm) else ()
-                total = total + setting.weight * term(student, teacher, labels, *own)
+                given = (student, teacher, labels)
+                if setting.entry.relates:
+                    given = _of_all_processes(*given, setting.entry.taps, batch)
+                total = total + setting.weight * term(*given, *own)
         return total
 
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -64,6 +67,17 @@ class LossTerms(nn.Module):
         decayed = [p for p in self.parameters() if id(p) not in unlike]
         groups: list[dict[str, object]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
+
+
+def _of_all_processes(
+    student: Outputs, teacher: Outputs, labels: Tensor, taps: tuple[str, ...], batch: BatchSamples
+) -> tuple[Outputs, Outputs, Tensor]:
+    """Return the outputs and the labels of the whole batch, of which each process has a part."""
+
+    def gather(outputs: Outputs) -> Outputs:
+        return Outputs(batch.gather(outputs.logits), {name: batch.gather(outputs.taps[name]) for name in taps})
+
+    return gather(student), gather(teacher), batch.gather(labels)
 
 
 def required_taps(settings: Sequence[TermSetting]) -> tuple[str, ...]:
@@ -168,6 +182,6 @@ def check_single_sample(terms: LossTerms, shapes: TapShapes) -> None:
                 term.preparation(teacher)
         except ValueError as error:
             raise UsageError(
-                f"the last batch of an epoch gives a process a single sample, and the term {setting.name} cannot train "
+                f"the last batch of an epoch has a single sample, and the term {setting.name} cannot train "
                 f"on one ({error}): choose another `batch_size`"
             ) from error

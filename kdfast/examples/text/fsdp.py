@@ -10,7 +10,6 @@ batch, and multiplies by the number of processes.
 from __future__ import annotations
 
 import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 import kdfast
+from kdfast.distributed.group import close_group
 from kdfast.examples._causal_lm import CausalLM, load_texts
 
 __all__ = ["Distillation", "Result", "main", "make_batch", "make_distillation"]
@@ -101,8 +101,7 @@ def run_worker(rank: int, processes: int, folder: str) -> None:
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
     dist.barrier()  # no process closes its connections while another uses them
-    time.sleep(0.1)  # gloo's threads free the barrier; see kdfast.examples.ddp
-    dist.destroy_process_group()
+    close_group()
 
 
 def main(processes: int = 2) -> Result:

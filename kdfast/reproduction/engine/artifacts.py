@@ -33,7 +33,6 @@ from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs
 from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
 from kdfast.distillation.train import Monitoring, train
-from kdfast.distributed.group import Distributed
 from kdfast.dynamics import format as dynamics_format
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError
@@ -201,10 +200,10 @@ class Artifacts:
                     checked.add(spec.name)
                     kept = subset_size(samples, spec.fraction)
                     class_budgets(self._source.train.labels, kept)
-                    check_student(self._teacher_config(spec.net), kept, self._source, Distributed(), self._device)
+                    check_student(self._teacher_config(spec.net), kept, self._source, self._device)
             if "dynamics" in needs and self._given_dynamics is None and "dynamics" not in checked:
                 checked.add("dynamics")
-                check_student(self._recorded, samples, self._source, Distributed(), self._device)
+                check_student(self._recorded, samples, self._source, self._device)
                 check_recording(self._recorded, self._recording, self._source)
             place = (cell.fraction, cell.teacher_fraction)
             if cell.disjoint and place not in checked:

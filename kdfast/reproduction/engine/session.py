@@ -28,7 +28,6 @@ from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
-from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links, sha256_json
@@ -158,7 +157,7 @@ class ReproductionSession:
                     f"the fraction {cell.fraction:g} keeps {samples} of {len(labels)} samples, fewer than one batch of "
                     f"{config.batch_size}: leave it out with `fractions`"
                 )
-            check_student(config, samples, self.source, Distributed(), self.device)
+            check_student(config, samples, self.source, self.device)
 
     def _check_terms(self) -> None:
         """Check that terms which read activations fit the networks, on networks that are not trained."""

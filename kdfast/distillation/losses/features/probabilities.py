@@ -37,4 +37,5 @@ PROBABILITIES = TermEntry(
     "to 8",
     TAPS,
     tuned=30_000,
+    relates=True,
 )

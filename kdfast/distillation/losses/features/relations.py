@@ -95,4 +95,5 @@ RELATIONS = TermEntry(
     "distances and angles among pooled features",
     "Park et al., Relational Knowledge Distillation, CVPR 2019, equations 5 to 11",
     TAPS,
+    relates=True,
 )

@@ -30,5 +30,6 @@ SIMILARITY = TermEntry(
     "Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, equations 2 to 4",
     TAPS,
     tuned=3000,
+    relates=True,
     axes=False,
 )

@@ -42,4 +42,5 @@ CORRELATION = TermEntry(
     "correlations over classes and over the batch",
     "Huang et al., Knowledge Distillation from a Stronger Teacher, NeurIPS 2022, equations 7 to 10",
     options={"beta": 1.0, "gamma": 1.0, "temperature": 4.0},
+    relates=True,
 )
