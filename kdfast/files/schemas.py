@@ -394,7 +394,7 @@ class TokenShard(Struct):
     """What a shard holds."""
 
     sequences: Positive
-    tokens: Positive
+    tokens: Count
     entries: Count
 
 

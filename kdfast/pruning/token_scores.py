@@ -40,9 +40,11 @@ class TokenScores(NamedTuple):
     def texts(self) -> Floats:
         """Return the mean over the known tokens of each text, (S,); NaN for texts without any."""
         known = np.isfinite(self.values)
-        starts = np.cumsum(self.lengths) - self.lengths
-        count = np.add.reduceat(known.astype(np.int64), starts)
-        total = np.add.reduceat(np.where(known, self.values, 0), starts)
+        count, total = np.zeros(len(self.lengths), np.int64), np.zeros(len(self.lengths))
+        some = self.lengths > 0  # np.add.reduceat takes no empty parts
+        starts = (np.cumsum(self.lengths) - self.lengths)[some]
+        count[some] = np.add.reduceat(known.astype(np.int64), starts)
+        total[some] = np.add.reduceat(np.where(known, self.values, 0), starts)
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 

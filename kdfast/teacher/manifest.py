@@ -15,10 +15,11 @@ from typing import Any
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, shorten
-from kdfast.files import read_sealed, schemas
+from kdfast.files import has_format, read_sealed, schemas
 from kdfast.files.validate import check_type
 
 FORMAT = "kdfast-cache"
+TOKENS_FORMAT = "kdfast-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 TIMING = "timing.json"
@@ -88,6 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CacheMismatch: The manifest is missing, damaged, or has another format version.
     """
+    refuse_tokens(folder)
     fields = read_sealed_json(folder / MANIFEST, schemas.FormatVersion)
     if (fields["format"], fields["version"]) != (FORMAT, VERSION):
         raise CacheMismatch(
@@ -96,6 +98,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     check_type(fields, schemas.CacheManifest, folder / MANIFEST, error=CacheMismatch, advice=_BUILD_AGAIN)
     return fields
+
+
+def holds_format(folder: Path, name: str) -> bool:
+    """Return whether a folder holds a cache of a format, finished or not."""
+    # The plan exists until the manifest is written: look in this order.
+    return any(has_format(file, name) for file in (folder / BUILDING / PLAN, folder / MANIFEST))
+
+
+def refuse_tokens(folder: Path) -> None:
+    """Check that a folder does not hold a cache of log-probabilities of texts.
+
+    Raises:
+        CacheMismatch: It does, finished or not.
+    """
+    if holds_format(folder, TOKENS_FORMAT):
+        raise CacheMismatch(
+            f"{folder} is a cache of log-probabilities of texts, and a teacher's cache of images is needed: check it "
+            "with kdfast cache verify-tokens, and train on it in Python with kdfast.TokenTeacher"
+        )
 
 
 def compare_manifests(given: Mapping[str, Any], needed: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -16,11 +16,12 @@ from kdfast.errors import CacheMismatch, DataError, UsageError
 from kdfast.files import sha256_file, sha256_json
 from kdfast.progress import Progress
 from kdfast.teacher.manifest import MANIFEST
+from kdfast.teacher.tokens.failures import FailedRequest
 from kdfast.teacher.tokens.files import Text, find_files, read_texts
 from kdfast.teacher.tokens.layout import check_folder, delete_tokens, make_plan
 from kdfast.teacher.tokens.read import TokenTeacher
 from kdfast.teacher.tokens.records import DEFAULT_NAMES, RecordReader
-from kdfast.teacher.tokens.sequence import NO_TEXTS, Rows, TextCheck
+from kdfast.teacher.tokens.sequence import NO_TEXTS, Rows, TextCheck, failed_rows
 from kdfast.teacher.tokens.write import TokenWriter
 
 _ARRAY_NAMES = ("lengths", "offsets")
@@ -37,6 +38,7 @@ def token_outputs(
     top_k: int | None = None,
     names: Mapping[str, str] | None = None,
     tokens: Mapping[str, int] | None = None,
+    skip_failed: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> TokenTeacher:
@@ -64,6 +66,8 @@ def token_outputs(
         names: Names of the fields `values`, `ids`, `labels`, `sequence`, and of the array `lengths` or `offsets`, where
             they differ.
         tokens: Class of each token's text, for responses that name tokens by their texts.
+        skip_failed: Keep the texts whose requests failed with their numbers, but without tokens: `failed` of the
+            cache. By default, one such record ends the import.
         force: Replace another cache in the folder, once the texts are checked, for which they are read twice. Records
             that can be read only once, such as those of a generator, are checked as they are written.
         progress: Called after each text with (done, total, note): kB of the files, or records.
@@ -87,6 +91,7 @@ def token_outputs(
         "names": dict(names or {}),
         "top_k": top_k,
         "tokens": None if tokens is None else sha256_json(tokens),
+        **({"skip_failed": True} if skip_failed else {}),
     }
     facts: list[dict[str, Any]] = [
         {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files or ()
@@ -99,7 +104,8 @@ def token_outputs(
 
     def read_into(take: Callable[[Rows], object], done: int = 0) -> int:
         texts = _texts_of_files(files, reader, names or {}) if files is not None else _texts_of_records(source, reader)
-        return _read(islice(texts, done, None), take, top_k, total, progress, unit=1 if files is None else 1000)
+        unit = 1 if files is None else 1000
+        return _read(islice(texts, done, None), take, top_k, skip_failed, total, progress, unit)
 
     if force and (folder / MANIFEST).exists() and (files is not None or not isinstance(source, Iterator)):
         check = TextCheck(make_plan(vocabulary, temperature, [], {})["vocabulary"])
@@ -122,24 +128,35 @@ def _read(
     texts: Iterator[Text],
     take: Callable[[Rows], object],
     top_k: int | None,
+    skip_failed: bool,
     total: int,
     progress: Progress | None,
     unit: int,
 ) -> int:
-    """Read texts, pass each to `take`, and return their number."""
+    """Read texts, pass each to `take`, and return the number of those with tokens."""
     count = 0
-    for count, text in enumerate(texts, 1):  # noqa: B007 - the last one is their number
+    for text in texts:
         try:
-            rows = text.read()
+            rows = _read_text(text, skip_failed)
             if top_k is not None:
                 tops = np.full(max(0, len(rows.offsets) - 1), top_k)
                 rows = dataclasses.replace(rows, tops=tops if rows.tops is None else np.minimum(rows.tops, tops))
             take(rows)
         except DataError as error:
             raise DataError(f"{text.where}: {error}") from error
+        count += not rows.failed
         if progress is not None:
             progress(text.done // unit, max(total, text.done) // unit, "kB" if unit > 1 else "records")
     return count
+
+
+def _read_text(text: Text, skip_failed: bool) -> Rows:
+    try:
+        return text.read()
+    except FailedRequest as failure:
+        if skip_failed:
+            return failed_rows(failure.sequence)
+        raise
 
 
 def _files_of(source: Any) -> list[Path] | None:

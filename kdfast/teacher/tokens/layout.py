@@ -30,12 +30,13 @@ import numpy as np
 
 import kdfast
 from kdfast.errors import CacheMismatch, OutputError, UsageError
-from kdfast.files import delete_own, has_format, read_sealed, refuse_links, schemas, visible_entries
+from kdfast.files import delete_own, read_sealed, refuse_links, schemas, visible_entries
 from kdfast.files.validate import check_type
 from kdfast.ops.kd_loss.validation import as_float, as_int, check_temperature
-from kdfast.teacher.manifest import BUILDING, MANIFEST, PLAN
+from kdfast.teacher.manifest import BUILDING, MANIFEST, holds_format
+from kdfast.teacher.manifest import FORMAT as IMAGES_FORMAT
+from kdfast.teacher.manifest import TOKENS_FORMAT as FORMAT
 
-FORMAT = "kdfast-tokens"
 VERSION = 1
 MAX_RANK = np.iinfo(np.uint16).max
 _BUILD_AGAIN = "delete it and write the cache again"
@@ -92,7 +93,7 @@ def check_folder(folder: Path) -> None:
     """
     refuse_links(folder, BUILDING)
     entries = [name for name in visible_entries(folder) if name != BUILDING]
-    if entries and not any(has_format(file, FORMAT) for file in (folder / BUILDING / PLAN, folder / MANIFEST)):
+    if entries and not holds_format(folder, FORMAT):
         raise OutputError(
             f"{folder} holds {entries[0]}, which is not part of a cache of log-probabilities: choose an empty or new "
             "folder"
@@ -115,6 +116,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CacheMismatch: The manifest is missing or damaged, or has another format or version.
     """
+    if holds_format(folder, IMAGES_FORMAT):
+        raise CacheMismatch(
+            f"{folder} is a teacher's cache of images, and a cache of log-probabilities of texts is needed: check it "
+            "with kdfast cache verify, and train on it with kdfast distill"
+        )
     fields = read_sealed_file(folder / MANIFEST, schemas.FormatVersion)
     if (fields["format"], fields["version"]) != (FORMAT, VERSION):
         raise CacheMismatch(

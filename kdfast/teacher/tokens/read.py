@@ -129,6 +129,12 @@ class TokenTeacher:
         return {**self.__dict__, "_maps": {}}
 
     @property
+    def failed(self) -> Ints:
+        """Numbers of the texts whose requests failed, which have no tokens and cannot be looked up."""
+        found: Ints = self.numbers[self.lengths == 0]
+        return found
+
+    @property
     def tokens(self) -> int:
         """Number of tokens of all texts."""
         return int(self.lengths.sum())
@@ -203,6 +209,12 @@ class TokenTeacher:
             raise CacheMismatch(
                 f"{self.path} lacks {len(missing)} of the texts (for example {missing[0]}); it holds {len(self)}: look "
                 "up texts by the numbers with which they were written"
+            )
+        empty = wanted[self.lengths[at] == 0]
+        if len(empty):
+            raise CacheMismatch(
+                f"{self.path} has no tokens of {len(empty)} of the texts (for example {empty[0]}), whose requests "
+                "failed: leave out the texts whose numbers are in `failed` of the cache"
             )
         return at
 

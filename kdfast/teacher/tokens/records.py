@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.errors import DataError
+from kdfast.teacher.tokens.failures import FailedRequest, find_failure
 from kdfast.teacher.tokens.sequence import UNKNOWN, Rows
 
 _TOKEN_ID = "token_id:"
@@ -50,6 +51,7 @@ class RecordReader:
         """Return the rows of a record.
 
         Raises:
+            FailedRequest: It has no log-probabilities, since the server did not answer the request.
             DataError: The record is of another kind, or lacks something; the message says what.
         """
         if not isinstance(record, Mapping):
@@ -57,9 +59,12 @@ class RecordReader:
         sequence = self._sequence(record)
         try:
             rows = self._rows(record)
-        except DataError:
-            raise
         except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:
+            failure = find_failure(record)
+            if failure is not None:
+                raise FailedRequest(failure, sequence) from error
+            if isinstance(error, DataError):
+                raise
             reason = repr(error)[:150]
             raise DataError(f"its log-probabilities are not in the form of their kind ({reason})") from error
         return Rows(rows.values, rows.ids, rows.offsets, rows.labels, rows.tops, sequence)

@@ -34,6 +34,7 @@ class Rows:
         labels: (L,) the tokens of the text, `UNKNOWN` where not known; or None.
         tops: (L,) how many entries of each position are the most probable classes; None: all.
         sequence: Number of the text; None: not given.
+        failed: Whether the request of the text failed, so that there are no positions.
     """
 
     values: Array
@@ -42,6 +43,7 @@ class Rows:
     labels: Array | None = None
     tops: Array | None = None
     sequence: int | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class Sequence:
     ranks: Ints
     tail: npt.NDArray[np.float32]
     labels: Ints
+
+
+_NO_INTS = np.zeros(0, np.int64)
+_NOTHING = Sequence(np.zeros(0, np.float32), _NO_INTS, _NO_INTS, _NO_INTS, np.zeros(0, np.float32), _NO_INTS)
+
+
+def failed_rows(sequence: int | None) -> Rows:
+    """Return the rows of a text whose request failed."""
+    return Rows(np.zeros(0), _NO_INTS, np.zeros(1, np.int64), sequence=sequence, failed=True)
 
 
 class TextCheck:
@@ -87,7 +98,7 @@ class TextCheck:
         Raises:
             DataError: Something does not fit; the message names the position.
         """
-        text, number = check_rows(rows, self._vocabulary), rows.sequence
+        text, number = _NOTHING if rows.failed else check_rows(rows, self._vocabulary), rows.sequence
         if self.is_numbered is None:
             self.is_numbered = number is not None
         elif self.is_numbered != (number is not None):

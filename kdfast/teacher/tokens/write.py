@@ -44,7 +44,6 @@ from kdfast.teacher.tokens.sequence import NO_TEXTS, UNKNOWN, Array, Rows, Seque
 
 _SHARD_BYTES = 64 << 20
 _TEXT_BYTES = 1 << 10  # of the objects that hold a text in memory
-_DEFAULTS: dict[str, Any] = {"sampled": False}  # plans have it where it is True
 
 
 class TokenWriter:
@@ -104,7 +103,7 @@ class TokenWriter:
         self.is_finished = (self.path / MANIFEST).exists()
         if self.is_finished:
             manifest = read_manifest(self.path)
-            check_same_plan(self.path, _DEFAULTS | manifest, _DEFAULTS | plan, "a finished cache")
+            check_same_plan(self.path, _complete(manifest), _complete(plan), "a finished cache")
             self._records = manifest["shards"]
         else:
             self._resume()
@@ -204,7 +203,7 @@ class TokenWriter:
             return
         if self._pending:
             self._flush()
-        if not self._records:
+        if not any(record["tokens"] for record in self._records):
             raise DataError(NO_TEXTS)
         files = {name: facts for record in self._records for name, facts in record["files"].items()}
         shards = [{name: record[name] for name in ("sequences", "tokens", "entries")} for record in self._records]
@@ -240,7 +239,7 @@ class TokenWriter:
         if not path.exists():
             write_sealed(path, self._plan)
         found = read_sealed_file(path, schemas.TokenPlan)
-        check_same_plan(self.path, _DEFAULTS | found, _DEFAULTS | self._plan, "an unfinished cache")
+        check_same_plan(self.path, _complete(found), _complete(self._plan), "an unfinished cache")
         self._lock = FolderLock(building)
         self._lock.__enter__()
         while (record := self._read_record(len(self._records))) is not None:
@@ -304,6 +303,11 @@ class TokenWriter:
         write_json(self._record_path(shard), record)
         self._records.append(record)
         self._pending, self._pending_bytes = [], 0
+
+
+def _complete(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan with the settings that plans have only where they are True."""
+    return {"sampled": False, **plan, "options": {"skip_failed": False, **plan["options"]}}
 
 
 def to_array(values: Any) -> Array:

@@ -245,7 +245,9 @@ def import_outputs(
 @app.command("verify", cls=Command)
 def verify(
     cache: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")],
-    data: options.Data,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
+    ] = None,
     teacher: Annotated[
         Path | None,
         typer.Option("--teacher", help="Teacher that the cache was made with, T.pt; imported logits have none."),
@@ -266,8 +268,12 @@ def verify(
     from kdfast.device import resolve_device
     from kdfast.nets.checkpoint import load_model
     from kdfast.teacher.cache import TeacherCache
+    from kdfast.teacher.manifest import refuse_tokens
     from kdfast.teacher.verify import verify_cache
 
+    refuse_tokens(cache)
+    if data is None:
+        raise UsageError("--data is required: see kdfast cache verify --help")
     source = open_source(data, size=size, order=order, split=split)
     model = None if teacher is None else load_model(teacher)
     opened = TeacherCache.open(cache, source=source, teacher=model, check_views=False)

@@ -54,6 +54,10 @@ def import_tokens(
             help="JSON file with the class of each token's text, for responses that name tokens by their texts.",
         ),
     ] = None,
+    skip_failed: Annotated[
+        bool,
+        typer.Option("--skip-failed", help="Keep texts whose requests failed with their numbers, but without tokens."),
+    ] = False,
     force: options.Force = False,
     config: options.Config = None,
 ) -> None:
@@ -72,6 +76,7 @@ def import_tokens(
             top_k=top_k,
             names=_parse_names(names),
             tokens=None if tokens is None else _read_tokens(tokens),
+            skip_failed=skip_failed,
             force=force,
             progress=report,
         )
@@ -93,7 +98,14 @@ def _describe(teacher: Any) -> str:
     shards = teacher.manifest["shards"]
     entries = sum(shard["entries"] for shard in shards) / max(1, teacher.tokens)
     known = "" if teacher.has_labels else "; the tokens of the texts are not known"
-    return f"{len(teacher)} texts with {teacher.tokens} tokens and {entries:.1f} classes per token{known}"
+    failed = len(teacher.failed)
+    some = (
+        "1 text has no tokens, since its request"
+        if failed == 1
+        else f"{failed} texts have no tokens, since their requests"
+    )
+    without = f"; {some} failed" if failed else ""
+    return f"{len(teacher)} texts with {teacher.tokens} tokens and {entries:.1f} classes per token{known}{without}"
 
 
 def _show(text: str, teacher: Any) -> None:
@@ -106,6 +118,7 @@ def _show(text: str, teacher: Any) -> None:
             "entries": entries,
             "vocabulary": teacher.vocabulary,
             "labels": teacher.has_labels,
+            "failed": len(teacher.failed),
             "cache": str(teacher.path),
         },
     )
