@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kdfast.cli.output import MODE
+from kdfast.cli.output import MODE, complain, is_main_process
 from kdfast.cli.paths import check_paths, check_words
 from kdfast.errors import UsageError
 
 # The network that a command trains: --student where a teacher takes part, --net elsewhere; each accepts the other.
 HIDDEN_SPELLINGS = {"net": "--student", "student": "--net"}
+
+# Commands that several processes share, when torchrun starts them; the main one alone runs any other.
+SHARED = ("teacher train", "dynamics", "score", "distill")
+# What torchrun tells the processes that it starts.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 # Key of a context's meta with the words of the command line.
 WORDS = "kdfast.words"
@@ -84,6 +90,18 @@ class _Checked:
         return super().invoke(ctx)  # type: ignore[misc]
 
 
+def leave_to_main_process(name: str) -> None:
+    """End the other processes that torchrun started for a command that one process runs."""
+    processes = os.environ.get("WORLD_SIZE", "")
+    if not processes.isdecimal() or int(processes) < 2 or "RANK" not in os.environ:
+        return
+    if not is_main_process():
+        raise typer.Exit
+    for variable in _LAUNCHED:  # for what the command starts itself, too
+        os.environ.pop(variable, None)
+    complain(f"kdfast: {name} runs in one process: the others of the {processes} that were started do nothing")
+
+
 def _check_numbers(values: Mapping[str, Any]) -> None:
     """Raise UsageError if an argument is NaN, which passes every comparison with bounds that it should fail."""
     for name, value in values.items():
@@ -108,3 +126,10 @@ class Command(_Checked, TyperCommand):
                 alias.opts = [HIDDEN_SPELLINGS[parameter.name]]
                 alias.add_to_parser(parser, ctx)
         return parser
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, in the main process alone unless several share it."""
+        name = ctx.command_path.split(" ", 1)[-1]
+        if name not in SHARED:
+            leave_to_main_process(name)
+        return super().invoke(ctx)

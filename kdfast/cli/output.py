@@ -1,7 +1,8 @@
 """Standard output and standard error: any text can be written, and what cannot be written is an error with its code.
 
 Results go to the standard output, as text or with --json as one JSON object; everything else goes to the standard
-error. With --quiet, only that object, warnings and errors are printed.
+error. With --quiet, only that object, warnings and errors are printed. Of several processes of a command, only the main
+one prints, and whichever fails first says why.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ MODE = Mode()
 """The mode of this process, which runs one command."""
 
 
+def is_main_process() -> bool:
+    """Return whether this is the only process of the command, or the main one of those that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def prepare_streams() -> None:
     """Let any character be written to any terminal, pipe or file, replace closed streams, and shorten warnings.
 
@@ -66,6 +72,8 @@ def say(text: str, *, flush: bool = False) -> None:
     Raises:
         OutputError: It cannot be written.
     """
+    if not is_main_process():
+        return
     try:
         print(printable(text), flush=flush)
     except OSError as error:
@@ -112,6 +120,19 @@ def flush_output() -> None:
 
 def complain(text: str) -> None:
     """Print one line to standard error, if that is possible; with --log-json, as an event."""
+    if is_main_process():
+        _write_line(text)
+
+
+def complain_at_end(text: str) -> None:
+    """Do the same with the line that says why the command ends; of several processes, the first to end prints it."""
+    from kdfast.distributed.ending import is_first_to_end
+
+    if is_first_to_end():
+        _write_line(text)
+
+
+def _write_line(text: str) -> None:
     line = " ".join(text.split())
     if MODE.log_json:
         log_event("message", text=printable(line))
@@ -133,7 +154,7 @@ def _print_error_line(line: str) -> None:
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
     """Replacement for `warnings.showwarning`: what a reader of data says is one line, without a place in the code."""
-    if category.__name__ == "DecompressionBombWarning":
+    if category.__name__ == "DecompressionBombWarning" or not is_main_process():
         return  # the reader of images refuses such an image
     if issubclass(category, DataWarning):
         complain(f"kdfast: {message}")

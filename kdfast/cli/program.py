@@ -13,11 +13,11 @@ from kdfast.cli.command import Command
 from kdfast.cli.commands import data, distill, dynamics, prune, score, sweep, system, teacher
 from kdfast.cli.commands.caches import images as cache
 from kdfast.cli.commands.caches import tokens
-from kdfast.cli.commands.results import report, reproduce
+from kdfast.cli.commands.results import plan, report, reproduce
 from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
-from kdfast.cli.output import complain, flush_output, prepare_streams
+from kdfast.cli.output import complain, complain_at_end, flush_output, prepare_streams
 from kdfast.cli.paths import check_current_folder, shorten_path
 from kdfast.cli.signals import INTERRUPTER, MESSAGE
 from kdfast.errors import Interrupted, KdfastError, OutputError, UsageError
@@ -45,6 +45,7 @@ app.command("dynamics", cls=Command)(dynamics.dynamics)
 app.command("score", cls=ScoreCommand)(score.score)
 app.command("prune", cls=PruneCommand)(prune.prune)
 app.command("distill", cls=Command)(distill.distill)
+app.command("plan", cls=Command)(plan.plan)
 app.command("sweep", cls=Command)(sweep.sweep)
 app.command("reproduce", cls=Command)(reproduce.reproduce)
 app.add_typer(report.app, name="report")
@@ -83,16 +84,23 @@ def _run() -> int:
         if os.environ.get("KDFAST_DEBUG"):
             raise
         command = find_command(typer.main.get_command(app), sys.argv[1:])
-        complain(f"kdfast: {_without_force(translate(str(error), command))}")
+        _end(f"kdfast: {_without_force(translate(str(error), command))}")
         return Interrupted.exit_code if INTERRUPTER.received else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        complain(_without_force(MESSAGE))
+        _end(_without_force(MESSAGE))
         return Interrupted.exit_code
     except Exception as error:
         if INTERRUPTER.received:  # what was interrupted has made another error of it
-            complain(_without_force(MESSAGE))
+            _end(_without_force(MESSAGE))
             return Interrupted.exit_code
         return _report_exception(error)
+
+
+def _end(text: str) -> None:
+    """Print why the command ends. torchrun may stop this process meanwhile, because another one has failed."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        INTERRUPTER.ignore()
+    complain_at_end(text)
 
 
 def _without_force(text: str) -> str:
@@ -105,14 +113,14 @@ def _report_exception(error: Exception) -> int:
     if hasattr(error, "format_message"):
         return _report_usage(error)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        complain(f"kdfast: {shorten_path(error.filename)}: {error.strerror}: use a shorter path")
+        _end(f"kdfast: {shorten_path(error.filename)}: {error.strerror}: use a shorter path")
         return UsageError.exit_code
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN and not error.filename:  # the help
-        complain(f"kdfast: cannot write to the standard output: {error.strerror}")
+        _end(f"kdfast: cannot write to the standard output: {error.strerror}")
         return OutputError.exit_code
     if os.environ.get("KDFAST_DEBUG"):
         raise error
-    complain(f"kdfast: unexpected {type(error).__name__}: {error} (KDFAST_DEBUG=1 shows the traceback)")
+    _end(f"kdfast: unexpected {type(error).__name__}: {error} (KDFAST_DEBUG=1 shows the traceback)")
     return 1
 
 
@@ -124,5 +132,5 @@ def _report_usage(error: Any) -> int:
     else:
         where = context.command_path if context is not None else "kdfast"
         message = " ".join(error.format_message().split()).rstrip(".")
-        complain(f"kdfast: {message}; see {where} --help")
+        _end(f"kdfast: {message}; see {where} --help")
     return int(error.exit_code)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kdfast.cli.output import MODE, complain, log_event
+from kdfast.cli.output import MODE, complain, is_main_process, log_event
 from kdfast.cli.signals import INTERRUPTER
 from kdfast.progress import Remaining
 from kdfast.text import printable
@@ -51,13 +51,13 @@ class Reporter:
 
 @contextlib.contextmanager
 def progress(label: str, *, shown: bool = True) -> Iterator[Reporter]:
-    """Yield what shows the progress of the work inside.
+    """Yield what shows the progress of the work inside, in the main process of a command.
 
     Args:
         label: Name of the work.
-        shown: Whether to show it; False in all processes of a run but the main one.
+        shown: Whether to show it.
     """
-    if not shown or (MODE.quiet and not MODE.log_json):
+    if not (shown and is_main_process()) or (MODE.quiet and not MODE.log_json):
         yield Reporter(lambda done, total, note: None, lambda text: None)
     elif MODE.log_json:
         lines = _Lines(JSON_SECONDS)

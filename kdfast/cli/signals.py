@@ -47,7 +47,7 @@ class Interrupter:
     def exit(self) -> NoReturn:
         """Say that the command was interrupted, and exit."""
         self.ignore()
-        if sys.stderr is not None:
+        if sys.stderr is not None and _speaks():
             with contextlib.suppress(OSError):
                 print(MESSAGE, file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
@@ -57,7 +57,8 @@ class Interrupter:
         self.received = self.received or signal.Signals(number).name
         if _is_importing(frame):
             # An exception here could leave a library half loaded; libraries also catch it. There is nothing to save.
-            os.write(2, f"{MESSAGE}\n".encode())
+            if _speaks():
+                os.write(2, f"{MESSAGE}\n".encode())
             os._exit(EXIT_CODE)
         raise KeyboardInterrupt
 
@@ -68,6 +69,11 @@ class Interrupter:
 
 
 INTERRUPTER = Interrupter()
+
+
+def _speaks() -> bool:
+    """Return whether this process is the only one of a command, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_importing(frame: FrameType | None) -> bool:

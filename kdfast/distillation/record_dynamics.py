@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.train import Monitoring, train
 from kdfast.distillation.trainer import Trainer
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.batches import BatchCorrectness
-from kdfast.dynamics.format import check_when
+from kdfast.dynamics.format import check_when, run_folder
 from kdfast.dynamics.plan import check_top_k
 from kdfast.dynamics.recorder import DynamicsRecorder
 from kdfast.errors import CheckpointError, UsageError
@@ -103,8 +105,16 @@ def draw_training_mask(n: int, keep: float, seed: int, run: int) -> npt.NDArray[
     return permutation_element(np.full(n, position), fraction.denominator, keys) < fraction.numerator
 
 
-def check_recording(config: RunConfig, recording: RecordingConfig, source: Source) -> None:
+def check_recording(
+    config: RunConfig, recording: RecordingConfig, source: Source, distributed: Distributed | None = None
+) -> None:
     """Check that runs can be recorded, before anything is written or deleted.
+
+    Args:
+        config: Settings of the training.
+        recording: Settings of the recording.
+        source: The data.
+        distributed: This process among those that train; None for a single one.
 
     Raises:
         UsageError: If the settings do not fit each other or the data.
@@ -118,6 +128,7 @@ def check_recording(config: RunConfig, recording: RecordingConfig, source: Sourc
         kept = int(draw_training_mask(len(source.train), recording.keep, config.seed, run).sum())
         if kept < config.batch_size:
             raise UsageError(f"run {run} trains on {kept} samples, fewer than one batch: raise `keep`")
+        (distributed or Distributed()).check_batches(kept, config.batch_size)
 
 
 def record_dynamics(
@@ -127,10 +138,13 @@ def record_dynamics(
     out: Path,
     *,
     device: torch.device,
+    distributed: Distributed | None = None,
     checkpoint_seconds: float = 30.0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Train and record every run that is not recorded yet; after an interruption, the same call resumes.
+
+    Several processes share every batch and the passes that record; the main one writes.
 
     Args:
         inputs: The data, without a teacher.
@@ -138,11 +152,12 @@ def record_dynamics(
         recording: Settings of the recording.
         out: Folder of the dynamics.
         device: Where to train.
+        distributed: This process among those that train, with its group entered; None for a single one.
         checkpoint_seconds: Seconds between two checkpoints of the training.
         progress: Called with (steps done, steps in total, note) over all runs.
 
     Returns:
-        The results of the trained runs, in order.
+        The results of the trained runs, in order; each is empty in processes other than the main one.
 
     Raises:
         UsageError: If settings do not fit the data or the content of the folder.
@@ -150,21 +165,24 @@ def record_dynamics(
         Interrupted: After SIGTERM or Ctrl-C, with the state saved.
         OutputError: If the folder cannot be written.
     """
-    check_recording(config, recording, inputs.source)
+    ranks = distributed or Distributed()
+    check_recording(config, recording, inputs.source, ranks)
     results = []
     for run in recording.selected_runs:
         mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
         run_config = dataclasses.replace(config, seed=config.seed + run)
         check_student(run_config, len(ids), inputs.source, device)
-        plan = inputs.plan(run_config, ids, device=device)
-        with _open_recorder(plan, config, recording, out, run, mask) as recorder:
+        plan = inputs.plan(run_config, ids, device=device, distributed=ranks)
+        opened = _open_recorder(plan, config, recording, out, run, mask) if ranks.is_main else contextlib.nullcontext()
+        with opened as recorder:
             monitoring = Monitoring(
                 checkpoint_seconds=checkpoint_seconds,
                 progress=None if progress is None else _overall_progress(progress, recording, run),
                 on_epoch_end=_epoch_end_callback(recorder, recording.record_every),
             )
-            results.append(_train_run(plan, recorder, monitoring, recording.record == "batch"))
+            folder = refuse_links(out, run_folder(run), TRAINING_FOLDER)
+            results.append(_train_run(plan, folder, monitoring, _trainer_of(plan, recorder, recording.record)))
     return results
 
 
@@ -178,16 +196,26 @@ class BatchRecordingTrainer(Trainer):
 
     def __init__(self, plan: Plan, batches: BatchCorrectness) -> None:
         super().__init__(plan)
-        self._recorded = batches
+        self.recorded = batches
+        several = plan.distributed.world_size > 1
+        # Of several processes, each adds its own batches here, until all of them take over each other's.
+        self._own = BatchCorrectness(plan.source.train.labels, plan.device) if several else batches
 
     def compute_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, and record whether its logits are right."""
-        self._recorded.add(batch.ids, logits)
+        self._own.add(batch.ids, logits)
         return super().compute_loss(logits, batch)
 
+    def share_batches(self) -> None:
+        """Let every process have what all of them have recorded."""
+        if self._own is not self.recorded:
+            self.recorded.merge(**{name: self.plan.distributed.union(x) for name, x in self._own.state().items()})
+            self._own.reset()
+
     def state(self) -> dict[str, Any]:
-        """Return the state, with what the batches of this epoch have recorded."""
-        return {**super().state(), "batches": self._recorded.state()}
+        """Return the state, with what the batches of this epoch have recorded; called by all processes together."""
+        self.share_batches()
+        return {**super().state(), "batches": self.recorded.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a saved state, before the first step.
@@ -197,11 +225,21 @@ class BatchRecordingTrainer(Trainer):
         """
         super().load_state(state)
         try:
-            self._recorded.load_state(state["batches"])
+            self.recorded.load_state(state["batches"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint holds no correctness in batches ({error}): choose another `out`"
             ) from error
+
+
+def _trainer_of(plan: Plan, recorder: DynamicsRecorder | None, record: str) -> Callable[[Plan], Trainer]:
+    if record != "batch":
+        return Trainer
+    if recorder is None:
+        batches = BatchCorrectness(plan.source.train.labels, plan.device)
+    else:
+        batches = recorder.batches_on(plan.device)
+    return functools.partial(BatchRecordingTrainer, batches=batches)
 
 
 def _open_recorder(
@@ -238,43 +276,55 @@ def _open_recorder(
     )
 
 
-def _epoch_end_callback(recorder: DynamicsRecorder, every: int) -> Callable[[Trainer], None]:
+def _epoch_end_callback(recorder: DynamicsRecorder | None, every: int) -> Callable[[Trainer], None]:
     def on_epoch_end(trainer: Trainer) -> None:
+        plan = trainer.plan
+        if isinstance(trainer, BatchRecordingTrainer):
+            trainer.share_batches()
         # A run killed between its last recording and its next checkpoint repeats epochs that are already recorded.
-        if recorder.finished or trainer.epoch % every:
+        wanted = recorder is not None and not recorder.finished
+        if trainer.epoch % every or not plan.distributed.any(wanted, plan.device):
             return
-        ended = trainer.epoch // every - 1
-        if recorder.epoch > ended:
-            recorder.rewind(ended)
+        if recorder is not None:
+            ended = trainer.epoch // every - 1
+            if recorder.epoch > ended:
+                recorder.rewind(ended)
         _record_epoch(trainer, recorder)
+        if recorder is None and isinstance(trainer, BatchRecordingTrainer):
+            trainer.recorded.reset()  # as the recorder does in the main process
 
     return on_epoch_end
 
 
-def _train_run(plan: Plan, recorder: DynamicsRecorder, monitoring: Monitoring, record_batches: bool) -> dict[str, Any]:
+def _train_run(
+    plan: Plan, path: Path, monitoring: Monitoring, make_trainer: Callable[[Plan], Trainer]
+) -> dict[str, Any]:
     """Train one run to its end, resuming from its last checkpoint."""
-    path = refuse_links(recorder.folder, TRAINING_FOLDER)
-    make_trainer: Callable[[Plan], Trainer] = Trainer
-    if record_batches:
-        make_trainer = functools.partial(BatchRecordingTrainer, batches=recorder.batches_on(plan.device))
-    with RunFolder(path, plan.identity, metadata=plan.metadata) as folder:
+    writes = plan.distributed.is_main
+    with RunFolder(path, plan.identity, metadata=plan.metadata, writes=writes) as folder:
         result = train(plan, folder, monitoring, make_trainer)
         folder.delete_checkpoints()  # if a process was killed when the run had just finished
     return result
 
 
-def _record_epoch(trainer: Trainer, recorder: DynamicsRecorder) -> None:
+def _record_epoch(trainer: Trainer, recorder: DynamicsRecorder | None) -> None:
     """Record the outputs for all samples, without augmentation, in the precision of the training."""
     plan = trainer.plan
-    source = plan.source
+    source, ranks = plan.source, plan.distributed
     precision: Precision = "bfloat16" if plan.config.precision == "bf16" else "float32"
     predictor = Predictor(trainer.model(), source.view_spec, plan.device, default_batch_size(plan.device))
-    n = len(source.train)
-    for start in range(0, n, _BLOCK):
-        ids = np.arange(start, min(start + _BLOCK, n), dtype=np.int64)
-        images = torch.from_numpy(source.train.read(ids)).to(plan.device)
-        recorder.update(ids, *predictor.predict_identity(images, ids, precision))
-    recorder.end_epoch()
+    n, block = len(source.train), _BLOCK * ranks.world_size
+    for start in range(0, n, block):
+        ids = np.arange(start, min(start + block, n), dtype=np.int64)
+        own = ranks.share(ids)
+        read = own if len(own) else ids[:1]  # the last block may have fewer samples than there are processes
+        images = torch.from_numpy(source.train.read(read)).to(plan.device)
+        parts = (part[: len(own)] for part in predictor.predict_identity(images, read, precision))
+        outputs = [ranks.gather(part.to(plan.device)).cpu() if ranks.world_size > 1 else part for part in parts]
+        if recorder is not None:
+            recorder.update(ids, *outputs)
+    if recorder is not None:
+        recorder.end_epoch()
 
 
 def _overall_progress(progress: Progress, recording: RecordingConfig, run: int) -> Progress:

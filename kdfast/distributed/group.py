@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,6 +19,8 @@ from torch import nn
 from kdfast.distributed.ending import is_connection_error, is_first_to_end, notice_lost_process
 from kdfast.errors import UsageError
 
+PATIENT = timedelta(days=30)
+"""A timeout for processes whose work may take different times."""
 _GLOO_CLEANUP_SECONDS = 0.1
 
 
@@ -90,12 +94,13 @@ class Distributed:
             )
 
     @contextlib.contextmanager
-    def process_group(self, device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
+    def process_group(self, device: torch.device | None, *, timeout: timedelta | None = None) -> Iterator[None]:
         """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere.
 
         Args:
-            device: The result of `local_device`. A CUDA device becomes the current one of the calling thread, so that
-                no process allocates memory on the first device of the machine.
+            device: The result of `local_device`, on which the processes exchange tensors; None: they only wait for each
+                other. A CUDA device becomes the current one of the calling thread, so that no process allocates memory
+                on the first device of the machine.
             timeout: How long a process waits for the others; None for the backend's default. One that ends is noticed
                 at once.
 
@@ -111,7 +116,7 @@ class Distributed:
 
         limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         with notice_lost_process():
-            if device.type == "cuda":
+            if device is not None and device.type == "cuda":
                 torch.cuda.set_device(device)
                 dist.init_process_group("nccl", device_id=device, **limit)
             else:
@@ -121,11 +126,16 @@ class Distributed:
             except BaseException as error:
                 if not is_connection_error(error):
                     is_first_to_end()  # before the others see the connections close
-                if device.type == "cuda":
+                if dist.get_backend() == "nccl":
                     raise  # a collective that waits for the others may block the group's end
                 close_group()
                 raise
             close_group()
+
+    def share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return this process's part of some rows, one of `world_size` consecutive parts of almost equal size."""
+        part: npt.NDArray[np.int64] = np.array_split(rows, self.world_size)[self.rank]
+        return part
 
     def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:
         """Return the network with its gradients averaged over the processes."""
@@ -140,6 +150,14 @@ class Distributed:
         flags = torch.tensor(int(flag), device=device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
+
+    def union(self, flags: torch.Tensor) -> torch.Tensor:
+        """Return which flags are set in any process, bool; the shape is the same in all."""
+        if self.world_size == 1:
+            return flags
+        numbers = flags.to(torch.uint8)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return numbers.bool()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Add up a value over the processes, in place."""

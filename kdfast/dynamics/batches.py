@@ -67,6 +67,11 @@ class BatchCorrectness:
         for values in (self._correct, self._seen, self._faults):
             values.zero_()
 
+    def merge(self, correct: Tensor, seen: Tensor) -> None:
+        """Add what others have added after this, bool (N,) each; samples that they have not seen are not correct."""
+        self._correct.copy_(torch.where(seen, correct, self._correct))
+        self._seen |= seen
+
     def state(self) -> dict[str, Tensor]:
         """Return what was added since the last reset, for a checkpoint."""
         return {"correct": self._correct, "seen": self._seen}

@@ -326,7 +326,7 @@ class Coverage(Struct):
 
 
 class TopKFields(Struct, forbid_unknown_fields=True):
-    """What a cache of the most probable classes keeps."""
+    """What a cache of the most probable classes keeps; one temperature in files of earlier versions."""
 
     k: Positive
     temperature: Above0 | None = None
@@ -375,6 +375,16 @@ class ShardRecord(Struct):
     plan: Sha256
     files: dict[str, Sha256]
     seconds: NotNegative
+
+
+class CachePart(Struct, forbid_unknown_fields=True):
+    """The record of a part of a cache, whose shards one process has built."""
+
+    plan: Sha256
+    rank: Count
+    world: Positive
+    correct: Count
+    test_top1: Percent | None
 
 
 # A cache of a language model's log-probabilities: plan.json, records of shards, manifest.json.

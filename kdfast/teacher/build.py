@@ -37,6 +37,7 @@ from kdfast.teacher.plan import (
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat, TopK
 from kdfast.teacher.writing.finish import reuse_finished, write_manifest
+from kdfast.teacher.writing.parts import write_part
 from kdfast.teacher.writing.shards import ShardBuilder
 
 Dtype = Literal["float16", "float32"]
@@ -78,6 +79,7 @@ def build_cache(
     batch_size: int | None = None,
     rank: int = 0,
     world: int = 1,
+    part: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> CacheBuild:
@@ -106,6 +108,7 @@ def build_cache(
         batch_size: Images per forward pass; None for one that suits the device.
         rank: Index of this process, in [0, world).
         world: Number of processes.
+        part: Whether the folder may be this process's own, for `kdfast.teacher.writing.parts.merge_parts`.
         shard_bytes: Approximate size of a shard's file of logits.
         progress: Called with (images done, images in total, note) as this process advances.
 
@@ -152,7 +155,7 @@ def build_cache(
         coverage=coverage,
         per_shard=per_shard,
     )
-    return _build(builder, plan, source, model, rank, world, progress)
+    return _build(builder, plan, source, model, rank, world, part, progress)
 
 
 def check_build(
@@ -211,6 +214,7 @@ def _build(
     model: Model,
     rank: int,
     world: int,
+    part: bool,
     progress: Progress | None,
 ) -> CacheBuild:
     """Compute the shards of this rank, and finish the cache if they were the last ones."""
@@ -220,7 +224,10 @@ def _build(
     try:
         with FolderLock(rank_folder):
             computed, kept = _write_shards(builder, range(rank, builder.shard_count, world), progress)
-            return _finish(builder, plan, source, model, computed, kept, alone=world == 1)
+            done = _finish(builder, plan, source, model, computed, kept, alone=world == 1)
+            if part and not done.complete:
+                done = _leave_part(builder, plan, source, model, rank, world, done)
+            return done
     except DataError:
         if world == 1 and not any(builder.read_record(shard) for shard in range(builder.shard_count)):
             shutil.rmtree(folder / BUILDING)  # nothing to resume: the folder can be used with other options
@@ -277,6 +284,26 @@ def _finish(
         return _finished_by_another(builder.folder, plan, computed, kept) or unfinished
     shutil.rmtree(builder.folder / BUILDING)
     return CacheBuild(builder.folder, True, computed, kept, seconds)
+
+
+def _leave_part(
+    builder: ShardBuilder,
+    plan: dict[str, Any],
+    source: Source,
+    model: Model,
+    rank: int,
+    world: int,
+    done: CacheBuild,
+) -> CacheBuild:
+    try:
+        write_part(builder, plan, source, model, rank, world)
+    except (OutputError, CacheMismatch):
+        # Another rank has completed the cache in this folder and removed its unfinished parts.
+        finished = _finished_by_another(builder.folder, plan, done.computed, done.kept)
+        if finished is None:
+            raise
+        return finished
+    return done
 
 
 def _finished_by_another(folder: Path, plan: dict[str, Any], computed: int, kept: int) -> CacheBuild | None:

@@ -105,9 +105,11 @@ def dynamics(
     from kdfast.distillation.plan import LoadedInputs
     from kdfast.distillation.record_dynamics import RecordingConfig, check_recording, record_dynamics
     from kdfast.distillation.targets import TeacherTargets
+    from kdfast.distributed.group import Distributed
     from kdfast.dynamics.plan import check_dynamics_folder, delete_dynamics
 
-    place = resolve_device(device)
+    distributed = Distributed.from_environment()
+    place = distributed.local_device(resolve_device(device))
     check_dynamics_folder(out)
     source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
     settings = RunConfig(
@@ -137,8 +139,9 @@ def dynamics(
         record=record,
     )
     check_student(settings, len(source.train), source, place)
-    check_recording(settings, recording, source)
-    size_bytes, seconds = _estimate(settings, recording, source, place)
+    check_recording(settings, recording, source, distributed)
+    size_bytes, seconds = _estimate(settings, recording, source, place) if distributed.is_main else (0, None)
+    seconds = None if seconds is None else seconds / distributed.world_size
     announce(out, size_bytes, seconds)
     if dry_run:
         show(
@@ -147,27 +150,33 @@ def dynamics(
             {"dry_run": True, "runs": runs, "epochs": epochs, "bytes": size_bytes, "seconds": seconds},
         )
         return
-    if force:
-        delete_dynamics(out)
     recipe.announce_views(source, augment)
     inputs = LoadedInputs(
         source, make_loader(source.train, loader, place), compute_normalization(source.train), TeacherTargets()
     )
-    with progress(f"dynamics {net}") as report:
+    with progress(f"dynamics {net}") as report, distributed.process_group(place):
+        if force and distributed.is_main:
+            delete_dynamics(out)
         results = record_dynamics(
-            inputs, settings, recording, out, device=place, checkpoint_seconds=checkpoint_seconds, progress=report
+            inputs,
+            settings,
+            recording,
+            out,
+            device=place,
+            distributed=distributed,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=report,
         )
-    mean = sum(result["test_top1"] for result in results) / len(results)
+    if distributed.is_main:
+        _show_recorded([result["test_top1"] for result in results], epochs // record_every, len(source.train), out)
+
+
+def _show_recorded(accuracies: list[float], epochs: int, samples: int, out: Path) -> None:
+    runs, mean = len(accuracies), sum(accuracies) / len(accuracies)
     show(
-        f"recorded {len(results)} run{'s' * (len(results) > 1)} of {epochs // record_every} epochs on "
-        f"{len(source.train)} samples; mean test top-1 {mean:.2f}; written to {out}",
-        {
-            "runs": len(results),
-            "epochs": epochs // record_every,
-            "samples": len(source.train),
-            "test_top1": [result["test_top1"] for result in results],
-            "out": str(out),
-        },
+        f"recorded {runs} run{'s' * (runs > 1)} of {epochs} epochs on {samples} samples; mean test top-1 {mean:.2f}; "
+        f"written to {out}",
+        {"runs": runs, "epochs": epochs, "samples": samples, "test_top1": accuracies, "out": str(out)},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.command import leave_to_main_process
 from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 
@@ -49,6 +50,7 @@ def score(
 
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
+    from kdfast.distributed.group import Distributed
     from kdfast.pruning.options import complete_options, parse_options
     from kdfast.pruning.score_file import check_score_path, read_origin, write_scores
     from kdfast.pruning.scores.compute import ScoreSources
@@ -56,7 +58,11 @@ def score(
 
     check_score_path(out)
     score_options = complete_options(method, get_score(method).options, parse_options(option or []))
-    place = str(resolve_device(device))
+    distributed = Distributed.from_environment()
+    if not get_score(method).is_shared(score_options):
+        leave_to_main_process(f"score --method {method}")
+        distributed = Distributed()
+    place = distributed.local_device(resolve_device(device))
     source = open_source(data, size=size, order=order, split=split)
     sources = ScoreSources.open(source, cache=cache, dynamics=dynamics, teacher=teacher)
     if dry_run:
@@ -68,8 +74,12 @@ def score(
     held = read_origin(out)
     if held is not None:  # what can be told before the work
         options.refuse_other(out, (held["method"], held["data"]) == (method, source.fingerprint), force)
-    with progress(method) as report:
-        content = sources.score(method, seed=seed, options=score_options, device=place, progress=report)
+    with progress(method) as report, distributed.process_group(place):
+        content = sources.score(
+            method, seed=seed, options=score_options, device=str(place), progress=report, distributed=distributed
+        )
+    if not distributed.is_main:
+        return
     if held is not None:
         options.refuse_other(out, held == content.origin, force)
     write_scores(out, content)

@@ -183,7 +183,7 @@ def run(
     from kdfast.trackers import TrackerSet
 
     with (
-        progress(label, shown=plan.distributed.is_main) as report,
+        progress(label) as report,
         plan.distributed.process_group(plan.device),
         RunFolder(out, plan.identity, metadata=plan.metadata, resume=resume, writes=plan.distributed.is_main) as folder,
     ):

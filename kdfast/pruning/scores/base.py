@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kdfast.data.arrays import as_labels, as_matrix
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import DataError, UsageError
 from kdfast.progress import Progress
@@ -47,6 +48,7 @@ class ScoreInputs:
         source: The data, for scores that run a network on the images, or None.
         network: The network for such scores, or None.
         progress: Called with (done, total, note) by scores that take long, or None.
+        distributed: This process among those that share the work, see `Score.is_shared`; all get all scores.
     """
 
     labels: IntArray
@@ -59,6 +61,7 @@ class ScoreInputs:
     source: Source | None = None
     network: Model | None = None
     progress: Progress | None = None
+    distributed: Distributed = field(default_factory=Distributed)
 
     def number(self, option: str) -> float:
         """Return an option's value as a float."""
@@ -112,6 +115,10 @@ class Score:
             return frozenset({"teacher"})
         use = options.get("use")
         return self.needs if use is None else self.needs & {str(use)}
+
+    def is_shared(self, options: Mapping[str, OptionValue]) -> bool:
+        """Return whether several processes share the work: a network's passes over the images."""
+        return "teacher" in self.usable_inputs(options)
 
 
 USE = Option(

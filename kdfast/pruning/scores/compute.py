@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from kdfast.data.source import Source
+from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import CacheMismatch
 from kdfast.files import sha256_file
@@ -99,6 +100,7 @@ class ScoreSources:
         options: Mapping[str, OptionValue] | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
+        distributed: Distributed | None = None,
     ) -> ScoreInputs:
         """Return the inputs of a score: those there are, of those it can use.
 
@@ -108,6 +110,7 @@ class ScoreSources:
             options: Options of the score.
             device: Device for expensive computations.
             progress: Called with (done, total, note) by scores that take long.
+            distributed: This process among those that share the work, with its group entered; None for a single one.
         """
         options = dict(options or {})
         usable = get_score(name).usable_inputs(options)
@@ -123,6 +126,7 @@ class ScoreSources:
             source=self.source,
             network=self.network,
             progress=progress,
+            distributed=distributed or Distributed(),
         )
 
     def score(
@@ -133,9 +137,12 @@ class ScoreSources:
         options: Mapping[str, OptionValue] | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
+        distributed: Distributed | None = None,
     ) -> ScoreFile:
         """Compute a score with its provenance; arguments and errors as for `inputs` and `compute_score`."""
-        inputs = self.inputs(name, seed=seed, options=options, device=device, progress=progress)
+        inputs = self.inputs(
+            name, seed=seed, options=options, device=device, progress=progress, distributed=distributed
+        )
         started = time.perf_counter()
         result = compute_score(name, inputs)
         seconds = time.perf_counter() - started

@@ -178,12 +178,13 @@ def _full_gradient_norms(inputs: ScoreInputs) -> FloatArray:
         raise UsageError("grand of the full network needs the images: pass `source`")
     device = torch.device(inputs.device)
     net = model.net.to(device).eval()
-    norms = torch.empty(len(inputs.labels), dtype=torch.float64, device=device)
-    for start in range(0, len(norms), _IMAGES):
-        ids = np.arange(start, min(start + _IMAGES, len(norms)), dtype=np.int64)
+    own = inputs.distributed.share(np.arange(len(inputs.labels), dtype=np.int64))
+    norms = torch.empty(len(own), dtype=torch.float64, device=device)
+    for start in range(0, len(own), _IMAGES):
+        ids = own[start : start + _IMAGES]
         images = torch.from_numpy(source.train.read(ids)).to(device)
         views = torch.full((len(ids),), source.view_spec.identity)
         batch = apply_views(images, views, source.view_spec, model.normalization, sample_ids=ids)
         found = grad_norms(net, batch, torch.from_numpy(inputs.labels[ids]).to(device))
         norms[start : start + len(ids)] = torch.as_tensor(found)
-    return norms.cpu().numpy()
+    return inputs.distributed.gather(norms).cpu().numpy()

@@ -68,17 +68,20 @@ def influence_fvm(inputs: ScoreInputs) -> ScoreResult:
     model, source = _network_and_data(inputs)
     everything = np.arange(len(inputs.labels), dtype=np.int64)
     fitted = everything if inputs.options["fisher"] == "train" else held_out_samples(model, source)
+    ranks = inputs.distributed
+    own, own_fitted = ranks.share(everything), ranks.share(fitted)
     network = _describe(model)
     passes = _Passes(model, source, inputs)
-    passes.expect(len(fitted) + len(everything))
+    passes.expect(len(own_fitted) + len(own))
     net = _differentiated(model.net, str(inputs.options["layers"])).to(passes.device)
-    squares = fisher_diagonal(net, ((images, labels) for _, images, labels in passes.batches(fitted, "Fisher")))
+    squares = fisher_diagonal(net, ((images, labels) for _, images, labels in passes.batches(own_fitted, "Fisher")))
+    squares = {name: ranks.sum(value) for name, value in squares.items()}
     metric = damped_metric(squares, len(fitted) * passes.views, inputs.number("damping"))
-    total = torch.zeros(len(everything), dtype=torch.float64, device=passes.device)
-    for rows, images, labels in passes.batches(everything, "influence"):
+    total = torch.zeros(len(own), dtype=torch.float64, device=passes.device)
+    for ids, images, labels in passes.batches(own, "influence"):
         norms = grad_norms(net, images, labels, metric=metric)
-        total[torch.from_numpy(rows).to(passes.device)] += torch.as_tensor(norms).double().square()
-    return ScoreResult((total / passes.views).cpu().numpy(), used={"network": network})
+        total[torch.from_numpy(ids - own[0]).to(passes.device)] += torch.as_tensor(norms).double().square()
+    return ScoreResult((ranks.gather(total) / passes.views).cpu().numpy(), used={"network": network})
 
 
 def held_out_samples(model: Model, source: Source) -> IntArray:

@@ -30,7 +30,9 @@ from kdfast.teacher.manifest import (
     shard_file,
 )
 from kdfast.teacher.plan import check_same_plan, compute_accuracy
-from kdfast.teacher.writing.shards import ShardBuilder
+from kdfast.teacher.writing.shards import ShardBuilder, ShardFiles
+
+EXTRAS = (COVERAGE, CLASSIFIER)
 
 
 def reuse_finished(folder: Path, plan: dict[str, Any]) -> float:
@@ -75,39 +77,71 @@ def write_manifest(builder: ShardBuilder, plan: dict[str, Any], source: Source, 
         OutputError: A file cannot be written.
         CacheMismatch: A part of a shard is damaged.
     """
-    folder, coverage = builder.folder, builder.coverage
-    records = [record for shard in range(builder.shard_count) if (record := builder.read_record(shard)) is not None]
-    digests = {shard_file(shard): record["files"][shard_file(shard)] for shard, record in enumerate(records)}
-    _concatenate_parts(builder, "features", FEATURES)
-    _concatenate_parts(builder, "identity", IDENTITY)
-    names = [FEATURES, IDENTITY]
+    join_shards(builder)
+    extras = write_extras(builder, plan, model)
+    identity = read_npy(builder.folder / IDENTITY, mmap_mode="r", error=CacheMismatch)
+    test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
+    train_top1 = compute_accuracy(identity, source.train.labels[builder.coverage])
+    return seal_shards(builder, plan, extras, {"train_top1": train_top1, "test_top1": test["top1"]})
+
+
+def write_extras(builder: ShardBuilder, plan: dict[str, Any], model: Model) -> list[str]:
+    """Write the arrays that no shard has a part of, of `EXTRAS`, and return their names.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    names = []
     if not plan["coverage"]["whole"]:
-        with atomic_write(folder / COVERAGE) as file:
-            np.save(file, coverage)
+        with atomic_write(builder.folder / COVERAGE) as file:
+            np.save(file, builder.coverage)
         names.append(COVERAGE)
     if builder.rows.features:
-        with atomic_write(folder / CLASSIFIER) as file:
+        with atomic_write(builder.folder / CLASSIFIER) as file:
             np.save(file, LinearHead.of(model.net).as_array())
         names.append(CLASSIFIER)
-    digests |= {name: sha256_file(folder / name) for name in names}
-    identity = read_npy(folder / IDENTITY, mmap_mode="r", error=CacheMismatch)
-    test = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)
-    results = {
-        "train_top1": compute_accuracy(identity, source.train.labels[coverage]),
-        "test_top1": test["top1"],
-        "features": int(read_npy(folder / FEATURES, mmap_mode="r", error=CacheMismatch).shape[1]),
-    }
+    return names
+
+
+def join_shards(shards: ShardFiles) -> None:
+    """Write the features and the identity view's logits of all shards as arrays.
+
+    Raises:
+        OutputError: A file cannot be written.
+        CacheMismatch: A part of a shard is damaged.
+    """
+    _concatenate_parts(shards, "features", FEATURES)
+    _concatenate_parts(shards, "identity", IDENTITY)
+
+
+def seal_shards(shards: ShardFiles, plan: dict[str, Any], extras: list[str], results: dict[str, Any]) -> float:
+    """Write the manifest of a cache whose other files are written, and return the seconds spent on all shards.
+
+    Args:
+        shards: The shards, all of them done.
+        plan: The cache's plan, which the manifest extends.
+        extras: Names of the files of `EXTRAS`.
+        results: The teacher's accuracies.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    folder = shards.folder
+    records = [record for shard in range(shards.shard_count) if (record := shards.read_record(shard)) is not None]
+    digests = {shard_file(shard): record["files"][shard_file(shard)] for shard, record in enumerate(records)}
+    digests |= {name: sha256_file(folder / name) for name in (FEATURES, IDENTITY, *extras)}
+    width = int(read_npy(folder / FEATURES, mmap_mode="r", error=CacheMismatch).shape[1])
     seconds = sum(float(record["seconds"]) for record in records)
-    images = len(coverage) * builder.n_views
-    seal_cache(folder, plan, results, digests, seconds=seconds, images=images)
+    images = len(shards.coverage) * int(plan["views"]["n_views"])
+    seal_cache(folder, plan, results | {"features": width}, digests, seconds=seconds, images=images)
     return seconds
 
 
-def _concatenate_parts(builder: ShardBuilder, kind: str, name: str) -> None:
+def _concatenate_parts(shards: ShardFiles, kind: str, name: str) -> None:
     """Write the shards' parts one after another as one array, with at most one of them in memory."""
-    width = read_npy(builder.part_path(kind, 0), mmap_mode="r", error=CacheMismatch).shape[1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(builder.coverage), width)}
-    with atomic_write(builder.folder / name) as file:
+    width = read_npy(shards.part_path(kind, 0), mmap_mode="r", error=CacheMismatch).shape[1]
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(shards.coverage), width)}
+    with atomic_write(shards.folder / name) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for shard in range(builder.shard_count):
-            file.write(read_npy(builder.part_path(kind, shard), error=CacheMismatch).data)
+        for shard in range(shards.shard_count):
+            file.write(read_npy(shards.part_path(kind, shard), error=CacheMismatch).data)

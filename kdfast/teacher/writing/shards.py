@@ -34,32 +34,18 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class ShardBuilder:
-    """Computes, writes and checks the shards of one cache.
+class ShardFiles:
+    """Files of the shards of one cache that is being built.
 
     Attributes:
         folder: The cache's folder.
         plan_digest: Digest of the cache's plan; records of another plan are ignored.
-        split: Source of the images.
-        predictor: Runs the teacher.
-        spec: The data's set of views.
-        view_seed: Seed of the choice of views.
-        n_views: Views per sample.
-        rows: Format of the stored logits.
-        precision: Arithmetic for views other than the identity.
         coverage: Sample ids of the whole cache, ascending.
         per_shard: Samples in each shard except the last.
     """
 
     folder: Path
     plan_digest: str
-    split: Split
-    predictor: Predictor
-    spec: ViewSpec
-    view_seed: int
-    n_views: int
-    rows: RowFormat
-    precision: Precision
     coverage: IntArray
     per_shard: int
 
@@ -98,22 +84,9 @@ class ShardBuilder:
         paths = {name: self.folder / name for name in record["files"]}
         return all(path.is_file() and sha256_file(path) == record["files"][name] for name, path in paths.items())
 
-    def write(self, shard: int, advance: Advance) -> None:
-        """Compute a shard and write its files, then its record.
-
-        Raises:
-            DataError: A logit is not finite, or too large for the stored dtype.
-            OutputError: The disk is full or read-only.
-        """
-        started = time.perf_counter()
-        logits, identity, features = self._compute(self.sample_ids(shard), advance)
-        arrays = dict(zip(self._part_paths(shard), (logits, identity, features), strict=True))
-        for path, array in arrays.items():
-            with atomic_write(path) as file:
-                np.save(file, array)
-        files = {str(path.relative_to(self.folder)): sha256_file(path) for path in arrays}
-        seconds = time.perf_counter() - started
-        write_json(self._record_path(shard), {"plan": self.plan_digest, "files": files, "seconds": seconds})
+    def paths(self, shard: int) -> tuple[Path, ...]:
+        """Return where a shard's arrays are stored, and last its record."""
+        return *self._part_paths(shard), self._record_path(shard)
 
     def _part_paths(self, shard: int) -> tuple[Path, Path, Path]:
         """Return where a shard's logits, identity logits and features are stored."""
@@ -122,8 +95,52 @@ class ShardBuilder:
     def _record_path(self, shard: int) -> Path:
         return self.folder / BUILDING / f"shard-{shard:05d}.json"
 
-    def _compute(self, ids: IntArray, advance: Advance) -> tuple[npt.NDArray[Any], Floats, Floats]:
-        """Return rows (V, n, ...) in the stored format; identity logits (n, C) and features (n, D) in float32."""
+
+@dataclass(frozen=True)
+class ShardBuilder(ShardFiles):
+    """Computes, writes and checks the shards of one cache.
+
+    Attributes:
+        split: Source of the images.
+        predictor: Runs the teacher.
+        spec: The data's set of views.
+        view_seed: Seed of the choice of views.
+        n_views: Views per sample.
+        rows: Format of the stored logits.
+        precision: Arithmetic for views other than the identity.
+    """
+
+    split: Split
+    predictor: Predictor
+    spec: ViewSpec
+    view_seed: int
+    n_views: int
+    rows: RowFormat
+    precision: Precision
+
+    def write(self, shard: int, advance: Advance) -> None:
+        """Compute a shard and write its files, then its record.
+
+        Raises:
+            DataError: A logit is not finite, or too large for the stored dtype.
+            OutputError: The disk is full or read-only.
+        """
+        started = time.perf_counter()
+        logits, identity, features = self.compute(self.sample_ids(shard), advance)
+        arrays = dict(zip(self._part_paths(shard), (logits, identity, features), strict=True))
+        for path, array in arrays.items():
+            with atomic_write(path) as file:
+                np.save(file, array)
+        files = {str(path.relative_to(self.folder)): sha256_file(path) for path in arrays}
+        seconds = time.perf_counter() - started
+        write_json(self._record_path(shard), {"plan": self.plan_digest, "files": files, "seconds": seconds})
+
+    def compute(self, ids: IntArray, advance: Advance) -> tuple[npt.NDArray[Any], Floats, Floats]:
+        """Return rows (V, n, ...) in the stored format; identity logits (n, C) and features (n, D) in float32.
+
+        Raises:
+            DataError: A logit is not finite, or too large for the stored dtype.
+        """
         stored = np.empty((self.n_views, len(ids), *self.rows.shape), self.rows.element)
         identities, features = [], []
         for begin, block in self._blocks(ids):
