@@ -29,6 +29,7 @@ LAYER = {
     "deploy": 7,
     "estimates": 7,
     "api": 8,
+    "planning": 8,
     "sweep": 8,
     "reproduction": 9,
     "cli": 10,

@@ -1,0 +1,191 @@
+"""`kdfast plan`: how long each stage takes on this machine, what it writes, and what pruning saves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from kdfast.cli import options
+from kdfast.cli.commands import recipe, training
+from kdfast.cli.output import show
+from kdfast.cli.progress import format_seconds
+
+
+def plan(
+    data: options.Data,
+    student: options.Student,
+    fraction: Annotated[
+        float, typer.Option("--fraction", help="Share of the training split to keep.", metavar="NUMBER")
+    ],
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="Teacher, T.pt; not needed with --alpha 0 and no such method.")
+    ] = None,
+    teacher_net: options.TeacherNet = None,
+    net_arg: options.NetArg = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Method of `kdfast prune`; default: random.", metavar="NAME")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", help="Rule of `kdfast prune`; default: the one published with it.", metavar="NAME"),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="Option of the rule or the method; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
+    score_option: Annotated[
+        list[str] | None,
+        typer.Option("--score-option", help="Option of the score; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
+    dynamics_net: Annotated[
+        str | None,
+        typer.Option(
+            "--dynamics-net",
+            help="Network of `kdfast dynamics`, for methods that need a recording; default: the student.",
+            metavar="NAME",
+        ),
+    ] = None,
+    dynamics_epochs: Annotated[int, typer.Option("--dynamics-epochs", help="Epochs of that recording.", min=1)] = 30,
+    dynamics_runs: Annotated[int, typer.Option("--dynamics-runs", help="Runs of that recording.", min=1)] = 1,
+    epochs: training.Epochs = 240,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Steps of the student on the kept samples, in place of --epochs.", min=1),
+    ] = None,
+    batch_size: training.BatchSize = 64,
+    optimizer: recipe.Optimizer = "sgd",
+    ema: recipe.Ema = 0.0,
+    clip: recipe.Clip = 0.0,
+    augment: recipe.Augment = None,
+    mixup: recipe.Mixup = 0.0,
+    cutmix: recipe.CutMix = 0.0,
+    alpha: training.Alpha = "auto",
+    temperature: training.Temperature = 4.0,
+    ce_weight: training.CeWeight = None,
+    kd_term: training.KdTerm = None,
+    tap: training.Tap = None,
+    initial_epochs: training.InitialEpochs = None,
+    views: training.Views = 0,
+    online: Annotated[
+        bool, typer.Option("--online", help="Run the teacher during training; default where a term needs that.")
+    ] = False,
+    whole_cache: Annotated[
+        bool,
+        typer.Option("--whole-cache", help="Cache all samples, for any later subset; default: those that are kept."),
+    ] = False,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Classes that the cache keeps; default: all.", min=1)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the cached logits.", metavar="float16|float32")
+    ] = "float16",
+    cache_precision: Annotated[
+        str,
+        typer.Option(
+            "--cache-precision",
+            help="Arithmetic of the teacher, as --precision of `kdfast cache`.",
+            metavar="auto|fp32|bf16",
+            callback=options.parse_cache_precision,
+        ),
+    ] = "fp32",
+    precision: options.Precision = "fp32",
+    loader: options.Loader = "auto",
+    compile_network: training.Compile = False,
+    cuda_graph: training.CudaGraph = True,
+    students: Annotated[int, typer.Option("--students", help="Students to train on the subset.", min=1)] = 1,
+    calibrate_seconds: Annotated[
+        float,
+        typer.Option(
+            "--calibrate-seconds",
+            help="Seconds of the measurements, about; longer ones are more precise.",
+            min=0.1,
+            max=3600,
+        ),
+    ] = 15.0,
+    size: options.Size = None,
+    order: options.Order = "path",
+    split: options.Split = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    config: options.Config = None,
+) -> None:
+    """Say how long each stage takes on this machine and what it writes, and what pruning saves; keep nothing.
+
+    Measures the teacher, the student and the selection on a part of the data. The stages are those of `kdfast
+    dynamics`, `cache`, `score`, `prune` and `distill`, compared with distilling on all samples.
+    """
+    import time
+
+    from kdfast.data.augment.presets import augment_source
+    from kdfast.data.readers.registry import open_source
+    from kdfast.device import resolve_device
+    from kdfast.distillation.config import Execution, RunConfig
+    from kdfast.distillation.losses.alpha import parse_alpha
+    from kdfast.distillation.losses.settings import parse_taps, parse_terms
+    from kdfast.nets.checkpoint import load_model
+    from kdfast.planning.plan import make_plan
+    from kdfast.planning.request import CacheSettings, PlanRequest, recording_for
+    from kdfast.planning.table import render_plan
+    from kdfast.pruning.options import parse_options
+    from kdfast.pruning.request import PruneRequest
+    from kdfast.teacher.row_format import TopK
+
+    options.one_of("--dtype", dtype, ("float16", "float32"))
+    place = resolve_device(device)
+    settings = RunConfig(
+        student=options.with_arguments(student, net_arg),
+        epochs=epochs,
+        batch_size=batch_size,
+        alpha=parse_alpha(alpha, fraction, 1.0 if ce_weight is None else float("inf")),
+        temperature=temperature,
+        precision=options.choose_precision(precision, place),
+        seed=seed,
+        ce=ce_weight,
+        terms=parse_terms(kd_term or [], []),
+        taps=parse_taps(tap or []),
+        initial_epochs=initial_epochs,
+        optimizer=optimizer,
+        ema=ema,
+        clip=clip,
+        mixup=mixup,
+        cutmix=cutmix,
+    )
+    selection = PruneRequest(
+        fractions=(fraction,),
+        method=method,
+        rule=rule,
+        options=parse_options(option or []),
+        score_options=parse_options(score_option or []),
+        seed=seed,
+        device=str(place),
+        teacher=teacher,
+    )
+    model = None if teacher is None else load_model(teacher)
+    started = time.perf_counter()
+    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
+    opening = time.perf_counter() - started
+    request = PlanRequest(
+        fraction=fraction,
+        config=dataclasses.replace(settings, views=views),
+        selection=selection,
+        cache=CacheSettings(
+            dtype=cast(Any, dtype),
+            top_k=None if top_k is None else TopK(top_k, temperature),
+            precision=cast(Any, options.CACHE_PRECISIONS[options.choose_precision(cache_precision, place)]),
+            whole=whole_cache,
+        ),
+        steps=steps,
+        online=online,
+        recorded=RunConfig(dynamics_net or student, epochs=dynamics_epochs, batch_size=batch_size),
+        recording=recording_for(selection, dynamics_runs, len(source.classes)),
+        loader=loader,
+        execution=Execution(compile_network, cuda_graph),
+        students=students,
+        device=place,
+        seconds=calibrate_seconds,
+    )
+    found = make_plan(request, source, model, opening=opening)
+    show(render_plan(found, format_seconds), found.to_dict())

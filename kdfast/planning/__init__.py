@@ -1,0 +1,1 @@
+"""Estimates of time and disk space of the whole flow, from rates measured on this machine."""

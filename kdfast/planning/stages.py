@@ -1,0 +1,150 @@
+"""Seconds and bytes of each stage: amounts of work times the rates of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kdfast.planning.rates import Rates
+from kdfast.planning.request import Amounts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what the stages write.
+
+    Attributes:
+        view: A view of a sample in a cache.
+        sample: What a cache holds of a sample besides.
+        recorded: Recorded dynamics, all of them.
+        network: The teacher's file.
+        run: A run's folder while it trains, with its checkpoints.
+    """
+
+    view: int = 0
+    sample: int = 0
+    recorded: int = 0
+    network: int = 0
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage takes.
+
+    Attributes:
+        name: Its name.
+        work: What it does, in words.
+        parts: Seconds by part of the work.
+        size: Bytes that it writes.
+    """
+
+    name: str
+    work: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the stage."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The stages from the data to the students.
+
+    Attributes:
+        once: Stages whose results all students share.
+        each: The stage of one student.
+        students: Number of students.
+    """
+
+    once: tuple[Stage, ...]
+    each: Stage
+    students: int = 1
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages, the students one after another."""
+        return self.seconds_for(self.students)
+
+    @property
+    def size(self) -> int:
+        """Bytes that all stages write."""
+        return sum(stage.size for stage in self.once) + self.students * self.each.size
+
+    @property
+    def shared_seconds(self) -> float:
+        """Seconds of the stages whose results all students share."""
+        return sum(stage.seconds for stage in self.once)
+
+    def seconds_for(self, students: int) -> float:
+        """Return the seconds with another number of students."""
+        return self.shared_seconds + students * self.each.seconds
+
+
+def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
+    """Return the stages of distilling on the kept samples."""
+    once = [*_recording(amounts, rates, sizes), *_scoring(amounts, rates, sizes)]
+    if amounts.views and amounts.whole:
+        once = [_cache("cache", amounts.samples, amounts.views, amounts, rates, sizes), *once]
+    once.append(
+        Stage("prune", f"{amounts.kept} of {amounts.samples} samples", {"select": rates.selection}, 8 * amounts.kept)
+    )
+    if amounts.views and not amounts.whole:
+        once.append(_cache("cache", amounts.kept, amounts.views, amounts, rates, sizes))
+    each = _training(amounts, rates, sizes, amounts.steps, amounts.images)
+    return Flow(tuple(once), each, amounts.students)
+
+
+def whole_flow(amounts: Amounts, rates: Rates, sizes: Sizes, *, same_steps: bool) -> Flow:
+    """Return the stages of distilling on all samples, for as many epochs or for as many steps."""
+    once = (_cache("cache", amounts.samples, amounts.views, amounts, rates, sizes),) if amounts.views else ()
+    share = amounts.steps / amounts.all_steps if same_steps else 1.0
+    steps = amounts.steps if same_steps else amounts.all_steps
+    return Flow(once, _training(amounts, rates, sizes, steps, amounts.all_images * share), amounts.students)
+
+
+def _recording(amounts: Amounts, rates: Rates, sizes: Sizes) -> list[Stage]:
+    if not amounts.recorded_epochs:
+        return []
+    seconds = amounts.recorded_epochs * amounts.samples * rates.recorded
+    work = f"{amounts.recorded_epochs} epochs of {amounts.samples} samples"
+    return [Stage("dynamics", work, {"train and record": seconds}, sizes.recorded)]
+
+
+def _scoring(amounts: Amounts, rates: Rates, sizes: Sizes) -> list[Stage]:
+    """Return what the selection needs of the teacher: a cache, or the teacher flattened and differentiated."""
+    stages = []
+    if amounts.scored_views:
+        stages.append(_cache("cache for scores", amounts.samples, amounts.scored_views, amounts, rates, sizes))
+    if amounts.flattening:
+        seconds = {"steps": amounts.flattening * rates.flattened}
+        stages.append(Stage("flatten", f"{amounts.flattening} steps", seconds, sizes.network))
+    if amounts.scores_network:
+        parts = {"gradients": amounts.samples * rates.scored}
+        if amounts.fisher:
+            parts = {"fisher": amounts.fisher * rates.fisher, **parts}
+        stages.append(Stage("score", f"gradients of {amounts.samples} samples", parts, 8 * amounts.samples))
+    return stages
+
+
+def _cache(name: str, samples: int, views: int, amounts: Amounts, rates: Rates, sizes: Sizes) -> Stage:
+    size = samples * (views * sizes.view + sizes.sample)
+    parts = {
+        "teacher": samples * (rates.cached + (views - 1) * rates.view),
+        "write": size * rates.written,
+        "evaluate": amounts.tested * rates.teacher_tested,
+    }
+    return Stage(name, f"{samples} samples x {views} view{'s' * (views > 1)}", parts, size)
+
+
+def _training(amounts: Amounts, rates: Rates, sizes: Sizes, steps: int, images: float) -> Stage:
+    initial = images * amounts.initial
+    parts = {
+        "load": amounts.samples * rates.loading,
+        "train": (images - initial) * rates.trained + initial * rates.initial,
+        "evaluate": amounts.tested * (rates.tested + (rates.teacher_tested if amounts.online else 0.0)),
+    }
+    return Stage("distill", f"{steps} steps of {amounts.batch_size}", parts, sizes.run)
