@@ -10,6 +10,7 @@ import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands import recipe, training
+from kdfast.cli.commands.results import engine as engines
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from kdfast.sweep.session import Session
 
 Number = TypeVar("Number", int, float)
-
-_MOST_JOBS = 1024
 
 
 def sweep(
@@ -110,15 +109,12 @@ def sweep(
     order: options.Order = "path",
     split: options.Split = None,
     device: options.Device = "auto",
-    jobs: Annotated[
-        str,
-        typer.Option(
-            "--jobs",
-            help="Runs that train at a time, in processes on a CPU, in one process on a GPU. auto: one for each thread "
-            "of the CPU, four on a GPU.",
-            metavar="NUMBER|auto",
-        ),
-    ] = "1",
+    jobs: engines.Jobs = "1",
+    engine: engines.Engine = "local",
+    ray_address: engines.RayAddress = None,
+    cpus_per_job: engines.CpusPerJob = None,
+    gpus_per_job: engines.GpusPerJob = None,
+    slurm_option: engines.SlurmOption = None,
     keep_runs: Annotated[
         bool,
         typer.Option(
@@ -147,16 +143,17 @@ def sweep(
     ResultsLog(out).check_folder()
     check_report_files(out)
     if not report_only:
-        from kdfast.device import resolve_device
         from kdfast.distillation.losses.settings import parse_terms
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
         from kdfast.sweep.spec import parse_methods
 
-        at_a_time = _parse_jobs(jobs)
+        chosen = engines.parse_engine(engine, device, ray_address, cpus_per_job, gpus_per_job, slurm_option)
+        at_a_time = engines.parse_jobs(jobs, chosen)
         if data is None or student is None:
             raise UsageError("a sweep needs --data and --student: pass both, or --report-only")
+        engines.prepare(chosen, dry_run)
         settings = {
             "student": options.with_arguments(student, net_arg),
             **({} if init is None else {"init": init}),
@@ -169,7 +166,7 @@ def sweep(
             "temperature": temperature,
             "views": views,
             "view_seed": view_seed,
-            "precision": options.choose_precision(precision, resolve_device(device)),
+            "precision": engines.choose_precision(precision, chosen),
             **recipe.changed(
                 optimizer=optimizer, label_smoothing=label_smoothing, ema=ema, clip=clip, mixup=mixup, cutmix=cutmix
             ),
@@ -200,7 +197,7 @@ def sweep(
                 order=order,
                 split=split,
                 augment=augment,
-                device=device,
+                device=chosen.device_here,
             )
         )
         for how in session.describe_scores():
@@ -210,21 +207,13 @@ def sweep(
             return
         recipe.announce_views(session.source, augment)
         with progress("sweep") as report:
-            run_sweep(session, out, jobs=at_a_time, keep_runs=keep_runs, on_row=_print_row, progress=report)
+            follow: dict[str, Any] = {"keep_runs": keep_runs, "on_row": _print_row, "progress": report}
+            run_sweep(session, out, engine=chosen, jobs=at_a_time, **follow)
     table = report_sweep(out)
     show(
         f"\n{table}\ntable.md, plot.png and report.html written to {out}",
         {"out": str(out), "rows": ResultsLog(out).results()},
     )
-
-
-def _parse_jobs(text: str) -> int | None:
-    """Return the runs at a time; None for `auto`."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_JOBS:
-        raise UsageError(f"--jobs is {text!r}: pass a number from 1 to {_MOST_JOBS}, or auto")
-    return int(text)
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -1,16 +1,20 @@
-"""Run the cells of a study, in this process or in several."""
+"""Run the cells of a study, in this process, in several or on a cluster."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
+from typing import Any
 
 from kdfast.files import check_writable
 from kdfast.progress import Progress
 from kdfast.reproduction.engine.budget import Budget, make_budget
 from kdfast.reproduction.engine.session import ReproductionSession
-from kdfast.sweep.parallel.processes import run_workers
+from kdfast.sweep.parallel.engine import LOCAL, EngineConfig
+from kdfast.sweep.parallel.run import run_workers
 from kdfast.sweep.results_log import ResultsLog
+from kdfast.sweep.run import choose_jobs
 from kdfast.sweep.work import OnRow, run_worker
 
 
@@ -18,7 +22,8 @@ def run_study(
     session: ReproductionSession,
     log: ResultsLog,
     *,
-    jobs: int = 1,
+    engine: EngineConfig | None = None,
+    jobs: int | None = 1,
     keep_runs: bool = False,
     budget_seconds: float | None = None,
     on_row: OnRow | None = None,
@@ -29,7 +34,9 @@ def run_study(
     Args:
         session: The opened inputs.
         log: The log of the folder.
-        jobs: Number of processes that train; 1: this process.
+        engine: Where the runs train; None: on this machine, where the session computes.
+        jobs: Number of processes that train; 1: this process; None: as `choose_jobs`. On a cluster the number of
+            workers; None: as many as a Ray cluster has room for.
         keep_runs: Whether to keep the folder of every run.
         budget_seconds: Begin no run that would not end within so many seconds from now; None: no limit.
         on_row: Called with every new row, whichever process wrote it.
@@ -41,8 +48,9 @@ def run_study(
     Raises:
         DivergedError: Runs diverged; all other runs have their rows.
         Interrupted: SIGTERM or Ctrl-C; the same call resumes.
-        OutputError: The folder cannot be written, or holds anything but a study.
+        OutputError: The folder cannot be written, or holds anything but a study; or machines do not share it.
         DataError: results.jsonl is not that of a study.
+        UsageError: The engine cannot start workers.
     """
     deadline = None if budget_seconds is None else time.time() + budget_seconds
     runs = session.runs()
@@ -50,10 +58,17 @@ def run_study(
     log.begin()
     done = log.done()
     pending = [run for run in runs if run.key not in done]
-    budget = None if deadline is None else make_budget(session, pending, log, deadline, jobs)
-    if jobs == 1:
-        run_worker(session, runs, log, keep_runs=keep_runs, admit=budget, on_row=on_row, progress=progress)
-    else:
+    engine = engine or EngineConfig(device=str(session.device))
+    if jobs is None and engine.name == LOCAL:
+        jobs = choose_jobs(session.device, len(pending))
+    budget = None if deadline is None else make_budget(session, pending, log, deadline, jobs or 1)
+    follow: dict[str, Any] = {"keep_runs": keep_runs, "admit": budget, "on_row": on_row, "progress": progress}
+    if not pending or (engine.name == LOCAL and jobs == 1):
+        run_worker(session, runs, log, **follow)
+    elif engine.name == LOCAL:
         opened = functools.partial(ReproductionSession, session.config, session.share())
-        run_workers(opened, runs, log, jobs=jobs, keep_runs=keep_runs, admit=budget, on_row=on_row, progress=progress)
+        run_workers(opened, runs, log, engine=engine, jobs=jobs, **follow)
+    else:
+        config = dataclasses.replace(session.config, device=engine.device)
+        run_workers(functools.partial(ReproductionSession, config), runs, log, engine=engine, jobs=jobs, **follow)
     return budget

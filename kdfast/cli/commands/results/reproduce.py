@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdfast.cli import options
+from kdfast.cli.commands.results import engine as engines
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import format_seconds, progress
 from kdfast.errors import DataError, UsageError, unknown_name
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kdfast.reproduction.engine.budget import Budget
     from kdfast.reproduction.engine.session import ReproductionSession
     from kdfast.reproduction.study import Study
+    from kdfast.sweep.parallel.engine import EngineConfig
     from kdfast.sweep.results_log import ResultsLog
 
 _THEOREM = "theorem"  # no study: it has no cells
@@ -121,7 +123,12 @@ def reproduce(
     order: options.Order = "path",
     split: options.Split = None,
     device: options.Device = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", help="Processes that train in parallel.", min=1, max=1024)] = 1,
+    jobs: engines.Jobs = "1",
+    engine: engines.Engine = "local",
+    ray_address: engines.RayAddress = None,
+    cpus_per_job: engines.CpusPerJob = None,
+    gpus_per_job: engines.GpusPerJob = None,
+    slurm_option: engines.SlurmOption = None,
     keep_runs: Annotated[
         bool,
         typer.Option(
@@ -173,6 +180,8 @@ def reproduce(
     if dataset is not None and known and dataset not in known:
         raise unknown_name(f"`dataset`: {loaded.name} has no published value for", dataset, known)
     seconds = None if budget is None else _parse_seconds(budget)
+    if budget is not None and engine != "local":
+        raise UsageError(f"`budget` is {budget}, and the speed of the machines of {engine} is not known: omit it")
     numbers = _parse_seeds(seeds)
     log = ResultsLog(out, schemas.StudyRow, "study")
     log.check_folder()
@@ -188,10 +197,12 @@ def reproduce(
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
-    from kdfast.device import resolve_device
     from kdfast.reproduction.engine.config import ReproductionConfig
     from kdfast.reproduction.engine.session import ReproductionSession
 
+    chosen = engines.parse_engine(engine, device, ray_address, cpus_per_job, gpus_per_job, slurm_option)
+    at_a_time = engines.parse_jobs(jobs, chosen)
+    engines.prepare(chosen, dry_run)
     session = ReproductionSession(
         ReproductionConfig(
             study=loaded,
@@ -204,21 +215,29 @@ def reproduce(
             teachers=_parse_teachers(teachers or []),
             normalization=options.parse_normalization(mean, std),
             dynamics=dynamics,
-            precision=options.choose_precision(precision, resolve_device(device)),
+            precision=engines.choose_precision(precision, chosen),
             loader=loader,
             size=size,
             order=order,
             split=split,
-            device=device,
+            device=chosen.device_here,
         )
     )
     if dry_run:
         show(*_plan(session, log))
         return
-    _run(session, log, jobs=jobs, keep_runs=keep_runs, seconds=seconds)
+    _run(session, log, chosen, jobs=at_a_time, keep_runs=keep_runs, seconds=seconds)
 
 
-def _run(session: ReproductionSession, log: ResultsLog, *, jobs: int, keep_runs: bool, seconds: float | None) -> None:
+def _run(
+    session: ReproductionSession,
+    log: ResultsLog,
+    engine: EngineConfig,
+    *,
+    jobs: int | None,
+    keep_runs: bool,
+    seconds: float | None,
+) -> None:
     from kdfast.reproduction.engine.run import run_study
     from kdfast.reproduction.report.results import name_data
 
@@ -228,6 +247,7 @@ def _run(session: ReproductionSession, log: ResultsLog, *, jobs: int, keep_runs:
         budget = run_study(
             session,
             log,
+            engine=engine,
             jobs=jobs,
             keep_runs=keep_runs,
             budget_seconds=seconds,
