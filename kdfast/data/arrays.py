@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
+from kdfast.files.arrays import release_pages, row_blocks
 
 
 @runtime_checkable
@@ -21,6 +23,9 @@ class SupportsDetach(Protocol):
 
 # Counts of samples per class are arrays of this length at most.
 _MAX_CLASSES = 10_000_000
+_BLOCK_NUMBERS = 1 << 18  # read at a time, few enough for a processor's cache
+_GROUP_BYTES = 1 << 27  # rows of several groups that are read together
+_GATHERED = 16  # blocks of them between two releases of pages
 
 
 def as_labels(labels: npt.ArrayLike) -> IntArray:
@@ -84,12 +89,58 @@ def as_matrix(values: npt.ArrayLike, n: int, what: str) -> npt.NDArray[np.float3
         )
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).any(axis=1).sum())
+    bad = sum(_count_nonfinite(block) for _, block in row_blocks(array, rows_of(array)))
+    if bad:
         raise DataError(
             f"{what} of {bad} samples are not finite in float32: correct them, or build the teacher's cache again"
         )
     return array
+
+
+def rows_of(matrix: npt.NDArray[Any]) -> int:
+    """Return how many rows of a matrix (N, D) to read at a time."""
+    return max(1, _BLOCK_NUMBERS // matrix.shape[1])
+
+
+def group_by_class(labels: IntArray) -> dict[int, IntArray]:
+    """Return the positions of each class that has samples, int64 and ascending, by ascending class."""
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
+    return dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def gather_groups(matrix: npt.NDArray[np.float32], groups: Sequence[IntArray]) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the rows of each group, (n, D).
+
+    Several groups are read together, in the order of the file, because their rows may lie anywhere in a file that is
+    larger than the memory.
+
+    Args:
+        matrix: (N, D); pages of a file mapped read-only are released.
+        groups: int64 (n,), ascending positions.
+    """
+    limit = max(1, _GROUP_BYTES // (matrix.itemsize * matrix.shape[1]))
+    first = 0
+    while first < len(groups):
+        last, count = first + 1, len(groups[first])
+        while last < len(groups) and count + len(groups[last]) <= limit:
+            count += len(groups[last])
+            last += 1
+        together = np.sort(np.concatenate(groups[first:last]))
+        rows = np.empty((len(together), matrix.shape[1]), matrix.dtype)
+        step = _GATHERED * rows_of(matrix)
+        for start in range(0, len(together), step):
+            rows[start : start + step] = matrix[together[start : start + step]]
+            release_pages(matrix)
+        for group in groups[first:last]:
+            yield rows[np.searchsorted(together, group)]
+        first = last
+
+
+def _count_nonfinite(block: npt.NDArray[np.float32]) -> int:
+    """Return how many rows have a number that is not finite."""
+    finite = np.isfinite(block)
+    return 0 if finite.all() else int((~finite).any(axis=1).sum())
 
 
 def as_array(values: npt.ArrayLike, what: str, wanted: str) -> npt.NDArray[Any]:

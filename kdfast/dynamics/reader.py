@@ -115,14 +115,15 @@ class Dynamics:
         """Return the L2 norm of probabilities minus one-hot label, float16 (E, N), memory-mapped."""
         return self._metric(run, "el2n")
 
-    def correct(self, run: int, *, when: str = "epoch") -> BoolArray:
-        """Return whether the arg-max is the label, bool (E, N).
+    def correct(self, run: int, *, when: str = "epoch", samples: slice = slice(None)) -> BoolArray:
+        """Return whether the arg-max is the label, bool (E, N), or (E, n) for some samples.
 
         Args:
             run: The run.
             when: `epoch`, after each epoch; or `batch`, before the step of the last training batch of the epoch that
                 held the sample, augmented as it was trained on. A sample that was in no batch of the epoch keeps the
                 value of the epoch before, at first False, and so do those outside the run's mask.
+            samples: Consecutive samples from a multiple of 8 on, bits being packed; by default all.
 
         Raises:
             UsageError: There is no such run, or correctness in training batches was not recorded.
@@ -135,7 +136,11 @@ class Dynamics:
             )
         name = layout.CORRECT if when == "epoch" else layout.CORRECT_BATCH
         packed = self._array(run, f"{name}.npy", (self.epochs, -(-self.n // 8)), np.uint8)
-        return np.unpackbits(packed, axis=1, count=self.n).astype(np.bool_)
+        start, stop, _ = samples.indices(self.n)
+        if start % 8:
+            raise UsageError(f"`samples` start at {start}: start at a multiple of 8")
+        part = packed[:, start // 8 : -(-stop // 8)]
+        return np.unpackbits(part, axis=1, count=stop - start).astype(np.bool_)
 
     def mask(self, run: int) -> BoolArray:
         """Return which samples the run trained on, bool (N,)."""

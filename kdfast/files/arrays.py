@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -101,6 +102,34 @@ def read_npz(
     except Exception as exc:  # a damaged archive can fail in any part of the reader
         raise error(f"{path} is damaged or not an .npz of plain arrays ({_reason(exc)}): {advice}") from exc
     return arrays
+
+
+def map_read_only(array: Array) -> Array:
+    """Return an array that was mapped as a whole, mapped anew without write access; any other array as it is.
+
+    Only of such arrays `release_pages` can be sure that no change is lost.
+    """
+    if not isinstance(array, np.memmap) or array.filename is None or not isinstance(array.base, mmap.mmap):
+        return array
+    return np.memmap(array.filename, array.dtype, "r", array.offset, array.shape)
+
+
+def release_pages(array: Array) -> None:
+    """Release the memory of an array that is a view of a file mapped read-only; it is read from the file again."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap) and base.mode == "r" and isinstance(base.base, mmap.mmap):
+            base.base.madvise(mmap.MADV_DONTNEED)
+            return
+        base = base.base
+
+
+def row_blocks(array: Array, rows: int) -> Iterator[tuple[slice, Array]]:
+    """Yield consecutive blocks of at most `rows` rows, and release the pages of each (see `release_pages`)."""
+    for start in range(0, len(array), rows):
+        block = slice(start, min(start + rows, len(array)))
+        yield block, array[block]
+        release_pages(array)
 
 
 class _Malformed(Exception):

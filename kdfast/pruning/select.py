@@ -13,6 +13,7 @@ import numpy as np
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import digest_of
 from kdfast.errors import UsageError
+from kdfast.files.arrays import map_read_only
 from kdfast.progress import Progress
 from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.options import OptionValue, complete_options
@@ -208,7 +209,7 @@ class SubsetPipeline:
             rule=rule,
             balance=self._balance,
             seed=seed,
-            features=None if cache is None else cache.features(),
+            features=None if cache is None else map_read_only(cache.features()),
             extras=scored.extras,
             options=dict(method.rule_options),
             exclude=self._exclude,

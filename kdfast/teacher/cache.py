@@ -24,7 +24,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec, view_table
 from kdfast.errors import CacheMismatch, ShapeError
-from kdfast.files.arrays import read_npy
+from kdfast.files.arrays import map_read_only, read_npy
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import LinearHead
 from kdfast.ops.kd_loss import TopKTeacher
@@ -110,7 +110,7 @@ class TeacherCache:
         manifest |= {"seconds": read_timing(folder)["seconds"]}
         cache = cls(folder, manifest)
         if source is not None:
-            top1 = compute_accuracy(cache.identity_logits(), source.train.labels[cache.coverage])
+            top1 = compute_accuracy(map_read_only(cache.identity_logits()), source.train.labels[cache.coverage])
             if abs(top1 - manifest["train_top1"]) > 1e-9:
                 raise CacheMismatch(
                     f"{folder}: the cached logits have an accuracy of {top1:.3f}%, the manifest records "

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from kdfast.data.arrays import group_by_class
 from kdfast.data.stateless_random import IntArray, Purpose, hash64, uniform
 from kdfast.data.subset import class_budgets
 from kdfast.pruning.rules.base import FloatArray
@@ -129,14 +130,15 @@ class StratifiedSampler:
         log_weights = self.log_weights(a, b)
         ends = np.cumsum(self.counts)
         total = np.zeros(2)
-        for stratum, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
+        for stratum, members in group_by_class(self.strata).items():
+            end, count = ends[stratum], self.counts[stratum]
             sequence = drawn[end - count : end]
-            members = np.flatnonzero(self.strata == stratum)
-            weights = np.exp(log_weights - log_weights[members].max())
+            highest = log_weights[members].max()
             rest = np.setdiff1d(members, sequence, assume_unique=True)
-            s, w = self.log_ranks[sequence], weights[sequence, None]
-            mass = _suffix_sums(w) + weights[rest].sum()
-            moment = _suffix_sums(w * s) + weights[rest] @ self.log_ranks[rest]
+            s, w = self.log_ranks[sequence], np.exp(log_weights[sequence, None] - highest)
+            others = np.exp(log_weights[rest] - highest)
+            mass = _suffix_sums(w) + others.sum()
+            moment = _suffix_sums(w * s) + others @ self.log_ranks[rest]
             total += (s - moment / mass).sum(0)
         gradient: FloatArray = total * np.array([a, b])
         return gradient

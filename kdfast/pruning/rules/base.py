@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import rows_of
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
+from kdfast.files.arrays import row_blocks
 from kdfast.pruning.options import Option, OptionValue
 
 FloatArray = npt.NDArray[np.float64]
@@ -120,6 +122,6 @@ def require_features(inputs: RuleInputs) -> npt.NDArray[np.float32]:
     if features is None or features.ndim != 2 or len(features) != len(inputs.scores):
         shape = None if features is None else features.shape
         raise DataError(f"features {shape} for {len(inputs.scores)} samples: pass one row per sample, from this data")
-    if not np.isfinite(features).all():
+    if not all(np.isfinite(block).all() for _, block in row_blocks(features, rows_of(features))):
         raise DataError("some features are not finite: build the teacher's cache again")
     return features

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from kdfast.data.arrays import gather_groups, group_by_class
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets
 from kdfast.errors import SubsetError
@@ -63,23 +66,34 @@ def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: s
     pool = None if rule.pool is None else rule.pool(inputs)
     available = None if pool is None else np.bincount(labels[pool], minlength=inputs.classes)
     budgets = find_budgets(labels, inputs.count, balance, available)
+    if pool is not None and len(pool) == len(labels):
+        pool = None
     if budgets is None:
-        return np.sort(rule(inputs) if pool is None else pool[rule(_part(inputs, pool, inputs.count))])
+        if pool is None:
+            return np.sort(rule(inputs))
+        features = None if inputs.features is None else inputs.features[pool]
+        return np.sort(pool[rule(replace(_part(inputs, pool, inputs.count), features=features))])
+    groups = group_by_class(labels if pool is None else labels[pool])
+    counts = [int(budgets[label]) for label in groups if budgets[label]]
+    classes = [members if pool is None else pool[members] for label, members in groups.items() if budgets[label]]
+    gathered: Iterable[Any] = [None] * len(classes)
+    if inputs.features is not None:
+        gathered = gather_groups(inputs.features, classes)
     kept = []
-    for label in np.flatnonzero(budgets):
-        members = np.flatnonzero(labels == label) if pool is None else pool[labels[pool] == label]
-        kept.append(members[rule(_part(inputs, members, int(budgets[label])))])
+    for members, count, rows in zip(classes, counts, gathered, strict=True):
+        kept.append(members[rule(replace(_part(inputs, members, count), features=rows))])
     return np.sort(np.concatenate(kept))
 
 
 def _part(inputs: RuleInputs, members: IntArray, count: int) -> RuleInputs:
+    """Return some samples as a group, without their features."""
     return replace(
         inputs,
         scores=inputs.scores[members],
         ties=inputs.ties[members],
         count=count,
         ids=inputs.ids[members],
-        features=None if inputs.features is None else inputs.features[members],
+        features=None,
         extras={name: values[members] for name, values in inputs.extras.items()},
         labels=None if inputs.labels is None else inputs.labels[members],
         budgets=None,

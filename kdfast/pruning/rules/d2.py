@@ -84,8 +84,9 @@ def d2(inputs: RuleInputs) -> IntArray:
     if not inputs.count:
         return np.zeros(0, np.int64)
     remaining = drop_hardest(inputs, inputs.number("cut") if inputs.options["cut_by"] == "score" else 0.0)
-    features = require_features(inputs)[remaining]
-    neighbors, distances = nearest_neighbors(features, int(inputs.number("k")), device=inputs.device)
+    neighbors, distances = nearest_neighbors(
+        require_features(inputs)[remaining], int(inputs.number("k")), device=inputs.device
+    )
     starts, ends, lengths = undirected_graph(neighbors, distances)
     paper = inputs.options["fidelity"] == "paper"
     if paper:

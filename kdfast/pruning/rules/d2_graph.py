@@ -15,12 +15,19 @@ from kdfast.pruning.rules.base import FloatArray
 _SPARE = 8
 # Size of a block of float32 distances, and of a block of float64 differences.
 _BLOCK_BYTES = 1 << 27
+# Columns of a block: with all of a million samples it would have a few rows only, for each of which all are read.
+_COLUMNS = 1 << 15
 # Columns per piece, of which only the minimum is compared at first.
 _PIECE = 32
 
 
 def nearest_neighbors(
-    features: npt.NDArray[np.floating], k: int, *, device: str | torch.device = "cpu", block_bytes: int = _BLOCK_BYTES
+    features: npt.NDArray[np.floating],
+    k: int,
+    *,
+    device: str | torch.device = "cpu",
+    block_bytes: int = _BLOCK_BYTES,
+    columns: int = _COLUMNS,
 ) -> tuple[IntArray, FloatArray]:
     """Find the k nearest other samples of each sample, by Euclidean distance.
 
@@ -33,6 +40,7 @@ def nearest_neighbors(
         k: Neighbors per sample; all others if there are fewer than k.
         device: Device to compute on.
         block_bytes: Size of one block of distances.
+        columns: Most samples whose distances to others are in one block.
 
     Returns:
         Neighbors int64 (N, min(k, N - 1)), nearest first and the lower index first at equal distance, and their
@@ -45,22 +53,65 @@ def nearest_neighbors(
         return np.zeros((n, 0), np.int64), np.zeros((n, 0))
     # Subtracting the mean changes no distance but lowers the norms, and with them the rounding errors.
     points = torch.from_numpy(features - features.mean(0, dtype=np.float64).astype(np.float32)).to(device)
-    norms = points.double().square().sum(1)
-    # The extra column makes one product yield |y|^2 - 2 x.y, without another pass over the block.
-    right = torch.cat((points, norms.float()[:, None]), dim=1).T.contiguous()
+    del features  # a copy as large as the points, if the caller has no use for it
+    norms = torch.cat([part.double().square().sum(1) for part in points.split(_COLUMNS)])
     slack = 4 * (depth + 4) * torch.finfo(torch.float32).eps * float(norms.max())
     neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k))
-    step = min(n, max(1, block_bytes // (4 * n)))
-    block = torch.empty(step, n, device=device)
+    search = _RoughSearch(points, norms, min(columns, n), block_bytes)
     with full_float32():  # TF32 would void the error bound
-        for start in range(0, n, step):
-            rows = torch.arange(start, min(start + step, n), device=device)
-            left = torch.cat((points[rows] * -2, points.new_ones(len(rows), 1)), dim=1)
-            rough = torch.mm(left, right, out=block[: len(rows)])
-            rough[torch.arange(len(rows), device=device), rows] = torch.inf
-            found, squares = _resolve(rough, points, norms, rows, k, slack)
-            neighbors[start : start + step], distances[start : start + step] = found.cpu(), squares.sqrt().cpu()
+        for start in range(0, n, search.rows):
+            rows = torch.arange(start, min(start + search.rows, n), device=device)
+            lowest, candidates = search.lowest(rows, min(k + _SPARE, n - 1))
+            found, squares = _resolve(lowest, candidates, points, norms, rows, k, slack)
+            part = slice(start, start + len(rows))
+            neighbors[part], distances[part] = found.cpu(), squares.sqrt().cpu()
     return neighbors, distances
+
+
+class _RoughSearch:
+    """Squared distances to all samples in float32, minus the row's squared norm, of which the lowest are kept.
+
+    Args:
+        points: float32 (N, D).
+        norms: float64 (N,), their squared norms.
+        columns: Columns of a block of distances.
+        block_bytes: Size of a block.
+
+    Attributes:
+        rows: Rows of a block.
+    """
+
+    def __init__(self, points: Tensor, norms: Tensor, columns: int, block_bytes: int) -> None:
+        self._points, self._norms, self._columns = points, norms, columns
+        self.rows = min(len(points), max(1, block_bytes // (4 * columns)))
+        self._block = torch.empty(self.rows * columns, device=points.device)
+        self._right = self._make_right(0) if columns == len(points) else None
+
+    def lowest(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the `count` lowest of each row (B,) to other samples, and their samples; (B, count) each."""
+        left = torch.cat((self._points[rows] * -2, self._points.new_ones(len(rows), 1)), dim=1)
+        values, samples = left.new_empty(len(rows), 0), rows.new_empty(len(rows), 0)
+        for first in range(0, len(self._points), self._columns):
+            right = self._make_right(first) if self._right is None else self._right
+            width = right.shape[1]
+            rough = torch.mm(left, right, out=self._block[: len(rows) * width].view(len(rows), width))
+            own = rows - first
+            inside = (own >= 0) & (own < width)
+            rough[inside.nonzero()[:, 0], own[inside]] = torch.inf
+            found, places = _lowest(rough, min(count, width))
+            values, samples = torch.cat((values, found), 1), torch.cat((samples, places + first), 1)
+            if values.shape[1] > count:
+                values, kept = values.topk(count, dim=1, largest=False, sorted=False)
+                samples = samples.gather(1, kept)
+        return values, samples
+
+    def _make_right(self, first: int) -> Tensor:
+        """Return samples from `first` on and their norms, (D + 1, columns).
+
+        The extra row makes one product yield |y|^2 - 2 x.y, without another pass over the block.
+        """
+        part = slice(first, first + self._columns)
+        return torch.cat((self._points[part], self._norms[part].float()[:, None]), dim=1).T
 
 
 def undirected_graph(neighbors: IntArray, distances: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
@@ -86,16 +137,17 @@ def undirected_graph(neighbors: IntArray, distances: FloatArray) -> tuple[IntArr
     return starts, target[order], np.concatenate((lengths, lengths))[order]
 
 
-def _resolve(rough: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+def _resolve(
+    lowest: Tensor, candidates: Tensor, points: Tensor, norms: Tensor, rows: Tensor, k: int, slack: float
+) -> tuple[Tensor, Tensor]:
     """Return the neighbors (B, k) of the rows (B,) and their squared distances.
 
-    `rough` (B, N) holds the squared distances minus the row's squared norm; `slack` bounds its rounding error.
+    `lowest` (B, m) holds the squared distances to the candidates (B, m), minus the row's squared norm; those to all
+    other samples are not lower. `slack` bounds their rounding error.
     """
     n = len(points)
-    spread = min(k + _SPARE, n - 1)
-    lowest, candidates = _lowest(rough, spread)
     squares, found = _smallest(_squares(points, rows, candidates), candidates, k)
-    if spread == n - 1:
+    if candidates.shape[1] == n - 1:
         return found, squares
     floor = lowest.amax(1).double() + norms[rows] - slack
     for row in (squares[:, -1] >= floor).nonzero()[:, 0].tolist():

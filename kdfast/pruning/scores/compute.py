@@ -15,6 +15,7 @@ from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import CacheMismatch
 from kdfast.files import sha256_file
+from kdfast.files.arrays import map_read_only
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit
 from kdfast.progress import Progress
@@ -118,8 +119,8 @@ class ScoreSources:
         return ScoreInputs(
             labels=self.source.train.labels,
             seed=seed,
-            logits=None if cache is None else cache.identity_logits(),
-            features=None if cache is None or not cache.has_features else cache.features(),
+            logits=None if cache is None else map_read_only(cache.identity_logits()),
+            features=None if cache is None or not cache.has_features else map_read_only(cache.features()),
             dynamics=self.dynamics if "dynamics" in usable else None,
             device=device,
             options=options,

@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kdfast.data.arrays import rows_of
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import apply_views
 from kdfast.dynamics.metrics import el2n
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import UsageError
+from kdfast.files.arrays import row_blocks
 from kdfast.ops.grad_norms import grad_norms
 from kdfast.pruning.options import Only, Option, OptionValue, read_span
 from kdfast.pruning.rules.base import FloatArray
@@ -30,7 +32,6 @@ from kdfast.pruning.scores.base import (
 from kdfast.pruning.scores.trajectory import average_over_runs
 
 _PAPER_EPOCH = 20
-_BLOCK_ROWS = 1 << 16  # rows of logits per block
 _IMAGES = 256  # images per forward and backward pass
 
 _EPOCH = Option(
@@ -121,9 +122,8 @@ def compute_el2n(logits: Float32Array, labels: IntArray) -> FloatArray:
         labels: int64 (N,).
     """
     norms = np.empty(len(labels))
-    for start in range(0, len(labels), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        probabilities = np.exp(logits[rows] - logits[rows].max(axis=1, keepdims=True), dtype=np.float64)
+    for rows, block in row_blocks(logits, rows_of(logits)):
+        probabilities = np.exp(block - block.max(axis=1, keepdims=True), dtype=np.float64)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         norms[rows] = el2n(probabilities, labels[rows])
     return norms
@@ -131,7 +131,9 @@ def compute_el2n(logits: Float32Array, labels: IntArray) -> FloatArray:
 
 def _norms_with_bias(features: npt.NDArray[np.float32]) -> FloatArray:
     """Return sqrt(1 + ||h||^2), float64 (N,)."""
-    squares: FloatArray = np.einsum("nd,nd->n", features, features, dtype=np.float64)
+    squares = np.empty(len(features))
+    for rows, block in row_blocks(features, rows_of(features)):
+        squares[rows] = np.einsum("nd,nd->n", block, block, dtype=np.float64)
     return np.sqrt(1 + squares)
 
 

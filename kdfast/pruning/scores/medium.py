@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from kdfast.data.arrays import rows_of
 from kdfast.data.stateless_random import IntArray
+from kdfast.files.arrays import row_blocks
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.base import Float32Array, ScoreInputs, ScoreResult, require_logits
-
-_BLOCK_ROWS = 1 << 16
 
 
 def medium(inputs: ScoreInputs) -> ScoreResult:
@@ -38,13 +38,13 @@ def cross_entropy(logits: Float32Array, labels: IntArray) -> FloatArray:
         labels: int64 (N,).
     """
     losses = np.empty(len(labels))
-    for start in range(0, len(labels), _BLOCK_ROWS):
-        block = logits[start : start + _BLOCK_ROWS].astype(np.float64)
-        rows = np.arange(len(block)), labels[start : start + _BLOCK_ROWS]
+    for part, values in row_blocks(logits, rows_of(logits)):
+        block = values.astype(np.float64)
+        rows = np.arange(len(block)), labels[part]
         own = block[rows]
         largest = block.max(axis=1, keepdims=True)
         block[rows] = -np.inf
         others = np.exp(block - largest).sum(axis=1)
         with np.errstate(divide="ignore"):  # no other class, or all of them beyond the range: a loss of 0
-            losses[start : start + _BLOCK_ROWS] = np.logaddexp(0, np.log(others) + largest[:, 0] - own)
+            losses[part] = np.logaddexp(0, np.log(others) + largest[:, 0] - own)
     return losses

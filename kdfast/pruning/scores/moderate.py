@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kdfast.data.arrays import gather_groups, group_by_class
 from kdfast.data.stateless_random import IntArray
 from kdfast.pruning.options import Option
 from kdfast.pruning.rules.base import FloatArray
@@ -64,9 +65,9 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
 
 def _center_distances(features: npt.NDArray[np.float32], labels: IntArray, median: bool) -> FloatArray:
     distances = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rows = features[members].astype(np.float64)
+    groups = list(group_by_class(labels).values())
+    for members, found in zip(groups, gather_groups(features, groups), strict=True):
+        rows = found.astype(np.float64)
         center = np.median(rows, axis=0) if median else rows.mean(axis=0)
         distances[members] = np.linalg.norm(rows - center, axis=1)
     return distances

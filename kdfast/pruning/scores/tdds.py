@@ -12,7 +12,7 @@ from kdfast.dynamics.reader import Dynamics
 from kdfast.pruning.options import Option
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.base import ScoreInputs, ScoreResult, require_dynamics
-from kdfast.pruning.scores.trajectory import average_over_runs
+from kdfast.pruning.scores.trajectory import average_by_blocks
 from kdfast.pruning.scores.windows import check_window
 
 OPTIONS = {
@@ -53,23 +53,23 @@ def tdds(inputs: ScoreInputs) -> ScoreResult:
     check_window("tdds", window, first)
     absolute = inputs.options["fidelity"] == "code"
 
-    def deviation(run: int) -> FloatArray:
-        changes = _prediction_changes(dynamics, run, first, absolute)
-        average = np.zeros(dynamics.n)
+    def deviation(run: int, samples: slice) -> FloatArray:
+        changes = _prediction_changes(dynamics, run, samples, first, absolute)
+        average = np.zeros(changes.shape[1])
         for start in range(first - window + 1):
             part = changes[start : start + window - 1]
             average = decay * np.linalg.norm(part - part.mean(axis=0), axis=0) + (1 - decay) * average
         return average
 
-    return ScoreResult(average_over_runs(dynamics, deviation), used={"first": first})
+    return ScoreResult(average_by_blocks(dynamics, deviation), used={"first": first})
 
 
-def _prediction_changes(dynamics: Dynamics, run: int, epochs: int, absolute: bool) -> FloatArray:
-    """Return the change of each sample's prediction between consecutive epochs, float64 (epochs - 1, N)."""
-    changes = np.empty((epochs - 1, dynamics.n))
-    before = dynamics.top(run, 0)
+def _prediction_changes(dynamics: Dynamics, run: int, samples: slice, epochs: int, absolute: bool) -> FloatArray:
+    """Return the change of each sample's prediction between consecutive epochs, float64 (epochs - 1, n)."""
+    before = tuple(part[samples] for part in dynamics.top(run, 0))
+    changes = np.empty((epochs - 1, len(before[0])))
     for epoch in range(1, epochs):
-        after = dynamics.top(run, epoch)
+        after = tuple(part[samples] for part in dynamics.top(run, epoch))
         changes[epoch - 1] = compute_changes(*before, *after, dynamics.classes, absolute)
         before = after
     return changes

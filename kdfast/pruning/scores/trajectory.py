@@ -5,7 +5,7 @@ They are averaged over runs; a run counts for the samples it trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,38 @@ AUM_OPTIONS = {
         choices=("logit", "probability"),
     )
 }
+
+
+# Samples read at a time: 64 MB of float64 at 128 epochs. A multiple of 8, as `Dynamics.correct` needs.
+_BLOCK = 1 << 16
+
+
+def average_by_blocks(dynamics: Dynamics, of_run: Callable[[int, slice], npt.NDArray[np.floating]]) -> FloatArray:
+    """Like `average_over_runs`, for values that are computed for a block of samples at a time.
+
+    Args:
+        dynamics: The dynamics. Map their arrays for each block anew, so that the pages of a block are released.
+        of_run: Return the values of a run for some samples, float (n,).
+    """
+
+    def join(run: int) -> FloatArray:
+        values = np.empty(dynamics.n)
+        for block in sample_blocks(dynamics.n):
+            values[block] = of_run(run, block)
+        return values
+
+    return average_over_runs(dynamics, join)
+
+
+def sample_blocks(n: int, size: int = _BLOCK) -> Iterator[slice]:
+    """Yield blocks of consecutive samples, all of about the same size.
+
+    No block of more samples than one has a single sample: numpy sums one column of epochs in another order.
+    """
+    count = -(-n // size)
+    edges = [min(n, -(-n * block // count) // 8 * 8) for block in range(count)]
+    for start, stop in zip(edges, [*edges[1:], n], strict=True):
+        yield slice(start, stop)
 
 
 def average_over_runs(dynamics: Dynamics, of_run: Callable[[int], npt.NDArray[np.floating]]) -> FloatArray:
@@ -87,13 +119,13 @@ def forgetting(inputs: ScoreInputs) -> ScoreResult:
     never_learned, when = (str(inputs.options[name]) for name in ("never_learned", "when"))
     events_if_never = {"max": float(dynamics.epochs), "zero": 0.0, "infinite": np.inf}[never_learned]
 
-    def events(run: int) -> FloatArray:
-        correct = dynamics.correct(run, when=when)
+    def events(run: int, samples: slice) -> FloatArray:
+        correct = dynamics.correct(run, when=when, samples=samples)
         count: FloatArray = (correct[:-1] & ~correct[1:]).sum(axis=0).astype(np.float64)
         count[~correct.any(axis=0)] = events_if_never
         return count
 
-    mean = average_over_runs(dynamics, events)
+    mean = average_by_blocks(dynamics, events)
     return ScoreResult(np.where(np.isinf(mean), dynamics.epochs, mean))
 
 
@@ -111,12 +143,13 @@ def aum(inputs: ScoreInputs) -> ScoreResult:
     dynamics = require_dynamics(inputs, "aum")
     of_logits = inputs.options["margin"] == "logit"
 
-    def area(run: int) -> FloatArray:
+    def area(run: int, samples: slice) -> FloatArray:
         if of_logits:
-            margin: FloatArray = dynamics.margin(run).mean(axis=0, dtype=np.float64)
+            margin: FloatArray = dynamics.margin(run)[:, samples].mean(axis=0, dtype=np.float64)
         else:
-            p_y, p_other = (p.mean(axis=0, dtype=np.float64) for p in (dynamics.p_y(run), dynamics.p_other(run)))
+            both = (dynamics.p_y(run), dynamics.p_other(run))
+            p_y, p_other = (p[:, samples].mean(axis=0, dtype=np.float64) for p in both)
             margin = p_y - p_other
         return -margin
 
-    return ScoreResult(average_over_runs(dynamics, area))
+    return ScoreResult(average_by_blocks(dynamics, area))

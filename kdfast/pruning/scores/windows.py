@@ -11,7 +11,7 @@ from kdfast.errors import UsageError
 from kdfast.pruning.options import Option
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.base import ScoreInputs, ScoreResult, require_dynamics
-from kdfast.pruning.scores.trajectory import average_over_runs
+from kdfast.pruning.scores.trajectory import average_by_blocks
 
 DUAL_OPTIONS = {
     "window": Option(10, "number of epochs per window", low=2, high=1e6, integer=True),
@@ -43,14 +43,19 @@ def dual(inputs: ScoreInputs) -> ScoreResult:
     first = min(int(inputs.number("first")), dynamics.epochs)
     check_window("dual", window, first)
 
-    def uncertainty(run: int) -> FloatArray:
-        total = np.zeros(dynamics.n)
-        for part in _windows(dynamics.p_y(run)[:first], window):
+    def uncertainty(run: int, samples: slice) -> FloatArray:
+        p = dynamics.p_y(run)[:first, samples]
+        total = np.zeros(p.shape[1])
+        for part in _windows(p, window):
             total += part.std(axis=0) * (1 - part.mean(axis=0))
         return total / (first - window + 1)
 
-    mean_p = average_over_runs(dynamics, lambda run: dynamics.p_y(run)[:first].mean(axis=0, dtype=np.float64))
-    return ScoreResult(average_over_runs(dynamics, uncertainty), {"mean_p": mean_p}, {"first": first})
+    def mean(run: int, samples: slice) -> FloatArray:
+        found: FloatArray = dynamics.p_y(run)[:first, samples].mean(axis=0, dtype=np.float64)
+        return found
+
+    extras = {"mean_p": average_by_blocks(dynamics, mean)}
+    return ScoreResult(average_by_blocks(dynamics, uncertainty), extras, {"first": first})
 
 
 def dyn_unc(inputs: ScoreInputs) -> ScoreResult:
@@ -67,13 +72,14 @@ def dyn_unc(inputs: ScoreInputs) -> ScoreResult:
     epochs = dynamics.epochs - (inputs.options["fidelity"] == "code")
     check_window("dyn-unc", window, epochs)
 
-    def uncertainty(run: int) -> FloatArray:
-        total = np.zeros(dynamics.n)
-        for part in _windows(dynamics.p_y(run)[:epochs], window):
+    def uncertainty(run: int, samples: slice) -> FloatArray:
+        p = dynamics.p_y(run)[:epochs, samples]
+        total = np.zeros(p.shape[1])
+        for part in _windows(p, window):
             total += part.std(axis=0, ddof=1)
         return total / (epochs - window + 1)
 
-    return ScoreResult(average_over_runs(dynamics, uncertainty))
+    return ScoreResult(average_by_blocks(dynamics, uncertainty))
 
 
 def check_window(method: str, window: int, epochs: int) -> None:
