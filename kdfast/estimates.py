@@ -4,36 +4,66 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kdfast.data.source import Source, Split
+from kdfast.data.stateless_random import IntArray
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import forward_with_features
-from kdfast.teacher.predictor import Predictor, default_batch_size
+from kdfast.teacher.manifest import CLASSIFIER, COVERAGE, FEATURES, IDENTITY, SHARDS
+from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
+from kdfast.teacher.row_format import RowFormat
+from kdfast.teacher.writing.shards import ShardBuilder
 
 _FEW = 20  # batches; less work is done sooner than estimated
 
 
-def estimate_forward(source: Source, model: Model, device: torch.device, images: int) -> float | None:
-    """Return the seconds that a model takes for a number of images, or None if they are few.
+def estimate_cache(
+    source: Source,
+    model: Model,
+    device: torch.device,
+    *,
+    ids: IntArray,
+    n_views: int,
+    rows: RowFormat,
+    precision: Precision,
+    batch_size: int | None,
+) -> float | None:
+    """Return the seconds that a cache takes, or None if it has few images.
+
+    Two batches are read, augmented, run and packed, as all of them will be.
 
     Args:
-        source: The data, of which one batch is read and run.
-        model: The model.
+        source: The data.
+        model: The teacher.
         device: Where to compute.
-        images: The number of images.
+        ids: int64 (n,), the samples, ascending.
+        n_views: Views of each.
+        rows: Format of the stored rows.
+        precision: Arithmetic of the teacher.
+        batch_size: Images of a batch; None for one that suits the device.
     """
-    size = min(default_batch_size(device), len(source.train))
-    if images < _FEW * size:
+    size = batch_size or default_batch_size(device)
+    samples = -(-2 * size // n_views)
+    if len(ids) < _FEW * samples:
         return None
-    ids = np.arange(size, dtype=np.int64)
-    batch = torch.from_numpy(source.train.read(ids)).to(device)
-    predictor = Predictor(model, source.view_spec, device, size)
-    return _timed(lambda: predictor.predict_identity(batch, ids), device) * images / size
+    spec = source.view_spec
+    builder = ShardBuilder(
+        folder=Path(), plan_digest="", split=source.train, predictor=Predictor(model, spec, device, size), spec=spec,
+        view_seed=0, n_views=n_views, rows=rows, precision=precision, coverage=ids, per_shard=samples,
+    )  # fmt: skip
+    # Spread over the data, whose first images may be in memory already.
+    chosen = ids[np.linspace(0, len(ids) - 1, samples + 1).astype(np.int64)]
+    builder.compute(chosen[:1], lambda images: None)  # the first call also prepares
+    started = time.perf_counter()
+    builder.compute(chosen[1:], lambda images: None)
+    return (time.perf_counter() - started) * (len(ids) * n_views + len(source.test)) / (samples * n_views)
 
 
 def estimate_training(
@@ -66,19 +96,45 @@ def estimate_training(
     return _timed(step, device) * steps + _timed(classify, device) * forwards / batch_size
 
 
-def cached_bytes(model: Model, source: Source, *, samples: int, view_bytes: int) -> int:
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a cache.
+
+    Attributes:
+        files: Bytes by the names of files.
+        temporary: Bytes of the parts that are put together at the end.
+    """
+
+    files: dict[str, int]
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the finished cache."""
+        return sum(self.files.values())
+
+
+def measure_cache(model: Model, source: Source, *, samples: int, n_views: int, rows: RowFormat) -> CacheSize:
     """Return the bytes of a cache.
 
     Args:
         model: The teacher.
         source: The data.
         samples: Number of cached samples.
-        view_bytes: Bytes of the logits of a sample's views.
+        n_views: Views of each.
+        rows: Format of the stored rows.
     """
     with torch.no_grad():
         logits, features = forward_with_features(model.net, torch.zeros(1, 3, *source.view_spec.size))
+    width, classes = features.shape[1], logits.shape[1]
     # Of the image as it is, logits and features are also stored in float32.
-    return samples * (view_bytes + 4 * (logits.shape[1] + features.shape[1]))
+    identity = {IDENTITY: 4 * samples * classes, FEATURES: 4 * samples * width}
+    files = {SHARDS: samples * n_views * rows.row_bytes, **identity}
+    if rows.features:
+        files[CLASSIFIER] = 4 * classes * (width + 1)
+    if samples < len(source.train):
+        files[COVERAGE] = 8 * samples
+    return CacheSize(files, sum(identity.values()))
 
 
 def recorded_bytes(net: str, source: Source, *, bits: int, feature_epochs: int) -> int:

@@ -21,6 +21,7 @@ from kdfast.progress import Progress
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.evaluate import evaluate_in_detail
+from kdfast.teacher.plan import DEFAULT_TEMPERATURE, default_top_k, default_views
 from kdfast.teacher.row_format import TopK
 
 ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str]
@@ -73,7 +74,8 @@ def cache(
     ids: npt.ArrayLike | None = None,
     views: int | None = None,
     view_seed: int = 0,
-    top_k: TopK | None = None,
+    top_k: TopK | int | None = None,
+    kind: Literal["logits", "features"] = "logits",
     precision: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     progress: Progress | None = None,
@@ -85,9 +87,13 @@ def cache(
         teacher: See `load_teacher`.
         out: The cache's folder; created if missing.
         ids: Indices of the samples to cover; None for the whole training split.
-        views: Augmentation views per sample; None for all that exist (162 for images padded by 4 and mirrored).
+        views: Augmentation views per sample; 0 for all that exist (162 for images padded by 4 and mirrored). None: all,
+            but 50 of random crops of images of at least 64 pixels.
         view_seed: Seed that chooses the views.
-        top_k: Keep only the most probable classes of each view.
+        top_k: Keep only the most probable classes of each view; a number stands for the temperature 4, and 0 keeps all.
+            None: all, but 10 of random crops of images of at least 64 pixels and more than 21 classes.
+        kind: "features" stores the inputs of the teacher's last linear layer, from which the logits of all classes are
+            computed when they are looked up.
         precision: Precision of the network on views other than the unaugmented image.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         progress: Called with (images done, images in total, note).
@@ -102,10 +108,16 @@ def cache(
     check_opened(data)
     model = load_teacher(teacher, data)
     place = resolve_device(device)
-    n_views, seed = None if views is None else as_integer("views", views), as_integer("view_seed", view_seed)
+    spec, seed = data.view_spec, as_integer("view_seed", view_seed)
+    n_views = default_views(spec) if views is None else as_integer("views", views) or spec.count
+    if top_k is None and kind == "logits":
+        top_k = default_top_k(spec, model.classes)
+    if not isinstance(top_k, TopK):
+        count = as_integer("top_k", top_k or 0)
+        top_k = TopK(count, DEFAULT_TEMPERATURE) if count else None
     build_cache(
-        data, model, out, ids=ids, n_views=n_views, view_seed=seed, top_k=top_k, precision=precision, device=place,
-        progress=progress,
+        data, model, out, ids=ids, n_views=n_views, view_seed=seed, top_k=top_k, kind=kind, precision=precision,
+        device=place, progress=progress,
     )  # fmt: skip
     return TeacherCache.open(Path(out), source=data, teacher=model, check_files=False)
 

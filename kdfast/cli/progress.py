@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kdfast.cli.output import MODE, complain, is_main_process, log_event
@@ -76,24 +76,37 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Reporter]:
         )
 
 
-def announce(out: Path, size: int, seconds: float | None) -> None:
+def announce(
+    out: Path, size: int, seconds: float | None, *, files: Mapping[str, int] | None = None, temporary: int = 0
+) -> None:
     """Check that the disk has room for an output, and say what long work will write and how long it takes.
 
     Args:
         out: The folder to write.
         size: Its bytes, at least roughly.
         seconds: The estimated time, or None if it is short.
+        files: The bytes of its files by name, to name them too.
+        temporary: Bytes that are only needed until it is finished.
 
     Raises:
         OutputError: The disk is too small.
     """
     from kdfast.files.space import check_space, format_bytes, free_space
 
-    check_space(out, size, "the output")
+    check_space(out, size + temporary, "the output")
     if MODE.quiet or (size < LARGE_BYTES and (seconds or 0.0) < LONG_SECONDS):
         return
     takes = "" if seconds is None else f", in about {format_seconds(seconds)}"
-    complain(f"kdfast: writes about {format_bytes(size)} to {out} ({format_bytes(free_space(out))} free){takes}")
+    room = f"{list_files(files)}; " if files else ""
+    room += f"{format_bytes(free_space(out))} free"
+    complain(f"kdfast: writes about {format_bytes(size)} to {out} ({room}){takes}")
+
+
+def list_files(files: Mapping[str, int]) -> str:
+    """Return names of files with their sizes."""
+    from kdfast.files.space import format_bytes
+
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in files.items())
 
 
 class _Lines:

@@ -13,6 +13,7 @@ import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import CacheMismatch, OutputError, UsageError
+from kdfast.data.views import ViewSpec
 from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
@@ -26,6 +27,7 @@ from kdfast.teacher.manifest import (
     PLAN,
     TIMING,
     VERSION,
+    SHARDS,
     compare_manifests,
     digest_ids,
     read_plan,
@@ -34,10 +36,29 @@ from kdfast.teacher.manifest import (
 SHARD_BYTES = 64 << 20
 # Limits what a kill can cost to a few minutes of a small teacher's work.
 _SHARD_ROWS = 1 << 17
+# Of large images: random crops per sample, and classes of each.
+_LARGE_SIDE, _LARGE_VIEWS, _LARGE_TOP_K = 64, 50, 10
+DEFAULT_TEMPERATURE = 4.0
+"""Temperature of a cache of the most probable classes, as of runs."""
 
 
 def describe_teacher(model: Model) -> dict[str, Any]:
     """Return what identifies a teacher in a cache."""
+def default_views(spec: ViewSpec) -> int:
+    """Return how many views of each sample to cache: all, but of random crops of large images only some."""
+    return min(spec.count, _LARGE_VIEWS) if _is_large(spec) else spec.count
+
+
+def default_top_k(spec: ViewSpec, classes: int) -> int:
+    """Return how many classes of each view to cache: 0, all, but of random crops of large images only some."""
+    # With fewer classes, all of them take no more space.
+    return _LARGE_TOP_K if _is_large(spec) and classes > 2 * _LARGE_TOP_K + 1 else 0
+
+
+def _is_large(spec: ViewSpec) -> bool:
+    return spec.kind == "crop" and min(spec.size) >= _LARGE_SIDE
+
+
     norm = model.normalization
     return {"net": model.name, "digest": model.digest, "mean": list(norm.mean), "std": list(norm.std)}
 
@@ -105,7 +126,7 @@ def delete_cache(folder: Path) -> None:
     for rank in folder.glob(f"{BUILDING}/rank-*"):
         with FolderLock(rank):  # raises if that process still works
             pass
-    delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, CLASSIFIER, BUILDING, "logits-*.npy"))
+    delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, CLASSIFIER, BUILDING, SHARDS))
 
 
 def write_or_check_plan(folder: Path, plan: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from kdfast.errors import CacheMismatch, UsageError, shorten
 from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.ops.kd_loss.validation import check_temperature
 
+_BLOCK_BYTES = 1 << 20  # of logits: what a core's cache holds
+
 __all__ = ["RowFormat", "TeacherLogits", "TopK", "map_logits", "slice_rows", "tensors_of"]
 
 TeacherLogits = Tensor | TopKTeacher
@@ -146,14 +148,26 @@ class RowFormat:
         if self.top_k is None:
             return logits.astype(self.dtype)
         given = torch.from_numpy(logits.reshape(-1, self.classes))
-        values, classes = given.topk(self.top_k.k, 1)
-        others = given.double().scatter(1, classes, -torch.inf)
-        tails = [(others / temperature).logsumexp(1) for temperature in self.top_k.temperatures]
-        rows = np.empty(len(values), self.element)
-        with np.errstate(over="ignore"):  # the caller checks that they are finite
-            for name, part in (("values", values), ("classes", classes), ("tail", torch.stack(tails, 1))):
-                rows[name] = part.numpy()
+        rows = np.empty(len(given), self.element)
+        block = max(1, _BLOCK_BYTES // (4 * self.classes))
+        for begin in range(0, len(given), block):
+            self._pack_largest(given[begin : begin + block], rows[begin : begin + block])
         return rows.reshape(logits.shape[:-1])
+
+    def _pack_largest(self, logits: Tensor, rows: npt.NDArray[Any]) -> None:
+        """Fill records with the largest of logits (n, C)."""
+        assert self.top_k is not None
+        values, classes = logits.topk(self.top_k.k + 1, 1)
+        # Of the others, the largest is subtracted, so that no sum of exponentials is 0.
+        largest, classes = values[:, -1:], classes[:, :-1]
+        below = (logits - largest).scatter_(1, classes, -torch.inf)
+        tails = [
+            (below / temperature).exp_().sum(1).log_() + largest[:, 0] / temperature
+            for temperature in self.top_k.temperatures
+        ]
+        with np.errstate(over="ignore"):  # the caller checks that they are finite
+            for name, part in (("values", values[:, :-1]), ("classes", classes), ("tail", torch.stack(tails, 1))):
+                rows[name] = part.numpy()
 
     def unpack(self, rows: npt.NDArray[Any], column: int) -> TopKTeacher:
         """Convert records (n,) to the form that `kd_loss` accepts, with the tail of a temperature."""

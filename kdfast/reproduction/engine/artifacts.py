@@ -36,7 +36,7 @@ from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics import format as dynamics_format
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError
-from kdfast.estimates import cached_bytes
+from kdfast.estimates import measure_cache
 from kdfast.files import make_subfolder, sha256_json
 from kdfast.files.space import check_space
 from kdfast.nets.checkpoint import Model, load_model, save_model
@@ -49,7 +49,7 @@ from kdfast.reproduction.engine.locks import hold
 from kdfast.reproduction.engine.teachers import TEACHER_SEED, TeacherSpec, plain_name
 from kdfast.reproduction.study import RECORDING_FIELDS, Study
 from kdfast.sweep.work import Postponed
-from kdfast.teacher.build import build_cache
+from kdfast.teacher.build import build_cache, row_format
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.evaluate import evaluate
 from kdfast.teacher.flatten import FlattenConfig, flatten_teacher
@@ -365,8 +365,9 @@ class Artifacts:
     def _cache(self, model: Model, path: Path, ids: IntArray | None, views: int, progress: Progress | None) -> None:
         def make(report: Progress | None) -> None:
             samples = len(self._source.train) if ids is None else len(ids)
-            size = cached_bytes(model, self._source, samples=samples, view_bytes=views * model.classes * 2)
-            check_space(path, size, "the teacher's cache")
+            rows = row_format(model, "float16")
+            size = measure_cache(model, self._source, samples=samples, n_views=views, rows=rows)
+            check_space(path, size.total + size.temporary, "the teacher's cache")
             build_cache(
                 self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
                 device=self._device, progress=report,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,8 +11,16 @@ from kdfast.cli import options
 from kdfast.cli.command import Command, Group
 from kdfast.cli.commands import recipe
 from kdfast.cli.output import show
-from kdfast.cli.progress import announce, format_seconds, progress
+from kdfast.cli.progress import announce, format_seconds, list_files, progress
 from kdfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdfast.data.source import Source
+    from kdfast.distributed.group import Distributed
+    from kdfast.estimates import CacheSize
+    from kdfast.nets.checkpoint import Model
+    from kdfast.teacher.build import CacheBuild
+    from kdfast.teacher.row_format import TopK
 
 app = typer.Typer(invoke_without_command=True, cls=Group)
 
@@ -35,8 +43,13 @@ def build(
         ),
     ] = None,
     views: Annotated[
-        int, typer.Option("--views", help="Views per sample; 0: all views, for any later run.", min=0)
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--views",
+            help="Views per sample; 0: all views, for any later run. Default: all; 50 of large images.",
+            min=0,
+        ),
+    ] = None,
     view_seed: Annotated[
         int, typer.Option("--view-seed", help="Seed that chooses the views.", min=0, max=2**63 - 1)
     ] = 0,
@@ -52,16 +65,27 @@ def build(
         typer.Option(
             "--top-k",
             help="Store only the K most probable classes of each view, and the probability of the others at "
-            "--temperature; for very many classes. Default: store all classes.",
-            min=1,
+            "--temperature; 0: all classes. Default: all; 10 of large images with more than 21 classes.",
+            min=0,
         ),
     ] = None,
     temperature: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            "--temperature", help="With --top-k: temperature of the runs that will use the cache; default: 4."
+            "--temperature",
+            help="With --top-k: temperatures of the runs that will use the cache, comma-separated; default: 4.",
+            metavar="LIST",
         ),
     ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            help="What to store of each view: logits, or features, the inputs of the teacher's last linear layer, from "
+            "which all logits are computed later, at any temperature; smaller if there are more classes than features.",
+            metavar="logits|features",
+        ),
+    ] = "logits",
     precision: Annotated[
         str,
         typer.Option(
@@ -80,6 +104,15 @@ def build(
     order: options.Order = "path",
     split: options.Split = None,
     device: options.Device = "auto",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="Compute only part I of N, counted from 0, as one of N jobs: all in one folder, which is whole once "
+            "the last is done, or each in a folder of its own for kdfast cache merge.",
+            metavar="I/N",
+        ),
+    ] = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     config: options.Config = None,
@@ -98,69 +131,161 @@ def build(
     from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_file, open_subset
     from kdfast.device import resolve_device
-    from kdfast.estimates import cached_bytes, estimate_forward
+    from kdfast.distributed.group import PATIENT, Distributed
+    from kdfast.estimates import estimate_cache, measure_cache
     from kdfast.nets.checkpoint import load_model
     from kdfast.nets.fit import check_fit
-    from kdfast.teacher.build import build_cache, check_build
+    from kdfast.teacher.build import build_cache, check_build, row_format
     from kdfast.teacher.cache import TeacherCache
-    from kdfast.teacher.plan import delete_cache, is_finished
-    from kdfast.teacher.row_format import RowFormat, TopK
+    from kdfast.teacher.plan import default_views, delete_cache, is_finished
 
     options.one_of("--dtype", dtype, ("float16", "float32"))
+    options.one_of("--kind", kind, ("logits", "features"))
     if subset is not None:
         check_subset_file(subset)
     model = load_model(teacher)
-    source, views = augment_source(open_source(data, size=size, order=order, split=split), augment, views)
+    source, asked = augment_source(open_source(data, size=size, order=order, split=split), augment, views or 0)
     check_fit(model, source, str(teacher))
-    ids = None if subset is None else open_subset(subset, source).ids
-    kept = len(source.train) if ids is None else len(ids)
-    n_views = views or source.view_spec.count
-    if top_k is None and temperature is not None:
-        raise UsageError(
-            "--temperature is given without --top-k: omit it, a cache of all classes serves any temperature"
-        )
-    kept_classes = None if top_k is None else TopK(top_k, 4.0 if temperature is None else temperature)
-    place = resolve_device(device)
+    ids = np.arange(len(source.train)) if subset is None else np.sort(open_subset(subset, source).ids)
+    kept = len(ids)
+    n_views = asked or (default_views(source.view_spec) if views is None else source.view_spec.count)
+    kept_classes = _choose_classes(source, model, top_k, temperature, kind)
+    distributed = Distributed.from_environment()
+    rank, world = _parse_shard(shard, distributed)
+    place = distributed.local_device(resolve_device(device))
     arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
-    check_build(source, model, out, n_views, dtype, arithmetic, kept_classes)
-    view_bytes = n_views * RowFormat(model.classes, np.dtype(dtype), kept_classes).row_bytes
-    size_bytes = cached_bytes(model, source, samples=kept, view_bytes=view_bytes)
+    check_build(source, model, out, n_views, dtype, arithmetic, kept_classes, rank, world, kind=kind)
+    rows = row_format(model, dtype, kept_classes, kind)
+    bytes_ = measure_cache(model, source, samples=kept, n_views=n_views, rows=rows)
     reused = is_finished(out) and not force
-    seconds = None if reused else estimate_forward(source, model, place, kept * n_views)
-    announce(out, size_bytes, seconds)
+    seconds = None if reused or not distributed.is_main else estimate_cache(
+        source, model, place, ids=ids[: -(-kept // world)], n_views=n_views, rows=rows, precision=cast(Any, arithmetic),
+        batch_size=batch_size,
+    )  # fmt: skip
+    announce(out, bytes_.total, seconds, files=bytes_.files, temporary=bytes_.temporary)
     if dry_run:
-        show(
-            f"would run {model.name} on {kept} samples x {n_views} views = {kept * n_views} images "
-            f"and write {size_bytes / 1e6:.0f} MB to {out}"
-            f"{'' if seconds is None else f', in about {format_seconds(seconds)}'}",
-            {"dry_run": True, "samples": kept, "views": n_views, "bytes": size_bytes, "seconds": seconds},
-        )
+        _show_planned(model.name, kept, n_views, bytes_, seconds, out)
         return
-    if force:
-        delete_cache(out)
     if not reused:
         recipe.announce_views(source, augment)
-    with progress("cache") as report:
-        build_cache(
+    with progress("cache") as report, distributed.process_group(None, timeout=PATIENT):
+        if force and distributed.is_main:
+            delete_cache(out)
+        distributed.barrier()
+        built = build_cache(
             source,
             model,
             out,
-            ids=ids,
+            ids=None if subset is None else ids,
             n_views=n_views,
             view_seed=view_seed,
             dtype=cast(Any, dtype),
             top_k=kept_classes,
+            kind=cast(Any, kind),
             precision=cast(Any, arithmetic),
             batch_size=batch_size,
             device=place,
+            rank=rank,
+            world=world,
+            part=shard is not None,
             progress=report,
         )
-    manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest
+        distributed.barrier()  # the last one to finish has written the manifest
+    if shard is not None and not built.complete:
+        _show_part(built, shard)
+    elif distributed.is_main:
+        manifest = TeacherCache.open(out, source=source, teacher=model, check_files=False).manifest
+        _show_cache(manifest, kept, n_views, model.classes if kept_classes is None else kept_classes.k, out)
+
+
+def _show_planned(net: str, samples: int, views: int, planned: CacheSize, seconds: float | None, out: Path) -> None:
+    from kdfast.files.space import format_bytes, free_space
+
+    free = free_space(out)
+    show(
+        f"would run {net} on {samples} samples x {views} views = {samples * views} images "
+        f"and write {format_bytes(planned.total)} to {out} ({list_files(planned.files)}; until it is finished, "
+        f"{format_bytes(planned.temporary)} more; {format_bytes(free)} free)"
+        f"{'' if seconds is None else f', in about {format_seconds(seconds)}'}",
+        {"dry_run": True, "samples": samples, "views": views, "bytes": planned.total, "files": planned.files,
+         "temporary_bytes": planned.temporary, "free_bytes": free, "seconds": seconds},
+    )  # fmt: skip
+
+
+def _show_cache(manifest: dict[str, Any], samples: int, views: int, classes: int, out: Path) -> None:
     numbers = {name: manifest[name] for name in ("seconds", "train_top1", "test_top1")}
     show(
-        f"cached {kept} samples x {n_views} views x {top_k or model.classes} classes in {manifest['seconds']:.0f} s; "
+        f"cached {samples} samples x {views} views x {classes} classes in {manifest['seconds']:.0f} s; "
         f"teacher's top-1: {numbers['train_top1']:.2f} on these samples, {numbers['test_top1']:.2f} on the test split",
-        {"samples": kept, "views": n_views, "classes": top_k or model.classes, **numbers, "out": str(out)},
+        {"samples": samples, "views": views, "classes": classes, **numbers, "out": str(out)},
+    )
+
+
+def _parse_shard(shard: str | None, distributed: Distributed) -> tuple[int, int]:
+    """Return the part of this process and the number of parts: those of --shard, or of the processes."""
+    if shard is None:
+        return distributed.rank, distributed.world_size
+    if distributed.world_size > 1:
+        raise UsageError(
+            f"--shard is for jobs of one process, and torchrun started {distributed.world_size}: omit one of both"
+        )
+    rank, _, world = shard.partition("/")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UsageError(f"--shard is {shard!r}: pass I/N, with I from 0 to N - 1")
+    return int(rank), int(world)
+
+
+def _show_part(built: CacheBuild, shard: str) -> None:
+    show(
+        f"part {shard} is done: {built.computed} shards computed, {built.kept} kept. The cache in {built.path} is "
+        "whole once the other parts are done in the same folder; kdfast cache merge joins those of several folders",
+        {"shard": shard, "computed": built.computed, "kept": built.kept, "complete": False, "out": str(built.path)},
+    )
+
+
+def _choose_classes(source: Source, model: Model, top_k: int | None, temperature: str | None, kind: str) -> TopK | None:
+    """Return the classes to store of each view; None: all."""
+    from kdfast.teacher.plan import DEFAULT_TEMPERATURE, default_top_k
+    from kdfast.teacher.row_format import TopK
+
+    if top_k is None:
+        top_k = default_top_k(source.view_spec, model.classes) if kind == "logits" else 0
+    if not top_k:
+        if temperature is not None:
+            raise UsageError(
+                "--temperature is given without --top-k: omit it, a cache of all classes serves any temperature"
+            )
+        return None
+    try:
+        given = [DEFAULT_TEMPERATURE] if temperature is None else [float(word) for word in temperature.split(",")]
+        return TopK(top_k, given)
+    except ValueError as error:
+        raise UsageError(f"--temperature is {temperature!r}: pass numbers separated by commas") from error
+
+
+@app.command("merge", cls=Command)
+def merge(
+    parts: Annotated[
+        list[Path], typer.Argument(help="Folders that kdfast cache --shard has written.", metavar="PART...")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the cache; the same command resumes it.")],
+    config: options.Config = None,
+) -> None:
+    """Join the parts of a cache that jobs have written to folders of their own, and compare every file's digest.
+
+    The result has the bytes of a cache that one process has built. The parts stay.
+    """
+    from kdfast.teacher.cache import TeacherCache
+    from kdfast.teacher.writing.parts import merge_parts
+
+    with progress("merge") as report:
+        merge_parts(parts, out, progress=report)
+    cache = TeacherCache.open(out, check_files=False)
+    facts = {"parts": len(parts), "samples": len(cache), "views": cache.n_views, "out": str(out)}
+    show(
+        f"merged {len(parts)} parts: {len(cache)} samples x {cache.n_views} views; teacher's top-1: "
+        f"{cache.manifest['train_top1']:.2f} on these samples, {cache.manifest['test_top1']:.2f} on the test split",
+        {**facts, **{name: cache.manifest[name] for name in ("train_top1", "test_top1")}},
     )
 
 

@@ -1,0 +1,19 @@
+"""The benchmark of a large cache runs on few samples, checks the rows and writes its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import bench_view_cache
+
+
+def test_writes_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_view_cache.harness, "RESULTS", tmp_path)
+    path = bench_view_cache.main(["--samples", "600", "--folder", str(tmp_path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["step"].split(",")[0] for row in rows] == ["write", "open", "read", "read"]
+    assert 0 < rows[0]["bytes_of_views"] - 600 * 4 * 42 < 512  # the header of one file
