@@ -12,8 +12,8 @@ import numpy.typing as npt
 import kdfast
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import CacheMismatch, OutputError, UsageError
 from kdfast.data.views import ViewSpec
+from kdfast.errors import CacheMismatch, OutputError, UsageError
 from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
@@ -25,25 +25,23 @@ from kdfast.teacher.manifest import (
     IDENTITY,
     MANIFEST,
     PLAN,
+    SHARDS,
     TIMING,
     VERSION,
-    SHARDS,
     compare_manifests,
     digest_ids,
     read_plan,
 )
 
 SHARD_BYTES = 64 << 20
-# Limits what a kill can cost to a few minutes of a small teacher's work.
-_SHARD_ROWS = 1 << 17
 # Of large images: random crops per sample, and classes of each.
 _LARGE_SIDE, _LARGE_VIEWS, _LARGE_TOP_K = 64, 50, 10
 DEFAULT_TEMPERATURE = 4.0
 """Temperature of a cache of the most probable classes, as of runs."""
+# Limits what a kill can cost to a few minutes of a small teacher's work.
+_SHARD_ROWS = 1 << 17
 
 
-def describe_teacher(model: Model) -> dict[str, Any]:
-    """Return what identifies a teacher in a cache."""
 def default_views(spec: ViewSpec) -> int:
     """Return how many views of each sample to cache: all, but of random crops of large images only some."""
     return min(spec.count, _LARGE_VIEWS) if _is_large(spec) else spec.count
@@ -59,6 +57,8 @@ def _is_large(spec: ViewSpec) -> bool:
     return spec.kind == "crop" and min(spec.size) >= _LARGE_SIDE
 
 
+def describe_teacher(model: Model) -> dict[str, Any]:
+    """Return what identifies a teacher in a cache."""
     norm = model.normalization
     return {"net": model.name, "digest": model.digest, "mean": list(norm.mean), "std": list(norm.std)}
 
