@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import Tensor
 from kdfast.data.loaders import Loader
 from kdfast.data.order import batch_count, epoch_order, split_batches_by_rank
 from kdfast.data.transfer import Transfer, to_device
-from kdfast.data.views import ViewSpec, draw_view_indices, view_table
+from kdfast.data.views import ViewSpec, draw_view_indices, view_boxes, view_table
 from kdfast.distillation.recipe.mixing import Mixing
 from kdfast.distillation.targets import CachedTargets
 from kdfast.distributed.group import Distributed
@@ -34,6 +35,10 @@ class Batch:
         teacher: The teacher's logits: all rows of the run, or those of the batch; None without a cache.
         index_on_cpu: `index` on the CPU, where some views are drawn.
         mixing: How the images are mixed, float32 (7,), as in `Mixing.draw`; None: they are not.
+        leading: How many of the first columns of `index` are of samples that others are mixed with, and that another
+            process trains on.
+        boxes: The boxes of the views, int32, one for each column of `index`, as `view_boxes` draws them; None for
+            views without boxes.
     """
 
     index: Tensor
@@ -42,16 +47,18 @@ class Batch:
     teacher: TeacherLogits | None
     index_on_cpu: Tensor
     mixing: Tensor | None = None
+    leading: int = 0
+    boxes: Tensor | None = None
 
     def view_arguments(self, spec: ViewSpec) -> tuple[Tensor, Tensor]:
         """Return sample ids and view ids on the device where `apply_views` needs them for this set of views."""
-        index = self.index_on_cpu if spec.is_drawn else self.index
+        index = self.index_on_cpu if spec.is_drawn and self.boxes is None else self.index
         return index[0], index[1]
 
     @property
     def ids(self) -> Tensor:
         """int64 (B,), indices into the training split."""
-        return self.index[0]
+        return self.index[0, self.leading :]
 
     @property
     def view_ids(self) -> Tensor:
@@ -60,8 +67,8 @@ class Batch:
 
     @property
     def image_rows(self) -> Tensor | None:
-        """int64 (B,), rows of `images`; None for row i."""
-        return self.ids if self.whole_split else None
+        """int64, rows of `images`, with the leading ones; None for row i."""
+        return self.index[0] if self.whole_split else None
 
     @property
     def teacher_rows(self) -> Tensor | None:
@@ -79,6 +86,7 @@ class _Epoch:
         index: int64 (2, n) or (3, n), as in `Batch`, on the CPU.
         sizes: Samples of each batch.
         mixing: float32 (batches, 7), as in `Mixing.draw`; None: the images are not mixed.
+        boxes: int32 (n, 5), of the views; None for views without boxes.
     """
 
     ids: NDArray[np.int64]
@@ -86,6 +94,7 @@ class _Epoch:
     index: Tensor
     sizes: list[int]
     mixing: Tensor | None
+    boxes: Tensor | None
 
 
 class Batches:
@@ -102,7 +111,7 @@ class Batches:
         seed: Seed of the order and the views.
         device: Where the batches go.
         distributed: This process among those of the run; each gets its share of every batch.
-        mixing: How images are mixed, within the share of a process; None: they are not.
+        mixing: How images are mixed; None: they are not.
     """
 
     def __init__(
@@ -121,6 +130,7 @@ class Batches:
         mixing: Mixing | None = None,
     ) -> None:
         self._mixing = mixing
+        self._spec = spec
         self._ids = np.sort(ids)
         self._loader, self._targets = loader, targets
         self._n_views, self._batch_size, self._seed = n_views, batch_size, seed
@@ -147,13 +157,16 @@ class Batches:
         index = to_device(plan.index, self._device)
         if self._targets is not None:
             self._targets.begin_epoch(plan.ids, plan.view_indices)
+        boxes = None if plan.boxes is None else to_device(plan.boxes, self._device)
         mixing = itertools.repeat(None) if plan.mixing is None else to_device(plan.mixing, self._device)
         stops = list(itertools.accumulate(plan.sizes))
         for images, stop, size, mixed in zip(self._images(plan), stops, plan.sizes, mixing, strict=False):
             teacher = None if self._targets is None else self._targets.batch(stop - size, size)
             part = slice(stop - size, stop)
             whole = self._loader.table is not None
-            yield Batch(index[:, part], images, whole, teacher, plan.index[:, part], mixed)
+            leading = int(plan.mixing is not None and self._distributed.world_size > 1)
+            boxed = None if boxes is None else boxes[part]
+            yield Batch(index[:, part], images, whole, teacher, plan.index[:, part], mixed, leading, boxed)
 
     def _images(self, plan: _Epoch) -> Generator[Tensor, None, None]:
         table = self._loader.table
@@ -177,14 +190,22 @@ class Batches:
     def _plan(self, epoch: int, first: int) -> _Epoch:
         order = epoch_order(self._ids, self._seed, epoch)
         rank, world = self._distributed.rank, self._distributed.world_size
-        shares = list(split_batches_by_rank(order, self._batch_size, start=first, rank=rank, world=world))
+        split = functools.partial(split_batches_by_rank, order, self._batch_size, start=first, world=world)
+        shares = list(split(rank=rank))
+        if self._mixing is not None and world > 1:
+            # The first sample is mixed with the one before it in the whole batch, which is the last for process 0.
+            before = split(rank=(rank - 1) % world)
+            shares = [np.concatenate([other[-1:], own]) for other, own in zip(before, shares, strict=True)]
         ids = np.concatenate(shares)
         view_indices = draw_view_indices(self._seed, epoch, ids, self._n_views)
-        rows = [ids, self._view_ids(ids, view_indices)]
+        view_ids = self._view_ids(ids, view_indices)
+        rows = [ids, view_ids]
         if self._targets is not None and self._targets.resident:
             rows.append(self._targets.rows(ids, view_indices))
         sizes = [len(share) for share in shares]
-        return _Epoch(ids, view_indices, torch.from_numpy(np.stack(rows)), sizes, self._draw_mixing(epoch, first))
+        boxes = view_boxes(self._spec, ids, view_ids, self._loader.shape[:2]) if self._spec.has_boxes else None
+        mixing = self._draw_mixing(epoch, first)
+        return _Epoch(ids, view_indices, torch.from_numpy(np.stack(rows)), sizes, mixing, boxes)
 
     def _draw_mixing(self, epoch: int, first: int) -> Tensor | None:
         """Return how the batches of an epoch from `first` on are mixed, the same in every process."""

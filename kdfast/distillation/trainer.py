@@ -181,18 +181,21 @@ class Trainer:
         spec = plan.source.view_spec
         ids, view_ids = batch.view_arguments(spec)
         inputs = apply_views(
-            batch.images, view_ids, spec, plan.normalization, sample_ids=ids, rows=batch.image_rows, dtype=dtype
-        )
+            batch.images, view_ids, spec, plan.normalization,
+            sample_ids=ids, rows=batch.image_rows, boxes=batch.boxes, dtype=dtype,
+        )  # fmt: skip
         if batch.mixing is not None:
-            inputs = mix_images(inputs, batch.mixing)
+            inputs = mix_images(inputs, batch.mixing)[batch.leading :]
         autocast = torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST)
         with autocast, self._taps, self._batch_norms(self.net):
             logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
-            teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids, batch.mixing)
-            batch = dataclasses.replace(batch, teacher=teacher.logits, index=batch.index[:2])
-            teacher_taps = dict(teacher.taps)
+            teacher = plan.targets.compute(
+                batch.images, batch.image_rows, view_ids, ids, batch.boxes, batch.mixing
+            )
+            batch = dataclasses.replace(batch, teacher=teacher.logits[batch.leading :], index=batch.index[:2])
+            teacher_taps = {name: tap[batch.leading :] for name, tap in teacher.taps.items()}
         loss = self.compute_loss(logits, batch)
         if config.terms:
             loss = self._add_terms(loss, logits, batch, teacher_taps)
@@ -241,7 +244,8 @@ class Trainer:
         loss = self._labeled_loss(logits, labels, batch)
         if batch.mixing is None:
             return loss
-        return torch.lerp(self._labeled_loss(logits, partner_labels(labels), batch), loss, batch.mixing[0])
+        partners = partner_labels(self.labels[batch.index[0]])[batch.leading :]
+        return torch.lerp(self._labeled_loss(logits, partners, batch), loss, batch.mixing[0])
 
     def _labeled_loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         config = self.plan.config

@@ -124,7 +124,7 @@ def _read_plans(folders: Sequence[Path]) -> dict[str, Any]:
     for folder in folders:
         if (folder / MANIFEST).exists():
             raise CacheMismatch(
-                f"{folder} is a whole cache: merge only the parts that kdfast cache --shard has written"
+                f"{folder} is a whole cache: use it as it is, and merge parts that kdfast cache --shard has written"
             )
         plans.append(read_plan(folder))
         for rank in folder.glob(f"{BUILDING}/rank-*"):

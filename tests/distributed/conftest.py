@@ -1,0 +1,51 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORK = Path(__file__).parent / "work.py"
+Start = Callable[..., list[subprocess.Popen[str]]]
+
+
+def environment(**variables: object) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+
+
+@pytest.fixture
+def start() -> Start:
+    """Return a function that starts a Python command in several processes, as torchrun does but without watching."""
+
+    def begin(processes: int, *command: object) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=environment(
+                    RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+
+    return begin
+
+
+@pytest.fixture
+def run_work(start: Start) -> Callable[..., None]:
+    """Return a function that runs functions of `work.py` in several processes: processes, names, folder."""
+
+    def run(processes: int, names: str, folder: Path) -> None:
+        for process in start(processes, WORK, names, folder):
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+
+    return run
