@@ -86,65 +86,77 @@ class Flow:
 
 def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
     """Return the stages of distilling on the kept samples."""
-    once = [*_recording(amounts, rates, sizes), *_scoring(amounts, rates, sizes)]
+    stages = _Stages(amounts, rates, sizes)
+    once = [*stages.recording(), *stages.scoring(), stages.selection()]
     if amounts.views and amounts.whole:
-        once = [_cache("cache", amounts.samples, amounts.views, amounts, rates, sizes), *once]
-    once.append(
-        Stage("prune", f"{amounts.kept} of {amounts.samples} samples", {"select": rates.selection}, 8 * amounts.kept)
-    )
-    if amounts.views and not amounts.whole:
-        once.append(_cache("cache", amounts.kept, amounts.views, amounts, rates, sizes))
-    each = _training(amounts, rates, sizes, amounts.steps, amounts.images)
-    return Flow(tuple(once), each, amounts.students)
+        once = [stages.cache(amounts.samples, amounts.views), *once]
+    elif amounts.views:
+        once.append(stages.cache(amounts.kept, amounts.views))
+    return Flow(tuple(once), stages.training(amounts.steps, amounts.images), amounts.students)
 
 
 def whole_flow(amounts: Amounts, rates: Rates, sizes: Sizes, *, same_steps: bool) -> Flow:
     """Return the stages of distilling on all samples, for as many epochs or for as many steps."""
-    once = (_cache("cache", amounts.samples, amounts.views, amounts, rates, sizes),) if amounts.views else ()
-    share = amounts.steps / amounts.all_steps if same_steps else 1.0
+    stages = _Stages(amounts, rates, sizes)
+    once = (stages.cache(amounts.samples, amounts.views),) if amounts.views else ()
     steps = amounts.steps if same_steps else amounts.all_steps
-    return Flow(once, _training(amounts, rates, sizes, steps, amounts.all_images * share), amounts.students)
+    images = amounts.all_images * steps / amounts.all_steps
+    return Flow(once, stages.training(steps, images), amounts.students)
 
 
-def _recording(amounts: Amounts, rates: Rates, sizes: Sizes) -> list[Stage]:
-    if not amounts.recorded_epochs:
-        return []
-    seconds = amounts.recorded_epochs * amounts.samples * rates.recorded
-    work = f"{amounts.recorded_epochs} epochs of {amounts.samples} samples"
-    return [Stage("dynamics", work, {"train and record": seconds}, sizes.recorded)]
+@dataclass(frozen=True)
+class _Stages:
+    """Makes the stages of a plan, each of which also opens the data."""
 
+    amounts: Amounts
+    rates: Rates
+    sizes: Sizes
 
-def _scoring(amounts: Amounts, rates: Rates, sizes: Sizes) -> list[Stage]:
-    """Return what the selection needs of the teacher: a cache, or the teacher flattened and differentiated."""
-    stages = []
-    if amounts.scored_views:
-        stages.append(_cache("cache for scores", amounts.samples, amounts.scored_views, amounts, rates, sizes))
-    if amounts.flattening:
-        seconds = {"steps": amounts.flattening * rates.flattened}
-        stages.append(Stage("flatten", f"{amounts.flattening} steps", seconds, sizes.network))
-    if amounts.scores_network:
-        parts = {"gradients": amounts.samples * rates.scored}
-        if amounts.fisher:
-            parts = {"fisher": amounts.fisher * rates.fisher, **parts}
-        stages.append(Stage("score", f"gradients of {amounts.samples} samples", parts, 8 * amounts.samples))
-    return stages
+    def stage(self, name: str, work: str, parts: Mapping[str, float], size: int) -> Stage:
+        return Stage(name, work, {"open": self.rates.opening, **parts}, size)
 
+    def recording(self) -> list[Stage]:
+        amounts = self.amounts
+        if not amounts.recorded_epochs:
+            return []
+        seconds = amounts.recorded_epochs * amounts.samples * self.rates.recorded
+        work = f"{amounts.recorded_epochs} epochs of {amounts.samples} samples"
+        return [self.stage("dynamics", work, {"train and record": seconds}, self.sizes.recorded)]
 
-def _cache(name: str, samples: int, views: int, amounts: Amounts, rates: Rates, sizes: Sizes) -> Stage:
-    size = samples * (views * sizes.view + sizes.sample)
-    parts = {
-        "teacher": samples * (rates.cached + (views - 1) * rates.view),
-        "write": size * rates.written,
-        "evaluate": amounts.tested * rates.teacher_tested,
-    }
-    return Stage(name, f"{samples} samples x {views} view{'s' * (views > 1)}", parts, size)
+    def scoring(self) -> list[Stage]:
+        """Return what the selection needs of the teacher: a cache, or the teacher flattened and differentiated."""
+        amounts, rates, stages = self.amounts, self.rates, []
+        if amounts.scored_views:
+            stages.append(self.cache(amounts.samples, amounts.scored_views, "cache for scores"))
+        if amounts.flattening:
+            seconds = {"steps": amounts.flattening * rates.flattened}
+            stages.append(self.stage("flatten", f"{amounts.flattening} steps", seconds, self.sizes.network))
+        if amounts.scores_network:
+            parts = {"gradients": amounts.samples * rates.scored}
+            if amounts.fisher:
+                parts = {"fisher": amounts.fisher * rates.fisher, **parts}
+            stages.append(self.stage("score", f"gradients of {amounts.samples} samples", parts, 8 * amounts.samples))
+        return stages
 
+    def selection(self) -> Stage:
+        kept, samples = self.amounts.kept, self.amounts.samples
+        return self.stage("prune", f"{kept} of {samples} samples", {"select": self.rates.selection}, 8 * kept)
 
-def _training(amounts: Amounts, rates: Rates, sizes: Sizes, steps: int, images: float) -> Stage:
-    initial = images * amounts.initial
-    parts = {
-        "load": amounts.samples * rates.loading,
-        "train": (images - initial) * rates.trained + initial * rates.initial,
-        "evaluate": amounts.tested * (rates.tested + (rates.teacher_tested if amounts.online else 0.0)),
-    }
-    return Stage("distill", f"{steps} steps of {amounts.batch_size}", parts, sizes.run)
+    def cache(self, samples: int, views: int, name: str = "cache") -> Stage:
+        rates, size = self.rates, samples * (views * self.sizes.view + self.sizes.sample)
+        parts = {
+            "teacher": samples * (rates.cached + (views - 1) * rates.view),
+            "write": size * rates.written,
+            "evaluate": self.amounts.tested * rates.teacher_tested,
+        }
+        return self.stage(name, f"{samples} samples x {views} view{'s' * (views > 1)}", parts, size)
+
+    def training(self, steps: int, images: float) -> Stage:
+        amounts, rates = self.amounts, self.rates
+        initial = images * amounts.initial
+        parts = {
+            "load": amounts.samples * rates.loading,
+            "train": (images - initial) * rates.trained + initial * rates.initial,
+            "evaluate": amounts.tested * (rates.tested + (rates.teacher_tested if amounts.online else 0.0)),
+        }
+        return self.stage("distill", f"{steps} steps of {amounts.batch_size}", parts, self.sizes.run)

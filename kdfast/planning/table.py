@@ -10,57 +10,68 @@ from kdfast.planning.savings import break_even
 from kdfast.planning.stages import Flow, Stage
 
 Row = tuple[str, str, str, str]
+Words = Callable[[float], str]
+
+_SHORT = 9.95  # seconds below this have a decimal
 
 
-def render_plan(plan: FlowPlan, format_seconds: Callable[[float], str]) -> str:
+def render_plan(plan: FlowPlan, format_seconds: Words) -> str:
     """Return the lines of a plan.
 
     Args:
         plan: The plan.
-        format_seconds: Returns a time in words.
+        format_seconds: Returns a time of ten seconds or more in words.
     """
-    pruned = plan.pruned
-    rows = [("on the kept samples", "", "time", "writes"), *_rows(pruned, format_seconds), ("", "", "", "")]
-    rows += [("on all samples", "", "time", "writes"), *_rows(plan.same_epochs, format_seconds)]
-    steps = plan.same_steps
-    rows.append(_row("  or distill", steps.each, format_seconds))
-    rows.append(
-        ("in all", f"for as many steps{_students(steps)}", format_seconds(steps.seconds), format_bytes(steps.size))
-    )
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+
+    def words(seconds: float) -> str:
+        return f"{seconds:.1f} s" if seconds < _SHORT else format_seconds(seconds)
+
+    pruned, steps = plan.pruned, plan.same_steps
+    rows = [("on the kept samples", "", "time", "writes"), *_rows(pruned, words), ("", "", "", "")]
+    rows += [("on all samples", "", "time", "writes"), *_rows(plan.same_epochs, words)]
+    rows.append(_row("  or distill", steps.each, words))
+    rows.append(_total(steps, "steps", words))
+    first, second, third, fourth = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
-        f"{name:<{widths[0]}}  {work:<{widths[1]}}  {time:>{widths[2]}}  {size:>8}".rstrip()
+        f"{name:<{first}}  {work:<{second}}  {time:>{third}}  {size:>{fourth}}".rstrip()
         for name, work, time, size in rows
     ]
-    lines += ["", _saving(pruned, plan.same_epochs, "for as many epochs", format_seconds)]
-    lines.append(_saving(pruned, plan.same_steps, "for as many steps", format_seconds))
+    lines += ["", _saving(pruned, plan.same_epochs, "epochs", words), _saving(pruned, steps, "steps", words)]
+    lines += ["", _describe_rates(plan)]
     if pruned.size > plan.free:
-        lines.append(f"the disk has {format_bytes(plan.free)} free, less than that")
+        lines.append(f"the disk has {format_bytes(plan.free)} free, and the kept samples need more")
     return "\n".join(lines)
 
 
-def _rows(flow: Flow, format_seconds: Callable[[float], str]) -> list[Row]:
-    stages = [_row(f"  {stage.name}", stage, format_seconds) for stage in (*flow.once, flow.each)]
-    total = ("in all", f"for as many epochs{_students(flow)}", format_seconds(flow.seconds), format_bytes(flow.size))
-    return [*stages, total]
+def _rows(flow: Flow, words: Words) -> list[Row]:
+    stages = [_row(f"  {stage.name}", stage, words) for stage in (*flow.once, flow.each)]
+    return [*stages, _total(flow, "epochs", words)]
 
 
-def _row(name: str, stage: Stage, format_seconds: Callable[[float], str]) -> Row:
-    return name, stage.work, format_seconds(stage.seconds), format_bytes(stage.size)
+def _row(name: str, stage: Stage, words: Words) -> Row:
+    return name, stage.work, words(stage.seconds), format_bytes(stage.size)
 
 
-def _students(flow: Flow) -> str:
-    return "" if flow.students == 1 else f", {flow.students} students"
+def _total(flow: Flow, unit: str, words: Words) -> Row:
+    what = f"as many {unit}" if flow.students == 1 else f"as many {unit}, {flow.students} students"
+    return "in all", what, words(flow.seconds), format_bytes(flow.size)
 
 
-def _saving(pruned: Flow, whole: Flow, what: str, format_seconds: Callable[[float], str]) -> str:
-    """Return a line that compares the two flows."""
-    students, least = pruned.students, break_even(pruned, whole)
-    saved = whole.seconds - pruned.seconds
-    who = f"{students} student{'s' * (students > 1)}"
-    if saved >= 0:
-        text = f"pruning saves {format_seconds(saved)} of {format_seconds(whole.seconds)} with {who}"
-    else:
-        text = f"pruning takes {format_seconds(-saved)} more than {format_seconds(whole.seconds)} with {who}"
+def _saving(pruned: Flow, whole: Flow, unit: str, words: Words) -> str:
+    """Return a line that compares the flow on the kept samples with one on all of them."""
+    least, saved, total = break_even(pruned, whole), whole.seconds - pruned.seconds, words(whole.seconds)
+    share = f"{100 * abs(saved) / whole.seconds:.0f}%"
+    what = f"saves {words(saved)} of {total}" if saved >= 0 else f"takes {words(-saved)} more than {total}"
     pays = "never pays" if least is None else f"pays from {least} student{'s' * (least > 1)} on"
-    return f"against all samples {what}: {text}; it {pays}"
+    return f"pruning {what} ({share}) against all samples for as many {unit}, and {pays}"
+
+
+def _describe_rates(plan: FlowPlan) -> str:
+    """Return a line with the rates that most of the time follows from."""
+    rates, found = plan.rates, []
+    for name, seconds in (("teacher", rates.view or rates.cached), ("student", rates.trained)):
+        if seconds:
+            found.append(f"{name} {1 / seconds:.0f} images/s")
+    if rates.written:
+        found.append(f"disk {format_bytes(1 / rates.written)}/s")
+    return f"measured in {plan.measured:.0f} s: {', '.join(found)}"

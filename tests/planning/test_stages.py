@@ -1,0 +1,158 @@
+"""Seconds and bytes of a plan against numbers that are computed by hand."""
+
+import dataclasses
+
+import pytest
+
+from kdfast.planning.plan import FlowPlan
+from kdfast.planning.rates import Rates
+from kdfast.planning.request import Amounts
+from kdfast.planning.savings import break_even
+from kdfast.planning.stages import Flow, Sizes, Stage, pruned_flow, whole_flow
+from kdfast.planning.table import render_plan
+
+# 10 epochs in batches of 32: 4 batches of 100 samples, 32 of 1000.
+AMOUNTS = Amounts(
+    samples=1000,
+    tested=200,
+    kept=100,
+    views=5,
+    scored_views=1,
+    whole=False,
+    recorded_epochs=0,
+    flattening=0,
+    fisher=0,
+    scores_network=False,
+    batch_size=32,
+    steps=40,
+    all_steps=320,
+    initial=0.0,
+    online=False,
+)
+RATES = Rates(
+    opening=0.5,
+    cached=0.01,
+    view=0.002,
+    teacher_tested=0.004,
+    trained=0.005,
+    tested=0.001,
+    recorded=0.003,
+    flattened=0.25,
+    fisher=0.02,
+    scored=0.03,
+    selection=2.0,
+    written=1e-6,
+)
+SIZES = Sizes(view=20, sample=40, recorded=7000, network=300, run=1000)
+
+
+def parts_of(flow: Flow) -> dict[str, dict[str, float]]:
+    return {stage.name: dict(stage.parts) for stage in (*flow.once, flow.each)}
+
+
+def test_kept_samples() -> None:
+    flow = pruned_flow(AMOUNTS, RATES, SIZES)
+    assert parts_of(flow) == {
+        "cache for scores": pytest.approx({"open": 0.5, "teacher": 10.0, "write": 0.06, "evaluate": 0.8}),
+        "prune": pytest.approx({"open": 0.5, "select": 2.0}),
+        "cache": pytest.approx({"open": 0.5, "teacher": 1.8, "write": 0.014, "evaluate": 0.8}),
+        "distill": pytest.approx({"open": 0.5, "load": 0.0, "train": 5.0, "evaluate": 0.2}),
+    }
+    assert flow.seconds == pytest.approx(11.36 + 2.5 + 3.114 + 5.7)
+    assert [stage.size for stage in flow.once] == [60_000, 800, 14_000]
+    assert flow.size == 75_800
+
+
+def test_all_samples_for_as_many_epochs() -> None:
+    flow = whole_flow(AMOUNTS, RATES, SIZES, same_steps=False)
+    assert [stage.name for stage in flow.once] == ["cache"]
+    assert flow.once[0].seconds == pytest.approx(0.5 + 18.0 + 0.14 + 0.8)
+    assert flow.each.parts["train"] == pytest.approx(10 * 1000 * 0.005)
+    assert flow.each.work == "320 steps of 32"
+
+
+def test_all_samples_for_as_many_steps() -> None:
+    flow = whole_flow(AMOUNTS, RATES, SIZES, same_steps=True)
+    # 40 steps of 1000 / 32 images, of which the last of an epoch has fewer.
+    assert flow.each.parts["train"] == pytest.approx(40 * 31.25 * 0.005)
+    assert flow.each.work == "40 steps of 32"
+
+
+def test_a_cache_of_all_samples_serves_the_scores() -> None:
+    amounts = dataclasses.replace(AMOUNTS, whole=True, scored_views=0)
+    flow = pruned_flow(amounts, RATES, SIZES)
+    assert [stage.name for stage in flow.once] == ["cache", "prune"]
+    assert flow.once[0].seconds == pytest.approx(0.5 + 18.0 + 0.14 + 0.8)
+
+
+def test_dynamics_flattening_and_scores_of_a_network() -> None:
+    amounts = dataclasses.replace(
+        AMOUNTS, scored_views=0, recorded_epochs=30, flattening=500, fisher=50, scores_network=True
+    )
+    parts = parts_of(pruned_flow(amounts, RATES, SIZES))
+    assert parts["dynamics"]["train and record"] == pytest.approx(30 * 1000 * 0.003)
+    assert parts["flatten"]["steps"] == pytest.approx(125.0)
+    assert (parts["score"]["fisher"], parts["score"]["gradients"]) == pytest.approx((1.0, 30.0))
+
+
+def test_terms_that_train_alone_first() -> None:
+    amounts = dataclasses.replace(AMOUNTS, initial=0.25)
+    flow = pruned_flow(amounts, dataclasses.replace(RATES, initial=0.009), SIZES)
+    assert flow.each.parts["train"] == pytest.approx(750 * 0.005 + 250 * 0.009)
+
+
+def test_a_teacher_online_is_evaluated_too() -> None:
+    amounts = dataclasses.replace(AMOUNTS, views=0, scored_views=0, online=True)
+    flow = pruned_flow(amounts, RATES, SIZES)
+    assert [stage.name for stage in flow.once] == ["prune"]
+    assert flow.each.parts["evaluate"] == pytest.approx(200 * (0.001 + 0.004))
+    assert whole_flow(amounts, RATES, SIZES, same_steps=True).once == ()
+
+
+def flow_of(once: float, each: float, students: int = 1) -> Flow:
+    return Flow((Stage("once", "", {"": once}),), Stage("each", "", {"": each}), students)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "whole", "least"),
+    [
+        ((30.0, 1.0), (10.0, 5.0), 5),  # 30 + 5 n <= 10 + 5 n from n = 5 on
+        ((31.0, 1.0), (10.0, 5.0), 6),
+        ((5.0, 1.0), (10.0, 5.0), 1),
+        ((30.0, 5.0), (10.0, 5.0), None),
+        ((5.0, 5.0), (10.0, 5.0), 1),
+        ((5.0, 6.0), (10.0, 5.0), None),
+    ],
+)
+def test_break_even(pruned: tuple[float, float], whole: tuple[float, float], least: int | None) -> None:
+    assert break_even(flow_of(*pruned), flow_of(*whole)) == least
+
+
+def test_table() -> None:
+    flows = [
+        pruned_flow(AMOUNTS, RATES, SIZES),
+        whole_flow(AMOUNTS, RATES, SIZES, same_steps=False),
+        whole_flow(AMOUNTS, RATES, SIZES, same_steps=True),
+    ]
+    plan = FlowPlan(AMOUNTS, RATES, *flows, free=70_000, measured=15.2)
+    assert render_plan(plan, lambda seconds: f"{seconds:.0f} s").splitlines() == [
+        "on the kept samples                           time     writes",
+        "  cache for scores   1000 samples x 1 view    11 s      60 kB",
+        "  prune              100 of 1000 samples     2.5 s  800 bytes",
+        "  cache              100 samples x 5 views   3.1 s      14 kB",
+        "  distill            40 steps of 32          5.7 s       1 kB",
+        "in all               as many epochs           23 s    75.8 kB",
+        "",
+        "on all samples                                time     writes",
+        "  cache              1000 samples x 5 views   19 s     140 kB",
+        "  distill            320 steps of 32          51 s       1 kB",
+        "in all               as many epochs           70 s     141 kB",
+        "  or distill         40 steps of 32          7.0 s       1 kB",
+        "in all               as many steps            26 s     141 kB",
+        "",
+        "pruning saves 47 s of 70 s (68%) against all samples for as many epochs, and pays from 1 student on",
+        "pruning saves 3.7 s of 26 s (14%) against all samples for as many steps, and pays from 1 student on",
+        "",
+        "measured in 15 s: teacher 500 images/s, student 200 images/s, disk 1 MB/s",
+        "the disk has 70 kB free, and the kept samples need more",
+    ]
