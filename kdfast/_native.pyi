@@ -151,4 +151,22 @@ def gather_views(
     isa_limit: int,
     /,
 ) -> None: ...
+def crop_views(
+    images: int,
+    rows: int,
+    boxes: int,
+    scale: int,
+    bias: int,
+    count: int,
+    batch: int,
+    height: int,
+    width: int,
+    out_height: int,
+    out_width: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    isa_limit: int,
+    /,
+) -> None: ...
 def shuffled_at(position: int, size: int, keys: int, count: int, out: int, threads: int, /) -> None: ...

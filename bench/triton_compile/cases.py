@@ -53,7 +53,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield all cases: losses with dense and top-k teachers, and the kernels around them."""
+    """Yield all cases: losses with dense and top-k teachers, of a last layer, and the kernels around them."""
     for c in TABLE_CLASSES:
         for student, teacher in ((a, b) for a in DTYPES for b in DTYPES):
             for direction in ("forward", "reverse"):
@@ -62,6 +62,7 @@ def cases() -> Iterator[Case]:
     yield from dense_options()
     yield from divergence_cases()
     yield from topk_cases()
+    yield from linear_cases()
     yield from row_cases()
     yield from view_cases()
 
@@ -159,6 +160,48 @@ def topk(c: int, student: str, teacher: str, direction: str, k: int, quick: bool
     return Case(name, "topk_kernel", lambda: run_loss(call, grad), n * c, traffic, widths, quick, table, 1)
 
 
+def linear_cases() -> Iterator[Case]:
+    """Yield chunks of ``linear_kd_loss``, whose gradient overwrites the logits: with each form of a teacher."""
+    for v in (32000, 128256):
+        for student in ("fp32", "bf16"):
+            for form in ("logits", "hidden", "top-50"):
+                yield linear(v, student, form)
+
+
+def linear(v: int, student: str, form: str) -> Case:
+    """Return a chunk of ``linear_kd_loss``: forward KL, or the Jensen-Shannon divergence for a teacher's last layer."""
+    dtype, n, h, k = DTYPES[student], 1024, 512, 50
+    labels = meta(n, dtype=torch.int64)
+    teacher, options, of_teacher = meta(n, v, dtype=torch.float16), {"temperature": 4.0}, 2 * v
+    if form == "hidden":
+        teacher, of_teacher = (meta(n, h, dtype=dtype), meta(v, h, dtype=dtype)), dtype.itemsize * v
+        options = {"temperature": 1.0, "divergence": "jsd"}
+    elif form == "top-50":
+        ids = meta(n, k, dtype=torch.int32)
+        teacher, of_teacher = kdfast.TopKTeacher(meta(n, k, dtype=torch.float16), ids, meta(n)), k * (4 + 2)
+    kernel = {"logits": "dense_kernel", "hidden": "divergence_kernel"}.get(form, "topk_kernel")
+    run = linear_loss(meta(n, h, dtype=dtype), meta(v, h, dtype=dtype), labels, teacher, options)
+    traffic = n * (2 * v * dtype.itemsize + of_teacher)
+    name, table = f"linear V={v} {student} {form}", (v, student, f"linear, {form}")
+    # Not every store of the top-k kernel can be followed to its argument.
+    widths = {"z_ptr": 16} if form == "top-50" else {"z_ptr": 16, "grad_ptr": 16}
+    return Case(name, kernel, run, n * v, traffic, widths, table=table, data_branches=int(form == "top-50"))
+
+
+def linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Any, options: dict[str, Any]) -> Any:
+    """Return a function that computes a loss and all of its gradients in one chunk, as the operator does."""
+    from kdfast.ops.kd_loss.linear import chunks
+    from kdfast.ops.kd_loss.linear.validation import make_linear_call
+
+    defaults = {
+        "bias": None, "alpha": 0.5, "t_squared": True, "divergence": "forward", "beta": 0.5, "label_smoothing": 0.0,
+        "class_weights": None, "weights": None, "teacher_kind": "logits", "ignore_index": -100, "softcap": None,
+        "logit_scale": 1.0, "reduction": "mean", "num_items": None, "chunk": len(hidden), "memory": "fast",
+    }  # fmt: skip
+    call, _ = make_linear_call(hidden, weight, labels, teacher, None, {**defaults, **options})
+    return lambda: chunks.compute(call, "triton", (True, True, False))
+
+
 def row_cases() -> Iterator[Case]:
     """Yield the sum of the weights, and the product of a gradient with the factors of the backward pass."""
     kernels = loss_kernels()
@@ -183,7 +226,8 @@ def row_cases() -> Iterator[Case]:
 def view_cases() -> Iterator[Case]:
     """Yield augmented batches of 32 and 224 pixels."""
     try:
-        views = importlib.import_module("kdfast.ops.views_triton")
+        views = importlib.import_module("kdfast.ops.views.gather_triton")
+        crops = importlib.import_module("kdfast.ops.views.crops_triton")
     except ImportError:
         return  # an older tree, counted for a comparison
     for size, pad in ((32, 4), (224, 28)):
@@ -200,6 +244,18 @@ def view_cases() -> Iterator[Case]:
                         ),
                         elements, elements * (1 + dtype.itemsize), {}, (name, size, flip) == ("bf16", 32, True),
                     )  # fmt: skip
+
+    images, rows, affine = meta(50_000, 256, 256, 3, dtype=torch.uint8), meta(256, dtype=torch.int64), meta(2, 3)
+    boxes = meta(256, 5, dtype=torch.int32)
+    elements = 256 * 224 * 224 * 3
+    for name, dtype in DTYPES.items():
+        for some in (rows, None):
+            yield Case(
+                " ".join(["crops 224", name, *["rows"] * (some is not None)]),
+                "crop_views_kernel",
+                lambda r=some, d=dtype: crops.crop_views(images, r, boxes, affine, (224, 224), d),
+                elements, elements * (1 + dtype.itemsize), {}, name == "bf16" and some is not None,
+            )  # fmt: skip
 
 
 def loss_call(

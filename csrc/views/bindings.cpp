@@ -30,6 +30,27 @@ void bind_views(py::module_& m) {
     py::gil_scoped_release release;
     gather_views(args);
   });
+  m.def("crop_views", [](uintptr_t images, uintptr_t rows, uintptr_t boxes, uintptr_t scale, uintptr_t bias,
+                         int64_t count, int64_t batch, int64_t height, int64_t width, int64_t out_height,
+                         int64_t out_width, uintptr_t out, int dtype, int threads, int isa_limit) {
+    const CropViews args{pointer<const uint8_t>(images),
+                         pointer<const int64_t>(rows),
+                         pointer<const int32_t>(boxes),
+                         pointer<const float>(scale),
+                         pointer<const float>(bias),
+                         count,
+                         batch,
+                         height,
+                         width,
+                         out_height,
+                         out_width,
+                         pointer<void>(out),
+                         dtype,
+                         threads,
+                         isa_limit};
+    py::gil_scoped_release release;
+    crop_views(args);
+  });
   m.def("shuffled_at", [](int64_t position, int64_t size, uintptr_t keys, int64_t count, uintptr_t out, int threads) {
     py::gil_scoped_release release;
     shuffled_at(position, size, pointer<const uint64_t>(keys), count, pointer<int64_t>(out), threads);

@@ -1,4 +1,4 @@
-// Shifted and mirrored views of uint8 images, and random permutations evaluated one element at a time.
+// Shifted, cropped and mirrored views of uint8 images, and random permutations evaluated one element at a time.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,24 @@ struct GatherViews {
 
 // Throws std::invalid_argument if sizes are inconsistent or a row or view id is out of range.
 void gather_views(const GatherViews& args);
+
+// For each sample, a box of an image, resized (bilinear, antialiased, in integers), mirrored or not, and normalized.
+// The Python function kdfast.ops.views.crops.crop_views defines the arithmetic.
+struct CropViews {
+  const uint8_t* images;  // (N, H, W, 3) contiguous
+  const int64_t* rows;    // (B,) contiguous: image of each sample, in [0, N); null: sample i has image i
+  const int32_t* boxes;   // (B, 5) contiguous: top, left, height, width, flip
+  const float* scale;     // (3,)
+  const float* bias;      // (3,)
+  int64_t count, batch, height, width;
+  int64_t out_height, out_width;
+  void* out;  // (B, out_height, out_width, 3) contiguous
+  int dtype;  // of out
+  int threads, isa_limit;
+};
+
+// Throws std::invalid_argument if sizes are inconsistent, a row is out of range or a box leaves its image.
+void crop_views(const CropViews& args);
 
 // out[i] = element `position` of the random permutation of [0, size) with key keys[i]. Throws std::invalid_argument if
 // `size` or `position` is out of range.

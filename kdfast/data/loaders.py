@@ -29,12 +29,14 @@ class Loader(Protocol):
     Attributes:
         name: Key in LOADERS.
         compile_seconds: Time spent on compilation before the first batch, in seconds.
+        shape: Shape of every image, `(H, W, 3)`.
         table: All images of the split, uint8 `(N, H, W, 3)` on the device of the training, from which a step picks
             rows; None for a loader that yields them batch by batch.
     """
 
     name: str
     compile_seconds: float
+    shape: tuple[int, int, int]
     table: Tensor | None
 
     def batches(self, ids: npt.ArrayLike, batch_size: int) -> Iterator[Tensor]:
@@ -58,6 +60,7 @@ class ResidentLoader:
     Attributes:
         name: `resident`.
         compile_seconds: 0, because nothing is compiled.
+        shape: Shape of every image, `(H, W, 3)`.
         table: All images, uint8 `(N, H, W, 3)` on the device; None after `close`.
     """
 
@@ -65,6 +68,7 @@ class ResidentLoader:
     compile_seconds = 0.0
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
+        self.shape = split.shape
         self.table: Tensor | None = _decoded(split, torch.device(device))
 
     def batches(self, ids: npt.ArrayLike, batch_size: int) -> Generator[Tensor, None, None]:

@@ -32,7 +32,8 @@ from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.backends import resolve
 from kdfast.ops.views import check_images, crop_views, gather_views
 
-_VERSION = 1
+# Crops of version 1 were resized by PyTorch, in floating point, with bits that depended on the machine.
+_VERSIONS = {"shift": 1, "crop": 2}
 # Wide enough for any normalization of pixels in 0..1, too narrow for most of those meant for 0..255.
 _MEAN_RANGE = (-1, 2)
 _MAX_STD = 2
@@ -95,7 +96,7 @@ class ViewSpec:
         scale: For "crop": smallest and largest area of a box, as a fraction of the image's.
         ratio: For "crop": smallest and largest width / height of a box.
         seed: For "crop" and with a policy: seed of the boxes, shifts and operations.
-        version: Version of the mapping from view ids to images.
+        version: Version of the mapping from view ids to images; 0 is replaced by the current one.
         policy: Operations that follow the shift or crop in every view but the identity, as `parse_policy` reads them;
             None for none.
     """
@@ -108,15 +109,18 @@ class ViewSpec:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     seed: int = 0
-    version: int = _VERSION
+    version: int = 0
     policy: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("shift", "crop"):
             raise UsageError(f"`kind` of views is {self.kind!r}: must be 'shift' or 'crop'")
-        if self.version != _VERSION:
+        current = _VERSIONS[self.kind]
+        if self.version == 0:
+            object.__setattr__(self, "version", current)
+        if self.version != current:
             raise DataError(
-                f"views have version {self.version}; this kdfast needs version {_VERSION}: rebuild the cache"
+                f"{self.kind} views have version {self.version}; this kdfast needs version {current}: rebuild the cache"
             )
         if len(self.size) != 2 or min(self.size) < 1:
             raise UsageError(f"`size` of views is {self.size}: must be a positive height and width")
@@ -147,6 +151,11 @@ class ViewSpec:
     def is_drawn(self) -> bool:
         """Whether what a view id does is drawn for each sample, on the CPU, and not the same for all samples."""
         return self.kind == "crop" or self.policy is not None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether a view is a box of its image, which `view_boxes` draws ahead."""
+        return self.kind == "crop" and self.policy is None
 
     @property
     def _shifts(self) -> int:
@@ -246,6 +255,7 @@ def apply_views(
     *,
     sample_ids: Tensor | IntArray | None = None,
     rows: Tensor | None = None,
+    boxes: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Apply a view to each image and normalize the result, for the teacher and the student.
@@ -258,8 +268,10 @@ def apply_views(
             without a synchronization: there an id out of range makes the view NaN instead of raising an error.
         spec: The set of views.
         norm: Input normalization of the network.
-        sample_ids: `(B,)` original sample indices; required if `spec.is_drawn`.
+        sample_ids: `(B,)` original sample indices; required if `spec.is_drawn`, unless the boxes are given.
         rows: `(B,)` int64 on the images' device, the image of each view; None for image i, and N = B.
+        boxes: `(B, 5)` int32 on the images' device, as `view_boxes` returns for these views, if `spec.has_boxes`:
+            nothing is then drawn here, nor copied to the images' device. None: drawn here.
         dtype: float32, bfloat16, float16 or float64.
 
     Returns:
@@ -272,7 +284,7 @@ def apply_views(
     """
     check_images(images_u8)
     views = _as_ids(view_ids, len(images_u8 if rows is None else rows), "view_ids")
-    if spec.is_drawn:
+    if spec.is_drawn and boxes is None:
         views = views.cpu()
     if views.device.type == "cpu" and len(views):
         low, high = (int(x) for x in torch.aminmax(views))
@@ -287,6 +299,8 @@ def apply_views(
     if not spec.is_drawn:
         views = views.to(images_u8.device, non_blocking=True)
         return gather_views(images_u8, rows, views, affine, pad=spec.pad, flip=spec.flip, dtype=dtype)
+    if spec.has_boxes and boxes is not None:
+        return crop_views(images_u8, boxes, affine, size=spec.size, rows=rows, dtype=dtype)
     if sample_ids is None:
         raise UsageError("`sample_ids` is missing; these views depend on it: pass the original indices")
     ids = _as_ids(sample_ids, len(views), "sample_ids").cpu().numpy()
@@ -295,6 +309,24 @@ def apply_views(
     pixels = _apply_policy(images_u8, rows, ids, views.numpy(), spec)
     unmoved = torch.zeros(len(views), dtype=torch.int64, device=pixels.device)
     return gather_views(pixels, None, unmoved, affine, pad=0, flip=False, dtype=dtype)
+
+
+def view_boxes(spec: ViewSpec, sample_ids: IntArray, view_ids: IntArray, image_size: tuple[int, int]) -> Tensor:
+    """Draw the boxes of views that are crops.
+
+    Args:
+        spec: A set of crops.
+        sample_ids: `(B,)` int64, original sample indices.
+        view_ids: `(B,)` int64, in `[0, spec.count)`.
+        image_size: Height and width of the images, in pixels.
+
+    Returns:
+        `(B, 5)` int32 on the CPU: top, left, height, width in pixels, and flip in {0, 1}.
+    """
+    keys = hash64(Purpose.CROP, spec.seed, sample_ids, view_ids)
+    whole = view_ids == spec.identity
+    boxes = crop_boxes(keys, image_size, scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
+    return torch.from_numpy(boxes)
 
 
 def _crop(
@@ -306,11 +338,8 @@ def _crop(
     affine: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    keys, (height, width) = hash64(Purpose.CROP, spec.seed, ids, views), images.shape[1:3]
-    whole = views == spec.identity
-    boxes = crop_boxes(keys, (height, width), scale=spec.scale, ratio=spec.ratio, flip=spec.flip, whole=whole)
-    images = images if rows is None else images[rows]
-    return crop_views(images, torch.from_numpy(boxes), affine, size=spec.size, dtype=dtype)
+    boxes = view_boxes(spec, ids, views, (images.shape[1], images.shape[2])).to(images.device)
+    return crop_views(images, boxes, affine, size=spec.size, rows=rows, dtype=dtype)
 
 
 def _apply_policy(images: Tensor, rows: Tensor | None, ids: IntArray, views: IntArray, spec: ViewSpec) -> Tensor:

@@ -128,8 +128,7 @@ def changing_tensors(batch: Batch) -> list[Tensor]:
     tensors = [batch.index]
     if not batch.whole_split:
         tensors.append(batch.images)
-    if batch.mixing is not None:
-        tensors.append(batch.mixing)
+    tensors.extend(x for x in (batch.mixing, batch.boxes) if x is not None)
     if batch.teacher is not None and batch.teacher_rows is None:
         tensors.extend(tensors_of(batch.teacher))
     return tensors
@@ -137,11 +136,11 @@ def changing_tensors(batch: Batch) -> list[Tensor]:
 
 def clone_changing(batch: Batch) -> Batch:
     """Return the batch with the tensors of `changing_tensors` copied."""
-    images, teacher, mixing = batch.images, batch.teacher, batch.mixing
+    images, teacher = batch.images, batch.teacher
     if not batch.whole_split:
         images = images.clone()
     if teacher is not None and batch.teacher_rows is None:
         teacher = map_logits(Tensor.clone, teacher)
-    if mixing is not None:
-        mixing = mixing.clone()
-    return dataclasses.replace(batch, index=batch.index.clone(), images=images, teacher=teacher, mixing=mixing)
+    mixing, boxes = (None if x is None else x.clone() for x in (batch.mixing, batch.boxes))
+    index = batch.index.clone()
+    return dataclasses.replace(batch, index=index, images=images, teacher=teacher, mixing=mixing, boxes=boxes)

@@ -70,14 +70,14 @@ class Plan:
         """Return whether a step may run as a CUDA graph.
 
         Not with several processes, whose reductions a graph would have to include, nor with the loss scale of float16,
-        nor with views that the CPU draws.
+        nor with views whose operations the CPU draws and starts.
         """
         return (
             self.execution.cuda_graph
             and self.device.type == "cuda"
             and self.distributed.world_size == 1
             and self.config.precision != "fp16"
-            and not self.source.view_spec.is_drawn
+            and (self.source.view_spec.has_boxes or not self.source.view_spec.is_drawn)
         )
 
     def describe(self) -> dict[str, Any]:

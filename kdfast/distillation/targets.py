@@ -200,10 +200,16 @@ class OnlineTargets:
     @full_float32()
     @torch.no_grad()
     def compute(
-        self, images: Tensor, rows: Tensor | None, view_ids: Tensor, ids: Tensor, mixing: Tensor | None = None
+        self,
+        images: Tensor,
+        rows: Tensor | None,
+        view_ids: Tensor,
+        ids: Tensor,
+        boxes: Tensor | None = None,
+        mixing: Tensor | None = None,
     ) -> Outputs:
         """Return the outputs for a batch, whose fields these are; see `Batch`."""
-        inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows)
+        inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows, boxes=boxes)
         if mixing is not None:
             inputs = mix_images(inputs, mixing)
         with self._taps:

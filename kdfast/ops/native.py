@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast import _native
 
-__all__ = ["DTYPE_CODES", "WIDEST_ISA", "extension", "gather_views", "isa", "permutation_element"]
+__all__ = ["DTYPE_CODES", "WIDEST_ISA", "crop_views", "extension", "gather_views", "isa", "permutation_element"]
 
 extension = _native
 """The compiled module."""
@@ -61,6 +61,43 @@ def gather_views(
         width,
         pad,
         flip,
+        out.data_ptr(),
+        DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+        isa_limit,
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+def crop_views(
+    images: Tensor,
+    rows: Tensor | None,
+    boxes: Tensor,
+    affine: Tensor,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    isa_limit: int = WIDEST_ISA,
+) -> Tensor:
+    """Compute ``kdfast.ops.views.crop_views`` on a CPU, with the same bits.
+
+    Raises:
+        ValueError: If a row is out of range or a box leaves its image.
+    """
+    images, boxes, affine = images.contiguous(), boxes.contiguous(), affine.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    count, height, width, channels = images.shape
+    out = torch.empty((len(boxes), *size, channels), dtype=dtype)
+    extension.crop_views(
+        images.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        boxes.data_ptr(),
+        affine[0].data_ptr(),
+        affine[1].data_ptr(),
+        count,
+        len(boxes),
+        height,
+        width,
+        *size,
         out.data_ptr(),
         DTYPE_CODES[dtype],
         torch.get_num_threads(),

@@ -5,24 +5,29 @@ Only PyTorch's own operators are recorded, so that the steps run on the referenc
 """
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from kdfast.data.loaders import ResidentLoader
+from kdfast.data.source import Source, compute_normalization
+from kdfast.data.views import ViewSpec
 from kdfast.distillation import cuda_graph
 from kdfast.distillation.batches import Batch
-from kdfast.distillation.config import Execution
+from kdfast.distillation.config import Execution, RunConfig
 from kdfast.distillation.cuda_graph import CapturedStep
 from kdfast.distillation.folder import RunFolder
-from kdfast.distillation.plan import Plan
+from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.recipe import optimizer
 from kdfast.distillation.record_dynamics import BatchRecordingTrainer
 from kdfast.distillation.targets import CachedTargets, TeacherTargets
@@ -182,6 +187,17 @@ def test_replayed_steps_equal_plain_steps(
     plan.execution = Execution(cuda_graph=False)
     assert_same_state(replayed, run(plan))
     assert len(emulated.graphs) == 2
+
+
+def test_replayed_steps_of_crops_equal_plain_steps(source: Source, emulated: Emulation) -> None:
+    source = dataclasses.replace(source, view_spec=ViewSpec("crop", (8, 8), flip=True, crops=6))
+    inputs = LoadedInputs(source, ResidentLoader(source.train), compute_normalization(source.train), TeacherTargets())
+    config = RunConfig("resnet8", epochs=4, batch_size=32, lr=0.1, schedule="cosine")
+    plan = inputs.plan(config, np.arange(0, 303, 3, dtype=np.int64), device=CPU)
+    replayed = run(plan)
+    assert len(emulated.graphs) == 2
+    plan.execution = Execution(cuda_graph=False)
+    assert_same_state(replayed, run(plan))
 
 
 def test_resumed_run_captures_again_and_ends_alike(

@@ -1,18 +1,17 @@
-"""Shifted and cropped views: backends, bit equality, dtypes and errors."""
+"""Shifted views: backends, bit equality, dtypes and errors."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdfast.errors import BackendUnavailable, DataError, ShapeError
 from kdfast.ops import native
 from kdfast.ops.backends import TABLE
-from kdfast.ops.views import crop_views, gather_views, gather_views_reference
+from kdfast.ops.views import gather_views, gather_views_reference
 
 CPU, GPU = TABLE["views", "cpu"], TABLE["views", "cuda"]
 
@@ -169,8 +168,6 @@ def test_rejects_bad_arguments():
         gather_views(images, rows, view_ids, affine.int(), **options)
     with pytest.raises(ShapeError, match="`affine` is on meta"):
         gather_views(images, rows, view_ids, affine.to("meta"), **options)
-    with pytest.raises(ShapeError, match=r"`affine` is torch\.float16"):
-        crop_views(images, torch.ones(5, 5).int(), affine.half(), size=(4, 4))
     with pytest.raises(BackendUnavailable, match="triton"):
         gather_views(images, rows, view_ids, affine, **options, backend="triton")
 
@@ -196,29 +193,6 @@ def test_meta_tensors_give_the_shape():
     out = gather_views(*(x.to("meta") for x in tensors), **options, dtype=torch.bfloat16)
     assert (out.device.type, out.shape, out.dtype) == ("meta", (7, 3, 8, 6), torch.bfloat16)
     assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_crops_match_slicing_resizing_and_flipping():
-    (images, _, _, affine), _ = make_case(4, 4, 20, 24, 0, dtype=torch.float64)
-    boxes = torch.tensor([[0, 0, 20, 24, 0], [3, 5, 1, 1, 0], [2, 4, 17, 9, 1], [19, 0, 1, 24, 1]], dtype=torch.int32)
-    out = crop_views(images, boxes, affine, size=(10, 12), dtype=torch.float64)
-    for image, (top, left, height, width, flip), got in zip(images, boxes.tolist(), out, strict=True):
-        piece = image[top : top + height, left : left + width]
-        values = (piece.double() * affine[0] + affine[1]).permute(2, 0, 1)
-        expected = F.interpolate(values[None], size=(10, 12), mode="bilinear", antialias=True)[0]
-        torch.testing.assert_close(got, expected.flip(2) if flip else expected)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "box", [(-1, 0, 5, 5, 0), (0, 0, 0, 5, 0), (4, 0, 5, 5, 0), (0, 4, 5, 5, 0), (0, 0, 5, 5, 2), (0, 0, 5, 5, -1)]
-)
-def test_rejects_boxes_outside_the_image(box):
-    (images, _, _, affine), _ = make_case(1, 1, 8, 8, 0)
-    with pytest.raises(ShapeError, match="does not lie in an image of 8x8"):
-        crop_views(images, torch.tensor([box], dtype=torch.int32), affine, size=(4, 4))
-    with pytest.raises(ShapeError, match=r"\(1, 5\)"):
-        crop_views(images, torch.tensor([box])[:, :4].int(), affine, size=(4, 4))
 
 
 @pytest.mark.cuda

@@ -1,4 +1,4 @@
-"""The Triton kernel of `gather_views` without a GPU: run in Triton's interpreter, and compiled."""
+"""The Triton kernels of views without a GPU: run in Triton's interpreter, and compiled."""
 
 from __future__ import annotations
 
@@ -25,33 +25,44 @@ def grid():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("group", ["sizes", "rows", "out of range"])
+@pytest.mark.parametrize("group", ["sizes", "rows", "out of range", "crops", "bad crops"])
 def test_interpreted(grid, group):
     count, failures = grid[group]
     assert count > 0
     assert not failures
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("with_rows", [True, False])
-def test_compiles_to_wide_stores_and_separate_roundings(capability, dtype, with_rows):
+def compiled(kernel, constants, tile, options, capability, dtype, with_rows):
+    """Return the PTX of a kernel whose pointers, and the ints with `line` in their name, are aligned."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdfast.ops.views_triton import OPTIONS, TILE, gather_views_kernel
-
-    pointers = {"images_ptr": "*u8", "ids_ptr": "*i64", "affine_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    pointers["rows_ptr"] = "*i64" if with_rows else "constexpr"
-    constants = {"FLIPS": 2, **TILE} | ({} if with_rows else {"rows_ptr": None})
-    names = [p.name for p in gather_views_kernel.params]
+    pointers = {"images_ptr": "*u8", "ids_ptr": "*i64", "boxes_ptr": "*i32", "affine_ptr": "*fp32"}
+    pointers |= {"out_ptr": f"*{dtype}", "rows_ptr": "*i64" if with_rows else "constexpr"}
+    constants = constants | tile | ({} if with_rows else {"rows_ptr": None})
+    names = [p.name for p in kernel.params]
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = [name for name in names if name not in constants and (name in pointers or name == "line")]
+    aligned = [name for name in names if name not in constants and (name in pointers or "line" in name)]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(gather_views_kernel, signature, constants, attributes)
-    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS).asm["ptx"]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("with_rows", [True, False])
+@pytest.mark.parametrize("kernel", ["gather", "crop"])
+def test_compiles_to_wide_stores_and_separate_roundings(capability, dtype, with_rows, kernel):
+    from kdfast.ops.views import crops_triton, gather_triton
+
+    if kernel == "gather":
+        module, constants = gather_triton, {"FLIPS": 2}
+        function = gather_triton.gather_views_kernel
+    else:
+        module, constants, function = crops_triton, {}, crops_triton.crop_views_kernel
+    ptx = compiled(function, constants, module.TILE, module.OPTIONS, capability, dtype, with_rows)
     stores = [
         line.split()[1 if line.split()[0].startswith("@") else 0] for line in ptx.splitlines() if "st.global" in line
     ]

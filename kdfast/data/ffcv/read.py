@@ -146,6 +146,7 @@ class BetonLoader:
     Attributes:
         name: `ffcv`.
         compile_seconds: Time of compiling the decoder, in seconds; done once, at construction.
+        shape: Shape of every image, `(H, W, 3)`.
         table: None, because the images are decoded batch by batch.
 
     Raises:
@@ -158,6 +159,7 @@ class BetonLoader:
     def __init__(self, split: BetonSplit, *, workers: int | None = None) -> None:
         ffcv = load_ffcv()
         self._count = len(split)
+        self.shape = split.shape
         start = time.perf_counter()
         with _preserved_torch_threads():
             self._loader: Any = ffcv.loader.Loader(

@@ -81,7 +81,8 @@ def open_ffcv_folder(path: Path) -> Source:
         classes=tuple(record["classes"]),
         train=train,
         test=test,
-        view_spec=ViewSpec.from_dict(record["views"]),
+        # The files hold images, not views, which are those of the current version.
+        view_spec=ViewSpec.from_dict({**record["views"], "version": 0}),
         recorded=record["fingerprint"],
     )
 

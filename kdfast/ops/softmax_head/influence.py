@@ -12,9 +12,10 @@ from kdfast.errors import ShapeError
 from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
+from kdfast.ops.softmax_head.kronecker import kronecker_factors, kronecker_self_influence
 from kdfast.ops.softmax_head.leave_one_out import LeaveOneOut
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
-from kdfast.ops.softmax_head.validation import Array
+from kdfast.ops.softmax_head.validation import Array, check_positive_l2
 from kdfast.progress import Progress
 
 __all__ = ["head_influence", "head_self_influence"]
@@ -138,7 +139,8 @@ def head_self_influence(
         temperature: T > 0 of the divergence.
         tol: Relative residual required of conjugate gradients. They need one solve per sample: use them only for few
             samples, and Cholesky wherever the Hessian fits as a matrix.
-        method: "auto", "cholesky" or "cg".
+        method: "auto", "cholesky" or "cg"; or "kronecker" for the approximate Hessian of ``kronecker_factors``, which
+            takes two passes over the data for any number of weights.
         max_iterations: Limit on the Hessian products of conjugate gradients.
         tile_rows: Samples computed at a time; None chooses by cache size.
         progress: Called with (done, total or 0 if unknown, note).
@@ -153,11 +155,26 @@ def head_self_influence(
         Koh and Liang, 2017, section 5.4, https://arxiv.org/abs/1703.04730.
     """
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
+    if method == "kronecker":
+        return _approximate(data, l2, LossConfig(alpha, temperature).check(), corrected, progress)
     removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)
     effects = removal.allocate()
     for tile in data.tiles(data.num_classes * data.dim, torch.float64, progress, "self-influence"):
         effects[tile.start : tile.start + len(tile.x)] = removal.self_effects(tile)
     return removal.divide_by_n(effects)
+
+
+def _approximate(data: HeadData, l2: float, loss: LossConfig, corrected: bool, progress: Progress | None) -> Tensor:
+    if corrected:
+        raise ShapeError("`corrected` needs the exact Hessian: pass corrected=False, or another `method`")
+    check_positive_l2(l2)
+    data.require_multiple_passes("the Kronecker approximation")
+    factors = kronecker_factors(data, l2, loss, progress, "curvature")
+    if loss.alpha < 1:
+        data.require_two_classes()
+    effects = kronecker_self_influence(data, factors, loss, progress)
+    loss.check_not_all_zero(effects)
+    return (effects / data.num_rows).to(data.dtype)
 
 
 def mean_gradient(data: HeadData, loss: LossConfig) -> Tensor:

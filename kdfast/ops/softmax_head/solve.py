@@ -10,10 +10,10 @@ from torch import Tensor
 from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.conjugate_gradients import Operator, Solution, conjugate_gradients, true_residuals
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.softmax_head.curvature import curvature_terms
 from kdfast.ops.softmax_head.data import Features, HeadData
-from kdfast.ops.softmax_head.dense_hessian import append_bias, hessian
+from kdfast.ops.softmax_head.dense_hessian import hessian
 from kdfast.ops.softmax_head.hvp import check_vectors, hessian_products
+from kdfast.ops.softmax_head.kronecker import kronecker_factors
 from kdfast.ops.softmax_head.residuals import LossConfig
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tol
 from kdfast.progress import Progress
@@ -147,24 +147,10 @@ class HeadSolver:
     @cached_property
     def preconditioner(self) -> Operator:
         """The inverse of mean(S) (x) X^T X / N + l2, applied through the eigenvectors of both factors."""
-        data = self.data
-        s = torch.zeros(data.num_classes, data.num_classes, dtype=torch.float64, device=data.device)
-        g = torch.zeros(data.dim, data.dim, dtype=torch.float64, device=data.device)
-        rows = 0
-        for tile in data.tiles(data.num_classes, torch.float64, self.progress, "preconditioner"):
-            for weight, p in curvature_terms(tile.z, self.loss):
-                s.add_(torch.diag(p.sum(0)) - p.mT @ p, alpha=weight)
-            x = append_bias(tile, data)
-            g.addmm_(x.mT, x)
-            rows += len(x)
-        if not bool(g.isfinite().all()):
-            raise DataError("the products of the features overflow float64: scale the features down")
-        s_values, s_vectors = torch.linalg.eigh(s / rows)
-        g_values, g_vectors = torch.linalg.eigh(g / rows)
-        scale = 1 / (s_values.clamp_min(0)[:, None] * g_values.clamp_min(0) + self.l2)
+        left, right, scale = kronecker_factors(self.data, self.l2, self.loss, self.progress, "preconditioner")
 
         def apply(b: Tensor) -> Tensor:
-            solved: Tensor = s_vectors @ ((s_vectors.mT @ b @ g_vectors) * scale) @ g_vectors.mT
+            solved: Tensor = left @ ((left.mT @ b @ right) * scale) @ right.mT
             return solved
 
         return apply

@@ -7,13 +7,11 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/dtype.h"
 #include "common/parallel.h"
+#include "views/normalise.h"
 
 namespace kdfast {
 namespace {
-
-constexpr int64_t kChannels = 3;
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
@@ -28,18 +26,12 @@ KDFAST_INLINE Bytes reversed(Bytes group) {
 #endif
 }
 
-// State shared by the rows of a batch: scale and bias, repeated for every pixel of a row so that a row is one long
-// vector.
+// State shared by the rows of a batch.
 struct BatchContext {
   const GatherViews& args;
-  std::vector<float> scale, bias;
+  Normalisation normalisation;
 
-  explicit BatchContext(const GatherViews& a) : args(a) {
-    for (int64_t x = 0; x < a.width; ++x) {
-      scale.insert(scale.end(), a.scale, a.scale + kChannels);
-      bias.insert(bias.end(), a.bias, a.bias + kChannels);
-    }
-  }
+  explicit BatchContext(const GatherViews& a) : args(a), normalisation(a.scale, a.bias, a.width) {}
 };
 
 // Window of a view in the padded image, and whether it is mirrored.
@@ -87,18 +79,6 @@ KDFAST_INLINE void cut_row(const uint8_t* source, uint8_t* line, int64_t width, 
   std::memset(to + inside * kChannels, 0, static_cast<size_t>((width - before - inside) * kChannels));
 }
 
-template <int W, class T>
-KDFAST_INLINE void normalise(const uint8_t* line, const BatchContext& batch, float* values, T* out, int64_t count) {
-  const float *scale = batch.scale.data(), *bias = batch.bias.data();
-  // Compilers vectorize this loop, but would convert an explicit vector of bytes lane by lane.
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(line[i]);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    encode(out + i, load<W>(values + i) * load<W>(scale + i) + load<W>(bias + i));
-  }
-  for (; i < count; ++i) encode_one(out + i, values[i] * scale[i] + bias[i]);
-}
-
 template <class T>
 struct CutImages {
   template <int W>
@@ -124,7 +104,9 @@ struct CutImages {
           if (window.flip) pixels = static_cast<const uint8_t*>(std::memcpy(source, pixels, static_cast<size_t>(row)));
           cut_row(pixels, line, args.width, window.left - args.pad, window.flip);
         }
-        normalise<W>(line, batch, values.data(), out, row);
+        // Compilers vectorize this loop, but would convert an explicit vector of bytes lane by lane.
+        for (int64_t i = 0; i < row; ++i) values[static_cast<size_t>(i)] = static_cast<float>(line[i]);
+        batch.normalisation.apply<W>(values.data(), out);
       }
     }
   }
