@@ -82,7 +82,8 @@ def test_rejects_an_unknown_precision() -> None:
 
 def test_precision_has_the_same_words_in_every_command() -> None:
     found = [(words, p) for words, command in COMMANDS.items() for p in command.params if p.name == "precision"]
-    assert {words for words, _ in found} == {"cache", "teacher train", "dynamics", "distill", "sweep", "reproduce"}
+    commands = {"cache", "teacher train", "dynamics", "distill", "plan", "sweep", "reproduce"}
+    assert {words for words, _ in found} == commands
     for _, parameter in found:
         assert parameter.default == "fp32"
         assert parameter.metavar.startswith("auto|fp32|bf16")

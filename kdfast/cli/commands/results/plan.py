@@ -179,7 +179,7 @@ def plan(
         ),
         steps=steps,
         online=online,
-        recorded=RunConfig(dynamics_net or student, epochs=dynamics_epochs, batch_size=batch_size),
+        recorded=RunConfig(dynamics_net or settings.student, epochs=dynamics_epochs, batch_size=batch_size),
         recording=recording_for(selection, dynamics_runs, len(source.classes)),
         loader=loader,
         execution=Execution(compile_network, cuda_graph),
