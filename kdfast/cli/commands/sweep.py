@@ -153,7 +153,6 @@ def sweep(
         at_a_time = engines.parse_jobs(jobs, chosen)
         if data is None or student is None:
             raise UsageError("a sweep needs --data and --student: pass both, or --report-only")
-        engines.prepare(chosen, dry_run)
         settings = {
             "student": options.with_arguments(student, net_arg),
             **({} if init is None else {"init": init}),
@@ -176,6 +175,7 @@ def sweep(
             "terms": parse_terms(kd_term or [], kd_weight or [], kd_preset),
             "terms_warmup_epochs": kd_warmup_epochs,
         }
+        engines.prepare(chosen, dry_run)
         session = Session(
             SweepConfig(
                 data=data,

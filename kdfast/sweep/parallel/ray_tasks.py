@@ -50,7 +50,7 @@ class RayTasks:
 
     def describe(self) -> str:
         """Return how many tasks have not ended."""
-        return f"{len(self._pending)} workers on Ray"
+        return "1 worker on Ray" if len(self._pending) == 1 else f"{len(self._pending)} workers on Ray"
 
     def have_ended(self) -> bool:
         """Return whether every task has ended, and keep what they returned."""
@@ -108,6 +108,8 @@ def connect_ray(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise _no_cluster(address, str(error)) from error
+    # Ray prints what it says about killed workers to the standard output, where the result goes.
+    ray._private.worker._worker_logs_enabled = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that starts here reports to nobody
     with _own_signals():
         try:

@@ -51,7 +51,7 @@ class SlurmJobs:
 
     def describe(self) -> str:
         """Return how many jobs have not ended."""
-        return f"{len(self._pending)} jobs of Slurm"
+        return "1 job of Slurm" if len(self._pending) == 1 else f"{len(self._pending)} jobs of Slurm"
 
     def have_ended(self) -> bool:
         """Return whether every job has ended, and keep what they returned."""

@@ -202,6 +202,7 @@ def reproduce(
 
     chosen = engines.parse_engine(engine, device, ray_address, cpus_per_job, gpus_per_job, slurm_option)
     at_a_time = engines.parse_jobs(jobs, chosen)
+    precision = engines.choose_precision(precision, chosen)
     engines.prepare(chosen, dry_run)
     session = ReproductionSession(
         ReproductionConfig(
@@ -215,7 +216,7 @@ def reproduce(
             teachers=_parse_teachers(teachers or []),
             normalization=options.parse_normalization(mean, std),
             dynamics=dynamics,
-            precision=engines.choose_precision(precision, chosen),
+            precision=precision,
             loader=loader,
             size=size,
             order=order,

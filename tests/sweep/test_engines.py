@@ -1,0 +1,179 @@
+"""Settings of engines, what workers on other machines check, and the loop that watches workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kdfast.errors import DivergedError, Interrupted, KdfastError, OutputError, UsageError
+from kdfast.sweep.parallel import engine as engines
+from kdfast.sweep.parallel.command import check_locks, running_command
+from kdfast.sweep.parallel.engine import EngineConfig, choose_engine
+from kdfast.sweep.parallel.watch import watch
+from kdfast.sweep.results_log import ResultsLog
+
+KEYS = ["a" * 64, "b" * 64]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("auto", {}, ("cpu", 1, 0)),
+        ("cpu", {"cpus_per_job": 4}, ("cpu", 4, 0)),
+        ("cuda", {}, ("cuda", 1, 1)),
+        ("auto", {"gpus_per_job": 0.25}, ("cuda", 1, 0.25)),
+        ("auto", {"gpus_per_job": 0}, ("cpu", 1, 0)),
+    ],
+)
+def test_ray_workers_have_the_resources_of_their_device(device: str, given: dict, expected: tuple) -> None:
+    engine = choose_engine("ray", device, **given)
+    assert (engine.device, engine.cpus, engine.gpus) == expected
+    assert engine.device_here == "cpu"
+    assert engine.ray_address == "auto"
+
+
+def test_a_gpu_here_means_gpus_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    assert choose_engine("ray", "auto").gpus == 1
+    assert choose_engine("ray", "cpu").gpus == 0
+
+
+def test_options_of_slurm_may_give_the_gpus() -> None:
+    engine = choose_engine("slurm", "auto", slurm_options={"time": "60", "gres": "gpu:a100:1"})
+    assert (engine.device, engine.gpus) == ("cuda", 0)
+
+
+def test_a_local_engine_is_where_its_device_is() -> None:
+    assert choose_engine("local", "cpu") == EngineConfig()
+    assert EngineConfig(device="cuda:1").device_here == "cuda:1"
+
+
+def test_a_worker_does_what_its_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/of/the/command", *sys.path])
+    log = ResultsLog(Path("out"))
+    log.folder.mkdir()
+    with running_command(log, KEYS) as command:
+        monkeypatch.chdir("/")
+        monkeypatch.setattr(sys, "path", sys.path[1:])
+        command.enter()
+        assert Path.cwd() == tmp_path
+        assert "/of/the/command" in sys.path
+        command.check_keys(reversed(KEYS))
+        with pytest.raises(UsageError, match=r"the runs of \S+ differ .* the same data at the same path"):
+            command.check_keys(KEYS[:1])
+        other = dataclasses.replace(command, versions=("0.0.1", "1.0"))
+        with pytest.raises(UsageError, match=r"has kdfast \S+ with torch .*, and the command has 0\.0\.1 with 1\.0"):
+            other.enter()
+        check_locks(command)
+    assert [path.name for path in log.folder.iterdir()] == [".claims"]
+
+
+def test_a_worker_without_the_folder_is_refused(tmp_path: Path) -> None:
+    here = os.getcwd()
+    log = ResultsLog(tmp_path / "out")
+    log.folder.mkdir()
+    with running_command(log, KEYS) as command:
+        nowhere = dataclasses.replace(command, folder=str(tmp_path / "nowhere"))
+        with pytest.raises(OutputError, match=r"has no folder .*nowhere .*a file system that all machines share"):
+            nowhere.enter()
+        log.folder.rename(tmp_path / "of another machine")
+        log.folder.mkdir()
+        with pytest.raises(OutputError, match=r"has another folder at .*out: use a folder of a file system"):
+            command.enter()
+    assert os.getcwd() == here
+
+
+@pytest.mark.parametrize("kind", ["flock", "claim"])
+def test_locks_that_other_machines_do_not_see_are_found(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = ResultsLog(tmp_path)
+    with running_command(log, KEYS) as command:
+        with monkeypatch.context() as patch:  # as with a file system whose locks hold on one machine alone
+            if kind == "flock":
+                patch.setattr("fcntl.flock", lambda *_: None)
+            else:
+                patch.setattr("kdfast.sweep.results_log._lock_byte", lambda *_: True)
+            command.enter()
+        with pytest.raises(OutputError, match="does not see the locks of"):
+            check_locks(command)
+
+
+class Workers:
+    """Workers that end after three looks."""
+
+    def __init__(self, errors: list[KdfastError], lost: str = "", write: Callable[[], Any] = lambda: None) -> None:
+        self._errors, self._lost, self._write = errors, lost, write
+        self.looks, self.stopped = 0, False
+
+    def describe(self) -> str:
+        return "workers"
+
+    def have_ended(self) -> bool:
+        self.looks += 1
+        return self.looks > 3
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._write()
+
+    def errors(self) -> list[KdfastError]:
+        return self._errors
+
+    def lost(self) -> str:
+        return self._lost
+
+
+@pytest.mark.parametrize(
+    ("errors", "lost", "finished", "raised", "looks"),
+    [
+        ([], "", True, None, 4),
+        ([Interrupted("stopped")], "", True, None, 4),  # other workers have done its runs
+        ([], "exit codes -9, 0", True, None, 4),
+        ([Interrupted("stopped")], "", False, "stopped", 4),
+        ([], "exit codes -9", False, r"ended early \(exit codes -9\): run the same command again", 4),
+        ([DivergedError("not finite"), Interrupted("stopped")], "", False, "not finite", 4),
+        ([DivergedError("not finite"), OutputError("the disk is full")], "", False, "the disk is full", 1),
+    ],
+)
+def test_errors_of_workers(
+    errors: list[KdfastError], lost: str, finished: bool, raised: str | None, looks: int, tmp_path: Path
+) -> None:
+    class Log(ResultsLog):
+        def results(self) -> list[dict[str, Any]]:
+            return self.rows()
+
+    log = Log(tmp_path)
+    runs: Any = [SimpleNamespace(key=key) for key in KEYS]
+    workers = Workers(errors, lost, lambda: [log.append({"key": key}) for key in KEYS if finished])
+    told: list[str] = []
+
+    def start() -> None:
+        watch(workers, runs, log, on_row=lambda row: told.append(row["key"]))
+
+    if raised is None:
+        start()
+    else:
+        with pytest.raises(KdfastError, match=raised):
+            start()
+    assert workers.stopped
+    assert workers.looks == looks
+    assert told == (KEYS if finished else [])
+
+
+def test_a_check_that_fails_stops_the_workers(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OutputError("no locks")
+
+    workers = Workers([])
+    with pytest.raises(OutputError, match="no locks"):
+        watch(workers, [], ResultsLog(tmp_path), check=fail)
+    assert workers.stopped
