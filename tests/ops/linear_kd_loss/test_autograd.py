@@ -136,6 +136,35 @@ def test_compiles_without_graph_breaks(memory, dynamic, no_poison):
         torch.testing.assert_close(gradients(got, (hidden, weight)), gradients(expected, (hidden, weight)))
 
 
+@pytest.mark.slow  # the compiler takes several seconds
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_compiles_a_layer_and_its_loss(memory, dynamic, no_poison):
+    torch._dynamo.reset()
+    _, weight, _, teacher = operands(n=13)
+    topk = kdfast.topk_teacher(teacher, 4, 2.0)
+    of_hidden = (torch.randn(13, 5), torch.randn(V, 5))
+    inner = torch.randn(H, H, requires_grad=True)
+
+    def loss(x, y, t):
+        hidden = torch.nn.functional.gelu(x @ inner)  # the compiler fuses what surrounds the loss
+        first = kdfast.linear_kd_loss(hidden, weight, y, t * 1.5, memory=memory, alpha=0.3)
+        rows = torch.arange(x.shape[0])
+        second = kdfast.linear_kd_loss(hidden, weight, y, topk, rows, temperature=2.0, memory=memory, reduction="none")
+        third = kdfast.linear_kd_loss(hidden, weight, y, of_hidden, rows, divergence="jsd", memory=memory)
+        return first + second.square().mean() + third
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="inductor")
+    for n in (13, 9):
+        x, labels = torch.randn(n, H, requires_grad=True), torch.randint(0, V, (n,))
+        labels[2] = -100
+        inputs = (x, inner, weight)
+        got, expected = compiled(x, labels, teacher[:n]), loss(x, labels, teacher[:n])
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(gradients(got, inputs), gradients(expected, inputs))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, labels, teacher[:n]), expected.detach())
+
+
 def test_fake_and_meta_tensors(memory, no_poison):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
