@@ -3,18 +3,22 @@
     python bench/bench_linear_kd_loss.py [--rounds 7] [--threads N] [--classes 32000 128256] [--dtype float32]
     pytest bench/bench_linear_kd_loss.py --benchmark-only
 
-Forward and backward from hidden states (256, 512) and weights (V, 512), both with gradients. Two teachers: float16
-logits, with forward KL at T = 4 plus cross-entropy; and hidden states with their own weights, with the Jensen-Shannon
-divergence at T = 1 plus cross-entropy, as the other libraries compute it (TRL's without cross-entropy). "products" are
-the matrix products that any such loss needs, on whole matrices: logits, gradient of hidden states, gradient of weights,
-and with a teacher of hidden states its logits. Losses and gradients are checked against float64 first. Implementations
-run in turn; a ratio is the median over the rounds, with quartiles. Extra memory is the peak above operands and
-gradients, in a process of its own.
+Forward and backward from hidden states (256, 512) and weights (V, 512), both with gradients. Three teachers: float16
+logits, and their 50 largest with a tail, with forward KL at T = 4 plus cross-entropy; and hidden states with their own
+weights, with the Jensen-Shannon divergence at T = 1 plus cross-entropy, as the other libraries compute it (TRL's
+without cross-entropy). "products" are the matrix products that any such loss needs, on whole matrices: logits, gradient
+of hidden states, gradient of weights, and with a teacher of hidden states its logits. Losses and gradients are checked
+against float64 first. Implementations run in turn; a ratio is the median over the rounds, with quartiles. Extra memory
+is the peak above operands and gradients, in a process of its own.
+
+The rows are written to bench/results/linear_kd_loss.json; then `python bench/make_tables.py` writes the table of
+docs/results/speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -33,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import interleave, machine, table, write_results
 
-N, H = 256, 512
+N, H, K = 256, 512, 50
+FORMS = ("logits", "top-k", "hidden")
 CLASSES = (32000, 128256)
 MOST_TIME, MOST_MEMORY = 1.25, 0.15  # of the matrix products, and of the loss on all logits
 Args = dict[str, Tensor]
@@ -46,7 +51,7 @@ def inputs(v: int, dtype: torch.dtype) -> Args:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return {
+    a = {
         "hidden": normal(N, H).to(dtype).requires_grad_(),
         "weight": normal(v, H).mul_(2 / H**0.5).to(dtype).requires_grad_(),
         "labels": torch.randint(0, v, (N,), generator=generator),
@@ -54,12 +59,26 @@ def inputs(v: int, dtype: torch.dtype) -> Args:
         "teacher_hidden": normal(N, H).to(dtype),
         "teacher_weight": normal(v, H).mul_(2 / H**0.5).to(dtype),
     }
+    a["values"], a["classes"], a["tail"] = kdfast.topk_teacher(a["teacher"], K, 4.0)
+    return a
 
 
 def unfused(a: Args) -> Tensor:
     """Forward KL and cross-entropy on all logits."""
     z, t = F.linear(a["hidden"], a["weight"]).float(), a["teacher"].float()
     kl = F.kl_div(F.log_softmax(z / 4, 1), F.log_softmax(t / 4, 1), log_target=True, reduction="batchmean")
+    return 0.5 * F.cross_entropy(z, a["labels"]) + 0.5 * 16 * kl
+
+
+def unfused_top_k(a: Args) -> Tensor:
+    """Forward KL over k + 1 outcomes and cross-entropy on all logits."""
+    z, ids = F.linear(a["hidden"], a["weight"]).float(), a["classes"].long()
+    log_p = F.log_softmax(z / 4, 1)
+    rest = torch.ones_like(log_p, dtype=torch.bool).scatter(1, ids, False)
+    log_p_rest = torch.where(rest, log_p, -torch.inf).logsumexp(1, keepdim=True)
+    log_p = torch.cat([log_p.gather(1, ids), log_p_rest], 1)
+    log_q = F.log_softmax(torch.cat([a["values"].float() / 4, a["tail"].unsqueeze(1)], 1), 1)
+    kl = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
     return 0.5 * F.cross_entropy(z, a["labels"]) + 0.5 * 16 * kl
 
 
@@ -80,6 +99,12 @@ def ours(a: Args) -> Tensor:
 def ours_low(a: Args) -> Tensor:
     """The same with the gradient computed in the backward pass."""
     return kdfast.linear_kd_loss(a["hidden"], a["weight"], a["labels"], a["teacher"], memory="low")
+
+
+def ours_top_k(a: Args) -> Tensor:
+    """The public function on the largest logits of the teacher."""
+    teacher = kdfast.TopKTeacher(a["values"], a["classes"], a["tail"])
+    return kdfast.linear_kd_loss(a["hidden"], a["weight"], a["labels"], teacher, alpha=0.5, temperature=4.0)
 
 
 def ours_hidden(a: Args) -> Tensor:
@@ -112,6 +137,8 @@ def contenders(form: str) -> dict[str, Callable[[Args], Tensor]]:
     if form == "logits":
         plain = unfused
         found = {"kdfast": ours, "kdfast low": ours_low}
+    elif form == "top-k":
+        plain, found = unfused_top_k, {"kdfast": ours_top_k}
     else:
         plain = unfused_hidden
         found = {"kdfast": ours_hidden}
@@ -146,7 +173,8 @@ def check(losses: dict[str, Callable[[Args], Tensor]], a: Args, form: str) -> di
     few = {name: x.detach() for name, x in a.items()}
     exact = {name: x.double() if x.is_floating_point() else x for name, x in few.items()}
     exact |= {name: exact[name].requires_grad_() for name in ("hidden", "weight")}
-    truth = step(unfused_double if form == "logits" else unfused_hidden_double, exact)
+    reference = {"logits": unfused_double, "top-k": top_k_double, "hidden": unfused_hidden_double}[form]
+    truth = [x.detach() for x in step(reference, exact)]
     errors = {}
     for name, loss in losses.items():
         if name == "TRL":  # another loss
@@ -161,6 +189,12 @@ def check(losses: dict[str, Callable[[Args], Tensor]], a: Args, form: str) -> di
 def unfused_double(a: Args) -> Tensor:
     """The reference in float64."""
     return kdfast.linear_kd_loss(a["hidden"], a["weight"], a["labels"], a["teacher"], backend="reference")
+
+
+def top_k_double(a: Args) -> Tensor:
+    """The reference in float64."""
+    teacher = kdfast.TopKTeacher(a["values"], a["classes"], a["tail"])
+    return kdfast.linear_kd_loss(a["hidden"], a["weight"], a["labels"], teacher, backend="reference")
 
 
 def unfused_hidden_double(a: Args) -> Tensor:
@@ -209,27 +243,56 @@ def measure(v: int, dtype: torch.dtype, form: str, rounds: int) -> list[dict[str
     memory = {name: extra_memory(name, v, dtype, form) for name in losses}
     rows = []
     for name, timing in timings.items():
-        ratio, of_products = timings["kdfast"].ratio_to(timing), timing.ratio_to(timings["products"])
         taken = memory.get(name)
         share = None if taken is None else taken / (memory["unfused"] or 1)
-        is_ours = name.startswith("kdfast")
+        low, high = timing.spread
+        of_products = [1 / x for x in timing.ratio_to(timings["products"])]
         rows.append(
             {
                 "V": v,
                 "dtype": str(dtype)[6:],
                 "teacher": form,
                 "what": name,
-                "ms": f"{timing.median * 1e3:.1f}",
-                "kdfast is faster": "" if name == "kdfast" else f"{ratio[0]:.2f}x ({ratio[1]:.2f}-{ratio[2]:.2f})",
-                "time / products": f"{1 / of_products[0]:.2f} ({1 / of_products[2]:.2f}-{1 / of_products[1]:.2f})",
-                "time target": verdict(1 / of_products[0], MOST_TIME) if name == "kdfast" else "",
-                "extra memory, MB": "" if taken is None else f"{taken / 1e6:.0f}",
-                "of unfused": "" if share is None else f"{share:.1%}",
-                "memory target": "" if share is None or not is_ours else verdict(share, MOST_MEMORY),
-                "error": f"{errors[name]:.0e}" if name in errors else "",
+                "seconds": [timing.median, low, high],
+                "kdfast_is_faster": None if name == "kdfast" else list(timings["kdfast"].ratio_to(timing)),
+                "to_products": [of_products[0], of_products[2], of_products[1]],
+                "extra_bytes": taken,
+                "memory_to_unfused": share,
+                "error": errors.get(name),
             }
         )
     return rows
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """Return a row as it is printed, with the targets."""
+
+    def ratio(values: list[float] | None) -> str:
+        return "" if values is None else f"{values[0]:.2f}x ({values[1]:.2f}-{values[2]:.2f})"
+
+    ours, share, taken = row["what"].startswith("kdfast"), row["memory_to_unfused"], row["extra_bytes"]
+    return {
+        **{name: str(row[name]) for name in ("V", "dtype", "teacher", "what")},
+        "ms": " ".join(f"{x * 1e3:.1f}" for x in row["seconds"]),
+        "kdfast is faster": ratio(row["kdfast_is_faster"]),
+        "time / products": ratio(row["to_products"]),
+        "time target": verdict(row["to_products"][0], MOST_TIME) if row["what"] == "kdfast" else "",
+        "extra memory, MB": "" if taken is None else f"{taken / 1e6:.0f}",
+        "of unfused": "" if share is None else f"{share:.1%}",
+        "memory target": verdict(share, MOST_MEMORY) if ours and share is not None else "",
+        "error": "" if row["error"] is None else f"{row['error']:.0e}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the other libraries; None where not installed."""
+    found: dict[str, str | None] = {}
+    for name in ("liger-kernel", "trl"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def verdict(value: float, most: float) -> str:
@@ -244,7 +307,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--classes", type=int, nargs="*", default=list(CLASSES))
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--teacher", nargs="*", default=["logits", "hidden"], choices=["logits", "hidden"])
+    parser.add_argument("--teacher", nargs="*", default=list(FORMS), choices=FORMS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -254,14 +317,15 @@ def main() -> None:
             for form in options.teacher:
                 first = len(rows)
                 rows += measure(v, getattr(torch, dtype), form, options.rounds)
-                print(table(rows[first:]), flush=True)
+                print(table([shown(row) for row in rows[first:]]), flush=True)
                 # Written after each size, so that an interrupted run leaves its rows.
-                path = write_results("linear_kd_loss", rows, rounds=options.rounds, tokens=N, width=H)
-    print(f"\n{table(rows)}\n{machine()}\n{path}")
+                facts = {"rounds": options.rounds, "tokens": N, "width": H, "top_k": K, "versions": versions()}
+                path = write_results("linear_kd_loss", rows, **facts)
+    print(f"\n{table([shown(row) for row in rows])}\n{machine()}\n{path}")
 
 
 @pytest.mark.parametrize("name", ["kdfast", "compile", "unfused"])
-@pytest.mark.parametrize("form", ["logits", "hidden"])
+@pytest.mark.parametrize("form", FORMS)
 def test_forward_and_backward(benchmark, form, name):
     benchmark.group = f"linear_kd_loss: {N} tokens of width {H}, 4096 classes, teacher's {form}"
     a, losses = inputs(4096, torch.float32), contenders(form)

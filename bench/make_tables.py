@@ -1,23 +1,27 @@
-"""Write the GPU tables of the README and the documentation from bench/results/gpu/results.jsonl.
+"""Write tables of the README and the documentation from bench/results: gpu/results.jsonl and linear_kd_loss.json.
 
     python bench/make_tables.py [--check]
 
-A table replaces the lines between `<!-- gpu NAME -->` and `<!-- end -->`. A value that no row holds is *not measured*.
+A table replaces the lines between `<!-- gpu NAME -->`, or `<!-- cpu NAME -->`, and `<!-- end -->`. A value that no row
+holds is *not measured*.
 With --check nothing is written, and the exit code is 1 if a page differs from its results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from gpu.results import COMMITTED, ROOT, Row, read_rows
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results" / "speed.md")
 MISSING = "*not measured*"
-_BLOCK = re.compile(r"(?P<begin><!-- gpu (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+LINEAR = ROOT / "bench" / "results" / "linear_kd_loss.json"
+_BLOCK = re.compile(r"(?P<begin><!-- (?:gpu|cpu) (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 # Classes, and the target of the share in half precision.
 LOSSES = {10: "", 100: "", 1000: "90%", 8192: "", 32000: "75%", 131072: "55%", 262144: ""}
 NETWORKS = ("resnet32", "resnet18")
@@ -214,7 +218,57 @@ def overview(measured: Measured) -> str:
     )
 
 
+def linear_kd_loss(results: dict[str, Any]) -> str:
+    """Return the times and the memory of linear_kd_loss beside others, of a file of bench_linear_kd_loss.py."""
+    titles = ("classes V, dtype", "teacher", "kdfast", "/ products", "memory / unfused")
+    peers = ("compile", "unfused", "Liger", "TRL")
+    cells = {(row["V"], row["dtype"], row["teacher"], row["what"]): row for row in results["rows"]}
+    lines = []
+    for v, dtype, teacher in dict.fromkeys(key[:3] for key in cells):
+        ours = cells[v, dtype, teacher, "kdfast"]
+        others = [cells.get((v, dtype, teacher, name)) for name in peers]
+        lines.append(
+            (
+                f"{v:,}, {dtype}",
+                teacher,
+                f"{ours['seconds'][0] * 1e3:.1f} ms",
+                f"{spread(ours['to_products'])}{met(ours['to_products'][0], 1.25)}",
+                "" if ours["memory_to_unfused"] is None else share(ours["memory_to_unfused"]),
+                *("" if row is None else spread(row["kdfast_is_faster"]) for row in others),
+            )
+        )
+    if not lines:
+        return f"{MISSING}\n"
+    facts, versions = results["machine"], results["versions"]
+    named = [f"torch {facts['torch']}", *(f"{name} {version}" for name, version in versions.items() if version)]
+    where = f"{facts['cpu']}, {facts['threads']} threads, load {facts['load']:g}; {', '.join(named)}; {facts['commit']}"
+    names = ("times torch.compile", "times unfused", "times Liger-Kernel", "times TRL")
+    return f"{markdown((*titles, *names), lines)}\n{results['rounds']} rounds on {where}.\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return a median with its quartiles."""
+    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+
+
+def met(value: float, most: float) -> str:
+    """Return whether a bound is met."""
+    return "" if value <= most else f", above {most:g}"
+
+
+def share(value: float) -> str:
+    """Return a share of memory, and whether its bound is met."""
+    return f"{value:.1%}{met(value, 0.15)}"
+
+
+def read_linear() -> dict[str, Any]:
+    """Return the committed results of bench_linear_kd_loss.py; none before the first run."""
+    found: dict[str, Any] = json.loads(LINEAR.read_text()) if LINEAR.exists() else {"rows": []}
+    return found
+
+
 TABLES: dict[str, Callable[[Measured], str]] = {
+    "linear-kd-loss": lambda _: linear_kd_loss(read_linear()),
     "machines": machines,
     "kd-loss": kd_loss,
     "training": training,

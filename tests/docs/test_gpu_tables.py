@@ -40,7 +40,7 @@ def test_pages_agree_with_the_results(page):
 
 @pytest.mark.parametrize("name", sorted(make_tables.TABLES))
 def test_every_table_is_on_a_page_and_replaces_only_itself(name):
-    assert any(f"<!-- gpu {name} -->" in page.read_text() for page in make_tables.PAGES)
+    assert any(f"<!-- {kind} {name} -->" in page.read_text() for page in make_tables.PAGES for kind in ("gpu", "cpu"))
     filled = fill(PAGE.format(name), Measured([]))
     assert filled.startswith(f"before\n<!-- gpu {name} -->\n")
     assert filled.endswith("<!-- end -->\nafter\n")
@@ -58,6 +58,24 @@ def test_the_newest_row_counts_and_failures_and_cpu_rows_do_not():
     assert "| 50% |" in make_tables.overview(Measured([loss(), newest]))
     for ignored in (loss(outcome="failed"), loss() | {"kind": "cpu"}):
         assert make_tables.overview(Measured([ignored])) == make_tables.overview(Measured([]))
+
+
+def test_the_table_of_the_last_layer_names_machine_and_versions_and_what_misses_a_target():
+    def row(what, **values):
+        shape = {"V": 32000, "dtype": "bfloat16", "teacher": "hidden", "what": what}
+        return {**shape, "seconds": [0.1, 0.09, 0.11], "kdfast_is_faster": [2.0, 1.9, 2.25], **values}
+
+    ours = row("kdfast", to_products=[1.3, 1.2, 1.4], memory_to_unfused=0.041)
+    machine = {"cpu": "CPU X", "threads": 2, "load": 0.5, "torch": "2", "commit": "abc"}
+    results = {"rows": [ours, row("compile"), row("TRL")], "rounds": 7, "machine": machine}
+    text = make_tables.linear_kd_loss(results | {"versions": {"trl": "1.2", "liger-kernel": None}})
+    times = "2.00 (1.90 to 2.25)"
+    assert (
+        f"| 32,000, bfloat16 | hidden | 100.0 ms | 1.30 (1.20 to 1.40), above 1.25 | 4.1% | {times} |  |  | {times} |"
+        in text
+    )
+    assert "7 rounds on CPU X, 2 threads, load 0.5; torch 2, trl 1.2; abc." in text
+    assert make_tables.linear_kd_loss({"rows": []}) == f"{MISSING}\n"
 
 
 class Asked(Measured):
