@@ -53,17 +53,31 @@ def estimate_cache(
     samples = -(-2 * size // n_views)
     if len(ids) < _FEW * samples:
         return None
-    spec = source.view_spec
-    builder = ShardBuilder(
-        folder=Path(), plan_digest="", split=source.train, predictor=Predictor(model, spec, device, size), spec=spec,
-        view_seed=0, n_views=n_views, rows=rows, precision=precision, coverage=ids, per_shard=samples,
-    )  # fmt: skip
+    builder = row_builder(source, Predictor(model, source.view_spec, device, size), n_views, rows, precision)
     # Spread over the data, whose first images may be in memory already.
     chosen = ids[np.linspace(0, len(ids) - 1, samples + 1).astype(np.int64)]
     builder.compute(chosen[:1], lambda images: None)  # the first call also prepares
     started = time.perf_counter()
     builder.compute(chosen[1:], lambda images: None)
     return (time.perf_counter() - started) * (len(ids) * n_views + len(source.test)) / (samples * n_views)
+
+
+def row_builder(
+    source: Source, predictor: Predictor, n_views: int, rows: RowFormat, precision: Precision
+) -> ShardBuilder:
+    """Return a builder whose `compute` makes the rows of any training samples, as the build of a cache does.
+
+    Args:
+        source: The data.
+        predictor: Runs the teacher.
+        n_views: Views of each sample.
+        rows: Format of the rows.
+        precision: Arithmetic of the teacher.
+    """
+    return ShardBuilder(
+        folder=Path(), plan_digest="", split=source.train, predictor=predictor, spec=source.view_spec, view_seed=0,
+        n_views=n_views, rows=rows, precision=precision, coverage=np.empty(0, np.int64), per_shard=1,
+    )  # fmt: skip
 
 
 def estimate_training(

@@ -24,6 +24,7 @@ from kdfast.distillation.plan import LoadedInputs
 from kdfast.distillation.record_dynamics import RecordingConfig, draw_training_mask, record_dynamics
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.trainer import Trainer
+from kdfast.estimates import row_builder
 from kdfast.nets.checkpoint import Model
 from kdfast.planning.sample import Sample
 from kdfast.planning.timing import Enough, Stopwatch, mean_seconds, seconds_of
@@ -32,10 +33,8 @@ from kdfast.pruning.scores.compute import ScoreSources
 from kdfast.teacher.evaluate import evaluate_in_detail
 from kdfast.teacher.flatten.config import FlattenConfig
 from kdfast.teacher.flatten.flattener import Flattener
-from kdfast.teacher.manifest import BUILDING
 from kdfast.teacher.predictor import Precision, Predictor, default_batch_size
 from kdfast.teacher.row_format import RowFormat
-from kdfast.teacher.writing.shards import ShardBuilder
 
 _PROBE = 8  # images of a first look at a network's speed
 _CALLS = 4  # calls of a timing, at least about so many
@@ -63,35 +62,18 @@ def time_cache(
     batch = default_batch_size(device)
     predictor = Predictor(model, sample.source.view_spec, device, batch)
     most, several = min(batch, len(sample.ids)), min(_VIEWS, views)
-    with tempfile.TemporaryDirectory(prefix="kdfast-") as folder:
-        (Path(folder) / BUILDING).mkdir()
 
-        def seconds(count: int, n_views: int) -> float:
-            builder = ShardBuilder(
-                folder=Path(folder),
-                plan_digest="",
-                split=sample.source.train,
-                predictor=predictor,
-                spec=sample.source.view_spec,
-                view_seed=0,
-                n_views=n_views,
-                rows=rows,
-                precision=precision,
-                coverage=sample.ids[:count],
-                per_shard=count,
-            )
-            computed: list[float] = []
-            started = time.perf_counter()
-            builder.write(0, lambda _: computed.append(time.perf_counter()))  # called before anything is written
-            return computed[-1] - started
+    def seconds(count: int, n_views: int) -> float:
+        builder = row_builder(sample.source, predictor, n_views, rows, precision)
+        return seconds_of(lambda: builder.compute(sample.ids[:count], lambda _: None))
 
-        few = min(_PROBE, most)
-        seconds(few, 1)
-        count = _fitting(seconds(few, 1) / few * several, budget, most)
-        one = mean_seconds(lambda: seconds(count, 1), budget / 3)
-        if several == 1:
-            return one / count, 0.0
-        all_views = mean_seconds(lambda: seconds(count, several), budget * 2 / 3)
+    few = min(_PROBE, most)
+    seconds(few, 1)
+    count = _fitting(seconds(few, 1) / few * several, budget, most)
+    one = mean_seconds(lambda: seconds(count, 1), budget / 3)
+    if several == 1:
+        return one / count, 0.0
+    all_views = mean_seconds(lambda: seconds(count, several), budget * 2 / 3)
     return one / count, max(0.0, all_views - one) / (several - 1) / count
 
 

@@ -14,15 +14,17 @@ from kdfast.data.source import Source
 from kdfast.distillation.inputs import check_student
 from kdfast.dynamics.format import bits_per_sample
 from kdfast.errors import UsageError
-from kdfast.estimates import recorded_bytes
+from kdfast.estimates import measure_cache, recorded_bytes
 from kdfast.files.space import free_space
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.fit import check_fit
+from kdfast.nets.head import check_linear_head
 from kdfast.nets.initial import build_started_net
 from kdfast.planning.calibrate import Calibration
 from kdfast.planning.rates import Rates
 from kdfast.planning.request import (
     Amounts,
+    CacheSettings,
     PlanRequest,
     complete_selection,
     differentiates,
@@ -94,10 +96,9 @@ def make_plan(request: PlanRequest, source: Source, model: Model | None, *, open
     held_out = _held_out(request, source, model)
     amounts = measure_amounts(request, source, model, held_out)
     check_student(request.config, amounts.kept, source, request.device)
-    if request.cache.top_k is not None and model is not None:
-        request.cache.top_k.check(model.classes)
     rows = None
     if model is not None:
+        _check_cache(request.cache, model, source)
         rows = row_format(model, request.cache.dtype, request.cache.top_k, request.cache.kind)
     started = time.perf_counter()
     calibration = Calibration(request, source, model, amounts, rows)
@@ -124,6 +125,16 @@ def _complete(request: PlanRequest, model: Model | None) -> PlanRequest:
     return dataclasses.replace(request, selection=selection, online=online, recorded=recorded)
 
 
+def _check_cache(settings: CacheSettings, model: Model, source: Source) -> None:
+    """Check that the cache can be made, as `build_cache` does."""
+    if settings.top_k is not None:
+        if settings.kind == "features":
+            raise UsageError("`top_k` chooses among logits, and `kind` is features, which give all of them: omit one")
+        settings.top_k.check(model.classes)
+    if settings.kind == "features":
+        check_linear_head(model.net, model.name, source.view_spec.size)
+
+
 def _held_out(request: PlanRequest, source: Source, model: Model | None) -> int:
     config = flattening_of(request.selection, model)
     if config is None:
@@ -145,9 +156,14 @@ def _sizes(calibration: Calibration) -> Sizes:
             feature_epochs=len(request.recording.selected_runs),
         )
     weights = _bytes(student)
+
+    def cache(samples: int, views: int) -> int:
+        if rows is None or model is None:
+            return 0
+        return measure_cache(model, source, samples=samples, n_views=views, rows=rows).total
+
     return Sizes(
-        view=0 if rows is None else rows.row_bytes,
-        sample=0 if model is None else 4 * (model.classes + calibration.features),
+        cache=cache,
         recorded=recorded,
         network=0 if model is None else _bytes(model.net),
         run=weights * (1 + 2 * _STATES),

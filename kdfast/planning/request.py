@@ -24,6 +24,7 @@ from kdfast.pruning.scores.registry import get_score
 from kdfast.pruning.select import published_rule
 from kdfast.teacher.build import Dtype, Kind
 from kdfast.teacher.flatten.config import FlattenConfig
+from kdfast.teacher.plan import DEFAULT_TEMPERATURE, default_top_k, default_views
 from kdfast.teacher.predictor import Precision
 from kdfast.teacher.row_format import TopK
 
@@ -200,7 +201,7 @@ def measure_amounts(request: PlanRequest, source: Source, model: Model | None, h
     per_epoch, all_per_epoch = (batch_count(count, config.batch_size) for count in (kept, samples))
     steps = per_epoch * config.epochs if request.steps is None else request.steps
     cached = config.needs_teacher and not request.online
-    views = (config.views or source.view_spec.count) if cached else 0
+    views = (config.views or default_views(source.view_spec)) if cached else 0
     whole = cached and request.cache.whole
     score = differentiates(selection)
     fisher = 0
@@ -240,6 +241,19 @@ def recording_for(selection: PruneRequest, runs: int, classes: int) -> Recording
         top_k=min(_TOP_K, classes) if score == "tdds" else 0,
         record="batch" if selection.score_options.get("when") == "batch" else "epoch",
     )
+
+
+def choose_classes(top_k: int | None, source: Source, kind: str) -> TopK | None:
+    """Return the classes that a cache keeps of each view, as `kdfast cache` chooses them; None: all.
+
+    Args:
+        top_k: Their number; 0: all; None: the default of the data.
+        source: The data.
+        kind: Whether the cache holds logits or features.
+    """
+    if top_k is None:
+        top_k = default_top_k(source.view_spec, len(source.classes)) if kind == "logits" else 0
+    return TopK(top_k, DEFAULT_TEMPERATURE) if top_k else None
 
 
 def needs_online_teacher(config: RunConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kdfast.planning.rates import Rates
@@ -14,15 +14,13 @@ class Sizes:
     """Bytes of what the stages write.
 
     Attributes:
-        view: A view of a sample in a cache.
-        sample: What a cache holds of a sample besides.
+        cache: Returns the bytes of a cache of so many samples and views of each.
         recorded: Recorded dynamics, all of them.
         network: The teacher's file.
         run: A run's folder while it trains, with its checkpoints.
     """
 
-    view: int = 0
-    sample: int = 0
+    cache: Callable[[int, int], int] = lambda samples, views: 0
     recorded: int = 0
     network: int = 0
     run: int = 0
@@ -143,7 +141,7 @@ class _Stages:
         return self.stage("prune", f"{kept} of {samples} samples", {"select": self.rates.selection}, 8 * kept)
 
     def cache(self, samples: int, views: int, name: str = "cache") -> Stage:
-        rates, size = self.rates, samples * (views * self.sizes.view + self.sizes.sample)
+        rates, size = self.rates, self.sizes.cache(samples, views)
         parts = {
             "teacher": samples * (rates.cached + (views - 1) * rates.view),
             "write": size * rates.written,

@@ -43,7 +43,7 @@ RATES = Rates(
     selection=2.0,
     written=1e-6,
 )
-SIZES = Sizes(view=20, sample=40, recorded=7000, network=300, run=1000)
+SIZES = Sizes(cache=lambda samples, views: samples * (views * 20 + 40), recorded=7000, network=300, run=1000)
 
 
 def parts_of(flow: Flow) -> dict[str, dict[str, float]]:

@@ -63,7 +63,6 @@ def plan(
     mixup: recipe.Mixup = 0.0,
     cutmix: recipe.CutMix = 0.0,
     alpha: training.Alpha = "auto",
-    temperature: training.Temperature = 4.0,
     ce_weight: training.CeWeight = None,
     kd_term: training.KdTerm = None,
     tap: training.Tap = None,
@@ -77,8 +76,12 @@ def plan(
         typer.Option("--whole-cache", help="Cache all samples, for any later subset; default: those that are kept."),
     ] = False,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Classes that the cache keeps; default: all.", min=1)
+        int | None,
+        typer.Option("--top-k", help="Classes that the cache keeps, 0: all; default: that of `kdfast cache`.", min=0),
     ] = None,
+    kind: Annotated[
+        str, typer.Option("--kind", help="What the cache holds, as for `kdfast cache`.", metavar="logits|features")
+    ] = "logits",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Type of the cached logits.", metavar="float16|float32")
     ] = "float16",
@@ -127,20 +130,19 @@ def plan(
     from kdfast.distillation.losses.settings import parse_taps, parse_terms
     from kdfast.nets.checkpoint import load_model
     from kdfast.planning.plan import make_plan
-    from kdfast.planning.request import CacheSettings, PlanRequest, recording_for
+    from kdfast.planning.request import CacheSettings, PlanRequest, choose_classes, recording_for
     from kdfast.planning.table import render_plan
     from kdfast.pruning.options import parse_options
     from kdfast.pruning.request import PruneRequest
-    from kdfast.teacher.row_format import TopK
 
     options.one_of("--dtype", dtype, ("float16", "float32"))
+    options.one_of("--kind", kind, ("logits", "features"))
     place = resolve_device(device)
     settings = RunConfig(
         student=options.with_arguments(student, net_arg),
         epochs=epochs,
         batch_size=batch_size,
         alpha=parse_alpha(alpha, fraction, 1.0 if ce_weight is None else float("inf")),
-        temperature=temperature,
         precision=options.choose_precision(precision, place),
         seed=seed,
         ce=ce_weight,
@@ -173,7 +175,8 @@ def plan(
         selection=selection,
         cache=CacheSettings(
             dtype=cast(Any, dtype),
-            top_k=None if top_k is None else TopK(top_k, temperature),
+            top_k=choose_classes(top_k, source, kind),
+            kind=cast(Any, kind),
             precision=cast(Any, options.CACHE_PRECISIONS[options.choose_precision(cache_precision, place)]),
             whole=whole_cache,
         ),
