@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -153,18 +155,20 @@ class Calibration:
             config = dataclasses.replace(request.config, views=views)
             for name in ("trained", "initial"):
                 if name in budgets:
-                    found[name] = time_step(
-                        self.sample,
-                        config,
-                        teacher,
-                        device=request.device,
-                        execution=request.execution,
-                        budget=budgets[name],
-                        initial=name == "initial",
-                    )
+                    with _threads_of(request.jobs):
+                        found[name] = time_step(
+                            self.sample,
+                            config,
+                            teacher,
+                            device=request.device,
+                            execution=request.execution,
+                            budget=budgets[name],
+                            initial=name == "initial",
+                        )
         classes = len(self.source.classes)
         with torch.random.fork_rng(devices=[]):
             net = build_started_net(request.config.student, classes, request.config.init)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         student = Model(net, request.config.student, classes, self.source.classes, PLAIN)
         found["tested"] = time_evaluation(self.sample, student, device=request.device, budget=budgets["tested"])
         if "recorded" in budgets and request.recorded is not None:
@@ -227,6 +231,17 @@ class Calibration:
         if self.sample.loader != "resident" or isinstance(self.source.train, ArraySplit):
             return 0.0
         return seconds_of(lambda: self.sample.open_loader(self.request.device).close()) / len(self.sample.ids)
+
+
+@contextlib.contextmanager
+def _threads_of(jobs: int) -> Iterator[None]:
+    """Give torch the share of its threads that one of several processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _time_writing(folder: Path) -> float:

@@ -87,6 +87,8 @@ def make_plan(request: PlanRequest, source: Source, model: Model | None, *, open
         UsageError: Options do not fit together or the data, or a teacher is needed and there is none.
         SubsetError, CheckpointError: As the stages raise them.
     """
+    if request.jobs > 1 and request.device.type != "cpu":
+        raise UsageError(f"`jobs` is {request.jobs}, and what jobs share a GPU is not measured: pass 1, or a CPU")
     request = _complete(request, model)
     score_needs = request.selection.cache is not None or differentiates(request.selection) is not None
     if model is None and (request.config.needs_teacher or score_needs):
@@ -178,6 +180,7 @@ def _flow_facts(flow: Flow) -> dict[str, Any]:
     return {
         "stages": [_stage_facts(stage) for stage in (*flow.once, flow.each)],
         "students": flow.students,
+        "jobs": flow.jobs,
         "seconds": flow.seconds,
         "bytes": flow.size,
     }

@@ -68,6 +68,7 @@ class PlanRequest:
         loader: `auto`, or a key of the loaders.
         execution: How the steps are computed.
         students: Students to train on the subset.
+        jobs: How many of them train at a time, each in a process with its share of the CPU's threads.
         device: Where to compute.
         seconds: Seconds that the measurements may take, about.
         out: A folder on the disk that the outputs will be written to.
@@ -84,6 +85,7 @@ class PlanRequest:
     loader: str = "auto"
     execution: Execution = field(default_factory=Execution)
     students: int = 1
+    jobs: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: float = 15.0
     out: Path = Path(".")
@@ -110,6 +112,7 @@ class Amounts:
         initial: Share of the steps in which some terms train alone.
         online: Whether the teacher runs during training.
         students: Students to train.
+        jobs: How many of them at a time.
     """
 
     samples: int
@@ -128,6 +131,7 @@ class Amounts:
     initial: float
     online: bool
     students: int = 1
+    jobs: int = 1
 
     @property
     def images(self) -> float:
@@ -229,6 +233,7 @@ def measure_amounts(request: PlanRequest, source: Source, model: Model | None, h
         initial=config.initial_phase / config.epochs,
         online=config.needs_teacher and request.online,
         students=request.students,
+        jobs=request.jobs,
     )
 
 

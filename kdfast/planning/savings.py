@@ -12,10 +12,10 @@ def break_even(pruned: Flow, whole: Flow) -> int | None:
 
     None: there is no such number.
     """
-    if pruned.each.seconds > whole.each.seconds:
+    if pruned.student_seconds > whole.student_seconds:
         return None
     more = pruned.shared_seconds - whole.shared_seconds
     if more <= 0:
         return 1
-    saved = whole.each.seconds - pruned.each.seconds
+    saved = whole.student_seconds - pruned.student_seconds
     return max(1, math.ceil(more / saved)) if saved > 0 else None

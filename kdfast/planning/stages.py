@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -56,16 +57,18 @@ class Flow:
         once: Stages whose results all students share.
         each: The stage of one student.
         students: Number of students.
+        jobs: How many of them train at a time.
     """
 
     once: tuple[Stage, ...]
     each: Stage
     students: int = 1
+    jobs: int = 1
 
     @property
     def seconds(self) -> float:
-        """Seconds of all stages, the students one after another."""
-        return self.seconds_for(self.students)
+        """Seconds of all stages."""
+        return self.shared_seconds + math.ceil(self.students / self.jobs) * self.each.seconds
 
     @property
     def size(self) -> int:
@@ -77,9 +80,10 @@ class Flow:
         """Seconds of the stages whose results all students share."""
         return sum(stage.seconds for stage in self.once)
 
-    def seconds_for(self, students: int) -> float:
-        """Return the seconds with another number of students."""
-        return self.shared_seconds + students * self.each.seconds
+    @property
+    def student_seconds(self) -> float:
+        """Seconds of a student among many, of which `jobs` train at a time."""
+        return self.each.seconds / self.jobs
 
 
 def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
@@ -90,7 +94,7 @@ def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
         once = [stages.cache(amounts.samples, amounts.views), *once]
     elif amounts.views:
         once.append(stages.cache(amounts.kept, amounts.views))
-    return Flow(tuple(once), stages.training(amounts.steps, amounts.images), amounts.students)
+    return Flow(tuple(once), stages.training(amounts.steps, amounts.images), amounts.students, amounts.jobs)
 
 
 def whole_flow(amounts: Amounts, rates: Rates, sizes: Sizes, *, same_steps: bool) -> Flow:
@@ -99,7 +103,7 @@ def whole_flow(amounts: Amounts, rates: Rates, sizes: Sizes, *, same_steps: bool
     once = (stages.cache(amounts.samples, amounts.views),) if amounts.views else ()
     steps = amounts.steps if same_steps else amounts.all_steps
     images = amounts.all_images * steps / amounts.all_steps
-    return Flow(once, stages.training(steps, images), amounts.students)
+    return Flow(once, stages.training(steps, images), amounts.students, amounts.jobs)
 
 
 @dataclass(frozen=True)

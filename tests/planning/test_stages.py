@@ -109,6 +109,14 @@ def test_a_teacher_online_is_evaluated_too() -> None:
     assert whole_flow(amounts, RATES, SIZES, same_steps=True).once == ()
 
 
+def test_students_that_train_at_a_time() -> None:
+    amounts = dataclasses.replace(AMOUNTS, students=5, jobs=2)
+    flow = pruned_flow(amounts, RATES, SIZES)
+    assert flow.seconds == pytest.approx(16.974 + 3 * 5.7)
+    assert flow.size == 74_800 + 5 * 1000
+    assert flow.student_seconds == pytest.approx(2.85)
+
+
 def flow_of(once: float, each: float, students: int = 1) -> Flow:
     return Flow((Stage("once", "", {"": once}),), Stage("each", "", {"": each}), students)
 

@@ -99,6 +99,9 @@ def plan(
     compile_network: training.Compile = False,
     cuda_graph: training.CudaGraph = True,
     students: Annotated[int, typer.Option("--students", help="Students to train on the subset.", min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", help="Students that train at a time, with a share of the CPU's threads.", min=1)
+    ] = 1,
     calibrate_seconds: Annotated[
         float,
         typer.Option(
@@ -187,6 +190,7 @@ def plan(
         loader=loader,
         execution=Execution(compile_network, cuda_graph),
         students=students,
+        jobs=jobs,
         device=place,
         seconds=calibrate_seconds,
     )
