@@ -241,9 +241,9 @@ Loader = Annotated[
     str,
     typer.Option(
         "--loader",
-        help="Where images are read from: resident (decoded, in memory), ffcv (FFCV files), or auto: resident if they "
-        "fit in a quarter of the memory.",
-        metavar="auto|ffcv|resident",
+        help="Where images are read from: resident (decoded, in memory), ffcv (FFCV files), files (image files, "
+        "decoded by a process per core), or auto: resident if they fit in a quarter of the memory.",
+        metavar="auto|ffcv|files|resident",
     ),
 ]
 

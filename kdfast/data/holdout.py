@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from kdfast.data.source import Pixels, Split, check_sample_ids, sample_files
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
+from kdfast.data.subset.budgets import class_budgets
 from kdfast.errors import DataError
 from kdfast.files.remembered import combine_stamps
 
@@ -51,6 +52,21 @@ def hold_out(
     return np.setdiff1d(np.arange(len(labels), dtype=np.int64), held_out), held_out
 
 
+def stratified_sample(labels: IntArray, count: int, *, seed: int = 0) -> IntArray:
+    """Draw `count` samples, of each class in proportion to its size and at least one; int64, ascending.
+
+    The draw depends only on the arguments, and is independent of `hold_out` with the same seed.
+
+    Raises:
+        SubsetError: There are fewer samples than `count`, or more classes.
+    """
+    budgets = class_budgets(labels, count)
+    keys = hash64(Purpose.HOLDOUT, seed, count, np.arange(len(labels), dtype=np.int64))
+    order = np.lexsort((keys, labels))
+    starts = np.cumsum(np.bincount(labels)) - np.bincount(labels)
+    return np.sort(np.concatenate([order[s : s + n] for s, n in zip(starts, budgets, strict=True)]))
+
+
 class SplitPart:
     """Some samples of a split, numbered from 0.
 
@@ -65,6 +81,7 @@ class SplitPart:
     def __init__(self, split: Split, ids: npt.ArrayLike) -> None:
         self._split, self._ids = split, check_sample_ids(ids, len(split))
         self._labels = split.labels[self._ids]
+        self.from_files = getattr(split, "from_files", False)
 
     @property
     def labels(self) -> IntArray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.ffcv.read import BetonLoader, BetonSplit
+from kdfast.data.readers.folders.file_loader import FileLoader, is_files
 from kdfast.data.source import ArraySplit, Split, check_epoch_ids, id_blocks
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import UsageError
@@ -95,13 +96,23 @@ class ResidentLoader:
         self.table = None
 
 
+def _file_loader(split: Split, device: torch.device) -> Loader:
+    if not is_files(split):
+        raise UsageError("the files loader reads image files, which this data is not made of: set `loader` to auto")
+    return FileLoader(split)
+
+
 def _ffcv_loader(split: Split, device: torch.device) -> Loader:
     if not isinstance(split, BetonSplit):
         raise UsageError(f"the ffcv loader reads .beton files: {_CONVERT}, or set `loader` to resident")
     return BetonLoader(split)
 
 
-LOADERS: dict[str, Callable[[Split, torch.device], Loader]] = {"resident": ResidentLoader, "ffcv": _ffcv_loader}
+LOADERS: dict[str, Callable[[Split, torch.device], Loader]] = {
+    "resident": ResidentLoader,
+    "ffcv": _ffcv_loader,
+    "files": _file_loader,
+}
 """Name -> function of a split and a device that returns a loader."""
 
 
@@ -111,11 +122,12 @@ def make_loader(split: Split, kind: str = "auto", device: torch.device | str = "
     Args:
         split: What to load.
         kind: A key of LOADERS, or `auto`: resident if the decoded split fits in a quarter of the memory of `device`,
-            else ffcv.
-        device: Device of the training. The resident loader's batches are on it, the ffcv loader's on the CPU.
+            else ffcv for .beton files and files for image files.
+        device: Device of the training. The resident loader's batches are on it, those of the others on the CPU.
 
     Raises:
-        UsageError: The kind is unknown, or the split is not a .beton file and ffcv is requested or is all that fits.
+        UsageError: The kind is unknown or not for this split, or the split is too large and neither a .beton file nor
+            image files.
         BackendUnavailable: FFCV is needed and not installed.
     """
     target = torch.device(device)
@@ -126,12 +138,13 @@ def choose_loader(split: Split, kind: str, device: torch.device) -> str:
     """Return the key in LOADERS of the loader that `make_loader` makes.
 
     Raises:
-        UsageError: The kind is unknown, or ffcv is all that fits and the split is not a .beton file.
+        UsageError: The kind is unknown, or the split is too large and neither a .beton file nor image files.
     """
     if kind == "auto":
         need = len(split) * int(np.prod(split.shape))
-        kind = "resident" if fits_in_memory(need, device) else "ffcv"
-        if kind == "ffcv" and not isinstance(split, BetonSplit):
+        streamed = "ffcv" if isinstance(split, BetonSplit) else "files"
+        kind = "resident" if fits_in_memory(need, device) else streamed
+        if kind == "files" and not is_files(split):
             raise UsageError(
                 f"the decoded images take {need / 1e9:.1f} GB, more than a quarter of the "
                 f"{device_memory(device) / 1e9:.1f} GB of {device}: {_CONVERT}, or set `loader` to resident"

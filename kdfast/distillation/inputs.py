@@ -40,7 +40,7 @@ class InputPaths:
         subset: idx.npy, or None for the whole training split.
         cache: A teacher's cache, or None.
         teacher: A teacher to run during training; with a cache, the teacher that the cache must belong to; or None.
-        loader: `auto`, `ffcv` or `resident`.
+        loader: `auto`, or a key of `kdfast.data.loaders.LOADERS`.
         size: Side of the stored images in pixels, for folders of larger images.
         order: Order of the samples of image folders, see `kdfast.data.readers.registry.open_source`.
         split: The test split of data that has none, see `kdfast.data.readers.registry.open_source`.
@@ -131,7 +131,7 @@ def plan_opened(
         subset: The kept samples.
         config: The settings, see `plan_run`.
         open_teacher: Returns the teacher; called only if the loss needs one, and after cheaper checks.
-        loader: `auto`, `ffcv` or `resident`.
+        loader: `auto`, or a key of `kdfast.data.loaders.LOADERS`.
         device: The device of this process.
         distributed: This process among those of the run.
         alpha: See `plan_run`.

@@ -3,7 +3,10 @@ import pytest
 import torch
 
 from kdfast.data import loaders
-from kdfast.data.loaders import LOADERS, device_memory, make_loader
+from kdfast.data.holdout import SplitPart
+from kdfast.data.loaders import device_memory, make_loader
+from kdfast.data.readers.registry import open_source
+from kdfast.data.readers.relabel import RelabelledSplit
 from kdfast.errors import UsageError
 from kdfast.files import inputs
 
@@ -18,7 +21,7 @@ def beton_split(split, tmp_path):
     return BetonSplit(tmp_path / "train.beton")
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", ["resident", "ffcv"])
 def test_every_loader_yields_the_same_batches(split, beton_split, kind):
     loader = make_loader(beton_split, kind)
     assert loader.name == kind
@@ -38,6 +41,21 @@ def test_auto_is_resident_if_a_quarter_of_the_memory_suffices(beton_split, monke
     assert make_loader(beton_split).name == "ffcv"
 
 
+def test_image_files_that_do_not_fit_are_streamed(image_folder, tmp_path, monkeypatch):
+    train = open_source(image_folder(tmp_path)).train
+    assert make_loader(train).name == "resident"
+    monkeypatch.setattr(loaders, "device_memory", lambda device: 1000)
+    for part in (train, RelabelledSplit(train, 1 - train.labels), SplitPart(train, [0, 2])):
+        loader = make_loader(part)
+        assert (loader.name, loader.shape) == ("files", train.shape)
+
+
+def test_files_requires_image_files(split, beton_split):
+    for part in (split(), beton_split):
+        with pytest.raises(UsageError, match="reads image files"):
+            make_loader(part, "files")
+
+
 def test_rejects_a_large_split_that_is_not_a_beton(split, monkeypatch):
     monkeypatch.setattr(loaders, "device_memory", lambda device: 1000)
     with pytest.raises(UsageError, match="kdfast data convert"):
@@ -51,7 +69,7 @@ def test_ffcv_requires_a_beton(split):
 
 
 def test_rejects_an_unknown_kind(split):
-    with pytest.raises(UsageError, match="auto, resident, ffcv"):
+    with pytest.raises(UsageError, match="auto, resident, ffcv, files"):
         make_loader(split(), "dali")
 
 

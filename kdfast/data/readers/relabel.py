@@ -89,6 +89,7 @@ class RelabelledSplit:
         self._split = split
         self._labels = check_labels(labels, len(split), "the new labels")
         self.files = sample_files(split)
+        self.from_files = getattr(split, "from_files", False)
 
     @property
     def labels(self) -> IntArray:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from kdfast.data.readers.folders.jpeg import fast_decoder
 from kdfast.errors import DataError
 from kdfast.files.inputs import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, open_regular
 
@@ -97,8 +98,35 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name.upper() for name in FORMATS if name.upper() in Image.OPEN)
 
 
+def decode_rgb(image: Image) -> Image:
+    """Decode an image that `opened_image` yields to the colors red, green and blue.
+
+    JPEG files are decoded by the faster decoder where there is one, see `kdfast.data.readers.folders.jpeg`.
+
+    Raises:
+        OSError, ValueError: It is damaged.
+    """
+    fast = fast_decoder() if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+    if fast is not None:
+        from PIL import Image as pillow
+
+        stream = image.fp  # type: ignore[attr-defined]
+        stream.seek(0)
+        data = stream.read()
+        with contextlib.suppress(Exception):  # Pillow says what is wrong, or decodes it
+            pixels = fast.decode(data)
+            if pixels.shape == (image.height, image.width, 3):
+                return pillow.fromarray(pixels)
+        stream.seek(0)
+    image.load()
+    # The conversion drops transparency anyway, but PIL would warn about it in a palette.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
 def decoder() -> str:
     """Return what decodes the images, and its version: pixels of a JPEG file may differ between versions."""
     import PIL
 
-    return f"Pillow {PIL.__version__}"
+    fast = fast_decoder()
+    return f"Pillow {PIL.__version__}" + (f", {fast.name}" if fast is not None else "")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.data.readers.folders.image_file import Encoded, decoder, opened_image
+from kdfast.data.readers.folders.image_file import Encoded, decode_rgb, decoder, opened_image
 from kdfast.data.source import Pixels, check_sample_ids
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import DataError
@@ -39,10 +39,13 @@ class ImageSplit:
 
     Attributes:
         files: Path of each sample; None if they are inside other files.
+        from_files: True: an image is decoded when it is read.
 
     Raises:
         DataError: The images differ in size and `size` is None (up to 1,000 are checked), or one is unreadable.
     """
+
+    from_files = True
 
     def __init__(
         self,
@@ -107,10 +110,7 @@ class ImageSplit:
 
     def _decode(self, file: str | Encoded) -> Pixels:
         with opened_image(file) as image:
-            image.load()
-            # The conversion drops transparency anyway, but PIL would warn about it in a palette.
-            image.info.pop("transparency", None)
-            rgb = image.convert("RGB")
+            rgb = decode_rgb(image)
         if self._size:
             rgb = _fit(rgb, self._size)
         pixels = np.asarray(rgb)
