@@ -65,6 +65,7 @@ class Trainer:
             if isinstance(plan.targets, CachedTargets) and plan.terms.student
             else None
         )
+        self._synchronized = SynchronizedBatchNorms(compiled=plan.execution.compile)
         network = plan.distributed.wrap(self.net, device)
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
@@ -223,7 +224,7 @@ class Trainer:
         """Return a context in which a module's batch norms take the whole batch, of which a process has a part."""
         if self.plan.distributed.world_size == 1 or not any(isinstance(m, _BatchNorm) for m in module.modules()):
             return contextlib.nullcontext()
-        return SynchronizedBatchNorms()
+        return self._synchronized
 
     def _average_over_processes(self) -> None:
         """Average the gradients that the wrapped network does not."""

@@ -20,14 +20,22 @@ class SynchronizedBatchNorms(TorchFunctionMode):
     It applies to whatever calls `torch.nn.functional.batch_norm`: PyTorch's modules, and those that libraries derive
     from them. Every process must call the same batch norms in the same order, and use the gradients' sum over the
     processes, which need not have equally many samples. Mean and variance are put together in float64.
+
+    Args:
+        compiled: Whether a network compiled by `torch.compile` runs inside, which then leaves batch norms out.
     """
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        super().__init__()
+        outside: Callable[..., Any] = torch.compiler.disable  # imports much, so that it is not a decorator
+        self._batch_norm = outside(_batch_norm) if compiled else _batch_norm
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function; a batch norm over all processes."""
         if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs or {})
+            return self._batch_norm(*args, **kwargs or {})
         return func(*args, **kwargs or {})
 
 

@@ -11,10 +11,6 @@ WORK = Path(__file__).parent / "work.py"
 Start = Callable[..., list[subprocess.Popen[str]]]
 
 
-def environment(**variables: object) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-
-
 @pytest.fixture
 def start() -> Start:
     """Return a function that starts a Python command in several processes, as torchrun does but without watching."""
@@ -23,12 +19,11 @@ def start() -> Start:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return [
             subprocess.Popen(
                 [sys.executable, *map(str, command)],
-                env=environment(
-                    RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-                ),
+                env={**os.environ, "OMP_NUM_THREADS": "1", **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -52,14 +52,21 @@ def test_two_processes_train_the_same_network(run_work: RunWork, tmp_path: Path)
     check_training(run_both(run_work, 2, "normalize,gather,distill,relate,mix,average", tmp_path))
 
 
-def test_two_processes_record_and_score_the_same(run_work: RunWork, tmp_path: Path) -> None:
-    found = run_both(run_work, 2, "record,score", tmp_path)
+def check_bytes(expected: dict[str, Any], got: dict[str, Any]) -> None:
+    assert set(got) == set(expected)
+    assert all(np.array_equal(got[name], value) for name, value in expected.items())
+
+
+def test_two_processes_record_score_and_cache_the_same(run_work: RunWork, tmp_path: Path) -> None:
+    found = run_both(run_work, 2, "record,score,cache", tmp_path)
     check_record(*found.pop("record"))
+    check_bytes(*found.pop("cache"))
     check_training(found)
 
 
 @pytest.mark.slow
 def test_four_processes(run_work: RunWork, tmp_path: Path) -> None:
-    found = run_both(run_work, 4, "normalize,gather,distill,relate,mix,record,score", tmp_path)
+    found = run_both(run_work, 4, "normalize,gather,distill,relate,mix,record,score,cache", tmp_path)
     check_record(*found.pop("record"))
+    check_bytes(*found.pop("cache"))
     check_training(found)

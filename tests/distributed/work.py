@@ -27,7 +27,11 @@ from kdfast.distributed.group import Distributed
 from kdfast.dynamics.reader import Dynamics
 from kdfast.nets import NETS, build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.ops.softmax_head import head_self_influence
+from kdfast.pruning.scores.base import ScoreInputs
 from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.scores.registry import compute_score
+from kdfast.teacher.build import build_cache
 
 CPU = torch.device("cpu")
 
@@ -145,14 +149,42 @@ def record(ranks):
 
 
 def score(ranks):
-    """Scores that run a network on the images."""
+    """Scores that run a network on the images, and those of its last layer's Hessian."""
     inputs = make_inputs()
-    sources = ScoreSources(inputs.source, network=inputs.teacher.model)
+    source, model = inputs.source, inputs.teacher.model
+    sources = ScoreSources(source, network=model)
     options = {"fvm": ("influence-fvm", {}), "grand": ("grand", {"network": "full"})}
-    return {
+    found = {
         key: sources.score(name, seed=0, options=given, distributed=ranks).scores
         for key, (name, given) in options.items()
     }
+    torch.manual_seed(2)
+    features = torch.randn(len(source.train), 6).double().numpy()
+    logits = features @ np.random.default_rng(0).normal(size=(6, 10))
+    for method in ("auto", "kronecker"):
+        part = ranks.share(np.arange(len(features)))
+        effects = head_self_influence(
+            features[part], logits[part], source.train.labels[part], l2=0.1, method=method,
+            reduce=None if ranks.world_size == 1 else ranks.sum,
+        )  # fmt: skip
+        found[method] = ranks.gather(effects).numpy()
+    order = np.argsort(source.train.labels, kind="stable")  # a process may have samples of one class
+    values = {"features": features[order].astype(np.float32), "logits": logits[order].astype(np.float32)}
+    given = ScoreInputs(source.train.labels[order], 0, **values, options={"kind": "self"}, distributed=ranks)
+    return found | {"influence": compute_score("influence", given).values}
+
+
+def cache(ranks):
+    """The bytes of a cache of several shards."""
+    inputs, folder = make_inputs(), FOLDER / "cache"
+    build_cache(
+        inputs.source, inputs.teacher.model, folder, ids=np.arange(100), n_views=3, rank=ranks.rank,
+        world=ranks.world_size, shard_bytes=1000,
+    )  # fmt: skip
+    ranks.barrier()
+    files = [file for file in folder.iterdir() if file.is_file() and file.name != "timing.json"]
+    assert len(files) > 8
+    return {file.name: np.frombuffer(file.read_bytes(), np.uint8) for file in files if file.name[0] != "."}
 
 
 FOLDER = Path(sys.argv[2]) if __name__ == "__main__" else Path()

@@ -65,6 +65,14 @@ def test_parts_in_one_folder_are_whole_once_the_last_is_done(source, teacher, tm
     assert file_contents(tmp_path / "all") == file_contents(tmp_path / "one")
 
 
+def test_any_number_of_processes_resumes_what_others_have_begun(source, teacher, tmp_path):
+    build_cache(source, teacher, tmp_path / "one", shard_bytes=SHARD)
+    for rank, world in ((1, 3), (3, 4), (0, 2)):
+        assert not build_cache(source, teacher, tmp_path / "all", rank=rank, world=world, shard_bytes=SHARD).complete
+    assert build_cache(source, teacher, tmp_path / "all", rank=1, world=2, shard_bytes=SHARD).complete
+    assert file_contents(tmp_path / "all") == file_contents(tmp_path / "one")
+
+
 def test_a_merger_that_was_killed_resumes(source, teacher, parts, tmp_path):
     class Killed(Exception):
         pass

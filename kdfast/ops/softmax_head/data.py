@@ -7,7 +7,7 @@ cache. So the data may exceed the memory: pass a memory-mapped array, or blocks 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -63,6 +63,10 @@ class _ReadState:
 class HeadData:
     """Rows of a softmax head, validated on the first pass.
 
+    Attributes:
+        reduce: Adds up a tensor over the processes that hold the rows together; None if all rows are here. The Hessian
+            and its Kronecker factors heed it, and so does `total_rows`.
+
     Args:
         features: (N, D) tensor or (memory-mapped) array; or an iterable of blocks
             (features, logits, labels[, teacher]), with ``logits``, ``labels`` and ``teacher`` None here. A list, or any
@@ -96,6 +100,7 @@ class HeadData:
             raise ShapeError(f"`tile_rows` is {tile_rows}: pass a number of rows of at least 1, or None")
         self.prefix, self.bias, self.tile_rows = prefix, bias, tile_rows
         self.blocks: Iterable[Block]
+        self.reduce: Callable[[Tensor], Tensor] | None = None
         self.num_rows = 0  # until the end of the first pass, if features are blocks
         if isinstance(features, (Tensor, np.ndarray)):
             self.blocks = [(features, logits, labels, teacher)]
@@ -152,6 +157,13 @@ class HeadData:
         """D, including the bias."""
         return self.num_features + int(self.bias)
 
+    @property
+    def total_rows(self) -> int:
+        """Rows of all processes together, after the first pass."""
+        if self.reduce is None:
+            return self.num_rows
+        return int(self.reduce(torch.tensor(self.num_rows, device=self.device)))
+
     def with_weights(self, weights: Tensor) -> HeadData:
         """Return the same rows with the logits of a head with ``weights`` (C, D), which include the bias."""
         other = object.__new__(HeadData)
@@ -188,7 +200,9 @@ class HeadData:
             )
 
     def require_two_classes(self) -> None:
-        """Raise a DataError if all labels read so far are of the same class."""
+        """Raise a DataError if all labels read so far are of the same class, and other processes hold none."""
+        if self.reduce is not None:
+            return
         seen = self._state.label_range
         if seen is not None and seen[0] == seen[1]:
             raise DataError(f"`{self.prefix}labels` are all {seen[0]}: pass training samples of at least two classes")

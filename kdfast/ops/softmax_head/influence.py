@@ -5,6 +5,8 @@ Influence predicts retraining only at an optimum: bring a head that was trained 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,7 @@ def head_self_influence(
     method: str = "auto",
     max_iterations: int | None = None,
     tile_rows: int | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Predict how much a sample's own loss rises if it is removed from training: g_i^T H^-1 g_i / N, never negative.
@@ -143,6 +146,8 @@ def head_self_influence(
             takes two passes over the data for any number of weights.
         max_iterations: Limit on the Hessian products of conjugate gradients.
         tile_rows: Samples computed at a time; None chooses by cache size.
+        reduce: Adds up a tensor over processes, such as ``torch.distributed.all_reduce`` does, each of which passes
+            some of the samples and gets their effects; None: all samples are passed. Not with "cg".
         progress: Called with (done, total or 0 if unknown, note).
 
     Returns:
@@ -155,9 +160,12 @@ def head_self_influence(
         Koh and Liang, 2017, section 5.4, https://arxiv.org/abs/1703.04730.
     """
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
+    data.reduce = reduce
     if method == "kronecker":
         return _approximate(data, l2, LossConfig(alpha, temperature).check(), corrected, progress)
     removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)
+    if reduce is not None and (removal.solver.method == "cg" or corrected):
+        raise ShapeError("`reduce` shares the Hessian as a matrix: pass corrected=False and method='cholesky'")
     effects = removal.allocate()
     for tile in data.tiles(data.num_classes * data.dim, torch.float64, progress, "self-influence"):
         effects[tile.start : tile.start + len(tile.x)] = removal.self_effects(tile)
@@ -174,7 +182,7 @@ def _approximate(data: HeadData, l2: float, loss: LossConfig, corrected: bool, p
         data.require_two_classes()
     effects = kronecker_self_influence(data, factors, loss, progress)
     loss.check_not_all_zero(effects)
-    return (effects / data.num_rows).to(data.dtype)
+    return (effects / data.total_rows).to(data.dtype)
 
 
 def mean_gradient(data: HeadData, loss: LossConfig) -> Tensor:

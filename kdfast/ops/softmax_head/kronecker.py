@@ -50,6 +50,8 @@ def kronecker_factors(data: HeadData, l2: float, loss: LossConfig, progress: Pro
         x = append_bias(tile, data)
         g.addmm_(x.mT, x)
         rows += len(x)
+    if data.reduce is not None:
+        s, g, rows = data.reduce(s), data.reduce(g), data.total_rows
     if not bool(g.isfinite().all()):
         raise DataError("the products of the features overflow float64: scale the features down")
     s_values, s_vectors = torch.linalg.eigh(s / rows)
@@ -64,10 +66,10 @@ def kronecker_self_influence(data: HeadData, factors: Factors, loss: LossConfig,
     scale_cd. The products are computed in the dtype of the data: all terms are positive.
     """
     left, right, scale = (part.to(data.dtype) for part in factors)
-    effects = torch.empty(data.num_rows, dtype=torch.float64, device=data.device)
+    effects = []
     for tile in data.tiles(data.num_classes, torch.float64, progress, "self-influence"):
         r = residuals(tile.z, tile.y, tile.t, loss).to(data.dtype)
         x = append_bias(tile, data).to(data.dtype)
         terms = ((r @ left).square() @ scale) * (x @ right).square()
-        effects[tile.start : tile.start + len(x)] = terms.sum(1, dtype=torch.float64)
-    return effects
+        effects.append(terms.sum(1, dtype=torch.float64))
+    return torch.cat(effects)

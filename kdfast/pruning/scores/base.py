@@ -117,8 +117,8 @@ class Score:
         return self.needs if use is None else self.needs & {str(use)}
 
     def is_shared(self, options: Mapping[str, OptionValue]) -> bool:
-        """Return whether several processes share the work: a network's passes over the images."""
-        return "teacher" in self.usable_inputs(options)
+        """Return whether several processes share the work: a network's passes over the images, or a Hessian."""
+        return "teacher" in self.usable_inputs(options) or options.get("kind") == "self"
 
 
 USE = Option(

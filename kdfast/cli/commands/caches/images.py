@@ -151,7 +151,7 @@ def build(
     n_views = asked or (default_views(source.view_spec) if views is None else source.view_spec.count)
     kept_classes = _choose_classes(source, model, top_k, temperature, kind)
     distributed = Distributed.from_environment()
-    rank, world = _parse_shard(shard, distributed)
+    rank, world = _parse_shard(shard, distributed, force)
     place = distributed.local_device(resolve_device(device))
     arithmetic = options.CACHE_PRECISIONS[options.choose_precision(precision, place)]
     check_build(source, model, out, n_views, dtype, arithmetic, kept_classes, rank, world, kind=kind)
@@ -221,7 +221,7 @@ def _show_cache(manifest: dict[str, Any], samples: int, views: int, classes: int
     )
 
 
-def _parse_shard(shard: str | None, distributed: Distributed) -> tuple[int, int]:
+def _parse_shard(shard: str | None, distributed: Distributed, force: bool) -> tuple[int, int]:
     """Return the part of this process and the number of parts: those of --shard, or of the processes."""
     if shard is None:
         return distributed.rank, distributed.world_size
@@ -229,6 +229,8 @@ def _parse_shard(shard: str | None, distributed: Distributed) -> tuple[int, int]
         raise UsageError(
             f"--shard is for jobs of one process, and torchrun started {distributed.world_size}: omit one of both"
         )
+    if force:
+        raise UsageError("--force would delete the parts of other jobs: omit it, or delete the folder")
     rank, _, world = shard.partition("/")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UsageError(f"--shard is {shard!r}: pass I/N, with I from 0 to N - 1")
