@@ -110,8 +110,9 @@ def test_two_gloo_processes_match_one(tmp_path: Path) -> None:
         for name in ("one", "two")
     }
     assert [r["step"] for r in rows["one"]] == [r["step"] for r in rows["two"]]
-    # Batch norm sees half a batch in each process, so the losses are only approximately equal.
-    assert rows["two"][-1]["loss"] == pytest.approx(rows["one"][-1]["loss"], rel=0.25)
+    # Training amplifies rounding, so that the losses are only approximately equal.
+    assert rows["two"][0]["loss"] == pytest.approx(rows["one"][0]["loss"], rel=1e-3)
+    assert rows["two"][-1]["loss"] == pytest.approx(rows["one"][-1]["loss"], rel=0.1)
     assert rows["two"][-1]["loss"] < 0.9 * rows["two"][0]["loss"]
 
 

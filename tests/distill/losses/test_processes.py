@@ -59,7 +59,7 @@ config = RunConfig("resnet8", epochs=2, batch_size=31, alpha=0.5, lr=0.05, views
 
 _AS_ONE_PROCESS = """
 class Plain(torch.nn.Module):
-    # Without batch norm, whose statistics are those of a process's share.
+    # Without ReLU, at whose kink a rounding error can change a gradient by more than rounding.
     def __init__(self, classes, *_, **__):
         super().__init__()
         self.conv1 = torch.nn.Conv2d(3, 4, 3, padding=1, stride=2)
