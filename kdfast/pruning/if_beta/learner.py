@@ -133,6 +133,7 @@ class IFBeta:
         *,
         score_logits: Tensor | NDArray[np.floating[Any]] | None = None,
         scores: ArrayLike | None = None,
+        rows: IntArray | None = None,
         state: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         device: torch.device | str = "cpu",
@@ -140,7 +141,8 @@ class IFBeta:
         """Learn (a, b) for one fraction and draw the subset.
 
         Args:
-            logits: Floats (N, C), the teacher's logits of all training samples; converted to float32, as all tensors.
+            logits: Floats (N, C), the teacher's logits of all training samples, or of `rows`; converted to float32, as
+                all tensors.
             features: Floats (N, D), inputs of the teacher's last layer.
             labels: Integers (N,), classes in [0, C).
             fraction: Share to keep, above 0 and below 1.
@@ -148,6 +150,9 @@ class IFBeta:
             score_logits: Floats (N, C), logits for the scores only, such as `mean_logits` of several views; None:
                 `logits`.
             scores: Real numbers (N,), scores to use instead of `score`.
+            rows: int64 (n,), ascending: the samples that `logits` and `features` hold, on which the search draws,
+                trains and evaluates; ranks and the subset are those of all samples. It needs `scores`, and one
+                candidate. None: all samples.
             state: Checkpoint file of the search; a call with the same arguments resumes from it. The file remains after
                 the search so that nothing is lost before the result is saved; delete it then.
             progress: Called with (steps done, maximum steps, note) after each step.
@@ -160,8 +165,9 @@ class IFBeta:
             SubsetError: The fraction is out of range, or leaves a class empty.
             ShapeError: A shape or dtype is wrong.
             DataError: A value is not finite, the labels are no classes, or every class has a single sample.
-            UsageError: A part is unknown; or `state` is given and a custom part has no identity: it is not a dataclass
-                or a plain function and has no attribute `identity`.
+            UsageError: A part is unknown; `rows` are given without `scores` or with several candidates; or `state` is
+                given and a custom part has no identity: it is not a dataclass or a plain function and has no attribute
+                `identity`.
             DivergedError: A reward is not finite; the checkpoint holds the last good step.
             OutputError: The checkpoint cannot be written, or belongs to another search.
         """
@@ -169,16 +175,23 @@ class IFBeta:
         labels = as_labels(labels)
         if state is not None:
             self._check_identities()
-        task = self._prepare(logits, features, labels, score_logits, scores, seed, device)
+        if rows is not None and (scores is None or self.candidates > 1):
+            raise UsageError(
+                f"a search on a sample (`rows`) needs scores of all samples (`scores`) and keeps its first draw, but "
+                f"`candidates` is {self.candidates}: pass `scores` and 1 candidate"
+            )
+        task = self._prepare(logits, features, labels, score_logits, scores, rows, seed, device)
         strata = np.zeros_like(labels) if self.balance == "unbalanced" else labels
         mode: Literal["equal", "proportional"] = "equal" if self.balance == "equal" else "proportional"
         u = average_ranks(task.scores, strata)
         ids = np.arange(len(labels), dtype=np.int64)
         sampler = StratifiedSampler.from_ranks(u, ids, strata, subset_size(len(ids), fraction), mode)
-        pool = np.setdiff1d(ids, task.held_out)
+        searched = ids if rows is None else rows
+        pool = np.setdiff1d(np.arange(len(searched), dtype=np.int64), task.held_out)
+        groups = strata[searched][pool]
         # Without the held-out samples, the fraction may round to fewer samples than there are classes.
-        total = max(round(fraction * len(pool)), len(np.unique(strata[pool])))
-        pool_sampler = StratifiedSampler.from_ranks(u[pool], pool, strata[pool], total, mode)
+        total = max(round(fraction * len(pool)), len(np.unique(groups)))
+        pool_sampler = StratifiedSampler.from_ranks(u[searched][pool], pool, groups, total, mode)
 
         settings = {**self.describe(), "fraction": fraction, "seed": seed, **task.inputs}
         path = None if state is None else Path(state)
@@ -232,17 +245,19 @@ class IFBeta:
         labels: IntArray,
         score_logits: Tensor | NDArray[np.floating[Any]] | None,
         scores: ArrayLike | None,
+        rows: IntArray | None,
         seed: int,
         device: torch.device | str,
     ) -> _Task:
         """Check the inputs, score the samples, and build the evaluator."""
         proxy = look_up(PROXIES, self.proxy, "IF-Beta proxy")() if isinstance(self.proxy, str) else self.proxy
         reward = look_up(REWARDS, self.reward, "IF-Beta reward") if isinstance(self.reward, str) else self.reward
-        z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.tensor(labels)
+        own = labels if rows is None else labels[rows]
+        z, h, y = as_tensor("logits", logits), as_tensor("features", features), torch.tensor(own)
         score_z = z if score_logits is None else as_tensor("score_logits", score_logits)
-        check_inputs(z, h, labels)
-        check_inputs(score_z, h, labels)
-        held_out = hold_out(labels, z.shape[1], share=self.held_share, seed=seed)[1]
+        check_inputs(z, h, own)
+        check_inputs(score_z, h, own)
+        held_out = hold_out(own, z.shape[1], share=self.held_share, seed=seed)[1]
         started = time.perf_counter()
         moved_h, moved_y = h.to(device), y.to(device)
         inputs = HeadInputs(score_z.to(device), moved_h, moved_y, held_out, seed)

@@ -23,6 +23,7 @@ from kdfast.errors import DataError
 from kdfast.ops.softmax_head import head_influence, head_logits, head_newton, head_self_influence
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.influence import DEFAULT_L2
+from kdfast.pruning.scores.sampled_head import self_method
 
 # Weight of the penalty of the heads that cross-fitting trains; a fit, not an influence, so it has a value of its own.
 _CROSS_FIT_L2 = 1e-3
@@ -82,9 +83,12 @@ def mean_logits(views: Iterable[Tensor]) -> Tensor:
 def self_influence(inputs: HeadInputs) -> FloatArray:
     """Return `g_i^T H^-1 g_i / N`: the increase of a sample's own loss when it is removed.
 
+    For a head of more than 10,000 weights, H is the Kronecker approximation of the Hessian.
+
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, section 5.4.
     """
-    values = head_self_influence(inputs.features, inputs.logits, inputs.labels, l2=DEFAULT_L2)
+    method = self_method(inputs.logits.shape[1], inputs.features.shape[1])
+    values = head_self_influence(inputs.features, inputs.logits, inputs.labels, l2=DEFAULT_L2, method=method)
     return values.double().cpu().numpy()
 
 

@@ -54,7 +54,7 @@ def nearest_neighbors(
     # Subtracting the mean changes no distance but lowers the norms, and with them the rounding errors.
     points = torch.from_numpy(features - features.mean(0, dtype=np.float64).astype(np.float32)).to(device)
     del features  # a copy as large as the points, if the caller has no use for it
-    norms = torch.cat([part.double().square().sum(1) for part in points.split(_COLUMNS)])
+    norms = torch.cat([part.double().square().sum(1) for part in torch.split(points, _COLUMNS)])
     slack = 4 * (depth + 4) * torch.finfo(torch.float32).eps * float(norms.max())
     neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k))
     search = _RoughSearch(points, norms, min(columns, n), block_bytes)

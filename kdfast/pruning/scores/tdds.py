@@ -66,12 +66,14 @@ def tdds(inputs: ScoreInputs) -> ScoreResult:
 
 def _prediction_changes(dynamics: Dynamics, run: int, samples: slice, epochs: int, absolute: bool) -> FloatArray:
     """Return the change of each sample's prediction between consecutive epochs, float64 (epochs - 1, n)."""
-    before = tuple(part[samples] for part in dynamics.top(run, 0))
-    changes = np.empty((epochs - 1, len(before[0])))
+    ids, p = dynamics.top(run, 0)
+    changes = np.empty((epochs - 1, len(ids[samples])))
     for epoch in range(1, epochs):
-        after = tuple(part[samples] for part in dynamics.top(run, epoch))
-        changes[epoch - 1] = compute_changes(*before, *after, dynamics.classes, absolute)
-        before = after
+        ids_after, p_after = dynamics.top(run, epoch)
+        changes[epoch - 1] = compute_changes(
+            ids[samples], p[samples], ids_after[samples], p_after[samples], dynamics.classes, absolute
+        )
+        ids, p = ids_after, p_after
     return changes
 
 

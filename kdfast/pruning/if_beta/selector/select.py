@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.data.holdout import stratified_sample
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import SubsetError
 from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.if_beta.inputs import check_fraction
 from kdfast.pruning.if_beta.scores import AT_OPTIMUM, INFLUENCES, mean_logits
 from kdfast.pruning.if_beta.selector.costs import measure_costs
+from kdfast.pruning.if_beta.selector.large import rows_of_cache, streamed_scores
 from kdfast.pruning.if_beta.selector.presets import DEFAULT_PRESET, OPTIONS, build_learner
 from kdfast.pruning.if_beta.selector.record import summarize
 from kdfast.pruning.options import OptionValue
 from kdfast.pruning.scores.influence import DEFAULT_L2
+from kdfast.pruning.scores.sampled_head import LARGE, SAMPLE
 from kdfast.pruning.selector import SelectorInputs, SubsetSelector
 from kdfast.teacher.cache import TeacherCache
 
@@ -46,19 +49,25 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
     check_fraction(candidates.fraction)
     if len(cache) != len(labels):
         raise SubsetError(f"{cache.path} covers {len(cache)} of {len(labels)} samples: build a cache of all of them")
+    own, rows = labels if candidates.are_all else labels[candidates.ids], None
+    values = None if scores is None else scores.scores
+    searched: dict[str, int] = {}
+    if len(own) > LARGE:
+        rows = stratified_sample(own, SAMPLE, seed=inputs.seed)
+        searched = {"searched": len(rows)}
+        values = streamed_scores(inputs, min(cache.n_views, _MAX_VIEWS)) if values is None else values
     # Copies in memory: the cache's arrays are memory-mapped, and the search reads them repeatedly.
-    logits, features = (
-        torch.tensor(candidates.take(np.asarray(x))) for x in (cache.identity_logits(), cache.features())
-    )
-    labels = candidates.take(labels)
+    logits, features = rows_of_cache(cache, candidates.ids if rows is None else candidates.ids[rows])
+    labels = own
     result = build_learner(inputs.options, inputs.balance).fit(
         logits,
         features,
         labels,
         candidates.fraction,
         inputs.seed,
-        score_logits=_mean_over_views(cache, candidates.ids, inputs.device) if scores is None else None,
-        scores=None if scores is None else candidates.take(scores.scores),
+        score_logits=_mean_over_views(cache, candidates.ids, inputs.device) if values is None else None,
+        scores=None if values is None else candidates.take(values),
+        rows=rows,
         state=inputs.state,
         progress=inputs.progress,
         device=inputs.device,
@@ -67,6 +76,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         summarize(result, labels, candidates.ids)
         | fixed_settings(inputs.options)
         | {"preset": inputs.options["preset"]}
+        | searched
     )
     return candidates.ids[result.ids], record | measure_costs(inputs, result)
 
@@ -95,8 +105,13 @@ IF_BETA = SubsetSelector(
 )
 
 
-def _mean_over_views(cache: TeacherCache, samples: IntArray, device: torch.device | str) -> Tensor:
-    """Return `mean_logits` of samples over the first views of the cache, computed in blocks on the device."""
+def _mean_over_views(cache: TeacherCache, samples: IntArray, device: torch.device | str) -> Tensor | None:
+    """Return `mean_logits` of samples over the first views of the cache, computed in blocks on the device.
+
+    None for a cache of the most probable classes: the scores are then those of the unaugmented samples.
+    """
+    if cache.top_k is not None:
+        return None
     views = min(cache.n_views, _MAX_VIEWS)
     blocks = []
     for start in range(0, len(samples), _BLOCK_ROWS):

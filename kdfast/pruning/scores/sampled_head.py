@@ -1,0 +1,121 @@
+"""Influence on a softmax head in large splits: the head and its Hessian come from a sample, the effects from a stream.
+
+The head's loss is a mean over samples, so that a sample of it has nearly the same optimum and curvature. Every sample's
+own gradient is exact for this head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdfast.data.stateless_random import IntArray
+from kdfast.files.arrays import release_pages
+from kdfast.ops.softmax_head import head_self_influence, head_solve
+from kdfast.ops.softmax_head.data import HeadData, compute_logits
+from kdfast.ops.softmax_head.influence import mean_gradient
+from kdfast.ops.softmax_head.kronecker import kronecker_factors, kronecker_self_influence
+from kdfast.ops.softmax_head.residuals import LossConfig, residuals
+from kdfast.ops.softmax_head.solve import CHOLESKY_LIMIT
+from kdfast.pruning.rules.base import FloatArray
+from kdfast.pruning.scores.base import Float32Array
+
+# Splits of more samples than LARGE are computed from a stratified sample of SAMPLE.
+LARGE = 1 << 17
+SAMPLE = 1 << 16
+_BLOCK_ROWS = 1 << 13
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Logits(Protocol):
+    """Logits of all samples, read a slice at a time."""
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.float32]:
+        """Return those of consecutive samples, (n, C)."""
+
+
+class HeadBlocks:
+    """Features, logits of a head, labels and teacher logits of all samples, a block at a time; read again each time.
+
+    Args:
+        features: float32 (N, D); pages of mapped files are released.
+        logits: float32 (N, C), the teacher's; an array or what has its slices.
+        labels: int64 (N,).
+        weights: float64 (C, D + 1) of the head, or None for the teacher's own logits.
+        teacher: Whether the blocks hold the teacher's logits.
+        device: Where the blocks are computed.
+    """
+
+    def __init__(
+        self,
+        features: Float32Array,
+        logits: Logits,
+        labels: IntArray,
+        weights: Tensor | None,
+        *,
+        teacher: bool,
+        device: torch.device | str,
+    ) -> None:
+        self._features, self._logits, self._labels = features, logits, labels
+        self._weights = None if weights is None else weights.float()
+        self._teacher, self._device = teacher, device
+
+    def __iter__(self) -> Iterator[Rows]:
+        for start in range(0, len(self._labels), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            x, y = self._read(self._features[part]), self._read(self._labels[part])
+            t = self._read(self._logits[part]) if self._teacher or self._weights is None else None
+            z = t if self._weights is None else compute_logits(x, self._weights, True)
+            assert z is not None
+            yield x, z, y, t if self._teacher else None
+            release_pages(self._features)
+            if isinstance(self._logits, np.ndarray):
+                release_pages(self._logits)
+
+    def _read(self, rows: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.array(rows)).to(self._device)
+
+
+def removal_effects(blocks: HeadBlocks, direction: Tensor, loss: LossConfig) -> FloatArray:
+    """Return the residual times the logits of `direction` (C, D + 1) = H^-1 g_val of each sample, float64 (N,)."""
+    found = []
+    for x, z, y, teacher in blocks:
+        # Residuals of confident samples vanish in float32.
+        r = residuals(z.double(), y, None if teacher is None else teacher.double(), loss)
+        found.append((compute_logits(x, direction.float(), True).double() * r).sum(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def removal_direction(
+    rows: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor], l2: float, loss: LossConfig
+) -> Tensor:
+    """Return H^-1 g_val (C, D + 1) in float64, from features, logits and labels of training and validation samples."""
+    gradient = mean_gradient(HeadData(*held), LossConfig())
+    return head_solve(rows[0], rows[1], gradient, l2=l2, method="cg", alpha=loss.alpha, temperature=loss.temperature)
+
+
+def self_method(classes: int, features: int) -> str:
+    """Return the `method` of `head_self_influence`: exact where the Hessian fits as a matrix, else approximate.
+
+    Conjugate gradients would take a solve for every sample.
+    """
+    return "auto" if classes * (features + 1) <= CHOLESKY_LIMIT else "kronecker"
+
+
+def streamed_self_influence(
+    blocks: HeadBlocks, rows: tuple[Tensor, Tensor, Tensor], l2: float, loss: LossConfig, method: str
+) -> FloatArray:
+    """Return g^T H^-1 g / N of each sample, float64 (N,); H is that of `rows` if it is approximate."""
+    if method == "kronecker":
+        factors = kronecker_factors(HeadData(*rows), l2, loss, None, "curvature")
+        found = kronecker_self_influence(HeadData(blocks, None), factors, loss, None)
+        found = found / len(found)
+    else:
+        found = head_self_influence(blocks, None, None, l2=l2, alpha=loss.alpha, temperature=loss.temperature)
+    return np.asarray(found.double().cpu().numpy(), dtype=np.float64)
