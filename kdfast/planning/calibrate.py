@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import tempfile
@@ -112,18 +113,22 @@ class Calibration:
 
     @cached_property
     def features(self) -> int:
-        """Width of the teacher's features; without a teacher, of the recorded network's or the student's."""
-        net = self._recorded_net() if self.model is None else self.model.net
+        """Width of the features that a selection reads: the teacher's, or without one the recorded network's."""
+        net = self.model.net if self.model is not None else None
+        if net is None:
+            config = self.request.recorded or self.request.config
+            with torch.random.fork_rng(devices=[]):
+                net = build_net(config.student, len(self.source.classes)).eval()
         with torch.no_grad():
             return forward_with_features(net, torch.zeros(1, 3, *self.source.view_spec.size))[1].shape[1]
 
-    def _recorded_net(self) -> torch.nn.Module:
-        config = self.request.recorded or self.request.config
-        with torch.random.fork_rng(devices=[]):
-            return build_net(config.student, len(self.source.classes)).eval()
+    @cached_property
+    def running(self) -> Model | None:
+        """A copy of the teacher, which moves to the device."""
+        return None if self.model is None else dataclasses.replace(self.model, net=copy.deepcopy(self.model.net))
 
     def _teacher(self, budgets: dict[str, float]) -> dict[str, float]:
-        request, model = self.request, self.model
+        request, model = self.request, self.running
         found: dict[str, float] = {}
         if model is None:
             return found
@@ -183,7 +188,7 @@ class Calibration:
 
     def _targets(self, folder: Path) -> tuple[TeacherTargets, int]:
         """Return where the teacher's logits come from in the timing of steps, and the views of the run."""
-        request, model, views = self.request, self.model, self.request.config.views
+        request, model, views = self.request, self.running, self.request.config.views
         if model is None or not request.config.needs_teacher:
             return TeacherTargets(), views
         if request.online:
@@ -205,11 +210,11 @@ class Calibration:
         request = self.request
         found: dict[str, float] = {}
         score = differentiates(request.selection)
-        if score is not None and self.model is not None:
+        if score is not None and self.running is not None:
             options = {**request.selection.score_options, **({"fisher": "train"} if self.amounts.fisher else {})}
             found["fisher"], found["scored"] = time_network_score(
                 self.sample,
-                self.model,
+                self.running,
                 score,
                 complete_options(score, get_score(score).options, options),
                 device=str(request.device),
@@ -219,7 +224,7 @@ class Calibration:
             request.selection,
             self.source.train.labels,
             classes=len(self.source.classes),
-            features=self.features,
+            features=self.features if request.selection.cache or request.selection.dynamics else 1,
             epochs=1 if request.recorded is None else request.recorded.epochs,
             recording=request.recording,
             budget=budgets["selection"],

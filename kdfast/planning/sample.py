@@ -22,7 +22,8 @@ from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TopK
 
 _TEST_IMAGES = 4096
-_HELD_IMAGES = 20_000  # of images that are in memory already, as many as a run has, up to this
+# Of images that are in memory already, as many as a run has, up to this.
+_HELD_IMAGES, _HELD_BYTES = 20_000, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Sample:
             UsageError: As `make_loader`.
         """
         name = choose_loader(source.train, loader, device)
-        count = min(kept, _HELD_IMAGES if isinstance(source.train, ArraySplit) else decoded)
+        held = min(_HELD_IMAGES, _HELD_BYTES // int(np.prod(source.train.shape)))
+        count = min(kept, max(decoded, held if isinstance(source.train, ArraySplit) else 0))
         chosen = np.sort(epoch_order(np.arange(len(source.train), dtype=np.int64), 0, 0)[:count])
         few = SplitPart(source.test, np.arange(min(len(source.test), _TEST_IMAGES), dtype=np.int64))
         digest = hashlib.sha256(chosen.tobytes()).hexdigest()  # of images that no file has; nothing is read for it
