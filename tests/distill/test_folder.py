@@ -47,6 +47,18 @@ def test_rejects_other_settings_and_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_of_earlier_versions_resume_if_one_process_trained_them(tmp_path: Path, processes: int) -> None:
+    with RunFolder(tmp_path, {**CONFIG, "processes": processes}) as folder:
+        folder.save_checkpoint({"step": 1}, 1)
+    if processes == 1:
+        with RunFolder(tmp_path, CONFIG) as folder:
+            assert folder.load_checkpoint() == {"step": 1}
+    else:
+        with pytest.raises(UsageError, match="`processes` was 2, is none"), RunFolder(tmp_path, CONFIG):
+            pass
+
+
 def test_resume_never_requires_a_folder_without_a_run(tmp_path: Path) -> None:
     with RunFolder(tmp_path, CONFIG, resume="never"):
         pass
