@@ -13,7 +13,10 @@ import bench_view_cache
 
 def test_writes_its_result(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_view_cache.harness, "RESULTS", tmp_path)
-    path = bench_view_cache.main(["--samples", "600", "--folder", str(tmp_path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["step"].split(",")[0] for row in rows] == ["write", "open", "read", "read"]
+    options = ["--samples", "600", "--folder", str(tmp_path / "cache")]
+    steps = []
+    for _ in range(2):
+        rows = json.loads(bench_view_cache.main(options).read_text())["rows"]
+        steps.append([row["step"].split(",")[0] for row in rows])
+    assert steps == [["write", "open", "read", "read"], ["open", "read", "read"]]
     assert 0 < rows[0]["bytes_of_views"] - 600 * 4 * 42 < 512  # the header of one file
