@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -95,11 +96,11 @@ class Round:
         inputs: list[str] = []
         if "dynamics" in planned:
             path = self.folder / "dynamics"
-            started = time.perf_counter()
             recorded = ["--epochs", str(preset.recorded), *preset.recipe[2:]]
-            self.call(["dynamics", "--net", preset.student, "--out", str(path)], recorded)
-            # The passes that record are in no file, so the command is timed, with its start.
-            found["dynamics", "train and record"] = time.perf_counter() - started
+            command = ["dynamics", "--net", preset.student, "--out", str(path), *recorded]
+            # The passes that record are in no file, so the command is timed, without its start.
+            start = self.timed(["prune", "--fraction", str(preset.fraction), "--out", str(path), "--dry-run"])
+            found["dynamics", "train and record"] = self.timed(command) - start
             inputs += ["--dynamics", str(path)]
         if "cache for scores" in planned:
             path = self.folder / "score-cache"
@@ -121,6 +122,19 @@ class Round:
         costs = read(run / "result.json")["cost_seconds"]
         found["distill", "train"], found["distill", "evaluate"] = costs["train"], costs["evaluate"]
         return found
+
+    def timed(self, words: list[str]) -> float:
+        """Run a command; return its seconds."""
+        started = self.clock()
+        self.call(words)
+        return self.clock() - started
+
+    def clock(self) -> float:
+        """Return the time, or the seconds on a core of all commands so far."""
+        if not self.arguments.cpu_time:
+            return time.perf_counter()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
     def call(self, *parts: list[str]) -> Any:
         """Run a command on the data; return what it prints as JSON, if it does."""
