@@ -123,6 +123,7 @@ def measure(samples: int, folder: Path) -> list[dict[str, Any]]:
     """Write, verify and read a cache; one that is there is only verified and read."""
     names = tuple(map(str, range(CLASSES)))
     source = Source("synthetic", "datasets", names, BlankImages(samples), BlankImages(BATCH), SPEC)
+    torch.manual_seed(0)
     norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model = Model(build_net("resnet8", CLASSES).eval(), "resnet8", CLASSES, names, norm)
     was_there = is_finished(folder)
