@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from typing import Any, NoReturn
@@ -72,18 +73,24 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
+@functools.cache
+def _root_command() -> Any:
+    """Return the option parser's form of `app`; built once, since an error's message needs it a second time."""
+    return typer.main.get_command(app)
+
+
 def _run() -> int:
     """Run the command line; print what went wrong, and return the exit code."""
     try:
         check_current_folder()
-        code = app(standalone_mode=False, prog_name=app.info.name)
+        code = _root_command()(standalone_mode=False, prog_name=app.info.name)
         if code == _PARSER_INTERRUPT:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KdfastError as error:
         if os.environ.get("KDFAST_DEBUG"):
             raise
-        command = find_command(typer.main.get_command(app), sys.argv[1:])
+        command = find_command(_root_command(), sys.argv[1:])
         _end(f"kdfast: {_without_force(translate(str(error), command))}")
         return Interrupted.exit_code if INTERRUPTER.received else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
