@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import sys
 
 import numpy as np
@@ -58,6 +60,45 @@ def _poisoned_empty(request, monkeypatch):
 @pytest.fixture
 def no_poison():
     """Keep `torch.empty` unchanged, for tests that trace or count memory."""
+
+
+# Forks a process for each program, which then need not import torch. Its own threads would not survive a fork.
+FORKS = """
+import json, os, sys
+import torch, kdfast
+torch.set_num_threads(1)
+kdfast.kd_loss, kdfast.grad_norms, kdfast.head_solve
+for line in sys.stdin:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writing, 1)
+        program, environment = json.loads(line)
+        os.environ.update(environment)
+        exec(program, {"__name__": "__main__"})
+        sys.exit()
+    os.close(writing)
+    with open(reading) as stream:
+        printed = stream.read()
+    print(json.dumps([os.waitpid(child, 0)[1], printed]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_program():
+    """Return a function that runs a program in a process of its own: source and environment -> what it prints."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS], **pipes) as process:
+
+        def run(program, environment=None):
+            process.stdin.write(json.dumps([program, environment or {}]) + "\n")
+            process.stdin.flush()
+            status, printed = json.loads(process.stdout.readline())
+            assert status == 0, f"exit status {status} of the program; see the standard error"
+            return printed
+
+        yield run
+        process.stdin.close()
 
 
 def pytest_generate_tests(metafunc):

@@ -1,6 +1,5 @@
 """No buffer of size samples x weights: peak memory of a run in a separate process."""
 
-import subprocess
 import sys
 
 import pytest
@@ -47,10 +46,8 @@ TABLE = "nn.Sequential(nn.Embedding(100_000, 16), nn.Flatten(), nn.Linear(64, 10
         (TABLE, "torch.randint(0, 100_000, (64, 4))", FISHER, "auto"),
     ],
 )
-def test_peak_memory_is_far_below_the_size_of_all_gradients(monkeypatch, model, inputs, call, backend):
-    monkeypatch.setenv("KDFAST_BACKEND", backend)
+def test_peak_memory_is_far_below_the_size_of_all_gradients(run_program, model, inputs, call, backend):
     code = PEAK.format(model=model, inputs=inputs, n=64, call=call)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    peak, gradients = (int(word) for word in run.stdout.split())
+    peak, gradients = (int(word) for word in run_program(code, {"KDFAST_BACKEND": backend}).split())
     assert gradients > 2.5e8
     assert peak < gradients / 4
