@@ -81,7 +81,7 @@ def at_work(out: Path) -> dict[str, int]:
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -91,7 +91,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 def test_two_nodes_share_a_sweep_and_the_run_of_a_killed_worker_is_resumed(
     kdfast, start, cluster: Cluster, tmp_path: Path
 ) -> None:
-    out, command = tmp_path / "out", (*SWEEP, "--steps", 200, "--seeds", "0,1,2,3")
+    out, command = tmp_path / "out", (*SWEEP, "--steps", 120, "--seeds", "0,1,2,3")
     process = start(*command, "--jobs", "auto", "--json", "--out", out)
     wait_for(lambda: len(at_work(out)) == 2, process)
     workers = at_work(out)
@@ -99,7 +99,7 @@ def test_two_nodes_share_a_sweep_and_the_run_of_a_killed_worker_is_resumed(
     run, killed = next(iter(workers.items()))
     os.kill(killed, signal.SIGKILL)
     wait_for(lambda: at_work(out).get(run, killed) != killed or not (out / "runs" / run).exists(), process)
-    told, err = process.communicate(timeout=300)
+    told, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert len(json.loads(told)["rows"]) == 4, "and nothing else is written to the standard output"
     assert not list((out / "runs").iterdir())
@@ -118,7 +118,7 @@ def test_a_study_makes_what_it_needs_once(kdfast, start, tiny: Path, tmp_path: P
     )
     command = ("reproduce", study, "--data", tiny, "--seeds", 2)
     process = start(*command, "--jobs", 2, "--out", tmp_path / "out")
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert len(list((tmp_path / "out" / "teachers").glob("*.pt"))) == 1
     alone = kdfast(*command, "--out", tmp_path / "alone")
@@ -132,7 +132,7 @@ def test_a_signal_ends_with_75_and_every_run_saved(start, tmp_path: Path, number
     process = start(*SWEEP, "--steps", 100_000, "--seeds", "0,1", "--jobs", 2, "--out", tmp_path)
     wait_for(lambda: len(at_work(tmp_path)) == 2, process)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert "run the same command again to resume" in err
     assert len(list(tmp_path.glob("runs/*/checkpoints/latest.json"))) == 2
@@ -145,7 +145,7 @@ def test_runs_of_a_lost_node_are_resumed_by_others(kdfast, start, cluster: Clust
     process = start(*command, "--jobs", 2, "--out", out)
     wait_for(lambda: len(at_work(out)) == 2, process)
     os.kill(cluster.raylets[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     alone = kdfast(*command, "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err

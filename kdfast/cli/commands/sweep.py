@@ -143,7 +143,6 @@ def sweep(
     ResultsLog(out).check_folder()
     check_report_files(out)
     if not report_only:
-        from kdfast.distillation.losses.settings import parse_terms
         from kdfast.sweep.grid import KD_CHOICES, SweepConfig
         from kdfast.sweep.run import run_sweep
         from kdfast.sweep.session import Session
@@ -170,11 +169,7 @@ def sweep(
                 optimizer=optimizer, label_smoothing=label_smoothing, ema=ema, clip=clip, mixup=mixup, cutmix=cutmix
             ),
         }
-        loss = {
-            "ce": ce_weight,
-            "terms": parse_terms(kd_term or [], kd_weight or [], kd_preset),
-            "terms_warmup_epochs": kd_warmup_epochs,
-        }
+        loss = _loss(ce_weight, kd_term, kd_weight, kd_preset, kd_warmup_epochs)
         engines.prepare(chosen, dry_run)
         session = Session(
             SweepConfig(
@@ -214,6 +209,14 @@ def sweep(
         f"\n{table}\ntable.md, plot.png and report.html written to {out}",
         {"out": str(out), "rows": ResultsLog(out).results()},
     )
+
+
+def _loss(
+    ce: float | None, terms: list[str] | None, weights: list[float] | None, preset: str, warmup_epochs: float
+) -> dict[str, Any]:
+    from kdfast.distillation.losses.settings import parse_terms
+
+    return {"ce": ce, "terms": parse_terms(terms or [], weights or [], preset), "terms_warmup_epochs": warmup_epochs}
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import shutil
 import signal
@@ -44,9 +46,11 @@ class SlurmJobs:
         executor = self._submitit.SlurmExecutor(make_subfolder(task.log.folder, JOBS), max_num_timeout=_RESTARTS)
         executor.update_parameters(**sbatch_parameters(engine, jobs))
         try:
-            self._pending = executor.submit_array([SlurmWorker(task)] * jobs)
+            with contextlib.redirect_stderr(io.StringIO()):  # which submitit writes the messages of sbatch to
+                self._pending = executor.submit_array([SlurmWorker(task)] * jobs)
         except self._submitit.core.utils.FailedJobError as error:
             reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+            reason = reason.removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
             raise UsageError(f"Slurm refuses the jobs ({reason}): change `slurm_option`") from error
 
     def describe(self) -> str:

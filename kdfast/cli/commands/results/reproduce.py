@@ -179,21 +179,14 @@ def reproduce(
     known = {**loaded.published, **loaded.teacher_top1}
     if dataset is not None and known and dataset not in known:
         raise unknown_name(f"`dataset`: {loaded.name} has no published value for", dataset, known)
-    seconds = None if budget is None else _parse_seconds(budget)
-    if budget is not None and engine != "local":
-        raise UsageError(f"`budget` is {budget}, and the speed of the machines of {engine} is not known: omit it")
+    seconds = None if budget is None else _parse_budget(budget, engine)
     numbers = _parse_seeds(seeds)
     log = ResultsLog(out, schemas.StudyRow, "study")
     log.check_folder()
     check_table(out)
     check_report_files(out)
     if report_only:
-        if not (rows := log.results()):
-            raise DataError(f"{out} has no row of a study: pass as `out` the folder of one with a finished run")
-        from kdfast.reproduction.report.results import name_data
-
-        shown = dataset or str(rows[-1]["dataset"])
-        _report(loaded, log, name_data(rows, shown), dataset=shown, data=data)
+        _report_again(loaded, log, dataset=dataset, data=data)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
@@ -308,6 +301,15 @@ def _report(study: Study, log: ResultsLog, rows: list[dict[str, Any]], *, datase
     show(f"\n{text}\n{written}", {"out": str(log.folder), "rows": known})
 
 
+def _report_again(study: Study, log: ResultsLog, *, dataset: str | None, data: str | None) -> None:
+    from kdfast.reproduction.report.results import name_data
+
+    if not (rows := log.results()):
+        raise DataError(f"{log.folder} has no row of a study: pass as `out` the folder of one with a finished run")
+    shown = dataset or str(rows[-1]["dataset"])
+    _report(study, log, name_data(rows, shown), dataset=shown, data=data)
+
+
 def _print_row(labels: dict[str, str], row: dict[str, Any]) -> None:
     note(f"{labels[row['key']]}: top-1 {row['test_top1']:.2f} ({row['steps']} steps, {format_seconds(row['seconds'])})")
 
@@ -352,7 +354,10 @@ def _show_left(session: ReproductionSession, budget: Budget, done: set[str]) -> 
         )
 
 
-def _parse_seconds(text: str) -> float:
+def _parse_budget(text: str, engine: str) -> float:
+    """Return the seconds of a budget."""
+    if engine != "local":
+        raise UsageError(f"`budget` is {text}, and the speed of the machines of {engine} is not known: omit it")
     found = re.fullmatch(r"([0-9.]+)([smhd])", text)
     try:
         seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
