@@ -30,6 +30,20 @@ def run(folder, *arguments, script=SCRIPT):
     return subprocess.run(command, cwd=BENCH, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """A function that runs the command in this process: arguments -> what it prints."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import count_kernels
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["count_kernels.py", *map(str, arguments)])
+        count_kernels.main()
+        return capsys.readouterr().out
+
+    return call
+
+
 def test_prints_a_row_and_writes_it(tmp_path):
     done = run(tmp_path, "--copy", "3.0")
     assert done.returncode == 0, done.stderr
@@ -46,17 +60,16 @@ def test_prints_a_row_and_writes_it(tmp_path):
     assert result["arch"] == 90
 
 
-def test_counts_another_tree(tmp_path):
-    done = run(tmp_path, "--tree", tmp_path)
-    assert done.returncode != 0
-    assert "pass a checkout" in done.stderr
+def test_counts_another_tree(main, tmp_path):
+    with pytest.raises(SystemExit, match="pass a checkout"):
+        main("--tree", tmp_path)
     (tmp_path / "kdfast").mkdir()
     (tmp_path / "kdfast" / "__init__.py").write_text("raise RuntimeError('the other tree')")
     done = run(tmp_path, "--tree", tmp_path, script="import count_kernels\ncount_kernels.main()")
     assert "the other tree" in done.stderr
 
 
-def test_compares_two_files(tmp_path):
+def test_compares_two_files(main, tmp_path):
     row = {
         "C": 100, "dtype": "bf16", "direction": "forward", "tile": "32x128", "warps": 16, "registers": 64, "spilled": 8,
         "instr": 147.0, "ALU": 56.0, "MUFU": 4.5, "barriers": 1, "loops": "", "ceiling": 1.5,
@@ -66,11 +79,9 @@ def test_compares_two_files(tmp_path):
         files.append(tmp_path / f"{name}.json")
         rows = [{**row, **changes}, {**row, "dtype": f"only {name}"}]
         files[-1].write_text(json.dumps({"arch": arch, "rows": rows}))
-    done = run(tmp_path, "--compare", files[0], files[1])
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
-    assert "8 > 0" in done.stdout
-    assert done.stdout.split()[-1] == "2.00"
-    done = run(tmp_path, "--compare", files[0], files[2])
-    assert done.returncode != 0
-    assert "sm_90 and sm_80" in done.stderr
+    printed = main("--compare", files[0], files[1])
+    assert len(printed.splitlines()) == 2
+    assert "8 > 0" in printed
+    assert printed.split()[-1] == "2.00"
+    with pytest.raises(SystemExit, match="sm_90 and sm_80"):
+        main("--compare", files[0], files[2])
