@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("always::kdfast.errors.DataWarning")
@@ -113,3 +114,30 @@ def test_every_stage_must_divide_the_data_alike(kdfast, photos: Path, tmp_path: 
         assert (outcome.code, "made from other data" in outcome.err) == (3, True)
     (tmp_path / "c.yaml").write_text("split: 0.2\n")
     assert kdfast(*train, "--config", tmp_path / "c.yaml").code == 0
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Two classes of JPEG files of several sizes, which are cropped at random."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 9), ("test", 2)):
+        for name in ("a", "b"):
+            folder = tmp_path / "large" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (70 + number, 90 - number, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return tmp_path / "large"
+
+
+def test_streamed_files_train_the_weights_of_resident_ones(kdfast, large: Path, tmp_path: Path) -> None:
+    train = ("distill", "--data", large, "--size", 64, "--student", "resnet8", "--alpha", 0, "--batch-size", 5)
+    names = ("resident", "files")
+    for loader in names:
+        outcome = kdfast(*train, "--epochs", 2, "--loader", loader, "--out", tmp_path / loader)
+        assert (outcome.code, f"{loader} loader" in outcome.out) == (0, True)
+    nets = [torch.load(tmp_path / name / "student.pt", weights_only=True) for name in names]
+    states = [net["state_dict"] for net in nets]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    outcome = kdfast(*train, "--loader", "ffcv", "--out", tmp_path / "ffcv")
+    assert (outcome.code, "the ffcv loader reads .beton files" in outcome.err) == (2, True)

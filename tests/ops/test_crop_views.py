@@ -14,6 +14,7 @@ from kdfast.errors import BackendUnavailable, DataError, ShapeError
 from kdfast.ops import native
 from kdfast.ops.backends import TABLE
 from kdfast.ops.views import crop_views, crop_views_reference
+from kdfast.ops.views.crops import _taps
 
 CPU, GPU = TABLE["views", "cpu"], TABLE["views", "cuda"]
 UNSCALED = torch.tensor([[1.0] * 3, [0.0] * 3])
@@ -56,6 +57,23 @@ def test_pixels_are_those_of_pillow(side, size, backend):
     expected = resized_by_pillow(images, boxes, rows, size)
     assert torch.equal(out.permute(0, 2, 3, 1).to(torch.uint8), expected)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_weights_are_those_that_pillow_computes_in_floating_point(size):
+    extents = torch.arange(1, 1025)
+    places, weights = (x.numpy() for x in _taps(extents, 1024, size))
+    scale = extents.numpy()[:, None, None] / size
+    reach = np.maximum(scale, 1.0)
+    center = (np.arange(size)[:, None] + 0.5) * scale
+    low = np.maximum((center - reach + 0.5).astype(np.int64), 0)
+    high = np.minimum((center + reach + 0.5).astype(np.int64), extents.numpy()[:, None, None])
+    at = places[..., :1] + np.arange(weights.shape[2])
+    floats = np.where((at >= low) & (at < high), np.maximum(1 - np.abs((at - center + 0.5) * (1 / reach)), 0), 0.0)
+    total = np.zeros_like(center)
+    for k in range(weights.shape[2]):  # in Pillow's order
+        total[..., 0] += floats[..., k]
+    assert np.array_equal((floats / total * 2**22 + 0.5).astype(np.int64), weights)
 
 
 @settings(max_examples=40, deadline=None)

@@ -101,8 +101,11 @@ def test_rejects_bad_ids(train, loader):
         loader.batches([1], 0)
 
 
-def test_workers_are_limited_to_the_cores(train):
-    assert FileLoader(train, workers=10_000)._workers == len(os.sched_getaffinity(0))
+def test_workers_are_limited_to_the_share_of_the_cores(train, monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert FileLoader(train, workers=10_000)._workers == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    assert FileLoader(train)._workers == 1
 
 
 PROGRAM = """

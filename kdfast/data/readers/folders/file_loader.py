@@ -42,7 +42,8 @@ class FileLoader:
 
     Args:
         split: The split.
-        workers: Processes, limited to the cores of this process; None for one per core.
+        workers: Processes, limited to the cores of this process, or to its share of them where torchrun starts several;
+            None for one per core.
 
     Attributes:
         name: `files`.
@@ -56,7 +57,8 @@ class FileLoader:
     table: Tensor | None = None
 
     def __init__(self, split: Split, *, workers: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0))
+        # Of the processes that torchrun starts on this machine, each decodes its share of every batch.
+        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.shape = split.shape
         self._split = split
         self._workers = max(1, min(workers or cores, cores))
