@@ -1,5 +1,7 @@
 """`kdfast dynamics`: what it records on request."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,13 +50,14 @@ def test_records_batches(record, tmp_path) -> None:
 def test_a_dry_run_prints_the_size_of_the_files(record, tmp_path) -> None:
     sizes = {}
     for name, more in {"plain": (), "batch": ("--record", "batch"), "top": ("--top-k", 3)}.items():
-        ran = record(name, *more, "--dry-run", "--runs", 10_000)
+        ran = record(name, *more, "--dry-run", "--runs", 80, "--json")
         assert ran.code == 0
-        sizes[name] = float(ran.out.split(" write ")[1].split(" MB")[0])
-    features = 120 * 64 * 4 * 10_000  # of the last epoch of each run, in float32
-    assert sizes["plain"] == pytest.approx((120 * 2 * 10_000 * (4 * 2 + 1 / 8) + features) / 1e6, abs=0.05)
-    assert sizes["batch"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 / 8 / 1e6, abs=0.1)
-    assert sizes["top"] - sizes["plain"] == pytest.approx(120 * 2 * 10_000 * 3 * 3 / 1e6, abs=0.1)
+        sizes[name] = json.loads(ran.out)["bytes"]
+    features = 120 * 64 * 4 * 80  # of the last epoch of each run, in float32
+    assert sizes["plain"] == 120 * 2 * 80 * (4 * 2 + 1 / 8) + features
+    assert sizes["batch"] - sizes["plain"] == 120 * 2 * 80 / 8
+    assert sizes["top"] - sizes["plain"] == 120 * 2 * 80 * 3 * 3
+    assert " and write 2.6 MB to " in record("plain", "--dry-run", "--runs", 80).out
     assert not list(tmp_path.glob("*/plan.json"))
 
 
