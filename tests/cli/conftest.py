@@ -1,6 +1,10 @@
+import json
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,7 @@ class Outcome(NamedTuple):
 Run = Callable[..., Outcome]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def heed_interrupts() -> None:
     """Let processes that tests start heed SIGINT, which a shell makes those in its background ignore."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -46,6 +50,83 @@ def kdfast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Outcome(code, out, err)
 
     return run
+
+
+# Forks a process for each command, which then need not import torch: that takes longer than the commands themselves.
+# It has one thread and has run nothing, as if each command had just imported the modules.
+FORKS = """
+import json, os, sys
+import torch._dynamo  # by the first step of an optimizer
+import kdfast.cli.program, kdfast.distillation.record_dynamics, kdfast.distillation.train, kdfast.pruning.select
+import kdfast.sweep.run, kdfast.teacher.build, kdfast.teacher.flatten
+for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        pid, status = os.waitpid(asked, os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    else:
+        answer = os.fork()
+        if answer == 0:
+            os.setsid()
+            for number, path in enumerate((os.devnull, *asked[:2])):
+                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+            sys.argv = ["kdfast", *asked[2:]]
+            kdfast.cli.main()
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Forked:
+    """A command in a process and session of its own; with those methods of `Popen` that tests need."""
+
+    def __init__(self, ask: Callable[[object], int | None], folder: Path, arguments: tuple[object, ...]) -> None:
+        self.ask, self.files = ask, (folder / "out", folder / "err")
+        self.returncode: int | None = None
+        self.pid = ask([*map(str, self.files), *map(str, arguments)])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.ask(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("kdfast", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.files[0].read_text(), self.files[1].read_text()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Return a function that starts a command in another process: arguments -> `Forked`."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started: list[Forked] = []
+    with subprocess.Popen([sys.executable, "-c", FORKS], **pipes) as process:
+
+        def ask(question: object) -> int | None:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        def start(*arguments: object) -> Forked:
+            started.append(Forked(ask, tmp_path_factory.mktemp("forked"), arguments))
+            return started[-1]
+
+        yield start
+        for command in started:
+            command.kill()
+            command.wait()
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -352,19 +352,20 @@ def test_reports_output_that_cannot_be_written(kdfast, command: str, tiny: Path,
     expect(kdfast(*arguments), 4, "cannot write")
 
 
-def test_full_disk_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_full_disk_loses_nothing(kdfast, tiny: Path, tmp_path: Path) -> None:
     """A file-size limit simulates a full disk: a write fails in the middle of a file."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "kdfast", "distill", "--data", tiny, "--student", "resnet8", "--alpha", "0",
-               "--epochs", "2", "--batch-size", "20", "--out", run]  # fmt: skip
-    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "-", *map(str, command)]
+    command = ["distill", "--data", tiny, "--student", "resnet8", "--alpha", 0, "--epochs", 2, "--batch-size", 20,
+               "--out", run]  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "-", sys.executable, "-m", "kdfast",
+               *map(str, command)]  # fmt: skip
     outcome = subprocess.run(limited, capture_output=True, text=True)
     assert outcome.returncode == 4, outcome.stderr
     (line,) = [line for line in outcome.stderr.splitlines() if not line.startswith(STARTED)]
     assert "cannot write" in line
     assert not (run / "result.json").exists()
     assert not list((run / "checkpoints").glob("*.pt"))
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert kdfast(*command).code == 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,29 +14,20 @@ import pytest
 import torch
 
 
-def start(command: list[object]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kdfast", *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(command: list[object]) -> float:
+def finish(fork, command: list[object]) -> float:
     """Run the command to the end and return the seconds it took."""
     started = time.perf_counter()
-    process = start(command)
+    process = fork(*command)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return time.perf_counter() - started
 
 
-def end_with_kills(command: list[object], most: int, seconds: float, rng: random.Random) -> int:
+def end_with_kills(fork, command: list[object], most: int, seconds: float, rng: random.Random) -> int:
     """Start the command until it ends on its own; kill it up to `most` times after a share of its usual time."""
     kills = 0
     while kills < most:
-        process = start(command)
+        process = fork(*command)
         try:
             _, err = process.communicate(timeout=rng.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
@@ -47,7 +37,7 @@ def end_with_kills(command: list[object], most: int, seconds: float, rng: random
             continue
         assert process.returncode == 0, err
         return kills
-    finish(command)
+    finish(fork, command)
     return kills
 
 
@@ -70,13 +60,13 @@ def state_of(folder: Path) -> dict[str, object]:
     return found
 
 
-def check(make, tmp_path: Path, kills: int, same) -> None:
+def check(fork, make, tmp_path: Path, kills: int, same) -> None:
     """Kill `kills` times in total; every resumed run must end like the uninterrupted one."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    seconds = finish(make(whole))
+    seconds = finish(fork, make(whole))
     rng = random.Random(kills)
     while kills > 0:
-        hits = end_with_kills(make(cut), kills, seconds, rng)
+        hits = end_with_kills(fork, make(cut), kills, seconds, rng)
         same(whole, cut)
         shutil.rmtree(cut)
         kills -= hits
@@ -94,34 +84,32 @@ def same_files(whole: Path, cut: Path) -> None:
 
 def training(tiny: Path, cache: Path):
     def make(out: Path) -> list[object]:
-        return ["distill", "--data", tiny, "--student", "resnet20", "--cache", cache, "--epochs", 60,
+        return ["distill", "--data", tiny, "--student", "resnet8", "--cache", cache, "--epochs", 30,
                 "--batch-size", 25, "--log-every", 7, "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
 
     return make
 
 
-def caching(tmp_path: Path):
+def caching(teacher: Path, tmp_path: Path):
     rng = np.random.default_rng(0)
-    n = 600
+    n = 1200
     data = tmp_path / "big.npz"
-    images, labels = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
+    images, labels = rng.integers(0, 255, (n, 12, 12, 3), dtype=np.uint8), np.arange(n) % 3
     np.savez(data, train_images=images, train_labels=labels, test_images=images[:50], test_labels=labels[:50])
-    teacher = tmp_path / "t.pt"
-    finish(["teacher", "train", "--data", data, "--net", "resnet8", "--epochs", 1, "--out", teacher])
 
     def make(out: Path) -> list[object]:
-        return ["cache", "--data", data, "--teacher", teacher, "--views", 12, "--out", out]
+        return ["cache", "--data", data, "--teacher", teacher, "--views", 9, "--out", out]
 
     return make
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_training_survives_kill_9(tiny: Path, cache: Path, tmp_path: Path, kills: int) -> None:
-    check(training(tiny, cache), tmp_path, kills, same_files)
+def test_training_survives_kill_9(fork, tiny: Path, cache: Path, tmp_path: Path, kills: int) -> None:
+    check(fork, training(tiny, cache), tmp_path, kills, same_files)
 
 
 @pytest.mark.slow
-def test_training_with_adapters_survives_kill_9(tiny: Path, teacher: Path, tmp_path: Path) -> None:
+def test_training_with_adapters_survives_kill_9(fork, tiny: Path, teacher: Path, tmp_path: Path) -> None:
     """The adapters of a term and their momentum are part of the checkpoint, and so are memory banks and phases."""
 
     def make(out: Path) -> list[object]:
@@ -129,28 +117,28 @@ def test_training_with_adapters_survives_kill_9(tiny: Path, teacher: Path, tmp_p
                 "--batch-size", 25, "--kd-term", "vid", "--kd-term", "ft", "--kd-term", "crd", "--log-every", 7,
                 "--checkpoint-seconds", 0.05, "--out", out]  # fmt: skip
 
-    check(make, tmp_path, 6, same_files)
+    check(fork, make, tmp_path, 6, same_files)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_caching_survives_kill_9(tmp_path: Path, kills: int) -> None:
-    check(caching(tmp_path), tmp_path, kills, same_files)
+def test_caching_survives_kill_9(fork, teacher: Path, tmp_path: Path, kills: int) -> None:
+    check(fork, caching(teacher, tmp_path), tmp_path, kills, same_files)
 
 
 @pytest.mark.slow
-def test_a_teacher_on_a_part_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
+def test_a_teacher_on_a_part_survives_kill_9(fork, tiny: Path, tmp_path: Path) -> None:
     def command(name: str) -> list[object]:
         return ["teacher", "train", "--data", tiny, "--net", "resnet20", "--epochs", 40, "--batch-size", 25,
                 "--fraction", 0.5, "--checkpoint-seconds", 0.05, "--out", tmp_path / f"{name}.pt"]  # fmt: skip
 
-    seconds = finish(command("whole"))
-    assert end_with_kills(command("cut"), 3, seconds, random.Random(0)) > 0
+    seconds = finish(fork, command("whole"))
+    assert end_with_kills(fork, command("cut"), 3, seconds, random.Random(0)) > 0
     same_files(tmp_path / "whole.pt.run", tmp_path / "cut.pt.run")
     assert (tmp_path / "cut.pt.subset.npy").read_bytes() == (tmp_path / "whole.pt.subset.npy").read_bytes()
 
 
 @pytest.mark.slow
-def test_recording_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
+def test_recording_survives_kill_9(fork, tiny: Path, tmp_path: Path) -> None:
     """Kills come within epochs, between an epoch's files and its checkpoint, and between two runs."""
 
     def make(out: Path) -> list[object]:
@@ -161,11 +149,11 @@ def test_recording_survives_kill_9(tiny: Path, tmp_path: Path) -> None:
         same_files(whole, cut)
         assert (whole / "manifest.json").read_bytes() == (cut / "manifest.json").read_bytes()
 
-    check(make, tmp_path, 6, same)
+    check(fork, make, tmp_path, 6, same)
 
 
 @pytest.mark.slow
-def test_converting_survives_kill_9(tmp_path: Path) -> None:
+def test_converting_survives_kill_9(fork, tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
     rng = np.random.default_rng(0)
     n = 3000
@@ -180,17 +168,17 @@ def test_converting_survives_kill_9(tmp_path: Path) -> None:
         assert open_source(cut).fingerprint == open_source(whole).fingerprint == fingerprint
         assert sorted(f.name for f in cut.iterdir()) == sorted(f.name for f in whole.iterdir())
 
-    check(lambda out: ["data", "convert", data, out], tmp_path, 20, same)
+    check(fork, lambda out: ["data", "convert", data, out], tmp_path, 20, same)
 
 
-def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_75(fork, tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = training(tiny, cache)(tmp_path / "run")
-    process = start(command)
+    process = fork(*command)
     status = tmp_path / "run" / "status.json"
     deadline = time.monotonic() + 60
     while not (status.exists() and json.loads(status.read_text())["step"] > 5) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.terminate()
+    process.kill(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert "SIGTERM" in err
@@ -199,7 +187,7 @@ def test_sigterm_saves_and_exits_75(tiny: Path, cache: Path, tmp_path: Path) -> 
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
     assert latest["step"] == told["step"] > 5
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    finish(command)
+    finish(fork, command)
     assert json.loads(status.read_text())["state"] == "finished"
 
 

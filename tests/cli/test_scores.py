@@ -4,8 +4,8 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -52,25 +52,16 @@ def dynamics_command(data, out, *more, epochs=3) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def dynamics(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamics(fork, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of three epochs on the tiny data."""
     out = tmp_path_factory.mktemp("dynamics") / "dyn"
-    finish(dynamics_command(tiny, out, *RECORDED))
+    finish(fork, dynamics_command(tiny, out, *RECORDED))
     return out
 
 
-def start(command: list[object]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kdfast", *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(command: list[object]) -> float:
+def finish(fork, command: list[object]) -> float:
     started = time.perf_counter()
-    process = start(command)
+    process = fork(*command)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return time.perf_counter() - started
@@ -308,17 +299,17 @@ def test_divergence_prints_one_line(kdfast, tiny, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_recording_survives_kill_9(tiny: Path, tmp_path: Path, kills: int) -> None:
+def test_recording_survives_kill_9(fork, tiny: Path, tmp_path: Path, kills: int) -> None:
     def command(out: Path) -> list[object]:
         return dynamics_command(tiny, out, "--runs", 2, "--keep", 0.7, "--features-every", 4, "--checkpoint-seconds",
-                                0.05, epochs=12)  # fmt: skip
+                                0.05, epochs=8)  # fmt: skip
 
-    seconds = finish(command(tmp_path / "whole"))
+    seconds = finish(fork, command(tmp_path / "whole"))
     rng = random.Random(kills)
     while kills > 0:
         hits = 0
         while hits < kills:
-            process = start(command(tmp_path / "cut"))
+            process = fork(*command(tmp_path / "cut"))
             try:
                 _, err = process.communicate(timeout=rng.uniform(0.3, 0.95) * seconds)
             except subprocess.TimeoutExpired:
@@ -329,7 +320,7 @@ def test_recording_survives_kill_9(tiny: Path, tmp_path: Path, kills: int) -> No
             assert process.returncode == 0, err
             break
         else:
-            finish(command(tmp_path / "cut"))
+            finish(fork, command(tmp_path / "cut"))
         assert arrays_of(tmp_path / "cut") == arrays_of(tmp_path / "whole")
         shutil.rmtree(tmp_path / "cut")
         kills -= hits
@@ -337,19 +328,19 @@ def test_recording_survives_kill_9(tiny: Path, tmp_path: Path, kills: int) -> No
             seconds *= 0.7  # The machine is faster than in the first run.
 
 
-def test_sigterm_exits_75_and_the_same_command_resumes(tiny: Path, tmp_path: Path) -> None:
-    command = dynamics_command(tiny, tmp_path / "d", epochs=60)
-    process = start(command)
+def test_sigterm_exits_75_and_the_same_command_resumes(fork, tiny: Path, tmp_path: Path) -> None:
+    command = dynamics_command(tiny, tmp_path / "d", epochs=40)
+    process = fork(*command)
     status = tmp_path / "d" / "run-00" / "training" / "status.json"
     deadline = time.monotonic() + 60
     while not list((tmp_path / "d").glob("run-00/epoch-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.terminate()
+    process.kill(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "run the same command again" in err
     assert json.loads(status.read_text())["state"] == "interrupted"
-    finish(command)
+    finish(fork, command)
     assert (tmp_path / "d" / "manifest.json").exists()
 
 

@@ -6,10 +6,8 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +32,9 @@ def places(out: Path) -> list[tuple]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start the command as a process in its own session; kill it at the end of the test."""
-    started: list[subprocess.Popen] = []
-
-    def begin(*command: object) -> subprocess.Popen:
-        words = [sys.executable, "-m", "kdfast", "sweep", *map(str, command)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # A shell starts background jobs with SIGINT ignored, which children inherit: restore it, as from a terminal.
-        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        started.append(subprocess.Popen(words, start_new_session=True, preexec_fn=heard, **pipes))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+def start(fork) -> Callable:
+    """Start the command as a process in its own session."""
+    return functools.partial(fork, "sweep")
 
 
 def test_writes_rows_table_and_plot(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
