@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -43,6 +42,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any], str | None, dict[str, Any]]] = {
     "influence": ("cache", "influence", {}, None, {}),
     "influence, teacher's head": ("cache", "influence", {"polish": "no"}, None, {}),
     "influence, self": ("cache", "influence", {"kind": "self"}, None, {}),
+    "influence, self, teacher's head": ("cache", "influence", {"kind": "self", "polish": "no"}, None, {}),
     "el2n by strata": ("cache", "el2n", {}, "strata", {}),
     "el2n by beta": ("cache", "el2n", {}, "beta", {"a": 2.0, "b": 2.0}),
     "el2n by bws": ("cache", "el2n", {}, "bws", {}),
@@ -121,16 +121,17 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "all_s": round(time.perf_counter() - started[0], 1),
         "cpu_s": round(time.process_time() - started[1], 1),
         "anon_gb": round(peak.anon / 1e9, 2),
-        "rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        # Not that of getrusage, which begins at the memory of the parent.
+        "rss_gb": round(status("VmHWM") / 1e9, 2),
         "digest": selection.provenance["scores"] and selection.provenance["scores"][:12],
     }
 
 
 def make_data(folder: Path, samples: int, depth: int, kinds: set[str]) -> None:
-    labels = large_data.make_labels(samples)
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "labels.npy", labels)
-    source = large_data.make_source(labels)
+    if not (folder / "labels.npy").exists():
+        np.save(folder / "labels.npy", large_data.make_labels(samples))
+    source = large_data.make_source(np.load(folder / "labels.npy"))
     if "cache" in kinds and not (folder / "cache").exists():
         large_data.make_cache(folder / "cache", source, depth)
     if DYN in kinds and not (folder / DYN).exists():

@@ -137,6 +137,11 @@ def gather_groups(matrix: npt.NDArray[np.float32], groups: Sequence[IntArray]) -
         first = last
 
 
+def gather_rows(matrix: npt.NDArray[np.float32], samples: IntArray) -> npt.NDArray[np.float32]:
+    """Return the rows of some samples, int64 (n,) and ascending, as `gather_groups` reads them."""
+    return next(gather_groups(matrix, [samples]))
+
+
 def _count_nonfinite(block: npt.NDArray[np.float32]) -> int:
     """Return how many rows have a number that is not finite."""
     finite = np.isfinite(block)

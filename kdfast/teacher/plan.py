@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 import kdfast
+from kdfast.data.arrays import rows_of
 from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec
 from kdfast.errors import CacheMismatch, OutputError, UsageError
 from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
+from kdfast.files.arrays import row_blocks
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
     BUILDING,
@@ -154,4 +156,7 @@ def check_same_plan(folder: Path, found: dict[str, Any], plan: dict[str, Any], w
 
 def compute_accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float:
     """Compute the top-1 accuracy, in percent, of logits (n, C) for labels (n,)."""
-    return 100 * float(np.count_nonzero(logits.argmax(1) == labels)) / len(labels)
+    correct = 0
+    for part, block in row_blocks(logits, rows_of(logits)):
+        correct += np.count_nonzero(block.argmax(1) == labels[part])
+    return 100 * float(correct) / len(labels)

@@ -63,13 +63,14 @@ def kronecker_self_influence(data: HeadData, factors: Factors, loss: LossConfig,
     """Return g^T H^-1 g of each sample for the approximate H, (N,) float64, not divided by N.
 
     A gradient is r h^T, so that it is a sum over pairs of eigenvectors: sum of (left^T r)_c^2 (right^T h)_d^2
-    scale_cd. The products are computed in the dtype of the data: all terms are positive.
+    scale_cd. The products are computed in the dtype of the data: all terms are positive. `data.num_rows` must be set.
     """
     left, right, scale = (part.to(data.dtype) for part in factors)
-    effects = []
+    # Tensors kept per tile would fragment the memory.
+    effects = torch.empty(data.num_rows, dtype=torch.float64, device=data.device)
     for tile in data.tiles(data.num_classes, torch.float64, progress, "self-influence"):
         r = residuals(tile.z, tile.y, tile.t, loss).to(data.dtype)
         x = append_bias(tile, data).to(data.dtype)
         terms = ((r @ left).square() @ scale) * (x @ right).square()
-        effects.append(terms.sum(1, dtype=torch.float64))
-    return torch.cat(effects)
+        effects[tile.start : tile.start + len(x)] = terms.sum(1, dtype=torch.float64)
+    return effects

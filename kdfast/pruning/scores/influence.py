@@ -7,7 +7,7 @@ from typing import TypedDict, cast
 import numpy as np
 import torch
 
-from kdfast.data.arrays import group_by_class
+from kdfast.data.arrays import gather_rows, group_by_class
 from kdfast.data.holdout import stratified_sample
 from kdfast.data.stateless_random import IntArray, Purpose, hash64
 from kdfast.errors import DataError
@@ -17,6 +17,7 @@ from kdfast.pruning.options import Only, Option, OptionValue
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.base import Float32Array, ScoreInputs, ScoreResult, require_features, require_logits
 from kdfast.pruning.scores.sampled_head import (
+    HEAD_TOL,
     LARGE,
     SAMPLE,
     HeadBlocks,
@@ -81,7 +82,7 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
     `self` needs no validation, so the head sees all samples. It solves one system per sample, hence forms the Hessian;
     for a head of more than 10,000 weights it takes the Kronecker approximation (`hessian` in `used`).
 
-    In a split of more than 131,072 samples, the head and its Hessian come from a stratified sample of 65,536 (`sample`
+    In a split of more than 131,072 samples, the head and its Hessian come from a stratified sample of 32,768 (`sample`
     in `used`). Validation samples and effects are those of the whole split: removal effects depend on which samples
     validate much more than on the head.
 
@@ -126,7 +127,9 @@ def _of_large_split(inputs: ScoreInputs, features: Float32Array, logits: Float32
         return HeadBlocks(features, logits, inputs.labels, weights, teacher=loss.alpha > 0, device=inputs.device)
 
     if inputs.options["kind"] == "self":
-        weights = _head(inputs, features[sample], logits[sample], inputs.labels[sample])
+        weights = _head(
+            inputs, gather_rows(features, sample), gather_rows(logits, sample), inputs.labels[sample], tol=HEAD_TOL
+        )
         method = self_method(logits.shape[1] if weights is None else len(weights), features.shape[1])
         rows = _head_rows(inputs, features, logits, weights, sample)
         effects = streamed_self_influence(blocks(weights), rows, l2, loss, method)
@@ -135,7 +138,8 @@ def _of_large_split(inputs: ScoreInputs, features: Float32Array, logits: Float32
     weights = None
     for half in draw_holdout(inputs.labels, inputs.number("holdout"), inputs.seed):
         trained = np.setdiff1d(sample, half)
-        weights = _head(inputs, features[trained], logits[trained], inputs.labels[trained], weights)
+        some = inputs.labels[trained]
+        weights = _head(inputs, gather_rows(features, trained), gather_rows(logits, trained), some, weights, HEAD_TOL)
         direction = removal_direction(
             _head_rows(inputs, features, logits, weights, trained),
             _head_rows(inputs, features, logits, weights, half),
@@ -153,7 +157,7 @@ def _head_rows(
     inputs: ScoreInputs, features: Float32Array, logits: Float32Array, weights: torch.Tensor | None, samples: IntArray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return features and logits of a head in float64, and labels, of some samples."""
-    x, z = features[samples], logits[samples]
+    x, z = gather_rows(features, samples), gather_rows(logits, samples)
     return _rows(x, inputs), _logits(inputs, x, z, weights), _tensor(inputs.labels[samples], inputs)
 
 
@@ -251,6 +255,7 @@ def _head(
     logits: Float32Array,
     labels: IntArray,
     start: torch.Tensor | None = None,
+    tol: float = 1e-8,
 ) -> torch.Tensor | None:
     """Return the head's optimal weights (C, D + 1), or None for the teacher's own head."""
     if inputs.options["polish"] == "no":
@@ -261,6 +266,7 @@ def _head(
         _tensor(labels, inputs),
         l2=inputs.number("l2"),
         init=start,
+        tol=tol,
         method="cg",
         **_distillation(inputs, logits),
     )

@@ -27,7 +27,9 @@ from kdfast.pruning.scores.base import Float32Array
 
 # Splits of more samples than LARGE are computed from a stratified sample of SAMPLE.
 LARGE = 1 << 17
-SAMPLE = 1 << 16
+SAMPLE = 1 << 15
+# Gradient norm of the head, and relative residual of its solves: far below what another sample would change.
+HEAD_TOL = 1e-4
 _BLOCK_ROWS = 1 << 13
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -66,6 +68,10 @@ class HeadBlocks:
         self._weights = None if weights is None else weights.float()
         self._teacher, self._device = teacher, device
 
+    def __len__(self) -> int:
+        """Number of samples, N."""
+        return len(self._labels)
+
     def __iter__(self) -> Iterator[Rows]:
         for start in range(0, len(self._labels), _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
@@ -84,12 +90,14 @@ class HeadBlocks:
 
 def removal_effects(blocks: HeadBlocks, direction: Tensor, loss: LossConfig) -> FloatArray:
     """Return the residual times the logits of `direction` (C, D + 1) = H^-1 g_val of each sample, float64 (N,)."""
-    found = []
+    effects, start = np.empty(len(blocks)), 0
     for x, z, y, teacher in blocks:
         # Residuals of confident samples vanish in float32.
         r = residuals(z.double(), y, None if teacher is None else teacher.double(), loss)
-        found.append((compute_logits(x, direction.float(), True).double() * r).sum(1).cpu())
-    return torch.cat(found).numpy()
+        found = (compute_logits(x, direction.float(), True).double() * r).sum(1)
+        effects[start : start + len(x)] = found.cpu().numpy()
+        start += len(x)
+    return effects
 
 
 def removal_direction(
@@ -97,7 +105,16 @@ def removal_direction(
 ) -> Tensor:
     """Return H^-1 g_val (C, D + 1) in float64, from features, logits and labels of training and validation samples."""
     gradient = mean_gradient(HeadData(*held), LossConfig())
-    return head_solve(rows[0], rows[1], gradient, l2=l2, method="cg", alpha=loss.alpha, temperature=loss.temperature)
+    return head_solve(
+        rows[0],
+        rows[1],
+        gradient,
+        l2=l2,
+        tol=HEAD_TOL,
+        method="cg",
+        alpha=loss.alpha,
+        temperature=loss.temperature,
+    )
 
 
 def self_method(classes: int, features: int) -> str:
@@ -114,7 +131,9 @@ def streamed_self_influence(
     """Return g^T H^-1 g / N of each sample, float64 (N,); H is that of `rows` if it is approximate."""
     if method == "kronecker":
         factors = kronecker_factors(HeadData(*rows), l2, loss, None, "curvature")
-        found = kronecker_self_influence(HeadData(blocks, None), factors, loss, None)
+        data = HeadData(blocks, None)
+        data.num_rows = len(blocks)
+        found = kronecker_self_influence(data, factors, loss, None)
         found = found / len(found)
     else:
         found = head_self_influence(blocks, None, None, l2=l2, alpha=loss.alpha, temperature=loss.temperature)

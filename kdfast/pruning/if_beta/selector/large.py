@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kdfast.data.arrays import gather_rows
 from kdfast.data.holdout import stratified_sample
 from kdfast.data.stateless_random import IntArray
 from kdfast.dynamics.metrics import el2n_without_cancellation
@@ -81,6 +82,7 @@ def streamed_scores(inputs: SelectorInputs, views: int) -> FloatArray:
 def rows_of_cache(cache: TeacherCache, samples: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits and the features of some samples, float32 in memory."""
     logits, features = (
-        torch.from_numpy(map_read_only(array)[samples]) for array in (cache.identity_logits(), cache.features())
+        torch.from_numpy(gather_rows(map_read_only(array), samples))
+        for array in (cache.identity_logits(), cache.features())
     )
     return logits, features
