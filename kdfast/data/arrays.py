@@ -99,7 +99,7 @@ def as_matrix(values: npt.ArrayLike, n: int, what: str) -> npt.NDArray[np.float3
 
 def rows_of(matrix: npt.NDArray[Any]) -> int:
     """Return how many rows of a matrix (N, D) to read at a time."""
-    return max(1, _BLOCK_NUMBERS // matrix.shape[1])
+    return max(1, _BLOCK_NUMBERS // int(matrix.shape[1]))
 
 
 def group_by_class(labels: IntArray) -> dict[int, IntArray]:

@@ -158,5 +158,5 @@ def compute_accuracy(logits: npt.NDArray[np.float32], labels: IntArray) -> float
     """Compute the top-1 accuracy, in percent, of logits (n, C) for labels (n,)."""
     correct = 0
     for part, block in row_blocks(logits, rows_of(logits)):
-        correct += np.count_nonzero(block.argmax(1) == labels[part])
+        correct += int(np.count_nonzero(block.argmax(1) == labels[part]))
     return 100 * float(correct) / len(labels)
