@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from kdfast.data.holdout import SplitPart
 from kdfast.data.loaders import Loader, choose_loader, make_loader
 from kdfast.data.order import epoch_order
-from kdfast.data.source import ArraySplit, Source
+from kdfast.data.source import ArraySplit, Pixels, Source, Split
 from kdfast.data.stateless_random import IntArray
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import Dtype, Kind, build_cache
@@ -24,6 +25,7 @@ from kdfast.teacher.row_format import TopK
 _TEST_IMAGES = 4096
 # Of images that are in memory already, as many as a run has, up to this.
 _HELD_IMAGES, _HELD_BYTES = 20_000, 256 << 20
+_STREAMED = 8  # times as many images, if they are read in the steps and not before
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Sample:
         """
         name = choose_loader(source.train, loader, device)
         held = min(_HELD_IMAGES, _HELD_BYTES // int(np.prod(source.train.shape)))
+        if name != "resident":  # a loader that reads ahead needs time to settle in an epoch
+            decoded *= _STREAMED
         count = min(kept, max(decoded, held if isinstance(source.train, ArraySplit) else 0))
         chosen = np.sort(epoch_order(np.arange(len(source.train), dtype=np.int64), 0, 0)[:count])
         few = SplitPart(source.test, np.arange(min(len(source.test), _TEST_IMAGES), dtype=np.int64))
@@ -69,6 +73,20 @@ class Sample:
     def open_loader(self, device: torch.device) -> Loader:
         """Return the loader of a run on these images."""
         return make_loader(self.source.train, self.loader, device)
+
+
+class _Blank:
+    """A split with the labels of another one, whose images are black and need not be decoded."""
+
+    def __init__(self, split: Split) -> None:
+        self.labels, self.shape = split.labels, split.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: npt.ArrayLike) -> Pixels:
+        """Return black images, uint8 `(n, H, W, 3)`."""
+        return np.zeros((len(np.asarray(ids)), *self.shape), np.uint8)
 
 
 class StandIn(nn.Module):
@@ -119,5 +137,6 @@ def cache_stand_in(
     with torch.random.fork_rng(devices=[]):
         net = StandIn(features, model.classes).eval()
     stand_in = dataclasses.replace(model, net=net, metadata={})
-    build_cache(sample.source, stand_in, folder, ids=sample.ids, n_views=views, dtype=dtype, top_k=top_k, kind=kind)
+    blank = dataclasses.replace(sample.source, train=_Blank(sample.source.train))
+    build_cache(blank, stand_in, folder, ids=sample.ids, n_views=views, dtype=dtype, top_k=top_k, kind=kind)
     return TeacherCache.open(folder, source=sample.source, check_files=False)

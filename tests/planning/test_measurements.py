@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from kdfast.data.readers.registry import open_source
@@ -19,7 +20,7 @@ from kdfast.nets.checkpoint import Model
 from kdfast.planning.networks import PLAIN, time_cache, time_evaluation, time_step
 from kdfast.planning.plan import FlowPlan, make_plan
 from kdfast.planning.request import CacheSettings, PlanRequest, recording_for
-from kdfast.planning.sample import Sample
+from kdfast.planning.sample import Sample, cache_stand_in
 from kdfast.planning.selection import time_selection
 from kdfast.planning.stages import Stage
 from kdfast.pruning.request import PruneRequest
@@ -197,3 +198,24 @@ def test_a_teacher_that_is_missing(digits) -> None:
 
 def test_parts_add_up() -> None:
     assert Stage("", "", {"a": 1.5, "b": 2.0}).seconds == 3.5
+
+
+def test_images_that_are_streamed_are_read_as_in_a_run(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for split, each in (("train", 24), ("test", 4)):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(each):
+                pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    source = open_source(tmp_path / "data")
+    sample = Sample.take(source, "files", CPU, kept=40, decoded=16)
+    assert (sample.loader, len(sample.ids), len(sample.source.train)) == ("files", 40, 48)
+    config = RunConfig("resnet8", batch_size=8, alpha=1.0, views=2)
+    model = Model(build_net("resnet8", 2).eval(), "resnet8", 2, source.classes, PLAIN)
+    cache = cache_stand_in(
+        sample, model, tmp_path / "cache", features=64, views=2, dtype="float16", top_k=None, kind="logits"
+    )
+    seconds = time_step(sample, config, TeacherTargets(cache=cache), device=CPU, execution=Execution(), budget=0.1)
+    assert seconds > 0
