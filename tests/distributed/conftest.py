@@ -2,7 +2,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,16 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 
 
 @pytest.fixture
-def start() -> Start:
-    """Return a function that starts a Python command in several processes, as torchrun does but without watching."""
+def start() -> Iterator[Start]:
+    """Yield a function that starts a Python command in several processes, as torchrun does but without watching."""
+    started: list[subprocess.Popen[str]] = []
 
     def begin(processes: int, *command: object) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [
+        group = [
             subprocess.Popen(
                 [sys.executable, *map(str, command)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -30,8 +31,14 @@ def start() -> Start:
             )
             for rank in range(processes)
         ]
+        started.extend(group)
+        return group
 
-    return begin
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture
