@@ -1,5 +1,9 @@
 // Crops boxes of uint8 images, resizes them (bilinear, antialiased), mirrors and normalizes them, one sample at a time:
 // the rows of the box along their width, then along the height. All sums are exact integers.
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -14,41 +18,17 @@ namespace {
 
 constexpr int kBits = 22;
 constexpr int32_t kHalf = 1 << (kBits - 1);
-constexpr int64_t kSpare = 16;  // bytes after a row, which vectors of four bytes read
-
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef int32_t Quad __attribute__((vector_size(16)));  // the channels of a pixel, and one lane of no meaning
-
-#if defined(__clang__)
-#define KDFAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define KDFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bytes{__VA_ARGS__})
-#endif
-
-KDFAST_INLINE Quad load_pixel(const uint8_t* p) {
-  uint32_t word;
-  std::memcpy(&word, p, sizeof word);
-  const Bytes bytes = (Bytes)(Quad{static_cast<int32_t>(word), 0, 0, 0}), zero = {};
-  const Bytes pairs = KDFAST_SHUFFLE(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  return (Quad)KDFAST_SHUFFLE(pairs, zero, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
-}
-
-// Writes the lowest byte of each lane.
-KDFAST_INLINE void store_pixel(uint8_t* p, Quad v) {
-  const Bytes bytes = (Bytes)v;
-  const Bytes low = KDFAST_SHUFFLE(bytes, bytes, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-  const int32_t word = ((Quad)low)[0];
-  std::memcpy(p, &word, sizeof word);
-}
+constexpr int64_t kSpare = 16;  // bytes after a row, which vectors read
 
 // The pixels of one axis that the new pixels are made of.
 struct Axis {
-  int64_t taps = 0;
+  int64_t taps = 0;                     // even
   std::vector<int32_t> first, weights;  // (size,), (size, taps)
 
   void set(int64_t extent, int64_t size) {
     const int64_t widest = std::max(extent, size), reach = 2 * widest;
     taps = (reach + size - 1) / size;
+    taps += taps % 2;
     first.resize(static_cast<size_t>(size));
     weights.resize(static_cast<size_t>(size * taps));
     for (int64_t x = 0; x < size; ++x) {
@@ -81,36 +61,115 @@ struct Scratch {
   std::vector<float> values;     // likewise
 };
 
-template <int Taps>
-KDFAST_INLINE void resize_row(const uint8_t* line, const Axis& axis, int64_t size, bool flip, uint8_t* out) {
-  const int64_t taps = Taps ? Taps : axis.taps;
-  // Each store writes a byte too many, which the next one overwrites: so a mirrored row is written from its end on.
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t x = flip ? size - 1 - i : i;
-    const uint8_t* p = line + axis.first[static_cast<size_t>(x)] * kChannels;
-    const int32_t* w = &axis.weights[static_cast<size_t>(x * taps)];
-    Quad sum = {kHalf, kHalf, kHalf, kHalf};
-    for (int64_t k = 0; k < taps; ++k) sum += load_pixel(p + k * kChannels) * w[k];
-    store_pixel(out + i * kChannels, sum >> kBits);
+#if defined(__x86_64__)
+
+// SSE2 multiplies 16-bit integers and adds the products in pairs, so weights are split in two halves of 11 bits.
+constexpr int kPart = kBits / 2;
+
+// Two weights of one pair of taps, in every lane.
+struct Pair {
+  __m128i low, high;
+
+  KDFAST_INLINE Pair(int32_t first, int32_t second)
+      : low(_mm_set1_epi32((first & kMask) | (second & kMask) << 16)),
+        high(_mm_set1_epi32(first >> kPart | (second >> kPart) << 16)) {}
+
+  static constexpr int32_t kMask = (1 << kPart) - 1;
+};
+
+// The sums of products in four lanes.
+struct Sums {
+  __m128i low, high = _mm_setzero_si128();
+
+  KDFAST_INLINE Sums() : low(_mm_set1_epi32(kHalf)) {}
+
+  // Adds the products of pairs of 16-bit values.
+  KDFAST_INLINE void add(__m128i values, const Pair& weights) {
+    low = _mm_add_epi32(low, _mm_madd_epi16(values, weights.low));
+    high = _mm_add_epi32(high, _mm_madd_epi16(values, weights.high));
+  }
+
+  KDFAST_INLINE __m128i rounded() const {
+    return _mm_srli_epi32(_mm_add_epi32(low, _mm_slli_epi32(high, kPart)), kBits);
+  }
+};
+
+KDFAST_INLINE __m128i load_eight(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+
+// Resizes one pixel of a row; `p` is the first that it is made of.
+KDFAST_INLINE void resize_pixel(const uint8_t* p, const int32_t* weights, int64_t taps, uint8_t* out) {
+  const __m128i zero = _mm_setzero_si128();
+  Sums sums;
+  for (int64_t k = 0; k < taps; k += 2) {
+    const __m128i pixels = load_eight(p + k * kChannels);
+    const __m128i pairs = _mm_unpacklo_epi8(pixels, _mm_srli_si128(pixels, kChannels));
+    sums.add(_mm_unpacklo_epi8(pairs, zero), Pair(weights[k], weights[k + 1]));
+  }
+  const __m128i words = _mm_packs_epi32(sums.rounded(), zero);
+  const int32_t word = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+  std::memcpy(out, &word, sizeof word);
+}
+
+#else
+
+KDFAST_INLINE void resize_pixel(const uint8_t* p, const int32_t* weights, int64_t taps, uint8_t* out) {
+  for (int64_t channel = 0; channel < kChannels; ++channel) {
+    int32_t sum = kHalf;
+    for (int64_t k = 0; k < taps; ++k) sum += p[k * kChannels + channel] * weights[k];
+    out[channel] = static_cast<uint8_t>(sum >> kBits);
   }
 }
 
-// Sums the products of rows and weights; the rows have 3 size values.
+#endif
+
+// Taps is the number of taps if it is known, else 0.
+template <int Taps>
+KDFAST_INLINE void resize_row(const uint8_t* line, const Axis& axis, int64_t size, bool flip, uint8_t* out) {
+  const int64_t taps = Taps ? Taps : axis.taps;
+  // A pixel is written as four bytes, the last of which the next one overwrites.
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t x = flip ? size - 1 - i : i;
+    const uint8_t* p = line + axis.first[static_cast<size_t>(x)] * kChannels;
+    resize_pixel(p, &axis.weights[static_cast<size_t>(x * taps)], taps, out + i * kChannels);
+  }
+}
+
+// Writes the sums of the products of rows and weights; the rows have `count` values. Registers of eight and more lanes
+// multiply 32-bit integers at once.
+template <int W>
 KDFAST_INLINE void resize_column(const uint8_t* rows, const int32_t* weights, int64_t taps, int64_t count,
                                  int32_t* sums, float* values) {
+  int64_t start = 0;
+#if defined(__x86_64__)
+  if constexpr (W == 4) {
+    const __m128i zero = _mm_setzero_si128();
+    for (; start + 8 <= count; start += 8) {
+      Sums first, second;
+      for (int64_t k = 0; k < taps; k += 2) {
+        const uint8_t* p = rows + k * count + start;
+        const __m128i pairs = _mm_unpacklo_epi8(load_eight(p), load_eight(p + count));
+        const Pair pair(weights[k], weights[k + 1]);
+        first.add(_mm_unpacklo_epi8(pairs, zero), pair);
+        second.add(_mm_unpackhi_epi8(pairs, zero), pair);
+      }
+      _mm_storeu_ps(values + start, _mm_cvtepi32_ps(first.rounded()));
+      _mm_storeu_ps(values + start + 4, _mm_cvtepi32_ps(second.rounded()));
+    }
+  }
+#endif
   const uint8_t *a = rows, *b = rows + count;
   const int32_t u = weights[0], v = weights[1];
   if (taps == 2) {
-    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>((a[i] * u + b[i] * v + kHalf) >> kBits);
+    for (int64_t i = start; i < count; ++i) values[i] = static_cast<float>((a[i] * u + b[i] * v + kHalf) >> kBits);
     return;
   }
-  for (int64_t i = 0; i < count; ++i) sums[i] = a[i] * u + b[i] * v + kHalf;
+  for (int64_t i = start; i < count; ++i) sums[i] = a[i] * u + b[i] * v + kHalf;
   for (int64_t k = 2; k < taps; ++k) {
     const uint8_t* row = rows + k * count;
     const int32_t w = weights[k];
-    for (int64_t i = 0; i < count; ++i) sums[i] += row[i] * w;
+    for (int64_t i = start; i < count; ++i) sums[i] += row[i] * w;
   }
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[i] >> kBits);
+  for (int64_t i = start; i < count; ++i) values[i] = static_cast<float>(sums[i] >> kBits);
 }
 
 struct CropContext {
@@ -153,7 +212,7 @@ struct CropImages {
       for (int64_t y = 0; y < args.out_height; ++y, out += out_row) {
         const uint8_t* rows = &scratch.resized[static_cast<size_t>(down.first[static_cast<size_t>(y)] * out_row)];
         const int32_t* weights = &down.weights[static_cast<size_t>(y * down.taps)];
-        resize_column(rows, weights, down.taps, out_row, scratch.sums.data(), scratch.values.data());
+        resize_column<W>(rows, weights, down.taps, out_row, scratch.sums.data(), scratch.values.data());
         context.normalisation.apply<W>(scratch.values.data(), out);
       }
     }
