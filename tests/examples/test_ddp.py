@@ -8,7 +8,8 @@ from kdfast.examples import ddp
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_commands.py runs the command with two processes
+@pytest.mark.parametrize("processes", [2, 3])
 def test_gradient_of_processes_equals_that_of_one(processes):
     result = ddp.main(processes)
     assert result.largest > 0.05
