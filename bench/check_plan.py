@@ -93,13 +93,15 @@ class Round:
     def stages(self, planned: dict[str, Any]) -> dict[tuple[str, str], float]:
         """Run the stages; return the seconds that they record, by stage and part."""
         preset, teacher, found = self.preset, ["--teacher", str(self.arguments.teacher)], {}
+        subset, cache, run = self.folder / "idx.npy", self.folder / "cache", self.folder / "run"
+        kept = ["--fraction", str(preset.fraction), "--out", str(subset)]
         inputs: list[str] = []
         if "dynamics" in planned:
             path = self.folder / "dynamics"
             recorded = ["--epochs", str(preset.recorded), *preset.recipe[2:]]
             command = ["dynamics", "--net", preset.student, "--out", str(path), *recorded]
             # The passes that record are in no file, so the command is timed, without its start.
-            start = self.timed(["prune", "--fraction", str(preset.fraction), "--out", str(path), "--dry-run"])
+            start = self.timed(["prune", *kept, "--dry-run"])
             found["dynamics", "train and record"] = self.timed(command) - start
             inputs += ["--dynamics", str(path)]
         if "cache for scores" in planned:
@@ -108,10 +110,7 @@ class Round:
             found["cache for scores", "teacher"] = read(path / "timing.json")["seconds"]
             inputs += ["--cache", str(path)]
         if "score" in planned:
-            path = self.folder / "scores.npz"
             inputs += teacher
-        subset, cache, run = self.folder / "idx.npy", self.folder / "cache", self.folder / "run"
-        kept = ["--fraction", str(preset.fraction), "--out", str(subset)]
         self.call(["prune", "--method", self.method, *kept], inputs)
         if "score" not in planned:
             found["prune", "select"] = read(subset.with_suffix(".json"))["seconds"]
