@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,26 +40,47 @@ POINTERS = {
 FLOATS = {"temperature", "ce_factor", "kl_factor", "grad_scale", "scale", "ce_slope", "kl_slope"}
 
 
-@pytest.fixture(scope="module")
-def grid():
-    """Failures of each group of cases, by name."""
+def run_grid(*groups):
+    """Return the number of checks and the failures of each group of cases, by name."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(GRID), "cpu"]
+    command = [sys.executable, "-W", "ignore", str(GRID), "cpu", *groups]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        *("dense", "options", "strides", "masked", "large", "topk", "topk shapes", "topk edges", "far", "ignored"),
-        *("out of range", "scaling", "weights"),
-    ],
-)
-def test_interpreted(grid, group):
-    count, failures = grid[group]
-    assert count > 0
+# Functions of the grid that one process runs, and the groups of their cases.
+PARTS = [
+    (["dense"], {"dense"}),
+    (["options", "strides", "distant_columns", "masked", "large"], {"options", "strides", "masked", "large"}),
+    (["topk", "topk_shapes", "topk_edges"], {"topk", "topk shapes", "topk edges"}),
+    (
+        ["far", "ignored", "out_of_range", "class_id_after_the_last_class", "scaling", "weights"],
+        {"far", "ignored", "out of range", "scaling", "weights"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("functions", "groups"), PARTS, ids=[names[0] for names, _ in PARTS])
+def test_interpreted(functions, groups):
+    found = run_grid(*functions)
+    assert found.keys() == groups
+    for count, failures in found.values():
+        assert count > 0
+        assert not failures, failures[:10]
+
+
+def test_every_function_of_the_grid_is_interpreted():
+    (functions,) = re.findall(r"^ALL = \((.*?)\)", GRID.read_text(), re.DOTALL | re.MULTILINE)
+    assert sorted(re.findall(r"\w+", functions)) == sorted(name for names, _ in PARTS for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["dense", "topk"])
+def test_interpreted_with_all_temperatures(monkeypatch, group):
+    monkeypatch.setenv("KDFAST_ALL_CASES", "1")
+    count, failures = run_grid(group)[group]
+    assert count > 130
     assert not failures, failures[:10]
 
 
