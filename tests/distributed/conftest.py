@@ -47,7 +47,7 @@ def run_work(start: Start) -> Callable[..., None]:
 
     def run(processes: int, names: str, folder: Path) -> None:
         for process in start(processes, WORK, names, folder):
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
 
     return run
