@@ -83,7 +83,8 @@ def mean_logits(views: Iterable[Tensor]) -> Tensor:
 def self_influence(inputs: HeadInputs) -> FloatArray:
     """Return `g_i^T H^-1 g_i / N`: the increase of a sample's own loss when it is removed.
 
-    For a head of more than 10,000 weights, H is the Kronecker approximation of the Hessian.
+    For a head of more than 10,000 weights, H is the Kronecker approximation of the Hessian; the score `influence` with
+    `kind=self` has an option for the exact one.
 
     Source: Koh and Liang 2017, https://arxiv.org/abs/1703.04730, section 5.4.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from kdfast.pruning.scores.sampled_head import (
     LARGE,
     SAMPLE,
     HeadBlocks,
+    exact_method,
     removal_direction,
     removal_effects,
     self_method,
@@ -49,6 +50,14 @@ OPTIONS = {
     ),
     "polish": Option(
         "yes", "train the head to its optimum first, or use the teacher's head (no)", choices=("yes", "no")
+    ),
+    "hessian": Option(
+        "auto",
+        "of the head: exact, which takes 16 bytes times the squared number of weights (classes times features), or a "
+        "solve for every sample where these do not fit; kronecker, an approximation for heads of any size; auto: exact "
+        "up to 10,000 weights",
+        choices=("auto", "exact", "kronecker"),
+        only=Only("with kind=self", lambda options: options["kind"] == "self"),
     ),
     "alpha": Option(0.0, "weight of the teacher in the training loss (1 - alpha) CE + alpha T^2 KL", low=0, high=1),
     "temperature": Option(
@@ -80,11 +89,12 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
     the effect found when the other half validated.
     A class of one sample is never held out, so the loss is not validated on it.
     `self` needs no validation, so the head sees all samples. It solves one system per sample, hence forms the Hessian;
-    for a head of more than 10,000 weights it takes the Kronecker approximation (`hessian` in `used`).
+    for a head of more than 10,000 weights it takes the Kronecker approximation, unless `hessian` is exact. `used` says
+    which it was.
 
     In a split of more than 131,072 samples, the head and its Hessian come from a stratified sample of 32,768 (`sample`
-    in `used`). Validation samples and effects are those of the whole split: removal effects depend on which samples
-    validate much more than on the head.
+    in `used`); an exact Hessian of `self` is that of all samples. Validation samples and effects are those of the whole
+    split: removal effects depend on which samples validate much more than on the head.
 
     The head's training loss is the cross-entropy or, with `alpha` above 0, the distillation loss (1 - alpha) CE +
     alpha T^2 KL with the cached logits as the teacher's; `self` is then the rise of that loss. The validation loss is
@@ -119,38 +129,37 @@ def influence(inputs: ScoreInputs) -> ScoreResult:
 
 def _of_large_split(inputs: ScoreInputs, features: Float32Array, logits: Float32Array) -> ScoreResult:
     """Return the scores with the head of a sample, as `influence` says."""
-    sample = stratified_sample(inputs.labels, SAMPLE, seed=inputs.seed)
     loss = LossConfig(inputs.number("alpha"), inputs.number("temperature"))
-    l2, used = inputs.number("l2"), cast(dict[str, OptionValue], {"sample": len(sample)})
+    l2, device = inputs.number("l2"), inputs.device
+
+    def head(samples: IntArray, start: torch.Tensor | None = None) -> torch.Tensor | None:
+        x, z = gather_rows(features, samples), gather_rows(logits, samples)
+        return _head(inputs, x, z, inputs.labels[samples], start, HEAD_TOL)
 
     def blocks(weights: torch.Tensor | None) -> HeadBlocks:
-        return HeadBlocks(features, logits, inputs.labels, weights, teacher=loss.alpha > 0, device=inputs.device)
+        return HeadBlocks(features, logits, inputs.labels, weights, teacher=loss.alpha > 0, device=device)
 
     if inputs.options["kind"] == "self":
-        weights = _head(
-            inputs, gather_rows(features, sample), gather_rows(logits, sample), inputs.labels[sample], tol=HEAD_TOL
-        )
-        method = self_method(logits.shape[1] if weights is None else len(weights), features.shape[1])
+        method = _self_method(inputs, features, logits)
+        sample = stratified_sample(inputs.labels, SAMPLE, seed=inputs.seed)
+        weights = head(sample)
         rows = _head_rows(inputs, features, logits, weights, sample)
         effects = streamed_self_influence(blocks(weights), rows, l2, loss, method)
-        return ScoreResult(effects, used={**used, **({"hessian": method} if method != "auto" else {})})
+        return ScoreResult(effects, used={"sample": len(sample), **_used(method)})
     total, count = np.zeros(len(inputs.labels)), np.zeros(len(inputs.labels))
-    weights = None
+    weights, trained = None, np.zeros(0, np.int64)
     for half in draw_holdout(inputs.labels, inputs.number("holdout"), inputs.seed):
-        trained = np.setdiff1d(sample, half)
-        some = inputs.labels[trained]
-        weights = _head(inputs, gather_rows(features, trained), gather_rows(logits, trained), some, weights, HEAD_TOL)
-        direction = removal_direction(
-            _head_rows(inputs, features, logits, weights, trained),
-            _head_rows(inputs, features, logits, weights, half),
-            l2,
-            loss,
-        )
         outside = np.ones(len(inputs.labels), np.bool_)
         outside[half] = False
-        total += removal_effects(blocks(weights), direction, loss) / outside.sum() * outside
+        others = np.flatnonzero(outside)
+        # Drawn from these, so that the head sees every class that they hold.
+        trained = others[stratified_sample(inputs.labels[others], min(SAMPLE, len(others)), seed=inputs.seed)]
+        weights = head(trained, weights)
+        held = HeadBlocks(features, logits, inputs.labels, weights, teacher=False, device=device, samples=half)
+        direction = removal_direction(_head_rows(inputs, features, logits, weights, trained), held, l2, loss)
+        total += removal_effects(blocks(weights), direction, loss) / len(others) * outside
         count += outside
-    return ScoreResult(_signed(inputs, total / count), used=used)
+    return ScoreResult(_signed(inputs, total / count), used={"sample": len(trained)})
 
 
 def _head_rows(
@@ -232,8 +241,8 @@ def _removal(
 
 
 def _self_influence(inputs: ScoreInputs, features: Float32Array, logits: Float32Array) -> ScoreResult:
+    method = _self_method(inputs, features, logits)
     weights = _head(inputs, features, logits, inputs.labels)
-    method = self_method(logits.shape[1] if weights is None else len(weights), features.shape[1])
     ranks = inputs.distributed
     own = ranks.share(np.arange(len(inputs.labels), dtype=np.int64))
     part = slice(int(own[0]), int(own[-1]) + 1)
@@ -246,7 +255,23 @@ def _self_influence(inputs: ScoreInputs, features: Float32Array, logits: Float32
         reduce=None if ranks.world_size == 1 else ranks.sum,
         **_distillation(inputs, logits[part]),
     )
-    return ScoreResult(_array(ranks.gather(effect)), used={"hessian": method} if method != "auto" else {})
+    return ScoreResult(_array(ranks.gather(effect)), used=_used(method))
+
+
+def _self_method(inputs: ScoreInputs, features: Float32Array, logits: Float32Array) -> str:
+    """Return the `method` of `head_self_influence` that the option `hessian` asks for."""
+    asked = str(inputs.options["hessian"])
+    if asked == "kronecker":
+        return asked
+    classes = logits.shape[1] if inputs.options["polish"] == "no" else int(inputs.labels.max()) + 1
+    if asked == "auto":
+        return self_method(classes, features.shape[1])
+    weights = classes * (features.shape[1] + 1)
+    return exact_method(weights, len(inputs.labels), inputs.distributed.world_size, inputs.device)
+
+
+def _used(method: str) -> dict[str, OptionValue]:
+    return {"hessian": "kronecker" if method == "kronecker" else "exact"}
 
 
 def _head(

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdfast.data.loaders import device_memory
 from kdfast.data.stateless_random import IntArray
+from kdfast.errors import UsageError
 from kdfast.files.arrays import release_pages
 from kdfast.ops.softmax_head import head_self_influence, head_solve
 from kdfast.ops.softmax_head.data import HeadData, compute_logits
@@ -52,6 +54,7 @@ class HeadBlocks:
         weights: float64 (C, D + 1) of the head, or None for the teacher's own logits.
         teacher: Whether the blocks hold the teacher's logits.
         device: Where the blocks are computed.
+        samples: int64 (n,), ascending: only these, of logits that are an array; None: all.
     """
 
     def __init__(
@@ -63,18 +66,21 @@ class HeadBlocks:
         *,
         teacher: bool,
         device: torch.device | str,
+        samples: IntArray | None = None,
     ) -> None:
         self._features, self._logits, self._labels = features, logits, labels
         self._weights = None if weights is None else weights.float()
-        self._teacher, self._device = teacher, device
+        self._teacher, self._device, self._samples = teacher, device, samples
 
     def __len__(self) -> int:
-        """Number of samples, N."""
-        return len(self._labels)
+        """Number of samples."""
+        return len(self._labels if self._samples is None else self._samples)
 
     def __iter__(self) -> Iterator[Rows]:
-        for start in range(0, len(self._labels), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, len(self), _BLOCK_ROWS):
+            part: Any = slice(start, start + _BLOCK_ROWS)
+            if self._samples is not None:
+                part = self._samples[part]
             x, y = self._read(self._features[part]), self._read(self._labels[part])
             t = self._read(self._logits[part]) if self._teacher or self._weights is None else None
             z = t if self._weights is None else compute_logits(x, self._weights, True)
@@ -100,11 +106,9 @@ def removal_effects(blocks: HeadBlocks, direction: Tensor, loss: LossConfig) -> 
     return effects
 
 
-def removal_direction(
-    rows: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor], l2: float, loss: LossConfig
-) -> Tensor:
+def removal_direction(rows: tuple[Tensor, Tensor, Tensor], held: HeadBlocks, l2: float, loss: LossConfig) -> Tensor:
     """Return H^-1 g_val (C, D + 1) in float64, from features, logits and labels of training and validation samples."""
-    gradient = mean_gradient(HeadData(*held), LossConfig())
+    gradient = mean_gradient(HeadData(held, None), LossConfig())
     return head_solve(
         rows[0],
         rows[1],
@@ -118,17 +122,34 @@ def removal_direction(
 
 
 def self_method(classes: int, features: int) -> str:
-    """Return the `method` of `head_self_influence`: exact where the Hessian fits as a matrix, else approximate.
+    """Return the `method` of `head_self_influence` without another choice: exact up to `CHOLESKY_LIMIT` weights."""
+    return "cholesky" if classes * (features + 1) <= CHOLESKY_LIMIT else "kronecker"
 
-    Conjugate gradients would take a solve for every sample.
+
+def exact_method(weights: int, samples: int, processes: int, device: torch.device | str) -> str:
+    """Return the `method` of `head_self_influence` with the exact Hessian of a head of any size.
+
+    It is a matrix where it fits. Otherwise there is a solve for every sample, which takes days for a large split.
+
+    Raises:
+        UsageError: The matrix takes too much memory for a large split, or for several processes.
     """
-    return "auto" if classes * (features + 1) <= CHOLESKY_LIMIT else "kronecker"
+    needed, memory = 16 * weights**2, device_memory(torch.device(device))  # with its factor
+    if weights <= CHOLESKY_LIMIT or needed <= memory // 2:
+        return "cholesky"
+    if samples <= LARGE and processes == 1:
+        return "cg"
+    where = f"{samples} samples" if processes == 1 else "several processes"
+    raise UsageError(
+        f"option hessian=exact: for {where} the Hessian must be a matrix, which takes {needed / 1e9:,.1f} GB for a "
+        f"head of {weights} weights, more than half of the {memory / 1e9:.1f} GB of {device}: use hessian=kronecker"
+    )
 
 
 def streamed_self_influence(
     blocks: HeadBlocks, rows: tuple[Tensor, Tensor, Tensor], l2: float, loss: LossConfig, method: str
 ) -> FloatArray:
-    """Return g^T H^-1 g / N of each sample, float64 (N,); H is that of `rows` if it is approximate."""
+    """Return g^T H^-1 g / N of each sample, float64 (N,); with the method "kronecker" H is that of `rows`."""
     if method == "kronecker":
         factors = kronecker_factors(HeadData(*rows), l2, loss, None, "curvature")
         data = HeadData(blocks, None)
@@ -136,5 +157,7 @@ def streamed_self_influence(
         found = kronecker_self_influence(data, factors, loss, None)
         found = found / len(found)
     else:
-        found = head_self_influence(blocks, None, None, l2=l2, alpha=loss.alpha, temperature=loss.temperature)
+        found = head_self_influence(
+            blocks, None, None, l2=l2, alpha=loss.alpha, temperature=loss.temperature, method=method
+        )
     return np.asarray(found.double().cpu().numpy(), dtype=np.float64)

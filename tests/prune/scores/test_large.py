@@ -1,17 +1,22 @@
 """Splits that exceed the memory: blocks, samples and approximations against plain computations."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from kdfast.data.arrays import gather_groups, group_by_class
 from kdfast.data.holdout import stratified_sample
+from kdfast.errors import UsageError
 from kdfast.files.arrays import map_read_only, release_pages, row_blocks
 from kdfast.ops.softmax_head import head_self_influence
 from kdfast.pruning.rules.d2_graph import nearest_neighbors
 from kdfast.pruning.scores import influence as influence_module
 from kdfast.pruning.scores.base import ScoreInputs
+from kdfast.pruning.scores.influence import draw_holdout
 from kdfast.pruning.scores.registry import compute_score
+from kdfast.pruning.scores.sampled_head import exact_method
 from kdfast.pruning.scores.trajectory import sample_blocks
 
 N, CLASSES, DEPTH = 240, 5, 6
@@ -36,7 +41,9 @@ def test_influence_of_a_sample_that_is_everything(cached, monkeypatch, options):
     monkeypatch.setattr(influence_module, "LARGE", 10)
     monkeypatch.setattr(influence_module, "SAMPLE", N)
     found = influence(cached, **options)
-    assert found.used["sample"] == N
+    assert found.used["sample"] == (
+        N if options.get("kind") == "self" else N - len(draw_holdout(cached.labels, 0.1, 3)[1])
+    )
     np.testing.assert_allclose(found.values, expected, rtol=2e-3, atol=2e-5 * np.abs(expected).max())
 
 
@@ -76,6 +83,54 @@ def test_streamed_kronecker_self_influence(cached, monkeypatch):
     assert found.used["hessian"] == "kronecker"
     x, z = cached.features.astype(np.float64), cached.logits.astype(np.float64)
     np.testing.assert_allclose(found.values, kronecker_reference(x, z, cached.labels, 0.1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_hessian_is_that_of_the_option(cached, monkeypatch, large):
+    """A head above the limit has the approximate Hessian, unless the exact one is asked for; the same below it."""
+    exact = influence(cached, kind="self", polish="no")
+    assert exact.used["hessian"] == "exact"
+    x, z = cached.features.astype(np.float64), cached.logits.astype(np.float64)
+    approximate = kronecker_reference(x, z, cached.labels, 0.1)
+    assert np.abs(exact.values / approximate - 1).max() > 0.05
+    if large:
+        monkeypatch.setattr(influence_module, "LARGE", 10)
+        monkeypatch.setattr(influence_module, "SAMPLE", N)
+    found = influence(cached, kind="self", polish="no", hessian="kronecker")
+    np.testing.assert_allclose(found.values, approximate, rtol=1e-4)
+    monkeypatch.setattr("kdfast.pruning.scores.sampled_head.CHOLESKY_LIMIT", 1)
+    assert influence(cached, kind="self", polish="no").used["hessian"] == "kronecker"
+    found = influence(cached, kind="self", polish="no", hessian="exact")
+    assert found.used["hessian"] == "exact"
+    np.testing.assert_allclose(found.values, exact.values, rtol=1e-5)
+
+
+def test_an_exact_hessian_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr("kdfast.pruning.scores.sampled_head.device_memory", lambda device: 10**10)
+    assert exact_method(15_000, 200_000, 8, "cpu") == "cholesky"
+    assert exact_method(513_000, 1000, 1, "cpu") == "cg"
+    line = "for {} the Hessian must be a matrix, which takes 4,210.7 GB for a head of 513000 weights"
+    for samples, processes, where in ((200_000, 1, "200000 samples"), (1000, 2, "several processes")):
+        with pytest.raises(UsageError, match=line.format(where)):
+            exact_method(513_000, samples, processes, "cpu")
+
+
+def test_an_option_of_the_hessian_without_effect_is_refused(cached):
+    with pytest.raises(UsageError, match="hessian=exact of influence has an effect only with kind=self"):
+        influence(cached, hessian="exact")
+
+
+def test_the_head_of_a_sample_sees_every_class(monkeypatch):
+    """The largest class has two samples, one of them held out: a head without it would lack a class."""
+    rng = np.random.default_rng(3)
+    labels = np.append(np.arange(198) % 3, [3, 3])
+    features = (np.eye(4)[labels] + rng.normal(size=(200, 4))).astype(np.float32)
+    inputs = ScoreInputs(labels, 3, (3 * features).astype(np.float32), features)
+    monkeypatch.setattr(influence_module, "LARGE", 10)
+    monkeypatch.setattr(influence_module, "SAMPLE", 40)
+    for seed in range(4):
+        values = compute_score("influence", dataclasses.replace(inputs, seed=seed)).values
+        assert np.isfinite(values).all()
 
 
 def test_stratified_sample_takes_each_class_in_proportion():

@@ -35,9 +35,12 @@ class MeanLogits:
         self._cache, self._views = cache, views
 
     def __getitem__(self, part: slice) -> npt.NDArray[np.float32]:
-        ids = np.arange(*part.indices(len(self._cache)), dtype=np.int64)
+        return self.of(np.arange(*part.indices(len(self._cache)), dtype=np.int64)).numpy()
+
+    def of(self, ids: IntArray) -> torch.Tensor:
+        """Return those of some samples, float32 (n, C)."""
         views = (self._cache.lookup(ids, np.full_like(ids, view)) for view in range(self._views))
-        return mean_logits(views).numpy()
+        return mean_logits(views)
 
 
 def streamed_scores(inputs: SelectorInputs, views: int) -> FloatArray:
@@ -56,20 +59,15 @@ def streamed_scores(inputs: SelectorInputs, views: int) -> FloatArray:
     if name in AT_OPTIMUM:
         asked = ScoreInputs(labels, inputs.seed, logits, features, device=inputs.device, options={"kind": name})
         return compute_score("influence", asked).values
-    blocks = HeadBlocks(
-        features,
-        MeanLogits(cache, views) if views > 1 and cache.top_k is None else logits,
-        labels,
-        None,
-        teacher=False,
-        device=inputs.device,
-    )
+    mean = MeanLogits(cache, views) if views > 1 and cache.top_k is None else None
+    blocks = HeadBlocks(features, logits if mean is None else mean, labels, None, teacher=False, device=inputs.device)
     if name == "self":
         rows = stratified_sample(labels, SAMPLE, seed=inputs.seed)
-        z, h = (tensor.double().to(inputs.device) for tensor in rows_of_cache(cache, rows))
+        z, h = rows_of_cache(cache, rows)
+        some = h, z if mean is None else mean.of(rows), torch.from_numpy(labels[rows])
         method = self_method(logits.shape[1], features.shape[1])
-        some = h, z, torch.from_numpy(labels[rows]).to(inputs.device)
-        return streamed_self_influence(blocks, some, DEFAULT_L2, LossConfig(), method)
+        h, z, y = (tensor.to(inputs.device) for tensor in some)
+        return streamed_self_influence(blocks, (h.double(), z.double(), y), DEFAULT_L2, LossConfig(), method)
     if name == "residual":
         found = [el2n_without_cancellation(z.double(), y).cpu() for _, z, y, _ in blocks]
         return np.asarray(torch.cat(found).numpy(), dtype=np.float64)

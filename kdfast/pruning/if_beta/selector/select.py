@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast.data.holdout import stratified_sample
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import SubsetError
+from kdfast.errors import SubsetError, UsageError
 from kdfast.pruning.candidates import find_candidates
 from kdfast.pruning.if_beta.inputs import check_fraction
 from kdfast.pruning.if_beta.scores import AT_OPTIMUM, INFLUENCES, mean_logits
@@ -21,7 +21,7 @@ from kdfast.pruning.if_beta.selector.presets import DEFAULT_PRESET, OPTIONS, bui
 from kdfast.pruning.if_beta.selector.record import summarize
 from kdfast.pruning.options import OptionValue
 from kdfast.pruning.scores.influence import DEFAULT_L2
-from kdfast.pruning.scores.sampled_head import LARGE, SAMPLE
+from kdfast.pruning.scores.sampled_head import LARGE, SAMPLE, self_method
 from kdfast.pruning.selector import SelectorInputs, SubsetSelector
 from kdfast.teacher.cache import TeacherCache
 
@@ -41,6 +41,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
 
     Raises:
         SubsetError: The fraction is 0 or 1 or leaves a class empty, or the cache does not cover the training split.
+        UsageError: A large split has an option that needs all samples in memory.
         CacheMismatch: The cache has no features.
         KdfastError: As `IFBeta.fit`.
     """
@@ -51,13 +52,21 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         raise SubsetError(f"{cache.path} covers {len(cache)} of {len(labels)} samples: build a cache of all of them")
     own, rows = labels if candidates.are_all else labels[candidates.ids], None
     values = None if scores is None else scores.scores
-    searched: dict[str, int] = {}
+    found: dict[str, int | str] = {}
     if len(own) > LARGE:
+        if inputs.options["candidates"] != 1:
+            raise UsageError(
+                f"option candidates={inputs.options['candidates']}: of more than {LARGE} samples, the search sees a "
+                "sample and keeps its first draw: use candidates=1"
+            )
         rows = stratified_sample(own, SAMPLE, seed=inputs.seed)
-        searched = {"searched": len(rows)}
+        found["searched"] = len(rows)
         values = streamed_scores(inputs, min(cache.n_views, _MAX_VIEWS)) if values is None else values
     # Copies in memory: the cache's arrays are memory-mapped, and the search reads them repeatedly.
     logits, features = rows_of_cache(cache, candidates.ids if rows is None else candidates.ids[rows])
+    approximate = self_method(logits.shape[1], features.shape[1]) == "kronecker"
+    if scores is None and inputs.options["score"] == "self" and approximate:
+        found["influence_hessian"] = "kronecker"
     labels = own
     result = build_learner(inputs.options, inputs.balance).fit(
         logits,
@@ -76,7 +85,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         summarize(result, labels, candidates.ids)
         | fixed_settings(inputs.options)
         | {"preset": inputs.options["preset"]}
-        | searched
+        | found
     )
     return candidates.ids[result.ids], record | measure_costs(inputs, result)
 
