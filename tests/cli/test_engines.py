@@ -24,6 +24,7 @@ BAD = {
     "no GPU": (("--engine", "ray", "--device", "cpu", "--gpus-per-job", 1), "--gpus-per-job is 1, and --device is cpu"),
     "no GPUs": (("--engine", "ray", "--device", "cuda", "--gpus-per-job", 0), "--device is cuda, and --gpus-per-job"),
     "share": (("--engine", "ray", "--gpus-per-job", 1.5), "--gpus-per-job is 1.5: pass a whole number, or a share"),
+    "infinite": (("--engine", "ray", "--gpus-per-job", "inf"), "--gpus-per-job is inf: pass a finite number"),
     "precision": (
         ("--engine", "ray", "--precision", "auto"),
         "--precision is auto, which may differ between the machines of ray: pass fp32, bf16 or fp16",
@@ -32,6 +33,10 @@ BAD = {
     "own": (
         ("--engine", "slurm", "--slurm-option", "time=3", "--slurm-option", "array=0-3"),
         "--slurm-option sets array, which the engine sets itself",
+    ),
+    "cores of Slurm": (
+        ("--engine", "slurm", "--slurm-option", "time=3", "--slurm-option", "cpus-per-task=4"),
+        "--slurm-option sets cpus-per-task: pass --cpus-per-job instead",
     ),
     "pair": (("--engine", "slurm", "--slurm-option", "time"), "--slurm-option is 'time': pass NAME=VALUE"),
     "dashes": (("--engine", "slurm", "--slurm-option", "--time=3"), "pass a long option of sbatch"),
@@ -89,3 +94,9 @@ def test_a_budget_is_of_this_machine(kdfast, tiny: Path, tmp_path: Path) -> None
     outcome = kdfast("reproduce", "fig3", "--data", tiny, "--engine", "ray", "--budget", "3h", "--out", tmp_path / "o")
     assert outcome.code == 2
     assert "--budget is 3h, and the speed of the machines of ray is not known" in outcome.err
+
+
+def test_the_theorem_runs_on_no_engine(kdfast, tmp_path: Path) -> None:
+    outcome = kdfast("reproduce", "theorem", "--engine", "ray", "--out", tmp_path / "o")
+    assert outcome.code == 2
+    assert "the theorem takes no --engine: omit it" in outcome.err

@@ -16,7 +16,9 @@ from kdfast.errors import DivergedError, Interrupted, KdfastError, OutputError, 
 from kdfast.sweep.parallel import engine as engines
 from kdfast.sweep.parallel.command import check_locks, running_command
 from kdfast.sweep.parallel.engine import EngineConfig, choose_engine
+from kdfast.sweep.parallel.ray_tasks import RayTasks
 from kdfast.sweep.parallel.watch import watch
+from kdfast.sweep.parallel.worker import Task
 from kdfast.sweep.results_log import ResultsLog
 
 KEYS = ["a" * 64, "b" * 64]
@@ -177,3 +179,71 @@ def test_a_check_that_fails_stops_the_workers(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no locks"):
         watch(workers, [], ResultsLog(tmp_path), check=fail)
     assert workers.stopped
+
+
+class Ray:
+    """What `RayTasks` calls: a cluster of machines with so many cores and GPUs each, whose tasks return or raise."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    def __init__(self, *nodes: tuple[int, float], ends: Any = None) -> None:
+        self._nodes, self._ends, self.started = nodes, ends, 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": gpus}} for cpus, gpus in self._nodes]
+
+    def remote(self, function: Any = None) -> Any:
+        self.started += not callable(function)
+        return self if callable(function) else "task"
+
+    def options(self, **_: Any) -> Any:
+        return self
+
+    def wait(self, tasks: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return tasks, []
+
+    def get(self, task: Any) -> Any:
+        if isinstance(self._ends, Exception):
+            raise self._ends
+        return self._ends
+
+
+def ray_tasks(monkeypatch: pytest.MonkeyPatch, cluster: Ray, jobs: int | None, most: int, **engine: Any) -> RayTasks:
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    return RayTasks(Task(lambda: None, ResultsLog(Path("out")), False, 1), EngineConfig("ray", **engine), jobs, most)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "jobs", "most", "cpus", "expected"),
+    [
+        ([(4, 0), (2, 0)], None, 10, 1, 6),
+        ([(3, 0), (3, 0)], None, 10, 2, 2),  # a task has all of its cores on one machine
+        ([(4, 0)], None, 2, 1, 2),
+        ([(4, 0)], 8, 3, 1, 3),
+        ([(1, 0)], 8, 9, 1, 8),
+    ],
+)
+def test_tasks_on_ray(
+    monkeypatch: pytest.MonkeyPatch, nodes: list, jobs: int | None, most: int, cpus: int, expected: int
+) -> None:
+    cluster = Ray(*nodes)
+    tasks = ray_tasks(monkeypatch, cluster, jobs, most, cpus=cpus)
+    assert cluster.started == expected
+    assert tasks.describe() == f"{expected} workers on Ray"
+
+
+def test_tasks_that_can_run_nowhere_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = ray_tasks(monkeypatch, Ray((4, 0.0), (4, 0.0)), None, 3, cpus=2, gpus=0.5)
+    assert tasks.describe() == "1 worker on Ray; waiting: no machine of the cluster has 2 CPU cores and 0.5 GPUs"
+
+
+def test_a_fault_in_a_task_is_said_with_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Ray.exceptions.RayTaskError("ray::kdfast (pid=1)\n  File x\nRuntimeError: CUDA out of memory\n")
+    tasks = ray_tasks(monkeypatch, Ray((1, 0.0), ends=fault), 1, 1)
+    assert tasks.have_ended()
+    assert tasks.lost() == "RuntimeError: CUDA out of memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ def _check_address(address: str) -> str:
 def _check_gpus(name: str, device: str, given: float | None, named: bool) -> float:
     """Return the GPUs of each worker; `named`: whether options of Slurm give it some."""
     gpus = (device == "cuda" and not named) if given is None else given
+    if gpus == math.inf:
+        raise UsageError(f"`gpus_per_job` is {gpus:g}: pass a finite number")
     if gpus > 0 and device == "cpu":
         raise UsageError(f"`gpus_per_job` is {gpus:g}, and `device` is cpu: omit one of them")
     if gpus > 0 and named:
@@ -115,6 +118,8 @@ def _check_gpus(name: str, device: str, given: float | None, named: bool) -> flo
 
 def _check_slurm(options: Mapping[str, str]) -> None:
     for option in options:
+        if option == "cpus-per-task":
+            raise UsageError("`slurm_option` sets cpus-per-task: pass `cpus_per_job` instead, which sets threads too")
         if option in _SLURM_OWN:
             raise UsageError(f"`slurm_option` sets {option}, which the engine sets itself: omit it")
         if not re.fullmatch(r"[a-z][a-z-]*", option):

@@ -29,28 +29,36 @@ class RayTasks:
         task: What each is given.
         engine: The resources of each. `connect_ray` has connected to its cluster.
         jobs: Number of tasks; None: as many as the cluster has room for.
-        most: Most tasks that have work to do.
+        most: Most tasks that have work to do, which no number exceeds.
     """
 
     def __init__(self, task: Task, engine: EngineConfig, jobs: int | None, most: int) -> None:
         self._ray: Any = _import_ray()
         self._errors: list[KdfastError] = []
         self._lost: list[str] = []
-        if jobs is None:
-            jobs = max(1, min(most, self._room(engine)))
+        self._engine = engine
+        jobs = max(1, min(most, self._room() if jobs is None else jobs))
         remote = self._ray.remote(work).options(
             num_cpus=engine.cpus, num_gpus=engine.gpus, max_retries=_RESTARTS, name="kdfast"
         )
         self._all = self._pending = [remote.remote(task) for _ in range(jobs)]
 
-    def _room(self, engine: EngineConfig) -> int:
-        total = self._ray.cluster_resources()
-        wanted = {"CPU": engine.cpus, "GPU": engine.gpus}
-        return math.floor(min(float(total.get(name, 0)) / share for name, share in wanted.items() if share > 0))
+    def _room(self) -> int:
+        """Return how many tasks the machines of the cluster have room for; each needs all of its own on one machine."""
+        wanted = {"CPU": self._engine.cpus, "GPU": self._engine.gpus}
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return sum(
+            math.floor(min(float(node.get(name, 0)) / share for name, share in wanted.items() if share > 0))
+            for node in nodes
+        )
 
     def describe(self) -> str:
-        """Return how many tasks have not ended."""
-        return "1 worker on Ray" if len(self._pending) == 1 else f"{len(self._pending)} workers on Ray"
+        """Return how many tasks have not ended, and what they wait for if they can run nowhere."""
+        count = "1 worker on Ray" if len(self._pending) == 1 else f"{len(self._pending)} workers on Ray"
+        if self._room():
+            return count
+        gpus = f" and {self._engine.gpus:g} GPUs" if self._engine.gpus else ""
+        return f"{count}; waiting: no machine of the cluster has {self._engine.cpus} CPU cores{gpus}"
 
     def have_ended(self) -> bool:
         """Return whether every task has ended, and keep what they returned."""
@@ -63,6 +71,8 @@ class RayTasks:
         found: KdfastError | None = None
         try:
             found = self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:  # a fault of the program, whose text is in its last line
+            self._lost.append(str(error).strip().rpartition("\n")[2])
         except self._ray.exceptions.RayError as error:
             self._lost.append(type(error).__name__)
         if found is not None:

@@ -156,7 +156,9 @@ def reproduce(
         raise UsageError("pass a study and --out, or --list")
     if study == _THEOREM:
         given = {"data": data, "teachers": teachers, "dynamics": dynamics, "fractions": fractions, "methods": methods,
-                 "restrict": restrict, "epochs": epochs, "dataset": dataset, "budget": budget}  # fmt: skip
+                 "restrict": restrict, "epochs": epochs, "dataset": dataset, "budget": budget,
+                 "engine": None if engine == "local" else engine, "ray_address": ray_address,
+                 "cpus_per_job": cpus_per_job, "gpus_per_job": gpus_per_job, "slurm_option": slurm_option}  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 raise UsageError(f"the theorem takes no `{name}`: omit it")
