@@ -46,6 +46,25 @@ def test_ranks_are_those_of_the_others_alone(rule: str) -> None:
     assert np.array_equal(pick(rule, exclude=EXCLUDED), REST[alone.ids])
 
 
+class Counted(np.ndarray):
+    """Rows that count how many are copied at a time."""
+
+    most = 0
+
+    def __getitem__(self, key):
+        found = np.asarray(super().__getitem__(key))
+        if isinstance(key, np.ndarray):
+            Counted.most = max(Counted.most, len(found))
+        return found
+
+
+def test_rows_of_a_class_are_copied_and_not_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdfast.data.arrays._GROUP_BYTES", 1)
+    monkeypatch.setattr("kdfast.pruning.rules.apply.as_matrix", lambda values, n, what: FEATURES.view(Counted))
+    assert np.array_equal(pick("d2", exclude=EXCLUDED), pick("d2", exclude=EXCLUDED[::-1]))
+    assert 0 < Counted.most <= np.bincount(LABELS[REST]).max()
+
+
 def test_random_keeps_the_lowest_draws_of_the_others() -> None:
     kept = kdfast.prune(LABELS, 0.2, balance="unbalanced", seed=4, exclude=EXCLUDED)
     draws = hash64(Purpose.SCORE, 4, REST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy.typing as npt
 
@@ -105,6 +105,7 @@ def select_subset(
     n = len(labels)
     candidates = find_candidates(labels, fraction, balance, exclude)
     ids, own_labels = candidates.ids, candidates.take(labels)
+    rows = None if features is None else as_matrix(features, n, "features")
     inputs = RuleInputs(
         scores=candidates.take(as_values(scores, n, "scores")),
         ties=uniform(hash64(Purpose.TIE, seed, ids)),
@@ -112,7 +113,6 @@ def select_subset(
         fraction=candidates.fraction,
         seed=seed,
         ids=ids,
-        features=None if features is None else candidates.take(as_matrix(features, n, "features")),
         extras={name: candidates.take(as_values(values, n, name)) for name, values in (extras or {}).items()},
         options=complete_options(f"rule {rule!r}", entry.options, options or {}),
         classes=int(labels.max()) + 1,
@@ -120,6 +120,8 @@ def select_subset(
         labels=own_labels,
         budgets=find_budgets(own_labels, candidates.count, balance),
     )
-    check_required(rule, inputs.options, {*inputs.extras, *({"features"} if inputs.features is not None else ())})
+    check_required(rule, inputs.options, {*inputs.extras, *({"features"} if rows is not None else ())})
+    if rows is not None and entry.defaults_need_features and None in inputs.options.values():
+        inputs = replace(entry.with_defaults(replace(inputs, features=candidates.take(rows))), features=None)
     inputs = entry.with_defaults(inputs)
-    return RuleSelection(ids[select_by_class(entry, inputs, own_labels, balance)], inputs.options)
+    return RuleSelection(ids[select_by_class(entry, inputs, own_labels, balance, rows)], inputs.options)

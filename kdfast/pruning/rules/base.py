@@ -71,6 +71,7 @@ class Rule:
         needs_with: The extra that a value of an option requires, by (option, value).
         resolve_defaults: Return values for the options whose default is None, given all samples as one group; every
             group is then selected with these values. None if there are no such options.
+        defaults_need_features: Whether these defaults depend on the features.
         pool: Return the positions, int64 and ascending, of the samples that remain after a cut across classes, given
             all samples as one group; at least `count` of them, and one of each class if there are budgets. Budgets are
             then filled from these. None: from all samples.
@@ -83,6 +84,7 @@ class Rule:
     needs_with: Mapping[tuple[str, OptionValue], str] = field(default_factory=dict)
     resolve_defaults: Callable[[RuleInputs], dict[str, OptionValue]] | None = None
     pool: Callable[[RuleInputs], IntArray] | None = None
+    defaults_need_features: bool = False
 
     def __call__(self, inputs: RuleInputs) -> IntArray:
         """Return the positions of the samples to keep."""

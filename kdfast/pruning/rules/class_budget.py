@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kdfast.data.arrays import gather_groups, group_by_class
 from kdfast.data.stateless_random import IntArray
@@ -48,14 +49,17 @@ def find_budgets(labels: IntArray, total: int, balance: str, available: IntArray
         raise SubsetError(f"{error}; or pass `balance` unbalanced, to select from all samples together") from error
 
 
-def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: str) -> IntArray:
+def select_by_class(
+    rule: Rule, inputs: RuleInputs, labels: IntArray, balance: str, features: npt.NDArray[np.float32] | None
+) -> IntArray:
     """Apply a rule to each class, or to all samples together.
 
     Args:
         rule: The rule.
-        inputs: All samples as one group.
-        labels: int64 (N,).
+        inputs: All samples as one group, without their features.
+        labels: int64 (n,), of these.
         balance: One of `BALANCE`.
+        features: float32 (N, D) of the whole training split, which may hold other samples too; or None.
 
     Returns:
         int64 (count,), ascending positions.
@@ -69,16 +73,17 @@ def select_by_class(rule: Rule, inputs: RuleInputs, labels: IntArray, balance: s
     if pool is not None and len(pool) == len(labels):
         pool = None
     if budgets is None:
-        if pool is None:
-            return np.sort(rule(inputs))
-        features = None if inputs.features is None else inputs.features[pool]
-        return np.sort(pool[rule(replace(_part(inputs, pool, inputs.count), features=features))])
+        part = inputs if pool is None else _part(inputs, pool, inputs.count)
+        if features is not None:
+            part = replace(part, features=features if len(part.ids) == len(features) else features[part.ids])
+        kept_together = rule(part)
+        return np.sort(kept_together if pool is None else pool[kept_together])
     groups = group_by_class(labels if pool is None else labels[pool])
     counts = [int(budgets[label]) for label in groups if budgets[label]]
     classes = [members if pool is None else pool[members] for label, members in groups.items() if budgets[label]]
     gathered: Iterable[Any] = [None] * len(classes)
-    if inputs.features is not None:
-        gathered = gather_groups(inputs.features, classes)
+    if features is not None:
+        gathered = gather_groups(features, [inputs.ids[members] for members in classes])
     kept = []
     for members, count, rows in zip(classes, counts, gathered, strict=True):
         kept.append(members[rule(replace(_part(inputs, members, count), features=rows))])

@@ -33,6 +33,7 @@ RULES: dict[str, Rule] = {
         bws.OPTIONS,
         frozenset({"features"}),
         resolve_defaults=bws.resolve_defaults,
+        defaults_need_features=True,
     ),
     "dual": Rule(
         dual.dual,
