@@ -1,4 +1,4 @@
-"""ResNet-18 with the stem for large images, a convolution of 7x7 at stride 2 and a pooling: `photo_network.py:ResNet18`."""
+"""ResNet-18 with the stem for large images: a convolution of 7x7 at stride 2, then a pooling."""
 
 import torch
 from torch import Tensor, nn
@@ -48,4 +48,5 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `(B, 3, H, W)` to logits `(B, num_classes)`."""
-        return self.fc(self.pool(self.stages(x)).flatten(1))
+        logits: Tensor = self.fc(self.pool(self.stages(x)).flatten(1))
+        return logits
