@@ -26,6 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _BLOCK_BYTES = 16 << 20
 _FEW = 16
+SUMS_KEY = "sums"  # the name under which `channel_sums` is remembered
 _CROPS = 128  # recorded crops per sample, similar to the 162 views of padded CIFAR images
 
 
@@ -175,14 +176,20 @@ def compute_fingerprint(split: Split, classes: int) -> str:
     Returns:
         SHA-256 in hexadecimal; equal for equal pixels and labels in the same order, independent of the file format.
     """
+    return remembered(split, fingerprint_key(classes), lambda: digest_split(split, classes))
 
-    def compute() -> str:
-        digest = DataDigest(len(split), classes, split.shape)
-        for ids in id_blocks(split):
-            digest.update(split.read(ids))
-        return digest.finish(split.labels)
 
-    return remembered(split, f"fingerprint of {classes} classes", compute)
+def fingerprint_key(classes: int) -> str:
+    """Return the name under which a fingerprint is remembered."""
+    return f"fingerprint of {classes} classes"
+
+
+def digest_split(split: Split, classes: int) -> str:
+    """Return the fingerprint of a split, computed."""
+    digest = DataDigest(len(split), classes, split.shape)
+    for ids in id_blocks(split):
+        digest.update(split.read(ids))
+    return digest.finish(split.labels)
 
 
 def compute_normalization(split: Split) -> Normalization:
@@ -193,7 +200,7 @@ def compute_normalization(split: Split) -> Normalization:
     Raises:
         DataError: A channel is constant.
     """
-    totals = remembered(split, "sums", lambda: _channel_sums(split))
+    totals = remembered(split, SUMS_KEY, lambda: channel_sums(split))
     sums, square_sums = totals[:3], totals[3:]
     count = len(split) * split.shape[0] * split.shape[1]
     mean = [first / count / 255 for first in sums]
@@ -217,8 +224,8 @@ def _is_gray(split: Split) -> bool:
     return all(np.array_equal(block[..., :1].repeat(3, axis=-1), block) for block in pixels)
 
 
-def _channel_sums(split: Split) -> list[int]:
-    """Return the sums of the values of each channel, then those of their squares."""
+def channel_sums(split: Split) -> list[int]:
+    """Return the sums of the values of each channel of a split, then those of their squares, computed."""
     totals = np.zeros((2, 3), np.int64)
     for ids in id_blocks(split):
         pixels = split.read(ids).reshape(-1, 3)

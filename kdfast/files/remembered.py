@@ -88,6 +88,12 @@ def remembered(split: object, name: str, compute: Callable[[], T]) -> T:
     return value
 
 
+def is_remembered(split: object, name: str) -> bool:
+    """Return whether `remembered` knows the value, so that nothing would be computed."""
+    stamp = _stamp_of(split)
+    return stamp is not None and name in _read(_folder() / f"{stamp}.json")
+
+
 def _stamp_of(split: object) -> str | None:
     return split.stamp() if isinstance(split, Stamped) else None
 

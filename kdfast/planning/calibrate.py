@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from kdfast.data.source import ArraySplit, Source
+from kdfast.data.holdout import SplitPart
+from kdfast.data.readers.folders.file_loader import is_files
+from kdfast.data.source import SUMS_KEY, ArraySplit, Source, channel_sums, digest_split, fingerprint_key
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.errors import OutputError
+from kdfast.files.remembered import is_remembered
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import forward_with_features
@@ -99,6 +103,7 @@ class Calibration:
             **self._student(budgets),
             **self._selection(budgets),
             "opening": opening,
+            **self._first_reading(),
             "loading": self._loading(),
             "written": _time_writing(self.request.out),
         }
@@ -229,6 +234,21 @@ class Calibration:
             recording=request.recording,
             budget=budgets["selection"],
         )
+        return found
+
+    def _first_reading(self) -> dict[str, float]:
+        """Return the seconds of an image file in the passes that find what is remembered later."""
+        source, found = self.source, {}
+        if not is_files(source.train):
+            return {}
+        classes = len(source.classes)
+        count = min(len(source.train), _BATCHES * self.request.config.batch_size)
+        chosen = np.linspace(0, len(source.train) - 1, count).astype(np.int64)
+        part = SplitPart(source.train, chosen)
+        if source.recorded is None and not is_remembered(source.train, fingerprint_key(classes)):
+            found["digested"] = seconds_of(lambda: digest_split(part, classes)) / len(chosen)
+        if not is_remembered(source.train, SUMS_KEY):
+            found["summed"] = seconds_of(lambda: channel_sums(part)) / len(chosen)
         return found
 
     def _loading(self) -> float:

@@ -32,7 +32,7 @@ from kdfast.planning.request import (
     measure_amounts,
     needs_online_teacher,
 )
-from kdfast.planning.savings import break_even
+from kdfast.planning.savings import paying_students
 from kdfast.planning.stages import Flow, Sizes, Stage, pruned_flow, whole_flow
 from kdfast.teacher.build import row_format
 
@@ -68,7 +68,9 @@ class FlowPlan:
             "amounts": dataclasses.asdict(self.amounts),
             "rates": dataclasses.asdict(self.rates),
             "flows": {name: _flow_facts(flow) for name, flow in flows.items()},
-            "break_even": {name: break_even(self.pruned, flows[name]) for name in ("same_epochs", "same_steps")},
+            "paying_students": {
+                name: paying_students(self.pruned, flows[name]) for name in ("same_epochs", "same_steps")
+            },
             "free_bytes": self.free,
             "measured_seconds": self.measured,
         }
@@ -89,6 +91,8 @@ def make_plan(request: PlanRequest, source: Source, model: Model | None, *, open
     """
     if request.jobs > 1 and request.device.type != "cpu":
         raise UsageError(f"`jobs` is {request.jobs}, and what jobs share a GPU is not measured: pass 1, or a CPU")
+    if request.jobs > request.students:
+        raise UsageError(f"`jobs` is {request.jobs}, more than `students`, {request.students}: pass at most as many")
     request = _complete(request, model)
     score_needs = request.selection.cache is not None or differentiates(request.selection) is not None
     if model is None and (request.config.needs_teacher or score_needs):

@@ -11,6 +11,8 @@ class Rates:
 
     Attributes:
         opening: Opening the data in a command.
+        digested: An image that is read for the fingerprint of the data; 0 if that is remembered.
+        summed: An image that is read for the mean and standard deviation of the pixels; likewise.
         loading: An image that is decoded before a training.
         cached: A sample in a cache of one view.
         view: A further view of it.
@@ -27,6 +29,8 @@ class Rates:
     """
 
     opening: float = 0.0
+    digested: float = 0.0
+    summed: float = 0.0
     loading: float = 0.0
     cached: float = 0.0
     view: float = 0.0

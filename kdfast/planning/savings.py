@@ -1,4 +1,4 @@
-"""What pruning saves, and from how many students on."""
+"""What pruning saves, and for how many students."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import math
 
 from kdfast.planning.stages import Flow
 
+_EQUAL = 1e-9  # share of a student's seconds, for sums in another order
 
-def break_even(pruned: Flow, whole: Flow) -> int | None:
-    """Return the least number of students, from 1, from which on the pruned flow is not slower than the whole one.
 
-    None: there is no such number.
+def paying_students(pruned: Flow, whole: Flow) -> tuple[int, int | None] | None:
+    """Return the least and the greatest number of students for which the pruned flow is not slower than the whole one.
+
+    The greatest is None if there is no limit. None: there is no such number, from 1.
     """
-    if pruned.student_seconds > whole.student_seconds:
-        return None
-    more = pruned.shared_seconds - whole.shared_seconds
+    jobs, more = pruned.jobs, pruned.shared_seconds - whole.shared_seconds
+    saved = whole.each.seconds - pruned.each.seconds  # whenever so many students as there are jobs are trained
+    if abs(saved) <= _EQUAL * whole.each.seconds:
+        saved = 0.0
     if more <= 0:
-        return 1
-    saved = whole.student_seconds - pruned.student_seconds
-    return max(1, math.ceil(more / saved)) if saved > 0 else None
+        if saved >= 0:
+            return 1, None
+        rounds = math.floor(more / saved)
+        return (1, rounds * jobs) if rounds else None
+    return ((math.ceil(more / saved) - 1) * jobs + 1, None) if saved > 0 else None

@@ -80,11 +80,6 @@ class Flow:
         """Seconds of the stages whose results all students share."""
         return sum(stage.seconds for stage in self.once)
 
-    @property
-    def student_seconds(self) -> float:
-        """Seconds of a student among many, of which `jobs` train at a time."""
-        return self.each.seconds / self.jobs
-
 
 def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
     """Return the stages of distilling on the kept samples."""
@@ -94,13 +89,14 @@ def pruned_flow(amounts: Amounts, rates: Rates, sizes: Sizes) -> Flow:
         once = [stages.cache(amounts.samples, amounts.views), *once]
     elif amounts.views:
         once.append(stages.cache(amounts.kept, amounts.views))
+    once = [*stages.reading(), *once]
     return Flow(tuple(once), stages.training(amounts.steps, amounts.images), amounts.students, amounts.jobs)
 
 
 def whole_flow(amounts: Amounts, rates: Rates, sizes: Sizes, *, same_steps: bool) -> Flow:
     """Return the stages of distilling on all samples, for as many epochs or for as many steps."""
     stages = _Stages(amounts, rates, sizes)
-    once = (stages.cache(amounts.samples, amounts.views),) if amounts.views else ()
+    once = (*stages.reading(), *([stages.cache(amounts.samples, amounts.views)] if amounts.views else []))
     steps = amounts.steps if same_steps else amounts.all_steps
     images = amounts.all_images * steps / amounts.all_steps
     return Flow(once, stages.training(steps, images), amounts.students, amounts.jobs)
@@ -116,6 +112,12 @@ class _Stages:
 
     def stage(self, name: str, work: str, parts: Mapping[str, float], size: int) -> Stage:
         return Stage(name, work, {"open": self.rates.opening, **parts}, size)
+
+    def reading(self) -> list[Stage]:
+        """Return what the first commands on image files do before their work, if it is not remembered."""
+        samples, rates = self.amounts.samples, self.rates
+        parts = {"fingerprint": samples * rates.digested, "statistics": samples * rates.summed}
+        return [Stage("first reading", f"{samples} samples", parts)] if any(parts.values()) else []
 
     def recording(self) -> list[Stage]:
         amounts = self.amounts

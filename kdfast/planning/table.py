@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kdfast.files.space import format_bytes
 from kdfast.planning.plan import FlowPlan
-from kdfast.planning.savings import break_even
+from kdfast.planning.savings import paying_students
 from kdfast.planning.stages import Flow, Stage
 
 Row = tuple[str, str, str, str]
@@ -59,11 +59,19 @@ def _total(flow: Flow, unit: str, words: Words) -> Row:
 
 def _saving(pruned: Flow, whole: Flow, unit: str, words: Words) -> str:
     """Return a line that compares the flow on the kept samples with one on all of them."""
-    least, saved, total = break_even(pruned, whole), whole.seconds - pruned.seconds, words(whole.seconds)
+    saved, total = whole.seconds - pruned.seconds, words(whole.seconds)
     share = f"{100 * abs(saved) / whole.seconds:.0f}%"
     what = f"saves {words(saved)} of {total}" if saved >= 0 else f"takes {words(-saved)} more than {total}"
-    pays = "never pays" if least is None else f"pays from {least} student{'s' * (least > 1)} on"
-    return f"pruning {what} ({share}) against all samples for as many {unit}, and {pays}"
+    return f"pruning {what} ({share}) against all samples for as many {unit}, and {_pays(pruned, whole)}"
+
+
+def _pays(pruned: Flow, whole: Flow) -> str:
+    found = paying_students(pruned, whole)
+    if found is None:
+        return "never pays"
+    least, most = found
+    number, where = (least, "from") if most is None else (most, "up to")
+    return f"pays {where} {number} student{'s' * (number > 1)}{' on' * (most is None)}"
 
 
 def _describe_rates(plan: FlowPlan) -> str:

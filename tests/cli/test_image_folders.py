@@ -141,3 +141,29 @@ def test_streamed_files_train_the_weights_of_resident_ones(kdfast, large: Path, 
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     outcome = kdfast(*train, "--loader", "ffcv", "--out", tmp_path / "ffcv")
     assert (outcome.code, "the ffcv loader reads .beton files" in outcome.err) == (2, True)
+
+
+def test_a_run_says_that_images_are_streamed_and_records_their_decoder(
+    kdfast, nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdfast.data.loaders.device_memory", lambda device: 1000)
+    train = ("distill", "--data", nested, "--student", "resnet8", "--alpha", 0, "--batch-size", 8, "--epochs", 1)
+    outcome = kdfast(*train, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "more than a quarter of the memory, so each epoch decodes them from their files" in outcome.err
+    assert "files loader" in outcome.out
+    assert '"decoder": "Pillow ' in (tmp_path / "run/config.json").read_text()
+
+
+def test_a_plan_has_the_first_reading_of_files_until_it_is_remembered(
+    kdfast, nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDFAST_CACHE_DIR", str(tmp_path / "remembered"))
+    monkeypatch.setattr("kdfast.files.remembered._SETTLED_SECONDS", -60.0)  # the files are new
+    plan = ("plan", "--data", nested, "--student", "resnet8", "--alpha", 0, "--fraction", 0.5, "--batch-size", 4)
+    first = kdfast(*plan, "--calibrate-seconds", 0.1)
+    assert first.code == 0, first.err
+    assert first.out.count("  first reading ") == 2
+    assert not (tmp_path / "remembered").exists()
+    assert kdfast("data", "info", nested).code == 0
+    assert "first reading" not in kdfast(*plan, "--calibrate-seconds", 0.1).out

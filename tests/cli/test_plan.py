@@ -44,6 +44,7 @@ def test_json_has_every_number(kdfast, tiny: Path, teacher: Path) -> None:
     ("flags", "reason"),
     [
         ((), "a stage needs the teacher: pass --teacher, or --alpha 0 and a method that needs none"),
+        (("--alpha", "0", "--jobs", "2"), "--jobs is 2, more than --students, 1: pass at most as many"),
         (("--alpha", "0", "--method", "el2n"), "a stage needs the teacher"),
         (("--alpha", "0", "--method", "el2m"), "no pruning method is named 'el2m': did you mean 'el2n'?"),
         (("--alpha", "2"), "--alpha is '2': pass a number in [0, 1], or auto"),

@@ -7,7 +7,7 @@ import pytest
 from kdfast.planning.plan import FlowPlan
 from kdfast.planning.rates import Rates
 from kdfast.planning.request import Amounts
-from kdfast.planning.savings import break_even
+from kdfast.planning.savings import paying_students
 from kdfast.planning.stages import Flow, Sizes, Stage, pruned_flow, whole_flow
 from kdfast.planning.table import render_plan
 
@@ -114,26 +114,49 @@ def test_students_that_train_at_a_time() -> None:
     flow = pruned_flow(amounts, RATES, SIZES)
     assert flow.seconds == pytest.approx(16.974 + 3 * 5.7)
     assert flow.size == 74_800 + 5 * 1000
-    assert flow.student_seconds == pytest.approx(2.85)
 
 
-def flow_of(once: float, each: float, students: int = 1) -> Flow:
-    return Flow((Stage("once", "", {"": once}),), Stage("each", "", {"": each}), students)
+def test_files_that_are_read_for_the_first_time() -> None:
+    rates = dataclasses.replace(RATES, digested=0.01, summed=0.003)
+    for flow in (pruned_flow(AMOUNTS, rates, SIZES), whole_flow(AMOUNTS, rates, SIZES, same_steps=True)):
+        assert flow.once[0].name == "first reading"
+        assert dict(flow.once[0].parts) == pytest.approx({"fingerprint": 10.0, "statistics": 3.0})
+
+
+def flow_of(once: float, each: float, jobs: int = 1) -> Flow:
+    return Flow((Stage("once", "", {"": once}),), Stage("each", "", {"": each}), students=jobs, jobs=jobs)
 
 
 @pytest.mark.parametrize(
-    ("pruned", "whole", "least"),
+    ("pruned", "whole", "found"),
     [
-        ((30.0, 1.0), (10.0, 5.0), 5),  # 30 + 5 n <= 10 + 5 n from n = 5 on
-        ((31.0, 1.0), (10.0, 5.0), 6),
-        ((5.0, 1.0), (10.0, 5.0), 1),
+        ((30.0, 1.0), (10.0, 5.0), (5, None)),  # 30 + n <= 10 + 5 n from n = 5 on
+        ((31.0, 1.0), (10.0, 5.0), (6, None)),
+        ((5.0, 1.0), (10.0, 5.0), (1, None)),
         ((30.0, 5.0), (10.0, 5.0), None),
-        ((5.0, 5.0), (10.0, 5.0), 1),
-        ((5.0, 6.0), (10.0, 5.0), None),
+        ((30.0, 5.0 - 1e-12), (10.0, 5.0), None),  # no number with twelve digits
+        ((5.0, 5.0), (10.0, 5.0), (1, None)),
+        ((5.0, 5.0 + 1e-12), (10.0, 5.0), (1, None)),
+        ((5.0, 6.0), (10.0, 5.0), (1, 5)),  # 5 + 6 n <= 10 + 5 n up to n = 5
+        ((5.0, 11.0), (10.0, 5.0), None),
     ],
 )
-def test_break_even(pruned: tuple[float, float], whole: tuple[float, float], least: int | None) -> None:
-    assert break_even(flow_of(*pruned), flow_of(*whole)) == least
+def test_students_for_which_pruning_pays(
+    pruned: tuple[float, float], whole: tuple[float, float], found: tuple[int, int | None] | None
+) -> None:
+    assert paying_students(flow_of(*pruned), flow_of(*whole)) == found
+
+
+@pytest.mark.parametrize(("more", "saved"), [(10.0, 4.0), (12.0, 4.0), (1.0, 4.0), (-10.0, -4.0), (-3.0, -4.0)])
+def test_students_at_a_time_for_which_pruning_pays(more: float, saved: float) -> None:
+    pruned, whole = flow_of(20.0 + more, 10.0, jobs=3), flow_of(20.0, 10.0 + saved, jobs=3)
+    paying = [n for n in range(1, 60) if _seconds(pruned, n) <= _seconds(whole, n)]
+    least, most = paying_students(pruned, whole) or (1, 0)
+    assert paying == list(range(least, 60 if most is None else most + 1))
+
+
+def _seconds(flow: Flow, students: int) -> float:
+    return dataclasses.replace(flow, students=students).seconds
 
 
 def test_table() -> None:
