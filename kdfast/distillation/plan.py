@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 import kdfast
 from kdfast.data.loaders import Loader
+from kdfast.data.readers.folders.file_loader import is_files
+from kdfast.data.readers.folders.image_file import decoder
 from kdfast.data.source import Source
 from kdfast.data.views import Normalization
 from kdfast.distillation.batches import Batches
@@ -184,6 +186,7 @@ class LoadedInputs:
             metadata={
                 **(metadata or {}),
                 "loader": self.loader.name,
+                **({"decoder": decoder()} if is_files(source.train) else {}),
                 "device": str(device),
                 "processes": distributed.world_size,
                 "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +10,10 @@ import typer
 from kdfast.cli.output import MODE, complain
 
 if TYPE_CHECKING:
-    from kdfast.data.source import Source
+    import torch
+
+    from kdfast.data.loaders import Loader
+    from kdfast.data.source import Source, Split
     from kdfast.distillation.config import RunConfig
 
 # Kinds of data that papers augment in one way.
@@ -91,6 +95,18 @@ def announce_unused(config: RunConfig, cache: str | None, teacher: str | None) -
         unused.append(("--label-smoothing", f"the weight of the cross-entropy is 0 (--alpha is {config.alpha:g})"))
     for flag, why in unused if not MODE.quiet else ():
         complain(f"kdfast: {flag} has no effect: {why}")
+
+
+def announce_loader(loader: Loader, train: Split, device: torch.device) -> None:
+    """Say on stderr that each epoch decodes images, if they do not fit in memory."""
+    from kdfast.data.loaders import fits_in_memory
+
+    need = len(train) * math.prod(train.shape)
+    if loader.name == "files" and not fits_in_memory(need, device) and not MODE.quiet:
+        complain(
+            f"kdfast: the decoded images take {need / 1e9:.1f} GB, more than a quarter of the memory, so each epoch "
+            "decodes them from their files; --loader resident keeps them in memory"
+        )
 
 
 def announce_views(source: Source, augment: str | None) -> None:

@@ -193,6 +193,7 @@ def run(
         trains = plan.distributed.is_main and finished is None
         if trains and not folder.has_checkpoint:
             recipe.announce_views(plan.source, plan.metadata["augment"])
+            recipe.announce_loader(plan.loader, plan.source.train, plan.device)
             recipe.announce_unused(plan.config, plan.metadata.get("cache"), plan.metadata.get("teacher"))
         chosen = trackers if trains else TrackerSet([])
         with chosen.started(out, plan.identity) as started:
