@@ -385,6 +385,7 @@ class CachePart(Struct, forbid_unknown_fields=True):
     world: Positive
     correct: Count
     test_top1: Percent | None
+    extras: dict[str, Sha256]
 
 
 # A cache of a language model's log-probabilities: plan.json, records of shards, manifest.json.

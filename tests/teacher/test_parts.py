@@ -109,6 +109,28 @@ def test_incomplete_and_foreign_parts_are_refused(source, teacher, new_teacher, 
     refuse([*copies, tmp_path / "nowhere"], out, "not a finished cache")
 
 
+def test_parts_of_another_kind_are_refused(source, teacher, copies, tmp_path):
+    other = build_parts(source, teacher, tmp_path / "other", ranks=[2], kind="features")
+    refuse(
+        [*copies[:2], *other], tmp_path / "merged", 'is a part of another cache than .*: kind is "features", expected'
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"ids": SOME}, "coverage.npy"), ({"kind": "features"}, "classifier.npy")]
+)
+def test_a_damaged_array_of_the_whole_cache_is_refused(source, teacher, tmp_path, options, name):
+    folders = build_parts(source, teacher, tmp_path, world=2, **options)
+    file = folders[0] / name
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    refuse(folders, tmp_path / "merged", f"{file} is missing or damaged: run its kdfast cache --shard command again")
+    build_parts(source, teacher, tmp_path, world=2, ranks=[0], **options)
+    merge_parts(folders, tmp_path / "merged")
+    TeacherCache.open(tmp_path / "merged", source=source, teacher=teacher)
+
+
 def test_damaged_and_unfinished_parts_are_refused(copies, tmp_path):
     file = copies[1] / "logits-00001.npy"
     content = bytearray(file.read_bytes())

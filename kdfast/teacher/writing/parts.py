@@ -6,6 +6,7 @@ shards, so that merging needs neither the data nor the teacher.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ import numpy as np
 
 from kdfast.data.source import Source
 from kdfast.errors import CacheMismatch, UsageError
-from kdfast.files import FolderLock, atomic_path, check_writable, make_subfolder, schemas, sha256_json, write_sealed
+from kdfast.files import (
+    FolderLock,
+    atomic_path,
+    check_writable,
+    make_subfolder,
+    schemas,
+    sha256_file,
+    sha256_json,
+    write_sealed,
+)
 from kdfast.files.arrays import read_npy
 from kdfast.files.space import check_space
 from kdfast.nets.checkpoint import Model
@@ -32,13 +42,14 @@ _RUN_AGAIN = "run its kdfast cache --shard command again"
 
 @dataclass(frozen=True)
 class _Part:
-    """A finished part and the folder that holds it."""
+    """A finished part and the folder that holds it; `extras` are digests by name, of files of `EXTRAS`."""
 
     folder: Path
     rank: int
     world: int
     correct: int
     test_top1: float | None
+    extras: dict[str, str]
 
     def __str__(self) -> str:
         return f"{self.rank}/{self.world}"
@@ -57,12 +68,12 @@ def write_part(
         logits = read_npy(builder.part_path("identity", shard), error=CacheMismatch)
         labels = source.train.labels[builder.sample_ids(shard)]
         correct += int(np.count_nonzero(logits.argmax(1) == labels))
-    top1 = None
+    top1, extras = None, {}
     if rank == 0:
-        write_extras(builder, plan, model)
+        extras = {name: sha256_file(builder.folder / name) for name in write_extras(builder, plan, model)}
         top1 = evaluate(model, source.test, device=builder.predictor.device, view_spec=source.view_spec)["top1"]
     fields = {"plan": builder.plan_digest, "rank": rank, "world": world, "correct": correct, "test_top1": top1}
-    write_sealed(builder.folder / BUILDING / f"part-{rank:05d}.json", fields)
+    write_sealed(builder.folder / BUILDING / f"part-{rank:05d}.json", fields | {"extras": extras})
 
 
 def merge_parts(folders: Sequence[Path], out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -103,13 +114,13 @@ def merge_parts(folders: Sequence[Path], out: Path, *, progress: Progress | None
     make_subfolder(out, BUILDING)
     with FolderLock(out / BUILDING):
         write_or_check_plan(out, plan)
+        extras = [name for name in EXTRAS if name in parts[0].extras]
+        for name in extras:
+            _copy_extra(parts[0], name, out)
         for shard in range(merged.shard_count):
             _copy_shard(merged, parts[shard % len(parts)].folder, shard)
             if progress is not None:
                 progress(shard + 1, merged.shard_count, "merging")
-        extras = [name for name in EXTRAS if (parts[0].folder / name).exists()]
-        for name in extras:
-            _copy(parts[0].folder / name, out / name)
         join_shards(merged)
         correct = sum(part.correct for part in parts)
         results = {"train_top1": 100 * float(correct) / len(coverage), "test_top1": parts[0].test_top1}
@@ -130,7 +141,9 @@ def _read_plans(folders: Sequence[Path]) -> dict[str, Any]:
         for rank in folder.glob(f"{BUILDING}/rank-*"):
             with FolderLock(rank):  # raises if that process still works
                 pass
-        if differing := compare_manifests(plans[-1], plans[0]):
+        # Plans of logits do not name their kind.
+        first, other = ({"kind": "logits", **plan} for plan in (plans[0], plans[-1]))
+        if differing := compare_manifests(other, first):
             raise CacheMismatch(
                 f"{folder} is a part of another cache than {folders[0]}: {'; '.join(differing)}. Merge parts that were "
                 "made with the same options"
@@ -188,6 +201,19 @@ def _copy_shard(merged: ShardFiles, folder: Path, shard: int) -> None:
         pass  # it cannot be done, then
     if not merged.is_done(shard):
         raise CacheMismatch(f"shard {shard} in {folder} is missing or damaged: {_RUN_AGAIN}")
+
+
+def _copy_extra(part: _Part, name: str, out: Path) -> None:
+    """Copy an array that no shard has a part of, and compare it with its digest.
+
+    Raises:
+        CacheMismatch: It is missing or damaged.
+    """
+    source, target = part.folder / name, out / name
+    with contextlib.suppress(FileNotFoundError):
+        _copy(source, target)
+    if not target.is_file() or sha256_file(target) != part.extras[name]:
+        raise CacheMismatch(f"{source} is missing or damaged: {_RUN_AGAIN}")
 
 
 def _copy(source: Path, target: Path) -> None:
