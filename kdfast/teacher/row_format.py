@@ -173,7 +173,7 @@ class RowFormat:
         """Convert records (n,) to the form that `kd_loss` accepts, with the tail of a temperature."""
         values = torch.from_numpy(np.ascontiguousarray(rows["values"]))
         classes = torch.from_numpy(rows["classes"].astype(np.int32))
-        tails = rows["tail"].reshape(len(rows), -1)
+        tails = rows["tail"][:, None] if self.wide else rows["tail"]
         return TopKTeacher(values, classes, torch.from_numpy(tails[:, column].astype(np.float32)))
 
 

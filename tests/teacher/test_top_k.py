@@ -51,6 +51,7 @@ def test_rows_hold_the_most_probable_classes_and_the_tail(source, teacher, full,
     torch.testing.assert_close(found.values.float(), expected.values, rtol=2**-10, atol=1e-3)
     assert found.tail.dtype == torch.float32
     torch.testing.assert_close(found.tail, expected.tail, rtol=2**-11, atol=1e-4)
+    assert [len(part) for part in cache.lookup_top_k(IDS[:0], VIEW_INDICES[:0])] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
