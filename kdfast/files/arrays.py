@@ -111,6 +111,8 @@ def map_read_only(array: Array) -> Array:
     """
     if not isinstance(array, np.memmap) or array.filename is None or not isinstance(array.base, mmap.mmap):
         return array
+    if not array.flags.c_contiguous:
+        return array
     return np.memmap(array.filename, array.dtype, "r", array.offset, array.shape)
 
 
