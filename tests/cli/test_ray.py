@@ -37,13 +37,16 @@ class Cluster(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    words = [sys.executable, "-c", CLUSTER]
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    address, head, other = process.stdout.readline().split()
+    words, messages = [sys.executable, "-c", CLUSTER], tmp_path_factory.mktemp("cluster") / "stderr"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with messages.open("w") as stderr:
+        process = subprocess.Popen(words, stderr=stderr, env=environment, **pipes)
+    if not (line := process.stdout.readline()):  # Ray gives up after half a minute on a busy machine
+        process.communicate(timeout=120)
+        pytest.fail(f"the cluster did not start: {messages.read_text()[-1000:]}")
+    address, head, other = line.split()
     yield Cluster(address, (int(head), int(other)))
     process.communicate(timeout=120)
 
