@@ -1,6 +1,7 @@
 """A search on a sample of the data, and scores from a stream over the cache."""
 
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,9 @@ from kdfast.pruning.if_beta.proxy import Projection, ProxyTrainingConfig
 from kdfast.pruning.if_beta.scores import SAMPLE_SCORES, HeadInputs, mean_logits
 from kdfast.pruning.if_beta.search import Schedule
 from kdfast.pruning.if_beta.selector import large
+from kdfast.pruning.if_beta.selector import select as selector
+from kdfast.pruning.if_beta.selector.presets import OPTIONS
+from kdfast.pruning.options import complete_options
 from kdfast.pruning.selector import SelectorInputs
 
 QUICK = IFBeta(proxy=Projection(4), budget=ProxyTrainingConfig(steps=5, batch_size=16), schedule=Schedule(steps=1))
@@ -79,3 +83,35 @@ def test_scores_that_need_all_samples_in_memory_are_refused(cloud):
     source = SimpleNamespace(train=SimpleNamespace(labels=cloud.labels))
     with pytest.raises(UsageError, match="the score crossfit fits heads to all of 1200 samples"):
         large.streamed_scores(SelectorInputs(source, cache, 0.1, "balanced", 0, {"score": "crossfit"}), 1)
+
+
+@pytest.fixture
+def large_split(cloud, monkeypatch):
+    """Inputs of the selector on a split above the limit, which takes a sample."""
+    for name, value in {"LARGE": 100, "SAMPLE": 300}.items():
+        monkeypatch.setattr(selector, name, value)
+    monkeypatch.setattr(large, "SAMPLE", 300)
+    monkeypatch.setattr(selector, "measure_costs", lambda inputs, result: {"score_seconds": result.score_seconds})
+    cache = Cache(views=[cloud.logits], rows=cloud.features, top_k=None, n_views=1, path="cache")
+    source = SimpleNamespace(train=SimpleNamespace(labels=cloud.labels))
+    chosen = complete_options("if-beta", OPTIONS["kdfast"], {"steps": 1, "inner_steps": 5})
+    return SelectorInputs(source, cache, 0.2, "balanced", 0, chosen)
+
+
+@pytest.mark.parametrize(("limit", "hessian"), [(10_000, None), (10, "kronecker")])
+def test_the_record_of_a_large_split(large_split, monkeypatch, limit, hessian):
+    monkeypatch.setattr("kdfast.pruning.scores.sampled_head.CHOLESKY_LIMIT", limit)
+    scores = large.streamed_scores
+    monkeypatch.setattr(selector, "streamed_scores", lambda *given: (time.sleep(0.2), scores(*given))[1])
+    ids, record = selector.select(large_split)
+    assert len(ids) == 240
+    assert record["searched"] == 300
+    assert record.get("influence_hessian") == hessian
+    assert record["score_seconds"] >= 0.2
+
+
+def test_several_draws_of_a_large_split_are_refused_before_the_scores(large_split, monkeypatch):
+    monkeypatch.setattr(selector, "streamed_scores", lambda *_: pytest.fail("scores were computed"))
+    options = {**large_split.options, "candidates": 3}
+    with pytest.raises(UsageError, match="option candidates=3: of more than 100 samples, the search sees a sample"):
+        selector.select(dataclasses.replace(large_split, options=options))

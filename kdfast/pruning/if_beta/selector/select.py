@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +55,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
     own, rows = labels if candidates.are_all else labels[candidates.ids], None
     values = None if scores is None else scores.scores
     found: dict[str, int | str] = {}
+    started = time.perf_counter()
     if len(own) > LARGE:
         if inputs.options["candidates"] != 1:
             raise UsageError(
@@ -64,6 +67,7 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         values = streamed_scores(inputs, min(cache.n_views, _MAX_VIEWS)) if values is None else values
     # Copies in memory: the cache's arrays are memory-mapped, and the search reads them repeatedly.
     logits, features = rows_of_cache(cache, candidates.ids if rows is None else candidates.ids[rows])
+    score_seconds = time.perf_counter() - started
     approximate = self_method(logits.shape[1], features.shape[1]) == "kronecker"
     if scores is None and inputs.options["score"] == "self" and approximate:
         found["influence_hessian"] = "kronecker"
@@ -81,6 +85,8 @@ def select(inputs: SelectorInputs) -> tuple[IntArray, dict[str, Any]]:
         progress=inputs.progress,
         device=inputs.device,
     )
+    if rows is not None and scores is None:
+        result = dataclasses.replace(result, score_seconds=score_seconds)
     record = (
         summarize(result, labels, candidates.ids)
         | fixed_settings(inputs.options)
