@@ -109,7 +109,8 @@ def map_read_only(array: Array) -> Array:
 
     Only of such arrays `release_pages` can be sure that no change is lost.
     """
-    if not isinstance(array, np.memmap) or array.filename is None or not isinstance(array.base, mmap.mmap):
+    base: object = array.base  # numpy's types know arrays alone
+    if not isinstance(array, np.memmap) or array.filename is None or not isinstance(base, mmap.mmap):
         return array
     if not array.flags.c_contiguous:
         return array
@@ -120,10 +121,11 @@ def release_pages(array: Array) -> None:
     """Release the memory of an array that is a view of a file mapped read-only; it is read from the file again."""
     base: object = array
     while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap) and base.mode == "r" and isinstance(base.base, mmap.mmap):
-            base.base.madvise(mmap.MADV_DONTNEED)
+        below: object = base.base
+        if isinstance(base, np.memmap) and base.mode == "r" and isinstance(below, mmap.mmap):
+            below.madvise(mmap.MADV_DONTNEED)
             return
-        base = base.base
+        base = below
 
 
 def row_blocks(array: Array, rows: int) -> Iterator[tuple[slice, Array]]:
