@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     MIX = 15
     SPLIT = 16
     GALLERY = 17
+    NETWORK = 18
 
 
 def mix64(words: WordArray) -> WordArray:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import MetricsFile, RunFolder
 from kdfast.distillation.plan import Plan
 from kdfast.distillation.trainer import Trainer
 from kdfast.distributed.ending import notice_lost_process
-from kdfast.errors import Interrupted
+from kdfast.errors import Interrupted, OutputError
 from kdfast.files.interrupt import StopRequest
 from kdfast.nets.checkpoint import save_model
 from kdfast.progress import Progress
@@ -70,11 +72,12 @@ def train(
     Raises:
         DivergedError: If the loss is not finite; the last good checkpoint is kept.
         Interrupted: After SIGTERM or Ctrl-C, with the state saved.
-        OutputError: If the folder cannot be written.
+        OutputError: If the folder cannot be written, or is not the same for all processes.
     """
     monitoring = monitoring or Monitoring()
     plan.distributed.barrier()  # the main process has claimed the folder
     finished = folder.read_result()
+    _check_same(plan, folder, int(finished is not None))
     if finished is not None:
         if folder.read_state() != "finished":  # a kill after the result was written
             _end(folder, monitoring, finished["steps"])
@@ -85,6 +88,7 @@ def train(
     if saved is not None:
         with EXCLUSIVE:
             trainer.load_state(saved)
+    _check_same(plan, folder, trainer.step)
     loop = _TrainingLoop(trainer, folder, monitoring)
     if saved is not None and monitoring.say is not None and folder.writes:
         monitoring.say(f"resuming at step {trainer.step} of {trainer.total_steps}")
@@ -101,6 +105,16 @@ def train(
         trainer.close()
         if loop.metrics is not None:
             loop.metrics.close()
+
+
+def _check_same(plan: Plan, folder: RunFolder, found: int) -> None:
+    """Raise OutputError if the processes found different states of the run, which their gradients would mix."""
+    if plan.distributed.world_size == 1:
+        return
+    if len(set(plan.distributed.gather(torch.tensor([found], device=plan.device)).tolist())) > 1:
+        raise OutputError(
+            f"the processes find different states of the run in {folder.path}: choose an `out` that all machines see"
+        )
 
 
 class _TrainingLoop:
@@ -181,6 +195,7 @@ class _TrainingLoop:
         )
 
     def save(self) -> None:
+        self.trainer.share_loss()
         self.folder.save_checkpoint(self.trainer.state(), self.trainer.step)
         self.folder.write_status("running", **self.position())
         self.saved_at = time.monotonic()

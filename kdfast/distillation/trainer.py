@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdfast.data.stateless_random import Purpose, hash64
 from kdfast.data.views import apply_views
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.cuda_graph import CapturedStep
@@ -177,6 +178,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         plan, config = self.plan, self.plan.config
+        self._seed_process()
         self.optimizer.set_rate(self.step, self._step_on_device)
         dtype = AUTOCAST.get(config.precision, torch.float32)
         spec = plan.source.view_spec
@@ -192,9 +194,7 @@ class Trainer:
             logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
-            teacher = plan.targets.compute(
-                batch.images, batch.image_rows, view_ids, ids, batch.boxes, batch.mixing
-            )
+            teacher = plan.targets.compute(batch.images, batch.image_rows, view_ids, ids, batch.boxes, batch.mixing)
             batch = dataclasses.replace(batch, teacher=teacher.logits[batch.leading :], index=batch.index[:2])
             teacher_taps = {name: tap[batch.leading :] for name, tap in teacher.taps.items()}
         loss = self.compute_loss(logits, batch)
@@ -214,6 +214,12 @@ class Trainer:
         if self._average is not None:
             self._average.update(self._step_on_device)
         self._count_step(loss.detach())
+
+    def _seed_process(self) -> None:
+        """Let the network draw other random numbers in each process, and the same ones after a resume."""
+        if self.plan.distributed.world_size > 1:
+            words = (Purpose.NETWORK, self.plan.config.seed, self.step, self.plan.distributed.rank)
+            torch.manual_seed(int(hash64(*words)[0]))
 
     def _network(self) -> Callable[[Tensor], Tensor]:
         """Return the network to call: not the wrapped one while a part of it may get no gradient, which that needs."""
@@ -318,9 +324,13 @@ class Trainer:
             "replaces them if they hold no checkpoint and no recorded epoch, else it needs another `out`"
         )
 
+    def share_loss(self) -> Tensor:
+        """Return the sum of the losses since the last metrics, which from now on is the same in all processes."""
+        return self.plan.distributed.mean(self.loss_sum)
+
     def take_metrics(self) -> dict[str, Any]:
         """Return a row for metrics.jsonl with the mean loss since the last call, and reset the mean."""
-        total = self.plan.distributed.mean(self.loss_sum)
+        total = self.share_loss()
         row = {
             "step": self.step,
             "epoch": (self.step - 1) // self.batches.per_epoch,

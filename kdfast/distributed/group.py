@@ -19,8 +19,8 @@ from torch import nn
 from kdfast.distributed.ending import is_connection_error, is_first_to_end, notice_lost_process
 from kdfast.errors import UsageError
 
-PATIENT = timedelta(days=30)
-"""A timeout for processes whose work may take different times."""
+# On a CPU the main process alone may evaluate for hours; one that ends is noticed at once.
+_PATIENT = timedelta(days=30)
 _GLOO_CLEANUP_SECONDS = 0.1
 
 
@@ -94,15 +94,13 @@ class Distributed:
             )
 
     @contextlib.contextmanager
-    def process_group(self, device: torch.device | None, *, timeout: timedelta | None = None) -> Iterator[None]:
+    def process_group(self, device: torch.device | None) -> Iterator[None]:
         """Connect the processes during the `with` block: nccl on CUDA devices, gloo elsewhere.
 
         Args:
             device: The result of `local_device`, on which the processes exchange tensors; None: they only wait for each
                 other. A CUDA device becomes the current one of the calling thread, so that no process allocates memory
                 on the first device of the machine.
-            timeout: How long a process waits for the others; None for the backend's default. One that ends is noticed
-                at once.
 
         Raises:
             Interrupted: Another process has ended.
@@ -114,13 +112,12 @@ class Distributed:
         # functions, and the group's threads would outlive the interpreter, which now and then aborts the process.
         import torch.distributed.nn
 
-        limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         with notice_lost_process():
             if device is not None and device.type == "cuda":
                 torch.cuda.set_device(device)
-                dist.init_process_group("nccl", device_id=device, **limit)
+                dist.init_process_group("nccl", device_id=device)
             else:
-                dist.init_process_group("gloo", **limit)
+                dist.init_process_group("gloo", timeout=_PATIENT)
             try:
                 yield
             except BaseException as error:
@@ -141,7 +138,9 @@ class Distributed:
         """Return the network with its gradients averaged over the processes."""
         if self.world_size == 1:
             return net
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        # A static graph may leave out parameters that the network does not use.
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, static_graph=True)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether the flag is set in any process, so that all of them act at the same step."""

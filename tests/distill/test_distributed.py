@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_each_process_has_its_own_cuda_device(monkeypatch: pytest.MonkeyPatch) -
             torch.device("cuda", 1),
             [("set_device", torch.device("cuda", 1)), ("nccl", {"device_id": torch.device("cuda", 1)}), "destroy"],
         ),
-        (torch.device("cpu"), [("gloo", {}), "pause", "destroy"]),
+        (torch.device("cpu"), [("gloo", {"timeout": timedelta(days=30)}), "pause", "destroy"]),
     ],
 )
 def test_process_group_selects_the_device_before_it_connects_and_pauses_for_gloo_alone(
@@ -150,7 +151,8 @@ device = torch.device("cpu")
 
 def train():
     with ranks.process_group(device):
-        ranks.wrap(torch.nn.Linear(3, 2), device)(torch.ones(4, 3)).sum().backward()
+        net = ranks.wrap(torch.nn.Linear(3, 2), device)
+        net(torch.ones(4, 3)).sum().backward()
         ranks.barrier()
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
+RunAll = Callable[..., list[tuple[int, str, str]]]
 Start = Callable[..., list[subprocess.Popen[str]]]
 DISTILL = (
     "-m", "kdfast", "distill", "--data", "digits", "--student", "resnet8", "--alpha", "0", "--epochs", "4",
@@ -22,7 +24,19 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("kdfast: ")]
 
 
-def test_the_first_process_that_fails_says_why_and_the_others_say_nothing(tmp_path: Path) -> None:
+def test_the_first_process_that_fails_says_why_and_the_others_say_nothing(run_all: RunAll, tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    command = ["score", "--data", "digits", "--method", "nothing", "--out", tmp_path / "scores.npz"]
+    ended = run_all([{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)], "kdfast", *command)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert [out for _, out, _ in ended] == ["", ""]
+    (line,) = [line for _, _, errors in ended for line in errors.splitlines()]
+    assert "no score is named 'nothing'" in line
+
+
+@pytest.mark.slow
+def test_torchrun_reports_a_failure_after_the_line_of_kdfast(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdfast", "score",
         "--data", "digits", "--method", "nothing", "--out", str(tmp_path / "scores.npz"),

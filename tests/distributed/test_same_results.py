@@ -49,7 +49,7 @@ def check_record(expected: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def test_two_processes_train_the_same_network(run_work: RunWork, tmp_path: Path) -> None:
-    check_training(run_both(run_work, 2, "normalize,gather,distill,relate,mix,average", tmp_path))
+    check_training(run_both(run_work, 2, "normalize,gather,distill,relate,mix,average,draw", tmp_path))
 
 
 def check_bytes(expected: dict[str, Any], got: dict[str, Any]) -> None:

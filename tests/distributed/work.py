@@ -4,10 +4,12 @@ Each function returns arrays by name, which the main process saves to NAME.npz; 
 they must be.
 """
 
+import copy
 import dataclasses
 import sys
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,7 +52,26 @@ class Smooth(nn.Module):
         return self.fc(self.bn2(self.conv2(x)).tanh().mean((2, 3)))
 
 
-NETS["smooth"] = Smooth
+class Unused(Smooth):
+    """A layer that the forward pass leaves out."""
+
+    def __init__(self, classes, *_, **__):
+        super().__init__(classes)
+        self.head = nn.Linear(8, 3)
+
+
+class Drawing(Smooth):
+    """Draws random numbers in each training step."""
+
+    draws: ClassVar[list[torch.Tensor]] = []
+
+    def forward(self, x):
+        if self.training:
+            self.draws.append(torch.rand(3))
+        return super().forward(x)
+
+
+NETS["smooth"], NETS["unused"], NETS["drawing"] = Smooth, Unused, Drawing
 PLACES = (("stage1", "conv1"), ("stage2", "conv2"), ("stage3", "bn2"), ("pooled", "fc@input"))
 TAPS = tuple(sorted((f"{side}.{name}", place) for side in ("student", "teacher") for name, place in PLACES))
 
@@ -100,8 +121,30 @@ def mix(ranks):
 
 
 def average(ranks):
-    """An average of the weights, a clipped gradient, and AdamW."""
-    return train(ranks, dataclasses.replace(CONFIG, optimizer="adamw", lr=1e-3, clip=0.5, ema=0.9), 8)
+    """An average of the weights, a clipped gradient, AdamW, and a network with a layer that it does not use."""
+    return train(ranks, dataclasses.replace(CONFIG, student="unused", optimizer="adamw", lr=1e-3, clip=0.5, ema=0.9), 8)
+
+
+def draw(ranks):
+    """Random numbers of the network, other ones in each process; and the mean loss across a saved state."""
+    config = dataclasses.replace(CONFIG, student="drawing", alpha=0.0)
+    trainer, again = (Trainer(make_inputs().plan(config, np.arange(99), device=CPU, distributed=ranks)) for _ in "ab")
+    batches = trainer.batches.epoch(0)
+    trainer.train_step(next(batches))
+    trainer.share_loss()
+    again.load_state(copy.deepcopy(trainer.state()))
+    Drawing.draws.clear()
+    trainer.train_step(next(batches))
+    batches.close()
+    for batch in again.batches.epoch(0, 1):
+        again.train_step(batch)
+        break
+    first, resumed = Drawing.draws
+    assert torch.equal(first, resumed) or ranks.world_size == 1
+    whole = ranks.gather(first)
+    assert len(whole.unique()) == 3 * ranks.world_size
+    losses = [x.take_metrics()["loss"] for x in (trainer, again)]
+    return {"loss": np.array(losses), "rows": ranks.gather(torch.tensor(losses[1:])).unique().numpy()}
 
 
 def normalize(ranks):
@@ -187,13 +230,17 @@ def cache(ranks):
     return {file.name: np.frombuffer(file.read_bytes(), np.uint8) for file in files if file.name[0] != "."}
 
 
-FOLDER = Path(sys.argv[2]) if __name__ == "__main__" else Path()
+FOLDER = Path()
 
-if __name__ == "__main__":
+
+def main():
+    """Run the functions that the arguments name."""
+    global FOLDER
+    names, FOLDER = sys.argv[1].split(","), Path(sys.argv[2])
     warnings.simplefilter("ignore")
     processes = Distributed.from_environment()
     with processes.process_group(CPU):
-        for name in sys.argv[1].split(","):
+        for name in names:
             arrays = globals()[name](processes)
             if processes.is_main:
                 np.savez(FOLDER / f"{name}.npz", **arrays)

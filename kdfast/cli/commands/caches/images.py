@@ -131,7 +131,7 @@ def build(
     from kdfast.data.readers.registry import open_source
     from kdfast.data.subset import check_subset_file, open_subset
     from kdfast.device import resolve_device
-    from kdfast.distributed.group import PATIENT, Distributed
+    from kdfast.distributed.group import Distributed
     from kdfast.estimates import estimate_cache, measure_cache
     from kdfast.nets.checkpoint import load_model
     from kdfast.nets.fit import check_fit
@@ -168,7 +168,7 @@ def build(
         return
     if not reused:
         recipe.announce_views(source, augment)
-    with progress("cache") as report, distributed.process_group(None, timeout=PATIENT):
+    with progress("cache") as report, distributed.process_group(None):
         if force and distributed.is_main:
             delete_cache(out)
         distributed.barrier()
