@@ -92,3 +92,13 @@ def test_what_the_decoder_refuses_is_left_to_pillow(use, tmp_path):
     Path(file).write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=f"{file} cannot be read as an image"):
         decoded(file)
+
+
+def test_probes_have_every_subsampling():
+    found = set()
+    for data, pixels in jpeg._probes():
+        with Image.open(io.BytesIO(data)) as image:
+            layers = image.layer  # of each channel: its number, and its blocks across and down
+            found.add((layers[0][1:3], bool(image.info.get("progressive"))))
+            assert pixels.shape == (image.height, image.width, 3)
+    assert found == {(blocks, kind) for blocks in ((1, 1), (2, 1), (1, 2), (2, 2)) for kind in (False, True)}

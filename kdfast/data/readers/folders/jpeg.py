@@ -21,6 +21,8 @@ Decode = Callable[[bytes], Any]
 
 _SIDES = ((24, 40), (17, 31), (8, 9))
 _SUBSAMPLINGS = (0, 1, 2)  # Pillow's numbers of 4:4:4, 4:2:2 and 4:2:0
+_HALF_WIDTH = 1
+_FRAMES = (0xC0, 0xC2)  # markers of a baseline and a progressive image
 
 
 class JpegDecoder(NamedTuple):
@@ -83,6 +85,19 @@ def _probes() -> list[tuple[bytes, Pixels]]:
         for picture, options in [*kinds, (noisy.convert("L"), {})]:
             file = io.BytesIO()
             picture.save(file, "JPEG", quality=80, **options)
-            with Image.open(io.BytesIO(file.getvalue())) as opened:
-                probes.append((file.getvalue(), np.asarray(opened.convert("RGB"))))
+            found = file.getvalue()
+            for data in (found, _turned(found)) if options.get("subsampling") == _HALF_WIDTH else (found,):
+                with Image.open(io.BytesIO(data)) as opened:
+                    probes.append((data, np.asarray(opened.convert("RGB"))))
     return probes
+
+
+def _turned(data: bytes) -> bytes:
+    """Return a JPEG file of 4:2:2 as one of 4:4:0, as of turned photos, with the same blocks in other places."""
+    changed, at = bytearray(data), 2
+    while changed[at + 1] not in _FRAMES:
+        at += 2 + int.from_bytes(changed[at + 2 : at + 4], "big")
+    sides = slice(at + 5, at + 9)  # height and width
+    changed[sides] = changed[at + 7 : at + 9] + changed[at + 5 : at + 7]
+    changed[at + 11] = 0x12  # 1 x 2 blocks of the first channel for one of the others
+    return bytes(changed)
