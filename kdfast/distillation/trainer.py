@@ -67,7 +67,7 @@ class Trainer:
             else None
         )
         self._synchronized = SynchronizedBatchNorms(compiled=plan.execution.compile)
-        network = plan.distributed.wrap(self.net, device)
+        network = plan.distributed.wrap(self.net, device, static=not config.initial_phase)
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
         groups: list[dict[str, Any]] = [{"params": list(self.net.parameters())}, *self.terms.parameter_groups()]

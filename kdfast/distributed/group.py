@@ -134,13 +134,19 @@ class Distributed:
         part: npt.NDArray[np.int64] = np.array_split(rows, self.world_size)[self.rank]
         return part
 
-    def wrap(self, net: nn.Module, device: torch.device) -> nn.Module:
-        """Return the network with its gradients averaged over the processes."""
+    def wrap(self, net: nn.Module, device: torch.device, *, static: bool = True) -> nn.Module:
+        """Return the network with its gradients averaged over the processes.
+
+        Args:
+            net: The network.
+            device: Its device.
+            static: Whether every backward pass is one of the result, through the same parameters, which need not be all
+                of them; without it, the network may also be used as it is, but must use all parameters.
+        """
         if self.world_size == 1:
             return net
         devices = [device] if device.type == "cuda" else None
-        # A static graph may leave out parameters that the network does not use.
-        return nn.parallel.DistributedDataParallel(net, device_ids=devices, static_graph=True)
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, static_graph=static)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether the flag is set in any process, so that all of them act at the same step."""
