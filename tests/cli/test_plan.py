@@ -62,3 +62,15 @@ def test_refuses(kdfast, tiny: Path, teacher: Path, tmp_path: Path, flags: tuple
     assert done.code == 2, done.err
     assert reason in done.err
     assert (done.out, done.err.count("\n"), list(tmp_path.iterdir())) == ("", 1, [])
+
+
+def test_options_without_effect_are_named(kdfast, tiny: Path) -> None:
+    flags = ("--alpha", "0", "--whole-cache", "--top-k", "2", "--dtype", "float32", "--dynamics-runs", "3")
+    done = kdfast("plan", "--data", tiny, "--student", "resnet8", *FAST, *flags)
+    assert done.code == 0, done.err
+    assert done.err.splitlines() == [
+        "kdfast: --whole-cache has no effect: the students read no cache",
+        "kdfast: --top-k has no effect: no stage makes a cache",
+        "kdfast: --dtype has no effect: no stage makes a cache",
+        "kdfast: --dynamics-runs has no effect: the selection needs no dynamics",
+    ]

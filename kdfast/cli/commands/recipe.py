@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,16 +86,21 @@ def changed(**settings: Any) -> dict[str, Any]:
 
 def announce_unused(config: RunConfig, cache: str | None, teacher: str | None) -> None:
     """Say on stderr which options have no effect on a run."""
-    unused = []
     if not config.needs_teacher:
         given = {"--cache": cache is not None, "--teacher": teacher is not None}
-        unused += [(flag, "--alpha is 0 and there is no --kd-term") for flag, is_given in given.items() if is_given]
-    if config.alpha == 0 and config.temperature != type(config).temperature:
-        unused.append(("--temperature", "--alpha is 0"))
-    if config.label_smoothing and config.cross_entropy_weight == 0:
-        unused.append(("--label-smoothing", f"the weight of the cross-entropy is 0 (--alpha is {config.alpha:g})"))
-    for flag, why in unused if not MODE.quiet else ():
-        complain(f"kdfast: {flag} has no effect: {why}")
+        announce_no_effect(given, "--alpha is 0 and there is no --kd-term")
+    if config.alpha == 0:
+        announce_no_effect({"--temperature": config.temperature != type(config).temperature}, "--alpha is 0")
+    if config.cross_entropy_weight == 0:
+        why = f"the weight of the cross-entropy is 0 (--alpha is {config.alpha:g})"
+        announce_no_effect({"--label-smoothing": bool(config.label_smoothing)}, why)
+
+
+def announce_no_effect(given: Mapping[str, bool], why: str) -> None:
+    """Say on stderr which flags have no effect: those whose value is true, because the user gave them."""
+    for flag, is_given in given.items() if not MODE.quiet else ():
+        if is_given:
+            complain(f"kdfast: {flag} has no effect: {why}")
 
 
 def announce_loader(loader: Loader, train: Split, device: torch.device) -> None:

@@ -195,4 +195,15 @@ def plan(
         seconds=calibrate_seconds,
     )
     found = make_plan(request, source, model, opening=opening)
+    amounts = found.amounts
+    if not amounts.views:
+        recipe.announce_no_effect({"--whole-cache": whole_cache}, "the students read no cache")
+    if not (amounts.views or amounts.scored_views):
+        given = {"--top-k": top_k is not None, "--kind": kind != "logits", "--dtype": dtype != "float16"}
+        given["--cache-precision"] = cache_precision != "fp32"
+        recipe.announce_no_effect(given, "no stage makes a cache")
+    if not amounts.recorded_epochs:
+        given = {"--dynamics-net": dynamics_net is not None, "--dynamics-epochs": dynamics_epochs != 30}
+        given["--dynamics-runs"] = dynamics_runs != 1
+        recipe.announce_no_effect(given, "the selection needs no dynamics")
     show(render_plan(found, format_seconds), found.to_dict())
