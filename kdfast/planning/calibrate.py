@@ -186,6 +186,8 @@ class Calibration:
             part = Sample.take(
                 self.source, "resident", request.device, kept=min(batches, self.amounts.samples), decoded=batches
             )
+            if self.sample.loader == "files":  # each epoch decodes the images
+                part = dataclasses.replace(part, loader="files")
             found["recorded"] = time_recording(
                 part, request.recorded, request.recording, device=request.device, budget=budgets["recorded"]
             )

@@ -123,9 +123,12 @@ class _Stages:
         amounts = self.amounts
         if not amounts.recorded_epochs:
             return []
-        seconds = amounts.recorded_epochs * amounts.samples * self.rates.recorded
+        parts = {
+            "load": amounts.samples * self.rates.loading,
+            "train and record": amounts.recorded_epochs * amounts.samples * self.rates.recorded,
+        }
         work = f"{amounts.recorded_epochs} epochs of {amounts.samples} samples"
-        return [self.stage("dynamics", work, {"train and record": seconds}, self.sizes.recorded)]
+        return [self.stage("dynamics", work, parts, self.sizes.recorded)]
 
     def scoring(self) -> list[Stage]:
         """Return what the selection needs of the teacher: a cache, or the teacher flattened and differentiated."""

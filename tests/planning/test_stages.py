@@ -89,8 +89,8 @@ def test_dynamics_flattening_and_scores_of_a_network() -> None:
     amounts = dataclasses.replace(
         AMOUNTS, scored_views=0, recorded_epochs=30, flattening=500, fisher=50, scores_network=True
     )
-    parts = parts_of(pruned_flow(amounts, RATES, SIZES))
-    assert parts["dynamics"]["train and record"] == pytest.approx(30 * 1000 * 0.003)
+    parts = parts_of(pruned_flow(amounts, dataclasses.replace(RATES, loading=0.006), SIZES))
+    assert parts["dynamics"] == pytest.approx({"open": 0.5, "load": 6.0, "train and record": 30 * 1000 * 0.003})
     assert parts["flatten"]["steps"] == pytest.approx(125.0)
     assert (parts["score"]["fisher"], parts["score"]["gradients"]) == pytest.approx((1.0, 30.0))
 
