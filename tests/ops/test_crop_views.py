@@ -180,6 +180,11 @@ def test_rejects_bad_arguments():
     large = torch.zeros(1, 4, 4000, 3, dtype=torch.uint8)
     with pytest.raises(ShapeError, match="4x4000 pixels cannot be cropped to 4x8: scale them"):
         crop_views(large, torch.tensor([[0, 0, 4, 4000, 0]], dtype=torch.int32), affine, size=(4, 8))
+    # The numerators of the weights add up to 1,048,632 for 1,000 pixels of 22,896: more than 2**20.
+    with pytest.raises(ShapeError, match="22896x1 pixels cannot be cropped to 1000x1"):
+        crop_views(torch.zeros(1, 22896, 1, 3, dtype=torch.uint8), boxes[:1], affine, size=(1000, 1))
+    with pytest.raises(ShapeError, match="1x30000 pixels cannot be cropped to 1x20000"):
+        crop_views(torch.zeros(1, 1, 30000, 3, dtype=torch.uint8), boxes[:1], affine, size=(1, 20000))
     with pytest.raises(BackendUnavailable, match="triton"):
         crop_views(images, boxes, affine, **options, backend="triton")
 

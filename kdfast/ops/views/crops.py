@@ -12,6 +12,7 @@ from kdfast.ops.views.checks import check_affine, check_images, check_indices, n
 
 _BITS = 22  # of a weight; the sum of the products of weights and pixels fits in 32 bits
 _MOST = 1 << 20  # the sum of the weights' numerators, so that they are divided in 32 bits
+_MOST_PLACE = 1 << 29  # a place in an image, in units of half a pixel of both sizes, so that it is one of 32 bits
 
 
 def crop_views(
@@ -185,7 +186,9 @@ def tap_count(extent: int, size: int) -> int:
 
 def _check_size(images: Tensor, size: tuple[int, int]) -> None:
     for side, new in zip(images.shape[1:3], size, strict=True):
-        if new < 1 or 2 * max(side, new) ** 2 // new >= _MOST:
+        largest = max(side, new)
+        # The numerators' sum differs from 2 m**2 / o by less than o.
+        if new < 1 or 2 * largest**2 // new + new >= _MOST or new * largest >= _MOST_PLACE:
             raise ShapeError(
                 f"images of {images.shape[1]}x{images.shape[2]} pixels cannot be cropped to {size[0]}x{size[1]}: scale "
                 "them to fewer pixels first"
