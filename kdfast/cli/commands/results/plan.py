@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -12,6 +13,9 @@ from kdfast.cli import options
 from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import show
 from kdfast.cli.progress import format_seconds
+
+if TYPE_CHECKING:
+    from kdfast.planning.request import Amounts
 
 
 def plan(
@@ -195,15 +199,25 @@ def plan(
         seconds=calibrate_seconds,
     )
     found = make_plan(request, source, model, opening=opening)
-    amounts = found.amounts
-    if not amounts.views:
-        recipe.announce_no_effect({"--whole-cache": whole_cache}, "the students read no cache")
-    if not (amounts.views or amounts.scored_views):
-        given = {"--top-k": top_k is not None, "--kind": kind != "logits", "--dtype": dtype != "float16"}
-        given["--cache-precision"] = cache_precision != "fp32"
-        recipe.announce_no_effect(given, "no stage makes a cache")
-    if not amounts.recorded_epochs:
-        given = {"--dynamics-net": dynamics_net is not None, "--dynamics-epochs": dynamics_epochs != 30}
-        given["--dynamics-runs"] = dynamics_runs != 1
-        recipe.announce_no_effect(given, "the selection needs no dynamics")
+    caching, recording = (top_k, kind, dtype, cache_precision), (dynamics_net, dynamics_epochs, dynamics_runs)
+    _announce_unused(found.amounts, whole_cache, caching, recording)
     show(render_plan(found, format_seconds), found.to_dict())
+
+
+# Options of one stage, and their defaults.
+_CACHING = {"--top-k": None, "--kind": "logits", "--dtype": "float16", "--cache-precision": "fp32"}
+_RECORDING = {"--dynamics-net": None, "--dynamics-epochs": 30, "--dynamics-runs": 1}
+
+
+def _announce_unused(amounts: Amounts, whole: bool, caching: Sequence[object], recording: Sequence[object]) -> None:
+    """Say on stderr which options have no effect on a plan, given the values of those in the tables above."""
+
+    def changed(defaults: Mapping[str, object], values: Sequence[object]) -> dict[str, bool]:
+        return {flag: value != defaults[flag] for flag, value in zip(defaults, values, strict=True)}
+
+    if not amounts.views:
+        recipe.announce_no_effect({"--whole-cache": whole}, "the students read no cache")
+    if not (amounts.views or amounts.scored_views):
+        recipe.announce_no_effect(changed(_CACHING, caching), "no stage makes a cache")
+    if not amounts.recorded_epochs:
+        recipe.announce_no_effect(changed(_RECORDING, recording), "the selection needs no dynamics")
