@@ -179,7 +179,7 @@ def gather(ranks):
 
 def record(ranks):
     """Dynamics of a network that does not change but for the statistics of its batch norms."""
-    config = RunConfig("smooth", epochs=2, batch_size=60, lr=0.0, views=2)
+    config = RunConfig("smooth", epochs=2, batch_size=61, lr=0.0, views=2)
     out, recording = FOLDER / f"dynamics-{ranks.world_size}", RecordingConfig(record="batch", top_k=2)
     record_dynamics(make_inputs(teacher=False), config, recording, out, device=CPU, distributed=ranks)
     if not ranks.is_main:
