@@ -127,7 +127,7 @@ def test_a_small_disk_is_refused_before_force_deletes(
     command, change, file = commands(tiny, teacher, tmp_path)["cache"]
     assert kdfast(*command).code == 0
     before = (tmp_path / file).read_bytes()
-    monkeypatch.setattr("kdfast.files.space.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr("kdfast.files.space.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 40_000))
     assert kdfast(*command, "--views", 9, "--dtype", "float32", "--force").code == 4
     assert (tmp_path / file).read_bytes() == before
     assert kdfast(*command, *change, "--force").code == 0, "the space of what is deleted counts as free"

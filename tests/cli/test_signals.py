@@ -96,7 +96,7 @@ def test_signal_whose_exception_is_lost(kdfast, tiny, teacher, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize(("place", "data"), [
-    ("program.find_command", "nowhere.npz"), ("program.complain", "nowhere.npz"), ("program.flush_output", None),
+    ("program.find_command", "nowhere.npz"), ("program.complain_at_end", "nowhere.npz"), ("program.flush_output", None),
     ("program.prepare_streams", None), ("configure_threads", None),
 ])  # fmt: skip
 def test_signal_before_the_command_or_while_it_prints_its_outcome(kdfast, tiny, monkeypatch, place, data, kind) -> None:
