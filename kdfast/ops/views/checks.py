@@ -1,4 +1,4 @@
-"""What the operators on views require of their arguments, and the normalization that they share."""
+"""What the operators on views require of their arguments, and the choice of backend and normalization they share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError
+from kdfast.ops.backends import resolve
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +42,14 @@ def check_indices(indices: Tensor, name: str, shape: tuple[int], device: torch.d
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < 0 or high >= limit:
             raise ShapeError(f"`{name}` go from {low} to {high}: must be 0 to {limit - 1}")
+
+
+def resolve_views(images: Tensor, affine: Tensor, dtype: torch.dtype, backend: str) -> str:
+    """Return the name of the implementation that a call runs, see `kdfast.ops.backends.resolve`."""
+    precision = torch.promote_types(affine.dtype, dtype)
+    if backend == "auto" and precision == torch.float64:
+        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
+    return resolve("views", images.device.type, str(precision).removeprefix("torch."), backend)
 
 
 def normalize(pixels: Tensor, affine: Tensor) -> Tensor:

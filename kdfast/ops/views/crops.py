@@ -7,8 +7,7 @@ from torch import Tensor
 
 from kdfast.errors import ShapeError
 from kdfast.ops._torch_compat import is_plain_eager
-from kdfast.ops.backends import resolve
-from kdfast.ops.views.checks import check_affine, check_images, check_indices, normalize
+from kdfast.ops.views.checks import check_affine, check_images, check_indices, normalize, resolve_views
 
 _BITS = 22  # of a weight; the sum of the products of weights and pixels fits in 32 bits
 _MOST = 1 << 20  # the sum of the weights' numerators, so that they are divided in 32 bits
@@ -109,10 +108,7 @@ def _run(
     _check_boxes(boxes, count, images)
     if rows is not None:
         check_indices(rows, "rows", (rows.numel(),), images.device, len(images))
-    precision = torch.promote_types(affine.dtype, dtype)
-    if backend == "auto" and precision == torch.float64:
-        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
-    name = resolve("views", images.device.type, str(precision).removeprefix("torch."), backend)
+    name = resolve_views(images, affine, dtype, backend)
     # Deferred: the compiled extension or Triton may be missing.
     if name == "native":
         from kdfast.ops import native

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._torch_compat import is_plain_eager
-from kdfast.ops.backends import resolve
-from kdfast.ops.views.checks import check_affine, check_images, check_indices, normalize
+from kdfast.ops.views.checks import check_affine, check_images, check_indices, normalize, resolve_views
 
 
 def gather_views(
@@ -102,10 +101,7 @@ def _run(
     check_indices(view_ids, "view_ids", (len(batch),), images.device, _view_count(pad, flip))
     if rows is not None:
         check_indices(rows, "rows", (rows.numel(),), images.device, len(images))
-    precision = torch.promote_types(affine.dtype, dtype)
-    if backend == "auto" and precision == torch.float64:
-        backend = "reference"  # no kernel supports float64 by design, so resolve must not warn
-    name = resolve("views", images.device.type, str(precision).removeprefix("torch."), backend)
+    name = resolve_views(images, affine, dtype, backend)
     # Deferred: the compiled extension or Triton may be missing.
     if name == "native":
         from kdfast.ops import native
