@@ -79,43 +79,17 @@ def _select(
 ) -> float:
     """Return the seconds of a selection; those of a search that takes longer are estimated from its first steps."""
     draw = np.random.default_rng(0)
-
-    def outputs() -> tuple[np.ndarray, np.ndarray]:
-        logits = draw.standard_normal((len(labels), classes), np.float32)
-        logits[np.arange(len(labels)), labels] += _MARGIN
-        return logits, draw.standard_normal((len(labels), features), np.float32)
-
     source = from_labels(labels, tuple(map(str, range(classes))))
     with tempfile.TemporaryDirectory(prefix="kdfast-") as name:
         folder = Path(name)
         here = dataclasses.replace(request, teacher=None)
         if request.cache is not None:
-            logits, values = outputs()
+            logits, values = _outputs(draw, labels, classes, features)
             cache = teacher_outputs(logits, source, folder / "cache", features=values)
             here = dataclasses.replace(here, cache=cache.path)
         if request.dynamics is not None:
             here = dataclasses.replace(here, dynamics=folder / "dynamics")
-            for run in range(recording.runs):
-                with DynamicsRecorder(
-                    folder / "dynamics",
-                    len(labels),
-                    labels,
-                    epochs=epochs,
-                    run=run,
-                    runs=recording.runs,
-                    mask=draw_training_mask(len(labels), recording.keep, 0, run),
-                    feature_epochs=[epochs - 1],
-                    top_k=recording.top_k,
-                    classes=classes,
-                    fingerprint=source.fingerprint,
-                    record=recording.record,
-                ) as recorder:
-                    for _ in range(epochs):
-                        logits, values = outputs()
-                        recorder.update(np.arange(len(labels)), logits, values)
-                        if recording.record == "batch":
-                            recorder.update_batch(np.arange(len(labels)), logits)
-                        recorder.end_epoch()
+            _record(folder / "dynamics", draw, labels, classes, features, epochs, recording, source.fingerprint)
         if (score := differentiates(request)) is not None:
             scores = ScoreFile(draw.random(len(labels)), score, source.fingerprint)
             method = request.method if request.uses_selector else None
@@ -127,3 +101,45 @@ def _select(
             assert watch.seconds_per_unit is not None
             return watch.total * watch.seconds_per_unit
         return selection.seconds or time.perf_counter() - started
+
+
+def _outputs(draw: np.random.Generator, labels: IntArray, classes: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return random logits (N, C), larger for the labels, and features (N, D)."""
+    logits = draw.standard_normal((len(labels), classes), np.float32)
+    logits[np.arange(len(labels)), labels] += _MARGIN
+    return logits, draw.standard_normal((len(labels), features), np.float32)
+
+
+def _record(
+    folder: Path,
+    draw: np.random.Generator,
+    labels: IntArray,
+    classes: int,
+    features: int,
+    epochs: int,
+    recording: RecordingConfig,
+    fingerprint: str,
+) -> None:
+    """Record dynamics of random outputs."""
+    everything = np.arange(len(labels))
+    for run in range(recording.runs):
+        with DynamicsRecorder(
+            folder,
+            len(labels),
+            labels,
+            epochs=epochs,
+            run=run,
+            runs=recording.runs,
+            mask=draw_training_mask(len(labels), recording.keep, 0, run),
+            feature_epochs=[epochs - 1],
+            top_k=recording.top_k,
+            classes=classes,
+            fingerprint=fingerprint,
+            record=recording.record,
+        ) as recorder:
+            for _ in range(epochs):
+                logits, values = _outputs(draw, labels, classes, features)
+                recorder.update(everything, logits, values)
+                if recording.record == "batch":
+                    recorder.update_batch(everything, logits)
+                recorder.end_epoch()
