@@ -27,7 +27,8 @@ def is_first_to_end() -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        from torch._C._distributed_c10d import TCPStore  # slow; not needed by a single process
+        # Slow, and not needed by a single process; documented, though not exported to type checkers.
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(
             os.environ["MASTER_ADDR"],
