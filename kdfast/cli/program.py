@@ -12,8 +12,7 @@ import typer
 
 from kdfast.cli.command import Command
 from kdfast.cli.commands import data, distill, dynamics, prune, score, sweep, system, teacher
-from kdfast.cli.commands.caches import images as cache
-from kdfast.cli.commands.caches import tokens
+from kdfast.cli.commands.caches import build, merge, outputs, tokens, verify
 from kdfast.cli.commands.results import plan, report, reproduce
 from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
@@ -39,9 +38,12 @@ app.callback()(system.root)
 app.command("doctor", cls=Command)(system.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(teacher.app, name="teacher")
-cache.app.command("import-tokens", cls=Command)(tokens.import_tokens)
-cache.app.command("verify-tokens", cls=Command)(tokens.verify_tokens)
-app.add_typer(cache.app, name="cache")
+build.app.command("merge", cls=Command)(merge.merge)
+build.app.command("import", cls=Command)(outputs.import_outputs)
+build.app.command("verify", cls=Command)(verify.verify)
+build.app.command("import-tokens", cls=Command)(tokens.import_tokens)
+build.app.command("verify-tokens", cls=Command)(tokens.verify_tokens)
+app.add_typer(build.app, name="cache")
 app.command("dynamics", cls=Command)(dynamics.dynamics)
 app.command("score", cls=ScoreCommand)(score.score)
 app.command("prune", cls=PruneCommand)(prune.prune)

@@ -13,7 +13,16 @@ cells:
 """
 
 
-@pytest.mark.parametrize(("words", "option"), [(("--data", "x"), "--data"), (("--set", "kd=on"), "--set")])
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--data", "x"), "--data"),
+        (("--set", "kd=on"), "--set"),
+        (("--seeds", "3"), "--seeds"),
+        (("--jobs", "2"), "--jobs"),
+        (("--keep-runs",), "--keep-runs"),
+    ],
+)
 def test_theorem_takes_no_options_of_studies(kdfast, tmp_path: Path, words, option: str) -> None:
     ran = kdfast("reproduce", "theorem", "--out", tmp_path / "out", *words)
     assert (ran.code, ran.err) == (2, f"kdfast: the theorem takes no {option}: omit it\n")

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdfast.cli import options
 from kdfast.cli.commands.results import engine as engines
-from kdfast.cli.output import note, show
-from kdfast.cli.progress import format_seconds, progress
-from kdfast.errors import DataError, UsageError, unknown_name
+from kdfast.cli.commands.results.study_output import (
+    THEOREM,
+    describe_plan,
+    print_row,
+    report_again,
+    show_left,
+    show_list,
+    write_reports,
+)
+from kdfast.cli.output import show
+from kdfast.cli.progress import progress
+from kdfast.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from kdfast.reproduction.engine.budget import Budget
     from kdfast.reproduction.engine.session import ReproductionSession
-    from kdfast.reproduction.study import Study
     from kdfast.sweep.parallel.engine import EngineConfig
     from kdfast.sweep.results_log import ResultsLog
 
-_THEOREM = "theorem"  # no study: it has no cells
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -150,17 +155,20 @@ def reproduce(
     results.jsonl and is not run again; several of these commands at once share the work.
     """
     if list_studies:
-        _show_list()
+        show_list()
         return
     if study is None or out is None:
         raise UsageError("pass a study and --out, or --list")
-    if study == _THEOREM:
-        given = {"data": data, "teachers": teachers, "dynamics": dynamics, "fractions": fractions, "methods": methods,
-                 "restrict": restrict, "epochs": epochs, "dataset": dataset, "budget": budget,
-                 "engine": None if engine == "local" else engine, "ray_address": ray_address,
+    if study == THEOREM:
+        given = {"data": data, "teachers": teachers, "mean": mean, "std": std, "dynamics": dynamics,
+                 "fractions": fractions, "methods": methods, "restrict": restrict, "epochs": epochs, "dataset": dataset,
+                 "budget": budget, "size": size, "split": split, "ray_address": ray_address,
                  "cpus_per_job": cpus_per_job, "gpus_per_job": gpus_per_job, "slurm_option": slurm_option}  # fmt: skip
-        for name, value in given.items():
-            if value is not None:
+        changed = {"seeds": seeds != "1", "precision": precision != "fp32", "loader": loader != "auto",
+                   "order": order != "path", "device": device != "auto", "jobs": jobs != "1",
+                   "engine": engine != "local", "keep_runs": keep_runs, "report_only": report_only}  # fmt: skip
+        for name, refused in [*((n, value is not None) for n, value in given.items()), *changed.items()]:
+            if refused:
                 raise UsageError(f"the theorem takes no `{name}`: omit it")
         _reproduce_theorem(out, dry_run=dry_run)
         return
@@ -188,7 +196,7 @@ def reproduce(
     check_table(out)
     check_report_files(out)
     if report_only:
-        _report_again(loaded, log, dataset=dataset, data=data)
+        report_again(loaded, log, dataset=dataset, data=data)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
@@ -220,7 +228,7 @@ def reproduce(
         )
     )
     if dry_run:
-        show(*_plan(session, log))
+        show(*describe_plan(session, log))
         return
     _run(session, log, chosen, jobs=at_a_time, keep_runs=keep_runs, seconds=seconds)
 
@@ -247,15 +255,15 @@ def _run(
             jobs=jobs,
             keep_runs=keep_runs,
             budget_seconds=seconds,
-            on_row=functools.partial(_print_row, labels),
+            on_row=functools.partial(print_row, labels),
             progress=report,
         )
     dataset = config.dataset or session.source.kind
     rows = name_data(log.results(), dataset, session.source.fingerprint)
     if rows:
-        _report(config.study, log, rows, dataset=dataset, data=config.data)
+        write_reports(config.study, log, rows, dataset=dataset, data=config.data)
     if budget is not None:
-        _show_left(session, budget, {row["key"] for row in rows})
+        show_left(session, budget, {row["key"] for row in rows})
 
 
 def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:
@@ -268,92 +276,6 @@ def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:
     with progress("theorem") as report:
         result = reproduce_theorem(out, progress=report)
     show(f"{describe(result)}\nreport.html and plot.svg written to {out}", {"out": str(out), **result})
-
-
-def _show_list() -> None:
-    from kdfast.reproduction.study import load_study, study_names
-
-    studies = [load_study(name) for name in study_names()]
-    lines = [
-        f"{s.name:<16} {len(s.cells):>4} cells, {s.images / 1e6:>6,.0f} million images a seed: {s.title}"
-        for s in studies
-    ]
-    lines.append(
-        f"{_THEOREM:<16} no data, under a minute: a student's bias and its teacher's data, by formula and simulation"
-    )
-    facts = [
-        {"name": s.name, "title": s.title, "source": s.source, "cells": len(s.cells), "images": s.images}
-        for s in studies
-    ]
-    show("\n".join(lines), {"studies": facts})
-
-
-def _report(study: Study, log: ResultsLog, rows: list[dict[str, Any]], *, dataset: str, data: str | None) -> None:
-    """Write table.md, report.html and plot.svg from the rows, and print the table."""
-    from kdfast.reproduction.report.page import write_report
-    from kdfast.reproduction.report.results import collect
-    from kdfast.reproduction.table import table, write_table
-
-    found = collect(study, rows, dataset)
-    text = "\n".join(table(results) for results in found)
-    write_table(text, log.folder)
-    write_report(study, rows, log.folder, dataset, data=data)
-    known = [row for results in found for row in results.rows]
-    written = f"table.md and report.html written to {log.folder}"
-    show(f"\n{text}\n{written}", {"out": str(log.folder), "rows": known})
-
-
-def _report_again(study: Study, log: ResultsLog, *, dataset: str | None, data: str | None) -> None:
-    from kdfast.reproduction.report.results import name_data
-
-    if not (rows := log.results()):
-        raise DataError(f"{log.folder} has no row of a study: pass as `out` the folder of one with a finished run")
-    shown = dataset or str(rows[-1]["dataset"])
-    _report(study, log, name_data(rows, shown), dataset=shown, data=data)
-
-
-def _print_row(labels: dict[str, str], row: dict[str, Any]) -> None:
-    note(f"{labels[row['key']]}: top-1 {row['test_top1']:.2f} ({row['steps']} steps, {format_seconds(row['seconds'])})")
-
-
-def _plan(session: ReproductionSession, log: ResultsLog) -> tuple[str, dict[str, Any]]:
-    """Return the runs and what they need, with estimated times, in words and as JSON values."""
-    from kdfast.reproduction.engine.budget import make_budget
-
-    runs, done = session.runs(), log.done()
-    pending = [run for run in runs if run.key not in done]
-    estimate = make_budget(session, pending, log, time.time())
-    lines, rows = [], []
-    made: set[Path] = set()
-    total = 0.0
-    for run in runs:
-        if run.key in done:
-            lines.append(f"{run}: done")
-            rows.append({"run": str(run), "done": True})
-            continue
-        cost = estimate.costs[run.key]
-        before = {path: seconds for path, seconds in cost.before.items() if path not in made and not path.exists()}
-        made |= before.keys()
-        training = estimate.training_seconds(run.key)
-        total += training + sum(before.values())
-        for path, seconds in before.items():
-            lines.append(f"  makes {path}: {format_seconds(seconds)}")
-        targets = "" if run.targets is None else f", targets from {run.targets}"
-        lines.append(f"{run}: {run.epochs} epochs, {cost.images:,} images, {format_seconds(training)}{targets}")
-        rows.append({"run": str(run), "done": False, "epochs": run.epochs, "images": cost.images, "seconds": training})
-    lines.append(f"would run {len(pending)} of {len(runs)}, in about {format_seconds(total)}")
-    return "\n".join(lines), {"dry_run": True, "to_run": len(pending), "seconds": total, "rows": rows}
-
-
-def _show_left(session: ReproductionSession, budget: Budget, done: set[str]) -> None:
-    """Say which runs are left, those that would have ended after the budget."""
-    left = [run for run in session.runs() if run.key not in done]
-    if left:
-        seconds = sum(budget.training_seconds(run.key) for run in left)
-        note(
-            f"{len(left)} runs are left, about {format_seconds(seconds)} on this machine; the next one is {left[0]}: "
-            "run the same command again"
-        )
 
 
 def _parse_budget(text: str, engine: str) -> float:
