@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdfast.files.atomic import atomic_path, atomic_write, remove_stale
-from kdfast.files.folders import FolderLock, check_writable, make_subfolder, visible_entries
+from kdfast.files.folders import FolderLock, check_unlocked, check_writable, make_subfolder, visible_entries
 from kdfast.files.outputs import check_replaceable, delete_own
 from kdfast.files.own import is_plain_name, open_own, refuse_links
 from kdfast.files.records import (
@@ -24,6 +24,7 @@ __all__ = [
     "atomic_path",
     "atomic_write",
     "check_replaceable",
+    "check_unlocked",
     "check_writable",
     "delete_own",
     "has_format",

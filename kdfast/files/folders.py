@@ -9,7 +9,6 @@ import os
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 from kdfast.errors import OutputError
 from kdfast.files.atomic import make_write_error, open_temporary
@@ -109,9 +108,9 @@ class FolderLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         except OSError as exc:
-            holder = os.pread(descriptor, _HOLDER_BYTES, 0).decode(errors="replace") if exc.errno in _LOCKED else ""
+            error = _make_lock_error(self.folder, descriptor, exc)
             os.close(descriptor)
-            self._raise_not_locked(exc, holder)
+            raise error from exc
         self._descriptor = descriptor
         return self
 
@@ -122,9 +121,32 @@ class FolderLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _raise_not_locked(self, exc: OSError, holder: str) -> NoReturn:
-        if exc.errno in _LOCKED:
-            raise OutputError(
-                f"{self.folder} is in use by {holder or 'another process'}: wait for it, stop it, or use another folder"
-            ) from exc
-        raise OutputError(f"cannot lock {self.folder} ({exc.strerror or exc}): use a folder on a local disk") from exc
+
+def check_unlocked(folder: str | os.PathLike[str]) -> None:
+    """Check that no process holds a folder's lock. The folder may be read-only.
+
+    Raises:
+        OutputError: One does, or the lock cannot be read.
+    """
+    path = Path(folder)
+    try:
+        descriptor = os.open(path / _LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise OutputError(f"cannot read the lock of {path} ({exc.strerror}): allow it to be read") from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as exc:
+        raise _make_lock_error(path, descriptor, exc) from exc
+    finally:
+        os.close(descriptor)
+
+
+def _make_lock_error(folder: Path, descriptor: int, exc: OSError) -> OutputError:
+    if exc.errno in _LOCKED:
+        holder = os.pread(descriptor, _HOLDER_BYTES, 0).decode(errors="replace")
+        return OutputError(
+            f"{folder} is in use by {holder or 'another process'}: wait for it, stop it, or use another folder"
+        )
+    return OutputError(f"cannot lock {folder} ({exc.strerror or exc}): use a folder on a local disk")

@@ -15,7 +15,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.views import ViewSpec
 from kdfast.errors import CacheMismatch, OutputError, UsageError
-from kdfast.files import FolderLock, delete_own, has_format, refuse_links, visible_entries, write_sealed
+from kdfast.files import check_unlocked, delete_own, has_format, refuse_links, visible_entries, write_sealed
 from kdfast.files.arrays import row_blocks
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.manifest import (
@@ -126,8 +126,7 @@ def delete_cache(folder: Path) -> None:
     """
     check_cache_folder(folder)
     for rank in folder.glob(f"{BUILDING}/rank-*"):
-        with FolderLock(rank):  # raises if that process still works
-            pass
+        check_unlocked(rank)
     delete_own(folder, (MANIFEST, TIMING, COVERAGE, FEATURES, IDENTITY, CLASSIFIER, BUILDING, SHARDS))
 
 

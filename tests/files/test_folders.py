@@ -79,13 +79,21 @@ def test_lock_is_exclusive_and_released_by_kill(tmp_path, start_python):
         assert child.stdout.readline() == "locked\n"
         with pytest.raises(OutputError, match=f"in use by process {child.pid} on"), files.FolderLock(tmp_path):
             pytest.fail("locked twice")
+        with pytest.raises(OutputError, match=f"in use by process {child.pid} on"):
+            files.check_unlocked(tmp_path)
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
     with files.FolderLock(tmp_path), pytest.raises(OutputError, match="in use by process"):
         files.FolderLock(tmp_path).__enter__()
+    files.check_unlocked(tmp_path)
     with files.FolderLock(tmp_path):
         pass
+
+
+def test_looking_for_a_lock_leaves_none(tmp_path):
+    files.check_unlocked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lock_requires_an_existing_folder(tmp_path):

@@ -40,6 +40,11 @@ def copies(parts, tmp_path):
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in parts]
 
 
+def modified(folders):
+    """Return when each file and folder was last written."""
+    return {path: path.stat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"ids": SOME, "n_views": 4}, {"top_k": TopK(2, 4.0)}, {"kind": "features"}],
@@ -48,7 +53,9 @@ def copies(parts, tmp_path):
 def test_the_merged_cache_has_the_bytes_of_one_process(source, teacher, tmp_path, options):
     build_cache(source, teacher, tmp_path / "one", shard_bytes=SHARD, **options)
     folders = build_parts(source, teacher, tmp_path, **options)
+    before = modified(folders)
     merge_parts(folders[::-1], tmp_path / "merged")
+    assert modified(folders) == before  # they may be read-only
     assert file_contents(tmp_path / "merged") == file_contents(tmp_path / "one")
     assert {p.name for p in (tmp_path / "merged").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
     TeacherCache.open(tmp_path / "merged", source=source, teacher=teacher)

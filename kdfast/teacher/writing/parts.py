@@ -20,6 +20,7 @@ from kdfast.errors import CacheMismatch, UsageError
 from kdfast.files import (
     FolderLock,
     atomic_path,
+    check_unlocked,
     check_writable,
     make_subfolder,
     schemas,
@@ -139,8 +140,7 @@ def _read_plans(folders: Sequence[Path]) -> dict[str, Any]:
             )
         plans.append(read_plan(folder))
         for rank in folder.glob(f"{BUILDING}/rank-*"):
-            with FolderLock(rank):  # raises if that process still works
-                pass
+            check_unlocked(rank)
         # Plans of logits do not name their kind.
         first, other = ({"kind": "logits", **plan} for plan in (plans[0], plans[-1]))
         if differing := compare_manifests(other, first):
