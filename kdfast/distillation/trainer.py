@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from kdfast.data.stateless_random import Purpose, hash64
 from kdfast.data.views import apply_views
@@ -66,7 +65,12 @@ class Trainer:
             if isinstance(plan.targets, CachedTargets) and plan.terms.student
             else None
         )
-        self._synchronized = SynchronizedBatchNorms(compiled=plan.execution.compile)
+        # Batch norms take the whole batch, of which a process has a part.
+        self._batch_norms: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext()
+            if plan.distributed.world_size == 1
+            else SynchronizedBatchNorms(compiled=plan.execution.compile)
+        )
         network = plan.distributed.wrap(self.net, device, static=not config.initial_phase)
         # Compiled anew for the smaller last batch of an epoch: code for any size would be slower.
         self._forward = torch.compile(network, dynamic=False) if plan.execution.compile else network
@@ -190,7 +194,7 @@ class Trainer:
         if batch.mixing is not None:
             inputs = mix_images(inputs, batch.mixing)[batch.leading :]
         autocast = torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST)
-        with autocast, self._taps, self._batch_norms(self.net):
+        with autocast, self._taps, self._batch_norms:
             logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):
@@ -225,12 +229,6 @@ class Trainer:
         """Return the network to call: not the wrapped one while a part of it may get no gradient, which that needs."""
         several = self.plan.distributed.world_size > 1
         return self.net if several and self.in_initial_phase else self._forward
-
-    def _batch_norms(self, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which a module's batch norms take the whole batch, of which a process has a part."""
-        if self.plan.distributed.world_size == 1 or not any(isinstance(m, _BatchNorm) for m in module.modules()):
-            return contextlib.nullcontext()
-        return self._synchronized
 
     def _average_over_processes(self) -> None:
         """Average the gradients that the wrapped network does not."""
@@ -278,7 +276,7 @@ class Trainer:
         if self._cached_features is not None:
             teacher_taps = self._cached_features.take(batch.ids)
         taps = {name: x.float() for name, x in self._taps.take().items()}
-        with self._batch_norms(self.terms):
+        with self._batch_norms:
             terms: Tensor = self.terms(
                 Outputs(logits.float(), taps),
                 Outputs(teacher.float(), teacher_taps),
