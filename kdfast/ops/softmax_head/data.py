@@ -65,7 +65,7 @@ class HeadData:
 
     Attributes:
         reduce: Adds up a tensor over the processes that hold the rows together; None if all rows are here. The Hessian
-            and its Kronecker factors heed it, and so does `total_rows`.
+            and its Kronecker factors heed it, and so does `count_rows`.
 
     Args:
         features: (N, D) tensor or (memory-mapped) array; or an iterable of blocks
@@ -157,9 +157,8 @@ class HeadData:
         """D, including the bias."""
         return self.num_features + int(self.bias)
 
-    @property
-    def total_rows(self) -> int:
-        """Rows of all processes together, after the first pass."""
+    def count_rows(self) -> int:
+        """Return the rows of all processes together, after the first pass; every process must call it."""
         if self.reduce is None:
             return self.num_rows
         return int(self.reduce(torch.tensor(self.num_rows, device=self.device)))

@@ -82,7 +82,7 @@ def _mean_kronecker(
             h[k * d : (k + 1) * d, k * d :].addmm_(x.mT, (s[:, :, None] * x[:, None]).flatten(1))
         rows += len(x)
     if data.reduce is not None:
-        h, rows = data.reduce(h), data.total_rows
+        h, rows = data.reduce(h), data.count_rows()
     h.triu_().div_(rows)
     h += h.triu(1).mT
     return h

@@ -182,7 +182,7 @@ def _approximate(data: HeadData, l2: float, loss: LossConfig, corrected: bool, p
         data.require_two_classes()
     effects = kronecker_self_influence(data, factors, loss, progress)
     loss.check_not_all_zero(effects)
-    return (effects / data.total_rows).to(data.dtype)
+    return (effects / data.count_rows()).to(data.dtype)
 
 
 def mean_gradient(data: HeadData, loss: LossConfig) -> Tensor:

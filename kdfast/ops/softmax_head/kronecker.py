@@ -51,7 +51,7 @@ def kronecker_factors(data: HeadData, l2: float, loss: LossConfig, progress: Pro
         g.addmm_(x.mT, x)
         rows += len(x)
     if data.reduce is not None:
-        s, g, rows = data.reduce(s), data.reduce(g), data.total_rows
+        s, g, rows = data.reduce(s), data.reduce(g), data.count_rows()
     if not bool(g.isfinite().all()):
         raise DataError("the products of the features overflow float64: scale the features down")
     s_values, s_vectors = torch.linalg.eigh(s / rows)

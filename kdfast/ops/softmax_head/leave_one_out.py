@@ -191,7 +191,7 @@ class LeaveOneOut:
             DataError: If it is zero throughout because the head is its own teacher, or overflows.
         """
         self.loss.check_not_all_zero(total)
-        result = (total / self.data.total_rows).to(self.data.dtype)
+        result = (total / self.data.count_rows()).to(self.data.dtype)
         if not bool(result.isfinite().all()):
             self.data.raise_nonfinite("the effects of removals", result.dtype)
         return result
