@@ -53,7 +53,7 @@ class OwnBatchNorm(nn.Module):
 
 
 class Smooth(nn.Module):
-    """Batch norms of both kinds, and no ReLU, at whose kink a rounding error can change a gradient by more than rounding."""
+    """Batch norms of both kinds; no ReLU, at whose kink a rounding error changes a gradient by more than rounding."""
 
     def __init__(self, classes, *_, **__):
         super().__init__()
