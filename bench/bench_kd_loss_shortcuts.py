@@ -1,4 +1,4 @@
-"""Speedup by the two shortcuts of `kd_loss` on a CPU: the C++ fast path, and reusing the last gradient's memory.
+"""Speedup by the shortcuts of `kd_loss` on a CPU: C++ fast path, the last gradient's memory used again, huge pages.
 
     python bench/bench_kd_loss_shortcuts.py
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from bench_kd_loss import inputs, step
@@ -18,9 +20,10 @@ from harness import interleave, machine, table, write_results
 from torch import Tensor
 
 import kdfast
+from kdfast.ops import huge_pages
 from kdfast.ops.kd_loss import gradient_buffer
 
-SIZES = {10: 128, 100: 128, 1000: 1024, 32_000: 256, 131_072: 64}
+SIZES = ((10, 128), (100, 128), (1000, 1024), (32_000, 256), (131_072, 64), (131_072, 256))
 
 Loss = Callable[..., Tensor]
 
@@ -43,12 +46,24 @@ def without_reuse(loss: Loss) -> Loss:
     return fresh
 
 
+def without_huge_pages(loss: Loss) -> Loss:
+    """Leave the size of pages to the system."""
+
+    def small(*args: Tensor) -> Tensor:
+        with mock.patch.object(huge_pages, "MIN_BYTES", sys.maxsize):
+            return loss(*args)
+
+    return small
+
+
 def measure(n: int, c: int, rounds: int) -> list[dict[str, object]]:
     """Return one row per shortcut."""
     args = inputs(n, c, torch.float32, torch.float16, "cpu")
     contenders: dict[str, Loss] = {"fast path": without_fast_path}
     if gradient_buffer.MIN_BYTES <= n * c * 4 <= gradient_buffer.MAX_BYTES:
         contenders["reused gradient"] = without_reuse(kdfast.kd_loss)
+    elif n * c * 4 > gradient_buffer.MAX_BYTES:
+        contenders["huge pages"] = without_huge_pages(kdfast.kd_loss)
     rows = []
     for name, loss in contenders.items():
         for mine, other in zip(step(kdfast.kd_loss, args), step(loss, args), strict=True):
@@ -78,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = [row for c, n in SIZES.items() for row in measure(n, c, options.rounds)]
+    rows = [row for c, n in SIZES for row in measure(n, c, options.rounds)]
     path = write_results("kd_loss_shortcuts", rows, rounds=options.rounds)
     print(f"{table(rows)}\n{machine()}\n{path}")
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast import _native
+from kdfast.ops.huge_pages import new_large
 
 __all__ = ["DTYPE_CODES", "WIDEST_ISA", "crop_views", "extension", "gather_views", "isa", "permutation_element"]
 
@@ -48,7 +49,7 @@ def gather_views(
     images, view_ids, affine = images.contiguous(), view_ids.contiguous(), affine.contiguous()
     rows = None if rows is None else rows.contiguous()
     count, height, width, channels = images.shape
-    out = torch.empty((len(view_ids), height, width, channels), dtype=dtype)
+    out = new_large(images, (len(view_ids), height, width, channels), dtype)
     extension.gather_views(
         images.data_ptr(),
         0 if rows is None else rows.data_ptr(),
@@ -86,7 +87,7 @@ def crop_views(
     images, boxes, affine = images.contiguous(), boxes.contiguous(), affine.contiguous()
     rows = None if rows is None else rows.contiguous()
     count, height, width, channels = images.shape
-    out = torch.empty((len(boxes), *size, channels), dtype=dtype)
+    out = new_large(images, (len(boxes), *size, channels), dtype)
     extension.crop_views(
         images.data_ptr(),
         0 if rows is None else rows.data_ptr(),

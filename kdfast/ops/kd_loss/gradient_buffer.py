@@ -22,13 +22,14 @@ import sys
 from torch import Tensor, UntypedStorage
 
 from kdfast.ops._torch_compat import storage_use_count
+from kdfast.ops.huge_pages import new_large
 
 __all__ = ["MAX_BYTES", "MIN_BYTES", "new_gradient", "release"]
 
 MIN_BYTES = 1 << 20
 """Smaller gradients come from the allocator, which reuses blocks of that size itself."""
 MAX_BYTES = 64 << 20
-"""Larger gradients are returned to the system."""
+"""Larger gradients are returned to the system; they come in huge pages where it has them."""
 
 _kept: list[UntypedStorage] = []
 
@@ -37,10 +38,10 @@ def new_gradient(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return an uninitialized contiguous tensor of ``logits``' dtype, in the last gradient's memory if it is free."""
     size = math.prod(shape) * logits.itemsize
     if not MIN_BYTES <= size <= MAX_BYTES or os.environ.get("KDFAST_REUSE_GRADIENT") == "0":
-        return logits.new_empty(shape)
+        return new_large(logits, shape)
     storage = _take(size)
     if storage is None:
-        storage = logits.new_empty(shape).untyped_storage()
+        storage = new_large(logits, shape).untyped_storage()
     if storage_use_count(storage) > 0:
         _kept[:] = [storage]
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.ops.huge_pages import new_large
 from kdfast.ops.kd_loss.call import KDCall
 from kdfast.ops.kd_loss.dispatch import run_kernel
 from kdfast.ops.kd_loss.linear.call import Layer, LinearCall
@@ -58,10 +59,11 @@ def _compute(call: LinearCall, backend: str, needs: Needs, shard: Shard | None) 
     student = call.student._replace(weight=call.weight.to(dtype), bias=_cast(call.bias, dtype))
     teacher = call.teacher_layer
     rows = call.rows_per_chunk(needs[1])
-    buffer = student.weight.new_empty(rows, call.weight.shape[0])
+    shape = (rows, call.weight.shape[0])
+    buffer = new_large(student.weight, shape)
     # The derivative of the cap needs the logits beside their gradient.
-    other = torch.empty_like(buffer) if call.softcap > 0 and any(needs) else None
-    of_teacher = None if teacher is None else teacher.weight.new_empty(rows, call.weight.shape[0])
+    other = new_large(buffer, shape) if call.softcap > 0 and any(needs) else None
+    of_teacher = None if teacher is None else new_large(teacher.weight, shape)
     losses = call.new_loss().new_empty(n)
     sums = _Sums(call, student.weight, needs, is_one=rows >= n)
     for begin in range(0, n, rows):
@@ -158,7 +160,7 @@ class _Sums:
         wide = torch.promote_types(call.dtype, torch.float32)
         summed = call.dtype if is_one and call.weight.dtype == call.dtype else wide
         self.of_hidden = torch.empty_like(call.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.of_weight = call.weight.new_empty(call.weight.shape, dtype=summed) if needs[1] else None
+        self.of_weight = new_large(call.weight, call.weight.shape, summed) if needs[1] else None
         self.of_bias = call.weight.new_zeros(call.weight.shape[0], dtype=wide) if needs[2] else None
 
     def add(self, grad: Tensor, x: Tensor, begin: int, end: int) -> None:
