@@ -47,7 +47,12 @@ class Timing:
 
 
 def interleave(
-    contenders: dict[str, Callable[[], Any]], rounds: int = 21, *, target: float = 0.005, device: str = "cpu"
+    contenders: dict[str, Callable[[], Any]],
+    rounds: int = 21,
+    *,
+    target: float = 0.005,
+    device: str = "cpu",
+    repeated: bool = False,
 ) -> dict[str, Timing]:
     """Time functions in turn, so that load on the machine affects all of them equally.
 
@@ -56,6 +61,8 @@ def interleave(
         rounds: Number of timings of each function.
         target: Minimum duration of one timing in seconds; fast functions are called repeatedly to reach it.
         device: "cuda" synchronizes before and after each timing.
+        repeated: Call a function once before each timing, so that it finds the memory that it has freed itself, as in a
+            loop, and not what the function before it has freed.
     """
     counts = {}
     for name, function in contenders.items():
@@ -69,6 +76,8 @@ def interleave(
     try:
         for _ in range(rounds):
             for name, function in contenders.items():
+                if repeated:
+                    function()
                 seconds[name].append(_timed(function, counts[name], device))
     finally:
         if enabled:
