@@ -21,7 +21,6 @@ from kdfast.data.views import ViewSpec, draw_view_indices, view_boxes, view_tabl
 from kdfast.distillation.recipe.mixing import Mixing
 from kdfast.distillation.targets import CachedTargets
 from kdfast.distributed.group import Distributed
-from kdfast.teacher.row_format import TeacherLogits
 
 _TABLE_ROWS = 1 << 15
 
@@ -35,7 +34,7 @@ class Batch:
         images: uint8. All images of the training split, (N, H, W, 3), if they are in the device's memory; else those
             of the batch, (B, H, W, 3), valid until the next batch is requested.
         whole_split: Whether `images` are all images.
-        teacher: The teacher's logits: all rows of the run, or those of the batch; None without a cache.
+        teacher: The teacher's logits, (M, C): all rows of the run, or those of the batch; None without a cache.
         index_on_cpu: `index` on the CPU, where some views are drawn.
         mixing: How the images are mixed, float32 (7,), as in `Mixing.draw`; None: they are not.
         leading: How many of the first columns of `index` are of samples that others are mixed with, and that another
@@ -47,7 +46,7 @@ class Batch:
     index: Tensor
     images: Tensor
     whole_split: bool
-    teacher: TeacherLogits | None
+    teacher: Tensor | None
     index_on_cpu: Tensor
     mixing: Tensor | None = None
     leading: int = 0

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kdfast.distillation.batches import Batch
-from kdfast.teacher.row_format import map_logits, tensors_of
 
 # Steps of a batch size that run as usual before it is captured: they compile kernels and allocate workspaces.
 WARMUP_STEPS = 2
@@ -130,7 +129,7 @@ def changing_tensors(batch: Batch) -> list[Tensor]:
         tensors.append(batch.images)
     tensors.extend(x for x in (batch.mixing, batch.boxes) if x is not None)
     if batch.teacher is not None and batch.teacher_rows is None:
-        tensors.extend(tensors_of(batch.teacher))
+        tensors.append(batch.teacher)
     return tensors
 
 
@@ -140,7 +139,7 @@ def clone_changing(batch: Batch) -> Batch:
     if not batch.whole_split:
         images = images.clone()
     if teacher is not None and batch.teacher_rows is None:
-        teacher = map_logits(Tensor.clone, teacher)
+        teacher = teacher.clone()
     mixing, boxes = (None if x is None else x.clone() for x in (batch.mixing, batch.boxes))
     index = batch.index.clone()
     return dataclasses.replace(batch, index=index, images=images, teacher=teacher, mixing=mixing, boxes=boxes)

@@ -27,9 +27,7 @@ from kdfast.files import sha256_file
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.kd_loss import TopKTeacher
 from kdfast.teacher.cache import TeacherCache
-from kdfast.teacher.row_format import TeacherLogits, map_logits, slice_rows, tensors_of
 
 # Logits looked up at a time: enough to read the cache in file order, and twice as much needs little memory.
 WINDOW_BYTES = 16 << 20
@@ -49,7 +47,7 @@ class CachedTargets:
         view_seed: Seed of the run's choice of views.
         device: Device of the student.
         temperature: Temperature of the loss, of which a cache of the most probable classes has a tail; None: its only
-            one.
+            one. The other classes share the tail as in the unaugmented image.
         resident: Whether to keep all rows on the device; the first epoch reads them.
         reshaping: Changes the logits of samples; None leaves them as they are.
     """
@@ -77,7 +75,7 @@ class CachedTargets:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kdfast-cache")
         self._windows: _Windows | None = None
         self.resident = resident
-        self._table: TeacherLogits | None = None
+        self._table: Tensor | None = None
 
     def rows(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of views of samples in the resident table, int64 (n,)."""
@@ -88,38 +86,37 @@ class CachedTargets:
         if self.resident:
             self._table = self._read_all() if self._table is None else self._table
         else:
-            rows = max(1, WINDOW_BYTES // self.cache.row_bytes)
+            rows = max(1, WINDOW_BYTES // self.cache.lookup_bytes)
             self._windows = _Windows(
                 lambda part: self._look_up(ids[part], view_indices[part]), len(ids), rows, self._reader
             )
 
-    def batch(self, start: int, count: int) -> TeacherLogits:
+    def batch(self, start: int, count: int) -> Tensor:
         """Return the logits for the `count` samples at position `start` of the epoch, or all rows if resident."""
         if self._table is not None:
             return self._table
         assert self._windows is not None, "begin_epoch comes first"
-        rows = map_logits(lambda part: to_device(part, self._device), self._windows.take(start, count))
-        return rows if self._head is None or isinstance(rows, TopKTeacher) else self._head.logits(rows)
+        rows = to_device(self._windows.take(start, count), self._device)
+        return rows if self._head is None else self._head.logits(rows)
 
-    def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> TeacherLogits:
+    def _look_up(self, ids: NDArray[np.int64], view_indices: NDArray[np.int64]) -> Tensor:
         cached = self.cache.translate_view_indices(ids, view_indices, self._n_views, self._view_seed)
         if self.cache.top_k is not None:
-            return self.cache.lookup_top_k(ids, cached, self._temperature)
+            return self.cache.lookup_filled(ids, cached, self._temperature)
         if self._head is not None:
             return self.cache.lookup_rows(ids, cached)
         logits = self.cache.lookup(ids, cached)
         return logits if self._reshaping is None else self._reshaping(logits, ids)
 
-    def _read_all(self) -> TeacherLogits:
+    def _read_all(self) -> Tensor:
         """Read one view of all samples at a time, the order of the rows in the cache."""
         n = len(self._ids)
-        table: TeacherLogits | None = None
+        table: Tensor | None = None
         for view in range(self._n_views):
             part = self._look_up(self._ids, np.full(n, view, np.int64))
             if table is None:
-                table = map_logits(lambda x: x.new_empty((n * self._n_views, *x.shape[1:]), device=self._device), part)
-            for whole, piece in zip(tensors_of(table), tensors_of(part), strict=True):
-                whole[view * n : (view + 1) * n] = piece.to(self._device)
+                table = part.new_empty((n * self._n_views, *part.shape[1:]), device=self._device)
+            table[view * n : (view + 1) * n] = part.to(self._device)
         assert table is not None, "a run has at least one view"
         return table
 
@@ -134,20 +131,18 @@ class _Windows:
         reader: Thread that reads the next window.
     """
 
-    def __init__(
-        self, look_up: Callable[[slice], TeacherLogits], count: int, rows: int, reader: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, look_up: Callable[[slice], Tensor], count: int, rows: int, reader: ThreadPoolExecutor) -> None:
         self._look_up, self._count, self._rows, self._reader = look_up, count, rows, reader
         self._range = range(0)
-        self._window: TeacherLogits | None = None
-        self._next: Future[TeacherLogits] | None = None
+        self._window: Tensor | None = None
+        self._next: Future[Tensor] | None = None
 
-    def take(self, start: int, count: int) -> TeacherLogits:
+    def take(self, start: int, count: int) -> Tensor:
         """Return the rows of a batch; batches come in order."""
         if self._window is None or start + count > self._range.stop:
             self._advance(start, max(count, self._rows // count * count))
             assert self._window is not None
-        return slice_rows(self._window, start - self._range.start, start + count - self._range.start)
+        return self._window[start - self._range.start : start + count - self._range.start]
 
     def _advance(self, start: int, size: int) -> None:
         stop = min(start + size, self._count)
@@ -301,7 +296,7 @@ class TeacherTargets:
             self.cache.translate_view_indices(ids[:1], np.zeros(1, np.int64), config.views, seed)
             if self.cache.top_k is not None:
                 self.cache.top_k.column(config.temperature, self.cache.path)
-            size = len(ids) * config.views * self.cache.row_bytes
+            size = len(ids) * config.views * self.cache.lookup_bytes
             # On a CPU the file is in memory already, in the system's cache.
             resident = device.type != "cpu" and self.cache.head is None and fits_in_memory(self.runs * size, device)
             reshaping = Reshaping.of_cache(self.cache, source.train.labels) if config.reshape_logits else None

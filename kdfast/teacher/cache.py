@@ -9,6 +9,7 @@ sample, D], and its weight and bias in `classifier.npy` [class, D + 1]), `identi
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from collections.abc import Callable
@@ -126,6 +127,11 @@ class TeacherCache:
         """Bytes stored per view of a sample."""
         return self._rows.row_bytes
 
+    @property
+    def lookup_bytes(self) -> int:
+        """Bytes per view of a sample in memory, as `lookup`, `lookup_rows` or `lookup_filled` returns it."""
+        return self._rows.row_bytes if self.top_k is None else 4 * self.classes
+
     def check_covers(self, sample_ids: IntArray) -> None:
         """Check that the cache covers the samples.
 
@@ -221,6 +227,27 @@ class TeacherCache:
         self._read(sample_ids, view_indices, rows)
         return self._rows.unpack(rows, column)
 
+    def lookup_filled(self, sample_ids: IntArray, view_indices: IntArray, temperature: float | None = None) -> Tensor:
+        """Like `lookup_top_k`, but return logits of all classes.
+
+        The kept classes, and the mass of the others together, are those of the view. The others share it as they do in
+        the unaugmented image, whose logits the cache holds for all classes.
+
+        Returns:
+            float32 (n, classes), for a loss at this temperature.
+        """
+        teacher = self.lookup_top_k(sample_ids, view_indices, temperature)
+        assert self.top_k is not None, "lookup_top_k raises then"
+        if temperature is None:
+            (temperature,) = self.top_k.temperatures
+        positions = self._positions(np.asarray(sample_ids, dtype=np.int64))
+        order = np.argsort(positions)
+        whole, madvise = self._identity
+        like = np.empty((len(positions), self.classes), np.float32)
+        like[order] = whole[positions[order]]
+        madvise(mmap.MADV_DONTNEED)
+        return teacher.to_logits(torch.from_numpy(like), temperature)
+
     def _read(self, sample_ids: IntArray, view_indices: IntArray, target: npt.NDArray[Any]) -> None:
         """Fill `target` with the stored rows."""
         ids, indices = np.asarray(sample_ids, dtype=np.int64), np.asarray(view_indices, dtype=np.int64)
@@ -284,6 +311,12 @@ class TeacherCache:
                 f"{len(self.coverage)} of {self.manifest['data']['samples']}: build a cache on these samples or on all"
             )
         return positions
+
+    @functools.cached_property
+    def _identity(self) -> tuple[npt.NDArray[np.float32], Callable[[int], None]]:
+        """The identity view's logits, and the function that advises the kernel on their pages."""
+        array = self._load_array(IDENTITY, (len(self), self.classes), np.float32, "r")
+        return array, cast(mmap.mmap, array.base).madvise
 
     def _map(self, shard: int) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
         """Return a shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""

@@ -8,7 +8,7 @@ logit / T over the omitted classes. A record serves runs at those temperatures. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,7 @@ from kdfast.ops.kd_loss.validation import check_temperature
 
 _BLOCK_BYTES = 1 << 20  # of logits: what a core's cache holds
 
-__all__ = ["RowFormat", "TeacherLogits", "TopK", "map_logits", "slice_rows", "tensors_of"]
-
-TeacherLogits = Tensor | TopKTeacher
-"""Teacher logits of a batch, in a form that `kd_loss` accepts."""
+__all__ = ["RowFormat", "TopK"]
 
 
 @dataclass(frozen=True, init=False)
@@ -175,18 +172,3 @@ class RowFormat:
         classes = torch.from_numpy(rows["classes"].astype(np.int32))
         tails = rows["tail"][:, None] if self.wide else rows["tail"]
         return TopKTeacher(values, classes, torch.from_numpy(tails[:, column].astype(np.float32)))
-
-
-def tensors_of(logits: TeacherLogits) -> tuple[Tensor, ...]:
-    """Return the tensors of teacher logits: one, or the three of a `TopKTeacher`."""
-    return tuple(logits) if isinstance(logits, TopKTeacher) else (logits,)
-
-
-def map_logits(change: Callable[[Tensor], Tensor], logits: TeacherLogits) -> TeacherLogits:
-    """Apply a function to each tensor of teacher logits."""
-    return TopKTeacher(*map(change, logits)) if isinstance(logits, TopKTeacher) else change(logits)
-
-
-def slice_rows(logits: TeacherLogits, begin: int, end: int) -> TeacherLogits:
-    """Return the rows from `begin` up to `end`."""
-    return map_logits(lambda part: part[begin:end], logits)

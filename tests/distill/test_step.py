@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.data import views as views_module
+from kdfast.data.views import view_table
 from kdfast.distillation import targets as targets_module
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.config import Execution
@@ -126,6 +128,20 @@ def test_online_teacher_computes_in_float32(make_plan: Callable[..., Plan], teac
     trainer = Trainer(plan)
     trainer.train_step(next(trainer.batches.epoch(0)))
     assert allowed == [False]
+
+
+def test_trains_on_all_classes_of_a_cache_that_omits_some(make_plan: Callable[..., Plan], cache: TeacherCache) -> None:
+    plan = make_plan(TeacherTargets(cache=cache), alpha=1.0, temperature=4.0)
+    trainer = Trainer(plan)
+    batch = next(trainer.batches.epoch(0))
+    logits = 5 * torch.randn(len(batch.ids), 10)
+    ids, views = (row.numpy() for row in batch.index)
+    table = view_table(plan.source.view_spec, cache.view_seed, ids, cache.n_views)
+    columns = np.argmax(table == views[:, None], 1)
+    look_up = cache.lookup if cache.top_k is None else cache.lookup_filled
+    p, q = ((x / 4.0).log_softmax(1) for x in (look_up(ids, columns).float(), logits))
+    expected = 16 * (p.exp() * (p - q)).sum(1).mean()
+    assert trainer.compute_loss(logits, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow

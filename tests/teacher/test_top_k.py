@@ -142,6 +142,29 @@ def test_kd_loss_accepts_rows_and_is_a_lower_bound(full, built):
     assert (kept > 0.3 * whole).any()
 
 
+def test_omitted_classes_share_their_mass_as_in_the_unaugmented_image(full, built):
+    cache = TeacherCache.open(built)
+    filled = cache.lookup_filled(IDS, VIEW_INDICES)
+    assert (filled.shape, filled.dtype) == ((60, 4), torch.float32)
+    logits, like = full.lookup(IDS, VIEW_INDICES), torch.from_numpy(full.identity_logits()[IDS])
+    kept = torch.zeros(60, 4, dtype=torch.bool).scatter(1, logits.topk(2).indices, True)
+    p, q, guess = ((x / 3.0).softmax(1) for x in (logits, filled, like))
+    torch.testing.assert_close(q[kept], p[kept], rtol=2e-3, atol=0)  # stored in float16
+    expected = (guess * ~kept) / (guess * ~kept).sum(1, keepdim=True) * (p * ~kept).sum(1, keepdim=True)
+    torch.testing.assert_close(q[~kept], expected[~kept], rtol=2e-3, atol=0)
+    unaugmented = cache.lookup_filled(IDS, np.full(60, cache.spec.identity))
+    torch.testing.assert_close(unaugmented, like, rtol=2e-3, atol=5e-3)
+
+
+def test_rows_are_filled_for_one_of_several_temperatures(several):
+    views = VIEW_INDICES % 3
+    found, filled = several.lookup_top_k(IDS, views, 2.0), several.lookup_filled(IDS, views, 2.0)
+    mass = (filled / 2.0).exp().sum(1) - (filled / 2.0).exp().gather(1, found.classes.long()).sum(1)
+    torch.testing.assert_close(mass, found.tail.exp(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CacheMismatch, match="summed at temperature 1, 2, 4"):
+        several.lookup_filled(IDS, views, 3.0)
+
+
 def test_identity_logits_hold_all_classes(full, built):
     assert np.allclose(TeacherCache.open(built).identity_logits(), full.identity_logits(), atol=1e-4)
 
@@ -151,6 +174,8 @@ def test_rejects_the_lookup_of_the_other_format(full, built):
         TeacherCache.open(built).lookup(IDS, VIEW_INDICES)
     with pytest.raises(CacheMismatch, match="holds all classes"):
         full.lookup_top_k(IDS, VIEW_INDICES)
+    with pytest.raises(CacheMismatch, match="holds all classes"):
+        full.lookup_filled(IDS, VIEW_INDICES)
 
 
 @pytest.mark.parametrize("top_k", [TopK(0, 4.0), TopK(4, 4.0), TopK(2, 0.0), TopK(2, float("nan")), TopK(2, ())])

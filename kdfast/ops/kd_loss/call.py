@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +124,31 @@ class TopKTeacher(NamedTuple):
         from kdfast.ops.kd_loss.offline import from_samples
 
         return from_samples(ids, temperature, weights=weights, classes=classes)
+
+    def to_logits(self, like: Tensor, temperature: float) -> Tensor:
+        """Return logits of all classes, in which those left out of a row share its tail as they do in other logits.
+
+        As a top-k teacher, the tail is one event: the loss does not say how the student should share it among its
+        classes. At high temperatures the tail holds much of the mass, and the student loses accuracy. Logits of the
+        same teacher on a similar input are a good guess.
+
+        Args:
+            like: (M, C) the other logits, finite.
+            temperature: The T of the tail.
+
+        Returns:
+            float32 or wider, (M, C), on which kd_loss at this temperature sees the kept classes and the tail as they
+            are; -inf for classes left out of a row whose tail is -inf.
+        """
+        dtype = torch.promote_types(torch.promote_types(self.values.dtype, like.dtype), torch.float32)
+        # Entries that are left out may name a class that is kept; they go to a column of their own.
+        columns = self.classes.long().where(self.values > -math.inf, like.shape[1])
+        scaled = torch.nn.functional.pad(like.to(dtype) / temperature, (0, 1))
+        scaled = scaled.scatter_(1, columns, -math.inf)
+        scaled[:, -1] = -math.inf
+        shift = self.tail.to(dtype).unsqueeze(1) - scaled.logsumexp(1, keepdim=True)
+        shared = scaled.add_(shift).mul_(temperature)
+        return shared.scatter_(1, columns, self.values.to(dtype))[:, :-1]
 
 
 torch.serialization.add_safe_globals([TopKTeacher])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -162,3 +163,37 @@ def test_a_class_that_repeats_makes_its_row_nan_where_values_cannot_be_read(args
         logits
     )
     assert grad.isnan().any(1).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_classes_left_out_share_the_tail_as_in_other_logits(temperature):
+    logits, like = 3 * torch.randn(2, M, C, dtype=torch.float64)
+    teacher = topk_teacher(logits, K, temperature)
+    filled = teacher.to_logits(like, temperature)
+    assert (filled.shape, filled.dtype) == ((M, C), torch.float64)
+    p, q, guess = ((x / temperature).softmax(1) for x in (logits, filled, like))
+    kept = torch.zeros(M, C, dtype=torch.bool).scatter(1, teacher.classes.long(), True)
+    torch.testing.assert_close(q[kept], p[kept], rtol=1e-5, atol=0)
+    shares = (guess * ~kept) / (guess * ~kept).sum(1, keepdim=True) * (p * ~kept).sum(1, keepdim=True)
+    torch.testing.assert_close(q[~kept], shares[~kept], rtol=1e-5, atol=0)
+
+
+def test_a_teacher_filled_from_its_own_logits_is_whole():
+    logits = 3 * torch.randn(M, C)
+    teacher = topk_teacher(logits, K, 4.0)
+    torch.testing.assert_close(teacher.to_logits(logits + 7, 4.0), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_entries_left_out_count_to_the_tail():
+    values = torch.tensor([[2.0, -INF, 1.0], [2.0, 0.0, 1.0]])
+    classes = torch.tensor([[1, 1, 0], [1, 2, 0]], dtype=torch.int32)
+    filled = TopKTeacher(values, classes, torch.tensor([0.0, -INF])).to_logits(torch.zeros(2, 4), 2.0)
+    each = 2.0 * (0.0 - math.log(2))
+    torch.testing.assert_close(filled, torch.tensor([[1.0, 2.0, each, each], [1.0, 2.0, 0.0, -INF]]))
+
+
+def test_all_classes_kept_need_no_tail():
+    logits = torch.randn(3, 4)
+    values, classes = logits.sort(1)
+    filled = TopKTeacher(values, classes.int(), torch.full((3,), -INF)).to_logits(torch.randn(3, 4), 1.0)
+    assert torch.equal(filled, logits)
