@@ -35,7 +35,8 @@ def new_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = No
     """
     tensor = like.new_empty(shape, dtype=dtype)
     size = tensor.numel() * tensor.itemsize
-    if size >= MIN_BYTES and tensor.device.type == "cpu" and (advise := _advise()) is not None:
+    has_memory = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has none
+    if has_memory and size >= MIN_BYTES and (advise := _advise()) is not None:
         begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
         advise(begin, end - begin, mmap.MADV_HUGEPAGE)  # a hint: where it is refused, pages stay small

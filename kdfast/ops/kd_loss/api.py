@@ -124,7 +124,7 @@ def kd_loss(
             available in compiled code or under ``torch.func.vmap``.
         class_weights: (C,) factor of the cross-entropy of the rows with that label, not negative. The divisor of a mean
             stays the sum of ``weights``, unlike in ``torch.nn.functional.cross_entropy``. With soft labels, each
-            class's probability is multiplied.
+            class's probability is multiplied. Not together with ``label_smoothing``.
         teacher_kind: What a teacher of all classes holds: "logits", "logprobs" for their logarithmic softmax, which are
             logits, too, or "probs" for probabilities at temperature 1, whose logarithms are taken at each call.
 
@@ -208,8 +208,8 @@ def kd_loss_terms(
 
     Args:
         logits: (N, C) student logits.
-        labels: (N,) int64 classes.
-        teacher: (M, C) raw teacher logits, or a ``TopKTeacher``.
+        labels: (N,) int64 classes, or (N, C) probabilities.
+        teacher: (M, C) raw teacher logits, or a ``TopKTeacher``; of probabilities, pass the logarithm.
         rows: (N,) int64 teacher rows, or None.
         temperature: T > 0, or (N,) one for each sample.
         label_smoothing: As in ``kd_loss``.

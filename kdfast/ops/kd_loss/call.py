@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.errors import ShapeError
+
 __all__ = ["ALPHA_RANGE", "MAX_T", "MIN_T", "T_RANGE", "KDCall", "TopKTeacher"]
 
 MIN_T, MAX_T = 1e-15, 1e15
@@ -138,8 +140,24 @@ class TopKTeacher(NamedTuple):
 
         Returns:
             float32 or wider, (M, C), on which kd_loss at this temperature sees the kept classes and the tail as they
-            are; -inf for classes left out of a row whose tail is -inf.
+            are; -inf for classes left out of a row whose tail is -inf. A row without entries takes the other logits.
+
+        Raises:
+            ShapeError: ``like`` is not (M, C), or the temperature is out of range.
+            IndexError: A class is negative or not below C.
         """
+        from kdfast.ops.kd_loss.validation import check_temperature
+
+        check_temperature(temperature)
+        if like.dim() != 2 or self.values.dim() != 2 or like.shape[0] != self.values.shape[0]:
+            raise ShapeError(
+                f"`like` has shape {tuple(like.shape)}: must be ({self.values.shape[0]}, C), one row for each of the "
+                "teacher's"
+            )
+        if self.classes.numel():
+            low, high = (int(x) for x in torch.aminmax(self.classes))
+            if low < 0 or high >= like.shape[1]:
+                raise IndexError(f"classes go from {low} to {high}: must be 0 to {like.shape[1] - 1}, as in `like`")
         dtype = torch.promote_types(torch.promote_types(self.values.dtype, like.dtype), torch.float32)
         # Entries that are left out may name a class that is kept; they go to a column of their own.
         columns = self.classes.long().where(self.values > -math.inf, like.shape[1])

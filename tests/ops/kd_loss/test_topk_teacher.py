@@ -197,3 +197,17 @@ def test_all_classes_kept_need_no_tail():
     values, classes = logits.sort(1)
     filled = TopKTeacher(values, classes.int(), torch.full((3,), -INF)).to_logits(torch.randn(3, 4), 1.0)
     assert torch.equal(filled, logits)
+
+
+@pytest.mark.parametrize(
+    ("like", "temperature", "error", "message"),
+    [
+        (torch.zeros(M - 1, C), 4.0, ShapeError, rf"`like` has shape \({M - 1}, {C}\): must be \({M}, C\)"),
+        (torch.zeros(C), 4.0, ShapeError, "`like` has shape"),
+        (torch.zeros(M, K), 4.0, IndexError, f"must be 0 to {K - 1}, as in `like`"),
+        (torch.zeros(M, C), 0.0, ShapeError, "`temperature` is 0"),
+    ],
+)
+def test_other_logits_must_fit(teacher, like, temperature, error, message):
+    with pytest.raises(error, match=message):
+        teacher.to_logits(like, temperature)

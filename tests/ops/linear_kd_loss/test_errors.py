@@ -41,7 +41,9 @@ BAD = {
         {"teacher": (torch.randn(N, 2), torch.randn(V, 2, requires_grad=True))}, TypeError, r"pass weight.detach\(\)"
     ),
     "top-k and jsd": (
-        {"teacher": kdfast.topk_teacher(torch.randn(N, V), 2, 4.0), "divergence": "jsd"}, ShapeError, "TopKTeacher"
+        {"teacher": kdfast.topk_teacher(torch.randn(N, V), 2, 4.0), "divergence": "jsd"},
+        ShapeError,
+        "TopKTeacher.*or divergence='forward'",
     ),
     "probabilities of hidden states": (
         {"teacher": (torch.randn(N, 2), torch.randn(V, 2)), "teacher_kind": "probs"}, ShapeError, "`teacher_kind`"

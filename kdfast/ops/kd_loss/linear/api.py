@@ -80,7 +80,7 @@ def linear_kd_loss(
         temperature: As in ``kd_loss``; a number, or a tensor with one per row.
         t_squared: As in ``kd_loss``.
         divergence: "forward" for KL(teacher || student), "reverse" for KL(student || teacher), "jsd" for the
-            generalized Jensen-Shannon divergence.
+            generalized Jensen-Shannon divergence, which needs a teacher of all classes.
         beta: Share of the teacher in the mixture of "jsd", above 0 and below 1.
         label_smoothing: As in ``kd_loss``.
         class_weights: As in ``kd_loss``.

@@ -102,6 +102,11 @@ def _make_kd_call(
     if divergence == "jsd" and not 0 < beta < 1:
         limits = "for 0 pass divergence='forward', for 1 'reverse'"
         raise ShapeError(f"`beta` is {beta}: must be above 0 and below 1, the teacher's share of the mixture; {limits}")
+    if divergence == "jsd" and not isinstance(teacher, Tensor):
+        raise ShapeError(
+            "`teacher` is a TopKTeacher, and the divergence 'jsd' needs all classes: pass logits (M, V) or a "
+            "LinearTeacher, or divergence='forward'"
+        )
     return make_call(
         logits, labels, teacher, rows, weights,
         alpha=vectors.get("alpha", options["alpha"]), temperature=vectors.get("temperature", options["temperature"]),
