@@ -177,8 +177,9 @@ def test_distills_from_a_cache_of_the_most_probable_classes(
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "kept")
     )
-    # Merging outcomes loses information: the divergence is a lower bound of that over all classes.
-    assert 0 < kept[0] < whole[0]
+    # The omitted classes are filled from the unaugmented images, which the views resemble.
+    assert kept[0] == pytest.approx(whole[0], rel=0.01)
+    assert kept[0] != whole[0]
     refused = kdfast(*common, "--cache", top, "--out", tmp_path / "other")
     assert refused.code == 3
     assert "pass --temperature 2" in refused.err

@@ -167,9 +167,7 @@ def reproduce(
         changed = {"seeds": seeds != "1", "precision": precision != "fp32", "loader": loader != "auto",
                    "order": order != "path", "device": device != "auto", "jobs": jobs != "1",
                    "engine": engine != "local", "keep_runs": keep_runs, "report_only": report_only}  # fmt: skip
-        for name, refused in [*((n, value is not None) for n, value in given.items()), *changed.items()]:
-            if refused:
-                raise UsageError(f"the theorem takes no `{name}`: omit it")
+        _refuse_given({name: value is not None for name, value in given.items()} | changed)
         _reproduce_theorem(out, dry_run=dry_run)
         return
     from kdfast.files import schemas
@@ -264,6 +262,13 @@ def _run(
         write_reports(config.study, log, rows, dataset=dataset, data=config.data)
     if budget is not None:
         show_left(session, budget, {row["key"] for row in rows})
+
+
+def _refuse_given(given: dict[str, bool]) -> None:
+    """Raise a UsageError that names the first option that is given to the theorem."""
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"the theorem takes no `{name}`: omit it")
 
 
 def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:
