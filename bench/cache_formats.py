@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, machine, table
+from harness import RESULTS, machine, run_kdfast, table
 
 from kdfast.sweep.summary import half_width
 
@@ -27,22 +24,15 @@ FORMATS = {"all": [], "top10": ["--top-k", "10", "--temperature", "4"], "feature
 VIEWS = EPOCHS = 40
 
 
-def run(*words: object) -> None:
-    """Print a kdfast command and run it."""
-    command = ["kdfast", *map(str, words)]
-    print("$", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True)
-
-
 def train(options: argparse.Namespace, name: str, seed: int) -> float:
     """Return the accuracy of a student, in percent."""
     subset, cache = options.out / f"idx-{seed}.npy", options.out / f"cache-{name}-{seed}"
     student, data = options.out / f"run-{name}-{seed}", ["--data", options.data]
-    run("prune", *data, "--method", "random", "--fraction", "0.1", "--seed", seed, "--out", subset)
+    run_kdfast("prune", *data, "--method", "random", "--fraction", "0.1", "--seed", seed, "--out", subset)
     views = ["--subset", subset, "--views", VIEWS, *FORMATS[name]]
-    run("cache", *data, "--teacher", options.teacher, *views, "--out", cache)
+    run_kdfast("cache", *data, "--teacher", options.teacher, *views, "--out", cache)
     recipe = ["--student", options.student, "--seed", seed, "--epochs", EPOCHS, "--precision", options.precision]
-    run("distill", *data, "--subset", subset, "--cache", cache, *recipe, "--out", student)
+    run_kdfast("distill", *data, "--subset", subset, "--cache", cache, *recipe, "--out", student)
     return float(json.loads((student / "result.json").read_text())["test_top1"])
 
 

@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +85,13 @@ def interleave(
         if enabled:
             gc.enable()
     return {name: Timing(values) for name, values in seconds.items()}
+
+
+def run_kdfast(*arguments: object) -> None:
+    """Print a kdfast command and run it."""
+    words = [str(a) for a in arguments]
+    print("$ kdfast " + shlex.join(words), flush=True)
+    subprocess.run([sys.executable, "-m", "kdfast", *words], check=True)
 
 
 def cuda_peak(call: Callable[[], Any]) -> int:

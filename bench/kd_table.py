@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import write_results
+from harness import run_kdfast, write_results
 
 from kdfast.report import plot_runs
-
-KDFAST = [sys.executable, "-m", "kdfast"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +67,6 @@ PRESETS = {
         cache_flags="--precision bf16",
     ),
 }
-
-
-def run_kdfast(*arguments: str | Path) -> None:
-    """Print a command and run it."""
-    words = [str(a) for a in arguments]
-    print("$ kdfast " + shlex.join(words), flush=True)
-    subprocess.run([*KDFAST, *words], check=True)
 
 
 def make_teacher(preset: Preset, data: str, checkpoint: str | None, out: Path) -> Path:

@@ -23,21 +23,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import RESULTS
+from harness import RESULTS, run_kdfast
 
 from kdfast.sweep.summary import half_width
 
-KDFAST = [sys.executable, "-m", "kdfast"]
 LOG = RESULTS / "selection_students.jsonl"
 BATCH = 64
 FRACTIONS = (0.1, 0.3, 0.5)
@@ -95,13 +91,6 @@ class Paths:
         scores = f"fvm={self.out / 'fvm.npz'}"
         return ("--data", self.data, "--cache", f"{self.out / 'cache'}", "--dynamics", f"{self.out / 'dyn'}",
                 "--scores", scores)  # fmt: skip
-
-
-def run_kdfast(*arguments: object) -> None:
-    """Print a command and run it."""
-    words = [str(a) for a in arguments]
-    print("$ kdfast " + shlex.join(words), flush=True)
-    subprocess.run([*KDFAST, *words], check=True)
 
 
 def prepare(preset: Preset, checkpoint: str, paths: Paths) -> None:
