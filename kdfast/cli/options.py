@@ -107,6 +107,10 @@ Data = Annotated[
         metavar="PATH",
     ),
 ]
+# Of commands that do not always need it.
+OptionalData = Annotated[
+    str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
+]
 NETWORK = (
     "Network, such as resnet8; torchvision:NAME; timm:NAME; hf:FOLDER of a Hugging Face model; or your own code, "
     "FILE.py:NAME or PACKAGE.MODULE:NAME, a class or function of the number of classes."

@@ -270,7 +270,7 @@ class Trainer:
 
     def _add_terms(self, loss: Tensor, logits: Tensor, batch: Batch, teacher_taps: dict[str, Tensor]) -> Tensor:
         """Return the loss with the terms, in float32; in the initial phase, the terms of that phase alone."""
-        assert isinstance(batch.teacher, Tensor), "the plan refuses caches of some classes"
+        assert batch.teacher is not None, "terms need a teacher"
         rows = batch.teacher_rows
         teacher = batch.teacher if rows is None else batch.teacher.index_select(0, rows)
         if self._cached_features is not None:

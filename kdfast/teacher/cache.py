@@ -315,17 +315,23 @@ class TeacherCache:
     @functools.cached_property
     def _identity(self) -> tuple[npt.NDArray[np.float32], Callable[[int], None]]:
         """The identity view's logits, and the function that advises the kernel on their pages."""
-        array = self._load_array(IDENTITY, (len(self), self.classes), np.float32, "r")
-        return array, cast(mmap.mmap, array.base).madvise
+        return self._map_file(IDENTITY, (len(self), self.classes), np.float32)
 
     def _map(self, shard: int) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
         """Return a shard's rows (n_views * n, ...), and the function that advises the kernel on their pages."""
         if shard not in self._maps:
             size = min(self._per_shard, len(self.coverage) - shard * self._per_shard)
             shape = (self.n_views, size, *self._rows.shape)
-            array = self._load_array(shard_file(shard), shape, self._rows.element, "r")
-            self._maps[shard] = (array.reshape(-1, *self._rows.shape), cast(mmap.mmap, array.base).madvise)
+            array, madvise = self._map_file(shard_file(shard), shape, self._rows.element)
+            self._maps[shard] = (array.reshape(-1, *self._rows.shape), madvise)
         return self._maps[shard]
+
+    def _map_file(
+        self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> tuple[npt.NDArray[Any], Callable[[int], None]]:
+        """Return an array's mapped pages, and the function that advises the kernel on them."""
+        array = self._load_array(name, shape, dtype, "r")
+        return array, cast(mmap.mmap, array.base).madvise
 
     def _read_coverage(self) -> IntArray:
         info = self.manifest["coverage"]

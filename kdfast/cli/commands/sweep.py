@@ -23,9 +23,7 @@ Number = TypeVar("Number", int, float)
 
 def sweep(
     out: Annotated[Path, typer.Option("--out", help="Folder of the sweep; the same command resumes it.")],
-    data: Annotated[
-        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
-    ] = None,
+    data: options.OptionalData = None,
     student: Annotated[str | None, typer.Option("--student", help=options.NETWORK, metavar="NAME")] = None,
     net_arg: options.NetArg = None,
     init: options.Init = None,

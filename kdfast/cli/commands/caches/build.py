@@ -28,9 +28,7 @@ app = typer.Typer(invoke_without_command=True, cls=Group)
 @app.callback()
 def build(
     context: typer.Context,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
-    ] = None,
+    data: options.OptionalData = None,
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Teacher, T.pt.")] = None,
     teacher_net: options.TeacherNet = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the cache; the same command resumes it.")] = None,

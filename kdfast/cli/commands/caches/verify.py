@@ -14,9 +14,7 @@ from kdfast.errors import UsageError
 
 def verify(
     cache: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")],
-    data: Annotated[
-        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
-    ] = None,
+    data: options.OptionalData = None,
     teacher: Annotated[
         Path | None,
         typer.Option("--teacher", help="Teacher that the cache was made with, T.pt; imported logits have none."),

@@ -44,9 +44,7 @@ def reproduce(
     list_studies: Annotated[
         bool, typer.Option("--list", help="Print the studies, their cells and the images of one seed, and exit.")
     ] = False,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Source of data, as for `kdfast distill`.", metavar="PATH")
-    ] = None,
+    data: options.OptionalData = None,
     out: Annotated[
         Path | None,
         typer.Option(
