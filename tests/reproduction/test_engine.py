@@ -35,11 +35,13 @@ cells:
 @pytest.mark.parametrize(
     ("views", "epochs", "cached"),
     [
-        # 300 epochs of half the data by the first teacher, 100 of the other two, 150 of all data but the mixed.
+        # 300 epochs of half the data by the first teacher, 100 of the other two and of all data but the mixed, and 50
+        # of all data for the steps of half of it.
         (301, None, set()),
         (299, None, {1, 2, 3}),
-        (149, None, {1, 2, 3, 7, 9}),
-        (99, None, {1, 2, 3, 5, 6, 7, 9}),
+        (101, None, {1, 2, 3}),
+        (99, None, {1, 2, 3, 5, 6, 9}),
+        (49, None, {1, 2, 3, 5, 6, 7, 9}),
         (99, 40, {1, 2, 3}),
     ],
 )

@@ -16,8 +16,10 @@ def choose_targets(study: Study, cell: Cell, source: Source, config: RunConfig, 
     """Return where a run gets its teacher's logits from; None without a teacher.
 
     A cache holds all views of the cell's samples. It pays if the cells that share teacher and samples show them more
-    often than there are views. All cells of the study count, whichever of them are run, so that the answer is the same
-    in every command. Activations and the logits of mixed or drawn images only the teacher itself has.
+    often than there are views. All such cells of the study count, whichever of them are run, so that the answer is the
+    same in every command; but runs on all data for the steps of a fraction, often the only ones that are run, do not
+    wait for a cache that only runs of all epochs pay for. Activations and the logits of mixed or drawn images only the
+    teacher itself has.
 
     Args:
         study: The study.
@@ -30,17 +32,17 @@ def choose_targets(study: Study, cell: Cell, source: Source, config: RunConfig, 
         return None
     if not _is_cacheable(cell) or source.view_spec.is_drawn:
         return ONLINE
-    shared = _place(cell)
+    shared = _group(cell)
     shown = sum(
         compressed_epochs(study, other, epochs, len(source.train))
         for other in study.cells
-        if other.kd and _place(other) == shared and _is_cacheable(other)
+        if other.kd and _group(other) == shared and _is_cacheable(other)
     )
     return CACHE if (config.views or source.view_spec.count) < shown else ONLINE
 
 
-def _place(cell: Cell) -> tuple[object, ...]:
-    return cell.teacher, cell.teacher_fraction, cell.method, cell.fraction, cell.disjoint
+def _group(cell: Cell) -> tuple[object, ...]:
+    return cell.teacher, cell.teacher_fraction, cell.method, cell.fraction, cell.disjoint, cell.match_steps_of
 
 
 def _is_cacheable(cell: Cell) -> bool:
