@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import mmap
 import os
 import queue
 import threading
@@ -32,6 +33,10 @@ from kdfast.errors import BackendUnavailable, DataError, UsageError
 
 _BATCHES_AHEAD = 3
 _READ_BATCH = 1024
+# FFCV maps the file, and what it has read counts as memory of this process, up to 2 MB for an image, as the system may
+# map so much at a time. Of files larger than this, the pages are given back after so many images; they stay in the
+# system's cache.
+_KEPT_FILE, _KEPT_IMAGES = 256 << 20, 256
 _DECODING = threading.Lock()
 _INSTALL = (
     "install libopencv-dev, libturbojpeg0-dev and pkg-config, then run pip install 'kdfast[ffcv]', or use another data "
@@ -160,6 +165,8 @@ class BetonLoader:
         ffcv = load_ffcv()
         self._count = len(split)
         self.shape = split.shape
+        self._gives_back = split.path.stat().st_size > _KEPT_FILE
+        self._images_read = 0
         start = time.perf_counter()
         with _preserved_torch_threads():
             self._loader: Any = ffcv.loader.Loader(
@@ -217,6 +224,7 @@ class BetonLoader:
                 if threads:
                     torch.set_num_threads(threads)
                     threads = 0
+                self._give_back(len(batch))
                 yield batch
             if epoch.error is not None:
                 raise DataError(f"FFCV could not decode {self._loader.fname}: {epoch.error!r}") from epoch.error
@@ -224,6 +232,13 @@ class BetonLoader:
             _stop(epoch)
             if threads:
                 torch.set_num_threads(threads)
+
+    def _give_back(self, images: int) -> None:
+        """Count images that were read, and unmap the pages of a large file if there were many."""
+        self._images_read += images
+        if self._gives_back and self._images_read >= _KEPT_IMAGES:
+            self._loader.memory_manager.context.mmap._mmap.madvise(mmap.MADV_DONTNEED)
+            self._images_read = 0
 
 
 @functools.cache

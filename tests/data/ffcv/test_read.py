@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,6 +290,35 @@ def test_message_about_missing_ffcv_names_the_packages(opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv.loader.epoch_iterator", None)
     with pytest.raises(BackendUnavailable, match=r"kdfast\[ffcv\]"):
         BetonSplit(opened.path)
+
+
+def mapped_bytes(path):
+    """Return the bytes of a file's pages that count as memory of this process."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if not name.endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and name == "Rss:":
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def test_pages_of_large_files_do_not_stay_mapped(source, tmp_path, monkeypatch):
+    path = tmp_path / "large.beton"
+    write_beton(source, path)
+    split = BetonSplit(path)
+    keeps = BetonLoader(split)
+    load(keeps, np.arange(COUNT), 100)
+    assert mapped_bytes(path) > 0
+    keeps.close()
+    monkeypatch.setattr(beton, "_KEPT_FILE", 0)
+    monkeypatch.setattr(beton, "_KEPT_IMAGES", 200)
+    loader = BetonLoader(split)
+    found = load(loader, np.arange(COUNT), 100)
+    assert mapped_bytes(path) == 0
+    assert np.array_equal(torch.cat(found), source.images)
+    loader.close()
 
 
 def test_rejects_use_after_close(opened):
