@@ -1,0 +1,60 @@
+"""Copy the rows of a study from the folder of `kdfast reproduce` to bench/results, without the paths of this machine.
+
+    python bench/study_rows.py table1 --out runs/papers
+
+They replace bench/results/table1.jsonl; a row there that the folder lacks stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+
+FIELDS = (
+    "study", "dataset", "cell", "seed", "epochs", "compressed_to", "kept", "alpha", "views", "targets", "precision",
+    "teacher_top1", "test_top1", "test_top5", "steps", "images", "seconds", "torch",
+)  # fmt: skip
+_SAME = ("cell", "seed", "epochs", "compressed_to", "targets", "precision", "label_smoothing")
+
+
+def shorten(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader of a table needs of a row."""
+    machine = row["machine"]
+    smoothing = row["settings"].get("label_smoothing", 0)
+    return {name: row[name] for name in FIELDS} | {
+        "label_smoothing": smoothing,
+        "cpu": machine["device"],
+        "threads": machine["threads"],
+    }
+
+
+def identity(row: dict[str, Any]) -> str:
+    """Return what two rows of the same run share."""
+    return json.dumps([row[name] for name in _SAME], sort_keys=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Merge the rows and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("--out", type=Path, required=True, help="folder of `kdfast reproduce`")
+    arguments = parser.parse_args()
+    path = RESULTS / f"{arguments.study.replace('-', '_')}.jsonl"
+    found = read_rows(arguments.out / "results.jsonl")
+    new = [shorten(row) for row in found if row["study"] == arguments.study]
+    rows = {identity(row): row for row in [*read_rows(path), *new]}
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()))
+    print(f"{len(rows)} rows in {path}")
+
+
+if __name__ == "__main__":
+    main()
