@@ -122,8 +122,8 @@ def _check_places(given: dict[str, dict[str, str]], names: tuple[str, ...], *, c
 def _check_cache(cache: TeacherCache, names: tuple[str, ...], views: int) -> None:
     if cache.top_k is not None:
         raise CacheMismatch(
-            f"{cache.path} holds {cache.top_k.k} classes of each sample, and a term needs all: build a cache without "
-            "`top_k`, or pass `teacher` instead of `cache`"
+            f"{cache.path} holds {cache.top_k.k} classes of each sample, and a term needs all: build a cache of "
+            "features (`kind`) or of all classes, or pass `teacher` instead of `cache`"
         )
     if names and not cache.has_features:
         raise CacheMismatch(

@@ -41,7 +41,7 @@ class Reshaping:
         if cache.top_k is not None:
             raise CacheMismatch(
                 f"{cache.path} holds the {cache.top_k.k} most probable classes, and `reshape_logits` needs all: build "
-                "a cache without `top_k`, or omit it"
+                "a cache of features (`kind`) or of all classes, or omit it"
             )
         deviations = cache.identity_logits().std(axis=1, ddof=1, dtype=np.float64)
         count = np.bincount(labels, minlength=cache.classes)
