@@ -47,6 +47,20 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if bf16_is_fast(device) else "fp32"
 
 
+def network_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of a network's convolutions and products in `fp32`, or in mixed precision `bf16` or `fp16`."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which networks compute in a precision; in `fp32` it changes nothing."""
+    import torch
+
+    return torch.autocast(device.type, network_dtype(precision), enabled=precision != "fp32")
+
+
 def is_slower_than_float32(precision: str, device: torch.device) -> bool:
     """Return whether a network trains slower in this precision than in fp32, which happens on CPUs."""
     return device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and not bf16_is_fast(device)))

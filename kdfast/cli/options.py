@@ -159,7 +159,7 @@ Precision = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network: fp32, or bf16 or fp16 for automatic mixed precision. auto: bf16 where the "
+        help="Arithmetic of the networks: fp32, or bf16 or fp16 for automatic mixed precision. auto: bf16 where the "
         "device has instructions for it, else fp32.",
         metavar="auto|fp32|bf16|fp16",
         callback=parse_precision,

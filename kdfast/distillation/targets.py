@@ -17,6 +17,7 @@ from kdfast.data.loaders import fits_in_memory
 from kdfast.data.source import Source
 from kdfast.data.transfer import to_device
 from kdfast.data.views import ViewSpec, apply_views
+from kdfast.device import autocast, network_dtype
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.losses.base import Outputs
 from kdfast.distillation.losses.logits.reshaped import Reshaping
@@ -182,15 +183,26 @@ class OnlineTargets:
         spec: The data's set of views.
         device: Device of student and teacher.
         places: The teacher's activations to return too, by name.
+        precision: Arithmetic of the teacher: that of the run, since a teacher in float32 would take longer than the
+            student on hardware that multiplies fewer bits faster.
     """
 
     name = "online teacher"
 
-    def __init__(self, model: Model, spec: ViewSpec, device: torch.device, places: Places | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        spec: ViewSpec,
+        device: torch.device,
+        places: Places | None = None,
+        *,
+        precision: str = "fp32",
+    ) -> None:
         self._net = model.net.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self._normalization = model.normalization
         self._spec = spec
         self._taps = TapRecorder(self._net, places or {})
+        self._device, self._precision = device, precision
 
     @full_float32()
     @torch.no_grad()
@@ -204,10 +216,13 @@ class OnlineTargets:
         mixing: Tensor | None = None,
     ) -> Outputs:
         """Return the outputs for a batch, whose fields these are; see `Batch`."""
-        inputs = apply_views(images, view_ids, self._spec, self._normalization, sample_ids=ids, rows=rows, boxes=boxes)
+        inputs = apply_views(
+            images, view_ids, self._spec, self._normalization,
+            sample_ids=ids, rows=rows, boxes=boxes, dtype=network_dtype(self._precision),
+        )  # fmt: skip
         if mixing is not None:
             inputs = mix_images(inputs, mixing)
-        with self._taps:
+        with autocast(self._device, self._precision), self._taps:
             logits = self._net(inputs)
         return Outputs(logits, self._taps.take())
 
@@ -305,5 +320,5 @@ class TeacherTargets:
                 reshaping=reshaping,
             )  # fmt: skip
         if self.model is not None:
-            return OnlineTargets(self.model, source.view_spec, device, places)
+            return OnlineTargets(self.model, source.view_spec, device, places, precision=config.precision)
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast.data.stateless_random import Purpose, hash64
 from kdfast.data.views import apply_views
+from kdfast.device import autocast, network_dtype
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.cuda_graph import CapturedStep
 from kdfast.distillation.losses.base import BatchSamples, Outputs
@@ -33,8 +34,6 @@ from kdfast.nets.initial import build_started_net
 from kdfast.nets.taps import TapRecorder
 from kdfast.ops.float32 import full_float32
 from kdfast.ops.kd_loss import kd_loss
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -184,17 +183,16 @@ class Trainer:
         plan, config = self.plan, self.plan.config
         self._seed_process()
         self.optimizer.set_rate(self.step, self._step_on_device)
-        dtype = AUTOCAST.get(config.precision, torch.float32)
         spec = plan.source.view_spec
         ids, view_ids = batch.view_arguments(spec)
         inputs = apply_views(
             batch.images, view_ids, spec, plan.normalization,
-            sample_ids=ids, rows=batch.image_rows, boxes=batch.boxes, dtype=dtype,
+            sample_ids=ids, rows=batch.image_rows, boxes=batch.boxes,
+            dtype=network_dtype(config.precision),
         )  # fmt: skip
         if batch.mixing is not None:
             inputs = mix_images(inputs, batch.mixing)[batch.leading :]
-        autocast = torch.autocast(plan.device.type, dtype, enabled=config.precision in AUTOCAST)
-        with autocast, self._taps, self._batch_norms:
+        with autocast(plan.device, config.precision), self._taps, self._batch_norms:
             logits = self._network()(inputs)
         teacher_taps: dict[str, Tensor] = {}
         if isinstance(plan.targets, OnlineTargets):

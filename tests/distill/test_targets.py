@@ -12,7 +12,8 @@ from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
 from kdfast.distillation import targets as targets_module
 from kdfast.distillation.batches import Batches
-from kdfast.distillation.targets import CachedTargets, OnlineTargets
+from kdfast.distillation.config import RunConfig
+from kdfast.distillation.targets import CachedTargets, OnlineTargets, TeacherTargets
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache
@@ -62,6 +63,20 @@ def test_cached_logits_equal_online_logits(source, model: Model, cache: TeacherC
             assert ((batch.teacher.float() - computed).abs() <= 0.5 * spacing + 1e-5).all()
             seen += len(batch.ids)
     assert seen == 3 * len(IDS)
+
+
+def test_the_online_teacher_computes_in_the_precision_of_the_run(source, model: Model) -> None:
+    config = RunConfig(student="resnet8", epochs=1, views=VIEWS, precision="bf16")
+    narrow = TeacherTargets(model=model).open(source, IDS, config, CPU)
+    assert isinstance(narrow, OnlineTargets)
+    wide = OnlineTargets(model, source.view_spec, CPU)
+    batch = next(iter(make_batches(source, None).epoch(0)))
+    found, expected = (
+        targets.compute(batch.images, batch.image_rows, batch.view_ids, batch.ids).logits for targets in (narrow, wide)
+    )
+    assert (found.dtype, expected.dtype) == (torch.bfloat16, torch.float32)
+    largest = expected.abs().max()
+    assert 0 < (found.float() - expected).abs().max() < 0.03 * largest
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
