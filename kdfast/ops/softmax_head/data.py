@@ -34,6 +34,7 @@ CPU_TILE_BYTES = 16 * 2**20
 GPU_TILE_BYTES = 256 * 2**20
 FUSED_TILE_BYTES = 64 * 2**20
 MIN_TILE_ROWS = 256
+_KEPT_BYTES = 1 << 30
 
 
 class Tile(NamedTuple):
@@ -171,6 +172,19 @@ class HeadData:
         other._check_num_classes()
         return other
 
+    def with_kept_logits(self, weights: Tensor) -> HeadData:
+        """Like ``with_weights``, but compute the logits once, in float32, if they take less than 1 GiB."""
+        other = self.with_weights(weights)
+        one_block = isinstance(self.blocks, list) and len(self.blocks) == 1
+        if not one_block or 4 * self.num_rows * other.num_classes > _KEPT_BYTES:
+            return other
+        z = torch.empty(self.num_rows, other.num_classes, dtype=torch.float32, device=self.device)
+        for tile in other.tiles(dtype=torch.float32):
+            z[tile.start : tile.start + len(tile.x)] = tile.z
+        ((x, _, y, t),) = (split_block(block, self.prefix) for block in self.blocks)
+        other.blocks, other._weights = [(x, z, y, t)], None
+        return other
+
     def infer_num_classes(self) -> int:
         """Return C from the teacher logits, else the largest label plus one.
 
@@ -287,7 +301,7 @@ class HeadData:
         assert x is not None
         x = x.to(dtype)
         if self._weights is not None:
-            z = compute_logits(x, self._weights, self.bias)
+            z = compute_logits(x, self._weights.to(dtype), self.bias)
         assert z is not None
         return Tile(start, x, z.to(dtype), None if y is None else y.long(), None if t is None else t.to(dtype))
 

@@ -83,6 +83,8 @@ class HeadSolver:
         tol: Relative residual required.
         method: "auto", "cholesky" or "cg".
         max_iterations: Limit on the Hessian products of conjugate gradients; None: ten a weight, at most 10,000.
+        products: dtype of the Hessian products of conjugate gradients; float32 products, of relative error 1e-6, suit
+            loose tolerances.
         progress: Called with (done, total or 0 if unknown, note).
 
     Raises:
@@ -99,6 +101,7 @@ class HeadSolver:
         tol: float = 1e-6,
         method: str = "auto",
         max_iterations: int | None = None,
+        products: torch.dtype = torch.float64,
         progress: Progress | None = None,
     ) -> None:
         check_positive_l2(l2)
@@ -107,14 +110,14 @@ class HeadSolver:
             raise ShapeError(f"`method` is {method!r}: pass 'auto', 'cholesky' or 'cg'")
         data.require_multiple_passes("a solve")
         self.data, self.l2, self.loss, self.tol = data, l2, loss or LossConfig(), tol
-        self.max_iterations, self.progress = max_iterations, progress
+        self.max_iterations, self.progress, self.products = max_iterations, progress, products
         if method == "auto":
             method = "cholesky" if data.num_classes * data.dim <= CHOLESKY_LIMIT else "cg"
         self.method = method
 
     def operator(self, v: Tensor) -> Tensor:
         """Return H V for ``v`` (K, C, D) float64."""
-        return hessian_products(self.data, v, self.l2, self.loss)
+        return hessian_products(self.data, v.to(self.products), self.l2, self.loss).double()
 
     def prepare(self) -> None:
         """Compute the factor or the preconditioner, which reads the data once; by default the first solve does.
