@@ -1,0 +1,1 @@
+"""The `kdfast teacher` commands."""
