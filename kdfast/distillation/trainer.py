@@ -273,11 +273,10 @@ class Trainer:
         teacher = batch.teacher if rows is None else batch.teacher.index_select(0, rows)
         if self._cached_features is not None:
             teacher_taps = self._cached_features.take(batch.ids)
-        taps = {name: x.float() for name, x in self._taps.take().items()}
         with self._batch_norms:
             terms: Tensor = self.terms(
-                Outputs(logits.float(), taps),
-                Outputs(teacher.float(), teacher_taps),
+                Outputs(logits, self._taps.take()).in_float32(),
+                Outputs(teacher, teacher_taps).in_float32(),
                 self.labels[batch.ids],
                 BatchSamples(batch.ids, self._step_on_device, self.plan.distributed.gather),
                 initial=self.in_initial_phase,

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network computed for a batch, in float32 or wider: squares and variances need the digits.
+    """What a network computed for a batch; terms get it in float32, since squares and variances need the digits.
 
     Attributes:
         logits: (B, C).
@@ -25,6 +25,10 @@ class Outputs:
 
     logits: Tensor
     taps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def in_float32(self) -> Outputs:
+        """Return the outputs in float32."""
+        return Outputs(self.logits.float(), {name: tap.float() for name, tap in self.taps.items()})
 
     def at(self, names: tuple[str, ...]) -> list[Tensor]:
         """Return the activations of these taps."""
