@@ -54,7 +54,7 @@ class RunConfig:
         taps: Where the terms read activations, if not at the default places: (`student.TAP` or `teacher.TAP`, place)
             each; see `kdfast.nets.taps`.
         initial_epochs: Epochs of the phase in which terms train alone that ask for one, the first of the run's epochs;
-            None for an eighth if there is such a term, else 0.
+            None for an eighth if there is such a term, at least one but not all of them; else 0.
         reshape_logits: Whether the teacher's logits are reshaped; see `kdfast.distillation.losses.logits.reshaped`.
         terms_warmup_epochs: Epochs over which the terms' weights rise linearly from 0, after the initial phase.
         optimizer: A key of `OPTIMIZERS`.
@@ -141,8 +141,11 @@ class RunConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
         check_integer("initial_epochs", self.initial_epochs or 0, 0)
-        if (self.initial_epochs or 0) > self.epochs:
-            raise UsageError(f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs: lower it")
+        if self.initial_epochs and self.initial_epochs >= self.epochs:
+            raise UsageError(
+                f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs, which leaves none for the "
+                "student: lower it"
+            )
         if self.terms_warmup_epochs and not self.terms:
             raise UsageError(
                 f"`terms_warmup_epochs` is {self.terms_warmup_epochs:g}, and the loss has no terms: omit it, or add "
@@ -186,7 +189,9 @@ class RunConfig:
         """Epochs of the initial phase."""
         if self.initial_epochs is not None:
             return self.initial_epochs
-        return round(INITIAL_SHARE * self.epochs) if self._has_initial_phase() else 0
+        if not self._has_initial_phase():
+            return 0
+        return min(max(1, round(INITIAL_SHARE * self.epochs)), self.epochs - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; those of `OPTIONAL` only where they are not the default.

@@ -76,7 +76,7 @@ class TapRecorder:
 
     def __init__(self, net: nn.Module, places: Mapping[str, str]) -> None:
         modules = dict(net.named_modules())
-        self._taken: dict[str, Tensor] = {}
+        self._taken: dict[str, tuple[Tensor, int]] = {}
         self._hooks: list[tuple[nn.Module, str, bool]] = []
         for name, place in places.items():
             module = place.removesuffix(INPUT)
@@ -106,19 +106,29 @@ class TapRecorder:
             self._open = None
 
     def take(self) -> dict[str, Tensor]:
-        """Return the activations of the last forward pass by name, and forget them."""
+        """Return the activations of the last forward pass by name, and forget them.
+
+        Raises:
+            UsageError: The network has changed one in place since it was read, as ReLU(inplace=True) does.
+        """
         taken, self._taken = self._taken, {}
-        return taken
+        for name, (activation, version) in taken.items():
+            if activation._version != version:
+                raise UsageError(
+                    f"`tap`: the network changes {name!r} in place after it is read, as ReLU(inplace=True) does: "
+                    "choose another place, or change the network"
+                )
+        return {name: activation for name, (activation, _) in taken.items()}
 
     def _before(self, name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._taken[name] = _tensor(name, inputs[0])
+            self._taken[name] = _versioned(name, inputs[0])
 
         return hook
 
     def _after(self, name: str) -> Any:
         def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-            self._taken[name] = _tensor(name, output)
+            self._taken[name] = _versioned(name, output)
 
         return hook
 
@@ -127,7 +137,8 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> AbstractContextManage
     return handle
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _versioned(name: str, value: Any) -> tuple[Tensor, int]:
+    """Return an activation, and the number of changes in place that it has seen."""
     if not isinstance(value, Tensor):
         raise UsageError(f"`tap`: {name!r} is a {type(value).__name__}, not a tensor: choose another module")
-    return value
+    return value, value._version

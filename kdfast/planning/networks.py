@@ -98,8 +98,8 @@ def time_step(
         budget: Seconds of the timing.
         initial: Whether to time the steps in which some terms train alone.
     """
-    epochs = max(1, _STEPS * config.batch_size // len(sample.ids))
-    phase = epochs if initial else 0 if config.terms else None
+    epochs = max(2, _STEPS * config.batch_size // len(sample.ids))
+    phase = epochs - 1 if initial else 0 if config.terms else None
     config = dataclasses.replace(config, epochs=epochs, initial_epochs=phase)
     inputs = LoadedInputs(sample.source, sample.open_loader(device), PLAIN, teacher)
     trainer = Trainer(inputs.plan(config, sample.ids, device=device, execution=execution))

@@ -94,6 +94,12 @@ def announce_unused(config: RunConfig, cache: str | None, teacher: str | None) -
     if config.cross_entropy_weight == 0:
         why = f"the weight of the cross-entropy is 0 (--alpha is {config.alpha:g})"
         announce_no_effect({"--label-smoothing": bool(config.label_smoothing)}, why)
+    phase = config.initial_phase
+    for term in config.terms:
+        if term.entry.initial and not phase:
+            announce_no_effect({f"--kd-term {term.name}": True}, "there is no epoch in which it trains alone")
+        if term.entry.prepares and not phase and not MODE.quiet:
+            complain(f"kdfast: {term.name} is not fitted to the teacher: there is no epoch for it")
 
 
 def announce_no_effect(given: Mapping[str, bool], why: str) -> None:

@@ -132,8 +132,9 @@ def _check_cache(cache: TeacherCache, names: tuple[str, ...], views: int) -> Non
         )
     if set(names) <= set(POOLED) and (views == 1 or not names):
         return
-    what = f"{views} views" if set(names) <= set(POOLED) else f"its {', '.join(n for n in names if n not in POOLED)}"
+    others = ", ".join(name for name in names if name not in POOLED)
+    what, also = (f"its {others}", "") if others else (f"{views} views", ", or pass `views` 1")
     raise CacheMismatch(
         f"a term needs the teacher's activations for {what}, and a cache holds pooled features of the unaugmented "
-        "image: pass `teacher` instead of `cache`, or `views` 1 for a term of pooled features"
+        f"image: pass `teacher` instead of `cache`{also}"
     )

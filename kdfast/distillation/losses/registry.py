@@ -13,7 +13,7 @@ from kdfast.distillation.losses.features.probabilities import PROBABILITIES
 from kdfast.distillation.losses.features.relations import RELATIONS
 from kdfast.distillation.losses.features.review import REVIEW
 from kdfast.distillation.losses.features.selectivity import SELECTIVITY
-from kdfast.distillation.losses.features.similarity import SIMILARITY
+from kdfast.distillation.losses.features.similarity import POOLED_SIMILARITY, SIMILARITY
 from kdfast.distillation.losses.features.variational import VARIATIONAL_INFORMATION
 from kdfast.distillation.losses.logits.correlation import CORRELATION
 from kdfast.distillation.losses.logits.decoupled import DECOUPLED
@@ -38,6 +38,7 @@ LOSSES: dict[str, TermEntry] = {
     "pkt": PROBABILITIES,
     "rkd": RELATIONS,
     "sp": SIMILARITY,
+    "sp-pooled": POOLED_SIMILARITY,
     "vid": VARIATIONAL_INFORMATION,
     "review": REVIEW,
     "crd": CONTRASTIVE,

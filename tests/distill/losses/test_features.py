@@ -202,9 +202,10 @@ def test_relations_keep_no_buffer_of_all_triples(monkeypatch):
     assert max(sizes) <= size**2
 
 
-def test_similarity(student, teacher, labels, shapes):
-    s, t = (unit((g := array(x.taps["stage3"]).reshape(len(x.logits), -1)) @ g.T, 1) for x in (student, teacher))
-    check(build("sp", shapes)(student, teacher, labels), ((s - t) ** 2).sum() / len(s) ** 2)
+@pytest.mark.parametrize(("name", "tap"), [("sp", "stage3"), ("sp-pooled", "pooled")])
+def test_similarity(student, teacher, labels, shapes, name, tap):
+    s, t = (unit((g := array(x.taps[tap]).reshape(len(x.logits), -1)) @ g.T, 1) for x in (student, teacher))
+    check(build(name, shapes)(student, teacher, labels), ((s - t) ** 2).sum() / len(s) ** 2)
 
 
 def test_variational_information(student, teacher, labels, shapes):

@@ -18,6 +18,7 @@ from kdfast.distillation.trainer import Trainer
 from kdfast.errors import CacheMismatch, UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.nets.taps import TapRecorder
 from kdfast.teacher.build import build_cache
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.row_format import TopK
@@ -84,6 +85,67 @@ def test_every_term_changes_the_student_and_trains_its_own_parameters(inputs, na
     run(trainer)
     assert not same(plain, weights(trainer))
     assert all(not torch.equal(x, before[key]) for key, x in trainer.terms.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:the term crd")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_term_computes_in_float32_at_any_precision(inputs, name, precision, monkeypatch):
+    trainer = make_trainer(inputs, terms=(TermSetting(name),), initial_epochs=0, precision=precision)
+    seen = []
+    compute = trainer.terms.forward
+
+    def spy(student, teacher, *args, **options):
+        seen.extend(x.dtype for side in (student, teacher) for x in (side.logits, *side.taps.values()))
+        assert teacher.taps.keys() == student.taps.keys()
+        return compute(student, teacher, *args, **options)
+
+    monkeypatch.setattr(trainer.terms, "forward", spy)
+    run(trainer, steps=1)
+    assert len(seen) == 2 * (1 + len(LOSSES[name].taps))
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "initial", "expected"),
+    [(1, None, 0), (2, None, 1), (4, None, 1), (8, None, 1), (60, None, 8), (9, 0, 0)],
+)
+def test_the_initial_phase_is_an_eighth_at_least_one_epoch_and_never_all(epochs, initial, expected):
+    config = dataclasses.replace(CONFIG, epochs=epochs, terms=(TermSetting("ab"),), initial_epochs=initial)
+    assert config.initial_phase == expected
+    with pytest.raises(UsageError, match=f"`initial_epochs` is {epochs} of {epochs} epochs, which leaves none"):
+        dataclasses.replace(config, initial_epochs=epochs)
+
+
+class InPlace(torch.nn.Module):
+    """A network that changes what enters its activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.relu(self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("place", "changed"), [("relu@input", True), ("first", True), ("relu", False)])
+def test_a_tap_that_the_network_changes_in_place_is_refused(place, changed):
+    net = InPlace()
+    with TapRecorder(net, {"stage1": place}) as taps, torch.no_grad():
+        net(torch.randn(2, 3, 8, 8))
+    if changed:
+        with pytest.raises(UsageError, match="changes 'stage1' in place"):
+            taps.take()
+    else:
+        assert taps.take()["stage1"].min() == 0
+
+
+def test_pooled_features_of_a_cache_serve_similarity(inputs, cached_inputs):
+    config = dataclasses.replace(CONFIG, terms=(TermSetting("sp-pooled"),))
+    online, cached = (make_trainer(given, config) for given in (inputs, cached_inputs))
+    assert same(weights(run(make_trainer(cached_inputs, config))), weights(run(cached)))
+    assert not same(weights(run(make_trainer(cached_inputs))), weights(cached))
+    run(online)
 
 
 def test_terms_leave_the_initial_weights_alone_and_a_weight_of_zero_the_final_ones(inputs):
