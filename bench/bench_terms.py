@@ -63,13 +63,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(options.teacher, options.samples, Path(folder))
-    config = RunConfig(options.student, epochs=1, batch_size=BATCH, alpha=0.5, lr=1e-3, views=1)
+    config = RunConfig(options.student, epochs=2, batch_size=BATCH, alpha=0.5, lr=1e-3, views=1)
     ids = np.arange(options.samples, dtype=np.int64)
     steps = {}
     for name in ("none", *LOSSES):
         terms = () if name == "none" else (TermSetting(name),)
-        # A term that trains alone first costs nothing later.
-        initial = 1 if any(term.entry.initial for term in terms) else None
+        # A term that trains alone first costs nothing later, and one that is prepared first costs more then.
+        initial = int(any(term.entry.initial for term in terms))
         settings = dataclasses.replace(config, terms=terms, initial_epochs=initial)
         trainer = Trainer(inputs.plan(settings, ids, device=device))
         batch = next(iter(trainer.batches.epoch(0, 0)))
