@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdfast.ops import huge_pages
 from kdfast.ops.huge_pages import MIN_BYTES, new_large
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -27,8 +28,16 @@ def test_only_large_tensors_ask_for_huge_pages():
     assert "hg" in flags_of_page(large.data_ptr() + LARGE // 2)
     other = torch.empty(LARGE // 4)
     assert "hg" not in flags_of_page(other.data_ptr() + LARGE // 2)
-    small = new_large(torch.empty(0), (1000,))
-    assert "hg" not in flags_of_page(small.data_ptr())
+
+
+def test_small_tensors_do_not_ask(monkeypatch):
+    # Their pages may have the flag all the same: NumPy asks for huge pages in memory that is used again.
+    asked = []
+    monkeypatch.setattr(huge_pages, "_advise", lambda: lambda *call: asked.append(call))
+    new_large(torch.empty(0), (1000,))
+    assert not asked
+    new_large(torch.empty(0), (LARGE // 4,))
+    assert len(asked) == 1
 
 
 def test_shape_dtype_and_device_are_those_asked_for():
