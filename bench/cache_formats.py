@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, machine, run_kdfast, table
+from harness import RESULTS, machine, read_rows, run_kdfast, table
 
 from kdfast.sweep.summary import half_width
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    rows = read_rows(LOG)
     found = {(row["student"], row["format"], row["seed"]): row["test_top1"] for row in rows}
     for seed in range(options.seeds):
         for name in FORMATS:

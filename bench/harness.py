@@ -94,6 +94,11 @@ def run_kdfast(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "kdfast", *words], check=True)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file with a JSON object in each line; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def cuda_peak(call: Callable[[], Any]) -> int:
     """Return the peak increase in allocated GPU memory during a call, in bytes."""
     torch.cuda.reset_peak_memory_stats()

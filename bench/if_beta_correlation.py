@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import write_results
+from harness import read_rows, write_results
 from scipy.stats import spearmanr
 
 from kdfast.data.holdout import hold_out
@@ -62,7 +62,7 @@ STUDENT_STEP = 1 << 20
 def train_students(source: Source, sampler: StratifiedSampler, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the file after training up to `--students` more students."""
     out: Path = options.out
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    rows = read_rows(out)
     done = {(row["a"], row["b"], row["seed"]) for row in rows}
     missing = [(a, b) for a, b in POLICIES if (a, b, options.seed) not in done]
     for a, b in missing[: options.students]:

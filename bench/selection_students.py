@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, run_kdfast
+from harness import RESULTS, read_rows, run_kdfast
 
 from kdfast.sweep.summary import half_width
 
@@ -176,11 +176,6 @@ def train_all(
                     if row["seed"] == seed and row["fraction"] == share:
                         method = label or (BWS.split(":start")[0] if "/bws" in row["method"] else row["method"])
                         yield {**row, "method": method, "compared_at": fraction, "kind": kind}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a results file; none if it is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def keep(name: str, rows: Iterator[dict[str, Any]]) -> None:

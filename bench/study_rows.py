@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS
+from harness import RESULTS, read_rows
 
 FIELDS = (
     "study", "dataset", "cell", "seed", "epochs", "compressed_to", "kept", "alpha", "views", "targets", "precision",
@@ -35,11 +35,6 @@ def shorten(row: dict[str, Any]) -> dict[str, Any]:
 def identity(row: dict[str, Any]) -> str:
     """Return what two rows of the same run share."""
     return json.dumps([row[name] for name in _SAME], sort_keys=True)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; none if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ InitialEpochs = Annotated[
     typer.Option(
         "--initial-epochs",
         help="The first epochs of --epochs, in which ab and fsp train alone and ft is prepared. Default: an eighth of "
-        "--epochs if there is such a term.",
+        "--epochs, at least one and not all, if there is such a term.",
         min=0,
     ),
 ]
