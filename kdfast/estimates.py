@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from kdfast.data.source import Source, Split
 from kdfast.data.stateless_random import IntArray
+from kdfast.device import autocast
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
 from kdfast.nets.head import forward_with_features
@@ -81,14 +82,15 @@ def row_builder(
 
 
 def estimate_training(
-    net: str, source: Source, device: torch.device, *, steps: int, batch_size: int, forwards: int
+    net: str, source: Source, device: torch.device, *, precision: str, steps: int, batch_size: int, forwards: int
 ) -> float | None:
-    """Return the seconds that training takes in float32, or None if it has few steps.
+    """Return the seconds that training takes, or None if it has few steps.
 
     Args:
         net: Name of the network.
         source: The data.
         device: Where to compute.
+        precision: `fp32`, or `bf16` or `fp16` for mixed precision.
         steps: Steps of training.
         batch_size: Images of a step.
         forwards: Images that are only classified besides.
@@ -96,15 +98,19 @@ def estimate_training(
     if steps < _FEW:
         return None
     with torch.random.fork_rng(devices=[]):
-        network = build_net(net, len(source.classes)).to(device).train()
+        network = build_net(net, len(source.classes)).train()
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.rand(batch_size, 3, *source.view_spec.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def step() -> None:
-        F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+        with autocast(device, precision):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def classify() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             network(images)
 
     return _timed(step, device) * steps + _timed(classify, device) * forwards / batch_size

@@ -200,6 +200,7 @@ def _estimate(
         settings.student,
         source,
         device,
+        precision=settings.precision,
         steps=-(-int(samples * recording.keep) // settings.batch_size) * settings.epochs * runs,
         batch_size=settings.batch_size,
         forwards=samples * epochs * runs,

@@ -87,7 +87,7 @@ def make_budget(
 
 def run_costs(session: ReproductionSession, runs: Sequence[StudyRun]) -> dict[str, RunCost]:
     """Return what each run costs, by its key."""
-    timing = Timing(session.source, session.device)
+    timing = Timing(session.source, session.device, session.config.precision)
     costs = {}
     for run in runs:
         kept = round(run.cell.fraction * len(session.source.train))
@@ -122,15 +122,16 @@ def measured_rate(
 
 
 class Timing:
-    """Seconds per image of networks on this machine, timed once each in float32.
+    """Seconds per image of networks on this machine, timed once each.
 
     Args:
         source: The data, for the size of the images.
         device: Where to compute.
+        precision: Arithmetic of the networks.
     """
 
-    def __init__(self, source: Source, device: torch.device) -> None:
-        self._source, self._device = source, device
+    def __init__(self, source: Source, device: torch.device, precision: str) -> None:
+        self._source, self._device, self._precision = source, device, precision
         self._known: dict[str, tuple[float, float]] = {}
 
     def step(self, net: str) -> float:
@@ -145,7 +146,13 @@ class Timing:
         if net not in self._known:
             batch = 64
             time_of: Callable[[int], float | None] = lambda forwards: estimate_training(  # noqa: E731
-                net, self._source, self._device, steps=_STEPS, batch_size=batch, forwards=forwards
+                net,
+                self._source,
+                self._device,
+                precision=self._precision,
+                steps=_STEPS,
+                batch_size=batch,
+                forwards=forwards,
             )
             images = _STEPS * batch
             training, both = time_of(0) or 0.0, time_of(images) or 0.0
