@@ -62,6 +62,20 @@ def test_the_merged_cache_has_the_bytes_of_one_process(source, teacher, tmp_path
     merge_parts(folders, tmp_path / "merged")  # it is there already
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "features"}, {"ids": SOME}])
+def test_a_cache_of_one_shard_is_whole_in_one_part(source, teacher, tmp_path, options):
+    build_cache(source, teacher, tmp_path / "one", **options)
+    folders = [tmp_path / f"part-{rank}" for rank in range(3)]
+    for rank, folder in enumerate(folders):
+        build_cache(source, teacher, folder, rank=rank, world=3, part=True, **options)
+    merge_parts(folders, tmp_path / "merged")
+    assert file_contents(tmp_path / "merged") == file_contents(tmp_path / "one")
+    merge_parts(folders, tmp_path / "merged")  # it is there already
+    file = folders[0] / "logits-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    refuse(folders, tmp_path / "again", f"{folders[0]} is damaged")
+
+
 def test_parts_in_one_folder_are_whole_once_the_last_is_done(source, teacher, tmp_path):
     build_cache(source, teacher, tmp_path / "one", shard_bytes=SHARD)
     done = [
@@ -112,7 +126,9 @@ def test_incomplete_and_foreign_parts_are_refused(source, teacher, new_teacher, 
     division = build_parts(source, teacher, tmp_path / "division", world=2, ranks=[1])
     refuse([*copies[:2], *division], out, "holds part 0/3, and .* part 1/2: merge parts of one division")
     build_cache(source, teacher, tmp_path / "whole", shard_bytes=SHARD)
-    refuse([tmp_path / "whole", *copies], out, "is a whole cache")
+    refuse([tmp_path / "whole"], out, "is a whole cache")
+    build_cache(source, new_teacher(seed=1), tmp_path / "other_whole", shard_bytes=SHARD)
+    refuse([*copies, tmp_path / "other_whole"], out, "is a part of another cache than .*: teacher.digest is")
     refuse([*copies, tmp_path / "nowhere"], out, "not a finished cache")
 
 

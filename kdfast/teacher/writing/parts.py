@@ -32,8 +32,18 @@ from kdfast.files.arrays import read_npy
 from kdfast.files.space import check_space
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
+from kdfast.teacher.checks import check_intact
 from kdfast.teacher.evaluate import evaluate
-from kdfast.teacher.manifest import BUILDING, COVERAGE, MANIFEST, compare_manifests, read_plan, read_sealed_json
+from kdfast.teacher.manifest import (
+    BUILDING,
+    COVERAGE,
+    MANIFEST,
+    TIMING,
+    compare_manifests,
+    read_manifest,
+    read_plan,
+    read_sealed_json,
+)
 from kdfast.teacher.plan import check_cache_folder, write_or_check_plan
 from kdfast.teacher.writing.finish import EXTRAS, join_shards, reuse_finished, seal_shards, write_extras
 from kdfast.teacher.writing.shards import ShardBuilder, ShardFiles
@@ -80,7 +90,8 @@ def write_part(
 def merge_parts(folders: Sequence[Path], out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Make one cache of its parts, with the bytes of a cache that one process has built. The same call resumes.
 
-    Every file is compared with its digest once it is copied; the parts stay.
+    Every file is compared with its digest; the parts stay. Of a cache of a single shard, one part is already whole: it
+    is copied.
 
     Args:
         folders: The parts, which `build_cache` has written with `part`.
@@ -98,20 +109,38 @@ def merge_parts(folders: Sequence[Path], out: Path, *, progress: Progress | None
     """
     if any(out.resolve() == folder.resolve() for folder in folders):
         raise UsageError(f"`out` is {out}, which is one of the parts: choose a new folder")
-    plan = _read_plans(folders)
+    whole = [folder for folder in folders if (folder / MANIFEST).exists()]
+    unfinished = [folder for folder in folders if folder not in whole]
+    if not unfinished:
+        raise CacheMismatch(
+            f"{folders[0]} is a whole cache: use it as it is, and merge parts that kdfast cache --shard has written"
+        )
+    plan = _read_plans(unfinished)
+    for folder in whole:
+        _check_same_cache(folder, read_manifest(folder), unfinished[0], plan)
     digest = sha256_json(plan)
-    parts = _check_complete([part for folder in folders for part in _read_parts(folder, digest)])
+    parts = [] if whole else _check_complete([part for folder in folders for part in _read_parts(folder, digest)])
     check_cache_folder(out)
     if (out / MANIFEST).exists():
         reuse_finished(out, plan)
-        return plan
+    elif whole:
+        _copy_whole(whole[0], out, plan)
+    else:
+        _merge(folders, parts, plan, out, progress)
+    return plan
+
+
+def _merge(
+    folders: Sequence[Path], parts: list[_Part], plan: dict[str, Any], out: Path, progress: Progress | None
+) -> None:
+    """Copy the shards of all parts to a folder and finish the cache."""
     size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*.npy"))
     check_space(out, size, "the cache")
     check_writable(out)
     coverage = np.arange(plan["coverage"]["samples"], dtype=np.int64)
     if not plan["coverage"]["whole"]:
         coverage = read_npy(parts[0].folder / COVERAGE, shape=coverage.shape, dtype=np.int64, error=CacheMismatch)
-    merged = ShardFiles(out, digest, coverage, plan["per_shard"])
+    merged = ShardFiles(out, sha256_json(plan), coverage, plan["per_shard"])
     make_subfolder(out, BUILDING)
     with FolderLock(out / BUILDING):
         write_or_check_plan(out, plan)
@@ -127,28 +156,45 @@ def merge_parts(folders: Sequence[Path], out: Path, *, progress: Progress | None
         results = {"train_top1": 100 * float(correct) / len(coverage), "test_top1": parts[0].test_top1}
         seal_shards(merged, plan, extras, results)
     shutil.rmtree(out / BUILDING)
-    return plan
+
+
+def _copy_whole(folder: Path, out: Path, plan: dict[str, Any]) -> None:
+    """Copy a finished cache, its manifest last.
+
+    Raises:
+        CacheMismatch: A file is missing or damaged.
+    """
+    files = read_manifest(folder)["files"]
+    check_intact(folder, files)
+    check_space(out, sum(file["bytes"] for file in files.values()), "the cache")
+    check_writable(out)
+    make_subfolder(out, BUILDING)
+    with FolderLock(out / BUILDING):
+        write_or_check_plan(out, plan)
+        for name in (*files, TIMING, MANIFEST):
+            _copy(folder / name, out / name)
+    shutil.rmtree(out / BUILDING)
 
 
 def _read_plans(folders: Sequence[Path]) -> dict[str, Any]:
     """Return the plan of all parts, which must be the same, and check that no process still works on them."""
     plans = []
     for folder in folders:
-        if (folder / MANIFEST).exists():
-            raise CacheMismatch(
-                f"{folder} is a whole cache: use it as it is, and merge parts that kdfast cache --shard has written"
-            )
         plans.append(read_plan(folder))
         for rank in folder.glob(f"{BUILDING}/rank-*"):
             check_unlocked(rank)
-        # Plans of logits do not name their kind.
-        first, other = ({"kind": "logits", **plan} for plan in (plans[0], plans[-1]))
-        if differing := compare_manifests(other, first):
-            raise CacheMismatch(
-                f"{folder} is a part of another cache than {folders[0]}: {'; '.join(differing)}. Merge parts that were "
-                "made with the same options"
-            )
+        _check_same_cache(folder, plans[-1], folders[0], plans[0])
     return plans[0]
+
+
+def _check_same_cache(folder: Path, found: dict[str, Any], first: Path, plan: dict[str, Any]) -> None:
+    """Check that a folder's plan or manifest agrees with the plan of the first part."""
+    # Plans of logits do not name their kind.
+    if differing := compare_manifests({"kind": "logits", **found}, {"kind": "logits", **plan}):
+        raise CacheMismatch(
+            f"{folder} is a part of another cache than {first}: {'; '.join(differing)}. Merge parts that were "
+            "made with the same options"
+        )
 
 
 def _read_parts(folder: Path, digest: str) -> list[_Part]:
