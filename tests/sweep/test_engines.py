@@ -16,6 +16,7 @@ from kdfast.errors import DivergedError, Interrupted, KdfastError, OutputError, 
 from kdfast.sweep.parallel import engine as engines
 from kdfast.sweep.parallel.command import check_locks, running_command
 from kdfast.sweep.parallel.engine import EngineConfig, choose_engine
+from kdfast.sweep.parallel.processes import Processes
 from kdfast.sweep.parallel.ray_tasks import RayTasks
 from kdfast.sweep.parallel.watch import watch
 from kdfast.sweep.parallel.worker import Task
@@ -139,9 +140,9 @@ class Workers:
     [
         ([], "", True, None, 4),
         ([Interrupted("stopped")], "", True, None, 4),  # other workers have done its runs
-        ([], "exit codes -9, 0", True, None, 4),
+        ([], "exit code -9", True, None, 4),
         ([Interrupted("stopped")], "", False, "stopped", 4),
-        ([], "exit codes -9", False, r"ended early \(exit codes -9\): run the same command again", 4),
+        ([], "exit code -9", False, r"ended early \(exit code -9\): run the same command again", 4),
         ([DivergedError("not finite"), Interrupted("stopped")], "", False, "not finite", 4),
         ([DivergedError("not finite"), OutputError("the disk is full")], "", False, "the disk is full", 1),
     ],
@@ -157,9 +158,16 @@ def test_errors_of_workers(
     runs: Any = [SimpleNamespace(key=key) for key in KEYS]
     workers = Workers(errors, lost, lambda: [log.append({"key": key}) for key in KEYS if finished])
     told: list[str] = []
+    said: list[str] = []
 
     def start() -> None:
-        watch(workers, runs, log, on_row=lambda row: told.append(row["key"]))
+        watch(
+            workers,
+            runs,
+            log,
+            on_row=lambda row: told.append(row["key"]),
+            progress=lambda done, total, status: said.append(status),
+        )
 
     if raised is None:
         start()
@@ -169,6 +177,16 @@ def test_errors_of_workers(
     assert workers.stopped
     assert workers.looks == looks
     assert told == (KEYS if finished else [])
+    assert set(said) <= {f"workers; ended early: {lost}" if lost else "workers"}
+
+
+def test_a_killed_process_is_counted_out_and_named() -> None:
+    processes = Processes.__new__(Processes)
+    ended = [SimpleNamespace(exitcode=code, is_alive=lambda code=code: code is None) for code in (None, -9, None, 0)]
+    processes._processes = ended  # type: ignore[assignment]
+    assert (processes.describe(), processes.lost()) == ("2 processes", "exit code -9")
+    del ended[2], ended[2]
+    assert processes.describe() == "1 process"
 
 
 def test_a_check_that_fails_stops_the_workers(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ class Processes:
             raise
 
     def describe(self) -> str:
-        """Return how many processes there are."""
-        return f"{len(self._processes)} processes"
+        """Return how many processes have not ended."""
+        alive = sum(process.is_alive() for process in self._processes)
+        return "1 process" if alive == 1 else f"{alive} processes"
 
     def have_ended(self) -> bool:
         """Return whether no process is alive."""
@@ -61,9 +62,10 @@ class Processes:
         return self._errors
 
     def lost(self) -> str:
-        """Return the exit codes if one is not 0."""
-        codes = [process.exitcode for process in self._processes]
-        return f"exit codes {', '.join(map(str, codes))}" if any(codes) else ""
+        """Return the exit codes other than 0."""
+        codes = [process.exitcode for process in self._processes if process.exitcode]
+        name = "exit code" if len(codes) == 1 else "exit codes"
+        return f"{name} {', '.join(map(str, codes))}" if codes else ""
 
 
 @contextlib.contextmanager

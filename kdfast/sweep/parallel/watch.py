@@ -31,7 +31,7 @@ class Workers(Protocol):
         """Return the errors that workers have ended with so far."""
 
     def lost(self) -> str:
-        """Return how workers ended that could return nothing, such as "exit codes -9", or an empty text."""
+        """Return how workers ended that could return nothing, such as "exit code -9", or an empty text."""
 
 
 def watch(
@@ -68,7 +68,7 @@ def watch(
             done = report_rows(log, runs, done, on_row)
             count = sum(run.key in done for run in runs)
             if progress is not None:
-                progress(count, len(runs), workers.describe())
+                progress(count, len(runs), _status(workers))
             if count == len(runs):
                 complete = complete or time.monotonic()
                 if time.monotonic() > complete + _CLEAR_UP_SECONDS:
@@ -86,6 +86,12 @@ def watch(
             f"workers of this command ended early ({workers.lost() or 'no error'}): run the same command again to "
             "resume"
         )
+
+
+def _status(workers: Workers) -> str:
+    """Return what runs, and what has ended early; the others do its runs."""
+    lost = workers.lost()
+    return f"{workers.describe()}; ended early: {lost}" if lost else workers.describe()
 
 
 def _is_final(error: KdfastError) -> bool:
