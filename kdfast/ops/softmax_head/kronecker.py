@@ -21,7 +21,14 @@ from kdfast.ops.softmax_head.dense_hessian import append_bias
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 from kdfast.progress import Progress
 
-__all__ = ["Factors", "kronecker_factors", "kronecker_self_influence"]
+__all__ = ["Factors", "FeatureFactor", "feature_factor", "kronecker_factors", "kronecker_self_influence"]
+
+
+class FeatureFactor(NamedTuple):
+    """Eigenvalues (D,) and eigenvectors (D, D) of the mean of h h^T, which depend on no weights; float64."""
+
+    values: Tensor
+    vectors: Tensor
 
 
 class Factors(NamedTuple):
@@ -35,8 +42,37 @@ class Factors(NamedTuple):
     scale: Tensor
 
 
-def kronecker_factors(data: HeadData, l2: float, loss: LossConfig, progress: Progress | None, note: str) -> Factors:
+def feature_factor(data: HeadData) -> FeatureFactor:
+    """Read the data once and return the eigenvalues and eigenvectors of X^T X / N.
+
+    Raises:
+        DataError: If a product overflows.
+    """
+    g, rows = torch.zeros(data.dim, data.dim, dtype=torch.float64, device=data.device), 0
+    for tile in data.tiles(dtype=torch.float64):
+        x = append_bias(tile, data)
+        g.addmm_(x.mT, x)
+        rows += len(x)
+    return _feature_factor(data, g, rows)
+
+
+def kronecker_factors(
+    data: HeadData,
+    l2: float,
+    loss: LossConfig,
+    progress: Progress | None,
+    note: str,
+    features: FeatureFactor | None = None,
+) -> Factors:
     """Read the data once and return the factors of mean(S) (x) X^T X / N + l2.
+
+    Args:
+        data: The samples.
+        l2: Weight of the penalty.
+        loss: The training loss.
+        progress: Called with (rows read, rows in total, note).
+        note: For ``progress``.
+        features: The factor of the same features; None computes it.
 
     Raises:
         DataError: If a product overflows, or the data is invalid.
@@ -47,16 +83,24 @@ def kronecker_factors(data: HeadData, l2: float, loss: LossConfig, progress: Pro
     for tile in data.tiles(data.num_classes, torch.float64, progress, note):
         for weight, p in curvature_terms(tile.z, loss):
             s.add_(torch.diag(p.sum(0)) - p.mT @ p, alpha=weight)
-        x = append_bias(tile, data)
-        g.addmm_(x.mT, x)
-        rows += len(x)
+        if features is None:
+            x = append_bias(tile, data)
+            g.addmm_(x.mT, x)
+        rows += len(tile.x)
+    features = features or _feature_factor(data, g, rows)
     if data.reduce is not None:
-        s, g, rows = data.reduce(s), data.reduce(g), data.count_rows()
+        s, rows = data.reduce(s), data.count_rows()
+    values, vectors = torch.linalg.eigh(s / rows)
+    scale = 1 / (values.clamp_min(0)[:, None] * features.values.clamp_min(0) + l2)
+    return Factors(vectors, features.vectors, scale)
+
+
+def _feature_factor(data: HeadData, g: Tensor, rows: int) -> FeatureFactor:
+    if data.reduce is not None:
+        g, rows = data.reduce(g), data.count_rows()
     if not bool(g.isfinite().all()):
         raise DataError("the products of the features overflow float64: scale the features down")
-    s_values, s_vectors = torch.linalg.eigh(s / rows)
-    g_values, g_vectors = torch.linalg.eigh(g / rows)
-    return Factors(s_vectors, g_vectors, 1 / (s_values.clamp_min(0)[:, None] * g_values.clamp_min(0) + l2))
+    return FeatureFactor(*torch.linalg.eigh(g / rows))
 
 
 def kronecker_self_influence(data: HeadData, factors: Factors, loss: LossConfig, progress: Progress | None) -> Tensor:

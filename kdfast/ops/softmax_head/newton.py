@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,9 @@ from kdfast.errors import DataError, ShapeError, SolveError
 from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData, compute_logits
 from kdfast.ops.softmax_head.dense_hessian import append_bias
+from kdfast.ops.softmax_head.kronecker import FeatureFactor, feature_factor
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
-from kdfast.ops.softmax_head.solve import HeadSolver
+from kdfast.ops.softmax_head.solve import FLOAT32_TOL, HeadSolver, choose_method, solve_in_float32
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tensor, check_tol
 from kdfast.progress import Progress
 
@@ -20,8 +19,6 @@ __all__ = ["head_logits", "head_newton"]
 
 MAX_STEPS = 100
 MAX_HALVINGS = 40
-# Solves up to this relative residual try float32 products, so many.
-_FLOAT32_TOL, _FLOAT32_PRODUCTS = 1e-3, 100
 
 
 @full_float32()
@@ -77,6 +74,7 @@ def head_newton(
     data.require_multiple_passes("Newton's method")
     w = _initial_weights(data, init, classes)
     data = data.with_weights(w)
+    method, factor = choose_method(method, data), None
     value, gradient = _objective(data, w, l2, loss)
     if alpha < 1:
         data.require_two_classes()
@@ -86,7 +84,9 @@ def head_newton(
             progress(step, 0, f"Newton, gradient {size:.1e}")
         if size <= tol:
             return w
-        direction = _direction(data, w, gradient, l2, loss, method)
+        if factor is None and method == "cg":
+            factor = feature_factor(data)
+        direction = _direction(data, w, gradient, l2, loss, method, factor)
         w, value, gradient = _line_search(data, w, direction, value, gradient, l2, loss)
     raise SolveError(
         f"Newton's method reached a gradient norm of {float(gradient.norm()):.1e} in {MAX_STEPS} steps, `tol` is "
@@ -135,19 +135,21 @@ def _initial_weights(data: HeadData, init: Tensor | None, classes: int | None) -
         ) from error
 
 
-def _direction(data: HeadData, w: Tensor, gradient: Tensor, l2: float, loss: LossConfig, method: str) -> Tensor:
+def _direction(
+    data: HeadData,
+    w: Tensor,
+    gradient: Tensor,
+    l2: float,
+    loss: LossConfig,
+    method: str,
+    factor: FeatureFactor | None,
+) -> Tensor:
     """Return H^-1 times the gradient, the more exact the smaller the gradient."""
     tol = min(0.1, max(1e-10, float(gradient.norm())))
-    exact = HeadSolver(data.with_weights(w), l2, loss, tol=tol, method=method)
-    if exact.method == "cg" and tol >= _FLOAT32_TOL:
+    exact = HeadSolver(data.with_weights(w), l2, loss, tol=tol, method=method, features=factor)
+    if method == "cg" and tol >= FLOAT32_TOL:
         # With kept logits, a product in float32 takes a third of the time.
-        solver = HeadSolver(
-            data.with_kept_logits(w), l2, loss,
-            tol=tol, method="cg", max_iterations=_FLOAT32_PRODUCTS, products=torch.float32,
-        )  # fmt: skip
-        # Float64 may solve what is too ill-conditioned or too large for float32.
-        with contextlib.suppress(SolveError, DataError):
-            return solver.solve(gradient[None]).x[0]
+        return solve_in_float32(exact, data.with_kept_logits(w), gradient)
     return exact.solve(gradient[None]).x[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 
 import torch
@@ -13,14 +14,17 @@ from kdfast.ops.float32 import full_float32
 from kdfast.ops.softmax_head.data import Features, HeadData
 from kdfast.ops.softmax_head.dense_hessian import hessian
 from kdfast.ops.softmax_head.hvp import check_vectors, hessian_products
-from kdfast.ops.softmax_head.kronecker import kronecker_factors
+from kdfast.ops.softmax_head.kronecker import FeatureFactor, kronecker_factors
 from kdfast.ops.softmax_head.residuals import LossConfig
 from kdfast.ops.softmax_head.validation import Array, check_positive_l2, check_tol
 from kdfast.progress import Progress
 
-__all__ = ["CHOLESKY_LIMIT", "HeadSolver", "head_solve"]
+__all__ = ["CHOLESKY_LIMIT", "FLOAT32_TOL", "HeadSolver", "choose_method", "head_solve", "solve_in_float32"]
 
 CHOLESKY_LIMIT = 10_000  # most weights C * D for which the Hessian becomes a matrix: 0.8 GB in float64
+# Solves down to this relative residual may take float32 products, of relative error 1e-6, so many.
+FLOAT32_TOL = 1e-4
+_FLOAT32_PRODUCTS = 100
 
 
 @full_float32()
@@ -73,6 +77,40 @@ def head_solve(
     return solver.solve(check_vectors("b", b, data)).x.reshape(b.shape)
 
 
+def choose_method(method: str, data: HeadData) -> str:
+    """Return the method of a solve, "cholesky" or "cg", for a choice that may be "auto".
+
+    Raises:
+        ShapeError: If the choice is another.
+    """
+    if method not in ("auto", "cholesky", "cg"):
+        raise ShapeError(f"`method` is {method!r}: pass 'auto', 'cholesky' or 'cg'")
+    if method == "auto":
+        return "cholesky" if data.num_classes * data.dim <= CHOLESKY_LIMIT else "cg"
+    return method
+
+
+def solve_in_float32(exact: HeadSolver, data: HeadData, b: Tensor) -> Tensor:
+    """Solve for one right-hand side ``b`` (C, D) with float32 products, or with a solver's own where these fail.
+
+    Args:
+        exact: The solver, by conjugate gradients to a relative residual of at least ``FLOAT32_TOL``.
+        data: The samples of the solver; their tensors may be float32.
+        b: The right-hand side, float64.
+
+    Raises:
+        SolveError: As ``exact.solve``.
+    """
+    solver = HeadSolver(
+        data, exact.l2, exact.loss,
+        tol=exact.tol, method="cg", max_iterations=_FLOAT32_PRODUCTS, products=torch.float32, features=exact.features,
+    )  # fmt: skip
+    # Float64 may solve what is too ill-conditioned or too large for float32.
+    with contextlib.suppress(SolveError, DataError):
+        return solver.solve(b[None]).x[0]
+    return exact.solve(b[None]).x[0]
+
+
 class HeadSolver:
     """Solver of linear systems with the Hessian of a softmax head, for any number of calls.
 
@@ -83,8 +121,9 @@ class HeadSolver:
         tol: Relative residual required.
         method: "auto", "cholesky" or "cg".
         max_iterations: Limit on the Hessian products of conjugate gradients; None: ten a weight, at most 10,000.
-        products: dtype of the Hessian products of conjugate gradients; float32 products, of relative error 1e-6, suit
-            loose tolerances.
+        products: dtype of the Hessian products of conjugate gradients; float32 suits tolerances of ``FLOAT32_TOL`` and
+            more.
+        features: For the preconditioner, the factor of the same features; None computes it.
         progress: Called with (done, total or 0 if unknown, note).
 
     Raises:
@@ -102,18 +141,15 @@ class HeadSolver:
         method: str = "auto",
         max_iterations: int | None = None,
         products: torch.dtype = torch.float64,
+        features: FeatureFactor | None = None,
         progress: Progress | None = None,
     ) -> None:
         check_positive_l2(l2)
         check_tol(tol)
-        if method not in ("auto", "cholesky", "cg"):
-            raise ShapeError(f"`method` is {method!r}: pass 'auto', 'cholesky' or 'cg'")
         data.require_multiple_passes("a solve")
         self.data, self.l2, self.loss, self.tol = data, l2, loss or LossConfig(), tol
         self.max_iterations, self.progress, self.products = max_iterations, progress, products
-        if method == "auto":
-            method = "cholesky" if data.num_classes * data.dim <= CHOLESKY_LIMIT else "cg"
-        self.method = method
+        self.features, self.method = features, choose_method(method, data)
 
     def operator(self, v: Tensor) -> Tensor:
         """Return H V for ``v`` (K, C, D) float64."""
@@ -150,7 +186,9 @@ class HeadSolver:
     @cached_property
     def preconditioner(self) -> Operator:
         """The inverse of mean(S) (x) X^T X / N + l2, applied through the eigenvectors of both factors."""
-        left, right, scale = kronecker_factors(self.data, self.l2, self.loss, self.progress, "preconditioner")
+        left, right, scale = kronecker_factors(
+            self.data, self.l2, self.loss, self.progress, "preconditioner", self.features
+        )
 
         def apply(b: Tensor) -> Tensor:
             solved: Tensor = left @ ((left.mT @ b @ right) * scale) @ right.mT

@@ -18,12 +18,13 @@ from kdfast.data.loaders import device_memory
 from kdfast.data.stateless_random import IntArray
 from kdfast.errors import UsageError
 from kdfast.files.arrays import release_pages
-from kdfast.ops.softmax_head import head_self_influence, head_solve
+from kdfast.ops.float32 import full_float32
+from kdfast.ops.softmax_head import head_self_influence
 from kdfast.ops.softmax_head.data import HeadData, compute_logits
 from kdfast.ops.softmax_head.influence import mean_gradient
 from kdfast.ops.softmax_head.kronecker import kronecker_factors, kronecker_self_influence
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
-from kdfast.ops.softmax_head.solve import CHOLESKY_LIMIT
+from kdfast.ops.softmax_head.solve import CHOLESKY_LIMIT, HeadSolver, solve_in_float32
 from kdfast.pruning.rules.base import FloatArray
 from kdfast.pruning.scores.base import Float32Array
 
@@ -106,19 +107,12 @@ def removal_effects(blocks: HeadBlocks, direction: Tensor, loss: LossConfig) -> 
     return effects
 
 
+@full_float32()
 def removal_direction(rows: tuple[Tensor, Tensor, Tensor], held: HeadBlocks, l2: float, loss: LossConfig) -> Tensor:
     """Return H^-1 g_val (C, D + 1) in float64, from features, logits and labels of training and validation samples."""
     gradient = mean_gradient(HeadData(held, None), LossConfig())
-    return head_solve(
-        rows[0],
-        rows[1],
-        gradient,
-        l2=l2,
-        tol=HEAD_TOL,
-        method="cg",
-        alpha=loss.alpha,
-        temperature=loss.temperature,
-    )
+    exact = HeadSolver(HeadData(rows[0], rows[1]), l2, loss, tol=HEAD_TOL, method="cg")
+    return solve_in_float32(exact, HeadData(rows[0].float(), rows[1].float()), gradient)
 
 
 def self_method(classes: int, features: int) -> str:

@@ -5,7 +5,7 @@ import torch
 
 import kdfast
 from kdfast.ops.softmax_head import data as data_module
-from kdfast.ops.softmax_head import newton
+from kdfast.ops.softmax_head import newton, solve
 
 N, D, C, TOL = 300, 12, 5, 1e-9
 
@@ -28,6 +28,7 @@ def products(monkeypatch):
             return super().operator(v)
 
     monkeypatch.setattr(newton, "HeadSolver", Solver)
+    monkeypatch.setattr(solve, "HeadSolver", Solver)
     return seen
 
 
@@ -38,7 +39,7 @@ def fit(rows, **options):
 @pytest.fixture
 def exact(rows, monkeypatch):
     with monkeypatch.context() as only_float64:
-        only_float64.setattr(newton, "_FLOAT32_TOL", 1.0)
+        only_float64.setattr(newton, "FLOAT32_TOL", 1.0)
         return fit(rows)
 
 
@@ -59,7 +60,7 @@ def test_float32_products_reach_the_same_optimum(rows, exact, products, kept, mo
 
 
 def test_float64_takes_over_where_float32_fails(rows, exact, products, monkeypatch):
-    monkeypatch.setattr(newton, "_FLOAT32_PRODUCTS", 1)
+    monkeypatch.setattr(solve, "_FLOAT32_PRODUCTS", 1)
     found = fit(rows)
     assert (found - exact).norm() <= 1e-6 * exact.norm()
     assert products.count(torch.float64) > products.count(torch.float32)
