@@ -322,10 +322,10 @@ def infer_class_names(train: IntArray, name: str) -> tuple[str, ...]:
 def default_view_spec(shape: Sequence[int], *, flip: bool) -> ViewSpec:
     """Return the augmentation for data without a conventional one.
 
-    Images below 64 pixels are shifted by up to an eighth of their smaller side. Larger images get random resized crops
-    of their own size.
+    Images below 64 pixels are shifted by up to an eighth of their smaller side, and mirrored with `flip`. Larger images
+    get random resized crops of their own size, mirrored, wherever they come from.
     """
     height, width = int(shape[0]), int(shape[1])
     if min(height, width) < 64:
         return ViewSpec(kind="shift", size=(height, width), pad=max(1, min(height, width) // 8), flip=flip)
-    return ViewSpec(kind="crop", size=(height, width), flip=flip, crops=_CROPS)
+    return ViewSpec(kind="crop", size=(height, width), flip=True, crops=_CROPS)

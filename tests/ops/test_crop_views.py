@@ -39,7 +39,10 @@ def make_case(samples, images, side, seed=0):
 
 
 def resized_by_pillow(images, boxes, rows, size):
-    """Crop, resize along the width, then along the height, and mirror: uint8 (B, h, w, 3)."""
+    """Crop, resize along the width, then along the height, and mirror: uint8 (B, h, w, 3).
+
+    In one call Pillow may take the height first, since version 13.
+    """
     found = []
     for row, (top, left, high, wide, flip) in zip(rows.tolist(), boxes.tolist(), strict=True):
         image = Image.fromarray(images[row].numpy()).crop((left, top, left + wide, top + high))

@@ -68,7 +68,14 @@ def convert(
     order: options.Order = "path",
     split: options.Split = None,
     jpeg: Annotated[
-        int | None, typer.Option("--jpeg", help="JPEG quality, 50 to 100; default: store raw pixels.", min=50, max=100)
+        int | None,
+        typer.Option(
+            "--jpeg",
+            help="JPEG quality, 50 to 100: other pixels, so a data set with caches and subsets of its own; default: "
+            "store raw pixels.",
+            min=50,
+            max=100,
+        ),
     ] = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,

@@ -53,7 +53,8 @@ def is_ffcv_folder(path: Path) -> bool:
 def open_ffcv_folder(path: Path) -> Source:
     """Open a folder of `train.beton` and `test.beton`.
 
-    In a folder without `data.json`, which other tools wrote, the classes are named `0`, `1`, ... and views do not flip.
+    In a folder without `data.json`, which other tools wrote, the classes are named `0`, `1`, ... and views below 64
+    pixels do not flip.
 
     Raises:
         BackendUnavailable: FFCV is not installed.
@@ -68,8 +69,9 @@ def open_ffcv_folder(path: Path) -> Source:
     train, test = (BetonSplit(path / f"{part}.beton") for part in PARTS)
     if record is None:
         classes = infer_class_names(train.labels, str(path))
-        note = f"{path} has no {RECORD}: its files are not verified, its classes are numbers, and views do not flip"
         spec = default_view_spec(train.shape, flip=False)
+        flips = "" if spec.flip else ", and views do not flip"
+        note = f"{path} has no {RECORD}: its files are not verified, its classes are numbers{flips}"
         return Source(str(path), "beton", classes, train, test, spec, notes=(note,))
     if record["format"] == UNSEALED:
         record = seal_older(path, record, train)

@@ -52,7 +52,7 @@ def from_datasets(
         test: Likewise.
         classes: Class names; None for those that the data sets declare (`classes`, or the `ClassLabel` of `features`),
             or else `0`, `1`, ...
-        view_spec: The augmentation; None for shifts (random resized crops from 64 pixels on) without flip.
+        view_spec: The augmentation; None for shifts without flip, from 64 pixels on random resized crops with flip.
         value_range: Values of black and white in images that are not uint8, such as 16-bit PIL images and float
             arrays: they are scaled to 0 to 255 and rounded. None: such images are refused.
         image_key: Key of the image in items that are dicts; None: the only one of `IMAGE_KEYS`.

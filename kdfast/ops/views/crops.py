@@ -27,8 +27,9 @@ def crop_views(
     """Crop a box from each image, resize it, optionally mirror it, and normalize.
 
     The resize is bilinear and antialiased. Its arithmetic is that of integers, so that all implementations are
-    bit-equal; its pixels are those of Pillow's `image.crop(box).resize(size, BILINEAR)`. Along an axis, pixel `x` of
-    `o` is made of the pixels `j` of the `e` of the box with the numerators
+    bit-equal; its pixels are those of Pillow's bilinear `resize` of the cropped box along the width, then along the
+    height. (One `resize` to both may take the height first, since Pillow 13, and differ by a gray level.) Along an
+    axis, pixel `x` of `o` is made of the pixels `j` of the `e` of the box with the numerators
     `n[j] = max(0, 2 m - |(2 j + 1) o - (2 x + 1) e|)`, where `m = max(o, e)`, and the weights
     `w[j] = floor(2**22 n[j] / sum(n) + 1/2)`. The new pixel is `floor((sum(w[j] p[j]) + 2**21) / 2**22)`, first for
     every row of the box along its width, then along its height. Normalization rounds the product with the scale, the

@@ -47,7 +47,7 @@ def open_shards(path: Path, size: int | None, split: SplitRule | None = None) ->
         split: How to take the test split from the training images, where there is none.
 
     Returns:
-        The source, samples in the order of the shards and of their content. Views do not flip.
+        The source, samples in the order of the shards and of their content. Views below 64 pixels do not flip.
 
     Raises:
         DataError: A shard is damaged or compressed, no sample has an image and a class, or a label is no class.

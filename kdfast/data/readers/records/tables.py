@@ -50,7 +50,7 @@ def open_tables(path: Path, size: int | None, split: SplitRule | None = None) ->
         split: How to take the test split from the training images, where there is none.
 
     Returns:
-        The source, samples in the order of the rows. Views do not flip.
+        The source, samples in the order of the rows. Views below 64 pixels do not flip.
 
     Raises:
         BackendUnavailable: pyarrow is not installed.
