@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
-import psutil
 from bench_cache import RandomPredictor
-from harness import write_results
+from harness import run_kdfast, write_results
 
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
@@ -29,22 +25,6 @@ from kdfast.nets.checkpoint import Model
 from kdfast.teacher.build import build_cache
 
 LIMIT_BYTES = 1.5e9
-
-
-def measure(command: list[str]) -> tuple[int, float]:
-    """Run a command and return its peak resident memory in bytes, including children, and its time in seconds."""
-    started, peak = time.perf_counter(), 0
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            processes = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(each.memory_info().rss for each in processes))
-        except psutil.NoSuchProcess:
-            continue
-        time.sleep(0.05)
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
-    return peak, time.perf_counter() - started
 
 
 def main() -> None:
@@ -62,10 +42,11 @@ def main() -> None:
         with mock.patch("kdfast.teacher.build.Predictor", RandomPredictor):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())
-        peak, seconds = measure(
-            [sys.executable, "-m", "kdfast", "distill", "--data", str(betons), "--cache", str(cache), "--student",
-             options.student, "--epochs", "1", "--loader", "ffcv", "--alpha", "0.5", "--out", str(run)]
+        usage = run_kdfast(
+            "distill", "--data", betons, "--cache", cache, "--student", options.student, "--epochs", 1,
+            "--loader", "ffcv", "--alpha", 0.5, "--out", run,
         )  # fmt: skip
+        peak, seconds = usage.rss, usage.seconds
         result = json.loads((run / "result.json").read_text())
     verdict = "under" if peak < LIMIT_BYTES else "OVER"
     print(

@@ -87,11 +87,42 @@ def interleave(
     return {name: Timing(values) for name, values in seconds.items()}
 
 
-def run_kdfast(*arguments: object) -> None:
-    """Print a kdfast command and run it."""
+@dataclass(frozen=True)
+class Usage:
+    """What a command took: seconds; and its largest memory in bytes, with its children.
+
+    `rss` counts all pages that are in memory, `anon` only those that are not pages of files or shared memory.
+    """
+
+    seconds: float
+    rss: int
+    anon: int
+
+
+def run_kdfast(*arguments: object) -> Usage:
+    """Print a kdfast command, run it and return what it took."""
     words = [str(a) for a in arguments]
     print("$ kdfast " + shlex.join(words), flush=True)
-    subprocess.run([sys.executable, "-m", "kdfast", *words], check=True)
+    return run_measured([sys.executable, "-m", "kdfast", *words])
+
+
+def run_measured(command: list[str]) -> Usage:
+    """Run a command and return what it took; end this program with a message if it fails."""
+    import psutil  # a machine with a GPU may lack it
+
+    started, rss, anon = time.perf_counter(), 0, 0
+    process = psutil.Popen(command)
+    while process.poll() is None:
+        try:
+            memory = [each.memory_info() for each in (process, *process.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            continue
+        rss = max(rss, sum(each.rss for each in memory))
+        anon = max(anon, sum(each.rss - each.shared for each in memory))
+        time.sleep(0.05)
+    if process.returncode != 0:
+        raise SystemExit(f"{shlex.join(command)} exited with {process.returncode}")
+    return Usage(time.perf_counter() - started, rss, anon)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def estimate_cache(
     precision: Precision,
     batch_size: int | None,
 ) -> float | None:
-    """Return the seconds that a cache takes, or None if it has few images.
+    """Return the seconds that a cache takes, with the test split, or None if both have few images.
 
     Two batches are read, augmented, run and packed, as all of them will be.
 
@@ -52,7 +52,8 @@ def estimate_cache(
     """
     size = batch_size or default_batch_size(device)
     samples = -(-2 * size // n_views)
-    if len(ids) < _FEW * samples:
+    images = len(ids) * n_views + len(source.test)
+    if images < _FEW * samples * n_views:
         return None
     builder = row_builder(source, Predictor(model, source.view_spec, device, size), n_views, rows, precision)
     # Spread over the data, whose first images may be in memory already.
@@ -60,7 +61,7 @@ def estimate_cache(
     builder.compute(chosen[:1], lambda images: None)  # the first call also prepares
     started = time.perf_counter()
     builder.compute(chosen[1:], lambda images: None)
-    return (time.perf_counter() - started) * (len(ids) * n_views + len(source.test)) / (samples * n_views)
+    return (time.perf_counter() - started) * images / (samples * n_views)
 
 
 def row_builder(
