@@ -45,8 +45,9 @@ def prepare(photos: Path, out: Path, side: int) -> list[dict[str, Any]]:
         "--schedule", "cosine", "--precision", "auto", "--out", teacher,
     )  # fmt: skip
     cache = run_kdfast(
-        "cache", *data, "--teacher", teacher, "--views", 8, "--top-k", 10, "--precision", "auto", "--out", out / "cache"
-    )
+        "cache", *data, "--teacher", teacher, "--teacher-net", NETWORK, "--views", 8, "--top-k", 10,
+        "--precision", "auto", "--out", out / "cache",
+    )  # fmt: skip
     prune = run_kdfast("prune", *data, "--method", "random", "--fraction", 0.3, "--out", out / "random.npy")
     size = sum(file.stat().st_size for file in (out / "cache").iterdir())
     top1 = json.loads((out / "teacher.pt.run" / "result.json").read_text())["test_top1"]

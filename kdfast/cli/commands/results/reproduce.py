@@ -303,7 +303,10 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
     if "," not in text and len(numbers) == 1:
         numbers = tuple(range(numbers[0]))
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0 or len(numbers) > 10_000:
-        raise UsageError(f"`seeds` is {text!r}: pass their number, or distinct seeds separated by commas, such as 0,3")
+        raise UsageError(
+            f"`seeds` is {text!r}: pass their number, or distinct seeds separated by commas, such as 0,3; a single one "
+            "with a comma, such as 7,"
+        )
     return numbers
 
 
