@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,11 @@ def _merge(
 ) -> None:
     """Copy the shards of all parts to a folder and finish the cache."""
     size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*.npy"))
-    check_space(out, size, "the cache")
-    check_writable(out)
     coverage = np.arange(plan["coverage"]["samples"], dtype=np.int64)
     if not plan["coverage"]["whole"]:
         coverage = read_npy(parts[0].folder / COVERAGE, shape=coverage.shape, dtype=np.int64, error=CacheMismatch)
     merged = ShardFiles(out, sha256_json(plan), coverage, plan["per_shard"])
-    make_subfolder(out, BUILDING)
-    with FolderLock(out / BUILDING):
-        write_or_check_plan(out, plan)
+    with _building(out, plan, size):
         extras = [name for name in EXTRAS if name in parts[0].extras]
         for name in extras:
             _copy_extra(parts[0], name, out)
@@ -155,7 +151,6 @@ def _merge(
         correct = sum(part.correct for part in parts)
         results = {"train_top1": 100 * float(correct) / len(coverage), "test_top1": parts[0].test_top1}
         seal_shards(merged, plan, extras, results)
-    shutil.rmtree(out / BUILDING)
 
 
 def _copy_whole(folder: Path, out: Path, plan: dict[str, Any]) -> None:
@@ -166,13 +161,20 @@ def _copy_whole(folder: Path, out: Path, plan: dict[str, Any]) -> None:
     """
     files = read_manifest(folder)["files"]
     check_intact(folder, files)
-    check_space(out, sum(file["bytes"] for file in files.values()), "the cache")
+    with _building(out, plan, sum(file["bytes"] for file in files.values())):
+        for name in (*files, TIMING, MANIFEST):
+            _copy(folder / name, out / name)
+
+
+@contextlib.contextmanager
+def _building(out: Path, plan: dict[str, Any], size: int) -> Iterator[None]:
+    """Hold the lock of a folder while a cache of so many bytes is written to it; then delete what served to resume."""
+    check_space(out, size, "the cache")
     check_writable(out)
     make_subfolder(out, BUILDING)
     with FolderLock(out / BUILDING):
         write_or_check_plan(out, plan)
-        for name in (*files, TIMING, MANIFEST):
-            _copy(folder / name, out / name)
+        yield
     shutil.rmtree(out / BUILDING)
 
 
