@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from bench_cache import RandomPredictor
-from harness import run_kdfast, write_results
+from harness import measure_kdfast, write_results
 
 from kdfast.data.ffcv.write import convert
 from kdfast.data.readers.registry import open_source
@@ -42,7 +42,7 @@ def main() -> None:
         with mock.patch("kdfast.teacher.build.Predictor", RandomPredictor):
             build_cache(source, model, cache)
         size = sum(file.stat().st_size for file in cache.iterdir())
-        usage = run_kdfast(
+        usage = measure_kdfast(
             "distill", "--data", betons, "--cache", cache, "--student", options.student, "--epochs", 1,
             "--loader", "ffcv", "--alpha", 0.5, "--out", run,
         )  # fmt: skip

@@ -6,7 +6,7 @@
 Every stage is a command of kdfast in its own process: convert to FFCV, train a teacher, cache 8 views of the ten most
 probable classes, prune to 30% and distill. The same distillation runs with each loader in turn and must write the same
 student to the bit. Memory is that of the process and its children when it is largest: `anon` is what they allocate,
-`rss` also counts mapped pages of files. Files in --out are used again.
+`rss` also counts mapped pages of files. --out must be new: a stage that is done already would take no time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from harness import Usage, run_kdfast, table, write_results
+from harness import Usage, measure_kdfast, table, write_results
 
 NETWORK = f"{Path(__file__).with_name('photo_network.py')}:ResNet18"
 LOADERS = ("resident", "ffcv", "files")
@@ -39,16 +39,16 @@ def stage_row(name: str, usage: Usage, **figures: Any) -> dict[str, Any]:
 def prepare(photos: Path, out: Path, side: int) -> list[dict[str, Any]]:
     """Run every stage before the student; return their rows."""
     data, teacher = ["--data", photos, "--size", side], out / "teacher.pt"
-    convert = run_kdfast("data", "convert", photos, out / "ffcv", "--size", side)
-    train = run_kdfast(
+    convert = measure_kdfast("data", "convert", photos, out / "ffcv", "--size", side)
+    train = measure_kdfast(
         "teacher", "train", *data, "--net", NETWORK, "--net-arg", "width=32", "--epochs", 2, "--lr", 0.05,
         "--schedule", "cosine", "--precision", "auto", "--out", teacher,
     )  # fmt: skip
-    cache = run_kdfast(
+    cache = measure_kdfast(
         "cache", *data, "--teacher", teacher, "--teacher-net", NETWORK, "--views", 8, "--top-k", 10,
         "--precision", "auto", "--out", out / "cache",
     )  # fmt: skip
-    prune = run_kdfast("prune", *data, "--method", "random", "--fraction", 0.3, "--out", out / "random.npy")
+    prune = measure_kdfast("prune", *data, "--method", "random", "--fraction", 0.3, "--out", out / "random.npy")
     size = sum(file.stat().st_size for file in (out / "cache").iterdir())
     top1 = json.loads((out / "teacher.pt.run" / "result.json").read_text())["test_top1"]
     return [
@@ -63,7 +63,7 @@ def distill(photos: Path, out: Path, side: int, loader: str) -> tuple[Usage, dic
     """Train the student with a loader; return what it took, its result, and the digest of its file."""
     data = ["--data", out / "ffcv"] if loader == "ffcv" else ["--data", photos, "--size", side]
     run = out / f"run-{loader}"
-    usage = run_kdfast(
+    usage = measure_kdfast(
         "distill", *data, "--cache", out / "cache", "--subset", out / "random.npy", "--student", NETWORK,
         "--net-arg", "width=16", "--epochs", 2, "--precision", "auto", "--loader", loader, "--out", run, "--force",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     photos, out, side = arguments.photos, arguments.out, arguments.side
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
     rows = prepare(photos, out, side)
     found: dict[str, list[tuple[Usage, dict[str, Any], str]]] = {loader: [] for loader in LOADERS}
     for _ in range(arguments.rounds):

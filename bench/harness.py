@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,17 +99,16 @@ class Usage:
     anon: int
 
 
-def run_kdfast(*arguments: object) -> Usage:
-    """Print a kdfast command, run it and return what it took."""
-    words = [str(a) for a in arguments]
-    print("$ kdfast " + shlex.join(words), flush=True)
-    return run_measured([sys.executable, "-m", "kdfast", *words])
+def run_kdfast(*arguments: object) -> None:
+    """Print a kdfast command and run it."""
+    subprocess.run(_announced(arguments), check=True)
 
 
-def run_measured(command: list[str]) -> Usage:
-    """Run a command and return what it took; end this program with a message if it fails."""
+def measure_kdfast(*arguments: object) -> Usage:
+    """Print a kdfast command, run it and return what it took; end this program with a message if it fails."""
     import psutil  # a machine with a GPU may lack it
 
+    command = _announced(arguments)
     started, rss, anon = time.perf_counter(), 0, 0
     process = psutil.Popen(command)
     while process.poll() is None:
@@ -123,6 +122,12 @@ def run_measured(command: list[str]) -> Usage:
     if process.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} exited with {process.returncode}")
     return Usage(time.perf_counter() - started, rss, anon)
+
+
+def _announced(arguments: Iterable[object]) -> list[str]:
+    words = [str(a) for a in arguments]
+    print("$ kdfast " + shlex.join(words), flush=True)
+    return [sys.executable, "-m", "kdfast", *words]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
