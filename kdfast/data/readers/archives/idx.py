@@ -36,7 +36,7 @@ def open_idx(path: Path) -> Source:
         path: The folder of the files, or the folder that torchvision stores them under.
 
     Returns:
-        The source; classes `0`, `1`, ... Views do not flip.
+        The source; classes `0`, `1`, ... Views below 64 pixels do not flip.
 
     Raises:
         DataError: A file is missing or damaged, or there are several data sets.

@@ -31,8 +31,8 @@ def open_npz(path: Path, split: SplitRule | None = None) -> Source:
 
     Other names are `x_train`, `y_train`, ...; `val` instead of `test` where there is no `test`; or `images` and
     `labels` with a rule for the test split. Images are uint8 `(N, H, W, 3)` or gray `(N, H, W)`; labels are integers
-    `(N,)` or `(N, 1)`, 0 to C - 1 without a gap. The classes are named `0`, `1`, ... Views do not flip, because a
-    mirrored image may be of another class.
+    `(N,)` or `(N, 1)`, 0 to C - 1 without a gap. The classes are named `0`, `1`, ... Views below 64 pixels do not flip,
+    because a mirrored image may be of another class.
 
     Args:
         path: The file.
