@@ -1,8 +1,10 @@
 """Copy the rows of a study from the folder of `kdfast reproduce` to bench/results, without the paths of this machine.
 
     python bench/study_rows.py table1 --out runs/papers
+    python bench/study_rows.py fig12 --out bench/results/gpu
 
-They replace bench/results/table1.jsonl; a row there that the folder lacks stays.
+They replace those of bench/results/table1.jsonl and fig12.jsonl; a row there that the folder lacks stays. The second
+command reads the results of bench/gpu.sh.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _SAME = ("cell", "seed", "epochs", "compressed_to", "targets", "precision", "lab
 
 
 def shorten(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what a reader of a table needs of a row."""
+    """Return what a reader of a table needs of a row of `kdfast reproduce`."""
     machine = row["machine"]
     smoothing = row["settings"].get("label_smoothing", 0)
     return {name: row[name] for name in FIELDS} | {
@@ -30,6 +32,13 @@ def shorten(row: dict[str, Any]) -> dict[str, Any]:
         "cpu": machine["device"],
         "threads": machine["threads"],
     }
+
+
+def short_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of a results.jsonl of `kdfast reproduce` or of bench/gpu.sh."""
+    if any("part" in row for row in rows):
+        return [run for row in rows if row["part"] == "studies" for run in row.get("runs", ())]
+    return [shorten(row) for row in rows]
 
 
 def identity(row: dict[str, Any]) -> str:
@@ -44,8 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of `kdfast reproduce`")
     arguments = parser.parse_args()
     path = RESULTS / f"{arguments.study.replace('-', '_')}.jsonl"
-    found = read_rows(arguments.out / "results.jsonl")
-    new = [shorten(row) for row in found if row["study"] == arguments.study]
+    new = [row for row in short_rows(read_rows(arguments.out / "results.jsonl")) if row["study"] == arguments.study]
     rows = {identity(row): row for row in [*read_rows(path), *new]}
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()))
     print(f"{len(rows)} rows in {path}")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 from gpu import data as gpu_data  # noqa: E402
-from gpu import pack_data  # noqa: E402
+from gpu import pack_data, sheets  # noqa: E402
 from gpu.measure import tools  # noqa: E402
 from gpu.measure.training import summary  # noqa: E402
 from gpu.sheets import LAYOUTS, read_sheet, write_archive, write_sheet  # noqa: E402
@@ -29,8 +29,8 @@ from gpu.sheets import LAYOUTS, read_sheet, write_archive, write_sheet  # noqa: 
 @pytest.mark.parametrize("count", [1, 100, 101])
 def test_a_sheet_keeps_every_pixel(tmp_path, count):
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    write_sheet(tmp_path / "sheet.png", images)
-    np.testing.assert_array_equal(read_sheet(tmp_path / "sheet.png", count), images)
+    write_sheet(tmp_path / "sheet.webp", images)
+    np.testing.assert_array_equal(read_sheet(tmp_path / "sheet.webp", count), images)
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -47,7 +47,8 @@ def packed(request, tmp_path, monkeypatch):
     norm = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     save_model(tmp_path / "T.pt", Model(build_net("resnet8", classes).eval(), "resnet8", classes, names, norm))
     command = ["pack", "--data", str(archive), "--teacher", str(tmp_path / "T.pt"), "--fraction", "0.25"]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "packed")])
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "packed"), "--rest", str(tmp_path / "rest")])
+    monkeypatch.setattr(sheets, "_LARGEST", 250)
     pack_data.main()
     return archive, tmp_path / "packed"
 
@@ -65,11 +66,30 @@ def test_packed_data_are_the_kept_samples_and_the_whole_test_split(packed, tmp_p
     assert load_model(found.teacher).digest == load_model(tmp_path / "T.pt").digest
 
 
+def test_the_rest_completes_the_packed_data(packed, tmp_path):
+    archive, folder = packed
+    found = gpu_data.unpacked(folder, tmp_path / "work", tmp_path / "rest")
+    whole, joined = open_source(str(archive)), open_source(found.data)
+    assert sorted(path.name for path in (tmp_path / "rest").glob("*.webp")) == ["0.webp", "1.webp", "2.webp"]
+    assert (found.fraction, joined.fingerprint) == (1.0, whole.fingerprint)
+    np.testing.assert_array_equal(joined.train.read(np.arange(800)), whole.train.read(np.arange(800)))
+    np.testing.assert_array_equal(joined.train.labels, whole.train.labels)
+
+
+def test_a_damaged_rest_is_rejected(packed, tmp_path):
+    _, folder = packed
+    labels = dict(np.load(tmp_path / "rest" / "labels.npz"))
+    labels["rest"][[0, 1]] = labels["rest"][[1, 0]]
+    np.savez(tmp_path / "rest" / "labels.npz", **labels)
+    with pytest.raises(SystemExit, match="rest is damaged"):
+        gpu_data.unpacked(folder, tmp_path / "work", tmp_path / "rest")
+
+
 def test_damaged_packed_data_are_rejected(packed, tmp_path):
     _, folder = packed
-    images = read_sheet(folder / "train.png", 200)
+    images = read_sheet(folder / "train.webp", 200)
     images[17, 3, 5, 1] ^= 1
-    write_sheet(folder / "train.png", images)
+    write_sheet(folder / "train.webp", images)
     with pytest.raises(SystemExit, match="damaged"):
         gpu_data.unpacked(folder, tmp_path / "work")
 

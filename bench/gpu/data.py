@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gpu.results import ROOT
-from gpu.sheets import INFO, LAYOUTS, TEACHER, unpack, write_archive
+from gpu.sheets import INFO, LABELS, LAYOUTS, TEACHER, unpack, write_archive
 from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
 from kdfast.nets import build_net
@@ -30,8 +30,8 @@ class TrainingData:
     Attributes:
         data: Archive of the kept images and the test split.
         teacher: A teacher of its classes.
-        cache: The teacher's cache, all views on a GPU.
-        fraction: Share of the whole training split that was kept.
+        cache: The teacher's cache, all views on a GPU, which `training_data` builds.
+        fraction: Share of the whole training split that is there.
         packed: Whether the images are the packed ones; otherwise they are random numbers.
     """
 
@@ -52,6 +52,20 @@ def packed_folder() -> Path:
     return Path(os.environ.get("DATA") or ROOT / ".gpu_data")
 
 
+def whole_data(device: str) -> TrainingData | None:
+    """Return all images and no cache, or None where they are not at hand; a CPU gets the random images.
+
+    The other images are those of `gpu.pack_data --rest`, in `.gpu_rest` or $REST.
+    """
+    work = Path(os.environ["QUEUE_WORK"])
+    if device == "cpu":
+        return random_data(work / "random", device)
+    rest = Path(os.environ.get("REST") or ROOT / ".gpu_rest")
+    if not (rest / LABELS).exists() or not (packed_folder() / INFO).exists():
+        return None
+    return unpacked(packed_folder(), work / "whole", rest)
+
+
 def training_data(device: str) -> TrainingData:
     """Return the data of a device, `cpu` or `cuda`, written to the folder for builds by the first call.
 
@@ -66,15 +80,16 @@ def training_data(device: str) -> TrainingData:
     return found
 
 
-def unpacked(packed: Path, work: Path) -> TrainingData:
-    """Return the packed data, with their archive in `work`."""
+def unpacked(packed: Path, work: Path, rest: Path | None = None) -> TrainingData:
+    """Return the packed data, together with the rest where it is given; their archive is written to `work`."""
     info = json.loads((packed / INFO).read_text())
     folder = work / LAYOUTS[info["kind"]].folder
     if not folder.exists():
         unfinished = work / "unpacked" / folder.name
-        unpack(packed, unfinished)
+        unpack(packed, unfinished, rest)
         unfinished.rename(folder)
-    return TrainingData(str(folder), str(packed / TEACHER), str(work / "cache"), float(info["fraction"]), True)
+    fraction = 1.0 if rest is not None else float(info["fraction"])
+    return TrainingData(str(folder), str(packed / TEACHER), str(work / "cache"), fraction, True)
 
 
 def random_data(folder: Path, device: str) -> TrainingData:

@@ -14,6 +14,7 @@ _TESTED = (0, 1, 5)
 
 _OPERATORS = ("kdfast/ops", "csrc")
 _TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfast/distillation", "bench/gpu/data.py")
+_STUDIES = (*_TRAINING, "kdfast/dynamics", "kdfast/pruning", "kdfast/reproduction", "kdfast/studies", "kdfast/sweep")
 _SMALL = ("bench/gpu/measure/small_cases.py", "bench/gpu/measure/kd_loss.py")
 
 # Folders of tests. On a CPU, where the queue only tests itself, a few quick ones replace those marked cuda.
@@ -46,6 +47,7 @@ def parts(device: str) -> list[Part]:
         _program("selection", 150, *_TRAINING, "kdfast/pruning/if_beta", "bench/bench_if_beta.py"),
         _program("wheels", 60, always=True),
         _program("peers", 240, *_TRAINING, *heads, *peers, wheels=True),
+        _program("studies", 480, *_STUDIES, "bench/study_rows.py"),
     ]
     if device == "cpu":  # of a machine that runs other tests at the same time
         return [replace(part, seconds=3 * part.seconds) for part in queue]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "bench" / "results" / "gpu" / "results.jsonl"
 Row = dict[str, Any]
 
-_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".sh", ".toml", ".txt"}
+_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".sh", ".toml", ".txt", ".yaml"}
 
 
 def read_rows(path: Path) -> list[Row]:

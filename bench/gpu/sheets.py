@@ -1,4 +1,8 @@
-"""A part of a CIFAR data set in a few small files: lossless sheets of images, labels, and a teacher."""
+"""A CIFAR data set in a few small files: lossless sheets of images, labels, and a teacher.
+
+One folder holds a tenth of the training images, or another share, and the test split. A second one, which may come
+later, holds the other training images, in sheets of at most `_LARGEST`.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,18 @@ LAYOUTS = {layout.kind: layout for layout in (CIFAR10, CIFAR100)}
 INFO, LABELS, TEACHER = "info.json", "labels.npz", "teacher.pt"
 _COLUMNS = 100
 _SIDE = 32
+_LARGEST = 15_000  # images of a sheet of the second folder: 25 MiB of CIFAR
 Images = NDArray[np.uint8]
+Split = tuple[Images, NDArray[np.int64]]
 
 
 def write_sheet(path: Path, images: Images) -> None:
-    """Write images, uint8 (N, 32, 32, 3), as tiles of one PNG file."""
+    """Write images, uint8 (N, 32, 32, 3), as tiles of one WebP file, without loss."""
     rows = -(-len(images) // _COLUMNS)
     tiles = np.zeros((rows * _COLUMNS, _SIDE, _SIDE, 3), np.uint8)
     tiles[: len(images)] = images
     tiles = tiles.reshape(rows, _COLUMNS, _SIDE, _SIDE, 3).transpose(0, 2, 1, 3, 4)
-    Image.fromarray(tiles.reshape(rows * _SIDE, _COLUMNS * _SIDE, 3)).save(path, compress_level=9)
+    Image.fromarray(tiles.reshape(rows * _SIDE, _COLUMNS * _SIDE, 3)).save(path, "WEBP", lossless=True, quality=50)
 
 
 def read_sheet(path: Path, count: int) -> Images:
@@ -44,27 +50,53 @@ def digest(images: Images, labels: NDArray[np.int64]) -> str:
     return total.hexdigest()
 
 
-def unpack(packed: Path, out: Path) -> dict[str, Any]:
-    """Write the official archive of packed data, check every pixel, and return its info.json.
+def write_sheets(folder: Path, images: Images) -> None:
+    """Write images as sheets that `read_sheets` joins."""
+    for number, start in enumerate(range(0, len(images), _LARGEST)):
+        write_sheet(folder / f"{number}.webp", images[start : start + _LARGEST])
+
+
+def read_sheets(folder: Path, count: int) -> Images:
+    """Return the images of `write_sheets`."""
+    sizes = [min(_LARGEST, count - start) for start in range(0, count, _LARGEST)]
+    return np.concatenate([read_sheet(folder / f"{number}.webp", size) for number, size in enumerate(sizes)])
+
+
+def unpack(packed: Path, out: Path, rest: Path | None = None) -> None:
+    """Write the official archive of packed data, after a check of every pixel.
 
     Args:
         packed: Folder of `gpu.pack_data`.
         out: Folder of the archive; it must have the official name.
+        rest: Folder of the other training images; None: the archive holds the packed ones alone.
     """
     info: dict[str, Any] = json.loads((packed / INFO).read_text())
     labels = np.load(packed / LABELS)
-    splits = {}
+    splits: dict[str, Split] = {}
     for name in ("train", "test"):
-        images = read_sheet(packed / f"{name}.png", len(labels[name]))
-        if digest(images, labels[name]) != info["sha256"][name]:
-            raise SystemExit(f"{packed} is damaged: pack the data again")
-        splits[name] = (images, labels[name])
+        splits[name] = (read_sheet(packed / f"{name}.webp", len(labels[name])), labels[name])
+        _check(splits[name], info["sha256"][name], packed)
+    if rest is not None:
+        splits["train"] = _whole(labels["ids"], splits["train"], rest)
+        _check(splits["train"], info["sha256"]["whole"], rest)
     write_archive(out, info["kind"], splits["train"], splits["test"], info["classes"])
-    return info
+
+
+def _whole(ids: NDArray[np.int64], kept: Split, rest: Path) -> Split:
+    """Return the whole training split, in its order."""
+    labels = np.load(rest / LABELS)
+    images = np.concatenate([kept[0], read_sheets(rest, len(labels["rest"]))])
+    order = np.argsort(np.concatenate([ids, labels["ids"]]))
+    return images[order], np.concatenate([kept[1], labels["rest"]])[order]
+
+
+def _check(split: Split, expected: str, folder: Path) -> None:
+    if digest(*split) != expected:
+        raise SystemExit(f"{folder} is damaged: pack the data again")
 
 
 def write_archive(
-    out: Path, kind: str, train: tuple[Images, Any], test: tuple[Images, Any], classes: list[str]
+    out: Path, kind: str, train: Split, test: Split, classes: list[str]
 ) -> None:
     """Write images and labels in the official layout of `cifar10` or `cifar100`."""
     layout = LAYOUTS[kind]
