@@ -95,9 +95,7 @@ def _check(split: Split, expected: str, folder: Path) -> None:
         raise SystemExit(f"{folder} is damaged: pack the data again")
 
 
-def write_archive(
-    out: Path, kind: str, train: Split, test: Split, classes: list[str]
-) -> None:
+def write_archive(out: Path, kind: str, train: Split, test: Split, classes: list[str]) -> None:
     """Write images and labels in the official layout of `cifar10` or `cifar100`."""
     layout = LAYOUTS[kind]
     out.mkdir(parents=True, exist_ok=True)
