@@ -16,7 +16,7 @@ from kdfast.data.stateless_random import Purpose, hash64
 from kdfast.data.views import apply_views
 from kdfast.device import autocast, network_dtype
 from kdfast.distillation.batches import Batch
-from kdfast.distillation.cuda_graph import CapturedStep
+from kdfast.distillation.cuda_graph import EXCLUSIVE, CapturedStep
 from kdfast.distillation.losses.base import BatchSamples, Outputs
 from kdfast.distillation.losses.plan import collect_samples
 from kdfast.distillation.losses.total import LossTerms
@@ -169,7 +169,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """Take one step. On a GPU, return before it is done."""
         if self._captured is None or self.in_initial_phase:
-            self._take_step(batch)
+            with EXCLUSIVE:
+                self._take_step(batch)
         else:
             self._captured(batch, self._take_step)
         self.loss_steps += 1

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import kdfast
 from kdfast.data.augment.presets import augment_source
@@ -27,9 +26,6 @@ from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
 from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links
-from kdfast.files.interrupt import StopRequest
-from kdfast.nets.fit import draws_random_numbers
-from kdfast.nets.initial import build_started_net
 from kdfast.progress import Progress
 from kdfast.pruning.own_scores import describe_scores
 from kdfast.pruning.score_file import ScoreFile, open_scores
@@ -38,8 +34,10 @@ from kdfast.pruning.select import SubsetPipeline
 from kdfast.sweep.costs import stage_seconds
 from kdfast.sweep.grid import SweepConfig, SweepRun
 from kdfast.sweep.parallel.shared import share_source
+from kdfast.sweep.parallel.threads import can_train_in_threads
 from kdfast.sweep.recipes import ResolvedMethod, resolve_method
 from kdfast.sweep.results_log import RUNS
+from kdfast.sweep.work import stoppable
 from kdfast.teacher.cache import TeacherCache
 
 
@@ -132,14 +130,9 @@ class Session:
     def divide_device(self, jobs: int) -> bool:
         """Return whether threads can train at the same time on the GPU, and divide its memory among so many runs.
 
-        Their steps must run as CUDA graphs, and must not draw from torch's global generators.
+        See `kdfast.sweep.parallel.threads.can_train_in_threads`.
         """
-        if not all(self._plan_all(kd).can_capture() for kd in self.config.kd):
-            return False
-        config, source = self.config.run_config(1, seed=0), self._source
-        with torch.random.fork_rng(devices=[]):
-            net = build_started_net(config.student, len(source.classes), config.init)
-        if draws_random_numbers(net, config.student, source.view_spec.size):
+        if not all(can_train_in_threads(self._plan_all(kd)) for kd in self.config.kd):
             return False
         inputs = self._inputs[True]
         self._inputs[True] = dataclasses.replace(inputs, teacher=dataclasses.replace(inputs.teacher, runs=jobs))
@@ -197,7 +190,7 @@ class Session:
         state = runs / f"{run.key[:16]}.search"
         with EXCLUSIVE:
             selection = self._pipeline.select(
-                run.recipe.method, run.fraction, run.seed, state=state, progress=_stoppable(progress)
+                run.recipe.method, run.fraction, run.seed, state=state, progress=stoppable(progress)
             )
             plan = self._plan(run, selection.ids)
         identity = {**plan.identity, "key": run.key}
@@ -239,17 +232,6 @@ class Session:
         alpha = self.config.alpha_at(len(ids) / len(self._source.train)) if run.kd else 0.0
         config = self.config.run_config(len(ids), seed=run.seed, alpha=alpha, kd=run.kd)
         return self._inputs[run.kd].plan(config, ids, device=self.device)
-
-
-def _stoppable(progress: Progress | None) -> Progress:
-    """Return the callback of a long selection, which stops it where a thread was asked to; a run stops by itself."""
-
-    def report(done: int, total: int, note: str) -> None:
-        StopRequest.check()
-        if progress is not None:
-            progress(done, total, note)
-
-    return report
 
 
 def _recipes(config: SweepConfig, files: dict[str, ScoreFile], given: frozenset[str]) -> list[ResolvedMethod]:

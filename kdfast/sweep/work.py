@@ -126,6 +126,17 @@ class _RunProgress:
             self._progress(self._done, self._total, f"{self._run}: step {step}/{steps} {note}")
 
 
+def stoppable(progress: Progress | None) -> Progress:
+    """Return a callback that stops the work it reports on where a thread was asked to; trainings stop by themselves."""
+
+    def report(done: int, total: int, note: str) -> None:
+        StopRequest.check()
+        if progress is not None:
+            progress(done, total, note)
+
+    return report
+
+
 def report_rows(log: ResultsLog, runs: Sequence[Run], done: set[str], on_row: OnRow | None) -> set[str]:
     """Report the rows of the runs whose keys are not in `done`, and return the keys of all rows."""
     new = {run.key for run in runs} - done

@@ -23,14 +23,14 @@ from kdfast.nets.checkpoint import load_model
 # figures 7 and 8 are trained.
 _COMMANDS = {
     "cuda": {
-        "fig12 at a tenth": "fig12 {teacher} --set fraction=0.1",
         "fig6 at a tenth, forgetting": "fig6 {teacher} --set fraction=0.1 --set method=forgetting --set alpha=1,0.5",
         "fig3, all data": "fig3 {teacher} --set match_steps_of=0.05,0.1",
-        "fig6 at 5%, random": "fig6 {teacher} --set fraction=0.05 --set method=random --set alpha=1,0.5 --seeds 3",
-        "fig8 at half of the rest": "fig8 --set fraction=0.15",
+        "fig12 at a tenth": "fig12 {teacher} --set fraction=0.1",
         "fig7 at a tenth": "fig7 --set fraction=0.1 --set teacher=resnet14,resnet56",
+        "fig8 at half of the rest": "fig8 --set fraction=0.15",
         "fig6 at 70%, 60 epochs":
             "fig6 {teacher} --epochs 60 --set fraction=0.7 --set method=forgetting --set alpha=1,0.5",
+        "fig6 at 5%, random": "fig6 {teacher} --set fraction=0.05 --set method=random --set alpha=1,0.5 --seeds 3",
     },
     "cpu": {"fig3, one epoch": "fig3 --epochs 1 --set fraction=1 --set kd=off"},
 }  # fmt: skip

@@ -8,14 +8,15 @@
 
 A name contains the digest of everything that determines the content, so that studies and machines can share a folder.
 An interrupted process leaves what it has done, and the next one resumes there. Everything is checked by the code that
-opens it, as in other commands.
+opens it, as in other commands. Threads that train on one GPU hold `EXCLUSIVE` for all of it but the trainings, which
+take it themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +29,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import Subset, class_budgets, subset_size, write_subset
 from kdfast.distillation.config import RunConfig
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs
@@ -48,7 +50,7 @@ from kdfast.reproduction.cells import Cell, resolve
 from kdfast.reproduction.engine.locks import hold
 from kdfast.reproduction.engine.teachers import TEACHER_SEED, TeacherSpec, plain_name
 from kdfast.reproduction.study import RECORDING_FIELDS, Study
-from kdfast.sweep.work import Postponed
+from kdfast.sweep.work import Postponed, stoppable
 from kdfast.teacher.build import build_cache, row_format
 from kdfast.teacher.cache import TeacherCache
 from kdfast.teacher.evaluate import evaluate
@@ -183,6 +185,11 @@ class Artifacts:
             found[self.dynamics_path() / dynamics_format.MANIFEST] = (self._recorded.student, images, images)
         return {path: cost for path, cost in found.items() if not path.exists()}
 
+    def trained_nets(self, cells: Iterable[Cell]) -> set[str]:
+        """Return the networks that are trained before some cells: teachers, and the one whose dynamics are recorded."""
+        missing = [network for cell in cells for network, images, _ in self.missing(cell).values() if images]
+        return set(missing)
+
     def check(self, cells: Iterable[Cell]) -> None:
         """Check, before the work, that what is missing for cells can be trained, and their samples chosen.
 
@@ -262,8 +269,7 @@ class Artifacts:
         with hold(self.out, str(path.relative_to(self.out))) as held:
             if held:
                 delete_cache(path)
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+                shutil.rmtree(path, ignore_errors=True)  # the lock of the folder, which a cache leaves
 
     @property
     def _cache_precision(self) -> Precision:
@@ -275,7 +281,7 @@ class Artifacts:
     def _make(
         self, path: Path, done: Path, make: Callable[[Progress | None], None], progress: Progress | None, name: str
     ) -> None:
-        """Make an artefact unless the file `done` exists; raise Postponed while another process makes it."""
+        """Make an artefact unless the file `done` exists; raise Postponed while another process or thread makes it."""
         if done.exists():
             return
         make_subfolder(self.out, path.relative_to(self.out).parts[0])
@@ -288,7 +294,8 @@ class Artifacts:
     def _make_teacher(self, spec: TeacherSpec, path: Path, progress: Progress | None) -> None:
         if spec.given is not None:
             model = spec.given
-            scores = evaluate(model, self._source.test, device=self._device, view_spec=self._source.view_spec)
+            with EXCLUSIVE:
+                scores = evaluate(model, self._source.test, device=self._device, view_spec=self._source.view_spec)
             model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
             save_model(path, model)
             return
@@ -296,7 +303,8 @@ class Artifacts:
         ids = np.arange(len(self._source.train), dtype=np.int64) if samples is None else samples.ids
         if samples is not None and samples.provenance is not None:
             write_subset(path.with_name(f"{path.name}.subset.npy"), samples.ids, samples.provenance)
-        plan = self._inputs.plan(self._teacher_config(spec.net), ids, device=self._device)
+        with EXCLUSIVE:
+            plan = self._inputs.plan(self._teacher_config(spec.net), ids, device=self._device)
         with RunFolder(path.with_name(f"{path.name}.run"), plan.identity, metadata=plan.metadata) as folder:
             train(plan, folder, Monitoring(progress=progress))
             save_model(path, load_model(folder.path / "student.pt", net=spec.net))
@@ -308,7 +316,8 @@ class Artifacts:
         pipeline = self._pipeline(cell, progress)
         state = path.with_suffix(".search")
         method = resolve(cell.method).method
-        selection = pipeline.select(method, cell.fraction, seed, state=state, progress=progress)
+        with EXCLUSIVE:
+            selection = pipeline.select(method, cell.fraction, seed, state=state, progress=stoppable(progress))
         write_subset(path, selection.ids, selection.provenance)
         state.unlink(missing_ok=True)
 
@@ -316,7 +325,8 @@ class Artifacts:
         """Return the selection of a cell, with what its method is computed from; kept for cells that share it."""
         needs = resolve(cell.method).inputs
         key = sha256_json(self.method_identity(cell))
-        if key not in self._pipelines:
+        pipeline = self._pipelines.get(key)
+        if pipeline is None:
             model = cache = recorded = None
             if needs & {"cache", "teacher"}:
                 spec = self.teacher_spec(cell)
@@ -329,8 +339,9 @@ class Artifacts:
                 recorded = self._dynamics(progress)
             network = self._flattened(cell, model, progress) if "teacher" in needs and model is not None else None
             sources = ScoreSources(self._source, cache, recorded, network)
-            self._pipelines = {key: SubsetPipeline(sources, device=str(self._device), exclude=self._excluded(cell))}
-        return self._pipelines[key]
+            pipeline = SubsetPipeline(sources, device=str(self._device), exclude=self._excluded(cell))
+            self._pipelines = {key: pipeline}
+        return pipeline
 
     def _excluded(self, cell: Cell) -> IntArray | None:
         """Return the samples that must not be chosen for a cell, those of its teacher; None: any may be."""
@@ -352,7 +363,10 @@ class Artifacts:
 
         def make(report: Progress | None) -> None:
             state = path.with_name(f"{path.name}.state")
-            flat = flatten_teacher(model, self._source, settings, state=state, progress=report, device=self._device)
+            with EXCLUSIVE:
+                flat = flatten_teacher(
+                    model, self._source, settings, state=state, progress=stoppable(report), device=self._device
+                )
             save_model(path, flat)
             state.unlink(missing_ok=True)
 
@@ -368,10 +382,11 @@ class Artifacts:
             rows = row_format(model, "float16")
             size = measure_cache(model, self._source, samples=samples, n_views=views, rows=rows)
             check_space(path, size.total + size.temporary, "the teacher's cache")
-            build_cache(
-                self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
-                device=self._device, progress=report,
-            )  # fmt: skip
+            with EXCLUSIVE:
+                build_cache(
+                    self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
+                    device=self._device, progress=stoppable(report),
+                )  # fmt: skip
 
         self._make(path, path / MANIFEST, make, progress, f"cache of {model.name}")
 

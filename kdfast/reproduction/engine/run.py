@@ -1,4 +1,4 @@
-"""Run the cells of a study, in this process, in several or on a cluster."""
+"""Run the cells of a study, one after another, several at a time, or on a cluster."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kdfast.reproduction.engine.budget import Budget, make_budget
 from kdfast.reproduction.engine.session import ReproductionSession
 from kdfast.sweep.parallel.engine import LOCAL, EngineConfig
 from kdfast.sweep.parallel.run import run_workers
+from kdfast.sweep.parallel.threads import run_threads
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.run import choose_jobs
 from kdfast.sweep.work import OnRow, run_worker
@@ -35,8 +36,9 @@ def run_study(
         session: The opened inputs.
         log: The log of the folder.
         engine: Where the runs train; None: on this machine, where the session computes.
-        jobs: Number of processes that train; 1: this process; None: as `choose_jobs`. On a cluster the number of
-            workers; None: as many as a Ray cluster has room for.
+        jobs: Number of runs that train at a time: on a CPU in processes, on a GPU in threads of this process, unless
+            their steps rule that out, see `ReproductionSession.divide_device`. 1: in this thread; None: as
+            `choose_jobs`. On a cluster the number of workers; None: as many as a Ray cluster has room for.
         keep_runs: Whether to keep the folder of every run.
         budget_seconds: Begin no run that would not end within so many seconds from now; None: no limit.
         on_row: Called with every new row, whichever process wrote it.
@@ -65,6 +67,8 @@ def run_study(
     follow: dict[str, Any] = {"keep_runs": keep_runs, "admit": budget, "on_row": on_row, "progress": progress}
     if not pending or (engine.name == LOCAL and jobs == 1):
         run_worker(session, runs, log, **follow)
+    elif engine.name == LOCAL and session.device.type == "cuda" and session.divide_device(jobs or 1):
+        run_threads(session, runs, log, jobs=jobs or 1, **follow)
     elif engine.name == LOCAL:
         opened = functools.partial(ReproductionSession, session.config, session.share())
         run_workers(opened, runs, log, engine=engine, jobs=jobs, **follow)

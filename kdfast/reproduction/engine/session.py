@@ -22,6 +22,7 @@ from kdfast.data.stateless_random import IntArray
 from kdfast.data.subset import class_budgets, open_subset, subset_size
 from kdfast.device import resolve_device
 from kdfast.distillation.config import RunConfig
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student, open_targets
 from kdfast.distillation.losses.alpha import parse_alpha
@@ -44,6 +45,7 @@ from kdfast.reproduction.engine.targets import CACHE, choose_targets
 from kdfast.reproduction.engine.teachers import TEACHER_SEED, read_given
 from kdfast.reproduction.selection import compress, compressed_epochs
 from kdfast.sweep.parallel.shared import share_source
+from kdfast.sweep.parallel.threads import can_train_in_threads
 from kdfast.sweep.results_log import RUNS, ResultsLog
 from kdfast.sweep.work import Postponed
 from kdfast.teacher.manifest import MANIFEST
@@ -129,8 +131,22 @@ class ReproductionSession:
             given=given,
             dynamics=recorded,
         )
+        self._at_a_time = 1
         self.artifacts.check(config.cells)
         self._check_terms()
+
+    def divide_device(self, jobs: int) -> bool:
+        """Return whether threads can train at the same time on the GPU, and divide its memory among so many runs.
+
+        See `kdfast.sweep.parallel.threads.can_train_in_threads`.
+        """
+        cells, ids = self.config.cells, np.arange(len(self.source.train), dtype=np.int64)
+        nets = {cell.student for cell in cells} | self.artifacts.trained_nets(cells)
+        configs = (RunConfig(net, precision=self.config.precision) for net in sorted(nets))
+        if not all(can_train_in_threads(self._inputs.plan(config, ids, device=self.device)) for config in configs):
+            return False
+        self._at_a_time = jobs
+        return True
 
     def share(self) -> Source | None:
         """Return the data for the sessions of other processes, see `share_source`."""
@@ -226,7 +242,10 @@ class ReproductionSession:
         """
         cell, subset = run.cell, self.artifacts.subset(run.cell, run.seed, progress)
         with self._cached(run, subset, progress) as cache:
-            plan, paths = self._plan(run, subset, cache, progress)
+            if cell.kd and cache is None:
+                self.artifacts.teacher(self.artifacts.teacher_spec(cell), progress)
+            with EXCLUSIVE:
+                plan, paths = self._plan(run, subset, cache)
             folder = refuse_links(make_subfolder(out, RUNS), run.key[:16])
             with RunFolder(folder, plan.identity, metadata=plan.metadata) as claimed:
                 result = train(plan, claimed, Monitoring(progress=progress))
@@ -270,10 +289,8 @@ class ReproductionSession:
             return np.arange(len(self.source.train), dtype=np.int64)
         return open_subset(subset, self.source, batch_size=config.batch_size).ids
 
-    def _plan(
-        self, run: StudyRun, subset: Path | None, cache: Path | None, progress: Progress | None
-    ) -> tuple[Plan, dict[str, Path]]:
-        """Return the plan of a run, and the paths of its inputs by option of `kdfast distill`."""
+    def _plan(self, run: StudyRun, subset: Path | None, cache: Path | None) -> tuple[Plan, dict[str, Path]]:
+        """Return the plan of a run, whose teacher exists, and the paths of its inputs by option of `kdfast distill`."""
         cell, config = run.cell, self._run_config(run.cell, run.seed)
         ids, targets = self._ids(subset, config), TeacherTargets()
         paths = {} if subset is None else {"subset": subset}
@@ -286,8 +303,8 @@ class ReproductionSession:
             else:
                 spec = self.artifacts.teacher_spec(cell)
                 paths["teacher"] = self.artifacts.teacher_path(spec)
-                targets = TeacherTargets(model=self.artifacts.teacher(spec, progress))
-        inputs = dataclasses.replace(self._inputs, teacher=targets)
+                targets = TeacherTargets(model=self.artifacts.teacher(spec))
+        inputs = dataclasses.replace(self._inputs, teacher=dataclasses.replace(targets, runs=self._at_a_time))
         metadata = {"data": self.config.data, **{name: str(path) for name, path in paths.items()}}
         return inputs.plan(config, ids, device=self.device, metadata=metadata), paths
 

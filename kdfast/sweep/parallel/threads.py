@@ -1,4 +1,4 @@
-"""Run a sweep in threads of this process, which share the images on a GPU."""
+"""Run a sweep or a study in threads of this process, which share the images on a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
+from kdfast.distillation.plan import Plan
 from kdfast.errors import Interrupted, KdfastError
 from kdfast.files.interrupt import StopRequest
+from kdfast.nets.fit import draws_random_numbers
+from kdfast.nets.initial import build_started_net
 from kdfast.progress import Progress
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.work import POLL_SECONDS, OnRow, Run, RunSession, report_rows, run_worker
+
+
+def can_train_in_threads(plan: Plan) -> bool:
+    """Return whether runs like this one can train at the same time, in threads, on a GPU.
+
+    Their steps must run as CUDA graphs, and must not draw from torch's global generators, which the threads share.
+    """
+    if not plan.can_capture():
+        return False
+    config = plan.config
+    with torch.random.fork_rng(devices=[]):
+        net = build_started_net(config.student, len(plan.source.classes), config.init)
+    return not draws_random_numbers(net, config.student, plan.source.view_spec.size)
 
 
 def run_threads(
