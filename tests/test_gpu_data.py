@@ -19,10 +19,12 @@ from kdfast.nets.checkpoint import Model, load_model, save_model
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import study_rows  # noqa: E402
 from gpu import data as gpu_data  # noqa: E402
 from gpu import pack_data, sheets  # noqa: E402
-from gpu.measure import tools  # noqa: E402
+from gpu.measure import studies, tools  # noqa: E402
 from gpu.measure.training import summary  # noqa: E402
+from gpu.results import append_row, read_rows  # noqa: E402
 from gpu.sheets import LAYOUTS, read_sheet, write_archive, write_sheet  # noqa: E402
 
 
@@ -76,6 +78,18 @@ def test_the_rest_completes_the_packed_data(packed, tmp_path):
     np.testing.assert_array_equal(joined.train.labels, whole.train.labels)
 
 
+def test_the_rest_is_used_once_it_is_whole(packed, tmp_path, monkeypatch):
+    for name, value in {"DATA": "packed", "REST": "rest", "QUEUE_WORK": "work"}.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    for name in ("1.webp", "labels.npz"):
+        (tmp_path / "rest" / name).rename(tmp_path / name)
+        assert gpu_data.whole_data("cuda") is None
+        (tmp_path / name).rename(tmp_path / "rest" / name)
+    found = gpu_data.whole_data("cuda")
+    assert found is not None
+    assert open_source(found.data).fingerprint == open_source(str(packed[0])).fingerprint
+
+
 def test_a_damaged_rest_is_rejected(packed, tmp_path):
     _, folder = packed
     labels = dict(np.load(tmp_path / "rest" / "labels.npz"))
@@ -109,6 +123,36 @@ def test_random_data_are_made_once(tmp_path):
     assert Path(first.teacher).read_bytes() == before
     assert not first.packed
     assert len(open_source(first.data).classes) == 100
+
+
+def test_a_study_that_fails_stops_no_other_and_its_finished_runs_have_a_row(tmp_path, monkeypatch):
+    environment = {"QUEUE_RESULTS": "rows.jsonl", "QUEUE_PART": "studies", "QUEUE_WORK": ".", "DEVICE": "cpu"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(studies, "whole_data", lambda device: "data")
+    monkeypatch.setattr(studies, "_COMMANDS", {"cpu": {"first": "fig6", "second": "fig7"}})
+    called = []
+
+    def reproduce(command, data, out, device):
+        called.append(command)
+        shared = {"machine": {"device": "CPU", "threads": 1}, "settings": {}, "seed": len(called), "seconds": 1 / 3}
+        append_row(out / "results.jsonl", dict.fromkeys(study_rows.FIELDS) | shared | {"study": command})
+        if len(called) == 1:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(studies, "reproduce", reproduce)
+    with pytest.raises(SystemExit, match="failed: first"):
+        studies.main()
+    studies.main()
+    studies.main()
+    assert called == ["fig6", "fig7", "fig6"]
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["key"], row["repeat"]) for row in rows] == [("first", True), ("second", False), ("first", False)]
+    assert [[(run["study"], run["seed"]) for run in row["runs"]] for row in rows] == [
+        [("fig6", 1)], [("fig7", 2)], [("fig6", 3)],
+    ]  # fmt: skip
+    assert study_rows.short_rows(rows) == [run for row in rows for run in row["runs"]]
 
 
 NCU = """==PROF== Connected to process 12

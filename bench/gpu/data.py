@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gpu.results import ROOT
-from gpu.sheets import INFO, LABELS, LAYOUTS, TEACHER, unpack, write_archive
+from gpu.sheets import INFO, LAYOUTS, TEACHER, is_whole, unpack, write_archive
 from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
 from kdfast.nets import build_net
@@ -61,7 +61,7 @@ def whole_data(device: str) -> TrainingData | None:
     if device == "cpu":
         return random_data(work / "random", device)
     rest = Path(os.environ.get("REST") or ROOT / ".gpu_rest")
-    if not (rest / LABELS).exists() or not (packed_folder() / INFO).exists():
+    if not is_whole(rest) or not (packed_folder() / INFO).exists():
         return None
     return unpacked(packed_folder(), work / "whole", rest)
 

@@ -62,6 +62,14 @@ def read_sheets(folder: Path, count: int) -> Images:
     return np.concatenate([read_sheet(folder / f"{number}.webp", size) for number, size in enumerate(sizes)])
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether the second folder has all of its files, which may arrive one after the other."""
+    if not (folder / LABELS).exists():
+        return False
+    sheets = -(-len(np.load(folder / LABELS)["rest"]) // _LARGEST)
+    return all((folder / f"{number}.webp").exists() for number in range(sheets))
+
+
 def unpack(packed: Path, out: Path, rest: Path | None = None) -> None:
     """Write the official archive of packed data, after a check of every pixel.
 
