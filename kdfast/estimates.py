@@ -145,8 +145,9 @@ def measure_cache(model: Model, source: Source, *, samples: int, n_views: int, r
         n_views: Views of each.
         rows: Format of the stored rows.
     """
+    place = next(model.net.parameters(), torch.empty(0)).device  # that of its last use
     with torch.no_grad():
-        logits, features = forward_with_features(model.net, torch.zeros(1, 3, *source.view_spec.size))
+        logits, features = forward_with_features(model.net, torch.zeros(1, 3, *source.view_spec.size, device=place))
     width, classes = features.shape[1], logits.shape[1]
     # Of the image as it is, logits and features are also stored in float32.
     identity = {IDENTITY: 4 * samples * classes, FEATURES: 4 * samples * width}

@@ -20,6 +20,7 @@ from kdfast.data.source import Source
 from kdfast.data.stateless_random import Purpose, hash64, permutation_element
 from kdfast.distillation.batches import Batch
 from kdfast.distillation.config import RunConfig, check_integer
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import RunFolder
 from kdfast.distillation.inputs import check_student
 from kdfast.distillation.plan import LoadedInputs, Plan
@@ -172,8 +173,9 @@ def record_dynamics(
         mask = draw_training_mask(len(inputs.source.train), recording.keep, config.seed, run)
         ids = np.flatnonzero(mask).astype(np.int64)
         run_config = dataclasses.replace(config, seed=config.seed + run)
-        check_student(run_config, len(ids), inputs.source, device)
-        plan = inputs.plan(run_config, ids, device=device, distributed=ranks)
+        with EXCLUSIVE:
+            check_student(run_config, len(ids), inputs.source, device)
+            plan = inputs.plan(run_config, ids, device=device, distributed=ranks)
         opened = _open_recorder(plan, config, recording, out, run, mask) if ranks.is_main else contextlib.nullcontext()
         with opened as recorder:
             monitoring = Monitoring(

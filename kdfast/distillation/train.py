@@ -147,9 +147,9 @@ class _TrainingLoop:
                     if not (must_log or must_save):
                         continue
                     trainer.wait()
+                    trainer.train_seconds += time.perf_counter() - clock  # not the wait for other runs, which follows
                     with EXCLUSIVE:
                         trainer.check_finite()
-                        trainer.train_seconds += time.perf_counter() - clock
                         if must_log:
                             self.log(epoch_ended)
                         if epoch_ended and monitoring.on_epoch_end is not None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.errors import Interrupted
 from kdfast.files import schemas
 from kdfast.reproduction.engine import artifacts
@@ -63,7 +65,27 @@ def rows_of(log: ResultsLog) -> dict[str, tuple[Any, ...]]:
     return {row["key"]: (row["weights"], row["test_top1"], row["subset"], row["teacher_top1"]) for row in log.results()}
 
 
-def test_rows_are_those_of_runs_one_after_the_other(tmp_path: Path) -> None:
+@pytest.fixture
+def unlocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Modules that a thread makes or calls without the lock, which fills while the test runs."""
+    found: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(nn.Module, name)
+
+        def method(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread() and not EXCLUSIVE._is_owned():
+                found.append(f"{type(module).__name__}.{name}")
+            return real(module, *arguments, **options)
+
+        monkeypatch.setattr(nn.Module, name, method)
+
+    watch("__init__")
+    watch("__call__")
+    return found
+
+
+def test_rows_are_those_of_runs_one_after_the_other(tmp_path: Path, unlocked: list[str]) -> None:
     one, many = open_session(tmp_path, "one"), open_session(tmp_path, "many")
     run_worker(one, one.runs(), new_log(one), keep_runs=False)
     run_threads(many, many.runs(), new_log(many), jobs=3, keep_runs=False)
@@ -72,6 +94,7 @@ def test_rows_are_those_of_runs_one_after_the_other(tmp_path: Path) -> None:
     assert rows_of(new_log(many)) == expected
     for folder in ("runs", "caches"):
         assert not list((tmp_path / "many" / folder).iterdir()), f"no run needs these {folder} any more"
+    assert not unlocked
 
 
 def test_a_signal_stops_the_making_of_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +152,11 @@ def test_on_a_gpu_runs_are_threads_unless_their_steps_rule_that_out(
     session.device = torch.device("cuda")
     for name in ("threads", "workers"):
         monkeypatch.setattr(engine, f"run_{name}", fail_with("threads" if name == "threads" else "processes"))
+    timed: list[int] = []
+    monkeypatch.setattr(engine, "make_budget", lambda session, runs, log, deadline, jobs: timed.append(jobs))
     with pytest.raises(Chosen, match=expected):
-        engine.run_study(session, new_log(session), jobs=2)
+        engine.run_study(session, new_log(session), jobs=2, budget_seconds=60)
+    assert timed == [{"threads": 1, "processes": 2}[expected]], "processes divide the threads of the CPU"
 
 
 def fail_with(text: str) -> Any:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kdfast.distillation.plan import Plan
+from kdfast.distillation.targets import CachedTargets
 from kdfast.errors import DivergedError, Interrupted
 from kdfast.files.interrupt import StopRequest
 from kdfast.nets import build_net
 from kdfast.nets.fit import draws_random_numbers
 from kdfast.sweep import session as sessions
 from kdfast.sweep.grid import SweepConfig
-from kdfast.sweep.parallel.threads import run_threads
+from kdfast.sweep.parallel.threads import can_train_in_threads, run_threads
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.run import choose_jobs
 from kdfast.sweep.session import Session
@@ -148,6 +153,18 @@ def test_networks_that_draw_are_known() -> None:
 def test_jobs_fit_the_device(device: str, runs: int, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert choose_jobs(torch.device(device), runs) == jobs
+
+
+def test_what_threads_cannot_share_rules_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "can_capture", lambda plan: True)
+    plan = open_session(tmp_path)._plan_all(False)
+    assert can_train_in_threads(plan)
+    files: Any = SimpleNamespace(name="files")
+    assert not can_train_in_threads(dataclasses.replace(plan, loader=files))
+    targets = CachedTargets.__new__(CachedTargets)
+    for head, expected in ((None, True), (object(), False)):
+        targets.cache = SimpleNamespace(head=head)
+        assert can_train_in_threads(dataclasses.replace(plan, targets=targets)) == expected
 
 
 def test_a_cpu_has_no_threads_by_itself(tmp_path: Path) -> None:

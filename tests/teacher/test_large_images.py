@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -74,6 +75,13 @@ def test_measured_bytes_are_those_of_the_files(source, teacher, tmp_path, option
     for name, planned in size.files.items():
         assert 0 < found[name] - planned <= 192, name  # the header
     assert size.temporary == size.files["identity_logits.npy"] + size.files["features.npy"]
+
+
+def test_a_teacher_on_another_device_is_measured_there(source, teacher):
+    rows = row_format(teacher, "float16")
+    expected = measure_cache(teacher, source, samples=7, n_views=3, rows=rows)
+    moved = dataclasses.replace(teacher, net=copy.deepcopy(teacher.net).to("meta"))
+    assert measure_cache(moved, source, samples=7, n_views=3, rows=rows) == expected
 
 
 class Clock:

@@ -230,11 +230,12 @@ class Artifacts:
         """Return a teacher, imported or trained."""
         path = self.teacher_path(spec)
         self._make(path, path, functools.partial(self._make_teacher, spec, path), progress, f"teacher {spec.net}")
-        if spec.name not in self._models:
-            model = load_model(path, net=spec.net)
-            check_fit(model, self._source, str(path))
-            self._models[spec.name] = model
-        return self._models[spec.name]
+        with EXCLUSIVE:
+            if spec.name not in self._models:
+                model = load_model(path, net=spec.net)
+                check_fit(model, self._source, str(path))
+                self._models[spec.name] = model
+            return self._models[spec.name]
 
     def teacher_samples(self, fraction: float) -> Subset | None:
         """Return the samples that a teacher is trained on; None for all."""
@@ -307,7 +308,8 @@ class Artifacts:
             plan = self._inputs.plan(self._teacher_config(spec.net), ids, device=self._device)
         with RunFolder(path.with_name(f"{path.name}.run"), plan.identity, metadata=plan.metadata) as folder:
             train(plan, folder, Monitoring(progress=progress))
-            save_model(path, load_model(folder.path / "student.pt", net=spec.net))
+            with EXCLUSIVE:
+                save_model(path, load_model(folder.path / "student.pt", net=spec.net))
 
     def _record(self, path: Path, progress: Progress | None) -> None:
         record_dynamics(self._inputs, self._recorded, self._recording, path, device=self._device, progress=progress)
@@ -363,15 +365,15 @@ class Artifacts:
 
         def make(report: Progress | None) -> None:
             state = path.with_name(f"{path.name}.state")
-            with EXCLUSIVE:
-                flat = flatten_teacher(
-                    model, self._source, settings, state=state, progress=stoppable(report), device=self._device
-                )
+            flat = flatten_teacher(
+                model, self._source, settings, state=state, progress=stoppable(report), device=self._device
+            )
             save_model(path, flat)
             state.unlink(missing_ok=True)
 
-        self._make(path, path, make, progress, "flatten")
-        return load_model(path, net=model.name)
+        with EXCLUSIVE:
+            self._make(path, path, make, progress, "flatten")
+            return load_model(path, net=model.name)
 
     def _outputs_path(self, spec: TeacherSpec) -> Path:
         return self.out / "outputs" / f"{spec.name}-{self._study.cache_views}-{self._cache_precision}"
@@ -382,13 +384,13 @@ class Artifacts:
             rows = row_format(model, "float16")
             size = measure_cache(model, self._source, samples=samples, n_views=views, rows=rows)
             check_space(path, size.total + size.temporary, "the teacher's cache")
-            with EXCLUSIVE:
-                build_cache(
-                    self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
-                    device=self._device, progress=stoppable(report),
-                )  # fmt: skip
+            build_cache(
+                self._source, model, path, ids=ids, n_views=views, precision=self._cache_precision,
+                device=self._device, progress=stoppable(report),
+            )  # fmt: skip
 
-        self._make(path, path / MANIFEST, make, progress, f"cache of {model.name}")
+        with EXCLUSIVE:
+            self._make(path, path / MANIFEST, make, progress, f"cache of {model.name}")
 
 
 def _named(progress: Progress, name: str) -> Progress:

@@ -63,12 +63,15 @@ def run_study(
     engine = engine or EngineConfig(device=str(session.device))
     if jobs is None and engine.name == LOCAL:
         jobs = choose_jobs(session.device, len(pending))
-    budget = None if deadline is None else make_budget(session, pending, log, deadline, jobs or 1)
+    alone = not pending or (engine.name == LOCAL and jobs == 1)
+    on_a_gpu = engine.name == LOCAL and session.device.type == "cuda"
+    threads = jobs if jobs and on_a_gpu and not alone and session.divide_device(jobs) else None
+    budget = None if deadline is None else make_budget(session, pending, log, deadline, 1 if threads else jobs or 1)
     follow: dict[str, Any] = {"keep_runs": keep_runs, "admit": budget, "on_row": on_row, "progress": progress}
-    if not pending or (engine.name == LOCAL and jobs == 1):
+    if alone:
         run_worker(session, runs, log, **follow)
-    elif engine.name == LOCAL and session.device.type == "cuda" and session.divide_device(jobs or 1):
-        run_threads(session, runs, log, jobs=jobs or 1, **follow)
+    elif threads:
+        run_threads(session, runs, log, jobs=threads, **follow)
     elif engine.name == LOCAL:
         opened = functools.partial(ReproductionSession, session.config, session.share())
         run_workers(opened, runs, log, engine=engine, jobs=jobs, **follow)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from kdfast.data.loaders import ResidentLoader
 from kdfast.distillation.plan import Plan
+from kdfast.distillation.targets import CachedTargets
 from kdfast.errors import Interrupted, KdfastError
 from kdfast.files.interrupt import StopRequest
 from kdfast.nets.fit import draws_random_numbers
@@ -23,8 +25,11 @@ def can_train_in_threads(plan: Plan) -> bool:
     """Return whether runs like this one can train at the same time, in threads, on a GPU.
 
     Their steps must run as CUDA graphs, and must not draw from torch's global generators, which the threads share.
+    Their images must be resident, since other loaders serve one run at a time. Batches of a cache of features compute
+    their logits outside the graph.
     """
-    if not plan.can_capture():
+    features = isinstance(plan.targets, CachedTargets) and plan.targets.cache.head is not None
+    if not plan.can_capture() or plan.loader.name != ResidentLoader.name or features:
         return False
     config = plan.config
     with torch.random.fork_rng(devices=[]):
