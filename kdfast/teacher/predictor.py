@@ -42,7 +42,8 @@ class Predictor:
         self._batch_size = batch_size
         self._spec = spec
         self._normalization = model.normalization
-        self._net = fold_batch_norms(copy.deepcopy(model.net).eval()).to(device=device)
+        # Folded on the CPU, so that the bits do not depend on where the network was used before.
+        self._net = fold_batch_norms(copy.deepcopy(model.net).eval().cpu()).to(device=device)
         self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
