@@ -57,7 +57,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], fractions: list[float], alpha: 
                 f"{mean:.1f}", (place, mean), (-10, 2), textcoords="offset points", color=color, ha="right", va="center"
             )
     last = max(means)
-    axes.annotate(label, (last, means[last]), (12, 0), textcoords="offset points", color=color, va="center")
+    axes.annotate(label, (last, means[last]), (12, 6), textcoords="offset points", color=color, va="center")
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
