@@ -20,7 +20,7 @@ FIELDS = (
     "study", "dataset", "cell", "seed", "epochs", "compressed_to", "kept", "alpha", "views", "targets", "precision",
     "teacher_top1", "test_top1", "test_top5", "steps", "images", "seconds", "torch",
 )  # fmt: skip
-_SAME = ("cell", "seed", "epochs", "compressed_to", "targets", "precision", "label_smoothing")
+_SAME = ("study", "cell", "seed", "epochs", "compressed_to", "targets", "precision", "label_smoothing")
 
 
 def shorten(row: dict[str, Any]) -> dict[str, Any]:

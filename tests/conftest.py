@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -26,6 +28,27 @@ def pytest_collection_finish():
 def _own_cache_folder(tmp_path_factory):
     """Keep what commands remember of files out of the user's cache folder."""
     os.environ["KDFAST_CACHE_DIR"] = str(tmp_path_factory.mktemp("remembered"))
+
+
+@pytest.fixture
+def terminate_when():
+    """A function that sends SIGTERM to this process, from a thread, once a condition holds."""
+    ended, senders = threading.Event(), []
+
+    def start(condition):
+        def send():
+            while not condition():
+                if ended.wait(0.05):
+                    return
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        senders.append(threading.Thread(target=send))
+        senders[-1].start()
+
+    yield start
+    ended.set()
+    for sender in senders:
+        sender.join()
 
 
 @pytest.fixture(autouse=True)

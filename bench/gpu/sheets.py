@@ -24,7 +24,7 @@ _COLUMNS = 100
 _SIDE = 32
 _LARGEST = 15_000  # images of a sheet of the second folder: 25 MiB of CIFAR
 Images = NDArray[np.uint8]
-Split = tuple[Images, NDArray[np.int64]]
+LabeledImages = tuple[Images, NDArray[np.int64]]
 
 
 def write_sheet(path: Path, images: Images) -> None:
@@ -80,7 +80,7 @@ def unpack(packed: Path, out: Path, rest: Path | None = None) -> None:
     """
     info: dict[str, Any] = json.loads((packed / INFO).read_text())
     labels = np.load(packed / LABELS)
-    splits: dict[str, Split] = {}
+    splits: dict[str, LabeledImages] = {}
     for name in ("train", "test"):
         splits[name] = (read_sheet(packed / f"{name}.webp", len(labels[name])), labels[name])
         _check(splits[name], info["sha256"][name], packed)
@@ -90,7 +90,7 @@ def unpack(packed: Path, out: Path, rest: Path | None = None) -> None:
     write_archive(out, info["kind"], splits["train"], splits["test"], info["classes"])
 
 
-def _whole(ids: NDArray[np.int64], kept: Split, rest: Path) -> Split:
+def _whole(ids: NDArray[np.int64], kept: LabeledImages, rest: Path) -> LabeledImages:
     """Return the whole training split, in its order."""
     labels = np.load(rest / LABELS)
     images = np.concatenate([kept[0], read_sheets(rest, len(labels["rest"]))])
@@ -98,12 +98,12 @@ def _whole(ids: NDArray[np.int64], kept: Split, rest: Path) -> Split:
     return images[order], np.concatenate([kept[1], labels["rest"]])[order]
 
 
-def _check(split: Split, expected: str, folder: Path) -> None:
+def _check(split: LabeledImages, expected: str, folder: Path) -> None:
     if digest(*split) != expected:
         raise SystemExit(f"{folder} is damaged: pack the data again")
 
 
-def write_archive(out: Path, kind: str, train: Split, test: Split, classes: list[str]) -> None:
+def write_archive(out: Path, kind: str, train: LabeledImages, test: LabeledImages, classes: list[str]) -> None:
     """Write images and labels in the official layout of `cifar10` or `cifar100`."""
     layout = LAYOUTS[kind]
     out.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -95,7 +93,9 @@ def test_rows_are_those_of_runs_one_after_the_other(tmp_path: Path, unlocked: li
     assert not unlocked
 
 
-def test_a_signal_stops_the_making_of_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_stops_the_making_of_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminate_when: Any
+) -> None:
     begun = threading.Event()
     real = artifacts.build_cache
 
@@ -108,16 +108,9 @@ def test_a_signal_stops_the_making_of_a_cache(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(artifacts, "build_cache", slow)
     session = open_session(tmp_path, "out")
     log = new_log(session)
-
-    def send() -> None:
-        begun.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    sender = threading.Thread(target=send)
-    sender.start()
+    terminate_when(begun.is_set)
     with pytest.raises(Interrupted, match="SIGTERM"):
         run_threads(session, session.runs(), log, jobs=2, keep_runs=False)
-    sender.join()
     monkeypatch.setattr(artifacts, "build_cache", real)
     run_threads(session, session.runs(), log, jobs=2, keep_runs=False)
     assert len(rows_of(log)) == 5
@@ -148,8 +141,8 @@ def test_on_a_gpu_runs_are_threads_unless_their_steps_rule_that_out(
     session = open_session(tmp_path, "out", text=STUDY.replace("student: resnet8", f"student: {student}"))
     session.config = dataclasses.replace(session.config, precision=precision)
     session.device = torch.device("cuda")
-    for name in ("threads", "workers"):
-        monkeypatch.setattr(engine, f"run_{name}", fail_with("threads" if name == "threads" else "processes"))
+    monkeypatch.setattr(engine, "run_threads", fail_with("threads"))
+    monkeypatch.setattr(engine, "run_workers", fail_with("processes"))
     timed: list[int] = []
     monkeypatch.setattr(engine, "make_budget", lambda session, runs, log, deadline, jobs: timed.append(jobs))
     with pytest.raises(Chosen, match=expected):

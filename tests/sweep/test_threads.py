@@ -79,19 +79,11 @@ def test_a_diverged_run_does_not_stop_the_others(tmp_path: Path, monkeypatch: py
     assert sorted(rows_of(log)) == [0, 2]
 
 
-def test_a_signal_stops_every_thread_with_its_state_saved(tmp_path: Path) -> None:
+def test_a_signal_stops_every_thread_with_its_state_saved(tmp_path: Path, terminate_when: Any) -> None:
     session, log = open_session(tmp_path, steps=100_000, seeds=(0, 1)), new_log(tmp_path / "out")
-
-    def send() -> None:
-        while sum(bool(file.read_bytes()) for file in log.folder.glob("runs/*/metrics.jsonl")) < 2:
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    sender = threading.Thread(target=send)
-    sender.start()
+    terminate_when(lambda: sum(bool(file.read_bytes()) for file in log.folder.glob("runs/*/metrics.jsonl")) == 2)
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
         run_threads(session, session.runs(), log, jobs=2, keep_runs=False)
-    sender.join()
     assert len(list(log.folder.glob("runs/*/checkpoints/latest.json"))) == 2
     StopRequest.check()  # the request has ended
 

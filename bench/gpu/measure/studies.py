@@ -51,9 +51,8 @@ def reproduce(command: str, data: TrainingData, out: Path, device: str) -> None:
 def finished(out: Path, results: PartResults) -> list[Row]:
     """Return the runs of a folder that no row has yet."""
     rows = [row for row in read_rows(results.path) if row["part"] == results.part]
-    known = {(run["study"], identity(run)) for row in rows for run in row.get("runs", ())}
-    found = map(shorten, read_rows(out / "results.jsonl"))
-    return [run for run in found if (run["study"], identity(run)) not in known]
+    known = {identity(run) for row in rows for run in row.get("runs", ())}
+    return [run for run in map(shorten, read_rows(out / "results.jsonl")) if identity(run) not in known]
 
 
 def main() -> None:

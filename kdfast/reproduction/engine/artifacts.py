@@ -187,8 +187,7 @@ class Artifacts:
 
     def trained_nets(self, cells: Iterable[Cell]) -> set[str]:
         """Return the networks that are trained before some cells: teachers, and the one whose dynamics are recorded."""
-        missing = [network for cell in cells for network, images, _ in self.missing(cell).values() if images]
-        return set(missing)
+        return {network for cell in cells for network, images, _ in self.missing(cell).values() if images}
 
     def check(self, cells: Iterable[Cell]) -> None:
         """Check, before the work, that what is missing for cells can be trained, and their samples chosen.

@@ -242,7 +242,7 @@ class ReproductionSession:
         """
         cell, subset = run.cell, self.artifacts.subset(run.cell, run.seed, progress)
         with self._cached(run, subset, progress) as cache:
-            if cell.kd and cache is None:
+            if cell.kd and cache is None:  # without the lock, because it may be trained
                 self.artifacts.teacher(self.artifacts.teacher_spec(cell), progress)
             with EXCLUSIVE:
                 plan, paths = self._plan(run, subset, cache)
