@@ -219,8 +219,8 @@ def test_last(): pass
 """
 
 
-@pytest.fixture
-def tests(run, tmp_path, monkeypatch):
+@pytest.fixture(params=[0, 2], ids=["one process", "two processes"])
+def tests(run, tmp_path, monkeypatch, request):
     """A function that runs the tests above as a part, with limits in seconds of the part and of each test."""
     file = tmp_path / "test_it.py"
     file.write_text(TESTS)
@@ -234,6 +234,7 @@ def tests(run, tmp_path, monkeypatch):
         "--continue-on-collection-errors",
         "-c",
         os.devnull,
+        *(("-n", str(request.param)) if request.param else ()),
         str(tmp_path),
     )
 

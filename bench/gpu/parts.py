@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from gpu.part import Part
+from gpu.results import ROOT
 
 _PYTEST = ("-m", "pytest", "-p", "gpu.pytest_rows", "-p", "no:cacheprovider", "-q", "--tb=short", "--durations=5")
 # Warnings do not fail the tests: the installed versions may differ from those that the tests were written for.
@@ -17,30 +19,23 @@ _TRAINING = (*_OPERATORS, "kdfast/data", "kdfast/nets", "kdfast/teacher", "kdfas
 _STUDIES = (*_TRAINING, "kdfast/dynamics", "kdfast/pruning", "kdfast/reproduction", "kdfast/studies", "kdfast/sweep")
 _SMALL = ("bench/gpu/measure/small_cases.py", "bench/gpu/measure/kd_loss.py")
 
-# Folders of tests. On a CPU, where the queue only tests itself, a few quick ones replace those marked cuda.
-_TESTS = {
-    "kd_loss": ("tests/ops/kd_loss", "tests/ops/kd_loss/test_errors.py"),
-    "grad_norms": ("tests/ops/grad_norms", "tests/ops/grad_norms/test_errors.py"),
-    "softmax_head": ("tests/ops/softmax_head", "tests/ops/softmax_head/test_errors.py"),
-    "others": ("tests", "tests/ops/test_backends.py"),
-}
+# On a CPU, where the queue only tests itself, a few quick tests replace those marked cuda.
+_FEW_TESTS = tuple(f"tests/ops/{name}/test_errors.py" for name in ("kd_loss", "grad_norms", "softmax_head"))
+_TEST_PROCESSES = 10  # Triton compiles most of the time
 
 
 def parts(device: str) -> list[Part]:
     """Return the queue of a device, `cpu` or `cuda`."""
     heads = ("bench/bench_grad_norms.py", "bench/bench_grad_metric.py", "bench/bench_influence.py")
     peers = ("bench/plain_loop.py", "bench/bench_kd_loss.py")
-    # The tests of other operators say nothing about the loss and the training, which are the first to know.
-    loss_tests, *other_tests = _tests(device)
     queue = [
         _program("machine", 60, "bench/harness.py", always=True),
         _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
-        loss_tests,
+        _tests(device),
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
         _program("training", 240, *_TRAINING),
         _students("students", 0),
         _program("side_by_side", 150, *_TRAINING, "kdfast/sweep"),
-        *other_tests,
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
         _program("gradients", 210, *_OPERATORS, *heads),
@@ -74,12 +69,16 @@ def _students(name: str, *seeds: int) -> Part:
     return _program("students", 200 * len(seeds), *_TRAINING, name=name, arguments=tuple(map(str, seeds)))
 
 
-def _tests(device: str) -> list[Part]:
-    found = []
-    for name, (folder, few) in _TESTS.items():
-        where = (folder, "-m", "cuda") if device == "cuda" else (few, "-m", "not slow")
-        apart = [f"--ignore={other}" for other, _ in _TESTS.values() if name == "others" and other != "tests"]
-        sources = ("kdfast", "csrc", "tests") if name == "others" else (*_OPERATORS, "tests/conftest.py", folder)
-        seconds = 170 if name == "kd_loss" else 100  # Triton compiles for minutes
-        found.append(Part(f"tests {name}", seconds, (*_PYTEST, *_LENIENT, *where, *apart), sources, finished=_TESTED))
-    return found
+def _tests(device: str) -> Part:
+    files = _cuda_tests() if device == "cuda" else _FEW_TESTS
+    marked = "cuda" if device == "cuda" else "not slow"
+    several = device == "cuda" and find_spec("xdist") is not None
+    processes = ("-n", str(_TEST_PROCESSES)) if several else ()
+    command = (*_PYTEST, *_LENIENT, "-m", marked, *processes, *files)
+    return Part("tests", 240, command, ("kdfast", "csrc", "tests/conftest.py", *files), finished=_TESTED)
+
+
+def _cuda_tests() -> tuple[str, ...]:
+    """Return the files with tests that need a GPU; to collect all others takes longer than many of these tests."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return tuple(str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text())

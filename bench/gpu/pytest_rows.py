@@ -1,6 +1,7 @@
 """pytest plugin of the queue: one row for each test, and a new process after a test that hangs or breaks the device.
 
-Tests with a row for the present sources are not run again.
+Tests with a row for the present sources are not run again. Under pytest-xdist each worker writes the rows of its tests,
+and the process that distributes them asks for what the queue has to do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gpu.results import PartResults, device_works
 RESULTS = PartResults.from_environment()
 LIMIT = float(os.environ.get("QUEUE_TEST_SECONDS", "100"))
 _LENGTH = 3000  # characters of a failure that a row keeps
+_LOST = "the CUDA context is lost: the remaining tests run in a new process"
 
 
 class Rows:
@@ -32,17 +34,19 @@ class Rows:
         self.reports: list[pytest.TestReport] = []
         self.current = ""
         self.lost = self.unread = False
+        self.known = RESULTS.measured()
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Deselect the tests that have a row."""
-        measured = RESULTS.measured()
-        known = [item for item in items if item.nodeid in measured]
-        items[:] = [item for item in items if item.nodeid not in measured]
-        config.hook.pytest_deselected(items=known)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Skip the tests that have a row; the workers of pytest-xdist must all collect the same tests."""
+        for item in items:
+            if item.nodeid in self.known:
+                item.add_marker(pytest.mark.skip(reason="has a row"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
         """Run a test under a time limit, then write its row."""
+        if item.nodeid in self.known:
+            return (yield)
         self.reports, self.current = [], item.nodeid
         watchdog = threading.Timer(LIMIT, self.give_up)
         watchdog.daemon = True
@@ -71,22 +75,28 @@ class Rows:
         else:
             RESULTS.write(item.nodeid, outcome="passed", seconds=seconds)
         if self.lost:
-            item.session.shouldstop = "the CUDA context is lost: the remaining tests run in a new process"
+            item.session.shouldstop = _LOST
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Write a row for a file that cannot be imported."""
         if report.failed:
             self.unread = True
-            RESULTS.write(report.nodeid, outcome="failed", repeat=True, error=report.longreprtext[-_LENGTH:])
+            RESULTS.write(
+                report.nodeid, outcome="failed", repeat=True, unread=True, error=report.longreprtext[-_LENGTH:]
+            )
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Keep where a test was when the time was over."""
+        """Keep where a test was when the time was over, or that a worker's tests need a new process."""
+        if _LOST in str(excinfo.value):
+            self.lost = True
+        if not self.current or self.lost:
+            return
         error = str(excinfo.getrepr(style="short"))[-_LENGTH:]
         RESULTS.write(self.current, outcome="interrupted", repeat=True, error=error)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Ask the queue for a new process now, or for another try in its next run."""
-        if self.unread:
+        if self.unread or any(row.get("unread") and row["run"] == RESULTS.run for row in RESULTS.rows()):
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         if self.lost:
             session.exitstatus = AGAIN

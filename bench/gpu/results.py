@@ -6,6 +6,7 @@ part named `device` with the key of a run describes the machine. Rows without a 
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
@@ -41,6 +42,8 @@ def append_row(path: Path, row: Row) -> None:
     """Write a row as one line and wait until it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that run tests
+        file.seek(0, os.SEEK_END)
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a killed process left an incomplete line
