@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure and test everything that needs a GPU, without network: the queue of bench/gpu/parts.py.
 #
-#     OUT=results bash bench/gpu.sh [MINUTES]     # default: 9
+#     OUT=results bash bench/gpu.sh [MINUTES [PART]...]     # default: 9, every part
 #
 # Requires kdfast's dependencies, scikit-build-core or pybind11 and cmake, nvcc, pytest, pytest-benchmark and
 # hypothesis. Runs the parts in order, each with its own time limit. Writes to $OUT results.jsonl, one row for each

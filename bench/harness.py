@@ -199,12 +199,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def copy_bandwidth(bytes_moved: int | None = None, device: str = "cpu", rounds: int = 9) -> float:
     """Return the bytes per second (read plus written) of copying one tensor to another, median over rounds.
 
-    The default moves 256 MB on a CPU and 4 GB, many times the L2 cache, on a GPU.
+    The default moves 256 MB on a CPU and 4 GB, many times the L2 cache, on a GPU. There it is the faster of a memory
+    copy, which a CUDA graph runs at two thirds of the bandwidth of an H200, and a kernel.
     """
     size = bytes_moved or (2**32 if device == "cuda" else 2**28)
-    a = torch.ones(size // 8, dtype=torch.float32, device=device)
+    a = torch.rand(size // 8, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
-    return size / device_timing(lambda: b.copy_(a), device, rounds).median
+    ways = [lambda: b.copy_(a), *([lambda: torch.neg(a, out=b)] if device == "cuda" else [])]
+    return size / min(device_timing(way, device, rounds).median for way in ways)
 
 
 def device_timing(call: Callable[[], Any], device: str, rounds: int = 9, *, calls: int = 1) -> Timing:

@@ -17,13 +17,18 @@ def main(arguments: list[str]) -> int:
     device = os.environ.get("DEVICE", "cuda")
     if device not in ("cpu", "cuda"):
         sys.exit(f"DEVICE is {device!r}: set it to cpu or cuda")
-    if len(arguments) > 1:
-        sys.exit("usage: OUT=FOLDER bash bench/gpu.sh [MINUTES]")
+    queue_parts = parts(device)
+    minutes, *wanted = arguments or ["9"]
+    if unknown := set(wanted) - {part.name for part in queue_parts}:
+        sys.exit(
+            f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in queue_parts)}"
+        )
+    queue_parts = [part for part in queue_parts if part.name in wanted or not wanted]
     work = Path(os.environ.get("WORK") or ROOT / "build" / f"gpu-{device}").resolve()
     # A caller's time limit ends the part at hand like a limit of its own, with its traceback in the log.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    queue = Queue(Path(os.environ["OUT"]), work, device, minutes=float(arguments[0]) if arguments else 9)
-    return queue.run(parts(device))
+    queue = Queue(Path(os.environ["OUT"]), work, device, minutes=float(minutes))
+    return queue.run(queue_parts)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,14 @@ def parts(device: str) -> list[Part]:
     queue = [
         _program("machine", 60, "bench/harness.py", always=True),
         _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
-        _tests(device),
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
         _program("training", 240, *_TRAINING),
         _students("students", 0),
-        _program("side_by_side", 150, *_TRAINING, "kdfast/sweep"),
+        _tests("tests kd_loss", device, "tests/ops/kd_loss"),
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
         _program("tools", 90, *_OPERATORS, *_SMALL, name="counters", arguments=("counters",)),
+        _program("side_by_side", 150, *_TRAINING, "kdfast/sweep"),
+        _tests("tests others", device, "tests", apart="tests/ops/kd_loss"),
         _program("gradients", 210, *_OPERATORS, *heads),
         _program("selection", 150, *_TRAINING, "kdfast/pruning/if_beta", "bench/bench_if_beta.py"),
         _program("wheels", 60, always=True),
@@ -69,16 +70,19 @@ def _students(name: str, *seeds: int) -> Part:
     return _program("students", 200 * len(seeds), *_TRAINING, name=name, arguments=tuple(map(str, seeds)))
 
 
-def _tests(device: str) -> Part:
-    files = _cuda_tests() if device == "cuda" else _FEW_TESTS
-    marked = "cuda" if device == "cuda" else "not slow"
+def _tests(name: str, device: str, folder: str, apart: str | None = None) -> Part:
+    """Return the tests of a folder, without those of another, in several processes if pytest-xdist is installed."""
     several = device == "cuda" and find_spec("xdist") is not None
     processes = ("-n", str(_TEST_PROCESSES)) if several else ()
+    files = [file for file in _test_files(device, folder) if not (apart and file.startswith(apart))]
+    marked = "cuda" if device == "cuda" else "not slow"
     command = (*_PYTEST, *_LENIENT, "-m", marked, *processes, *files)
-    return Part("tests", 240, command, ("kdfast", "csrc", "tests/conftest.py", *files), finished=_TESTED)
+    return Part(name, 200, command, ("kdfast", "csrc", "tests/conftest.py", *files), finished=_TESTED)
 
 
-def _cuda_tests() -> tuple[str, ...]:
+def _test_files(device: str, folder: str) -> list[str]:
     """Return the files with tests that need a GPU; to collect all others takes longer than many of these tests."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return tuple(str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text())
+    if device == "cpu":
+        return [file for file in _FEW_TESTS if file.startswith(folder)]
+    files = sorted((ROOT / folder).rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text()]

@@ -111,7 +111,7 @@ class Queue:
 
     def _search_path(self, part: Part) -> list[str]:
         wheels = [str(self.work / "wheels")] if part.wheels else []
-        return [*wheels, str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return [*wheels, str(ROOT / "bench"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def _judge(self, part: Part, results: PartResults, outcome: Outcome) -> str:
         if outcome.cut:

@@ -1,7 +1,8 @@
 """Second part: build and install kdfast for the GPU at hand, without network.
 
-An editable installation is tried first, then CMake alone, with the extension put into the source tree. On a CPU it only
-configures the build, to leave the installed extension alone.
+An extension of the same sources, Python and GPU in the packed data's folder `built` is taken as it is. Otherwise an
+editable installation is tried first, then CMake alone, with the extension put into the source tree. On a CPU the part
+only configures the build, to leave the installed extension alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gpu.results import ROOT, PartResults
+from gpu.results import ROOT, PartResults, hash_sources
 
 _CHECK = "import kdfast._native as n; print(n.__file__, n.cuda)"
 
@@ -61,9 +62,21 @@ def with_cmake(folder: Path, arguments: str) -> bool:
     """Build with CMake and put the extension beside the sources in one step."""
     if not configure(folder, arguments) or not call(cmake(), "--build", str(folder), "-j"):
         return False
-    name = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    shutil.copy(folder / name, ROOT / "kdfast" / f"{name}.new")
-    os.replace(ROOT / "kdfast" / f"{name}.new", ROOT / "kdfast" / name)
+    return place(folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+def built_before(capability: str) -> Path:
+    """Return where the extension of these sources, this Python and this GPU is kept."""
+    sources = hash_sources(("csrc", "CMakeLists.txt", "pyproject.toml"))
+    data = Path(os.environ.get("DATA") or ROOT / ".gpu_data")
+    return data / "built" / f"{sources}-sm{capability}" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def place(extension: Path) -> bool:
+    """Put an extension into the source tree."""
+    target = ROOT / "kdfast" / extension.name
+    shutil.copy(extension, f"{target}.new")
+    os.replace(f"{target}.new", target)
     return True
 
 
@@ -87,8 +100,9 @@ def main() -> None:
     else:
         capability = "".join(map(str, torch.cuda.get_device_capability()))
         arguments = f"-DKDFAST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={capability}"
-        way = "pip"
-        if not with_pip(arguments) or not imported().endswith("True"):
+        before = built_before(capability)
+        way = "built before" if before.exists() and place(before) and imported().endswith("True") else "pip"
+        if way == "pip" and (not with_pip(arguments) or not imported().endswith("True")):
             way = "cmake" if with_cmake(folder, arguments) else "failed"
         ready = imported().endswith("True")
     results.add(results.run, way=way, seconds=round(time.perf_counter() - started, 1), extension=imported())

@@ -34,7 +34,7 @@ from kdfast.distillation.train import Monitoring, train
 _NETS = {"cuda": ("resnet32", "resnet18"), "cpu": ("resnet8",)}
 _BATCHES = {"cuda": (128, 512), "cpu": (64,)}
 _WARM = {"cuda": 3, "cpu": 1}
-_TIMED = {"cuda": 20, "cpu": 1}
+_TIMED = {"cuda": 8, "cpu": 1}
 _PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 _ROUNDS = 2
 _KERNELS = 15  # of which a profile keeps the time

@@ -144,6 +144,15 @@ def large():
         check("large", (z + value).round(), y, t, r, direction=direction, slack=2e-5)
 
 
+def ties():
+    """Several classes with the largest logit: the threads of a row must agree on one of them."""
+    for (n, c), dtype in itertools.product([(40, 10), (20, 100), (3, 1000), (2, 17000)], ROUNDING):
+        z, y, t, r = make_case(n, c, dtype)
+        for direction in ("forward", "reverse"):
+            check("ties", (z / 4).round(), y, t, r, direction=direction, slack=2e-5)
+            check("ties", z * 0, y, t, r, direction=direction, slack=2e-5)
+
+
 def topk():
     cases = [(dtype, t) for dtype in ROUNDING for t in temperatures(dtype)]
     for (dtype, t), (n, c) in itertools.product(cases, [(3, 33), (2, 5000)]):
@@ -359,6 +368,7 @@ ALL = (
     strides,
     masked,
     large,
+    ties,
     topk,
     topk_shapes,
     topk_edges,

@@ -31,8 +31,11 @@ def larger(z, t, other_z, other_t):
 
 @triton.jit
 def larger_student(z, origin, t, other_z, other_origin, other_t):
-    is_other = other_z > z
-    return tl.where(is_other, other_z, z), tl.where(is_other, other_origin, origin), tl.maximum(t, other_t)
+    # The same for either order of the arguments, also of equal student logits: threads exchange their values, and each
+    # passes its own first.
+    first = tl.where(z >= other_z, origin, NEG_INF)
+    second = tl.where(other_z >= z, other_origin, NEG_INF)
+    return tl.maximum(z, other_z), tl.maximum(first, second), tl.maximum(t, other_t)
 
 
 @triton.jit
