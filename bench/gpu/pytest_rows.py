@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from gpu.part import AGAIN
 from gpu.results import PartResults, device_works
@@ -115,5 +114,7 @@ class Rows:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the hooks, and share the cores among the workers of pytest-xdist."""
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        import torch  # takes seconds
+
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
     config.pluginmanager.register(Rows(), "queue-rows")
