@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kdfast
@@ -115,6 +116,49 @@ def jit_functions():
 def test_functions_of_kernels_do_not_return_none(function):
     # Triton 3.6, which comes with PyTorch 2.11, does not compile it; the installed Triton may.
     assert not returns_none(function)
+
+
+class NumPyLanguage:
+    """What the functions that combine two elements of a reduction use of Triton's language."""
+
+    where, maximum, minimum = staticmethod(np.where), staticmethod(np.maximum), staticmethod(np.minimum)
+
+
+def reductions():
+    """Yield the functions that kernels pass to tl.reduce, as functions of NumPy arrays."""
+    root = Path(kdfast.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in sorted(root.rglob("*.py"))]
+    used = {
+        ast.unparse(node.args[2])
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.reduce"
+    }
+    for node in (node for tree in trees for node in tree.body):
+        if isinstance(node, ast.FunctionDef) and node.name in used:
+            used.remove(node.name)
+            node.decorator_list = []
+            scope = {"tl": NumPyLanguage, "NEG_INF": -math.inf}
+            exec(ast.unparse(node), scope)
+            yield pytest.param(scope[node.name], len(node.args.args) // 2, id=node.name)
+    assert not used, f"not found: {used}"
+
+
+@pytest.mark.parametrize(("combine", "elements"), [*reductions()])
+def test_threads_that_exchange_elements_combine_them_alike(combine, elements):
+    # On a GPU each thread passes its own elements first; the interpreter, which runs the kernels in other tests, has
+    # one order. Few values, so that elements are often equal.
+    own, other = np.random.default_rng(0).integers(-2, 3, (2, elements, 1000)).astype(np.float32) / 3
+    for ours, theirs in zip(combine(*own, *other), combine(*other, *own), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_reduction_that_keeps_the_own_element_of_two_equal_ones_is_found():
+    def first_of_equals(z, origin, other_z, other_origin):
+        return np.maximum(z, other_z), np.where(other_z > z, other_origin, origin)
+
+    with pytest.raises(AssertionError):
+        test_threads_that_exchange_elements_combine_them_alike(first_of_equals, 2)
 
 
 def test_a_returned_none_is_found():
