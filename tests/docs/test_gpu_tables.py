@@ -24,7 +24,8 @@ def row(part, key, **values):
 
 
 def loss(**values):
-    return row("kd_loss", "bfloat16 C=1000 forward", forward_share=0.9, forward_ms=0.5, share=0.8, **values)
+    found = {"forward_ms": 0.5, "ms": 0.5625, "bytes": 1.8e9, "copy_bytes_per_second": 3e12, **values}
+    return row("kd_loss", "bfloat16 C=1000 forward", **found)
 
 
 MACHINE = row(
@@ -54,10 +55,17 @@ def test_measured_values_name_device_and_commit_and_others_are_not_measured():
 
 
 def test_the_newest_row_counts_and_failures_and_cpu_rows_do_not():
-    newest = loss() | {"forward_share": 0.5}
-    assert "| 50% |" in make_tables.overview(Measured([loss(), newest]))
+    assert "| 50% |" in make_tables.overview(Measured([MACHINE, loss(), loss(forward_ms=0.9)]))
     for ignored in (loss(outcome="failed"), loss() | {"kind": "cpu"}):
         assert make_tables.overview(Measured([ignored])) == make_tables.overview(Measured([]))
+
+
+def test_a_share_is_that_of_the_fastest_copy_measured_on_the_device():
+    other = MACHINE | {"run": "later", "key": "later"}
+    assert "| 90% |" in make_tables.overview(Measured([MACHINE, loss()]))  # of 4 TB/s, not of the 3 beside the row
+    assert "| 72% |" in make_tables.overview(Measured([MACHINE, loss(), other | {"copy_bytes_per_second": 5e12}]))
+    another = other | {"copy_bytes_per_second": 8e12, "name": "GPU Y"}
+    assert "| 90% |" in make_tables.overview(Measured([MACHINE, loss(), another]))
 
 
 def test_the_table_of_the_last_layer_names_machine_and_versions_and_what_misses_a_target():
@@ -97,7 +105,7 @@ def test_the_tables_ask_for_rows_that_the_parts_measure():
     plain = [setting.key for setting in training.settings("cuda")]
     known = {
         "kd_loss": [key for case in kd_loss.cases("cuda") for key in (case.key, f"latency {case.key}")],
-        "training": [*plain, *(f"{key} compiled" for key in plain), *(f"profile {key}" for key in plain)],
+        "training": [f"{what}{key}{how}" for key in plain for what in ("", "profile ") for how in ("", " compiled")],
         "students": ["KD, seed 0", "no KD, seed 0"],
         "sanitizer": [f"{tool} {group}" for tool in ("memcheck", "racecheck") for group in tools.GROUPS],
         "gradients": gradients.cases("cuda"),
