@@ -1,5 +1,7 @@
 """Second part: build and install kdfast for the GPU at hand, without network.
 
+    python -m gpu.measure.build 90     # beforehand, with the Python of the other machine, for compute capability 9.0
+
 An extension of the same sources, Python and GPU in the packed data's folder `built` is taken as it is. Otherwise an
 editable installation is tried first, then CMake alone, with the extension put into the source tree. On a CPU the part
 only configures the build, to leave the installed extension alone.
@@ -20,6 +22,7 @@ import torch
 
 from gpu.results import ROOT, PartResults, hash_sources
 
+EXTENSION = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 _CHECK = "import kdfast._native as n; print(n.__file__, n.cuda)"
 
 
@@ -42,6 +45,11 @@ def with_pip(arguments: str) -> bool:
     return call(sys.executable, "-m", "pip", "install", "-v", *options, CMAKE_ARGS=arguments)
 
 
+def cuda_arguments(capability: str) -> str:
+    """Return the options of CMake for a compute capability such as 90."""
+    return f"-DKDFAST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={capability}"
+
+
 def cmake() -> str:
     """Return the path of CMake, which may be beside the interpreter alone."""
     found = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -60,16 +68,30 @@ def configure(folder: Path, arguments: str) -> bool:
 
 def with_cmake(folder: Path, arguments: str) -> bool:
     """Build with CMake and put the extension beside the sources in one step."""
-    if not configure(folder, arguments) or not call(cmake(), "--build", str(folder), "-j"):
-        return False
-    return place(folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return compiled(folder, arguments) and place(folder / EXTENSION)
+
+
+def compiled(folder: Path, arguments: str) -> bool:
+    """Build the extension in a folder."""
+    return configure(folder, arguments) and call(cmake(), "--build", str(folder), "-j")
+
+
+def keep(capability: str) -> None:
+    """Build for a GPU that is not at hand, and keep the extension with the packed data."""
+    folder = ROOT / "build" / f"kept-{capability}-{sysconfig.get_config_var('SOABI')}"
+    if not compiled(folder, cuda_arguments(capability)):
+        sys.exit("not built: see above")
+    target = built_before(capability)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / EXTENSION, target)
+    print(target)
 
 
 def built_before(capability: str) -> Path:
     """Return where the extension of these sources, this Python and this GPU is kept."""
     sources = hash_sources(("csrc", "CMakeLists.txt", "pyproject.toml"))
     data = Path(os.environ.get("DATA") or ROOT / ".gpu_data")
-    return data / "built" / f"{sources}-sm{capability}" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return data / "built" / f"{sources}-sm{capability}" / EXTENSION
 
 
 def place(extension: Path) -> bool:
@@ -99,7 +121,7 @@ def main() -> None:
         ready = way == "configured" and "_native" in imported()
     else:
         capability = "".join(map(str, torch.cuda.get_device_capability()))
-        arguments = f"-DKDFAST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={capability}"
+        arguments = cuda_arguments(capability)
         before = built_before(capability)
         way = "built before" if before.exists() and place(before) and imported().endswith("True") else "pip"
         if way == "pip" and (not with_pip(arguments) or not imported().endswith("True")):
@@ -111,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    keep(sys.argv[1]) if sys.argv[1:] else main()
