@@ -57,7 +57,7 @@ SHAPES = [
     *(Shape(1000, 1, 32, 8, 4, 1, registers) for registers in (None, 64, 80, 96, 112)),
     Shape(1000, 1, 64, 8, 2, 2), Shape(1000, 1, 64, 8, 2, 2, 64), Shape(1000, 1, 128, 8, 1, 4),
     *(Shape(1000, warps, 32, 8, 4, warps) for warps in (2, 4, 8)),
-    Shape(1000, 4, 64, 8, 2, 8), Shape(1000, 2, 128, 8, 1, 8),
+    Shape(1000, 4, 64, 8, 2, 8), Shape(1000, 2, 128, 8, 1, 8), Shape(1000, 1, 32, 8, 2, 1), Shape(1000, 1, 64, 8, 1, 2),
     *(Shape(100, 32 // lanes * warps, lanes, 4, 32 // lanes, warps) for lanes in (4, 8, 16, 32) for warps in (1, 4, 8)),
     *(Shape(100, rows, 32, 4, 1, warps) for rows, warps in ((4, 1), (8, 1), (16, 4), (32, 8))),
     *(Shape(100, rows, 16, 4, 2, warps) for rows, warps in ((8, 1), (32, 4))),
