@@ -80,11 +80,16 @@ def run_grid(name: str, groups: list[str]) -> dict[str, list[str]]:
     return {group: failures for group, (_, failures) in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize(
-    "group", ["options", "masked", "large", "ties", "far", "weights"]
-)  # the others compile for minutes
+# The others compile for minutes.
+GROUPS = (
+    "options", "strides", "masked", "large", "ties", "topk_edges", "far", "ignored", "out_of_range", "scaling",
+    "weights",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_options_masks_and_far_spread_logits(group: str) -> None:
-    assert run_grid("triton_grid.py", [group]) == {group: []}
+    assert run_grid("triton_grid.py", [group]) == {group.replace("_", " "): []}
 
 
 @pytest.mark.parametrize("group", ["masks", "far", "indices", "special", "own"])
