@@ -2,9 +2,10 @@
 
     python bench/study_rows.py table1 --out runs/papers
     python bench/study_rows.py fig12 --out bench/results/gpu
+    python bench/study_rows.py fig6 --out runs/closer --name fig6_closer_teacher
 
 They replace those of bench/results/table1.jsonl and fig12.jsonl; a row there that the folder lacks stays. The second
-command reads the results of bench/gpu.sh.
+command reads the results of bench/gpu.sh. Runs of another teacher have a file of their own.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study")
     parser.add_argument("--out", type=Path, required=True, help="folder of `kdfast reproduce`")
+    parser.add_argument("--name", help="name of the file; default: that of the study")
     arguments = parser.parse_args()
-    path = RESULTS / f"{arguments.study.replace('-', '_')}.jsonl"
+    path = RESULTS / f"{(arguments.name or arguments.study).replace('-', '_')}.jsonl"
     new = [row for row in short_rows(read_rows(arguments.out / "results.jsonl")) if row["study"] == arguments.study]
     rows = {identity(row): row for row in [*read_rows(path), *new]}
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()))
