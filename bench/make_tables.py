@@ -10,6 +10,7 @@ With --check nothing is written, and the exit code is 1 if a page differs from i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -24,8 +25,8 @@ LINEAR = ROOT / "bench" / "results" / "linear_kd_loss.json"
 _BLOCK = re.compile(r"(?P<begin><!-- (?:gpu|cpu) (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 # Classes, and the target of the share in half precision.
 LOSSES = {10: "", 100: "", 1000: "90%", 8192: "", 32000: "75%", 131072: "55%", 262144: ""}
-NETWORKS = ("resnet32", "resnet18")
-BATCHES = (64, 128, 512)
+# Networks and batch sizes of the training.
+SETTINGS = (("resnet32", 64), ("resnet32", 128), ("resnet32", 512), ("resnet18", 128), ("resnet18", 512))
 SANITIZED = ("kd_loss", "grad_norms", "softmax_head", "views")
 STUDENTS = ("KD, seed 0", "no KD, seed 0")
 
@@ -53,7 +54,7 @@ class Measured:
 
     def share(self, row: Row, milliseconds: str) -> str:
         """Return the share of the bandwidth of the fastest copy that was measured on the device of a row."""
-        name = self.row("machine", row["run"])["name"]
+        name = self.row("machine", row["run"]).get("name")
         machines = [other for (part, _), other in self._rows.items() if part == "machine" and other["name"] == name]
         copy = max(other["copy_bytes_per_second"] for other in (row, *machines))
         return f"{row['bytes'] / (row[milliseconds] / 1e3) / copy:.0%}"
@@ -109,21 +110,18 @@ def kd_loss(measured: Measured) -> str:
 def training(measured: Measured) -> str:
     """Return rates of training and what a step launches."""
     rows = []
-    for net in NETWORKS:
-        for batch in BATCHES:
-            for compiled in ("", " compiled"):
-                key = f"{net} B={batch}{compiled}"
-                row = measured.row("training", key)
-                rows.append(
-                    (
-                        f"{net}, batch {batch}{compiled and ', torch.compile'}",
-                        measured.text("training", key, lambda row: f"{row['cached']:,.0f} images/s"),
-                        measured.text("training", key, lambda row: f"{row['cached_to_plain']:.3f}x"),
-                        measured.text("training", key, lambda row: f"{row['online_to_plain']:.2f}x"),
-                        measured.text("training", f"profile {key}", launches),
-                        measured.machine(row),
-                    )
-                )
+    for (net, batch), compiled in itertools.product(SETTINGS, ("", " compiled")):
+        key = f"{net} B={batch}{compiled}"
+        rows.append(
+            (
+                f"{net}, batch {batch}{compiled and ', torch.compile'}",
+                measured.text("training", key, lambda row: f"{row['cached']:,.0f} images/s"),
+                measured.text("training", key, lambda row: f"{row['cached_to_plain']:.3f}x"),
+                measured.text("training", key, lambda row: f"{row['online_to_plain']:.2f}x"),
+                measured.text("training", f"profile {key}", launches),
+                measured.machine(measured.row("training", key)),
+            )
+        )
     titles = (
         "student, bf16",
         "cached KD",

@@ -23,6 +23,7 @@ from harness import RESULTS, commit, copy_bandwidth, device_timing
 
 from kdfast.ops.kd_loss.triton import launch
 
+MOST_ERROR = 4 * torch.finfo(torch.bfloat16).eps  # of the largest element
 _PROCESSES = 12
 _ROUNDS = 9
 _FEW_ROWS = 4096  # for a call that only compiles
@@ -91,6 +92,8 @@ def measure(shape: Shape, copy: float) -> dict[str, Any]:
     n = int(BYTES["cuda"] // row_bytes(case)) // 16 * 16
     arguments = inputs(case, "cuda", n)
     error = gradient_error(arguments)
+    if not error < MOST_ERROR:
+        raise AssertionError(f"{shape}: the gradient is wrong, relative error {error:.1e}")
     timing = device_timing(lambda: gradient(arguments), "cuda", _ROUNDS)
     rate = n * row_bytes(case) / timing.median
     return {"error": error, "ms": timing.median * 1e3, "bytes_per_second": rate, "share": rate / copy}
@@ -108,7 +111,9 @@ def main() -> None:
     if options.compile is not None:
         for shape in shapes[options.compile :: _PROCESSES]:
             use(shape)
-            gradient(inputs(Case("bfloat16", shape.classes), "cuda", _FEW_ROWS))
+            arguments = inputs(Case("bfloat16", shape.classes), "cuda", _FEW_ROWS)
+            gradient(arguments)
+            gradient_error(arguments)
         return
     compile_all(shapes, options.classes)
     copy = copy_bandwidth(device="cuda")

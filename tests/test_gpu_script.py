@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from gpu import results as results_module  # noqa: E402
 from gpu import run_queue  # noqa: E402
+from gpu.__main__ import main  # noqa: E402
 from gpu.part import AGAIN, SKIPPED, Part  # noqa: E402
 from gpu.parts import parts  # noqa: E402
 from gpu.results import append_row, hash_sources, read_rows  # noqa: E402
@@ -214,6 +215,7 @@ import os, time
 def test_passes(): pass
 def test_fails(): assert 1 == 2
 def test_hangs():
+    if os.environ.get("HANG") == "crash": os.abort()
     if os.environ.get("HANG"): time.sleep(60)
 def test_last(): pass
 """
@@ -278,6 +280,15 @@ def test_a_test_that_hangs_is_recorded_with_its_stack_and_the_others_run(tests, 
     assert "in test_hangs" in next(row["error"] for row in run.rows() if row.get("outcome") == "hung")
 
 
+def test_a_test_that_ends_its_process_fails_the_queue(tests, run, request):
+    code, state, outcomes = tests(hang="crash")
+    if "two processes" in request.node.name:  # the other worker goes on
+        failed = {"test_passes": "passed", "test_fails": "failed", "test_hangs": "failed", "test_last": "passed"}
+        assert (code, state, outcomes) == (1, "done", failed)
+    else:
+        assert (code, state) == (1, "failed")
+
+
 def test_tests_cut_by_the_limit_keep_their_traceback_and_go_on(tests, run):
     code, state, outcomes = tests(seconds=6, hang="1")
     assert (code, state, outcomes["test_hangs"]) == (1, "cut", "interrupted")
@@ -302,6 +313,18 @@ measure_missing(results, {"1": lambda: {"x": 1 / 3}, "2": FAIL, "3": lambda: {"y
     assert (values["1"]["x"], values["2"]["error"], values["3"]["y"]) == (0.333333, "ValueError: broken", 2)
     assert run(program.replace("FAIL", "lambda: {'z': 3}")) == (0, {"a": "done"})
     assert run.measured() == ["1", "2", "3", "2"]
+
+
+def test_a_signal_to_kdfast_ends_the_part(run):
+    program = """
+from gpu.results import measure_missing
+from kdfast.errors import Interrupted
+def stop():
+    raise Interrupted("stopped by SIGINT")
+measure_missing(results, {"1": stop, "2": lambda: {"y": 2}})
+"""
+    assert run(program) == (1, {"a": "failed"})
+    assert not run.measured()
 
 
 def test_wheels_are_installed_for_the_parts_that_compare_alone(run, tmp_path, monkeypatch):
@@ -338,6 +361,20 @@ def call_script(tmp_path, *arguments, **environment):
     variables = {**os.environ, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
     return subprocess.run(command, env={**variables, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_named_parts_run_after_those_that_prepare_the_machine(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(Queue, "run", lambda _, chosen: names.extend(part.name for part in chosen))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("DEVICE", "cpu")
+    main(["1.5", "studies", "kd_loss"])
+    assert names == ["machine", "build", "kd_loss", "wheels", "studies"]
+    for arguments, message in ((["1", "all"], "no such part: all"), (["studies"], "usage")):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -19,11 +19,14 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"DEVICE is {device!r}: set it to cpu or cuda")
     queue_parts = parts(device)
     minutes, *wanted = arguments or ["9"]
+    if not minutes.replace(".", "", 1).isdigit():
+        sys.exit("usage: OUT=FOLDER bash bench/gpu.sh [MINUTES [PART]...]")
     if unknown := set(wanted) - {part.name for part in queue_parts}:
         sys.exit(
             f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in queue_parts)}"
         )
-    queue_parts = [part for part in queue_parts if part.name in wanted or not wanted]
+    # Those that prepare the machine come before any.
+    queue_parts = [part for part in queue_parts if part.name in wanted or part.always or not wanted]
     work = Path(os.environ.get("WORK") or ROOT / "build" / f"gpu-{device}").resolve()
     # A caller's time limit ends the part at hand like a limit of its own, with its traceback in the log.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -32,7 +32,7 @@ def parts(device: str) -> list[Part]:
         _program("machine", 60, "bench/harness.py", always=True),
         _program("build", 240, "csrc", "CMakeLists.txt", "pyproject.toml", always=True),
         _program("kd_loss", 100, "kdfast/ops", "bench/harness.py"),
-        _program("training", 240, *_TRAINING),
+        _program("training", 300, *_TRAINING),
         _students("students", 0),
         _tests("tests kd_loss", device, "tests/ops/kd_loss"),
         _program("tools", 180, *_OPERATORS, *_SMALL, name="sanitizer", arguments=("sanitizer",)),
@@ -73,11 +73,12 @@ def _students(name: str, *seeds: int) -> Part:
 def _tests(name: str, device: str, folder: str, apart: str | None = None) -> Part:
     """Return the tests of a folder, without those of another, in several processes if pytest-xdist is installed."""
     several = device == "cuda" and find_spec("xdist") is not None
-    processes = ("-n", str(_TEST_PROCESSES)) if several else ()
+    processes = ("-n", str(_TEST_PROCESSES), "--dist", "worksteal") if several else ()
     files = [file for file in _test_files(device, folder) if not (apart and file.startswith(apart))]
     marked = "cuda" if device == "cuda" else "not slow"
     command = (*_PYTEST, *_LENIENT, "-m", marked, *processes, *files)
-    return Part(name, 200, command, ("kdfast", "csrc", "tests/conftest.py", *files), finished=_TESTED)
+    sources = ("kdfast", "csrc", "tests") if apart else (*_OPERATORS, "tests/conftest.py", folder)
+    return Part(name, 200, command, sources, finished=_TESTED)
 
 
 def _test_files(device: str, folder: str) -> list[str]:

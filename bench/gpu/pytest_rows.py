@@ -56,7 +56,14 @@ class Rows:
         finally:
             watchdog.cancel()
         self.record(item)
+        self.current = ""
         return done
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
+        """Write a row for a test that ended its worker, unless it did because it hung."""
+        if crashitem not in RESULTS.measured():
+            RESULTS.write(crashitem, outcome="failed", error=report.longreprtext[-_LENGTH:])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the reports of set-up, call and tear-down."""
@@ -112,9 +119,7 @@ class Rows:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the hooks, and share the cores among the workers of pytest-xdist."""
-    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        import torch  # takes seconds
-
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
+    """Register the hooks, and share the cores among the workers of pytest-xdist and what they start."""
+    if workers := config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     config.pluginmanager.register(Rows(), "queue-rows")

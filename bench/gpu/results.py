@@ -148,6 +148,8 @@ def measure_missing(results: PartResults, cases: Mapping[str, Callable[[], Mappi
         try:
             results.add(key, **measure())
         except Exception as error:
+            if _is_interruption(error):
+                raise
             traceback.print_exc()
             failed.append(key)
             lost = not device_works()
@@ -158,6 +160,12 @@ def measure_missing(results: PartResults, cases: Mapping[str, Callable[[], Mappi
         _release_memory()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _is_interruption(error: Exception) -> bool:
+    """Return whether kdfast stopped because of a signal."""
+    errors = sys.modules.get("kdfast.errors")
+    return errors is not None and isinstance(error, errors.Interrupted)
 
 
 def device_works() -> bool:

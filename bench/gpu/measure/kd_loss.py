@@ -1,4 +1,4 @@
-"""kd_loss alone: time and share of the copy bandwidth, which is measured beside each row.
+"""kd_loss alone: time, and share of the bandwidth of a copy that is measured beside each row.
 
 Each call moves at least 1.5 GB (CPU: a little), many times the L2 cache: student and teacher are read once, in random
 order of the teacher's rows, and the gradient is written once. The output is checked against float64 first. `latency` is

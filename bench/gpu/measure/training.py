@@ -31,8 +31,10 @@ from kdfast.distillation.plan import Plan
 from kdfast.distillation.train import Monitoring, train
 
 # Networks, batch sizes, and the epochs before and during a timing.
-_NETS = {"cuda": ("resnet32", "resnet18"), "cpu": ("resnet8",)}
-_BATCHES = {"cuda": (128, 512, 64), "cpu": (64,)}
+_SETTINGS = {
+    "cuda": [("resnet32", 128), ("resnet32", 512), ("resnet32", 64), ("resnet18", 128), ("resnet18", 512)],
+    "cpu": [("resnet8", 64)],
+}
 _WARM = {"cuda": 3, "cpu": 1}
 _TIMED = {"cuda": 8, "cpu": 1}
 _PRECISION = {"cuda": "bf16", "cpu": "fp32"}
@@ -58,8 +60,8 @@ class Setting:
 
 
 def settings(device: str) -> list[Setting]:
-    """Return each network with each batch size."""
-    return [Setting(net, batch) for net in _NETS[device] for batch in _BATCHES[device]]
+    """Return the networks with their batch sizes."""
+    return [Setting(net, batch) for net, batch in _SETTINGS[device]]
 
 
 def make_plan(data: TrainingData, setting: Setting, teacher: str, epochs: int, device: str) -> Plan:
@@ -191,16 +193,18 @@ def main() -> None:
     """Measure the cases without a row."""
     results = PartResults.from_environment()
     device, data = results.device, training_data(results.device)
-    cases: dict[str, Callable[[], dict[str, Any]]] = {}
-    for setting in settings(device):
+    first, *others = settings(device)
+    uncaptured = replace(first, execution=Execution(cuda_graph=False))
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        each.key: partial(rates, data, each, device) for each in settings(device)
+    }
+    cases |= {f"profile {each.key}": partial(profiled, data, each, device) for each in (first, uncaptured)}
+    for each in (first, *others) if device == "cuda" else ():
         # On a CPU torch.compile takes longer than the whole queue.
-        compiled = [replace(setting, execution=Execution(compile=True))] if device == "cuda" else []
-        cases |= {each.key: partial(rates, data, each, device) for each in (setting, *compiled)}
-        cases |= {f"profile {each.key}": partial(profiled, data, each, device) for each in (setting, *compiled)}
-        if device == "cuda":
-            cases[f"{setting.key} any algorithm"] = partial(rates_of_any_algorithm, data, setting, device)
-    uncaptured = replace(settings(device)[0], execution=Execution(cuda_graph=False))
-    cases[f"profile {uncaptured.key}"] = partial(profiled, data, uncaptured, device)
+        compiled = replace(each, execution=Execution(compile=True))
+        cases[f"{each.key} any algorithm"] = partial(rates_of_any_algorithm, data, each, device)
+        cases[compiled.key] = partial(rates, data, compiled, device)
+        cases |= {f"profile {each.key}": partial(profiled, data, each, device) for each in (compiled, each)}
     measure_missing(results, cases)
 
 

@@ -379,6 +379,7 @@ def test_topk_teachers_have_no_triton_kernel():
         kdfast.kd_loss(z, y, topk_teacher(t, 3, 4.0), r, alpha=ALPHAS, backend="triton")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind):
