@@ -389,7 +389,8 @@ def test_the_script_fails_loudly_without_a_gpu(tmp_path):
 def test_the_whole_queue_runs_on_a_cpu(tmp_path):
     done = call_script(tmp_path, "30", DEVICE="cpu", DATA=str(tmp_path))
     assert done.returncode == 0, done.stdout
-    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    # Those of a GPU are copied from the committed results.
+    rows = [row for row in read_rows(tmp_path / "out" / "results.jsonl") if row["kind"] == "cpu"]
     states = {row["part"]: row["state"] for row in rows if not row["key"]}
     assert list(states) == [part.name for part in parts("cpu")]
     assert {name for name, state in states.items() if state != "done"} == {"sanitizer", "counters", "wheels"}

@@ -52,7 +52,10 @@ def run_grid(*groups):
 # Functions of the grid that one process runs, and the groups of their cases.
 PARTS = [
     (["dense"], {"dense"}),
-    (["options", "strides", "distant_columns", "masked", "large"], {"options", "strides", "masked", "large"}),
+    (
+        ["options", "strides", "distant_columns", "masked", "large", "ties"],
+        {"options", "strides", "masked", "large", "ties"},
+    ),
     (["topk", "topk_shapes", "topk_edges"], {"topk", "topk shapes", "topk edges"}),
     (
         ["far", "ignored", "out_of_range", "class_id_after_the_last_class", "scaling", "weights"],
