@@ -10,21 +10,17 @@ kernels before the first is timed. Appends one row a shape to bench/results/tile
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.measure.kd_loss import BYTES, Case, gradient, gradient_error, inputs, row_bytes
+from gpu.measure.kd_loss import BYTES, PROCESSES, Case, checked_error, compile_all, gradient, inputs, row_bytes
 from gpu.results import append_row
 from harness import RESULTS, commit, copy_bandwidth, device_timing
 
 from kdfast.ops.kd_loss.triton import launch
 
-MOST_ERROR = 4 * torch.finfo(torch.bfloat16).eps  # of the largest element
-_PROCESSES = 12
 _ROUNDS = 9
 _FEW_ROWS = 4096  # for a call that only compiles
 
@@ -78,22 +74,13 @@ def use(shape: Shape) -> None:
     launch._tuned.cache_clear()
 
 
-def compile_all(shapes: list[Shape], classes: str) -> None:
-    """Compile the kernels into Triton's cache, in several processes."""
-    command = [sys.executable, __file__, "--classes", classes, "--compile"]
-    for process in [subprocess.Popen([*command, str(k)]) for k in range(min(_PROCESSES, len(shapes)))]:
-        process.wait()
-
-
 def measure(shape: Shape, copy: float) -> dict[str, Any]:
     """Return the row of a shape."""
     use(shape)
     case = Case("bfloat16", shape.classes)
     n = int(BYTES["cuda"] // row_bytes(case)) // 16 * 16
     arguments = inputs(case, "cuda", n)
-    error = gradient_error(arguments)
-    if not error < MOST_ERROR:
-        raise AssertionError(f"{shape}: the gradient is wrong, relative error {error:.1e}")
+    error = checked_error(arguments)
     timing = device_timing(lambda: gradient(arguments), "cuda", _ROUNDS)
     rate = n * row_bytes(case) / timing.median
     return {"error": error, "ms": timing.median * 1e3, "bytes_per_second": rate, "share": rate / copy}
@@ -109,13 +96,13 @@ def main() -> None:
     wanted = [int(c) for c in options.classes.split(",")]
     shapes = [shape for shape in SHAPES if shape.classes in wanted]
     if options.compile is not None:
-        for shape in shapes[options.compile :: _PROCESSES]:
+        for shape in shapes[options.compile :: PROCESSES]:
             use(shape)
             arguments = inputs(Case("bfloat16", shape.classes), "cuda", _FEW_ROWS)
             gradient(arguments)
-            gradient_error(arguments)
+            checked_error(arguments)
         return
-    compile_all(shapes, options.classes)
+    compile_all(__file__, "--classes", options.classes, "--compile")
     copy = copy_bandwidth(device="cuda")
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit()}
     for shape in shapes:

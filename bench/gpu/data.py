@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu.results import ROOT
+from gpu.results import ROOT, packed_folder
 from gpu.sheets import INFO, LAYOUTS, TEACHER, is_whole, unpack, write_archive
 from kdfast.data.readers.registry import open_source
 from kdfast.data.views import Normalization
@@ -45,11 +45,6 @@ class TrainingData:
     def name(self) -> str:
         """What a row says of its data."""
         return f"{self.fraction:g} of {Path(self.data).name}" if self.packed else "random images"
-
-
-def packed_folder() -> Path:
-    """Return the folder of `gpu.pack_data`."""
-    return Path(os.environ.get("DATA") or ROOT / ".gpu_data")
 
 
 def whole_data(device: str) -> TrainingData | None:

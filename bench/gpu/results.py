@@ -27,6 +27,11 @@ Row = dict[str, Any]
 _SUFFIXES = {".py", ".cpp", ".h", ".cu", ".sh", ".toml", ".txt", ".yaml"}
 
 
+def packed_folder() -> Path:
+    """Return the folder of `gpu.pack_data`."""
+    return Path(os.environ.get("DATA") or ROOT / ".gpu_data")
+
+
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a file, without a last line that a killed process left incomplete; [] without a file."""
     rows = []

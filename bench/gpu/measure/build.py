@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gpu.results import ROOT, PartResults, hash_sources
+from gpu.results import ROOT, PartResults, hash_sources, packed_folder
 
 EXTENSION = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 _CHECK = "import kdfast._native as n; print(n.__file__, n.cuda)"
@@ -35,7 +35,7 @@ def call(*command: str, **environment: str) -> bool:
 def install_msgspec() -> None:
     """Install the dependency of kdfast that a machine for training often lacks, from the packed data's `needed`."""
     if importlib.util.find_spec("msgspec") is None:
-        folder = str(Path(os.environ.get("DATA") or ROOT / ".gpu_data") / "needed")  # gpu.data would import kdfast
+        folder = str(packed_folder() / "needed")
         call(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--find-links", folder, "msgspec")
 
 
@@ -90,8 +90,7 @@ def keep(capability: str) -> None:
 def built_before(capability: str) -> Path:
     """Return where the extension of these sources, this Python and this GPU is kept."""
     sources = hash_sources(("csrc", "CMakeLists.txt", "pyproject.toml"))
-    data = Path(os.environ.get("DATA") or ROOT / ".gpu_data")
-    return data / "built" / f"{sources}-sm{capability}" / EXTENSION
+    return packed_folder() / "built" / f"{sources}-sm{capability}" / EXTENSION
 
 
 def place(extension: Path) -> bool:

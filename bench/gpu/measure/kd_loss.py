@@ -107,6 +107,14 @@ def gradient_error(arguments: dict[str, Any]) -> float:
     return float((found - exact).abs().max() / exact.abs().max())
 
 
+def checked_error(arguments: dict[str, Any]) -> float:
+    """Return the error of the gradient; raise if it is more than rounding explains."""
+    error = gradient_error(arguments)
+    if not error < 4 * torch.finfo(arguments["logits"].dtype).eps + 1e-5:
+        raise AssertionError(f"the gradient is wrong: relative error {error:.1e}")
+    return error
+
+
 def gradient(arguments: dict[str, Any]) -> Tensor:
     """Forward and backward."""
     return torch.autograd.grad(kdfast.kd_loss(**arguments), arguments["logits"])[0]
@@ -116,9 +124,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     """Return the values of one row."""
     n = rows_of(case, device)
     arguments = inputs(case, device, n)
-    error = gradient_error(arguments)
-    if not error < 4 * torch.finfo(arguments["logits"].dtype).eps + 1e-5:
-        raise AssertionError(f"the gradient is wrong: relative error {error:.1e}")
+    error = checked_error(arguments)
     traffic = n * row_bytes(case)
     copy = copy_bandwidth(COPY_BYTES[device], device)
     forward = device_timing(lambda: kdfast.kd_loss(**arguments), device, ROUNDS[device])
@@ -155,9 +161,12 @@ def compile_part(device: str, first: int) -> None:
         gradient_error(arguments)
 
 
-def compile_all() -> None:
-    """Compile all kernels, in several processes, since each takes seconds of one core."""
-    command = [sys.executable, "-m", "gpu.measure.kd_loss"]
+def compile_all(*program: str) -> None:
+    """Run a program that compiles a share of its kernels PROCESSES times at once: a kernel takes seconds of one core.
+
+    Its last argument is the number of the share.
+    """
+    command = [sys.executable, *program]
     for process in [subprocess.Popen([*command, str(first)]) for first in range(PROCESSES)]:
         process.wait()
 
@@ -170,7 +179,7 @@ def main() -> None:
     small = [case for case in cases(device) if case.c in (100, 1000)]
     todo |= {f"latency {case.key}": partial(latency, case, device) for case in small}
     if device == "cuda" and not todo.keys() <= results.measured():
-        compile_all()
+        compile_all("-m", "gpu.measure.kd_loss")
     measure_missing(results, todo)
 
 

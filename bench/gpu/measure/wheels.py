@@ -11,9 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu.data import packed_folder
 from gpu.part import SKIPPED
-from gpu.results import PartResults
+from gpu.results import PartResults, packed_folder
 
 
 def main() -> None:
