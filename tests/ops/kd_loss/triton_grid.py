@@ -170,7 +170,7 @@ def topk():
 def topk_shapes():
     """Rows of one and of several tiles, several rows a program, and the teacher's classes anywhere in them."""
     for n, c, k, direction in (
-        (70, 33, 5, "forward"), (70, 33, 32, "reverse"), (3, 1000, 256, "forward"), (2, 20001, 64, "reverse"),
+        (30, 33, 5, "forward"), (30, 33, 32, "reverse"), (3, 1000, 256, "forward"), (2, 20001, 64, "reverse"),
         (2, 32000, 10, "forward"), (1, 70000, 300, "forward"),
     ):  # fmt: skip
         z, y, teacher, r = make_case(n, c)
