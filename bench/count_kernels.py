@@ -7,10 +7,12 @@
 The first form compiles `kd_loss` with gradient for each number of classes, dtype and direction, prints a table and
 writes bench/results/kernel_counts.json; --tree counts the kdfast in another folder, such as a worktree of an older
 commit. The second compares two such files. The third compiles the quick or all cases and records the counts of the
-installed Triton in tests/ops/triton_bounds.json, which tests/ops/test_triton_kernels.py allows to be exceeded by 5%.
+installed Triton in tests/ops/triton_bounds.json: [instructions, trips] for sm_80 and sm_90. Instructions may exceed
+them by 5% in tests/ops/test_triton_kernels.py, trips not at all.
 
 `instr` counts the instructions of a thread for each element of the logits, `ALU` and `MUFU` those of two pipes,
-`barriers` those that a thread meets, `loops` passes x instructions of each loop. `ceiling` is the memory traffic at
+`barriers` those that a thread meets, `trips` how often it waits for global memory before it can issue its next loads,
+`loops` passes x instructions of each loop. `ceiling` is the memory traffic at
 perfect issue, in TB/s: an upper bound, see bench/triton_compile/counts.py for its assumptions. `of copy` is its share
 of the copy bandwidth given by --copy, and `of target` that share over the one that the kernel is meant to reach; since
 a kernel reaches perhaps 60% of its ceiling, about 1.6 is needed.
@@ -89,6 +91,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
         "ALU": row["pipes"].get("ALU", 0),
         "MUFU": row["pipes"].get("MUFU", 0),
         "barriers": row["barriers"],
+        "trips": row["round_trips"],
         "loops": " ".join(f"{passes}x{size}" for size, passes in row["loops"]),
         "ceiling": row["ceiling"],
     }
@@ -134,7 +137,10 @@ def record_bounds(selection: str) -> None:
     known = list(cases())
     chosen = [case for case in known if selection == "all" or case.quick]
     columns = [count_cases(chosen, arch) for arch in ARCHITECTURES]
-    counts = {rows[0]["case"]: [row["instructions"] for row in rows] for rows in zip(*columns, strict=True)}
+    counts = {
+        rows[0]["case"]: [[row["instructions"], row["round_trips"]] for row in rows]
+        for rows in zip(*columns, strict=True)
+    }
     bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
     counts = {**bounds.get(triton.__version__, {}), **counts}
     bounds[triton.__version__] = {case.name: counts[case.name] for case in known if case.name in counts}

@@ -221,9 +221,7 @@ def test_last(): pass
 """
 
 
-@pytest.fixture(
-    params=[pytest.param(0, marks=pytest.mark.slow, id="one process"), pytest.param(2, id="two processes")]
-)
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.slow, id="one process"), pytest.param(2, id="two processes")])
 def tests(run, tmp_path, monkeypatch, request):
     """A function that runs the tests above as a part, with limits in seconds of the part and of each test."""
     file = tmp_path / "test_it.py"

@@ -39,6 +39,7 @@ class Count:
         pipes: The same by pipe.
         loops: Instructions of the body and passes of each loop that a thread runs.
         barriers: Barriers that a thread meets.
+        round_trips: Waits for global memory, see ``round_trips``.
         cycles: Cycles of a scheduler for each warp of 32 elements, at perfect issue.
         loads: Width in bytes in which most bytes of an argument are loaded, by argument.
         stores: The same of stores.
@@ -51,6 +52,7 @@ class Count:
     pipes: dict[str, float]
     loops: list[tuple[int, int]]
     barriers: int
+    round_trips: int
     cycles: float
     loads: dict[str, int]
     stores: dict[str, int]
@@ -79,6 +81,7 @@ def count(launch: Launch, elements: int) -> Count:
         pipes={pipe: times * threads / elements for pipe, times in sorted(pipes.items())},
         loops=loops(trace),
         barriers=pipes["BARRIER"],
+        round_trips=trace.round_trips.total,
         cycles=busiest * threads / elements,
         loads=widths(launch, trace, "load"),
         stores=widths(launch, trace, "store"),

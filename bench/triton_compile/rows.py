@@ -59,6 +59,7 @@ def _row(case: Case, arch: int) -> dict[str, Any]:
         "pipes": {pipe: round(x, 2) for pipe, x in counted.pipes.items()},
         "loops": [list(loop) for loop in counted.loops],
         "barriers": counted.barriers,
+        "round_trips": counted.round_trips,
         "ceiling": round(counted.ceiling(case.traffic / case.elements, arch) / 1e12, 3),
         "widths": {**counted.loads, **counted.stores},
         "expected_widths": case.widths,

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from triton_compile.integers import OPERATIONS, Registers, operand_value, predicate_value
+from triton_compile.round_trips import RoundTrips
 from triton_compile.sass import Code, Instruction, width_of
 
 __all__ = ["ARGUMENT_BITS", "Trace", "follow"]
@@ -33,12 +34,14 @@ class Trace:
         accesses: Number of global accesses by (position of the argument, "load" or "store", bytes); -1 is an address
             that is not known.
         unknown_branches: Positions of branches whose condition was unknown.
+        round_trips: Waits for global memory.
     """
 
     issued: Counter[int] = field(default_factory=Counter)
     backward: set[tuple[int, int]] = field(default_factory=set)
     accesses: Counter[tuple[int, str, int]] = field(default_factory=Counter)
     unknown_branches: set[int] = field(default_factory=set)
+    round_trips: RoundTrips = field(default_factory=RoundTrips)
 
 
 def follow(code: Code, constants: dict[int, int]) -> Trace:
@@ -60,6 +63,7 @@ def follow(code: Code, constants: dict[int, int]) -> Trace:
         trace.issued[at] += 1
         active = predicate_value(instruction.guard, registers) if instruction.guard else True
         at += 1
+        trace.round_trips.issue(instruction, instruction.base == "LDG" and active is not False)
         match instruction.base:
             case "BRA" | "CALL":
                 going = _taken(instruction, active, registers)
@@ -95,9 +99,9 @@ def _taken(instruction: Instruction, active: bool | None, registers: Registers) 
 
 
 def _access(instruction: Instruction, registers: Registers, trace: Trace) -> None:
-    kind = {"LDG": "load", "STG": "store", "LDGSTS": "load"}.get(instruction.base)
-    if kind is None:
+    if instruction.base not in ("LDG", "LDGSTS", "STG"):
         return
+    kind = "store" if instruction.base == "STG" else "load"
     address = 0
     found = [m[1] for operand in instruction.operands if (m := ADDRESS.search(operand))]
     for term in re.findall(r"-?[^+-]+", found[-1]):

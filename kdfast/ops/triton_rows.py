@@ -59,11 +59,13 @@ def weight_sums(labels: Tensor | None, weights: Tensor | None, ignore_index: int
     rows = labels if labels is not None else weights
     assert rows is not None, "without labels and weights the sum is N"
     sums = torch.empty(PARTS.value, dtype=torch.float32, device=rows.device)
+    n = rows.shape[0]
+    block, warps = (1024, 4) if n <= 4096 * PARTS.value else (8192, 16)
     with device_of(rows):
         weight_sum_kernel[(PARTS.value,)](
-            sums if labels is None else labels, sums if weights is None else weights, sums, rows.shape[0],
+            sums if labels is None else labels, sums if weights is None else weights, sums, n,
             0 if labels is None else labels.stride(0), ignore_index,
-            HAS_LABELS=labels is not None, HAS_WEIGHTS=weights is not None, BLOCK=1024, num_warps=4,
+            HAS_LABELS=labels is not None, HAS_WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return sums
 

@@ -48,6 +48,15 @@ def integer_kernel(x_ptr, y_ptr, a, b, c, BLOCK: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, BLOCK), total)
 
 
+@triton.jit
+def chain_kernel(x_ptr, y_ptr, CHAIN: tl.constexpr, BLOCK: tl.constexpr):
+    """Look an index up CHAIN times, then load at it and, independently of it, at the end."""
+    at = tl.arange(0, BLOCK)
+    for _ in tl.static_range(CHAIN):
+        at = tl.load(x_ptr + at)
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.load(y_ptr + at) + tl.load(y_ptr + BLOCK + tl.arange(0, BLOCK)))
+
+
 def quotient(a, b):
     """Return a / b rounded to zero, as in C."""
     return -(-a // b) if a < 0 else a // b
@@ -109,6 +118,36 @@ def test_refuses_the_interpreter():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BENCH, timeout=120)
     assert done.returncode != 0
     assert "unset it" in done.stderr
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("chain", [0, 1, 4])
+def test_counts_the_loads_that_depend_on_each_other(arch, chain):
+    _, trace = trace_of(launch(chain_kernel, chain, arch=arch, dtype=torch.int32))
+    assert trace.round_trips.total == chain + 1
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_counts_a_wait_in_each_pass_of_a_loop(arch):
+    _, trace = trace_of(launch(copy_kernel, 7, arch=arch))
+    assert trace.round_trips.total == 7
+
+
+def test_counts_loads_into_a_register_that_another_load_must_fill_first():
+    from triton_compile.round_trips import RoundTrips
+    from triton_compile.sass import Instruction
+
+    def trips(*program):
+        found = RoundTrips()
+        for name, *operands in program:
+            found.issue(Instruction(0, "", name, tuple(operands)), name.startswith("LDG"))
+        return found.total
+
+    load = ("LDG.E.64", "R2", "[R8.64]")
+    assert trips(load, ("LDG.E.64", "R4", "[R8.64]")) == 1
+    assert trips(load, load) == 2
+    assert trips(load, ("MOV", "R9", "R3"), ("LDG.E", "R4", "[R8.64]")) == 2
+    assert trips(load, ("MOV", "R9", "R4"), ("LDG.E", "R4", "[R8.64]")) == 1
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without spills, loads vectors, and issues few instructions.
+"""Every Triton kernel compiles for sm_80 and sm_90 without spills, loads vectors, and issues and waits little.
 
 The kernels are compiled in a process of its own, see bench/triton_compile; nothing runs, and no GPU is needed.
 """
@@ -41,15 +41,20 @@ def narrow(row):
 
 
 def bounds(version):
-    """Return the most instructions an element of each case for sm_80 and sm_90; none for a Triton never measured."""
+    """Return the most instructions an element and round trips to memory of each case, by architecture.
+
+    A Triton that was never measured has no bounds.
+    """
     recorded = json.loads(BOUNDS.read_text())
     if version not in recorded:
         return {}
     largest = {}
     for counts in recorded.values():
-        for case, pair in counts.items():
-            largest[case] = [max(x) for x in zip(pair, largest.get(case, pair), strict=True)]
-    return {case: [SLACK * x for x in pair] for case, pair in largest.items()}
+        for case, pairs in counts.items():
+            for arch, (instructions, trips) in zip((80, 90), pairs, strict=True):
+                most = largest.get((case, arch), (0, 0))
+                largest[case, arch] = max(most[0], SLACK * instructions), max(most[1], trips)
+    return largest
 
 
 def test_every_kernel_has_a_quick_case():
@@ -65,7 +70,7 @@ def test_kernels_stay_within_their_bounds(selection, arch):
     faults = []
     for row in result["rows"]:
         # Cases that are not quick may have no bound yet.
-        allowed = most.get(row["case"], [0 if selection == "quick" else math.inf] * 2)[arch == 90]
+        allowed, trips = most.get((row["case"], arch), [0 if selection == "quick" else math.inf] * 2)
         if row["spilled"]:
             faults.append(f"{row['case']}: {row['spilled']} bytes spilled")
         if narrow(row):
@@ -74,6 +79,8 @@ def test_kernels_stay_within_their_bounds(selection, arch):
             faults.append(f"{row['case']}: {row['unknown_branches']} branches could not be followed")
         if most and row["instructions"] > allowed:
             faults.append(f"{row['case']}: {row['instructions']} instructions, at most {allowed}")
+        if most and row["round_trips"] > trips:
+            faults.append(f"{row['case']}: waits {row['round_trips']} times for memory, at most {trips}")
     assert result["rows"]
     assert not faults, "\n".join(faults)
 

@@ -112,6 +112,13 @@ def indices(name):
         record(name, bool((loss == 0).all() and (grad == 0).all()), ("ignored", reduction))
     loss, grad, *_ = run_both(z[:0], y[:0], t, r[:0], **OPTIONS[name])
     record(name, bool(loss == 0) and grad.shape == (0, 50), "no rows")
+    z, y, t, r = make_case(20, 50)
+    y[::3], r[:] = -100, torch.arange(20)
+    clean = run_triton(z, y, t, r, **OPTIONS[name])
+    z[::3], t[:20:3] = math.nan, math.nan  # of rows that share a program with others
+    same = [torch.equal(a, b) for a, b in zip(clean, run_triton(z, y, t, r, **OPTIONS[name]), strict=True)]
+    record(name, all(same) and bool((clean[1][::3] == 0).all()), "some ignored")
+    z, y, t, r = make_case(4, 50)
     y[1] = 3
     for labels, rows in ((y, torch.tensor([0, 10**12, -1, 3])), (torch.tensor([1, 50, -1, 2]), r)):
         x = z.clone().requires_grad_()

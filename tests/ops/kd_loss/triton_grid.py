@@ -256,6 +256,14 @@ def ignored():
         record("ignored", bool((loss == 0).all() and (grad == 0).all()), reduction)
     loss, grad, *_ = run_both(z[:0], y[:0], t, r[:0])
     record("ignored", bool(loss == 0) and grad.shape == (0, 50), "no rows")
+    for c, direction in itertools.product((10, 50, 100, 257, 1000), ("forward", "reverse")):
+        z, y, t, r = make_case(20, c)
+        y[::3], r[:] = -100, torch.arange(20)
+        loss, grad = run_triton(z, y, t, r, direction=direction)
+        z[::3], t[:20:3], r[::3] = math.nan, math.nan, 10**12  # of rows that share a program with others
+        again = run_triton(z, y, t, r, direction=direction)
+        same = [torch.equal(a, b) for a, b in zip((loss, grad), again, strict=True)]
+        record("ignored", all(same) and bool((grad[::3] == 0).all()), (c, direction))
 
 
 def out_of_range():
@@ -310,13 +318,24 @@ def distant_columns():
 
 
 def at_page_end(rows, columns):
-    """Return a float32 tensor (rows, columns) at the end of a page, before a page that cannot be read."""
-    page = mmap.PAGESIZE
-    libc, base = map_memory(2 * page)
-    assert libc.mprotect(ctypes.c_void_p(base + page), page, 0) == 0
-    size = 4 * rows * columns
-    memory = (ctypes.c_char * size).from_address(base + page - size)
+    """Return a float32 tensor (rows, columns) that ends with a page, before a page that cannot be read."""
+    page, size = mmap.PAGESIZE, 4 * rows * columns
+    length = -(-size // page) * page
+    libc, base = map_memory(length + page)
+    assert libc.mprotect(ctypes.c_void_p(base + length), page, 0) == 0
+    memory = (ctypes.c_char * size).from_address(base + length - size)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
+
+
+def rows_at_a_page_end():
+    """Programs with more columns and rows than there are must not read after the last row."""
+    if torch.get_default_device().type != "cpu":
+        return
+    for n, c in ((3, 10), (5, 100), (1, 100), (3, 257), (1, 1000)):
+        _, y, _, r = make_case(n, c)
+        z, t = at_page_end(n, c), at_page_end(n + 2, c)
+        z.normal_(), t.normal_()
+        check("strides", z, y, t, r)
 
 
 def class_id_after_the_last_class():
@@ -352,7 +371,7 @@ def weights():
     ):
         check("weights", z, y, t, r, weights=w, reduction=reduction)
     check("weights", z.half(), y, t, r, weights=torch.rand(6))
-    for n in (1, 1024, 1025, 70000):
+    for n in (1, 1024, 1025, 70000, 300000):
         labels, w = torch.randint(0, 4, (n, 2))[:, 1], torch.rand(n)
         for args in ((labels, None), (None, w), (labels, w), (labels.contiguous(), w.double())):
             total = weight_sums(*args, ignore_index=3).double().sum()
@@ -376,6 +395,7 @@ ALL = (
     ignored,
     out_of_range,
     class_id_after_the_last_class,
+    rows_at_a_page_end,
     distant_columns,
     scaling,
     weights,

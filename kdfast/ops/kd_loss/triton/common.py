@@ -136,6 +136,7 @@ def row_indices(
     """Return which rows are not ignored and which have an index out of range, and clamped labels and teacher rows."""
     bad = r < 0
     label = r * 0
+    exists = live
     if HAS_LABELS:
         label = tl.load(label_ptr + r * label_stride, mask=live, other=ignore_index)
         live = live & (label != ignore_index)
@@ -144,7 +145,7 @@ def row_indices(
     teacher_row = r
     if USE_KL:
         if HAS_ROWS:
-            teacher_row = tl.load(rows_ptr + r * rows_stride, mask=live, other=0)
+            teacher_row = tl.load(rows_ptr + r * rows_stride, mask=exists, other=0)
         bad = bad | (live & ((teacher_row < 0) | (teacher_row >= m)))
         teacher_row = tl.minimum(tl.maximum(teacher_row, 0), m - 1)
     return live, bad, label, teacher_row

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, LOG2E
-from kdfast.ops.kd_loss.triton.gradient import live_slopes, store_gradient, sweep_gradients
+from kdfast.ops.kd_loss.triton.gradient import store_gradient, sweep_gradients
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, tile_softmax
 from kdfast.ops.kd_loss.triton.tiles import at_label
 
@@ -93,7 +93,7 @@ def finish(tops, sums, z_label, t_label, factor, numbers, weights, USE_CE: tl.co
 
 @triton.jit
 def decoupled(
-    operands, grad_base, columns, c, live, exists, label, factor, numbers, weights,
+    operands, grad_base, columns, c, live, label, factor, numbers, weights,
     USE_CE: tl.constexpr, POWER: tl.constexpr, GRAD: tl.constexpr,
     TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def decoupled(
     if GRAD:
         if TILES == 1:
             store_gradient(
-                grad_base, 0, columns, c, exists, all_terms, live_slopes(slopes, live),
+                grad_base, 0, columns, c, live, all_terms, slopes,
                 USE_CE, True, False, POWER, LAST_STEPS, LAST_FULL, flat,
             )  # fmt: skip
         else:

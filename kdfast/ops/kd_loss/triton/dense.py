@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, known, own_numbers
-from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient, sweep_gradients
+from kdfast.ops.kd_loss.triton.gradient import slope, store_gradient, sweep_gradients
 from kdfast.ops.kd_loss.triton.program import find_rows, row_operands, smoothed_target
 from kdfast.ops.kd_loss.triton.softmax import sweep_sums, terms, tile_softmax
 from kdfast.ops.kd_loss.triton.tiles import store_zeros
@@ -111,11 +111,12 @@ def dense_kernel(
     )  # fmt: skip
     live, label = indices[0], indices[2]
     grad_base = grad_ptr + r * c
-    if tl.max(live.to(tl.int32), 0) == 0:
-        tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=exists)
+    ignored = exists & (live == 0)
+    if tl.max(ignored.to(tl.int32), 0) != 0:
+        tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=ignored)
         if GRAD:
-            store_zeros(grad_base, columns, c, exists, (TILES - 1) * STEPS + LAST_STEPS)
-    else:
+            store_zeros(grad_base, columns, c, ignored, (TILES - 1) * STEPS + LAST_STEPS)
+    if tl.max(live.to(tl.int32), 0) != 0:
         factor, operands = row_operands(
             z_ptr, t_ptr, weights_ptr, mass_ptr, r, indices, (z_row, z_col, t_row, t_col), HAS_WEIGHTS, HAS_MASS
         )
@@ -148,12 +149,11 @@ def dense_kernel(
         loss, slopes = finish(tops, sums, known(z_label, hard, soft), factor, numbers, USE_CE, USE_KL, REVERSE)
         if smoothing is not None:
             loss -= factor * numbers[1] * smoothing * tl.where(hard, offset, 0.0)
-        tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
+        tl.store(loss_ptr + r, loss, mask=live)
         if GRAD:
             if TILES == 1:
-                slopes = live_slopes(slopes, live)
                 store_gradient(
-                    grad_base, 0, columns, c, exists, all_terms, slopes,
+                    grad_base, 0, columns, c, live, all_terms, slopes,
                     USE_CE, USE_KL, REVERSE, POWER, LAST_STEPS, LAST_FULL, flat,
                 )  # fmt: skip
             else:

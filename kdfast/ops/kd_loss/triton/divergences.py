@@ -79,11 +79,12 @@ def divergence_kernel(
     )  # fmt: skip
     live, label = indices[0], indices[2]
     grad_base = grad_ptr + r * c
-    if tl.max(live.to(tl.int32), 0) == 0:
-        tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=exists)
+    ignored = exists & (live == 0)
+    if tl.max(ignored.to(tl.int32), 0) != 0:
+        tl.store(loss_ptr + r, tl.zeros((ROWS,), tl.float32), mask=ignored)
         if GRAD:
-            store_zeros(grad_base, columns, c, exists, (TILES - 1) * STEPS + LAST_STEPS)
-    else:
+            store_zeros(grad_base, columns, c, ignored, (TILES - 1) * STEPS + LAST_STEPS)
+    if tl.max(live.to(tl.int32), 0) != 0:
         factor, operands = row_operands(
             z_ptr, t_ptr, weights_ptr, mass_ptr, r, indices, (z_row, z_col, t_row, t_col), HAS_WEIGHTS, HAS_MASS
         )
@@ -101,23 +102,23 @@ def divergence_kernel(
         parts = (first_weight, second_weight)
         if DIVERGENCE == "jsd":
             loss, gradient = jensen_shannon(
-                operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
+                operands, grad_base, columns, c, live, label, factor, numbers, parts,
                 USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
         elif DIVERGENCE == "dkd":
             loss, gradient = decoupled(
-                operands, grad_base, columns, c, live, exists, label, factor, numbers, parts,
+                operands, grad_base, columns, c, live, label, factor, numbers, parts,
                 USE_CE, POWER, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
         else:
             loss, gradient = standardized(
-                operands, grad_base, columns, c, live, exists, label, factor, numbers,
+                operands, grad_base, columns, c, live, label, factor, numbers,
                 USE_CE, GRAD, TILES, STEPS, LAST_STEPS, LAST_FULL, hard, soft, flat,
             )  # fmt: skip
         if smoothing is not None:
             loss -= factor * numbers[1] * smoothing * tl.where(hard, offset, 0.0)
             gradient += smooth - flat
-        tl.store(loss_ptr + r, tl.where(live, loss, 0.0), mask=exists)
+        tl.store(loss_ptr + r, loss, mask=live)
         if GRAD and (USE_CE or DIVERGENCE == "dkd"):
             tl.debug_barrier()  # after the store of the same element by another thread
             tl.store(grad_base + label, gradient.to(grad_ptr.dtype.element_ty), mask=live)

@@ -8,7 +8,7 @@ import triton.language as tl
 from kdfast.ops.kd_loss.triton.softmax import add_e1, tile_terms
 from kdfast.ops.kd_loss.triton.tiles import load_tile, per_row, store_vector
 
-__all__ = ["live_slopes", "slope", "store_gradient", "sweep_gradients"]
+__all__ = ["slope", "store_gradient", "sweep_gradients"]
 
 
 @triton.jit
@@ -29,14 +29,8 @@ def slope(
 
 
 @triton.jit
-def live_slopes(slopes, live):
-    """Return coefficients that make the gradient of ignored rows zero."""
-    return tl.where(live, slopes[0], 0.0), tl.where(live, slopes[1], 0.0), tl.where(live, slopes[2], 0.0)
-
-
-@triton.jit
 def store_gradient(
-    base, start, columns, c, exists, all_terms, slopes,
+    base, start, columns, c, live, all_terms, slopes,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, REVERSE: tl.constexpr, POWER: tl.constexpr,
     STEPS: tl.constexpr, FULL: tl.constexpr, flat=None,
 ):  # fmt: skip
@@ -46,7 +40,7 @@ def store_gradient(
     for k in tl.static_range(STEPS):
         g = slope(es[k], roots[k], us[k], gaps[k], coefficients, USE_CE, USE_KL, REVERSE, POWER)
         col = start + k * columns.shape[1] * columns.shape[2] + columns
-        store_vector(base, col, g, c, exists, k < FULL, flat)
+        store_vector(base, col, g, c, live, k < FULL, flat)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, add_two, known
-from kdfast.ops.kd_loss.triton.gradient import live_slopes, slope, store_gradient
+from kdfast.ops.kd_loss.triton.gradient import slope, store_gradient
 from kdfast.ops.kd_loss.triton.softmax import add_e1, sweep_sums, terms, tile_softmax, tile_terms
 from kdfast.ops.kd_loss.triton.tiles import at_label, load_tile, per_row, tile_scale
 
@@ -151,7 +151,7 @@ def finish(tops, sums, of_student, of_teacher, z_label, factor, numbers, weights
 
 @triton.jit
 def jensen_shannon(
-    operands, grad_base, columns, c, live, exists, label, factor, numbers, weights,
+    operands, grad_base, columns, c, live, label, factor, numbers, weights,
     USE_CE: tl.constexpr, POWER: tl.constexpr, GRAD: tl.constexpr,
     TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
@@ -166,7 +166,7 @@ def jensen_shannon(
             operands, columns, c, live, scale, True, False, POWER, TILES, STEPS, LAST_STEPS, LAST_FULL, None, soft
         )  # fmt: skip
     z_label, t_label = at_label(operands, label, live, soft)
-    ratio = tl.where(live, sums[2] / sums[1], 1.0)  # the sums of ignored rows are 0
+    ratio = sums[2] / sums[1]
     mixture = (weights[0], weights[1] * ratio, tl.log2(ratio))
     if TILES == 1:
         all_terms, cross = mix(logits, all_terms, tops, scale, mixture, LAST_STEPS, soft)
@@ -181,7 +181,7 @@ def jensen_shannon(
     if GRAD:
         if TILES == 1:
             store_gradient(
-                grad_base, 0, columns, c, exists, all_terms, live_slopes(slopes, live),
+                grad_base, 0, columns, c, live, all_terms, slopes,
                 USE_CE, True, True, POWER, LAST_STEPS, LAST_FULL, flat,
             )  # fmt: skip
         else:

@@ -20,6 +20,7 @@ def find_rows(
     """Return the program's rows, which exist, what ``row_indices`` says of them, and a thread's columns of a vector."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = r < n
+    r = tl.minimum(r, n - 1)  # rows of logits are loaded without a mask
     indices = row_indices(
         r, exists, label_ptr, rows_ptr, label_stride, rows_stride, ignore_index, c, m, USE_KL, HAS_LABELS, HAS_ROWS
     )

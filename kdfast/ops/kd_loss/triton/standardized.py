@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from kdfast.ops.kd_loss.triton.common import LN2, LOG2E, add_four, add_two, known
-from kdfast.ops.kd_loss.triton.gradient import live_slopes
 from kdfast.ops.kd_loss.triton.softmax import LOWEST, row_tops, thread_tops
 from kdfast.ops.kd_loss.triton.tiles import NEG_INF, at_label, load_steps, load_tile, per_row, per_thread, store_vector
 
@@ -234,7 +233,7 @@ def slope(e1, e, u, center, slopes, USE_CE: tl.constexpr):
 
 @triton.jit
 def store_gradient(
-    base, start, columns, c, exists, all_terms, slopes, USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
+    base, start, columns, c, live, all_terms, slopes, USE_CE: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
     flat,
 ):  # fmt: skip
     """Store the gradient of a tile from its terms and ``slopes``, the coefficients of each row."""
@@ -243,7 +242,7 @@ def store_gradient(
     for k in tl.static_range(STEPS):
         g = slope(e1s[k], es[k], us[k], centers[k], slopes, USE_CE)
         col = start + k * columns.shape[1] * columns.shape[2] + columns
-        store_vector(base, col, g, c, exists, k < FULL, flat)
+        store_vector(base, col, g, c, live, k < FULL, flat)
 
 
 @triton.jit
@@ -285,7 +284,7 @@ def finish(top_z, count, spread, sums, z_label, factor, numbers, USE_CE: tl.cons
 
 @triton.jit
 def standardized(
-    operands, grad_base, columns, c, live, exists, label, factor, numbers,
+    operands, grad_base, columns, c, live, label, factor, numbers,
     USE_CE: tl.constexpr, GRAD: tl.constexpr,
     TILES: tl.constexpr, STEPS: tl.constexpr, LAST_STEPS: tl.constexpr, LAST_FULL: tl.constexpr, hard, soft, flat,
 ):  # fmt: skip
@@ -319,9 +318,7 @@ def standardized(
     gradient = factor
     if GRAD:
         if TILES == 1:
-            hard, soft, other = live_slopes((slopes[0], slopes[1], slopes[2]), live)
-            masked = (hard, soft, other, tl.where(live, slopes[3], 0.0))
-            store_gradient(grad_base, 0, columns, c, exists, all_terms, masked, USE_CE, LAST_STEPS, LAST_FULL, flat)
+            store_gradient(grad_base, 0, columns, c, live, all_terms, slopes, USE_CE, LAST_STEPS, LAST_FULL, flat)
         else:
             sweep_gradients(
                 operands, grad_base, columns, c, live, tops, scales, mean, slopes,

@@ -46,7 +46,7 @@ def tile_scale(scale, soft):
 
 @triton.jit
 def inside(col, c, rows):
-    """Return which columns exist, in the rows (ROWS,); the condition holds if there is one row."""
+    """Return which columns exist, in some rows, (ROWS,); the only row is one of them."""
     mask = col < c
     if rows.shape[0] > 1:
         mask = mask & per_row(rows)
@@ -55,16 +55,45 @@ def inside(col, c, rows):
 
 @triton.jit
 def load_steps(base, start, columns, stride, c, live, STEPS: tl.constexpr, FULL: tl.constexpr, POLICY: tl.constexpr):
-    """Load the vectors of a tile, each (ROWS, LANES, VECTOR); the first FULL are not masked."""
+    """Load the vectors of a tile, each (ROWS, LANES, VECTOR); those after the first FULL may end after the row.
+
+    Several rows are loaded without a mask, since the compiler makes each of several masked loads wait for the one
+    before. They are all read, live or not; a vector after the end is the last one of its row, see ``mask_steps``.
+    """
     vectors = ()
     for k in tl.static_range(STEPS):
         col = start + k * columns.shape[1] * columns.shape[2] + columns
         if k < FULL:
             x = tl.load(base + col * stride, eviction_policy=POLICY)
+        elif live.shape[0] > 1:
+            x = tl.load(base + (col - beyond(start, k, columns, c)) * stride, eviction_policy=POLICY)
         else:
-            x = tl.load(base + col * stride, mask=inside(col, c, live), other=NEG_INF, eviction_policy=POLICY)
+            x = tl.load(base + col * stride, mask=col < c, other=NEG_INF, eviction_policy=POLICY)
         vectors = vectors + (x,)  # type: ignore[assignment]  # noqa: RUF005
     return vectors
+
+
+@triton.jit
+def beyond(start, k, columns, c):
+    """Return how many columns after the last vector of a row the k-th vector of each thread lies, (1, LANES, 1)."""
+    LANES: tl.constexpr = columns.shape[1]
+    VECTOR: tl.constexpr = columns.shape[2]
+    first = start + (k * LANES + tl.arange(0, LANES)[None, :, None]) * VECTOR
+    return tl.multiple_of(tl.maximum(first + VECTOR - c, 0), (VECTOR, VECTOR, VECTOR)).to(columns.dtype)
+
+
+@triton.jit
+def mask_steps(vectors, start, columns, c, live, STEPS: tl.constexpr, FULL: tl.constexpr):
+    """Replace what ``load_steps`` loaded of several rows in place of columns after the end."""
+    masked = ()
+    for k in tl.static_range(STEPS):
+        x = vectors[k]
+        if k >= FULL:  # noqa: SIM102 (Triton evaluates both sides of `and`)
+            if live.shape[0] > 1:
+                col = columns + (start + k * columns.shape[1] * columns.shape[2])
+                x = tl.where(col < c, x, NEG_INF)
+        masked = masked + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    return masked
 
 
 @triton.jit
@@ -82,6 +111,10 @@ def load_tile(
     ts = zs
     if USE_KL:
         ts = load_steps(per_row(t_base), start, columns, t_col, c, live, STEPS, FULL, POLICY)
+        ts = mask_steps(ts, start, columns, c, live, STEPS, FULL)
+    zs = mask_steps(zs, start, columns, c, live, STEPS, FULL)
+    if not USE_KL:
+        ts = zs
     if soft is not None:
         ts = teach_oneself(zs, ts, soft, STEPS)
     if hidden is not None:
@@ -136,12 +169,14 @@ def hide(vectors, start, columns, hidden, STEPS: tl.constexpr):
 
 @triton.jit
 def store_vector(base, col, x, c, rows, FULL: tl.constexpr, flat=None):
-    """Store a vector of the rows (ROWS,), less ``flat`` of each row; one that is FULL is not masked."""
+    """Store a vector of some rows, (ROWS,), less ``flat`` of each row; one that is FULL ends before the row does."""
     if flat is not None:
         x = x - per_row(flat)
     x = x.to(base.dtype.element_ty)
-    if FULL:
+    if FULL and rows.shape[0] == 1:
         tl.store(per_row(base) + col, x, eviction_policy="evict_first")
+    elif FULL:
+        tl.store(per_row(base) + col, x, mask=per_row(rows), eviction_policy="evict_first")
     else:
         tl.store(per_row(base) + col, x, mask=inside(col, c, rows), eviction_policy="evict_first")
 
@@ -179,6 +214,6 @@ def tile_shape(classes: int, vector: int, reverse: bool, swept: int = 32) -> dic
     last = classes - (tiles - 1) * steps * width
     shape = {
         "ROWS": rows, "LANES": lanes, "VECTOR": vector, "STEPS": steps, "TILES": tiles,
-        "LAST_STEPS": triton.cdiv(last, width), "LAST_FULL": last // width if rows == 1 else 0, "num_warps": warps,
+        "LAST_STEPS": triton.cdiv(last, width), "LAST_FULL": last // width, "num_warps": warps,
     }  # fmt: skip
     return {**shape, "maxnreg": 128} if warps == 8 and not single else shape
