@@ -205,7 +205,7 @@ def write_betons(root):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def split() -> Callable[..., ArraySplit]:
     return make_split
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +28,23 @@ class Wrapped:
         return len(self.labels)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def source(split):
     train, test = split(60), split(9, seed=1)
     return Source("memory", "npz", ("ant", "bee", "cat"), train, test, default_view_spec(train.shape, flip=True))
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    convert(source, folder)
+    return folder
+
+
+@pytest.fixture
+def betons(converted, tmp_path):
+    """Make the test's folder a copy of the converted source."""
+    return shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
 
 
 def same(one, two):
@@ -78,54 +92,48 @@ def test_every_image_is_counted_twice(source, tmp_path):
     assert {note for _, _, note in seen} == {"writing", "reading back"}
 
 
-def test_complete_conversion_is_not_repeated(source, tmp_path):
-    convert(source, tmp_path)
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
-    convert(source, tmp_path)
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
+def test_complete_conversion_is_not_repeated(source, betons):
+    before = {name: (betons / name).stat().st_mtime_ns for name in files(betons)}
+    convert(source, betons)
+    assert {name: (betons / name).stat().st_mtime_ns for name in files(betons)} == before
 
 
-def test_detects_pixels_changed_after_the_conversion(source, tmp_path):
-    convert(source, tmp_path)
-    reader = open_source(tmp_path).train
+def test_detects_pixels_changed_after_the_conversion(betons):
+    reader = open_source(betons).train
     first = reader.read([0]).tobytes()
-    file = tmp_path / "train.beton"
+    file = betons / "train.beton"
     raw = bytearray(file.read_bytes())
     raw[raw.index(first) + 5] ^= 1
     file.write_bytes(raw)
     with pytest.raises(DataError, match="it is damaged or was changed; convert the data again"):
-        _ = open_source(tmp_path).fingerprint
+        _ = open_source(betons).fingerprint
 
 
-def test_converts_a_changed_file_again(source, split, tmp_path):
-    convert(source, tmp_path)
-    module.write_beton(split(60, seed=5), tmp_path / "train.beton")
-    assert same(convert(source, tmp_path).train, source.train)
+def test_converts_a_changed_file_again(source, split, betons):
+    module.write_beton(split(60, seed=5), betons / "train.beton")
+    assert same(convert(source, betons).train, source.train)
 
 
-def test_opens_betons_without_a_record(source, tmp_path):
-    convert(source, tmp_path)
-    (tmp_path / "data.json").unlink()
+def test_opens_betons_without_a_record(source, betons):
+    (betons / "data.json").unlink()
     with pytest.warns(DataWarning, match=r"has no data\.json: its files are not verified"):
-        result = open_source(tmp_path)
+        result = open_source(betons)
     assert result.classes == ("0", "1", "2")
     assert result.fingerprint == source.fingerprint
 
 
-def test_rejects_a_damaged_record(source, tmp_path):
-    convert(source, tmp_path)
+def test_rejects_a_damaged_record(betons):
     for text in ("{", "[]", '{"format": "kdfast betons 1"}'):
-        (tmp_path / "data.json").write_text(text)
+        (betons / "data.json").write_text(text)
         with pytest.raises(DataError, match=r"data\.json"):
-            open_source(tmp_path)
+            open_source(betons)
 
 
 @pytest.mark.parametrize("name", ["train.beton", "test.beton"])
-def test_rejects_a_missing_beton(source, tmp_path, name):
-    convert(source, tmp_path)
-    (tmp_path / name).unlink()
+def test_rejects_a_missing_beton(betons, name):
+    (betons / name).unlink()
     with pytest.raises(DataError, match=f"lacks {name}"):
-        open_source(tmp_path)
+        open_source(betons)
 
 
 def test_does_not_overwrite_other_data(source, split, tmp_path):
@@ -182,15 +190,18 @@ def test_rejects_a_folder_among_the_images_and_does_not_change_it(image_folder, 
     (tmp_path / "link").symlink_to(root)
     with pytest.raises(OutputError, match="use another folder"):
         convert(open_source(root), tmp_path / "link" / out)
+
+
+def test_converts_to_a_new_folder_among_the_images(image_folder, tmp_path):
+    root = image_folder(tmp_path / "images")
     assert same(convert(open_source(root), root / "betons").train, open_source(root).train)
 
 
-def test_rejects_the_source_as_output(source, tmp_path):
-    betons = convert(source, tmp_path)
-    before = contents(tmp_path)
+def test_rejects_the_source_as_output(betons):
+    before = contents(betons)
     with pytest.raises(OutputError, match="is the source itself"):
-        convert(betons, tmp_path)
-    assert contents(tmp_path) == before
+        convert(open_source(betons), betons)
+    assert contents(betons) == before
 
 
 @pytest.mark.parametrize("text", ['{"format": "kdfast betons 9"}', '{"format": "kdfast betons 1", '])
