@@ -33,6 +33,7 @@ from kdfast.pruning.rules.d2_graph import nearest_neighbors
 from kdfast.pruning.scores.base import ScoreInputs
 from kdfast.pruning.scores.registry import compute_score
 from kdfast.teacher import evaluate as evaluation
+from kdfast.teacher.average import compute_statistics
 from kdfast.teacher.flatten import FlattenConfig
 from kdfast.teacher.flatten.flattener import Flattener
 from kdfast.teacher.predictor import Predictor
@@ -150,10 +151,19 @@ def flatten(source: Source, device: str) -> list[Any]:
     return [flattener.take_loss(), *model.net.parameters()]
 
 
+@torch.no_grad()
+def average(source: Source, device: str) -> list[Any]:
+    model = model_of(source)
+    model.net.to(device)
+    compute_statistics.__wrapped__(model, source.train, source.view_spec, 0, torch.device(device), None)  # type: ignore[attr-defined]
+    return [*model.net.buffers()]
+
+
 PASSES: dict[str, Callable[[Source, str], list[Any]]] = {
     "evaluate": evaluate,
     "predict": predict,
     "flatten": flatten,
+    "average": average,
     "grad_norms": grad_norms,
     "softmax head": softmax_head,
     "nearest neighbors": nearest,

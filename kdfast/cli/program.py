@@ -14,7 +14,7 @@ from kdfast.cli.command import Command
 from kdfast.cli.commands import data, distill, dynamics, prune, score, sweep, system
 from kdfast.cli.commands.caches import build, merge, outputs, tokens, verify
 from kdfast.cli.commands.results import plan, report, reproduce
-from kdfast.cli.commands.teachers import flatten, importing, train
+from kdfast.cli.commands.teachers import average, flatten, importing, train
 from kdfast.cli.commands.trained import clean, evaluate, export, predict
 from kdfast.cli.messages import find_command, translate
 from kdfast.cli.method_help import PruneCommand, ScoreCommand
@@ -39,10 +39,12 @@ app.callback()(system.root)
 app.command("doctor", cls=Command)(system.doctor)
 app.add_typer(data.app, name="data")
 teacher = typer.Typer(
-    help="Train a teacher, import one trained elsewhere, or flatten it for scores.", no_args_is_help=True
+    help="Train a teacher, import one trained elsewhere, average several, or flatten one for scores.",
+    no_args_is_help=True,
 )
 teacher.command("train", cls=Command)(train.train)
 teacher.command("import", cls=Command)(importing.import_)
+teacher.command("average", cls=Command)(average.average)
 teacher.command("flatten", cls=Command)(flatten.flatten)
 app.add_typer(teacher, name="teacher")
 build.app.command("merge", cls=Command)(merge.merge)
