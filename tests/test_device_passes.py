@@ -22,6 +22,7 @@ from kdfast.data.holdout import SplitPart
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.nets import build_net
+from kdfast.nets.average import compute_statistics
 from kdfast.nets.checkpoint import Model
 from kdfast.pruning.if_beta.estimators import ScoreFunction
 from kdfast.pruning.if_beta.learner import IFBeta
@@ -33,7 +34,6 @@ from kdfast.pruning.rules.d2_graph import nearest_neighbors
 from kdfast.pruning.scores.base import ScoreInputs
 from kdfast.pruning.scores.registry import compute_score
 from kdfast.teacher import evaluate as evaluation
-from kdfast.teacher.average import compute_statistics
 from kdfast.teacher.flatten import FlattenConfig
 from kdfast.teacher.flatten.flattener import Flattener
 from kdfast.teacher.predictor import Predictor

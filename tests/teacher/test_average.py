@@ -11,9 +11,9 @@ from kdfast.data.order import epoch_order
 from kdfast.data.source import Source
 from kdfast.data.views import Normalization, apply_views, draw_view_indices
 from kdfast.errors import CheckpointError, UsageError
+from kdfast.nets import average as module
+from kdfast.nets.average import average_teachers
 from kdfast.nets.checkpoint import Model
-from kdfast.teacher import average as module
-from kdfast.teacher.average import average_teachers
 
 
 def batches(source, model, seed, size, count):

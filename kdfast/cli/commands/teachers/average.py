@@ -38,8 +38,8 @@ def average(
     """
     from kdfast.data.readers.registry import open_source
     from kdfast.device import resolve_device
+    from kdfast.nets.average import average_teachers
     from kdfast.nets.checkpoint import load_model, save_model
-    from kdfast.teacher.average import average_teachers
     from kdfast.teacher.evaluate import evaluate
 
     training.refuse_existing(out, force=force)
