@@ -12,10 +12,10 @@ them by 5% in tests/ops/test_triton_kernels.py, trips not at all.
 
 `instr` counts the instructions of a thread for each element of the logits, `ALU` and `MUFU` those of two pipes,
 `barriers` those that a thread meets, `trips` how often it waits for global memory before it can issue its next loads,
-`loops` passes x instructions of each loop. `ceiling` is the memory traffic at
-perfect issue, in TB/s: an upper bound, see bench/triton_compile/counts.py for its assumptions. `of copy` is its share
-of the copy bandwidth given by --copy, and `of target` that share over the one that the kernel is meant to reach; since
-a kernel reaches perhaps 60% of its ceiling, about 1.6 is needed.
+`loops` passes x instructions of each loop. `ceiling` is the memory traffic at perfect issue, in TB/s: an upper bound,
+see bench/triton_compile/counts.py for its assumptions. `of copy` is its share of the copy bandwidth given by --copy,
+and `of target` that share over the one that the kernel is meant to reach; since a kernel reaches perhaps 60% of its
+ceiling, about 1.6 is needed.
 """
 
 from __future__ import annotations

@@ -99,9 +99,9 @@ def _taken(instruction: Instruction, active: bool | None, registers: Registers) 
 
 
 def _access(instruction: Instruction, registers: Registers, trace: Trace) -> None:
-    if instruction.base not in ("LDG", "LDGSTS", "STG"):
+    kind = {"LDG": "load", "STG": "store", "LDGSTS": "load"}.get(instruction.base)
+    if kind is None:
         return
-    kind = "store" if instruction.base == "STG" else "load"
     address = 0
     found = [m[1] for operand in instruction.operands if (m := ADDRESS.search(operand))]
     for term in re.findall(r"-?[^+-]+", found[-1]):
