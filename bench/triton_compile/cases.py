@@ -218,7 +218,8 @@ def row_cases() -> Iterator[Case]:
             grad, factor = meta(n, c, dtype=dtype), meta(*([n] if per_row else []))
             widths = {"grad_ptr": 16, "out_ptr": 16}
             yield Case(
-                " ".join(["scale", student, *["rows"] * per_row, *["in place"] * in_place]), "scale_kernel",
+                " ".join(["scale", student, *["rows"] * per_row, *["in place"] * in_place]),
+                "scale_rows_kernel" if per_row else "scale_kernel",
                 lambda g=grad, f=factor, i=in_place: kernels.scale_rows(g, f, 0.5, in_place=i),
                 n * c, 2 * n * c * grad.element_size(), widths, student == "bf16",
             )  # fmt: skip

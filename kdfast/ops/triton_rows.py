@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["PARTS", "device_of", "processors", "scale_kernel", "scale_rows", "weight_sum_kernel", "weight_sums"]
+__all__ = [
+    "PARTS",
+    "device_of",
+    "processors",
+    "scale_kernel",
+    "scale_rows",
+    "scale_rows_kernel",
+    "weight_sum_kernel",
+    "weight_sums",
+]
 
 PARTS = tl.constexpr(32)
 """Number of partial sums of ``weight_sums``: one for each lane of a warp."""
@@ -72,61 +81,76 @@ def weight_sums(labels: Tensor | None, weights: Tensor | None, ignore_index: int
 
 @triton.jit
 def scale_kernel(
+    grad_ptr,  # (n,) contiguous
+    out_ptr,  # (n,) contiguous, may be grad_ptr
+    factor_ptr,  # () float32
+    n,
+    scale,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write grad * factor * scale to out; in place, read only the factor if the product of the factors is one."""
+    factor = tl.load(factor_ptr) * scale
+    if IN_PLACE:
+        n = tl.where(factor == 1.0, 0, n)
+    at = tl.arange(0, BLOCK)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        if start + BLOCK <= n:
+            # In place, each of several masked loads would wait for the one before.
+            g = tl.load(grad_ptr + start + at).to(tl.float32) * factor
+            tl.store(out_ptr + start + at, g.to(out_ptr.dtype.element_ty))
+        else:
+            mask = at < n - start
+            g = tl.load(grad_ptr + start + at, mask=mask).to(tl.float32) * factor
+            tl.store(out_ptr + start + at, g.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_rows_kernel(
     grad_ptr,  # (n, c) contiguous
     out_ptr,  # (n, c) contiguous, may be grad_ptr
-    factor_ptr,  # () or (n,) float32
+    factor_ptr,  # (n,) float32
     n,
     c,
     factor_stride,
     scale,
-    PER_ROW: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write grad * factor * scale to out; in place, read only the factor if the product of the factors is one.
-
-    ALIGN divides c.
-    """
+    """Write the rows of grad, each times its factor and scale, to out; ALIGN divides c."""
     # The value does not change, but the compiler learns that it may load vectors of ALIGN elements.
     c = c // ALIGN * ALIGN
-    factor = 1.0
     tiles_of_row = tl.cdiv(c, COLUMNS)
-    tiles = tl.cdiv(n, ROWS) * tiles_of_row
-    if not PER_ROW:
-        factor = tl.load(factor_ptr) * scale
-        if IN_PLACE:
-            tiles = tl.where(factor == 1.0, 0, tiles)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tl.cdiv(n, ROWS) * tiles_of_row, tl.num_programs(0)):
         row = (tile // tiles_of_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         col = (tile % tiles_of_row).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         at = row[:, None] * c + col[None, :]
         mask = (row < n)[:, None] & (col < c)[None, :]
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if PER_ROW:
-            factors = tl.load(factor_ptr + row * factor_stride, mask=row < n, other=0.0) * scale
-            g *= factors[:, None]
-        else:
-            g *= factor
-        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=mask)
+        factors = tl.load(factor_ptr + row * factor_stride, mask=row < n, other=0.0) * scale
+        tl.store(out_ptr + at, (g * factors[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, scale: float, *, in_place: bool) -> Tensor:
     """Return ``grad * factor * scale``, rounded once; as ``native.scale_rows``, but without reading the factor."""
-    per_row = factor.dim() == 1 and factor.stride(0) != 0
     out = grad if in_place else torch.empty_like(grad)
     if grad.numel():
-        n, c = grad.shape if per_row else (1, grad.numel())
-        block = 16384 // grad.element_size()  # elements of a tile: 64 bytes a thread
-        columns = min(block, triton.next_power_of_2(c))
-        rows = block // columns if per_row else 1
-        tiles = triton.cdiv(n, rows) * triton.cdiv(c, columns)
+        block = 16384 // grad.element_size()  # elements that a program has at a time: 64 bytes a thread
+        programs = 4 * processors(grad.device)
         with device_of(grad):
-            scale_kernel[(min(tiles, 4 * processors(grad.device)),)](
-                grad, out, factor, n, c, factor.stride(0) if per_row else 0, scale,
-                PER_ROW=per_row, IN_PLACE=in_place, ALIGN=math.gcd(16, c), ROWS=rows, COLUMNS=columns, num_warps=8,
-            )  # fmt: skip
+            if factor.dim() == 1 and factor.stride(0) != 0:
+                n, c = grad.shape
+                columns = min(block, triton.next_power_of_2(c))
+                rows = block // columns
+                scale_rows_kernel[(min(triton.cdiv(n, rows) * triton.cdiv(c, columns), programs),)](
+                    grad, out, factor, n, c, factor.stride(0), scale,
+                    ALIGN=math.gcd(16, c), ROWS=rows, COLUMNS=columns, num_warps=8,
+                )  # fmt: skip
+            else:
+                scale_kernel[(min(triton.cdiv(grad.numel(), block), programs),)](
+                    grad, out, factor, grad.numel(), scale, IN_PLACE=in_place, BLOCK=block, num_warps=8
+                )
     return out
 
 

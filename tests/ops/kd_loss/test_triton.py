@@ -153,11 +153,15 @@ def test_topk_kernel_compiles_to_vectors_of_16_bytes(student, classes):
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_other_kernels_compile():
-    from kdfast.ops.triton_rows import scale_kernel, weight_sum_kernel
+    from kdfast.ops.triton_rows import scale_kernel, scale_rows_kernel, weight_sum_kernel
 
     types = {"z_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "v_ptr": "*fp16"}
-    for flags in ({"PER_ROW": True, "IN_PLACE": False}, {"PER_ROW": False, "IN_PLACE": True}):
-        ptx = compiled(scale_kernel, 8, types, **flags, ALIGN=8, ROWS=8, COLUMNS=1024)
+    for kernel, flags in (
+        (scale_kernel, {"IN_PLACE": True, "BLOCK": 8192}),
+        (scale_kernel, {"IN_PLACE": False, "BLOCK": 8192}),
+        (scale_rows_kernel, {"ALIGN": 8, "ROWS": 8, "COLUMNS": 1024}),
+    ):
+        ptx = compiled(kernel, 8, types, **flags)
         for access in ("ld", "st"):
             assert any(f"{access}.global" in line and ".v4.b32" in line for line in ptx.splitlines())
     assert compiled(weight_sum_kernel, 4, types, HAS_LABELS=True, HAS_WEIGHTS=True, BLOCK=1024)

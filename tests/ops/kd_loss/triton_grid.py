@@ -352,7 +352,7 @@ def class_id_after_the_last_class():
 
 
 def scaling():
-    for dtype, (n, c) in itertools.product(ROUNDING, [(5, 33), (1100, 10), (3, 9000)]):
+    for dtype, (n, c) in itertools.product(ROUNDING, [(5, 33), (1100, 10), (3, 9000), (4, 8192)]):
         grad = torch.randn(n, c).to(dtype)
         for factor in (torch.tensor(3.0), torch.tensor(1.0), torch.rand(n, 2)[:, 1], torch.tensor(2.0).expand(n)):
             expected = grad.double() * (factor.double().expand(n) * 0.5)[:, None]
