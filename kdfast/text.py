@@ -1,4 +1,4 @@
-"""Text of unknown origin, such as class names and paths, made safe to show."""
+"""Text for people: of unknown origin, such as class names and paths, made safe to show; and numbers with a noun."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def _escape(match: re.Match[str]) -> str:
 def shorten_text(text: str, length: int = 80) -> str:
     """Return a text for a message, cut to a number of characters."""
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -144,7 +144,9 @@ def format_value(value: Value) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "none"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return short if float(short := f"{value:g}") == value else repr(value)
 
 
 def parse_text(name: str, text: str) -> Value:

@@ -28,6 +28,9 @@ from kdfast.sweep.spec import parse_methods
 # What methods are computed from, in the order of what it costs; the first sets that suffice are built.
 _INPUTS = ("dynamics", "cache", "teacher")
 
+# Recipe fields that count epochs of a run.
+_PHASES = ("warmup_epochs", "initial_epochs", "terms_warmup_epochs")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -47,7 +50,7 @@ class Cell:
         teacher: Network of the teacher.
         teacher_fraction: Share of the training split that the teacher was trained on.
         match_steps_of: Another fraction, whose number of steps the run has in place of its own.
-        recipe: Fields of `RunConfig`, as (name, value), in the order of `RECIPE_FIELDS`.
+        recipe: All of `RECIPE_FIELDS` with their values, in this order.
     """
 
     method: str
@@ -97,16 +100,25 @@ class Cell:
     def run_config(self, *, epochs: int, seed: int, precision: str) -> RunConfig:
         """Return the settings of a run but alpha, which is 0.
 
+        Phases of the recipe that count epochs, such as a warm-up, keep their share of the run.
+
         Raises:
             UsageError: They do not fit together.
         """
-        recipe = {name: value for name, value in self.recipe if name != "epochs"}
+        recipe = dict(self.recipe)
+        share = epochs / max(1, recipe.pop("epochs"))
+        recipe |= {name: _shorten(recipe[name], share) for name in _PHASES if recipe[name]}
         loss: dict[str, Any] = {}
         if self.kd:
             terms = [] if self.term is None else [self.term]
             weights = [] if self.term_weight is None or not terms else [self.term_weight]
             loss = {"temperature": self.temperature, "ce": self.ce_weight, "terms": parse_terms(terms, weights)}
         return RunConfig(student=self.student, **recipe, **loss, epochs=epochs, seed=seed, precision=precision)
+
+
+def _shorten(value: float, share: float) -> float:
+    """Return a phase of a run with that share of the epochs; a whole number of at least 1 if it is one."""
+    return max(1, round(value * share)) if isinstance(value, int) else value * share
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,9 +148,7 @@ def make_cell(values: Mapping[str, Any]) -> Cell:
         UsageError: The settings do not fit together.
     """
     axes: dict[str, Any] = {**DEFAULTS, **{name: value for name, value in values.items() if name in AXES}}
-    recipe = {name: values[name] for name in RECIPE_FIELDS if name in values}
-    recipe = {name: recipe.get(name, RECIPE_DEFAULTS[name]) for name in ("epochs", "batch_size")} | recipe
-    ordered = tuple((name, recipe[name]) for name in RECIPE_FIELDS if name in recipe)
+    recipe = tuple((name, values.get(name, RECIPE_DEFAULTS[name])) for name in RECIPE_FIELDS)
     if axes["term"] is None and axes["term_weight"] is not None:
         raise UsageError(f"`term_weight` is {axes['term_weight']:g} without a `term`: add one, or omit it")
     if axes["term"] is not None and axes["term_weight"] is None:
@@ -159,7 +169,7 @@ def make_cell(values: Mapping[str, Any]) -> Cell:
             f"`disjoint` is on, with `fraction` {axes['fraction']:g} and `teacher_fraction` "
             f"{axes['teacher_fraction']:g}, more than all samples together: lower one"
         )
-    cell = Cell(**axes, recipe=ordered)
+    cell = Cell(**axes, recipe=recipe)
     checked = cell.run_config(epochs=cell.epochs(50_000), seed=0, precision="fp32")
     most = 1.0 if checked.ce is None else float("inf")
     if cell.alpha not in (None, "auto") and float(cell.alpha or 0) > most:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from kdfast.errors import UsageError, unknown_name
 from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Value, format_value, parse_text
-from kdfast.reproduction.cells import Cell
+from kdfast.reproduction.cells import Cell, resolve
 from kdfast.reproduction.study import Study
 from kdfast.sweep.spec import parse_methods
 
@@ -36,8 +37,10 @@ def parse_values(name: str, text: str) -> tuple[Value, ...]:
         UsageError: A value is not accepted.
     """
     if name == "method":
-        return tuple(str(spec) for spec in parse_methods(text))
-    return tuple(parse_text(name, word.strip()) for word in text.split(","))
+        return tuple(str(resolve(str(spec))) for spec in parse_methods(text))
+    # Options of a term, such as beta=2 of dkd:alpha=1,beta=2, have commas between them, too.
+    words = re.split(r",(?![^,:]*=)" if name == "term" else ",", text)
+    return tuple(parse_text(name, word.strip()) for word in words)
 
 
 def select_cells(
@@ -120,5 +123,5 @@ def _check_values(study: Study, name: str, values: Sequence[Value]) -> None:
     known = list(dict.fromkeys(_value(cell, name) for cell in study.cells))
     for value in values:
         if value not in known:
-            have = ", ".join(map(format_value, known))
+            have = ", ".join(study.method_name(str(v)) if name == "method" else format_value(v) for v in known)
             raise UsageError(f"no cell of {study.name} has the {name} {format_value(value)}: they have {have}")

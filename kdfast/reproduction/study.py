@@ -74,7 +74,7 @@ from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
 from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Values, format_value, parse_fields
-from kdfast.reproduction.cells import Cell, expand
+from kdfast.reproduction.cells import Cell, expand, resolve
 
 FOLDER = Path(kdfast.__file__).parent / "studies"
 SUFFIX = ".yaml"
@@ -159,9 +159,19 @@ class Study:
 
     def label(self, cell: Cell) -> str:
         """Return a cell for people: the axes in which the study's cells differ, where they have a value."""
-        values = {**dict(cell.recipe), **cell.axes()}
+        values = self.shown(cell)
         shown = [f"{name}={format_value(values[name])}" for name in self.varying() if name in values]
         return " ".join(shown) or str(cell)
+
+    def shown(self, cell: Cell) -> Values:
+        """Return the axes and recipe fields of a cell that people read: those with an effect."""
+        recipe = {name: value for name, value in cell.recipe if value}
+        return {**recipe, **cell.axes(), "method": self.method_name(cell.method)}
+
+    def method_name(self, method: str) -> str:
+        """Return the name of a method, with its rule if the study has others for the same score."""
+        others = any(cell.method.startswith(f"{method}/") for cell in self.cells)
+        return f"{method}/{resolve(method).method.rule}" if others else method
 
     def sorted(self) -> list[Cell]:
         """Return the cells in the order in which they are run."""

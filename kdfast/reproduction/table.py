@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 from kdfast.files import atomic_write, check_replaceable
-from kdfast.reproduction.axes import RECIPE_DEFAULTS, format_value
-from kdfast.reproduction.report.results import Result, Results
+from kdfast.reproduction.axes import format_value
+from kdfast.reproduction.report.results import Result, Results, left_out
+from kdfast.text import counted
 
 TABLE = "table.md"
 OPEN = "open"
@@ -26,11 +27,17 @@ def table(results: Results) -> str:
         "",
     ]
     if epochs is not None:
-        lines += [f"Not the published recipe: {epochs} epochs in place of {study.epochs}. Nothing is subtracted.", ""]
-    titles = [*axes, f"{results.figure[:3]}-{results.figure[3:]} (n)", "95% interval", "published", "difference"]
+        lines += [
+            f"Not the published recipe: {counted(epochs, 'epoch')} in place of {study.epochs}. Nothing is subtracted.",
+            "",
+        ]
+    if results.left_out:
+        lines += [left_out(results.left_out), ""]
+    figure = f"{results.figure[:3]}-{results.figure[3:]} (n)"
+    titles = [*axes, figure, "95% interval", "published", "difference", "steps"]
     lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for result in results.cells:
-        values = {**vars(result.cell), **RECIPE_DEFAULTS, **dict(result.cell.recipe)}
+        values = {**vars(result.cell), **dict(result.cell.recipe), "method": study.method_name(result.cell.method)}
         cells = ["" if values[name] is None else format_value(values[name]) for name in axes]
         lines.append("| " + " | ".join([*cells, *_figures(result)]) + " |")
     return "\n".join([*lines, "", f"{len(results.done)} of {len(results.cells)} cells have a run.", ""])
@@ -59,11 +66,11 @@ def write_table(text: str, folder: Path) -> None:
 def _figures(result: Result) -> list[str]:
     published = "" if result.published is None else f"{result.published:.2f}"
     if not result.rows:
-        return [OPEN, "", published, ""]
+        return [OPEN, "", published, "", ""]
     mean, width = result.mean, result.half_width
     interval = "" if math.isnan(width) else f"[{mean - width:.2f}, {mean + width:.2f}]"
     difference = "" if result.difference is None else f"{result.difference:+.2f}"
-    return [f"{mean:.2f} ({len(result.rows)})", interval, published, difference]
+    return [f"{mean:.2f} ({len(result.rows)})", interval, published, difference, f"{result.rows[-1]['steps']}"]
 
 
 def _is_own(path: Path) -> bool:

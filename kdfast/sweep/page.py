@@ -11,6 +11,7 @@ from kdfast.report.page import render_page
 from kdfast.sweep.charts import Axis, Line, Mark, Reference, breakable, chart, interval, legend, reach_of
 from kdfast.sweep.costs import STAGES, TRAINING, known_seconds, row_seconds
 from kdfast.sweep.summary import BASELINE, Comparison, Difference, FullRun, Section, compare
+from kdfast.text import counted
 
 # Settings that the page shows elsewhere, or of which digests stand in the rows.
 _OMITTED = ("data", "cache", "scores", "steps", "method", "fraction", "kd", "seed")
@@ -155,9 +156,9 @@ def _fraction_table(
     reach = reach_of([gap for gap in gaps.values() if gap is not None])
     some = any(gap is not None for gap in gaps.values())
     first = cells[present[0], fraction][0]
-    epochs = "" if first.get("epochs") is None else f", {_count(first['epochs'], 'epoch')}"
+    epochs = "" if first.get("epochs") is None else f", {counted(first['epochs'], 'epoch')}"
     counts = {len(cells[method, fraction]) for method in present}
-    seeds = f", {_count(counts.pop(), 'seed')}" if len(counts) == 1 else ""
+    seeds = f", {counted(counts.pop(), 'seed')}" if len(counts) == 1 else ""
     caption = render(
         [
             tag("strong", f"{fraction:g} of the data"),
@@ -247,7 +248,7 @@ def _render_settings(comparisons: Iterable[Comparison]) -> Safe:
 
 def _name(run: FullRun) -> str:
     """Return the name of runs on all data, with what they share with the subsets."""
-    epochs = _count(run.steps, "step") if run.epochs is None else _count(run.epochs, "epoch")
+    epochs = counted(run.steps, "step") if run.epochs is None else counted(run.epochs, "epoch")
     if run.same_steps:
         return f"all data, same steps ({epochs})"
     if run.same_epochs:
@@ -256,15 +257,11 @@ def _name(run: FullRun) -> str:
 
 
 def _title(name: str, rows: Rows) -> str:
-    return f"{name}: {_mean_top1(rows):.2f}%, {_seconds(_mean_seconds(rows))} s ({_count(len(rows), 'seed')})"
+    return f"{name}: {_mean_top1(rows):.2f}%, {_seconds(_mean_seconds(rows))} s ({counted(len(rows), 'seed')})"
 
 
 def _accuracy(rows: Rows) -> str:
     return f"{_mean_top1(rows):.2f}" + (f" ± {_deviation(rows):.2f}" if len(rows) > 1 else "")
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _mean_top1(rows: Rows) -> float:

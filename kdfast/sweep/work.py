@@ -103,7 +103,7 @@ def run_worker(
                 worked = True
                 break
         done = report_rows(log, runs, done, on_row)
-        if not worked:
+        if not worked and any(run.key not in refused for run in pending):
             _check_parent()
             if progress is not None:
                 progress(sum(run.key in done for run in runs), len(runs), "waits for other processes")

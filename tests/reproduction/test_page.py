@@ -14,7 +14,7 @@ from scipy import stats
 from kdfast.errors import OutputError, UsageError
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.report.page import render_study_page, write_report
-from kdfast.reproduction.report.results import collect, name_data, restriction
+from kdfast.reproduction.report.results import collect, conditions, restriction, rows_of_data
 from kdfast.reproduction.selection import parse_restrictions, select_cells
 from kdfast.reproduction.study import Study, load_study, read_study, study_names
 from kdfast.reproduction.table import table
@@ -59,8 +59,10 @@ def row(cell: Cell, seed: int, top1: float, **changes: Any) -> dict[str, Any]:
         "dataset": "cifar100", "compressed_to": None, "epochs": 240, "steps": 18_960, "seconds": 3600.0 * (seed + 1),
         "teacher_top1": 68.8 if cell.kd else None, "precision": "bf16", "kdfast": "0.1.0", "torch": "2.13.0",
         "machine": {"host": "here", "device": "Xeon", "threads": 2}, "command": f"kdfast distill --seed {seed}",
+        "settings": {"data": "d", "seed": seed, "view_seed": seed, "targets": "cache", "precision": "bf16"},
     }  # fmt: skip
-    return {**values, **changes}
+    values |= changes
+    return {**values, "key": json.dumps([values["cell"], values["settings"], values["compressed_to"], top1])}
 
 
 def three(study: Study) -> list[dict[str, Any]]:
@@ -88,10 +90,10 @@ def test_table_has_mean_interval_published_difference_and_hours(study: Study) ->
     table = cells_of(parse(render_study_page(collect(study, rows, "cifar100"), "run")), "study")
     low, high = stats.t.interval(0.95, 2, np.mean([55, 56.5, 56]), stats.sem([55, 56.5, 56]))
     assert table["random, 0.1 of the data, KD"] == [
-        "55.83", f"{low:.2f} to {high:.2f}", "3", "50.00", "+5.83", "2",
+        "55.83", f"{low:.2f} to {high:.2f}", "3", "50.00", "+5.83", "18,960", "2",
     ]  # fmt: skip
-    assert table["el2n, 0.3 of the data, no KD"] == ["33.25", "", "1", "", "", "1"]
-    assert table["random, 0.3 of the data, KD"] == ["open", "", "", "60.50", "", ""]
+    assert table["el2n, 0.3 of the data, no KD"] == ["33.25", "", "1", "", "", "18,960", "1"]
+    assert table["random, 0.3 of the data, KD"] == ["open", "", "", "60.50", "", "", ""]
     assert len(table) == 1 + len(study.cells)
 
 
@@ -101,28 +103,64 @@ def test_compressed_schedule_says_so_and_subtracts_nothing(study: Study, tmp_pat
     assert "Not the published recipe: the schedule was compressed from 240 to 60 epochs" in text(page)
     assert cells_of(page, "study")["random, 0.1 of the data, KD"][3:5] == ["50.00", ""]
     assert "run --epochs 60 --set" in text(page)
-    write_report(study, rows, tmp_path, "cifar100")
+    write_report(collect(study, rows, "cifar100"), tmp_path, "run")
     assert "Two methods (cifar100, compressed to 60 epochs)" in (tmp_path / "plot.svg").read_text()
     both = collect(study, [*rows, *three(study)], "cifar100")
     assert [(r.epochs, len(r.done)) for r in both] == [(None, 1), (60, 1)]
 
 
-def test_rows_of_other_data_and_other_cells_are_left_out_and_the_last_of_a_seed_counts(study: Study) -> None:
+def test_rows_of_other_cells_are_left_out_and_the_last_of_a_seed_counts(study: Study) -> None:
     chosen = cell(study, "random", 0.1, kd=True)
     other = {**row(chosen, 1, 1.0), "cell": {**chosen.to_dict(), "fraction": 0.2}}
-    rows = [row(chosen, 0, 1.0), row(chosen, 1, 2.0, dataset="svhn"), other, row(chosen, 0, 57.0)]
-    (results,) = collect(study, rows, "cifar100")
+    (results,) = collect(study, [row(chosen, 0, 1.0), other, row(chosen, 0, 57.0)], "cifar100")
     assert [r.values for r in results.done] == [[57.0]]
 
 
+@pytest.mark.parametrize("setting", ["teacher", "precision", "inputs"])
+def test_rows_that_differ_in_more_than_the_seed_are_not_averaged(study: Study, setting: str, tmp_path: Path) -> None:
+    old = three(study)
+    settings = {**old[0]["settings"], setting: "another", "seed": 7, "view_seed": 7, "targets": "online"}
+    new = row(cell(study, "random", 0.1, kd=True), 7, 10.0, settings=settings)
+    (last,) = collect(study, [*old, new], "cifar100")
+    assert [(r.values, r.left_out) for r in last.done] == [([10.0], 3)]
+    (chosen,) = collect(study, [*old, new], "cifar100", {conditions(old[1]["settings"])})
+    assert [(r.values, r.left_out) for r in chosen.done] == [([55.0, 56.5, 56.0], 1)]
+    said = "1 run is left out: more than the seed differs from the runs shown, such as teacher or precision."
+    assert said in table(chosen)
+    assert said in text(parse(render_study_page([chosen], "run")))
+    assert "3 runs are left out" in table(last)
+    (none,) = collect(study, old, "cifar100")
+    assert "left out" not in table(none) + text(parse(render_study_page([none], "run")))
+
+
+def test_a_recipe_that_spells_out_defaults_is_the_same_cell(study: Study, tmp_path: Path) -> None:
+    spelled = STUDY.replace("recipe: {epochs: 240,", "recipe: {epochs: 240, schedule: step, lr: 0.05, momentum: 0.9,")
+    (tmp_path / "spelled.yaml").write_text(spelled)
+    assert read_study(tmp_path / "spelled.yaml").cells == study.cells
+    short = row(cell(study, "random", 0.1, kd=True), 0, 57.0)
+    short["cell"]["recipe"] = {"epochs": 240, "batch_size": 64}  # as earlier versions wrote it
+    (results,) = collect(study, [short], "cifar100")
+    assert [r.values for r in results.done] == [[57.0]]
+
+
+def test_a_run_serves_all_fractions_whose_steps_are_as_many_epochs(tmp_path: Path) -> None:
+    text = STUDY.replace("match_steps_of: 0.1}", "match_steps_of: [0.1, 0.12, 0.5]}")
+    (tmp_path / "steps.yaml").write_text(text)
+    study = read_study(tmp_path / "steps.yaml")
+    trained = row(cell(study, "random", 1.0, kd=False, match=0.1), 0, 40.0, compressed_to=4, epochs=1, kept=1000)
+    (results,) = collect(study, [trained], "cifar100")
+    assert [r.cell.match_steps_of for r in results.done] == [0.1, 0.12]
+    assert results.rows == [trained]
+
+
 def test_data_may_be_named_after_the_runs() -> None:
-    rows = [{"dataset": name, "settings": {"data": data}} for name, data in (("npz", "a"), ("cifar10", "b"))]
-    assert [one["dataset"] for one in name_data(rows, "cifar100", "a")] == ["cifar100", "cifar10"]
-    assert [one["dataset"] for one in name_data(rows[:1], "cifar100")] == ["cifar100"]
-    assert name_data(rows, "cifar10") == rows
+    rows = [{"dataset": name, "settings": {"data": data}} for name, data in (("npz", "a"), ("npz", "b"), ("svhn", "c"))]
+    assert rows_of_data(rows, "cifar100", "a") == [{**rows[0], "dataset": "cifar100"}]
+    assert rows_of_data(rows[:1], "cifar100") == [{**rows[0], "dataset": "cifar100"}]
+    assert rows_of_data(rows, "npz") == rows[1:2], "two sets of one kind are two; the last counts"
     assert rows[0]["dataset"] == "npz", "the rows themselves stay"
-    with pytest.raises(UsageError, match="`dataset` is 'cifar100', and the rows are of several: pass one of cifar10"):
-        name_data(rows, "cifar100")
+    with pytest.raises(UsageError, match="`dataset` is 'cifar100', and the rows are of several: pass one of npz, svhn"):
+        rows_of_data(rows, "cifar100")
 
 
 def test_markdown_has_the_fields_of_the_recipe_in_which_cells_differ(tmp_path: Path) -> None:
@@ -165,7 +203,7 @@ def test_picture_has_ours_solid_and_published_hollow_at_their_heights(study: Stu
     out = tmp_path / "out"
     out.mkdir()
     full = row(cell(study, "random", 1.0, kd=False, match=0.1), 0, 40.0)
-    write_report(study, [*three(study), full], out, "cifar100")
+    write_report(collect(study, [*three(study), full], "cifar100"), out, "run")
     picture = ET.fromstring((out / "plot.svg").read_text())
     (drawing,) = [s for s in picture.iter(f"{SVG}svg") if s.get("class") == "chart"]
     ticks = [t for t in drawing.iter(f"{SVG}text") if t.get("class") == "tick end"]
@@ -184,13 +222,14 @@ def test_picture_has_ours_solid_and_published_hollow_at_their_heights(study: Stu
 
 
 def test_without_rows_the_page_shows_what_is_published_and_every_cell_open(study: Study, tmp_path: Path) -> None:
-    write_report(study, [], tmp_path, "cifar100", data="cifar data")
+    command = f"kdfast reproduce {study.argument} --data 'cifar data' --teacher resnet14=t.pt"
+    write_report(collect(study, [], "cifar100"), tmp_path, command)
     page = parse((tmp_path / "report.html").read_text())
     assert "0 of 10" in text(page)
-    assert f"kdfast reproduce {study.argument} --data 'cifar data' --out {tmp_path}" in text(page)
+    assert f"{command} --set method=random --set fraction=0.1 --set kd=off" in text(page)
     assert len(marks(ET.fromstring((tmp_path / "plot.svg").read_text()), "mark hollow")) == 3
-    write_report(study, [], tmp_path, "svhn")  # nothing published, nothing run: no chart
-    assert (tmp_path / "plot.svg").exists(), "a picture of other data stays"
+    write_report(collect(study, [], "svhn"), tmp_path, command)  # nothing published, nothing run: no chart
+    assert not (tmp_path / "plot.svg").exists(), "nor that of other data"
 
 
 def test_published_top5_is_compared_with_top5() -> None:
@@ -213,11 +252,11 @@ def test_names_are_escaped_and_nothing_is_loaded(study: Study) -> None:
 def test_files_of_others_are_not_replaced(study: Study, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    write_report(study, three(study), out, "cifar100")
-    write_report(study, three(study), out, "cifar100")
+    write_report(collect(study, three(study), "cifar100"), out, "run")
+    write_report(collect(study, three(study), "cifar100"), out, "run")
     (out / name).write_text("mine")
     with pytest.raises(OutputError, match=name.replace(".", r"\.")):
-        write_report(study, three(study), out, "cifar100")
+        write_report(collect(study, three(study), "cifar100"), out, "run")
     with pytest.raises(OutputError, match=name.replace(".", r"\.")):
         reproduce_theorem(out)
     assert (out / name).read_text() == "mine"

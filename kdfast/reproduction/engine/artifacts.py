@@ -1,6 +1,7 @@
 """What the runs of a study share: teachers, dynamics, subsets and caches, each made once, under a lock, in its folder.
 
     teachers/NET-SHARE-DIGEST.pt        a teacher, given or trained; T.pt.run is its run, T.pt.subset.npy its samples
+    teachers/T-flat-DIGEST.pt           the same, flattened, for influence over all weights
     dynamics/DIGEST                     recorded dynamics
     outputs/TEACHER                     a teacher's outputs on every sample, for methods
     subsets/DIGEST.npy                  the samples of a cell and seed
@@ -180,6 +181,11 @@ class Artifacts:
             found[self.teacher_path(spec)] = (spec.net, images, len(self._source.test))
             if "cache" in method.inputs:
                 found[self._outputs_path(spec) / MANIFEST] = (spec.net, 0, samples * self._study.cache_views)
+            if "teacher" in method.inputs:
+                flatten = FlattenConfig()
+                passes = flatten.iterations * flatten.batch_size * (1 if flatten.sharpness == "none" else 2)
+                # With the gradient of each sample, which its score needs.
+                found[self._flattened_path(spec)] = (spec.net, passes + samples, 0)
         if "dynamics" in method.inputs and self._given_dynamics is None:
             images = self._recorded.epochs * self._recording.runs * samples
             found[self.dynamics_path() / dynamics_format.MANIFEST] = (self._recorded.student, images, images)
@@ -358,9 +364,7 @@ class Artifacts:
         return Dynamics.open(path, labels=self._source.train.labels, fingerprint=self._source.fingerprint)
 
     def _flattened(self, cell: Cell, model: Model, progress: Progress | None) -> Model:
-        settings = FlattenConfig()
-        digest = sha256_json(dataclasses.asdict(settings))[:8]
-        path = self.out / "teachers" / f"{self.teacher_spec(cell).name}-flat-{digest}.pt"
+        settings, path = FlattenConfig(), self._flattened_path(self.teacher_spec(cell))
 
         def make(report: Progress | None) -> None:
             state = path.with_name(f"{path.name}.state")
@@ -373,6 +377,10 @@ class Artifacts:
         with EXCLUSIVE:
             self._make(path, path, make, progress, "flatten")
             return load_model(path, net=model.name)
+
+    def _flattened_path(self, spec: TeacherSpec) -> Path:
+        digest = sha256_json(dataclasses.asdict(FlattenConfig()))[:8]
+        return self.out / "teachers" / f"{spec.name}-flat-{digest}.pt"
 
     def _outputs_path(self, spec: TeacherSpec) -> Path:
         return self.out / "outputs" / f"{spec.name}-{self._study.cache_views}-{self._cache_precision}"

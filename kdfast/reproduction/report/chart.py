@@ -8,8 +8,9 @@ from kdfast.report.markup import Safe
 from kdfast.reproduction.axes import RECIPE_DEFAULTS, RECIPE_FIELDS, Value, format_value
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.report.results import Result, Results, label
-from kdfast.reproduction.study import Plot
+from kdfast.reproduction.study import Plot, Study
 from kdfast.sweep.charts import Axis, Line, Mark, Reference, chart
+from kdfast.text import counted
 
 _RADIUS, _HOLLOW_RADIUS = 3.6, 4.8
 _SEEDS = 3  # the t-interval of two seeds is thirteen standard deviations wide: too wide to draw
@@ -48,11 +49,11 @@ def draw_study(results: Results) -> StudyChart | None:
         axis = Axis.of_values(sorted(float(value) for value in values))  # type: ignore[arg-type]
         places: dict[Value, float] = {value: float(value) for value in values}  # type: ignore[arg-type]
     else:
-        axis = Axis.of_names([_name(plot.x, value) for value in values])
+        axis = Axis.of_names([_name(results.study, plot.x, value) for value in values])
         places = {value: float(place) for place, value in enumerate(values)}
-    lines = _lines(points, plot, places)
+    lines = _lines(results.study, points, plot, places)
     references = [
-        Reference(result.mean, label(result.cell, _naming(results, plot)))
+        Reference(result.mean, label(results.study, result.cell, _naming(results, plot)))
         for result in results.done
         if not _has_place(result.cell, plot) and (result.cell.match_steps_of is None or plot.x == "fraction")
     ]
@@ -64,7 +65,7 @@ def draw_study(results: Results) -> StudyChart | None:
     return StudyChart(drawing, tuple(_entries(lines)), bool(references))
 
 
-def _lines(points: list[Result], plot: Plot, places: dict[Value, float]) -> list[tuple[str, Line]]:
+def _lines(study: Study, points: list[Result], plot: Plot, places: dict[Value, float]) -> list[tuple[str, Line]]:
     """Return a line of our values and one of the published values for each combination of the axes of lines."""
     groups: dict[tuple[Value, ...], list[Result]] = {}
     for result in points:
@@ -77,9 +78,9 @@ def _lines(points: list[Result], plot: Plot, places: dict[Value, float]) -> list
         cell = group[0].cell
         number = numbers.setdefault(tuple(_value(cell, name) for name in without_kd), len(numbers))
         dashed = "kd" in plot.lines and not cell.kd
-        name = label(cell, plot.lines) or "all"
+        name = label(study, cell, plot.lines) or "all"
         ordered = sorted(group, key=lambda result: places[_value(result.cell, plot.x)])
-        ours = [_mark(result, places, plot) for result in ordered if result.rows]
+        ours = [_mark(study, result, places, plot) for result in ordered if result.rows]
         theirs = [
             Mark(places[_value(r.cell, plot.x)], r.published, 0.0, _HOLLOW_RADIUS, f"published {r.published:g}")
             for r in ordered
@@ -98,10 +99,10 @@ def _entries(lines: list[tuple[str, Line]]) -> list[tuple[str, Line]]:
     return ours
 
 
-def _mark(result: Result, places: dict[Value, float], plot: Plot) -> Mark:
+def _mark(study: Study, result: Result, places: dict[Value, float], plot: Plot) -> Mark:
     spread = result.half_width if len(result.rows) >= _SEEDS else 0.0
-    seeds = f"{len(result.rows)} seed{'' if len(result.rows) == 1 else 's'}"
-    title = f"{label(result.cell, (plot.x, *plot.lines))}: {result.mean:.2f} ({seeds})"
+    seeds = counted(len(result.rows), "seed")
+    title = f"{label(study, result.cell, (plot.x, *plot.lines))}: {result.mean:.2f} ({seeds})"
     return Mark(places[_value(result.cell, plot.x)], result.mean, spread, _RADIUS, title)
 
 
@@ -126,7 +127,9 @@ def _value(cell: Cell, name: str) -> Value:
     return value
 
 
-def _name(axis: str, value: Value) -> str:
+def _name(study: Study, axis: str, value: Value) -> str:
+    if axis == "method":
+        return study.method_name(str(value))
     if axis in ("teacher", "student"):
         return format_value(value).replace("resnet", "RN")
     return "no term" if axis == "term" and value is None else format_value(value)

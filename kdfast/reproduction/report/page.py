@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from kdfast.report.page import check_page_path, render_page, write_page
 from kdfast.reproduction.axes import format_value
 from kdfast.reproduction.report.chart import draw_study
 from kdfast.reproduction.report.picture import check_picture_path, draw_picture, write_picture
-from kdfast.reproduction.report.results import Result, Results, Rows, collect, digest_cell, label, restriction
+from kdfast.reproduction.report.results import Result, Results, Rows, digest_cell, label, left_out, restriction
 from kdfast.reproduction.study import Study
 from kdfast.sweep.charts import breakable, legend, line_sample
+from kdfast.text import counted
 
 PAGE, PICTURE = "report.html", "plot.svg"
 
@@ -36,29 +36,28 @@ def check_report_files(out: Path) -> None:
     check_picture_path(out / PICTURE)
 
 
-def write_report(study: Study, rows: Rows, out: Path, dataset: str, *, data: str | None = None) -> None:
-    """Write report.html, and plot.svg if the study has a chart and there is something to draw.
+def write_report(found: Sequence[Results], out: Path, command: str) -> None:
+    """Write report.html, and plot.svg if the study has a chart and there is something to draw; else delete it.
 
     Args:
-        study: The study.
-        rows: Rows of results.jsonl; those of other cells and of other data are left out.
-        out: The folder to write to, and of the reproduction.
-        dataset: Name of the data among the published values.
-        data: The source of data, for the commands of open cells.
+        found: The results, as `collect` returns them.
+        out: The folder.
+        command: The `kdfast reproduce` command of the study, to which restrictions are added.
 
     Raises:
         OutputError: A file cannot be written, or would replace one that kdfast did not write.
     """
     check_report_files(out)
-    found = collect(study, rows, dataset)
-    command = ["kdfast", "reproduce", study.argument, "--data", data or "DATA", "--out", str(out)]
-    write_page(render_study_page(found, shlex.join(command)), out / PAGE)
+    study = found[0].study
+    write_page(render_study_page(found, command), out / PAGE)
     drawn = draw_study(found[0])
-    if drawn is not None:
-        entries = [(name, line_sample(line)) for name, line in drawn.lines]
-        schedule = "" if found[0].epochs is None else f", {_schedule(found[0])}"
-        title = f"{study.title} ({dataset}{schedule})"
-        write_picture(draw_picture(title, drawn.drawing, entries), out / PICTURE)
+    if drawn is None:
+        (out / PICTURE).unlink(missing_ok=True)  # of another study, or of other rows
+        return
+    entries = [(name, line_sample(line)) for name, line in drawn.lines]
+    schedule = "" if found[0].epochs is None else f", {_schedule(found[0])}"
+    title = f"{study.title} ({found[0].dataset}{schedule})"
+    write_picture(draw_picture(title, drawn.drawing, entries), out / PICTURE)
 
 
 def render_study_page(found: Sequence[Results], command: str) -> str:
@@ -94,7 +93,7 @@ def _render_statistics(results: Results, rows: Rows) -> Safe:
 
 
 def _schedule(results: Results) -> str:
-    return "the study's epochs" if results.epochs is None else f"compressed to {_count(results.epochs)}"
+    return "the study's epochs" if results.epochs is None else f"compressed to {counted(results.epochs, 'epoch')}"
 
 
 def _render_results(results: Results) -> Safe:
@@ -105,10 +104,12 @@ def _render_results(results: Results) -> Safe:
             tag(
                 "p",
                 tag("strong", "Not the published recipe: "),
-                f"the schedule was compressed from {study.epochs} to {_count(results.epochs)}, so no difference from "
-                "the published values is shown.",
+                f"the schedule was compressed from {study.epochs} to {counted(results.epochs, 'epoch')}, so no "
+                "difference from the published values is shown.",
             )
         )
+    if results.left_out:
+        parts.append(tag("p", left_out(results.left_out)))
     drawn = draw_study(results)
     if drawn is not None:
         parts.append(tag("p", _NOTE, class_="note"))
@@ -122,22 +123,23 @@ def _render_results(results: Results) -> Safe:
 def _table(results: Results) -> Safe:
     axes = results.study.varying()
     figure = _FIGURES[results.figure]
-    titles = ["cell", f"ours, {figure}", "95% interval", "seeds", "published", "difference", "hours a run"]
-    shown = [_table_row(result, axes) for result in results.cells]
+    titles = ["cell", f"ours, {figure}", "95% interval", "seeds", "published", "difference", "steps", "hours a run"]
+    shown = [_table_row(results.study, result, axes) for result in results.cells]
     caption = "In the order of the runs. Hours: the training of one student, without what it shares with others."
     return table(caption, titles, shown, class_="study")
 
 
-def _table_row(result: Result, axes: Sequence[str]) -> list[object]:
-    name = breakable(label(result.cell, axes) or "all runs")
+def _table_row(study: Study, result: Result, axes: Sequence[str]) -> list[object]:
+    name = breakable(label(study, result.cell, axes) or "all runs")
     published = "" if result.published is None else f"{result.published:.2f}"
     if not result.rows:
-        return [name, tag("em", "open"), "", "", published, "", ""]
+        return [name, tag("em", "open"), "", "", published, "", "", ""]
     width = result.half_width
     interval = "" if math.isnan(width) else f"{result.mean - width:.2f} to {result.mean + width:.2f}"
     gap = "" if result.difference is None else f"{result.difference:+.2f}"
     hours = _hours(statistics.fmean(row["seconds"] for row in result.rows))
-    return [name, f"{result.mean:.2f}", interval, f"{len(result.rows)}", published, gap, hours]
+    steps = f"{result.rows[-1]['steps']:,}"
+    return [name, f"{result.mean:.2f}", interval, f"{len(result.rows)}", published, gap, steps, hours]
 
 
 def _render_open(results: Results, command: str) -> Safe | None:
@@ -145,18 +147,19 @@ def _render_open(results: Results, command: str) -> Safe | None:
     if not results.open:
         return None
     axes = results.study.varying()
-    epochs = "" if results.epochs is None else f" --epochs {results.epochs}"
+    if results.epochs is not None:
+        command = f"{command} --epochs {results.epochs}"
     text = "These cells have no result yet. One command runs all of them, or each has its own:"
     rows = [
-        [label(result.cell, axes), tag("code", f"{command}{epochs} {restriction(result.cell, axes)}")]
+        [label(results.study, result.cell, axes), tag("code", f"{command} {restriction(result.cell, axes)}")]
         for result in results.open
     ]
     commands = table("Commands of single cells", ["cell", "command"], rows, class_="provenance")
     return render(
         [
             tag("p", text),
-            tag("p", tag("code", f"{command}{epochs}")),
-            tag("details", tag("summary", f"{len(rows)} open cells"), commands),
+            tag("p", tag("code", command)),
+            tag("details", tag("summary", counted(len(rows), "open cell")), commands),
         ]
     )
 
@@ -190,7 +193,7 @@ def _render_runs(rows: Rows, study: Study) -> Safe | None:
     axes = study.varying()
     lines = [
         [
-            label(by_digest[digest_cell(row["cell"])], axes),
+            label(study, by_digest[digest_cell(row["cell"])], axes),
             f"{row['seed']}",
             f"{row['test_top1']:.2f}",
             f"{row['epochs']:,}",
@@ -203,7 +206,7 @@ def _render_runs(rows: Rows, study: Study) -> Safe | None:
     ]
     titles = ["cell", "seed", "top-1 (%)", "epochs", "steps", "hours", "precision", "the same training as a command"]
     numbers = table("Every run", titles, lines, class_="provenance")
-    return tag("details", tag("summary", f"{len(lines):,} runs"), numbers)
+    return tag("details", tag("summary", counted(len(lines), "run")), numbers)
 
 
 def _render_settings(study: Study, rows: Rows) -> Safe:
@@ -222,10 +225,6 @@ def _render_settings(study: Study, rows: Rows) -> Safe:
         titles = ["machine", "device", "threads", "precision", "kdfast", "torch", "runs", "hours"]
         parts.append(table("Machines and versions", titles, lines, class_="provenance"))
     return render(parts)
-
-
-def _count(epochs: int) -> str:
-    return f"{epochs} epoch{'' if epochs == 1 else 's'}"
 
 
 def _hours(seconds: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from kdfast.cli.commands.results.study_output import (
     show_list,
     write_reports,
 )
-from kdfast.cli.output import show
+from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError, unknown_name
 
@@ -191,8 +192,15 @@ def reproduce(
     log.check_folder()
     check_table(out)
     check_report_files(out)
+    command = shlex.join(
+        _same_command(loaded.argument, data or "DATA", out, {
+            "teacher": teachers, "mean": mean, "std": std, "dynamics": dynamics, "dataset": dataset, "size": size,
+            "split": split, "seeds": _unless(seeds, "1"), "precision": _unless(precision, "fp32"),
+            "loader": _unless(loader, "auto"), "order": _unless(order, "path"), "device": _unless(device, "auto"),
+        })
+    )  # fmt: skip
     if report_only:
-        report_again(loaded, log, dataset=dataset, data=data)
+        report_again(loaded, log, dataset=dataset, command=command)
         return
     if data is None:
         raise UsageError("pass --data, or --report-only")
@@ -226,20 +234,21 @@ def reproduce(
     if dry_run:
         show(*describe_plan(session, log))
         return
-    _run(session, log, chosen, jobs=at_a_time, keep_runs=keep_runs, seconds=seconds)
+    _run(session, log, chosen, command, jobs=at_a_time, keep_runs=keep_runs, seconds=seconds)
 
 
 def _run(
     session: ReproductionSession,
     log: ResultsLog,
     engine: EngineConfig,
+    command: str,
     *,
     jobs: int | None,
     keep_runs: bool,
     seconds: float | None,
 ) -> None:
     from kdfast.reproduction.engine.run import run_study
-    from kdfast.reproduction.report.results import name_data
+    from kdfast.reproduction.report.results import conditions, rows_of_data
 
     config = session.config
     labels = {run.key: str(run) for run in session.runs()}
@@ -255,11 +264,32 @@ def _run(
             progress=report,
         )
     dataset = config.dataset or session.source.kind
-    rows = name_data(log.results(), dataset, session.source.fingerprint)
+    published = {**config.study.published, **config.study.teacher_top1}
+    if published and dataset not in published:
+        note(
+            f"{config.study.name} has published values for {', '.join(published)}, and this data is {dataset}: if it "
+            "is one of them, name it with --dataset"
+        )
+    rows = rows_of_data(log.results(), dataset, session.source.fingerprint)
     if rows:
-        write_reports(config.study, log, rows, dataset=dataset, data=config.data)
-    if budget is not None:
-        show_left(session, budget, {row["key"] for row in rows})
+        current = {conditions(run.settings) for run in session.runs()}
+        write_reports(config.study, log, rows, dataset=dataset, command=command, current=current)
+    if budget is not None and seconds is not None:
+        show_left(session, budget, seconds, log.done())
+
+
+def _same_command(study: str, data: str, out: Path, options: dict[str, Any]) -> list[str]:
+    """Return the words of a command with the same inputs and settings; None and empty lists are not given."""
+    words = ["kdfast", "reproduce", study, "--data", data, "--out", str(out)]
+    for name, values in options.items():
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None:
+                words += [f"--{name}", str(value)]
+    return words
+
+
+def _unless(value: str, usual: str) -> str | None:
+    return None if value == usual else value
 
 
 def _refuse_given(given: dict[str, bool]) -> None:

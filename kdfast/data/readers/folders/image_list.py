@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kdfast.data.readers.folders.image_file import is_image_name
 from kdfast.errors import DataError
+from kdfast.text import counted
 
 ORDERS = ("path", "imagefolder")
 
@@ -76,7 +77,7 @@ class ImageLister:
             kinds = [f"{count} {suffix or 'without any suffix'}" for suffix, count in self._others.most_common(_LISTED)]
             more = ", ..." * (len(self._others) > _LISTED)
             notes.append(
-                f"skipped {_count(self._others.total(), 'file')} without the suffix of an image: "
+                f"skipped {counted(self._others.total(), 'file')} without the suffix of an image: "
                 f"{', '.join(kinds)}{more}"
             )
         for paths, noun, where in (
@@ -85,7 +86,7 @@ class ImageLister:
             (self._circles, "link", "to folders that contain them"),
         ):
             if paths:
-                notes.append(f"skipped {_count(len(paths), noun)} {where}, such as {paths[0]}")
+                notes.append(f"skipped {counted(len(paths), noun)} {where}, such as {paths[0]}")
         return tuple(f"{self._root}: {note}" for note in notes)
 
     def _walk(self, folder: str) -> Iterator[os.DirEntry[str]]:
@@ -145,7 +146,3 @@ def _identity(folder: str) -> tuple[int, int]:
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error.strerror or error}") from error
     return status.st_dev, status.st_ino
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}"
