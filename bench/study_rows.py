@@ -17,11 +17,13 @@ from typing import Any
 
 from harness import RESULTS, read_rows
 
+from kdfast.reproduction.report.results import digest_cell
+
 FIELDS = (
     "study", "dataset", "cell", "seed", "epochs", "compressed_to", "kept", "alpha", "views", "targets", "precision",
     "teacher_top1", "test_top1", "test_top5", "steps", "images", "seconds", "torch",
 )  # fmt: skip
-_SAME = ("study", "cell", "seed", "epochs", "compressed_to", "targets", "precision", "label_smoothing")
+_SAME = ("study", "seed", "epochs", "compressed_to", "targets", "precision", "label_smoothing")
 
 
 def shorten(row: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def short_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def identity(row: dict[str, Any]) -> str:
     """Return what two rows of the same run share."""
-    return json.dumps([row[name] for name in _SAME], sort_keys=True)
+    return json.dumps([digest_cell(row["cell"]), *(row[name] for name in _SAME)], sort_keys=True)
 
 
 def main() -> None:

@@ -68,5 +68,5 @@ def translate(message: str, command: Any) -> str:
 
 def _spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return str(parameter.metavar or parameter.name).upper()
+        return str(parameter.metavar or parameter.name.upper())
     return str(next((word for word in parameter.opts if word.startswith("--")), parameter.opts[0]))

@@ -134,10 +134,19 @@ def parse_value(name: str, value: Any) -> Value:
         raise unknown_name("there is no axis", name, [*AXES, *RECIPE_FIELDS])
     kind = _RECIPE_TYPES[name].removesuffix(" | None")
     accepted: tuple[type, ...] = {"int": (int,), "float": (int, float)}.get(kind, (str,))
+    if kind in ("int", "float") and isinstance(value, str) and _is_number(value):
+        raise UsageError(f"`{name}` is {value!r}, a word in YAML: write {float(value):g}")
     if type(value) not in accepted:
         raise UsageError(f"`{name}` is {value!r}: write {'a word' if kind == 'str' else f'a number ({kind})'}")
     number_or_word: Value = float(value) if kind == "float" else value
     return number_or_word
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def format_value(value: Value) -> str:

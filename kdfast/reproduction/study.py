@@ -19,6 +19,8 @@ line that names the file and the key.
         - {method: random, fraction: 0.1, kd: off, top1: 39.8}
         - {method: forgetting, kd: off, fraction: [0.1, 0.3], top1: [22.21, 49.41]}
     teacher_top1: {cifar100: {resnet32: 71.6}}           # the paper's teachers, in percent
+    reported:                                            # what the paper says without values, shown on the page
+      - At a tenth, random samples are the best.
     plot: {x: fraction, lines: [method, kd]}             # the chart: its horizontal axis, and what tells lines apart
     samples: 50000                                       # training samples of the paper's data, for --list
 
@@ -73,7 +75,7 @@ from kdfast.distillation.config import RunConfig
 from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
-from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Values, format_value, parse_fields
+from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Value, Values, format_value, parse_fields
 from kdfast.reproduction.cells import Cell, expand, resolve
 
 FOLDER = Path(kdfast.__file__).parent / "studies"
@@ -87,7 +89,8 @@ _MAY_LACK = ("alpha", "temperature", "teacher", "teacher_fraction", "term_weight
 _REQUIRED = ("title", "source", "cells")
 _KINDS = {
     "title": str, "source": str, "recipe": dict, "defaults": dict, "cells": list, "order": list, "dynamics": dict,
-    "teachers": dict, "cache": dict, "published": dict, "teacher_top1": dict, "plot": dict, "samples": int,
+    "teachers": dict, "cache": dict, "published": dict, "reported": list, "teacher_top1": dict, "plot": dict,
+    "samples": int,
 }  # fmt: skip
 _WORDS = {str: "a text", dict: "a mapping", list: "a list", int: "an integer"}
 
@@ -98,6 +101,18 @@ class Plot:
 
     x: str
     lines: tuple[str, ...]
+
+    def has_place(self, cell: Cell) -> bool:
+        """Return whether a cell is a mark; others, such as all data beside the fraction kept, are lines across."""
+        if cell.match_steps_of is not None or (self.x == "fraction" and cell.fraction == 1):
+            return False
+        return self.value(cell, self.x) is not None or (self.x == "term" and cell.kd)
+
+    @staticmethod
+    def value(cell: Cell, name: str) -> Value:
+        """Return the value of an axis or a recipe field."""
+        value: Value = dict(cell.recipe)[name] if name in RECIPE_FIELDS else getattr(cell, name)
+        return value
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,7 @@ class Study:
         cache_views: Views of the teacher's cache that methods read.
         published: By kind of data and cell: figures in percent by `top1` and `top5`.
         teacher_top1: By kind of data and network: the paper's top-1 of a teacher trained on all data, in percent.
+        reported: What the paper reports without values, a sentence each.
         plot: The chart, or None.
         samples: Training samples of the paper's data.
         argument: How `load_study` is asked for it: its name, or the path of its file.
@@ -132,6 +148,7 @@ class Study:
     cache_views: int
     published: dict[str, dict[Cell, dict[str, float]]]
     teacher_top1: dict[str, dict[str, float]]
+    reported: tuple[str, ...]
     plot: Plot | None
     samples: int
     argument: str
@@ -226,6 +243,7 @@ def read_study(path: Path) -> Study:
 
     recipe: Values = within("recipe")(parse_fields, values.get("recipe", {}), (*RECIPE_FIELDS, "temperature"))
     defaults: Values = within("defaults")(parse_fields, values.get("defaults", {}), (*AXES, *RECIPE_FIELDS))
+    within("recipe")(_check_recipe, recipe)
     base = {**recipe, **defaults}
     cells: dict[Cell, None] = {}
     for number, entry in enumerate(values["cells"], 1):
@@ -253,7 +271,8 @@ def read_study(path: Path) -> Study:
         cache_views=cache.get("views", 1),
         published=_read_published(values.get("published", {}), base, cells, path),
         teacher_top1=_read_teachers(values.get("teacher_top1", {}), path),
-        plot=_read_plot(values.get("plot"), path),
+        reported=_read_sentences(values.get("reported", []), path),
+        plot=_read_plot(values.get("plot"), tuple(cells), path),
         samples=samples,
         argument=path.stem if path.parent == FOLDER else str(path),
     )
@@ -302,6 +321,12 @@ def _blame(where: str, function: Any, *arguments: Any) -> Any:
         raise UsageError(f"{where}: {error}".replace("`", "")) from error
 
 
+def _check_recipe(recipe: Values) -> None:
+    """Check a recipe as far as it depends on neither the network nor the loss."""
+    fields: dict[str, Any] = {name: value for name, value in recipe.items() if name not in _OF_STUDENTS}
+    RunConfig("any", **fields)
+
+
 def _expand(entry: Any, base: Values) -> list[Cell]:
     if not isinstance(entry, dict):
         raise UsageError(f"it is {entry!r}: write values or lists of values by axis")
@@ -347,6 +372,8 @@ def _read_entry(entry: Any, base: Values) -> list[tuple[Cell, dict[str, float]]]
 def _percent(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
         raise UsageError(f"`{name}` is {value!r}: write a number of percent")
+    if 0 < value < 1:
+        raise UsageError(f"`{name}` is {value!r}: write percent, such as {100 * value:g} for {value!r}")
     return float(value)
 
 
@@ -362,11 +389,25 @@ def _read_teachers(given: Mapping[str, Any], path: Path) -> dict[str, dict[str, 
     return found
 
 
-def _read_plot(given: Mapping[str, Any] | None, path: Path) -> Plot | None:
+def _read_sentences(given: list[Any], path: Path) -> tuple[str, ...]:
+    for sentence in given:
+        if not isinstance(sentence, str) or not sentence:
+            raise UsageError(f"{path}, reported, has {sentence!r}: write a sentence")
+    return tuple(given)
+
+
+def _read_plot(given: Mapping[str, Any] | None, cells: tuple[Cell, ...], path: Path) -> Plot | None:
     if given is None:
         return None
     lines = given.get("lines", [])
     if set(given) - {"x", "lines"} or "x" not in given or not isinstance(lines, list):
         raise UsageError(f"{path}, plot, is {dict(given)}: write x, an axis, and lines, a list of axes")
     _check_axes((given["x"], *lines), f"{path}, plot")
-    return Plot(given["x"], tuple(lines))
+    plot = Plot(given["x"], tuple(lines))
+    drawn: dict[tuple[Any, ...], Cell] = {}
+    for cell in filter(plot.has_place, cells):
+        other = drawn.setdefault((plot.value(cell, plot.x), *(plot.value(cell, name) for name in lines)), cell)
+        if other != cell:
+            apart = next(name for name in (*AXES, *RECIPE_FIELDS) if plot.value(cell, name) != plot.value(other, name))
+            raise UsageError(f"{path}, plot, draws cells that differ in {apart} as one: add {apart} to lines")
+    return plot

@@ -40,7 +40,10 @@ def table(results: Results) -> str:
         values = {**vars(result.cell), **dict(result.cell.recipe), "method": study.method_name(result.cell.method)}
         cells = ["" if values[name] is None else format_value(values[name]) for name in axes]
         lines.append("| " + " | ".join([*cells, *_figures(result)]) + " |")
-    return "\n".join([*lines, "", f"{len(results.done)} of {len(results.cells)} cells have a run.", ""])
+    lines += ["", f"{len(results.done)} of {len(results.cells)} cells have a run.", ""]
+    if study.reported:
+        lines += ["Reported by the source without values:", "", *(f"- {line}" for line in study.reported), ""]
+    return "\n".join(lines)
 
 
 def check_table(folder: Path) -> None:

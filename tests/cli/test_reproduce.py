@@ -163,12 +163,31 @@ def test_a_given_teacher_is_used_and_others_are_refused(kdfast, command: tuple, 
     (row,) = rows(out)
     assert row["teacher_top1"] == json.loads((teacher.parent / "result.json").read_text())["test_top1"]
     assert list((out / "teachers").glob("*.run")) == []
+    page = (out / "report.html").read_text()
+    assert f"--out {out} --teacher resnet8={teacher} --set" in page, "open cells have the same teacher"
     other = kdfast(*command, "--teacher", f"resnet14={teacher}")
     assert other.code == 2
     assert "--teacher names resnet14, and the networks of these cells' teachers are: resnet8" in other.err
     wrong = kdfast(*command, "--teacher", str(teacher))
     assert wrong.code == 2
     assert "pass NAME=FILE" in wrong.err
+
+
+def test_teachers_can_be_made_before_the_runs(kdfast, command: tuple, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = kdfast(*command, "--teachers-only", "--epochs", "2")
+    assert made.code == 0, made.err
+    files = sorted((out / "teachers").glob("*.pt"))
+    assert len(files) == 2, "one on all data, one on half of it"
+    assert sorted(line.partition(": top-1 ")[0] for line in made.out.splitlines()) == sorted(map(str, files))
+    assert not (out / "results.jsonl").exists()
+    times = [file.stat().st_mtime_ns for file in files]
+    ran = kdfast(*command, "--epochs", "2", "--set", "disjoint=on", "--set", "kd=on")
+    assert ran.code == 0, ran.err
+    assert len(rows(out)) == 1
+    assert [file.stat().st_mtime_ns for file in sorted((out / "teachers").glob("*.pt"))] == times
+    none = kdfast(*command, "--teachers-only", "--set", "kd=off", "--set", "disjoint=off")
+    assert "these cells have no teacher" in none.out
 
 
 def test_a_shorter_schedule_is_marked_and_kept_apart(kdfast, command: tuple, tmp_path: Path) -> None:
@@ -190,7 +209,9 @@ def test_a_budget_begins_only_what_fits(kdfast, command: tuple, tmp_path: Path) 
     limits = ("--set", "kd=off", "--methods", "random", "--set", "disjoint=off")
     none = kdfast(*command, *limits, "--budget", "0.0001s")
     assert none.code == 0, none.err
-    assert "2 runs are left" in none.out
+    assert "2 runs left, about" in none.out
+    assert "None of them ends within the budget: pass --budget 1m or more" in none.out
+    assert "waits for other processes" not in none.out + none.err
     empty = kdfast("reproduce", command[1], "--out", out, "--report-only")
     assert empty.code == 3
     assert "has no row of a study" in empty.err
@@ -199,8 +220,7 @@ def test_a_budget_begins_only_what_fits(kdfast, command: tuple, tmp_path: Path) 
     assert len(rows(out)) == 2
     left = kdfast(*command, *limits, "--budget", "0.001s", "--seeds", "2")
     assert left.code == 0, left.err
-    assert "2 runs are left" in left.out
-    assert "run the same command again" in left.out
+    assert "2 runs left, about" in left.out
     assert len(rows(out)) == 2
     for wrong in ("3", "h", "-1h", "3 hours", "1..5h"):
         refused = kdfast(*command, "--budget", wrong)

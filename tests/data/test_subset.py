@@ -381,7 +381,7 @@ def test_equal_budgets_differ_by_at_most_one_but_for_classes_that_are_too_small(
 
 def test_rejects_impossible_budgets():
     for mode in ("proportional", "equal"):
-        with pytest.raises(SubsetError, match=r"leaves 1 classes empty: keep at least 2, .* a `fraction` of 0\.02"):
+        with pytest.raises(SubsetError, match=r"leaves 1 of 2 classes empty: keep at least 2, .* `fraction` of 0\.02"):
             class_budgets(labels_of([99, 1]), 1, mode)
     with pytest.raises(SubsetError, match="must be 1 to 20"):
         class_budgets(labels_of([20]), 21)

@@ -25,7 +25,7 @@ published:
   cifar10:
     - {kd: off, method: random, fraction: [0.25, 0.5], top1: [50, 60.5]}
     - {fraction: 1, kd: off, top5: 99, note: from the text}
-plot: {x: fraction, lines: [method, kd]}
+plot: {x: fraction, lines: [method, kd, term]}
 """
 
 
@@ -110,7 +110,7 @@ def test_axes_without_effect_do_not_tell_cells_apart() -> None:
         ("order: [fraction, method]", "order: [fraktion]", "order: there is no axis 'fraktion': did you mean"),
         ("epochs: 100", "epochs: many", "recipe: epochs is 'many': write a number (int)"),
         ("epochs: 100", "epoch: 100", "recipe: there is no key 'epoch': did you mean 'epochs'"),
-        ("epochs: 100", "epochs: 0", "cells, entry 1: epochs is 0: pass an integer of at least 1"),
+        ("epochs: 100", "epochs: 0", "recipe: epochs is 0: pass an integer of at least 1"),
         ("kd: [on, off]", "kd: [maybe]", "cells, entry 1: kd is 'maybe': write on or off"),
         ("kd: [on, off]", "kd: []", "cells, entry 1: kd is an empty list"),
         ("[forgetting, random]", "[forgotten]", "entry 1: methods: no method is named 'forgotten': did you mean"),
@@ -123,6 +123,11 @@ def test_axes_without_effect_do_not_tell_cells_apart() -> None:
         ("fraction: [0.25, 0.5], top1", "fraction: [0.25, 0.3], top1", "entry 1: no cell of the study is "),
         ("top5: 99", "fraction: 0.5, top1: 60", "has the key fraction twice: write it once"),
         ("{x: fraction,", "{x: speed,", "plot: there is no axis 'speed'"),
+        ("kd, term]", "kd]", "plot, draws cells that differ in alpha as one: add alpha to lines"),
+        ("top1: [50, 60.5]", "top1: [50, 0.6]", "entry 1: top1 is 0.6: write percent, such as 60 for 0.6"),
+        ("batch_size: 10", "batch_size: 10, lr: 5e-2", "recipe: lr is '5e-2', a word in YAML: write 0.05"),
+        ("batch_size: 10", "batch_size: 10, lr: -1", "recipe: lr is -1"),
+        ("title: T", "title: T\nreported: [1]", "reported, has 1: write a sentence"),
         ("kd: [on, off]", "kd: [[on]]", "cells, entry 1: kd is [True]: write on or off"),
         ("kd: [on, off]", "kd: {a: 1}", "cells, entry 1: kd is {'a': 1}: write on or off"),
         ("[0.5, 0.25]", "[1" + 400 * "0" + "]", ": write a number"),
@@ -157,6 +162,8 @@ def test_teachers_have_the_recipe_but_what_belongs_to_a_loss_with_a_teacher(tmp_
     )
     assert study.teachers == {"epochs": 5, "batch_size": 10}
     assert dict(study.cells[0].recipe)["terms_warmup_epochs"] == 3
+    (cell,) = study.cells
+    assert cell.run_config(epochs=3, seed=0, precision="fp32").terms_warmup_epochs == 1, "a third of the schedule"
 
 
 def test_a_cell_names_what_its_recipe_changes() -> None:
@@ -197,6 +204,7 @@ def test_restrictions_keep_what_they_do_not_concern(tmp_path: Path) -> None:
     assert count("fraction=.25,1") == 6
     assert count("alpha=1") == 6, "runs without the teacher stay"
     assert count("alpha=1", "kd=on") == 1
+    assert count("method=forgetting/hard") == count("method=forgetting") == 4
     assert count("term=none") == 10
     assert count("epochs=7") == 1
     assert count(fractions=[0.25]) == 6, "all data stay, and those that match the steps of a quarter"

@@ -64,8 +64,8 @@ def class_budgets(
     classes = int((sizes > 0).sum())
     if total < classes:
         raise SubsetError(
-            f"keeping {total} of {len(labels)} samples leaves {classes - total} classes empty: keep at least "
-            f"{classes}, one of each class, which is a `fraction` of {_round_up(classes / len(labels))}"
+            f"keeping {total} of {len(labels)} samples leaves {classes - total} of {classes} classes empty: keep at "
+            f"least {classes}, one of each class, which is a `fraction` of {_round_up(classes / len(labels))}"
         )
     if mode == "equal":
         return _equal_budgets(sizes if available is None else available, total)

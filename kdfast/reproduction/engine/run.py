@@ -1,13 +1,17 @@
-"""Run the cells of a study, one after another, several at a time, or on a cluster."""
+"""Run the cells of a study, one after another, several at a time, or on a cluster; or make their teachers alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 from kdfast.files import check_writable
+from kdfast.files.interrupt import StopRequest
+from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.reproduction.engine.budget import Budget, make_budget
 from kdfast.reproduction.engine.session import ReproductionSession
@@ -16,7 +20,35 @@ from kdfast.sweep.parallel.run import run_workers
 from kdfast.sweep.parallel.threads import run_threads
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.run import choose_jobs
-from kdfast.sweep.work import OnRow, run_worker
+from kdfast.sweep.work import POLL_SECONDS, OnRow, Postponed, run_worker
+
+
+def make_teachers(session: ReproductionSession, log: ResultsLog, progress: Progress | None = None) -> dict[Path, Model]:
+    """Make the teachers of the session's cells, and return them by their files.
+
+    Several calls and machines share them: each teacher is trained by one.
+
+    Raises:
+        DivergedError: The loss of a teacher is not finite.
+        Interrupted: SIGTERM or Ctrl-C; the same call resumes.
+        OutputError: The folder cannot be written, or holds anything but a study.
+    """
+    check_writable(log.folder)
+    log.begin()
+    artifacts = session.artifacts
+    specs = [artifacts.teacher_spec(cell) for cell in session.config.cells if cell.teacher is not None]
+    pending = {artifacts.teacher_path(spec): spec for spec in specs}
+    made: dict[Path, Model] = {}
+    while pending:
+        StopRequest.check()
+        for path, spec in pending.items():
+            with contextlib.suppress(Postponed):
+                made[path] = artifacts.teacher(spec, progress)
+        left = {path: spec for path, spec in pending.items() if path not in made}
+        if len(left) == len(pending):
+            time.sleep(POLL_SECONDS)
+        pending = left
+    return made
 
 
 def run_study(

@@ -173,7 +173,11 @@ class ReproductionSession:
                     f"the fraction {cell.fraction:g} keeps {samples} of {len(labels)} samples, fewer than one batch of "
                     f"{config.batch_size}: leave it out with `fractions`"
                 )
-            check_student(config, samples, self.source, self.device)
+            try:
+                check_student(config, samples, self.source, self.device)
+            except UsageError as error:
+                study = self.config.study.argument
+                raise UsageError(f"{study}, student {cell.student}: {error}".replace("`", "")) from error
 
     def _check_terms(self) -> None:
         """Check that terms which read activations fit the networks, on networks that are not trained."""

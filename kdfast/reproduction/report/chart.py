@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdfast.report.markup import Safe
-from kdfast.reproduction.axes import RECIPE_DEFAULTS, RECIPE_FIELDS, Value, format_value
-from kdfast.reproduction.cells import Cell
+from kdfast.reproduction.axes import Value, format_value
 from kdfast.reproduction.report.results import Result, Results, label
 from kdfast.reproduction.study import Plot, Study
 from kdfast.sweep.charts import Axis, Line, Mark, Reference, chart
@@ -40,8 +39,8 @@ def draw_study(results: Results) -> StudyChart | None:
     plot = results.study.plot
     if plot is None:
         return None
-    points = [result for result in results.cells if _has_place(result.cell, plot)]
-    values = list(dict.fromkeys(_value(result.cell, plot.x) for result in points if _is_known(result)))
+    points = [result for result in results.cells if plot.has_place(result.cell)]
+    values = list(dict.fromkeys(plot.value(result.cell, plot.x) for result in points if _is_known(result)))
     if not values:
         return None
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -55,7 +54,7 @@ def draw_study(results: Results) -> StudyChart | None:
     references = [
         Reference(result.mean, label(results.study, result.cell, _naming(results, plot)))
         for result in results.done
-        if not _has_place(result.cell, plot) and (result.cell.match_steps_of is None or plot.x == "fraction")
+        if not plot.has_place(result.cell) and (result.cell.match_steps_of is None or plot.x == "fraction")
     ]
     across = _AXIS_NAMES.get(plot.x, plot.x) + (", logarithmic" if axis.log else "")
     drawing = chart(
@@ -70,19 +69,19 @@ def _lines(study: Study, points: list[Result], plot: Plot, places: dict[Value, f
     groups: dict[tuple[Value, ...], list[Result]] = {}
     for result in points:
         if _is_known(result):
-            groups.setdefault(tuple(_value(result.cell, name) for name in plot.lines), []).append(result)
+            groups.setdefault(tuple(plot.value(result.cell, name) for name in plot.lines), []).append(result)
     without_kd = [name for name in plot.lines if name != "kd"]
     numbers: dict[tuple[Value, ...], int] = {}
     lines = []
     for group in groups.values():
         cell = group[0].cell
-        number = numbers.setdefault(tuple(_value(cell, name) for name in without_kd), len(numbers))
+        number = numbers.setdefault(tuple(plot.value(cell, name) for name in without_kd), len(numbers))
         dashed = "kd" in plot.lines and not cell.kd
         name = label(study, cell, plot.lines) or "all"
-        ordered = sorted(group, key=lambda result: places[_value(result.cell, plot.x)])
+        ordered = sorted(group, key=lambda result: places[plot.value(result.cell, plot.x)])
         ours = [_mark(study, result, places, plot) for result in ordered if result.rows]
         theirs = [
-            Mark(places[_value(r.cell, plot.x)], r.published, 0.0, _HOLLOW_RADIUS, f"published {r.published:g}")
+            Mark(places[plot.value(r.cell, plot.x)], r.published, 0.0, _HOLLOW_RADIUS, f"published {r.published:g}")
             for r in ordered
             if r.published is not None
         ]
@@ -103,28 +102,16 @@ def _mark(study: Study, result: Result, places: dict[Value, float], plot: Plot) 
     spread = result.half_width if len(result.rows) >= _SEEDS else 0.0
     seeds = counted(len(result.rows), "seed")
     title = f"{label(study, result.cell, (plot.x, *plot.lines))}: {result.mean:.2f} ({seeds})"
-    return Mark(places[_value(result.cell, plot.x)], result.mean, spread, _RADIUS, title)
+    return Mark(places[plot.value(result.cell, plot.x)], result.mean, spread, _RADIUS, title)
 
 
 def _is_known(result: Result) -> bool:
     return bool(result.rows) or result.published is not None
 
 
-def _has_place(cell: Cell, plot: Plot) -> bool:
-    if cell.match_steps_of is not None or (plot.x == "fraction" and cell.fraction == 1):
-        return False
-    return _value(cell, plot.x) is not None or (plot.x == "term" and cell.kd)
-
-
 def _naming(results: Results, plot: Plot) -> list[str]:
     """Return the axes that name a horizontal line: those in which cells differ, but the horizontal axis."""
     return [name for name in results.study.varying() if name != plot.x or name == "fraction"]
-
-
-def _value(cell: Cell, name: str) -> Value:
-    values = {**RECIPE_DEFAULTS, **dict(cell.recipe)}
-    value: Value = values[name] if name in RECIPE_FIELDS else getattr(cell, name)
-    return value
 
 
 def _name(study: Study, axis: str, value: Value) -> str:

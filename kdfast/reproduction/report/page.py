@@ -117,6 +117,9 @@ def _render_results(results: Results) -> Safe:
         entries = legend(drawn.lines, reference=False)
         parts.append(tag("div", figure, entries, class_="charts"))
     parts.append(_table(results))
+    if study.reported:
+        parts.append(tag("p", "Reported by the source without values, to be compared with the table:"))
+        parts.append(tag("ul", [tag("li", sentence) for sentence in study.reported]))
     return render(parts)
 
 

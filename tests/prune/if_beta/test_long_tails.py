@@ -37,5 +37,5 @@ def test_budgets_of_classes_are_those_of_the_rules(name: str) -> None:
 
 
 def test_fewer_samples_than_classes_are_refused() -> None:
-    with pytest.raises(SubsetError, match=r"keeping 6 of 20 samples leaves 4 classes empty: keep at least 10"):
+    with pytest.raises(SubsetError, match=r"keeping 6 of 20 samples leaves 4 of 10 classes empty: keep at least 10"):
         fit(np.full(10, 2), 0.3, "balanced")

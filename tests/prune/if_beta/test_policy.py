@@ -108,5 +108,5 @@ def test_extreme_policies_stay_finite():
 
 
 def test_rejects_a_total_that_leaves_a_class_empty():
-    with pytest.raises(SubsetError, match="leaves 1 classes empty"):
+    with pytest.raises(SubsetError, match="classes empty"):
         make_sampler(100, 1, [0] * 98 + [1] * 2)

@@ -6,7 +6,7 @@ import functools
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,10 +30,18 @@ if TYPE_CHECKING:
     from kdfast.sweep.parallel.engine import EngineConfig
     from kdfast.sweep.results_log import ResultsLog
 
+# Options that the theorem takes, and those that belong to every command which adds runs to the same results.
+_OF_THE_THEOREM = {"study", "out", "dry_run", "config", "write_config"}
+_OF_RUNS = (
+    "data", "out", "teachers", "mean", "std", "dynamics", "seeds", "dataset", "precision", "loader", "size", "order",
+    "split", "device",
+)  # fmt: skip
+
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def reproduce(
+    context: typer.Context,
     study: Annotated[
         str | None,
         typer.Argument(
@@ -141,6 +149,9 @@ def reproduce(
             "needs them.",
         ),
     ] = False,
+    teachers_only: Annotated[
+        bool, typer.Option("--teachers-only", help="Only make the teachers of these cells, one after another.")
+    ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the table and the page again, from the rows in --out.")
     ] = False,
@@ -159,14 +170,8 @@ def reproduce(
     if study is None or out is None:
         raise UsageError("pass a study and --out, or --list")
     if study == THEOREM:
-        given = {"data": data, "teachers": teachers, "mean": mean, "std": std, "dynamics": dynamics,
-                 "fractions": fractions, "methods": methods, "restrict": restrict, "epochs": epochs, "dataset": dataset,
-                 "budget": budget, "size": size, "split": split, "ray_address": ray_address,
-                 "cpus_per_job": cpus_per_job, "gpus_per_job": gpus_per_job, "slurm_option": slurm_option}  # fmt: skip
-        changed = {"seeds": seeds != "1", "precision": precision != "fp32", "loader": loader != "auto",
-                   "order": order != "path", "device": device != "auto", "jobs": jobs != "1",
-                   "engine": engine != "local", "keep_runs": keep_runs, "report_only": report_only}  # fmt: skip
-        _refuse_given({name: value is not None for name, value in given.items()} | changed)
+        if others := sorted(_given(context).keys() - _OF_THE_THEOREM):
+            raise UsageError(f"the theorem takes no `{others[0]}`: omit it")
         _reproduce_theorem(out, dry_run=dry_run)
         return
     from kdfast.files import schemas
@@ -192,13 +197,7 @@ def reproduce(
     log.check_folder()
     check_table(out)
     check_report_files(out)
-    command = shlex.join(
-        _same_command(loaded.argument, data or "DATA", out, {
-            "teacher": teachers, "mean": mean, "std": std, "dynamics": dynamics, "dataset": dataset, "size": size,
-            "split": split, "seeds": _unless(seeds, "1"), "precision": _unless(precision, "fp32"),
-            "loader": _unless(loader, "auto"), "order": _unless(order, "path"), "device": _unless(device, "auto"),
-        })
-    )  # fmt: skip
+    command = _same_command(context, loaded.argument)
     if report_only:
         report_again(loaded, log, dataset=dataset, command=command)
         return
@@ -234,7 +233,22 @@ def reproduce(
     if dry_run:
         show(*describe_plan(session, log))
         return
+    if teachers_only:
+        _make_teachers(session, log)
+        return
     _run(session, log, chosen, command, jobs=at_a_time, keep_runs=keep_runs, seconds=seconds)
+
+
+def _make_teachers(session: ReproductionSession, log: ResultsLog) -> None:
+    from kdfast.reproduction.engine.run import make_teachers
+
+    with progress("teachers") as report:
+        made = make_teachers(session, log, report)
+    lines = [f"{path}: top-1 {model.metadata['test_top1']:.2f}" for path, model in made.items()]
+    facts = [
+        {"file": str(path), "net": model.name, "top1": model.metadata["test_top1"]} for path, model in made.items()
+    ]
+    show("\n".join(lines) or "these cells have no teacher", {"out": str(log.folder), "teachers": facts})
 
 
 def _run(
@@ -278,25 +292,24 @@ def _run(
         show_left(session, budget, seconds, log.done())
 
 
-def _same_command(study: str, data: str, out: Path, options: dict[str, Any]) -> list[str]:
-    """Return the words of a command with the same inputs and settings; None and empty lists are not given."""
-    words = ["kdfast", "reproduce", study, "--data", data, "--out", str(out)]
-    for name, values in options.items():
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None:
-                words += [f"--{name}", str(value)]
-    return words
+def _given(context: typer.Context) -> dict[str, list[str]]:
+    """Return the options that have another value than their default, as texts, in the order of the help."""
+    found = {}
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if value not in (None, (), [], False, parameter.default):
+            found[str(parameter.name)] = list(map(str, value if isinstance(value, (tuple, list)) else [value]))
+    return found
 
 
-def _unless(value: str, usual: str) -> str | None:
-    return None if value == usual else value
-
-
-def _refuse_given(given: dict[str, bool]) -> None:
-    """Raise a UsageError that names the first option that is given to the theorem."""
-    for name, is_given in given.items():
-        if is_given:
-            raise UsageError(f"the theorem takes no `{name}`: omit it")
+def _same_command(context: typer.Context, study: str) -> str:
+    """Return a command with the same inputs and settings, but not restricted to cells."""
+    given = {"data": ["DATA"], **_given(context)}
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    words = ["kdfast", "reproduce", study]
+    for name in (name for name in _OF_RUNS if name in given):
+        words += [word for value in given[name] for word in (flags[name], value)]
+    return shlex.join(words)
 
 
 def _reproduce_theorem(out: Path, *, dry_run: bool) -> None:

@@ -55,7 +55,7 @@ def _read_split(path: Path) -> ArraySplit:
         raise DataError(f"{path} is damaged or not a MATLAB 5 file ({error}): download it again") from error
     if images.ndim != 4 or labels.dtype.kind not in "iu" or labels.size != images.shape[-1]:
         raise DataError(
-            f"{path}: X is {images.shape}, y {labels.dtype} {labels.shape}: must be (H, W, 3, N) and (N, 1)"
+            f"{path}: X is {images.shape}, y {labels.dtype} {labels.shape}: must be (H, W, 3, N), and integers (N, 1)"
         )
     digits = labels.reshape(-1).astype(np.int64)
     return ArraySplit(images.transpose(3, 0, 1, 2), np.where(digits == 10, 0, digits), str(path))
