@@ -49,12 +49,15 @@ def test_applies_every_rule_to_a_score_file(
     assert (np.load(tmp_path / "idx.npy") == expected).all()
 
 
-def test_default_rule_is_the_published_one(kdfast, tiny: Path, scores: Path, cache: Path, tmp_path: Path) -> None:
+def test_default_rule_is_the_published_one(
+    kdfast, tiny: Path, scores: Path, cache: Path, teacher: Path, tmp_path: Path
+) -> None:
     assert (
         kdfast("prune", "--data", tiny, "--scores", scores, "--fraction", 0.25, "--out", tmp_path / "a.npy").code == 0
     )
     assert json.loads((tmp_path / "a.json").read_text())["parameters"]["rule"] == "dual"
     command = ("prune", "--data", tiny, "--method", "moderate", "--cache", cache, "--fraction", 0.25)
+    command += ("--teacher", teacher)  # which the score does not read
     assert kdfast(*command, "--out", tmp_path / "b.npy").code == 0
     about = json.loads((tmp_path / "b.json").read_text())
     assert (about["method"], about["parameters"]["rule"]) == ("moderate", "moderate")

@@ -127,7 +127,7 @@ def test_computes_the_influence_of_a_flattened_teacher(kdfast, tiny, teacher, tm
         assert (ran.code, ran.err) == (0, "")
         with np.load(out) as held:
             about = json.loads(str(held["about"]))
-        assert about["parameters"]["network"].startswith("flattened, sharpness fsam, teacher ")
+        assert "flattened, sharpness fsam, rho 0.05, iterations 3, batch_size 128" in about["parameters"]["network"]
         assert about["parameters"]["fisher"] == fisher
         assert set(about["sources"]) == {"teacher"}
     kept = kdfast("prune", "--data", tiny, "--scores", out, "--fraction", 0.5, "--out", tmp_path / "idx.npy")

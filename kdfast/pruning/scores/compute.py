@@ -147,7 +147,7 @@ class ScoreSources:
         started = time.perf_counter()
         result = compute_score(name, inputs)
         seconds = time.perf_counter() - started
-        recorded = get_score(name).needs | {"teacher"}
+        recorded = get_score(name).usable_inputs(dict(options or {}))
         return ScoreFile(
             scores=result.values,
             method=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from kdfast.nets.head import find_classifier
 from kdfast.ops.grad_norms import fisher_diagonal, grad_norms
 from kdfast.pruning.options import Option
 from kdfast.pruning.scores.base import HOW_TO_GET, ScoreInputs, ScoreResult
+from kdfast.teacher.flatten import FlattenConfig
 from kdfast.teacher.flatten.flatten import METADATA_KEY
 
 Parameters = dict[str, Tensor]
@@ -172,7 +174,9 @@ def _describe(model: Model) -> str:
     """Return how the network was flattened; warn if it was not."""
     settings = _flattening(model)
     if settings is not None:
-        return f"flattened, sharpness {settings['sharpness']}, teacher {settings['teacher']}"
+        names = [field.name for field in dataclasses.fields(FlattenConfig)]
+        how = ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+        return f"flattened, {how}, teacher {settings['teacher']}"
     warnings.warn(
         "the network was not flattened, so the gradients of samples that it fits vanish: kdfast teacher flatten makes "
         "one whose scores tell them apart",

@@ -175,7 +175,7 @@ def test_fisher_of_the_held_out_part(source, network):
     expected = quadratic_forms(gradients(source, network), 0.3, fisher_of=held)
     found = score(source, flattened, fisher="validation", damping=0.3)
     np.testing.assert_allclose(found.values, expected, rtol=1e-4)
-    assert found.used["network"] == f"flattened, sharpness fsam, teacher {'0' * 64}"
+    assert found.used["network"] == f"flattened, sharpness fsam, held 0.2, seed 4, teacher {'0' * 64}"
 
 
 def test_fisher_of_a_held_out_part_that_is_not_known(source, network):
