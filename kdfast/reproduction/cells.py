@@ -28,8 +28,8 @@ from kdfast.sweep.spec import parse_methods
 # What methods are computed from, in the order of what it costs; the first sets that suffice are built.
 _INPUTS = ("dynamics", "cache", "teacher")
 
-# Recipe fields that count epochs of a run.
-_PHASES = ("warmup_epochs", "initial_epochs", "terms_warmup_epochs")
+# Recipe fields that count epochs of a run, and may count parts of one.
+_PHASES = ("warmup_epochs", "terms_warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,15 @@ class Cell:
         """
         recipe = dict(self.recipe)
         share = epochs / max(1, recipe.pop("epochs"))
-        recipe |= {name: _shorten(recipe[name], share) for name in _PHASES if recipe[name]}
+        recipe |= {name: recipe[name] * share for name in _PHASES}
+        if recipe["initial_epochs"]:  # a whole number, but not all epochs
+            recipe["initial_epochs"] = min(epochs - 1, max(1, round(recipe["initial_epochs"] * share)))
         loss: dict[str, Any] = {}
         if self.kd:
             terms = [] if self.term is None else [self.term]
             weights = [] if self.term_weight is None or not terms else [self.term_weight]
             loss = {"temperature": self.temperature, "ce": self.ce_weight, "terms": parse_terms(terms, weights)}
         return RunConfig(student=self.student, **recipe, **loss, epochs=epochs, seed=seed, precision=precision)
-
-
-def _shorten(value: float, share: float) -> float:
-    """Return a phase of a run with that share of the epochs; a whole number of at least 1 if it is one."""
-    return max(1, round(value * share)) if isinstance(value, int) else value * share
 
 
 @functools.lru_cache(maxsize=1024)

@@ -166,6 +166,13 @@ def test_teachers_have_the_recipe_but_what_belongs_to_a_loss_with_a_teacher(tmp_
     assert cell.run_config(epochs=3, seed=0, precision="fp32").terms_warmup_epochs == 1, "a third of the schedule"
 
 
+def test_an_initial_phase_is_shortened_to_whole_epochs_but_never_all(tmp_path: Path) -> None:
+    text = "title: T\nsource: S\nrecipe: {epochs: 40, initial_epochs: 8}\ncells: [{fraction: 0.5, term: ab}]\n"
+    (cell,) = read(tmp_path, text).cells
+    found = [cell.run_config(epochs=e, seed=0, precision="fp32").initial_epochs for e in (40, 13, 2, 1)]
+    assert found == [8, 3, 1, 0]
+
+
 def test_a_cell_names_what_its_recipe_changes() -> None:
     cells = {str(cell): cell for cell in load_study("logit-terms").cells}
     assert len(cells) == len(load_study("logit-terms").cells)

@@ -8,6 +8,7 @@ import yaml
 from kdfast.distillation.losses.settings import parse_terms
 from kdfast.nets.registry import NETS
 from kdfast.reproduction.cells import resolve
+from kdfast.reproduction.selection import compressed_epochs
 from kdfast.reproduction.study import FIGURES, FOLDER, Study, load_study, study_names
 
 NAMES = study_names()
@@ -47,6 +48,17 @@ def test_published_values_are_one_for_each_cell_named(study: Study) -> None:
             assert cell in study.cells
             assert figures.keys() <= set(FIGURES)
             assert all(1 < value < 100 for value in figures.values())
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_every_schedule_can_be_shortened(study: Study, epochs: int) -> None:
+    for cell in study.cells:
+        shorter = compressed_epochs(study, cell, epochs, 50_000)
+        config = cell.run_config(epochs=shorter, seed=0, precision="fp32")
+        phases = dict(cell.recipe)["warmup_epochs"] + dict(cell.recipe)["terms_warmup_epochs"]
+        assert config.warmup_epochs + config.terms_warmup_epochs == pytest.approx(
+            phases * shorter / dict(cell.recipe)["epochs"]
+        )
 
 
 def test_all_data_come_along_with_the_same_epochs_and_the_steps_of_small_fractions(study: Study) -> None:

@@ -93,8 +93,8 @@ def dynamics(
 ) -> None:
     """Train one network per run and record its outputs for every unaugmented training sample after each epoch.
 
-    The recording is the input of the scores that `kdfast score --help` lists with --dynamics. Of these, memorization needs
-    --keep, and tdds on many classes --top-k.
+    The recording is the input of the scores that `kdfast score --help` lists with --dynamics. Of these, memorization
+    needs --keep, and tdds on many classes --top-k.
     """
     from kdfast.data.augment.presets import augment_source
     from kdfast.data.loaders import make_loader
