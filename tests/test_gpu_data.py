@@ -137,7 +137,8 @@ def test_a_study_that_fails_stops_no_other_and_its_finished_runs_have_a_row(tmp_
     def reproduce(command, data, out, device):
         called.append(command)
         shared = {"machine": {"device": "CPU", "threads": 1}, "settings": {}, "seed": len(called), "seconds": 1 / 3}
-        append_row(out / "results.jsonl", dict.fromkeys(study_rows.FIELDS) | shared | {"study": command})
+        row = dict.fromkeys(study_rows.FIELDS) | shared | {"study": command, "cell": {"recipe": {}}}
+        append_row(out / "results.jsonl", row)
         if len(called) == 1:
             raise subprocess.CalledProcessError(1, command)
 
