@@ -176,8 +176,7 @@ class ReproductionSession:
             try:
                 check_student(config, samples, self.source, self.device)
             except UsageError as error:
-                study = self.config.study.argument
-                raise UsageError(f"{study}, student {cell.student}: {error}".replace("`", "")) from error
+                raise UsageError(f"{self.config.study.argument}, student {cell.student}: {error}") from error
 
     def _check_terms(self) -> None:
         """Check that terms which read activations fit the networks, on networks that are not trained."""
