@@ -97,13 +97,18 @@ def kd_loss(measured: Measured) -> str:
                     "kd_loss", half, lambda row: f"{measured.share(row, 'forward_ms')} ({row['forward_ms']:.3f} ms)"
                 ),
                 measured.text("kd_loss", half, lambda row: measured.share(row, "ms")),
+                measured.text("kd_loss", f"{half} scaled", lambda row: measured.share(row, "ms"))
+                if c in (1000, 32000)
+                else "",
                 measured.text("kd_loss", single, lambda row: measured.share(row, "forward_ms")),
                 measured.text("kd_loss", few, lambda row: f"{row['microseconds']:.1f} µs") if c in (100, 1000) else "",
                 target and f">= {target}",
                 measured.machine(measured.row("kd_loss", half)),
             )
         )
-    titles = ("classes", "bf16, loss and gradient", "bf16, with backward", "fp32, loss and gradient")
+    titles = (
+        "classes", "bf16, loss and gradient", "bf16, with backward", "the same, loss scaled", "fp32, loss and gradient",
+    )  # fmt: skip
     return markdown((*titles, "128 rows, bf16", "target, bf16", "measured on"), rows)
 
 

@@ -49,9 +49,11 @@ def test_every_table_is_on_a_page_and_replaces_only_itself(name):
 
 
 def test_measured_values_name_device_and_commit_and_others_are_not_measured():
-    text = fill(PAGE.format("kd-loss"), Measured([MACHINE, loss()]))
-    assert f"| 1000 | 90% (0.500 ms) | 80% | {MISSING} | {MISSING} | >= 90% | GPU X, abc |" in text
-    assert f"| 10 | {MISSING} | {MISSING} | {MISSING} |" in text
+    scaled = {**loss(bytes=3e9, ms=1.0), "key": "bfloat16 C=1000 forward scaled"}
+    text = fill(PAGE.format("kd-loss"), Measured([MACHINE, loss(), scaled]))
+    assert f"| 1000 | 90% (0.500 ms) | 80% | 75% | {MISSING} | {MISSING} | >= 90% | GPU X, abc |" in text
+    assert f"| 32000 | {MISSING} | {MISSING} | {MISSING} | {MISSING} |" in text
+    assert f"| 10 | {MISSING} | {MISSING} |  | {MISSING} |" in text
 
 
 def test_the_newest_row_counts_and_failures_and_cpu_rows_do_not():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,19 +34,30 @@ PROCESSES = 12
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: dtype of the student, classes, direction, whether the teacher has its top classes alone."""
+    """One measurement.
+
+    Attributes:
+        dtype: Of the student's logits.
+        c: Classes.
+        direction: Of the divergence.
+        top_k: Whether the teacher has its top classes alone.
+        divergence: Its name.
+        scaled: Whether the loss is multiplied before its backward pass, as a loss scaler does: the gradient is read and
+            written once more.
+    """
 
     dtype: str
     c: int
     direction: str = "forward"
     top_k: bool = False
     divergence: str = "kl"
+    scaled: bool = False
 
     @property
     def key(self) -> str:
         """Name of the row."""
         what = self.direction if self.divergence == "kl" else self.divergence
-        return f"{self.dtype} C={self.c} {what}{' top-k' if self.top_k else ''}"
+        return f"{self.dtype} C={self.c} {what}{' top-k' * self.top_k}{' scaled' * self.scaled}"
 
 
 def cases(device: str) -> list[Case]:
@@ -55,6 +66,7 @@ def cases(device: str) -> list[Case]:
     plain = [Case(dtype, c) for dtype in ("bfloat16", "float32") for c in classes]
     return [
         *plain,
+        *(Case("bfloat16", c, scaled=True) for c in classes if c in (1000, 32000)),
         *(Case("bfloat16", c, "reverse") for c in classes if c in (1000, 32000)),
         *(Case("bfloat16", c, top_k=True) for c in classes if c in (1000, 131072)),
         *(Case("bfloat16", c, divergence=name) for c in classes if c in (100, 1000, 32000) for name in DIVERGENCES),
@@ -62,9 +74,9 @@ def cases(device: str) -> list[Case]:
 
 
 def row_bytes(case: Case) -> int:
-    """Return the least traffic of a row: student, teacher and gradient."""
+    """Return the least traffic of a row: student, teacher and gradient, and the scaled gradient."""
     teacher = TOP_K * (2 + 4) if case.top_k else case.c * 2
-    return case.c * 2 * getattr(torch, case.dtype).itemsize + teacher
+    return case.c * (4 if case.scaled else 2) * getattr(torch, case.dtype).itemsize + teacher
 
 
 def rows_of(case: Case, device: str) -> int:
@@ -115,9 +127,9 @@ def checked_error(arguments: dict[str, Any]) -> float:
     return error
 
 
-def gradient(arguments: dict[str, Any]) -> Tensor:
-    """Forward and backward."""
-    return torch.autograd.grad(kdfast.kd_loss(**arguments), arguments["logits"])[0]
+def gradient(arguments: dict[str, Any], factor: Tensor | None = None) -> Tensor:
+    """Forward and backward, of the loss times a factor."""
+    return torch.autograd.grad(kdfast.kd_loss(**arguments), arguments["logits"], factor)[0]
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
@@ -128,7 +140,8 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     traffic = n * row_bytes(case)
     copy = copy_bandwidth(COPY_BYTES[device], device)
     forward = device_timing(lambda: kdfast.kd_loss(**arguments), device, ROUNDS[device])
-    both = device_timing(lambda: gradient(arguments), device, ROUNDS[device])
+    factor = torch.full((), 1024.0, device=device) if case.scaled else None
+    both = device_timing(lambda: gradient(arguments, factor), device, ROUNDS[device])
     return {
         "n": n,
         "error": error,
@@ -136,7 +149,7 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "copy_bytes_per_second": copy,
         "graph": forward.graph and both.graph,
         "forward_ms": forward.median * 1e3,
-        "forward_share": traffic / forward.median / copy,
+        "forward_share": n * row_bytes(replace(case, scaled=False)) / forward.median / copy,
         "forward_quartiles_ms": [x * 1e3 for x in forward.spread],
         "ms": both.median * 1e3,
         "share": traffic / both.median / copy,
@@ -176,7 +189,7 @@ def main() -> None:
     results = PartResults.from_environment()
     device = results.device
     todo = {case.key: partial(measure, case, device) for case in cases(device)}
-    small = [case for case in cases(device) if case.c in (100, 1000)]
+    small = [case for case in cases(device) if case.c in (100, 1000) and not case.scaled]
     todo |= {f"latency {case.key}": partial(latency, case, device) for case in small}
     if device == "cuda" and not todo.keys() <= results.measured():
         compile_all("-m", "gpu.measure.kd_loss")
