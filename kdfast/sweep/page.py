@@ -50,10 +50,12 @@ def render_sweep_page(name: str, sections: Sequence[Section]) -> str:
 def _render_statistics(sections: Sequence[Section]) -> Safe:
     rows = list({row["key"]: row for section in sections for row in section.rows}.values())
     fractions = sorted({row["fraction"] for row in rows})
+    left_out = sum(section.left_out for section in sections)
     return statistics_list(
         [
             ("Student", ", ".join(dict.fromkeys(str(section.settings["student"]) for section in sections))),
             ("Runs", f"{len(rows):,}"),
+            *([("Left out, scored from other inputs", f"{left_out:,}")] if left_out else []),
             ("Methods", f"{len({row['method'] for row in rows}):,}"),
             ("Kept fractions", ", ".join(f"{fraction:g}" for fraction in fractions)),
             ("Seeds", f"{len({row['seed'] for row in rows}):,}"),

@@ -15,7 +15,7 @@ from kdfast.report.plots import add_legend, check_plot_path, save_plot
 from kdfast.sweep.page import render_sweep_page
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.summary import BASELINE, Difference, Section, group_rows
-from kdfast.text import printable
+from kdfast.text import counted, printable
 
 TABLE, PLOT, PAGE = "table.md", "plot.png", "report.html"
 
@@ -76,6 +76,9 @@ def table(section: Section) -> str:
     facts = ", ".join(_fact(name, section.settings[name]) for name in _SHOWN if name in section.settings)
     kept = {row["fraction"]: row["kept"] for row in section.rows}
     lines = [f"**{facts}** (data {str(section.settings['data'])[:12]})", ""]
+    if section.left_out:
+        runs = counted(section.left_out, "run")
+        lines += [f"Left out: {runs} with scores from other inputs than the last run of the method.", ""]
     for kd in (True, False):
         fractions = [f for f in section.fractions if any((m, f, kd) in section.top1 for m in section.methods)]
         if not fractions:

@@ -16,7 +16,7 @@ BASELINE = "random"
 _AXES = ("method", "fraction", "kd", "seed")
 # Settings that only runs with the teacher have.
 _TEACHER = ("alpha", "temperature", "cache", "ce", "terms", "terms_warmup_epochs")
-# Digests of the inputs of a score; a row with other inputs replaces an older row at the same place in the table.
+# Digests of the inputs of a score. The runs of a cell have the same ones.
 _INPUTS = ("scores",)
 
 
@@ -48,11 +48,13 @@ class Section:
         settings: Their common settings.
         top1: Test top-1 in percent by (method, fraction, kd), then by seed.
         rows: The rows.
+        left_out: Number of rows whose scores come from other inputs than those of the last row of their cell.
     """
 
     settings: dict[str, Any]
     top1: dict[tuple[str, float, bool], dict[int, float]]
     rows: list[dict[str, Any]]
+    left_out: int
 
     @property
     def methods(self) -> list[str]:
@@ -187,8 +189,8 @@ def half_width(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
     """Group comparable rows into sections.
 
-    Rows without the teacher belong to every section whose other settings they share. If a run was repeated with other
-    scores under the same name, the last row counts.
+    Rows without the teacher belong to every section whose other settings they share. If a method was run again with
+    scores from other inputs, only the rows with those of the last one count.
 
     Args:
         rows: Rows of results.jsonl, in order.
@@ -213,11 +215,21 @@ def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
 
 
 def _section(settings: dict[str, Any], rows: list[dict[str, Any]]) -> Section:
-    last = {(row["method"], row["fraction"], row["kd"], row["seed"]): row for row in rows}
+    cells: dict[tuple[str, float, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["fraction"], row["kd"]), []).append(row)
     top1: dict[tuple[str, float, bool], dict[int, float]] = {}
-    for (method, fraction, kd, seed), row in last.items():
-        top1.setdefault((method, fraction, kd), {})[seed] = row["test_top1"]
-    return Section(settings, top1, list(last.values()))
+    shown: list[dict[str, Any]] = []
+    for cell, members in cells.items():
+        inputs = _inputs(members[-1])
+        by_seed = {row["seed"]: row for row in members if _inputs(row) == inputs}
+        top1[cell] = {seed: row["test_top1"] for seed, row in by_seed.items()}
+        shown += by_seed.values()
+    return Section(settings, top1, shown, len(rows) - len(shown))
+
+
+def _inputs(row: Mapping[str, Any]) -> list[Any]:
+    return [row["settings"].get(name) for name in _INPUTS]
 
 
 def _key(settings: Mapping[str, Any], *, without: tuple[str, ...]) -> str:

@@ -55,9 +55,14 @@ def test_separates_other_settings_and_shares_rows_without_the_teacher() -> None:
     assert found[2].settings["steps"] == 11
 
 
-def test_keeps_the_last_row_when_scores_changed() -> None:
-    (section,) = group_rows([row("el2n", 0, 1.0, scores="old"), row("el2n", 0, 2.0, scores="new")])
-    assert section.top1["el2n", 0.1, True] == {0: 2.0}
+def test_runs_whose_scores_have_other_inputs_are_not_averaged() -> None:
+    old = [row("el2n", seed, 1.0, scores="old") for seed in range(3)]
+    new = [row("el2n", seed, 2.0, scores="new") for seed in (0, 7)]
+    (section,) = group_rows([*ROWS[:3], *old, *new])
+    assert section.top1["el2n", 0.1, True] == {0: 2.0, 7: 2.0}
+    assert section.top1["random", 0.1, True] == dict(enumerate(RANDOM))
+    assert "Left out: 3 runs with scores from other inputs than the last run of the method." in table(section)
+    assert "Left out" not in table(group_rows(ROWS)[0])
 
 
 def test_table_ranks_methods_and_names_clear_differences() -> None:
