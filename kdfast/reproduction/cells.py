@@ -18,6 +18,7 @@ from kdfast.reproduction.axes import (
     DEFAULTS,
     RECIPE_DEFAULTS,
     RECIPE_FIELDS,
+    Value,
     Values,
     format_value,
     parse_value,
@@ -72,6 +73,11 @@ class Cell:
         """Return the axes that have an effect, in the order of `AXES`."""
         values = {name: getattr(self, name) for name in AXES}
         return {n: value for n, value in values.items() if n == "kd" or (value is not None and value is not False)}
+
+    def value(self, name: str) -> Value:
+        """Return the value of an axis or of a recipe field."""
+        value: Value = dict(self.recipe)[name] if name in RECIPE_FIELDS else getattr(self, name)
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Return the axes and the recipe as JSON values; equal cells have equal dictionaries."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from kdfast.errors import UsageError, unknown_name
-from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Value, format_value, parse_text
+from kdfast.reproduction.axes import AXES, RECIPE_FIELDS, Value, format_value, parse_text
 from kdfast.reproduction.cells import Cell, resolve
 from kdfast.reproduction.study import Study
 from kdfast.sweep.spec import parse_methods
@@ -65,7 +65,7 @@ def select_cells(
     cells = study.sorted()
     for name, values in restrict.items():
         _check_values(study, name, values)
-        cells = [c for c in cells if _value(c, name) in values or (not c.kd and name in _OF_TEACHER)]
+        cells = [c for c in cells if c.value(name) in values or (not c.kd and name in _OF_TEACHER)]
     if fractions is not None:
         _check_values(study, "fraction", fractions)
         cells = [
@@ -112,15 +112,10 @@ def check_epochs(study: Study, epochs: int) -> int | None:
     return None if epochs == own else epochs
 
 
-def _value(cell: Cell, name: str) -> Value:
-    value: Value = {**RECIPE_DEFAULTS, **dict(cell.recipe)}[name] if name in RECIPE_FIELDS else getattr(cell, name)
-    return value
-
-
 def _check_values(study: Study, name: str, values: Sequence[Value]) -> None:
     if name not in AXES and name not in RECIPE_FIELDS:
         raise unknown_name("`restrict`: there is no axis", name, [*AXES, *RECIPE_FIELDS])
-    known = list(dict.fromkeys(_value(cell, name) for cell in study.cells))
+    known = list(dict.fromkeys(cell.value(name) for cell in study.cells))
     for value in values:
         if value not in known:
             have = ", ".join(study.method_name(str(v)) if name == "method" else format_value(v) for v in known)

@@ -75,7 +75,7 @@ from kdfast.distillation.config import RunConfig
 from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.errors import UsageError, unknown_name
 from kdfast.files.validate import read_yaml
-from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Value, Values, format_value, parse_fields
+from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, RECIPE_FIELDS, Values, format_value, parse_fields
 from kdfast.reproduction.cells import Cell, expand, resolve
 
 FOLDER = Path(kdfast.__file__).parent / "studies"
@@ -106,13 +106,7 @@ class Plot:
         """Return whether a cell is a mark; others, such as all data beside the fraction kept, are lines across."""
         if cell.match_steps_of is not None or (self.x == "fraction" and cell.fraction == 1):
             return False
-        return self.value(cell, self.x) is not None or (self.x == "term" and cell.kd)
-
-    @staticmethod
-    def value(cell: Cell, name: str) -> Value:
-        """Return the value of an axis or a recipe field."""
-        value: Value = dict(cell.recipe)[name] if name in RECIPE_FIELDS else getattr(cell, name)
-        return value
+        return cell.value(self.x) is not None or (self.x == "term" and cell.kd)
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,7 @@ class Study:
 def _place(cell: Cell, name: str) -> Any:
     if name == "fraction" and cell.match_steps_of is not None:
         return cell.match_steps_of
-    return dict(cell.recipe).get(name) if name in RECIPE_FIELDS else getattr(cell, name)
+    return cell.value(name)
 
 
 def study_names() -> list[str]:
@@ -406,8 +400,8 @@ def _read_plot(given: Mapping[str, Any] | None, cells: tuple[Cell, ...], path: P
     plot = Plot(given["x"], tuple(lines))
     drawn: dict[tuple[Any, ...], Cell] = {}
     for cell in filter(plot.has_place, cells):
-        other = drawn.setdefault((plot.value(cell, plot.x), *(plot.value(cell, name) for name in lines)), cell)
+        other = drawn.setdefault(tuple(cell.value(name) for name in (plot.x, *lines)), cell)
         if other != cell:
-            apart = next(name for name in (*AXES, *RECIPE_FIELDS) if plot.value(cell, name) != plot.value(other, name))
+            apart = next(name for name in (*AXES, *RECIPE_FIELDS) if cell.value(name) != other.value(name))
             raise UsageError(f"{path}, plot, draws cells that differ in {apart} as one: add {apart} to lines")
     return plot

@@ -40,7 +40,7 @@ def draw_study(results: Results) -> StudyChart | None:
     if plot is None:
         return None
     points = [result for result in results.cells if plot.has_place(result.cell)]
-    values = list(dict.fromkeys(plot.value(result.cell, plot.x) for result in points if _is_known(result)))
+    values = list(dict.fromkeys(result.cell.value(plot.x) for result in points if _is_known(result)))
     if not values:
         return None
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -69,19 +69,19 @@ def _lines(study: Study, points: list[Result], plot: Plot, places: dict[Value, f
     groups: dict[tuple[Value, ...], list[Result]] = {}
     for result in points:
         if _is_known(result):
-            groups.setdefault(tuple(plot.value(result.cell, name) for name in plot.lines), []).append(result)
+            groups.setdefault(tuple(result.cell.value(name) for name in plot.lines), []).append(result)
     without_kd = [name for name in plot.lines if name != "kd"]
     numbers: dict[tuple[Value, ...], int] = {}
     lines = []
     for group in groups.values():
         cell = group[0].cell
-        number = numbers.setdefault(tuple(plot.value(cell, name) for name in without_kd), len(numbers))
+        number = numbers.setdefault(tuple(cell.value(name) for name in without_kd), len(numbers))
         dashed = "kd" in plot.lines and not cell.kd
         name = label(study, cell, plot.lines) or "all"
-        ordered = sorted(group, key=lambda result: places[plot.value(result.cell, plot.x)])
+        ordered = sorted(group, key=lambda result: places[result.cell.value(plot.x)])
         ours = [_mark(study, result, places, plot) for result in ordered if result.rows]
         theirs = [
-            Mark(places[plot.value(r.cell, plot.x)], r.published, 0.0, _HOLLOW_RADIUS, f"published {r.published:g}")
+            Mark(places[r.cell.value(plot.x)], r.published, 0.0, _HOLLOW_RADIUS, f"published {r.published:g}")
             for r in ordered
             if r.published is not None
         ]
@@ -102,7 +102,7 @@ def _mark(study: Study, result: Result, places: dict[Value, float], plot: Plot) 
     spread = result.half_width if len(result.rows) >= _SEEDS else 0.0
     seeds = counted(len(result.rows), "seed")
     title = f"{label(study, result.cell, (plot.x, *plot.lines))}: {result.mean:.2f} ({seeds})"
-    return Mark(places[plot.value(result.cell, plot.x)], result.mean, spread, _RADIUS, title)
+    return Mark(places[result.cell.value(plot.x)], result.mean, spread, _RADIUS, title)
 
 
 def _is_known(result: Result) -> bool:

@@ -234,7 +234,7 @@ def restriction(cell: Cell, axes: Sequence[str]) -> str:
         cell: The cell.
         axes: The axes in which the cells of the study differ.
     """
-    values = {**RECIPE_DEFAULTS, **dict(cell.recipe), **cell.axes()}
+    values = {**dict(cell.recipe), **cell.axes()}
     if cell.fraction == 1 and cell.match_steps_of is None:
         values["match_steps_of"] = None
     if cell.kd and cell.term is None:
