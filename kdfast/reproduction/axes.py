@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from kdfast.distillation.config import RunConfig
@@ -20,6 +21,16 @@ RECIPE_FIELDS = (
     "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs", "views", "initial_epochs",
     "terms_warmup_epochs", "optimizer", "label_smoothing", "ema", "clip", "mixup", "cutmix",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def locate_errors(where: str) -> Iterator[None]:
+    """Name the file and the key, `where`, in the UsageErrors that the block raises."""
+    try:
+        yield
+    except UsageError as error:
+        # Without backticks, which would make an option of the command line of a key of the file.
+        raise UsageError(f"{where}: {error}".replace("`", "")) from error
 
 
 def _number(value: Any) -> float:

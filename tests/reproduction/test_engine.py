@@ -11,7 +11,7 @@ from kdfast.files import write_json
 from kdfast.reproduction.engine.budget import Budget, RunCost, group_of, measured_rate
 from kdfast.reproduction.engine.locks import hold
 from kdfast.reproduction.engine.targets import CACHE, ONLINE, choose_targets
-from kdfast.reproduction.study import load_study
+from kdfast.reproduction.study_file import load_study
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.work import Postponed, run_worker
 

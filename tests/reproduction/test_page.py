@@ -16,7 +16,8 @@ from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.report.page import render_study_page, write_report
 from kdfast.reproduction.report.results import collect, conditions, restriction, rows_of_data
 from kdfast.reproduction.selection import parse_restrictions, select_cells
-from kdfast.reproduction.study import Study, load_study, read_study, study_names
+from kdfast.reproduction.study import Study
+from kdfast.reproduction.study_file import load_study, read_study, study_names
 from kdfast.reproduction.table import table
 from kdfast.reproduction.theorem.page import describe, reproduce_theorem
 from kdfast.reproduction.theorem.regression import Problem

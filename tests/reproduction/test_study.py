@@ -7,7 +7,8 @@ import pytest
 from kdfast.errors import UsageError
 from kdfast.reproduction.cells import make_cell
 from kdfast.reproduction.selection import check_epochs, compressed_epochs, parse_restrictions, select_cells
-from kdfast.reproduction.study import Study, load_study
+from kdfast.reproduction.study import Study
+from kdfast.reproduction.study_file import load_study
 
 GOOD = """
 title: T

@@ -8,8 +8,10 @@ import yaml
 from kdfast.distillation.losses.settings import parse_terms
 from kdfast.nets.registry import NETS
 from kdfast.reproduction.cells import resolve
+from kdfast.reproduction.published import FIGURES
 from kdfast.reproduction.selection import compressed_epochs
-from kdfast.reproduction.study import FIGURES, FOLDER, Study, load_study, study_names
+from kdfast.reproduction.study import Study
+from kdfast.reproduction.study_file import FOLDER, load_study, study_names
 
 NAMES = study_names()
 # Studies of all data.

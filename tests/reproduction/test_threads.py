@@ -19,7 +19,7 @@ from kdfast.reproduction.engine import artifacts
 from kdfast.reproduction.engine import run as engine
 from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.session import ReproductionSession
-from kdfast.reproduction.study import load_study
+from kdfast.reproduction.study_file import load_study
 from kdfast.sweep.parallel.threads import run_threads
 from kdfast.sweep.results_log import ResultsLog
 from kdfast.sweep.work import run_worker

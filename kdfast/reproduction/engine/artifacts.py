@@ -50,7 +50,8 @@ from kdfast.pruning.select import SelectionMethod, SubsetPipeline
 from kdfast.reproduction.cells import Cell, resolve
 from kdfast.reproduction.engine.locks import hold
 from kdfast.reproduction.engine.teachers import TEACHER_SEED, TeacherSpec, plain_name
-from kdfast.reproduction.study import RECORDING_FIELDS, Study
+from kdfast.reproduction.study import Study
+from kdfast.reproduction.study_file import RECORDING_FIELDS
 from kdfast.sweep.work import Postponed, stoppable
 from kdfast.teacher.build import build_cache, row_format
 from kdfast.teacher.cache import TeacherCache

@@ -16,8 +16,9 @@ from kdfast.errors import UsageError
 from kdfast.files import sha256_json
 from kdfast.reproduction.axes import AXES, RECIPE_DEFAULTS, format_value
 from kdfast.reproduction.cells import Cell
+from kdfast.reproduction.published import FIGURES
 from kdfast.reproduction.selection import compressed_epochs
-from kdfast.reproduction.study import FIGURES, Study
+from kdfast.reproduction.study import Study
 from kdfast.sweep.summary import half_width
 
 Rows = Sequence[Mapping[str, Any]]

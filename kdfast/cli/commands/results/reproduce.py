@@ -177,7 +177,7 @@ def reproduce(
     from kdfast.files import schemas
     from kdfast.reproduction.report.page import check_report_files
     from kdfast.reproduction.selection import check_epochs, parse_restrictions, parse_values, select_cells
-    from kdfast.reproduction.study import load_study
+    from kdfast.reproduction.study_file import load_study
     from kdfast.reproduction.table import check_table
     from kdfast.sweep.results_log import ResultsLog
 

@@ -26,7 +26,7 @@ THEOREM = "theorem"  # no study: it has no cells
 
 def show_list() -> None:
     """Print the studies that `kdfast reproduce` knows."""
-    from kdfast.reproduction.study import load_study, study_names
+    from kdfast.reproduction.study_file import load_study, study_names
 
     studies = [load_study(name) for name in study_names()]
     lines = [
