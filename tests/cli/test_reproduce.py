@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdfast.reproduction.engine import artifacts
+from kdfast.reproduction.engine import places
 from kdfast.teacher.flatten import FlattenConfig
 
 STUDY = """
@@ -141,7 +141,7 @@ def test_disjoint_samples_are_those_that_the_teacher_never_saw(kdfast, command: 
 def test_scores_of_the_teacher_and_of_the_flattened_teacher_have_their_own_inputs(
     kdfast, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "FlattenConfig", lambda: FlattenConfig(iterations=2, batch_size=10))
+    monkeypatch.setattr(places, "FlattenConfig", lambda: FlattenConfig(iterations=2, batch_size=10))
     study = tmp_path / "scores.yaml"
     study.write_text(
         "title: T\nsource: S\nrecipe: {epochs: 1, batch_size: 10, views: 2}\n"

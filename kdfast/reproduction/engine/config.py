@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdfast.data.views import Normalization
+from kdfast.distillation.config import RunConfig
 from kdfast.reproduction.cells import Cell
+from kdfast.reproduction.selection import compressed_epochs
 from kdfast.reproduction.study import Study
 
 
@@ -49,3 +51,8 @@ class ReproductionConfig:
     order: str = "path"
     split: str | None = None
     device: str = "cpu"
+
+    def run_config(self, cell: Cell, seed: int, samples: int) -> RunConfig:
+        """Return the training of a cell's student; `samples` is the size of the training split."""
+        epochs = compressed_epochs(self.study, cell, self.epochs, samples)
+        return cell.run_config(epochs=epochs, seed=seed, precision=self.precision)

@@ -35,15 +35,15 @@ def make_teachers(session: ReproductionSession, log: ResultsLog, progress: Progr
     """
     check_writable(log.folder)
     log.begin()
-    artifacts = session.artifacts
-    specs = [artifacts.teacher_spec(cell) for cell in session.config.cells if cell.teacher is not None]
-    pending = {artifacts.teacher_path(spec): spec for spec in specs}
+    places = session.places
+    specs = [places.teacher_spec(cell) for cell in session.config.cells if cell.teacher is not None]
+    pending = {places.teacher_path(spec): spec for spec in specs}
     made: dict[Path, Model] = {}
     while pending:
         StopRequest.check()
         for path, spec in pending.items():
             with contextlib.suppress(Postponed):
-                made[path] = artifacts.teacher(spec, progress)
+                made[path] = session.artifacts.teacher(spec, progress)
         left = {path: spec for path, spec in pending.items() if path not in made}
         if len(left) == len(pending):
             time.sleep(POLL_SECONDS)

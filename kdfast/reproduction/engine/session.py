@@ -19,30 +19,29 @@ from kdfast.data.loaders import make_loader
 from kdfast.data.readers.registry import open_source
 from kdfast.data.source import Source, compute_normalization
 from kdfast.data.stateless_random import IntArray
-from kdfast.data.subset import class_budgets, open_subset, subset_size
+from kdfast.data.subset import open_subset, subset_size
 from kdfast.device import resolve_device
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.cuda_graph import EXCLUSIVE
 from kdfast.distillation.folder import RunFolder
-from kdfast.distillation.inputs import check_student, open_targets
+from kdfast.distillation.inputs import open_targets
 from kdfast.distillation.losses.alpha import parse_alpha
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.targets import TeacherTargets
 from kdfast.distillation.train import Monitoring, train
 from kdfast.dynamics.reader import Dynamics
-from kdfast.errors import SubsetError, UsageError
 from kdfast.files import make_subfolder, refuse_links, sha256_json
-from kdfast.nets import build_net
-from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
 from kdfast.reproduction.axes import RECIPE_DEFAULTS, RECIPE_FIELDS
 from kdfast.reproduction.cells import Cell
 from kdfast.reproduction.engine.artifacts import Artifacts
+from kdfast.reproduction.engine.checks import check_artifacts, check_students, check_terms
 from kdfast.reproduction.engine.command import distill_command
 from kdfast.reproduction.engine.config import ReproductionConfig
 from kdfast.reproduction.engine.machine import describe_machine
+from kdfast.reproduction.engine.places import Places
 from kdfast.reproduction.engine.targets import CACHE, choose_targets
-from kdfast.reproduction.engine.teachers import TEACHER_SEED, read_given
+from kdfast.reproduction.engine.teachers import read_given
 from kdfast.reproduction.selection import compress, compressed_epochs
 from kdfast.sweep.parallel.shared import share_source
 from kdfast.sweep.parallel.threads import can_train_in_threads
@@ -94,7 +93,8 @@ class ReproductionSession:
         config: What to run.
         source: The data.
         device: Where to compute.
-        artifacts: What the runs share in the folder.
+        places: Where what the runs share lies in the folder.
+        artifacts: What makes it.
 
     Raises:
         UsageError: Settings do not fit each other.
@@ -108,7 +108,7 @@ class ReproductionSession:
         if source is None:
             source = open_source(config.data, size=config.size, order=config.order, split=config.split)
         self.source, study = source, config.study
-        self._check_cells()
+        check_students(config, source, self.device)
         used = {cell.teacher for cell in config.cells if cell.teacher is not None and cell.teacher_fraction == 1}
         given = read_given(config.teachers, used, source, config.normalization)
         recorded = None
@@ -120,20 +120,20 @@ class ReproductionSession:
             compute_normalization(source.train),
             TeacherTargets(),
         )
-        self.artifacts = Artifacts(
+        self.places = Places(
             config.out,
             study,
-            self._inputs,
-            self.device,
+            source,
             config.precision,
             recipe=self._shorten(study.teachers),
             recording={"student": study.dynamics["net"], **_recipe_of(study.dynamics)},
             given=given,
             dynamics=recorded,
         )
+        self.artifacts = Artifacts(self.places, self._inputs, self.device)
         self._at_a_time = 1
-        self.artifacts.check(config.cells)
-        self._check_terms()
+        check_artifacts(self.places, config.cells, source, self.device)
+        check_terms(config, self._inputs, self.device)
 
     def divide_device(self, jobs: int) -> bool:
         """Return whether threads can train at the same time on the GPU, and divide its memory among so many runs.
@@ -141,7 +141,7 @@ class ReproductionSession:
         See `kdfast.sweep.parallel.threads.can_train_in_threads`.
         """
         cells, ids = self.config.cells, np.arange(len(self.source.train), dtype=np.int64)
-        nets = {cell.student for cell in cells} | self.artifacts.trained_nets(cells)
+        nets = {cell.student for cell in cells} | self.places.trained_nets(cells)
         configs = (RunConfig(net, precision=self.config.precision) for net in sorted(nets))
         if not all(can_train_in_threads(self._inputs.plan(config, ids, device=self.device)) for config in configs):
             return False
@@ -156,46 +156,8 @@ class ReproductionSession:
         epochs = compress(self.config.study, int(recipe.get("epochs") or RECIPE_DEFAULTS["epochs"]), self.config.epochs)
         return {**recipe, "epochs": epochs}
 
-    def _check_cells(self) -> None:
-        if TEACHER_SEED in self.config.seeds:
-            raise UsageError(f"`seeds` has {TEACHER_SEED}, the seed of the teachers and of their data: pass others")
-        labels = self.source.train.labels
-        checked = set()
-        for cell in self.config.cells:
-            samples, config = subset_size(len(labels), cell.fraction), self._run_config(cell, 0)
-            place = (cell.student, samples, config.batch_size)
-            if place in checked:
-                continue
-            checked.add(place)
-            class_budgets(labels, samples)
-            if samples < config.batch_size:
-                raise SubsetError(
-                    f"the fraction {cell.fraction:g} keeps {samples} of {len(labels)} samples, fewer than one batch of "
-                    f"{config.batch_size}: leave it out with `fractions`"
-                )
-            try:
-                check_student(config, samples, self.source, self.device)
-            except UsageError as error:
-                raise UsageError(f"{self.config.study.argument}, student {cell.student}: {error}") from error
-
-    def _check_terms(self) -> None:
-        """Check that terms which read activations fit the networks, on networks that are not trained."""
-        classes, checked = len(self.source.classes), set()
-        for cell in self.config.cells:
-            place = (cell.student, cell.teacher, cell.term, cell.fraction)
-            if cell.term is None or cell.teacher is None or place in checked:
-                continue
-            checked.add(place)
-            with torch.random.fork_rng(devices=[]):
-                net = build_net(cell.teacher, classes).eval()
-            model = Model(net, cell.teacher, classes, self.source.classes, self._inputs.normalization)
-            inputs = dataclasses.replace(self._inputs, teacher=TeacherTargets(model=model))
-            ids = np.arange(subset_size(len(self.source.train), cell.fraction), dtype=np.int64)
-            inputs.plan(self._run_config(cell, 0), ids, device=self.device)
-
     def _run_config(self, cell: Cell, seed: int) -> RunConfig:
-        epochs = compressed_epochs(self.config.study, cell, self.config.epochs, len(self.source.train))
-        return cell.run_config(epochs=epochs, seed=seed, precision=self.config.precision)
+        return self.config.run_config(cell, seed, len(self.source.train))
 
     def runs(self) -> list[StudyRun]:
         """Return the runs in their order: seed by seed, so that every cell has a row early."""
@@ -215,7 +177,7 @@ class ReproductionSession:
             "fraction": cell.fraction,
             "disjoint": cell.disjoint,
             "data": self.source.fingerprint,
-            "inputs": self.artifacts.method_identity(cell),
+            "inputs": self.places.method_identity(cell),
             "targets": targets,
             "teacher": None,
         }
@@ -223,7 +185,7 @@ class ReproductionSession:
         if self.config.epochs is not None and config.epochs == own:
             settings["compressed_to"] = self.config.epochs  # else the row would be that of the full schedule
         if cell.kd:
-            settings["teacher"] = self.artifacts.teacher_spec(cell).identity
+            settings["teacher"] = self.places.teacher_spec(cell).identity
         return StudyRun(cell, study.label(cell), seed, config.epochs, targets, settings)
 
     def execute(self, run: StudyRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -246,7 +208,7 @@ class ReproductionSession:
         cell, subset = run.cell, self.artifacts.subset(run.cell, run.seed, progress)
         with self._cached(run, subset, progress) as cache:
             if cell.kd and cache is None:  # without the lock, because it may be trained
-                self.artifacts.teacher(self.artifacts.teacher_spec(cell), progress)
+                self.artifacts.teacher(self.places.teacher_spec(cell), progress)
             with EXCLUSIVE:
                 plan, paths = self._plan(run, subset, cache)
             folder = refuse_links(make_subfolder(out, RUNS), run.key[:16])
@@ -254,7 +216,7 @@ class ReproductionSession:
                 result = train(plan, claimed, Monitoring(progress=progress))
         teacher = None
         if cell.kd:
-            teacher = self.artifacts.teacher(self.artifacts.teacher_spec(cell)).metadata.get("test_top1")
+            teacher = self.artifacts.teacher(self.places.teacher_spec(cell)).metadata.get("test_top1")
         return {
             "key": run.key,
             "study": self.config.study.name,
@@ -304,8 +266,8 @@ class ReproductionSession:
             if cache is not None:
                 paths["cache"], targets = cache, open_targets(self.source, ids, cache, None)
             else:
-                spec = self.artifacts.teacher_spec(cell)
-                paths["teacher"] = self.artifacts.teacher_path(spec)
+                spec = self.places.teacher_spec(cell)
+                paths["teacher"] = self.places.teacher_path(spec)
                 targets = TeacherTargets(model=self.artifacts.teacher(spec))
         inputs = dataclasses.replace(self._inputs, teacher=dataclasses.replace(targets, runs=self._at_a_time))
         metadata = {"data": self.config.data, **{name: str(path) for name, path in paths.items()}}
@@ -333,11 +295,11 @@ class ReproductionSession:
     def _cache_path(self, run: StudyRun) -> Path | None:
         if run.targets != CACHE:
             return None
-        return self.artifacts.cache_path(run.cell, run.seed, self._run_config(run.cell, run.seed).views)
+        return self.places.cache_path(run.cell, run.seed, self._run_config(run.cell, run.seed).views)
 
     def missing(self, run: StudyRun) -> dict[Path, tuple[str, int, int]]:
-        """Return what must be made before a run, see `Artifacts.missing`."""
-        found, cache = self.artifacts.missing(run.cell), self._cache_path(run)
+        """Return what must be made before a run, see `Places.missing`."""
+        found, cache = self.places.missing(run.cell), self._cache_path(run)
         if cache is not None and not (cache / MANIFEST).exists():
             views = self._run_config(run.cell, run.seed).views or self.source.view_spec.count
             kept = subset_size(len(self.source.train), run.cell.fraction)

@@ -1,4 +1,4 @@
-"""Teachers of a study: what identifies one before it exists, and those of given files."""
+"""Teachers of a study: what identifies one before it exists, its samples, and the teachers of given files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data.source import Source
+from kdfast.data.stateless_random import IntArray
+from kdfast.data.subset import Subset
 from kdfast.data.views import Normalization
 from kdfast.errors import UsageError
 from kdfast.files import sha256_json
@@ -16,6 +18,9 @@ from kdfast.nets.checkpoint import Model, is_own_checkpoint
 from kdfast.nets.fit import check_fit
 from kdfast.nets.foreign import read_torch_file
 from kdfast.nets.importing import import_checkpoint
+from kdfast.pruning.scores.compute import ScoreSources
+from kdfast.pruning.select import SelectionMethod, SubsetPipeline
+from kdfast.reproduction.cells import Cell
 
 # Seed of teachers: of the share of the data, the weights and the order. No student's, so that a share of the data for a
 # teacher and one for a student are independent draws.
@@ -74,6 +79,25 @@ def read_given(
         )
         check_fit(models[net], source, path)
     return models
+
+
+def teacher_samples(source: Source, fraction: float) -> Subset | None:
+    """Return the samples that a teacher on a share of the training split is trained on; None for all.
+
+    Raises:
+        SubsetError: The share is too small.
+    """
+    if fraction == 1:
+        return None
+    method = SelectionMethod("random", rule="hard")
+    selection = SubsetPipeline(ScoreSources(source)).select(method, fraction, TEACHER_SEED)
+    return Subset(selection.ids, selection.provenance, None)
+
+
+def excluded_samples(source: Source, cell: Cell) -> IntArray | None:
+    """Return the samples that must not be chosen for a cell, those of its teacher; None: any may be."""
+    samples = teacher_samples(source, cell.teacher_fraction or 1.0) if cell.disjoint else None
+    return None if samples is None else samples.ids
 
 
 def plain_name(name: str) -> str:
