@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdfast.data import views as views_module
+from kdfast.data.views import apply as views_module
 from kdfast.data.views import view_table
 from kdfast.distillation import targets as targets_module
 from kdfast.distillation.batches import Batch

@@ -122,7 +122,7 @@ def test_operations_follow_the_shift(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, ids = images(40), np.arange(40)
     given: list[torch.Tensor] = []
     monkeypatch.setattr(
-        "kdfast.data.views.apply_operations",
+        "kdfast.data.views.apply.apply_operations",
         lambda base, chosen, values: given.append(base) or apply_operations(base, chosen, values),
     )
     apply_views(pixels, np.full(40, 3), SHIFT, PIXELS, sample_ids=ids)
