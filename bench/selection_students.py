@@ -173,7 +173,7 @@ def train_all(
                 sweep(paths, name, student, which, share, count, seed, full)
                 label = None if share < 1 else ALL_STEPS if count == steps else ALL_EPOCHS
                 for row in read_rows(paths.out / name / "results.jsonl"):
-                    if row["seed"] == seed and row["fraction"] == share:
+                    if (row["seed"], row["fraction"], row["steps"]) == (seed, share, count):
                         method = label or (BWS.split(":start")[0] if "/bws" in row["method"] else row["method"])
                         yield {**row, "method": method, "compared_at": fraction, "kind": kind}
 

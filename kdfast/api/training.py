@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = str | os.PathLike[str]
 
 
-_INTEGERS = {"epochs", "batch_size", "views", "view_seed", "seed", "initial_epochs"}
+_INTEGERS = {"epochs", "batch_size", "views", "view_seed", "seed", "initial_epochs", "steps"}
 
 
 class Settings(TypedDict, total=False):
@@ -72,6 +72,7 @@ class Settings(TypedDict, total=False):
     mixup: float
     cutmix: float
     init: str | None
+    steps: int | None
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def _resolve(settings: Settings, device: Any) -> dict[str, Any]:
     for name in _INTEGERS & resolved.keys():
         if resolved[name] is not None:
             resolved[name] = as_integer(name, resolved[name])
+    if resolved.get("steps") is not None and "epochs" in resolved:
+        raise UsageError("`epochs` and `steps` both say how long to train: pass one of them")
     resolved["precision"] = resolve_precision(settings.get("precision", "fp32"), device)
     return {**resolved, **{name: tuple(resolved[name]) for name in ("terms", "taps") if name in resolved}}
 

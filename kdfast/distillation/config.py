@@ -22,7 +22,7 @@ LARGEST_MIXING = 1000.0  # the quantiles of narrower distributions are not exact
 # Settings that a run's config.json omits where they are the default, as runs of earlier versions do.
 OPTIONAL = (
     "ce", "terms", "taps", "initial_epochs", "terms_warmup_epochs", "reshape_logits", "optimizer", "label_smoothing",
-    "ema", "clip", "mixup", "cutmix", "init",
+    "ema", "clip", "mixup", "cutmix", "init", "steps",
 )  # fmt: skip
 
 
@@ -64,6 +64,8 @@ class RunConfig:
         mixup: a of mixup's Beta(a, a), see `kdfast.distillation.recipe.mixing`; 0: none.
         cutmix: The same of CutMix.
         init: File of the initial weights, see `kdfast.nets.initial.load_initial_weights`; None for random ones.
+        steps: Steps of the run, in place of `epochs`: the last epoch may end early. None: all steps of the epochs. See
+            `resolve_steps`.
 
     Raises:
         UsageError: If a value is out of range.
@@ -96,10 +98,13 @@ class RunConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     init: str | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("views", 0)):
             check_integer(name, getattr(self, name), least)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
         check_integer("seed", self.seed, 0, LARGEST_SEED)
         check_integer("view_seed", self.view_seed or 0, 0, LARGEST_SEED)
         for name in (
@@ -156,6 +161,20 @@ class RunConfig:
                 f"`initial_epochs` is {self.initial_epochs}, and no term trains alone first: omit it, or add such a "
                 "term"
             )
+
+    def resolve_steps(self, per_epoch: int) -> RunConfig:
+        """Return the settings with the epochs in which `steps` end; without `steps` if they fill these epochs.
+
+        Args:
+            per_epoch: Steps of an epoch.
+
+        Raises:
+            UsageError: A setting in epochs is more than these.
+        """
+        if self.steps is None:
+            return self
+        epochs = math.ceil(self.steps / per_epoch)
+        return dataclasses.replace(self, epochs=epochs, steps=self.steps if self.steps < epochs * per_epoch else None)
 
     def check_total(self) -> None:
         """Check that some part of the loss has a weight, once alpha is resolved.

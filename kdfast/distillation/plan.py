@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import kdfast
 from kdfast.data.loaders import Loader
+from kdfast.data.order import batch_count
 from kdfast.data.readers.folders.file_loader import is_files
 from kdfast.data.readers.folders.image_file import decoder
 from kdfast.data.source import Source
@@ -82,16 +83,26 @@ class Plan:
             and (self.source.view_spec.has_boxes or not self.source.view_spec.is_drawn)
         )
 
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.config.steps or self.config.epochs * batch_count(len(self.ids), self.config.batch_size)
+
+    @property
+    def images(self) -> int:
+        """Images of these steps, over all processes."""
+        epochs, rest = divmod(self.steps, batch_count(len(self.ids), self.config.batch_size))
+        return epochs * len(self.ids) + rest * self.config.batch_size
+
     def describe(self) -> dict[str, Any]:
         """Summarize the run: settings, inputs and sizes."""
-        per_epoch = self.batches().per_epoch
         return {
             **self.identity,
             **self.metadata,
             "samples": len(self.ids),
             "of": len(self.source.train),
-            "steps": per_epoch * self.config.epochs,
-            "images": len(self.ids) * self.config.epochs,
+            "steps": self.steps,
+            "images": self.images,
         }
 
     def batches(self) -> Batches:
@@ -146,7 +157,8 @@ class LoadedInputs:
         """Plan a run on these inputs.
 
         Args:
-            config: The settings. `views` and `view_seed` are resolved as `TeacherTargets.resolve_views` describes.
+            config: The settings. `views` and `view_seed` are resolved as `TeacherTargets.resolve_views` describes,
+                `steps` as `RunConfig.resolve_steps`.
             ids: int64 (n,), the kept samples.
             device: Where to train.
             distributed: This process among those of the run; None for a single process.
@@ -159,9 +171,11 @@ class LoadedInputs:
 
         Raises:
             UsageError, CacheMismatch: If there are fewer views than requested.
+            UsageError: A setting in epochs is more than those of `steps`.
         """
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config.check_total()
+        config = config.resolve_steps(batch_count(len(ids), config.batch_size))
         config = self.teacher.resolve_views(config, source.view_spec.count)
         terms = self._plan_terms(config, ids, execution)
         targets = self.teacher.open(source, ids, config, device, terms.teacher)

@@ -120,6 +120,8 @@ def check_recording(
     Raises:
         UsageError: If the settings do not fit each other or the data.
     """
+    if config.steps is not None:
+        raise UsageError(f"`steps` is {config.steps}, and a recording has whole epochs: pass `epochs`")
     if config.epochs % recording.record_every:
         raise UsageError(
             f"`record_every` is {recording.record_every}, which does not divide {config.epochs} `epochs`: change one"

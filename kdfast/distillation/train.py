@@ -30,15 +30,15 @@ class Monitoring:
     """Logging, evaluation, checkpoints and callbacks of a run; none of them changes the weights.
 
     Attributes:
-        log_every: Steps between two rows of metrics.jsonl; the last step of an epoch is always logged.
+        log_every: Steps between two rows of metrics.jsonl; the last step of an epoch or of the run is always logged.
         eval_every: Epochs between two evaluations on the test split, for curves only; 0: only at the end of the run.
         checkpoint_seconds: Seconds between two checkpoints.
         trackers: Get the values of every logged step that metrics.jsonl does not hold yet.
         progress: Called with (steps done, steps in total, note) for every logged step.
         say: Called with a line about what happened, such as where the run resumes.
         keep_checkpoints: Keep the checkpoints of the finished run.
-        on_epoch_end: Called with the trainer after the last step of each epoch, before any checkpoint that includes
-            that step. After a resume from an older checkpoint it is called for the same epochs again.
+        on_epoch_end: Called with the trainer after the last step of each whole epoch, before any checkpoint that
+            includes that step. After a resume from an older checkpoint it is called for the same epochs again.
     """
 
     log_every: int = 50
@@ -141,7 +141,8 @@ class _TrainingLoop:
                 for batch in batches:
                     trainer.train_step(batch)
                     epoch_ended = trainer.step % trainer.batches.per_epoch == 0
-                    must_log = epoch_ended or trainer.step % monitoring.log_every == 0
+                    ended = trainer.step == trainer.total_steps
+                    must_log = epoch_ended or ended or trainer.step % monitoring.log_every == 0
                     must_stop = self.stop_requested(stop, wait=must_log)
                     must_save = must_stop or self.save_due(wait=must_log)
                     if not (must_log or must_save):
@@ -158,6 +159,8 @@ class _TrainingLoop:
                             self.save()
                     if must_stop:
                         raise self.interruption(stop)
+                    if ended:
+                        break
                     clock = time.perf_counter()
             finally:
                 batches.close()
@@ -247,7 +250,7 @@ class _TrainingLoop:
         )
         model.metadata.update({"test_top1": scores["top1"], "test_top5": scores["top5"]})
         save_model(self.folder.path / "student.pt", model)
-        images = plan.config.epochs * len(plan.ids)
+        images = plan.images
         stage_seconds = {"train": trainer.train_seconds, "evaluate": time.perf_counter() - started}
         result: dict[str, Any] = {
             "test_top1": scores["top1"],

@@ -50,7 +50,7 @@ class Trainer:
         config, device = plan.config, plan.device
         self.plan = plan
         self.batches = plan.batches()
-        self.total_steps = config.epochs * self.batches.per_epoch
+        self.total_steps = plan.steps
         warmup_steps = round(config.warmup_epochs * self.batches.per_epoch)
         torch.manual_seed(config.seed)
         self.net = build_started_net(config.student, len(plan.source.classes), config.init)

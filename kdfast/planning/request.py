@@ -61,7 +61,6 @@ class PlanRequest:
         config: Settings of the student's training; `views` 0 means all of the data.
         selection: How to select, without the inputs that earlier stages make.
         cache: How the teacher's cache is made.
-        steps: Steps of the training on the kept samples, in place of the epochs; None: those of the epochs.
         online: Whether the teacher runs during training, in place of a cache.
         recorded: The network and its epochs whose dynamics are recorded, if the selection needs any.
         recording: How they are recorded.
@@ -78,7 +77,6 @@ class PlanRequest:
     config: RunConfig
     selection: PruneRequest
     cache: CacheSettings = field(default_factory=CacheSettings)
-    steps: int | None = None
     online: bool = False
     recorded: RunConfig | None = None
     recording: RecordingConfig = field(default_factory=RecordingConfig)
@@ -203,7 +201,8 @@ def measure_amounts(request: PlanRequest, source: Source, model: Model | None, h
     if kept < config.batch_size:
         raise UsageError(f"`batch_size` is {config.batch_size}, more than the {kept} samples that are kept: lower it")
     per_epoch, all_per_epoch = (batch_count(count, config.batch_size) for count in (kept, samples))
-    steps = per_epoch * config.epochs if request.steps is None else request.steps
+    config = config.resolve_steps(per_epoch)
+    steps = config.steps or per_epoch * config.epochs
     cached = config.needs_teacher and not request.online
     views = (config.views or default_views(source.view_spec)) if cached else 0
     whole = cached and request.cache.whole

@@ -34,7 +34,7 @@ class SweepConfig:
         fractions: Shares of the training split to keep, in (0, 1].
         kd: Values of `KD_CHOICES`: whether to train with the teacher, for each set of runs.
         seeds: Seeds; each seeds the random subsets and tie-breaks, the initial weights, the order and the views.
-        steps: Steps of each run, rounded to whole epochs of its subset, at least one.
+        steps: Steps of each run; its last epoch may end early.
         settings: Settings of each run other than epochs, alpha and seed: fields of `RunConfig`.
         alpha: Weight of the divergence in the runs with the teacher: a number, as in `RunConfig`, or `auto`.
         loss: Further settings of the loss in the runs with the teacher: those of `LOSS_FIELDS`.
@@ -124,10 +124,10 @@ class SweepConfig:
         return parse_alpha(self.alpha, fraction, 1.0 if self.loss.get("ce") is None else math.inf)
 
     def run_config(self, samples: int, *, seed: int, alpha: float = 0.0, kd: bool = False) -> RunConfig:
-        """Return the settings of one run on that many samples; its views are not resolved yet."""
+        """Return the settings of one run on that many samples, 0: unknown; its views are not resolved yet."""
         batch_size = int(self.settings["batch_size"])
-        epochs = 1 if samples == 0 else max(1, round(self.steps / batch_count(samples, batch_size)))
-        return RunConfig(**self.settings, **(self.loss if kd else {}), epochs=epochs, seed=seed, alpha=alpha)
+        config = RunConfig(**self.settings, **(self.loss if kd else {}), steps=self.steps, seed=seed, alpha=alpha)
+        return config if samples == 0 else config.resolve_steps(batch_count(samples, batch_size))
 
     def shared_settings(self, kd: bool) -> dict[str, Any]:
         """Return the settings that all runs with the teacher, or all runs without it, share."""

@@ -14,7 +14,7 @@ from kdfast.sweep.summary import BASELINE, Comparison, Difference, FullRun, Sect
 from kdfast.text import counted
 
 # Settings that the page shows elsewhere, or of which digests stand in the rows.
-_OMITTED = ("data", "cache", "scores", "steps", "method", "fraction", "kd", "seed")
+_OMITTED = ("data", "cache", "scores", "cut", "steps", "method", "fraction", "kd", "seed")
 _RADII = (3.0, 6.0)  # of the marks of the smallest and of the largest fraction, against cost
 _NOTE = (
     "Mean over seeds; bars: ± one standard deviation. Dashed lines: the mean of runs on all data. Against cost, a "
@@ -55,7 +55,7 @@ def _render_statistics(sections: Sequence[Section]) -> Safe:
         [
             ("Student", ", ".join(dict.fromkeys(str(section.settings["student"]) for section in sections))),
             ("Runs", f"{len(rows):,}"),
-            *([("Left out, scored from other inputs", f"{left_out:,}")] if left_out else []),
+            *([("Left out, of other inputs or another length", f"{left_out:,}")] if left_out else []),
             ("Methods", f"{len({row['method'] for row in rows}):,}"),
             ("Kept fractions", ", ".join(f"{fraction:g}" for fraction in fractions)),
             ("Seeds", f"{len({row['seed'] for row in rows}):,}"),

@@ -78,7 +78,7 @@ def table(section: Section) -> str:
     lines = [f"**{facts}** (data {str(section.settings['data'])[:12]})", ""]
     if section.left_out:
         runs = counted(section.left_out, "run")
-        lines += [f"Left out: {runs} with scores from other inputs than the last run of the method.", ""]
+        lines += [f"Left out: {runs} with other inputs or another length than the last run of the method.", ""]
     for kd in (True, False):
         fractions = [f for f in section.fractions if any((m, f, kd) in section.top1 for m in section.methods)]
         if not fractions:

@@ -157,6 +157,7 @@ class Session:
         return subset_size(len(self._source.train), fraction)
 
     def _settings(self, recipe: ResolvedMethod, fraction: float, kd: bool, seed: int) -> dict[str, Any]:
+        cut = self.config.run_config(self.count_samples(fraction), seed=seed).steps is not None
         # In a table, a row whose `scores` differ replaces the older row of the same method.
         scores = {name: self._digests[name] for name in sorted(recipe.inputs)} | dict(recipe.fixed)
         return {
@@ -168,6 +169,8 @@ class Session:
             "seed": seed,
             "cache": self._digests["cache"] if kd else None,
             **({"scores": scores} if scores else {}),
+            # Rows of earlier versions, whose steps were rounded to whole epochs, are other rows.
+            **({"cut": True} if cut else {}),
         }
 
     def execute(self, run: SweepRun, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -204,7 +207,7 @@ class Session:
             "kd": run.kd,
             "seed": run.seed,
             "student": plan.config.student,
-            "epochs": plan.config.epochs,
+            "epochs": None if plan.config.steps else plan.config.epochs,
             **{name: result[name] for name in _FROM_RESULT},
             "subset": plan.identity["subset"],
             "subset_seconds": round(selection.seconds, 3),

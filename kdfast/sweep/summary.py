@@ -16,8 +16,8 @@ BASELINE = "random"
 _AXES = ("method", "fraction", "kd", "seed")
 # Settings that only runs with the teacher have.
 _TEACHER = ("alpha", "temperature", "cache", "ce", "terms", "terms_warmup_epochs")
-# Digests of the inputs of a score. The runs of a cell have the same ones.
-_INPUTS = ("scores",)
+# Digests of the inputs of a score, and whether the last epoch ends early. The runs of a cell have the same ones.
+_INPUTS = ("scores", "cut")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Section:
         settings: Their common settings.
         top1: Test top-1 in percent by (method, fraction, kd), then by seed.
         rows: The rows.
-        left_out: Number of rows whose scores come from other inputs than those of the last row of their cell.
+        left_out: Number of rows whose scores come from other inputs than those of the last row of their cell, or
+            whose steps were rounded to whole epochs unlike its own.
     """
 
     settings: dict[str, Any]
@@ -83,7 +84,7 @@ class FullRun:
 
     Attributes:
         steps: Their steps.
-        epochs: Their epochs; None in rows of earlier versions.
+        epochs: Their epochs; None where the last one ends early, and in rows of earlier versions.
         rows: The rows, one for each seed.
         same_steps: Fractions whose runs were asked for the same number of steps, ascending.
         same_epochs: Fractions whose runs have the same number of epochs, ascending.
@@ -190,7 +191,8 @@ def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
     """Group comparable rows into sections.
 
     Rows without the teacher belong to every section whose other settings they share. If a method was run again with
-    scores from other inputs, only the rows with those of the last one count.
+    scores from other inputs, only the rows with those of the last one count; the same of rows of earlier versions,
+    whose steps were rounded to whole epochs.
 
     Args:
         rows: Rows of results.jsonl, in order.

@@ -123,6 +123,10 @@ def test_the_config_of_a_teacher_and_damaged_ones(kdfast: Run, tmp_path: Path) -
         found = settings(words, ["--config", str(file), "--out", "o"])
         assert (found["data"], found["epochs"], found["batch_size"]) == ("digits", 2, 30)
         assert found.get("net", found.get("student")) == "resnet8"
+    file.write_text(json.dumps({**plain, "steps": 7, "data": "ab" * 32, "started_with": started}))
+    found = settings(("distill",), ["--config", str(file), "--out", "o"])
+    assert (found["epochs"], found["steps"]) == (None, 7)
+    assert "have: use the command that made" in kdfast("dynamics", "--config", file, "--out", tmp_path / "o").err
     file.write_text(json.dumps({"started_with": started, "terms": [1]}))
     damaged = kdfast("distill", "--config", file, "--out", tmp_path / "o")
     assert (damaged.code, "is the config.json of a run, and damaged" in damaged.err) == (2, True), damaged.err

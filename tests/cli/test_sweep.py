@@ -93,6 +93,34 @@ def test_row_equals_prune_and_distill(kdfast, tiny: Path, cache: Path, tmp_path:
     assert len(list(out.glob("runs/*/student.pt"))) == 2
 
 
+def test_every_run_has_the_steps_that_were_asked_for(kdfast, tiny: Path, tmp_path: Path) -> None:
+    out, idx = tmp_path / "sweep", tmp_path / "run"
+    # 30 samples are 3 batches, all 120 are 12: 6 steps are two epochs of the former, half an epoch of the latter.
+    command = ("sweep", "--data", tiny, *GRID, "--kd", "off", "--fractions", ".25,1", "--warmup-epochs", 0.25)
+    dry = kdfast(*command, "--out", out, "--dry-run")
+    assert "120 samples, 6 steps in 1 epoch" in dry.out
+    outcome = kdfast(*command, "--out", out)
+    assert outcome.code == 0, outcome.err
+    subset, everything = sorted(rows(out), key=lambda row: row["fraction"])
+    assert (subset["steps"], subset["epochs"], subset["settings"].get("cut")) == (6, 2, None)
+    assert (everything["steps"], everything["epochs"], everything["settings"].get("cut")) == (6, None, True)
+    alone = kdfast("distill", "--data", tiny, "--student", "resnet8", "--steps", 6, "--batch-size", 10, "--lr", 0.05,
+                   "--schedule", "cosine", "--warmup-epochs", 0.25, "--alpha", 0, "--out", idx)  # fmt: skip
+    assert alone.code == 0, alone.err
+    assert json.loads((idx / "result.json").read_text())["weights"] == everything["weights"]
+    assert "all data, same steps (6 steps)" in (out / "report.html").read_text()
+    both = kdfast("distill", "--data", tiny, "--student", "resnet8", "--steps", 6, "--epochs", 2, "--out", idx)
+    assert (both.code, "--epochs and --steps both say how long to train" in both.err) == (2, True)
+
+
+def test_the_warm_up_may_take_several_epochs(kdfast, tiny: Path, tmp_path: Path) -> None:
+    command = ("sweep", "--data", tiny, *GRID, "--kd", "off", "--fractions", ".25", "--out", tmp_path)
+    outcome = kdfast(*command, "--warmup-epochs", 2)
+    assert outcome.code == 0, outcome.err
+    refused = kdfast(*command, "--warmup-epochs", 3)
+    assert (refused.code, "--warmup-epochs is 3.0 of 2 epochs" in refused.err) == (2, True), refused.err
+
+
 def test_runs_only_what_has_no_row(kdfast, tiny: Path, cache: Path, tmp_path: Path) -> None:
     command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--kd", "on", "--out", tmp_path)
     assert kdfast(*command, "--fractions", 0.25).code == 0

@@ -158,7 +158,7 @@ def test_labels_alone_need_no_teacher(digits) -> None:
 
 
 def test_steps_in_place_of_epochs(digits) -> None:
-    found = plan(digits, None, config=RunConfig("resnet8", batch_size=32, views=3), steps=27)
+    found = plan(digits, None, config=RunConfig("resnet8", steps=27, batch_size=32, views=3))
     assert (found.amounts.steps, found.amounts.all_steps) == (27, 138)
     assert found.amounts.images == 27 * 288 / 9
 

@@ -41,7 +41,8 @@ def distill(
     net_arg: options.NetArg = None,
     init: options.Init = None,
     teacher_net: options.TeacherNet = None,
-    epochs: training.Epochs = 240,
+    epochs: training.RunEpochs = None,
+    steps: training.Steps = None,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
     momentum: training.Momentum = 0.9,
@@ -118,7 +119,7 @@ def distill(
         RunConfig(
             student=options.with_arguments(student, net_arg),
             init=init,
-            epochs=epochs,
+            **training.length(epochs, steps),
             batch_size=batch_size,
             lr=lr,
             momentum=momentum,

@@ -14,6 +14,7 @@ from kdfast.cli.commands.results import engine as engines
 from kdfast.cli.output import note, show
 from kdfast.cli.progress import progress
 from kdfast.errors import UsageError
+from kdfast.text import counted
 
 if TYPE_CHECKING:
     from kdfast.sweep.session import Session
@@ -47,7 +48,7 @@ def sweep(
         str, typer.Option("--seeds", help="Comma-separated seeds; each draws a subset and a student.", metavar="LIST")
     ] = "0",
     steps: Annotated[
-        int, typer.Option("--steps", help="Steps of every run, rounded to whole epochs of its subset.", min=1)
+        int, typer.Option("--steps", help="Steps of every run; the last epoch may end early.", min=1)
     ] = 1250,
     cache: Annotated[
         str | None,
@@ -231,7 +232,8 @@ def _plan(session: Session, out: Path) -> tuple[str, dict[str, Any]]:
     for run in session.runs():
         samples = session.count_samples(run.fraction)
         epochs = session.config.run_config(samples, seed=run.seed).epochs
-        lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {samples} samples, {epochs} epochs")
+        length = f"{samples} samples, {session.config.steps} steps in {counted(epochs, 'epoch')}"
+        lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {length}")
         rows.append({"run": str(run), "done": run.key in done, "samples": samples, "epochs": epochs})
     pending = sum(not row["done"] for row in rows)
     text = "\n".join([*lines, f"would run {pending} of {len(lines)} rows"])

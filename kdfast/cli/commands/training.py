@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from kdfast.trackers import TrackerSet
 
 Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training samples.")]
+DEFAULT_EPOCHS = 240
+# Epochs or steps, see `length`.
+RunEpochs = Annotated[
+    int | None,
+    typer.Option("--epochs", help="Passes over the training samples.", show_default=str(DEFAULT_EPOCHS)),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="Steps of the training, in place of --epochs; the last epoch may end early.", min=1),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples per step.")]
 Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 Momentum = Annotated[float, typer.Option("--momentum", help="Momentum of SGD, or beta1 of AdamW, in [0, 1).")]
@@ -233,6 +243,19 @@ class JsonLines:
 
     def close(self, *, failed: bool) -> None:
         """Do nothing: every line is written at once."""
+
+
+def length(epochs: int | None, steps: int | None) -> dict[str, Any]:
+    """Return the length of a run, as a field of `RunConfig`: the epochs or the steps.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if steps is None:
+        return {"epochs": DEFAULT_EPOCHS if epochs is None else epochs}
+    if epochs is not None:
+        raise UsageError("`epochs` and `steps` both say how long to train: pass one of them")
+    return {"steps": steps}
 
 
 def resume_mode(resume: str, force: bool) -> str:

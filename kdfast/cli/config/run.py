@@ -16,6 +16,7 @@ _SETTINGS: dict[str, Any] = {
     "warmup_epochs": None, "alpha": 0.0, "temperature": 4.0, "views": None, "view_seed": 0, "precision": None,
     "seed": None, "initial_epochs": None, "reshape_logits": False, "optimizer": "sgd", "label_smoothing": 0.0,
     "ema": 0.0, "clip": 0.0, "mixup": 0.0, "cutmix": 0.0,
+    "steps": None,
 }  # fmt: skip
 _RENAMED = {"ce": "ce_weight", "terms_warmup_epochs": "kd_warmup_epochs"}
 _PATHS = ("data", "subset", "cache", "teacher", "loader", "size", "order", "split", "augment")
@@ -64,6 +65,8 @@ def _collect(saved: Mapping[str, Any]) -> dict[str, Any]:
         "kd_term": [_write_term(term) for term in saved.get("terms", [])],
         "kd_weight": [term["weight"] for term in saved.get("terms", [])],
     }
+    if found["steps"] is not None:
+        found["epochs"] = None  # follows from the steps
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 

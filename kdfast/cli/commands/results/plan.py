@@ -54,11 +54,8 @@ def plan(
     ] = None,
     dynamics_epochs: Annotated[int, typer.Option("--dynamics-epochs", help="Epochs of that recording.", min=1)] = 30,
     dynamics_runs: Annotated[int, typer.Option("--dynamics-runs", help="Runs of that recording.", min=1)] = 1,
-    epochs: training.Epochs = 240,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", help="Steps of the student on the kept samples, in place of --epochs.", min=1),
-    ] = None,
+    epochs: training.RunEpochs = None,
+    steps: training.Steps = None,
     batch_size: training.BatchSize = 64,
     optimizer: recipe.Optimizer = "sgd",
     ema: recipe.Ema = 0.0,
@@ -147,7 +144,7 @@ def plan(
     place = resolve_device(device)
     settings = RunConfig(
         student=options.with_arguments(student, net_arg),
-        epochs=epochs,
+        **training.length(epochs, steps),
         batch_size=batch_size,
         alpha=parse_alpha(alpha, fraction, 1.0 if ce_weight is None else float("inf")),
         precision=options.choose_precision(precision, place),
@@ -187,7 +184,6 @@ def plan(
             precision=cast(Any, options.CACHE_PRECISIONS[options.choose_precision(cache_precision, place)]),
             whole=whole_cache,
         ),
-        steps=steps,
         online=online,
         recorded=RunConfig(dynamics_net or settings.student, epochs=dynamics_epochs, batch_size=batch_size),
         recording=recording_for(selection, dynamics_runs, len(source.classes)),

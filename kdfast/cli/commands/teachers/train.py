@@ -44,7 +44,8 @@ def train(
     ] = None,
     net_arg: options.NetArg = None,
     init: options.Init = None,
-    epochs: training.Epochs = 240,
+    epochs: training.RunEpochs = None,
+    steps: training.Steps = None,
     batch_size: training.BatchSize = 64,
     lr: training.Lr = 0.05,
     momentum: training.Momentum = 0.9,
@@ -103,7 +104,7 @@ def train(
     settings = RunConfig(
         student=options.with_arguments(net, net_arg),
         init=init,
-        epochs=epochs,
+        **training.length(epochs, steps),
         batch_size=batch_size,
         lr=lr,
         momentum=momentum,
