@@ -195,8 +195,10 @@ def _resolve(settings: Settings, device: Any) -> dict[str, Any]:
     for name in _INTEGERS & resolved.keys():
         if resolved[name] is not None:
             resolved[name] = as_integer(name, resolved[name])
-    if resolved.get("steps") is not None and "epochs" in resolved:
+    if resolved.get("steps") is not None and resolved.get("epochs") is not None:
         raise UsageError("`epochs` and `steps` both say how long to train: pass one of them")
+    if resolved.get("epochs", 0) is None:
+        del resolved["epochs"]
     resolved["precision"] = resolve_precision(settings.get("precision", "fp32"), device)
     return {**resolved, **{name: tuple(resolved[name]) for name in ("terms", "taps") if name in resolved}}
 

@@ -274,3 +274,9 @@ def _triple(flag: str, text: str) -> tuple[float, float, float]:
     except ValueError as error:
         raise UsageError(f"{flag} is {text!r}: pass three numbers, a,b,c, or one for all channels") from error
     return first, second, third
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line, rather than in a configuration file or absent."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

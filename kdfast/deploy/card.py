@@ -78,7 +78,8 @@ def _training(trained: Trained) -> Iterator[tuple[str, str]]:
     if "kept" in result:
         yield "training samples", str(result["kept"])
     yield "teacher", _teacher(trained)
-    for name in ("alpha", "temperature", "epochs", "steps", "batch_size", "lr", "schedule", "seed", "precision"):
+    length = "epochs" if config.get("steps") is None else "steps"
+    for name in ("alpha", "temperature", length, "batch_size", "lr", "schedule", "seed", "precision"):
         if name in config:
             yield name, str(config[name])
     if "imported_from" in metadata:

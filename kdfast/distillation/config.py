@@ -54,7 +54,8 @@ class RunConfig:
         taps: Where the terms read activations, if not at the default places: (`student.TAP` or `teacher.TAP`, place)
             each; see `kdfast.nets.taps`.
         initial_epochs: Epochs of the phase in which terms train alone that ask for one, the first of the run's epochs;
-            None for an eighth if there is such a term, at least one but not all of them; else 0.
+            None for an eighth if there is such a term, at least one but not all of them, an epoch that `steps` cut
+            short not counted; else 0.
         reshape_logits: Whether the teacher's logits are reshaped; see `kdfast.distillation.losses.logits.reshaped`.
         terms_warmup_epochs: Epochs over which the terms' weights rise linearly from 0, after the initial phase.
         optimizer: A key of `OPTIMIZERS`.
@@ -117,9 +118,8 @@ class RunConfig:
         for name in ("momentum", "label_smoothing", "ema"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"`{name}` is {getattr(self, name)}: pass a number in [0, 1)")
-        for name in ("warmup_epochs", "terms_warmup_epochs"):
-            if getattr(self, name) > self.epochs:
-                raise UsageError(f"`{name}` is {getattr(self, name)} of {self.epochs} epochs: lower it")
+        if self.steps is None:
+            self._check_phases(self.epochs)
         check_temperature(self.temperature, name="`temperature`", error=UsageError)
         self._check_weights()
         _check_choice("schedule", self.schedule, tuple(LR_SCHEDULES))
@@ -128,6 +128,17 @@ class RunConfig:
         if self.optimizer == "nesterov" and not self.momentum:
             raise UsageError("`optimizer` is nesterov, which needs momentum: pass a `momentum` above 0, or sgd")
         self._check_mixing()
+
+    def _check_phases(self, epochs: float) -> None:
+        """Check that the parts of a run fit into its length."""
+        length = f"{round(epochs, 2):g} epochs"
+        for name in ("warmup_epochs", "terms_warmup_epochs"):
+            if getattr(self, name) > epochs:
+                raise UsageError(f"`{name}` is {getattr(self, name)} of {length}: lower it")
+        if self.initial_epochs and self.initial_epochs >= epochs:
+            raise UsageError(
+                f"`initial_epochs` is {self.initial_epochs} of {length}, which leaves none for the student: lower it"
+            )
 
     def _check_mixing(self) -> None:
         for name in ("mixup", "cutmix"):
@@ -146,11 +157,6 @@ class RunConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"`{name}` is {value}: pass a finite number, 0 or more")
         check_integer("initial_epochs", self.initial_epochs or 0, 0)
-        if self.initial_epochs and self.initial_epochs >= self.epochs:
-            raise UsageError(
-                f"`initial_epochs` is {self.initial_epochs} of {self.epochs} epochs, which leaves none for the "
-                "student: lower it"
-            )
         if self.terms_warmup_epochs and not self.terms:
             raise UsageError(
                 f"`terms_warmup_epochs` is {self.terms_warmup_epochs:g}, and the loss has no terms: omit it, or add "
@@ -169,10 +175,11 @@ class RunConfig:
             per_epoch: Steps of an epoch.
 
         Raises:
-            UsageError: A setting in epochs is more than these.
+            UsageError: A part of the run, such as the warm-up, is longer than its steps.
         """
         if self.steps is None:
             return self
+        self._check_phases(self.steps / per_epoch)
         epochs = math.ceil(self.steps / per_epoch)
         return dataclasses.replace(self, epochs=epochs, steps=self.steps if self.steps < epochs * per_epoch else None)
 
@@ -210,7 +217,8 @@ class RunConfig:
             return self.initial_epochs
         if not self._has_initial_phase():
             return 0
-        return min(max(1, round(INITIAL_SHARE * self.epochs)), self.epochs - 1)
+        whole = self.epochs if self.steps is None else self.epochs - 1
+        return max(0, min(max(1, round(INITIAL_SHARE * whole)), whole - 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; those of `OPTIONAL` only where they are not the default.

@@ -171,7 +171,7 @@ class LoadedInputs:
 
         Raises:
             UsageError, CacheMismatch: If there are fewer views than requested.
-            UsageError: A setting in epochs is more than those of `steps`.
+            UsageError: A part of the run is longer than its `steps`.
         """
         source, distributed, execution = self.source, distributed or Distributed(), execution or Execution()
         config.check_total()

@@ -100,7 +100,7 @@ def time_step(
     """
     epochs = max(2, _STEPS * config.batch_size // len(sample.ids))
     phase = epochs - 1 if initial else 0 if config.terms else None
-    config = dataclasses.replace(config, epochs=epochs, initial_epochs=phase)
+    config = dataclasses.replace(config, epochs=epochs, steps=None, initial_epochs=phase)
     inputs = LoadedInputs(sample.source, sample.open_loader(device), PLAIN, teacher)
     trainer = Trainer(inputs.plan(config, sample.ids, device=device, execution=execution))
     batches = _endless(trainer)

@@ -229,7 +229,7 @@ def measure_amounts(request: PlanRequest, source: Source, model: Model | None, h
         batch_size=config.batch_size,
         steps=steps,
         all_steps=round(steps / per_epoch * all_per_epoch),
-        initial=config.initial_phase / config.epochs,
+        initial=config.initial_phase * per_epoch / steps,
         online=config.needs_teacher and request.online,
         students=request.students,
         jobs=request.jobs,

@@ -35,7 +35,7 @@ class SweepConfig:
         kd: Values of `KD_CHOICES`: whether to train with the teacher, for each set of runs.
         seeds: Seeds; each seeds the random subsets and tie-breaks, the initial weights, the order and the views.
         steps: Steps of each run; its last epoch may end early.
-        settings: Settings of each run other than epochs, alpha and seed: fields of `RunConfig`.
+        settings: Settings of each run other than steps, alpha and seed: fields of `RunConfig`.
         alpha: Weight of the divergence in the runs with the teacher: a number, as in `RunConfig`, or `auto`.
         loss: Further settings of the loss in the runs with the teacher: those of `LOSS_FIELDS`.
         cache: Folder of the teacher's cache, for runs with the teacher and for scores computed from it.

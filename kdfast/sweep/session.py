@@ -109,7 +109,8 @@ class Session:
                     f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
                     f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
-            check_student(self.config.run_config(samples, seed=0), samples, self._source, self.device)
+            settings = [self.config.run_config(samples, seed=0, kd=kd) for kd in self.config.kd]
+            check_student(settings[0], samples, self._source, self.device)
 
     def runs(self) -> list[SweepRun]:
         """Return the grid in the order it is run: seed by seed, so that a complete table exists early."""

@@ -16,8 +16,10 @@ BASELINE = "random"
 _AXES = ("method", "fraction", "kd", "seed")
 # Settings that only runs with the teacher have.
 _TEACHER = ("alpha", "temperature", "cache", "ce", "terms", "terms_warmup_epochs")
-# Digests of the inputs of a score, and whether the last epoch ends early. The runs of a cell have the same ones.
-_INPUTS = ("scores", "cut")
+# Digests of the inputs of a score. The runs of a cell have the same ones.
+_INPUTS = ("scores",)
+# Whether the last epoch ends early; the same at a fraction.
+_CUT = "cut"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Section:
         top1: Test top-1 in percent by (method, fraction, kd), then by seed.
         rows: The rows.
         left_out: Number of rows whose scores come from other inputs than those of the last row of their cell, or
-            whose steps were rounded to whole epochs unlike its own.
+            whose steps were rounded to whole epochs, as in earlier versions, where others at their fraction were not.
     """
 
     settings: dict[str, Any]
@@ -86,7 +88,7 @@ class FullRun:
         steps: Their steps.
         epochs: Their epochs; None where the last one ends early, and in rows of earlier versions.
         rows: The rows, one for each seed.
-        same_steps: Fractions whose runs were asked for the same number of steps, ascending.
+        same_steps: Fractions whose runs have the same number of steps, ascending.
         same_epochs: Fractions whose runs have the same number of epochs, ascending.
     """
 
@@ -120,18 +122,16 @@ class Comparison:
         """Return the references with or without the teacher, by ascending steps; one row of each seed, random first."""
         subsets = [row for row in self.section.rows if row["kd"] == kd and row["fraction"] < 1]
         found: dict[tuple[int, int | None], dict[int, dict[str, Any]]] = {}
-        asked: dict[tuple[int, int | None], set[int]] = {}
         for row in sorted(self.full_rows, key=lambda row: row["method"] != BASELINE):
             if row["kd"] == kd and subsets:
                 place = row["steps"], row.get("epochs")
                 found.setdefault(place, {}).setdefault(row["seed"], row)
-                asked.setdefault(place, set()).add(row["settings"]["steps"])
         return [
             FullRun(
                 place[0],
                 place[1],
                 [rows[seed] for seed in sorted(rows)],
-                _fractions(row for row in subsets if row["settings"]["steps"] in asked[place]),
+                _fractions(row for row in subsets if row["steps"] == place[0]),
                 _fractions(row for row in subsets if place[1] is not None and row.get("epochs") == place[1]),
             )
             for place, rows in sorted(found.items(), key=lambda item: item[0][0])
@@ -191,8 +191,8 @@ def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
     """Group comparable rows into sections.
 
     Rows without the teacher belong to every section whose other settings they share. If a method was run again with
-    scores from other inputs, only the rows with those of the last one count; the same of rows of earlier versions,
-    whose steps were rounded to whole epochs.
+    scores from other inputs, only the rows with those of the last one count. Where some runs at a fraction end within
+    an epoch, those of earlier versions, whose steps were rounded to whole epochs, do not count.
 
     Args:
         rows: Rows of results.jsonl, in order.
@@ -204,9 +204,9 @@ def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
     plain: dict[str, list[dict[str, Any]]] = {}
     plain_key_of: dict[str, str] = {}
     for row in map(dict, rows):
-        plain_key = _key(row["settings"], without=(*_AXES, *_INPUTS, *_TEACHER))
+        plain_key = _key(row["settings"], without=(*_AXES, *_INPUTS, _CUT, *_TEACHER))
         if row["kd"]:
-            key = _key(row["settings"], without=(*_AXES, *_INPUTS))
+            key = _key(row["settings"], without=(*_AXES, *_INPUTS, _CUT))
             with_teacher.setdefault(key, []).append(row)
             plain_key_of[key] = plain_key
         else:
@@ -218,7 +218,10 @@ def group_rows(rows: Iterable[Mapping[str, Any]]) -> list[Section]:
 
 def _section(settings: dict[str, Any], rows: list[dict[str, Any]]) -> Section:
     cells: dict[tuple[str, float, bool], list[dict[str, Any]]] = {}
+    cut = {row["fraction"] for row in rows if row["settings"].get(_CUT)}
     for row in rows:
+        if row["fraction"] in cut and not row["settings"].get(_CUT):
+            continue
         cells.setdefault((row["method"], row["fraction"], row["kd"]), []).append(row)
     top1: dict[tuple[str, float, bool], dict[int, float]] = {}
     shown: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from kdfast.cli.program import app
 
@@ -112,6 +113,34 @@ def test_the_config_of_a_run_repeats_it(kdfast: Run, tiny: Path, teacher: Path, 
     assert (refused.code, "--ema was 0.9, is 0.8" in refused.err) == (2, True), refused.err
     other = kdfast("dynamics", "--config", run / "config.json", "--out", tmp_path / "d")
     assert (other.code, "which this command does not have" in other.err) == (2, True), other.err
+
+
+def test_a_length_on_the_command_line_takes_precedence(kdfast: Run, tiny: Path, tmp_path: Path) -> None:
+    command = ("distill", "--data", tiny, "--student", "resnet8", "--batch-size", 40, "--alpha", 0, "--dry-run")
+    file = tmp_path / "o.yaml"
+
+    def planned(*options: object) -> int:
+        outcome = kdfast(*command, "--config", file, "--out", tmp_path / "o", *options)
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)["steps"]
+
+    # 120 samples are 3 batches of 40.
+    file.write_text("epochs: 7\n")
+    assert (planned(), planned("--steps", 5), planned("--epochs", 2)) == (21, 5, 6)
+    file.write_text("steps: 7\n")
+    assert (planned(), planned("--steps", 5), planned("--epochs", 2)) == (7, 5, 6)
+    file.write_text("steps: 7\nepochs: 2\n")
+    both = kdfast(*command, "--config", file, "--out", tmp_path / "o")
+    assert (both.code, "--epochs and --steps both say how long to train" in both.err) == (2, True)
+
+
+def test_numbers_without_a_default_are_written_as_numbers(kdfast: Run, tmp_path: Path) -> None:
+    file = tmp_path / "o.yaml"
+    assert kdfast("distill", "--steps", 7, "--view-seed", 3, "--ce-weight", 0.5, "--write-config", file).code == 0
+    found = yaml.safe_load(file.read_text())
+    assert (found["steps"], found["view-seed"], found["ce-weight"], "epochs" in found) == (7, 3, 0.5, False)
+    wrong = kdfast("distill", "--epochs", "abc", "--write-config", tmp_path / "x.yaml")
+    assert (wrong.code, "'abc' is no integer" in wrong.err, (tmp_path / "x.yaml").exists()) == (2, True, False)
 
 
 def test_the_config_of_a_teacher_and_damaged_ones(kdfast: Run, tmp_path: Path) -> None:

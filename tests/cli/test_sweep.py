@@ -19,6 +19,7 @@ from kdfast.pruning.scores.compute import ScoreSources
 from kdfast.pruning.selector import SubsetSelector
 from kdfast.pruning.selectors import SELECTORS
 from kdfast.sweep import session as sessions
+from kdfast.sweep.summary import compare, group_rows
 
 GRID = ("--student", "resnet8", "--steps", 6, "--batch-size", 10, "--lr", 0.05)
 
@@ -111,6 +112,49 @@ def test_every_run_has_the_steps_that_were_asked_for(kdfast, tiny: Path, tmp_pat
     assert "all data, same steps (6 steps)" in (out / "report.html").read_text()
     both = kdfast("distill", "--data", tiny, "--student", "resnet8", "--steps", 6, "--epochs", 2, "--out", idx)
     assert (both.code, "--epochs and --steps both say how long to train" in both.err) == (2, True)
+
+
+def test_rows_of_rounded_steps_do_not_stand_beside_exact_ones(kdfast, tiny: Path, tmp_path: Path) -> None:
+    command = ("sweep", "--data", tiny, *GRID, "--steps", 7, "--kd", "off", "--fractions", ".25,1", "--out", tmp_path)
+    assert kdfast(*command, "--methods", "random").code == 0
+    exact = rows(tmp_path)
+    assert [row["settings"]["cut"] for row in exact] == [True, True]
+    # As an earlier version wrote them: 6 steps are two epochs of 30 samples, 12 are one of all.
+    earlier = [
+        {**row, "key": f"{number:064x}", "steps": steps, "epochs": epochs,
+         "settings": {name: value for name, value in row["settings"].items() if name != "cut"}}
+        for number, (row, steps, epochs) in enumerate(zip(exact, (6, 12), (2, 1), strict=True))
+    ]  # fmt: skip
+    section = group_rows([*earlier, *exact])[0]
+    assert (section.rows, section.left_out) == (exact, 2)
+    section = group_rows([*exact, *earlier])[0]
+    assert (section.rows, section.left_out) == (exact, 2)
+    (comparison,) = compare(group_rows(earlier))
+    assert [run.same_steps for run in comparison.full_runs(kd=False)] == [()]
+    (comparison,) = compare(group_rows(exact))
+    assert [run.same_steps for run in comparison.full_runs(kd=False)] == [(0.25,)]
+
+
+def test_phases_that_do_not_fit_are_refused_before_the_first_run(
+    kdfast, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    command = (
+        "sweep",
+        "--data",
+        tiny,
+        "--cache",
+        cache,
+        *GRID,
+        "--fractions",
+        ".25,1",
+        "--kd",
+        "on",
+        "--out",
+        tmp_path,
+    )
+    refused = kdfast(*command, "--kd-term", "dist", "--kd-warmup-epochs", 2)
+    assert (refused.code, "--kd-warmup-epochs is 2.0 of 0.5 epochs" in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_the_warm_up_may_take_several_epochs(kdfast, tiny: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from kdfast.data.loaders import ResidentLoader
 from kdfast.data.source import Source, compute_normalization
 from kdfast.distillation.config import RunConfig
 from kdfast.distillation.folder import RunFolder
+from kdfast.distillation.losses.settings import parse_terms
 from kdfast.distillation.plan import LoadedInputs, Plan
 from kdfast.distillation.record_dynamics import RecordingConfig, check_recording
 from kdfast.distillation.targets import TeacherTargets
@@ -98,10 +99,29 @@ def test_epoch_ends_are_those_of_whole_epochs(planned, tmp_path: Path) -> None:
     assert ends == [4]
 
 
-def test_settings_in_epochs_are_compared_with_the_epochs_of_the_steps(planned) -> None:
-    planned(steps=7, warmup_epochs=2)
-    with pytest.raises(UsageError, match="`warmup_epochs` is 3 of 2 epochs"):
-        planned(steps=7, warmup_epochs=3)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_epochs": 2}, "`warmup_epochs` is 2 of 1.75 epochs"),
+        ({"alpha": 1.0, "terms": parse_terms(["dist"], []), "terms_warmup_epochs": 2}, "`terms_warmup_epochs` is 2 of"),
+        ({"alpha": 1.0, "terms": parse_terms(["ab"], []), "initial_epochs": 2}, "`initial_epochs` is 2 of 1.75 epochs"),
+    ],
+)
+def test_phases_must_fit_into_the_steps(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RunConfig("resnet8", steps=7, **settings).resolve_steps(PER_EPOCH)
+    # Only the length of the run counts, not the default of the epochs.
+    longer = {name: 300 if name.endswith("epochs") else value for name, value in settings.items()}
+    assert RunConfig("resnet8", steps=1201, **longer).resolve_steps(PER_EPOCH).epochs == 301
+
+
+@pytest.mark.parametrize(("steps", "phase"), [(7, 0), (8, 1), (11, 1), (41, 1), (63, 2), (64, 2)])
+def test_an_initial_phase_leaves_whole_epochs_to_the_student(steps: int, phase: int) -> None:
+    config = RunConfig("resnet8", steps=steps, alpha=1.0, terms=parse_terms(["ab"], []))
+    assert config.resolve_steps(PER_EPOCH).initial_phase == phase
+
+
+def test_steps_are_positive() -> None:
     with pytest.raises(UsageError, match="`steps` is 0"):
         RunConfig("resnet8", steps=0)
 

@@ -12,11 +12,14 @@ from torch import nn
 from kdfast.data.readers.registry import open_source
 from kdfast.distillation.config import Execution, RunConfig
 from kdfast.distillation.losses.settings import parse_terms
+from kdfast.distillation.plan import Plan
 from kdfast.distillation.record_dynamics import RecordingConfig
 from kdfast.distillation.targets import TeacherTargets
+from kdfast.distillation.trainer import Trainer
 from kdfast.errors import UsageError
 from kdfast.nets import build_net
 from kdfast.nets.checkpoint import Model
+from kdfast.planning import networks
 from kdfast.planning.networks import PLAIN, time_cache, time_evaluation, time_step
 from kdfast.planning.plan import FlowPlan, make_plan
 from kdfast.planning.request import CacheSettings, PlanRequest, recording_for
@@ -161,6 +164,24 @@ def test_steps_in_place_of_epochs(digits) -> None:
     found = plan(digits, None, config=RunConfig("resnet8", steps=27, batch_size=32, views=3))
     assert (found.amounts.steps, found.amounts.all_steps) == (27, 138)
     assert found.amounts.images == 27 * 288 / 9
+
+
+def test_steps_do_not_bound_the_measurement(digits, teacher: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    class Measured(Trainer):
+        def __init__(self, plan: Plan) -> None:
+            super().__init__(plan)
+            lengths.append(self.total_steps)
+
+    monkeypatch.setattr(networks, "Trainer", Measured)
+    config = RunConfig("resnet8", steps=19, batch_size=32, alpha=1.0, terms=parse_terms(["ab"], []))
+    found = plan(digits, teacher, config=config)
+    # An initial phase of one whole epoch, 9 steps of 32 samples.
+    assert (found.amounts.steps, found.amounts.initial) == (19, 9 / 19)
+    assert found.rates.initial > 0
+    assert len(lengths) >= 2
+    assert min(lengths) > 10_000
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from kdfast.cli.output import show
 
 
 def distill(
+    context: typer.Context,
     data: options.Data,
     student: options.Student,
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command resumes it.")],
@@ -119,7 +120,7 @@ def distill(
         RunConfig(
             student=options.with_arguments(student, net_arg),
             init=init,
-            **training.length(epochs, steps),
+            **training.length(context, epochs, steps),
             batch_size=batch_size,
             lr=lr,
             momentum=momentum,

@@ -268,7 +268,7 @@ def _balance(context: typer.Context, balance: str | None, balanced: bool | None,
         "balanced": {True: "--balanced", False: "--unbalanced", None: None}[balanced],
         "equal": "--equal" if equal else None,
     }
-    typed = [flag for name, flag in given.items() if flag and _is_typed(context, name)]
+    typed = [flag for name, flag in given.items() if flag and options.is_typed(context, name)]
     flags = typed or [flag for flag in given.values() if flag]
     if balance is not None and given["balance"] in flags:
         options.one_of("--balance", balance, BALANCES)
@@ -278,9 +278,3 @@ def _balance(context: typer.Context, balance: str | None, balanced: bool | None,
     if len(words) > 1:
         raise UsageError(f"{' and '.join(flags)} exclude each other: pass one of them")
     return BALANCES[words.pop() if words else "proportional"]
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Return whether an option is on the command line, rather than in a configuration file or absent."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"

@@ -231,10 +231,12 @@ def _plan(session: Session, out: Path) -> tuple[str, dict[str, Any]]:
     done, lines, rows = ResultsLog(out).done(), [], []
     for run in session.runs():
         samples = session.count_samples(run.fraction)
-        epochs = session.config.run_config(samples, seed=run.seed).epochs
-        length = f"{samples} samples, {session.config.steps} steps in {counted(epochs, 'epoch')}"
+        config = session.config.run_config(samples, seed=run.seed)
+        length = f"{samples} samples, {session.config.steps} steps in {counted(config.epochs, 'epoch')}"
         lines.append(f"{run}: {'done' if run.key in done else 'to run'}, {length}")
-        rows.append({"run": str(run), "done": run.key in done, "samples": samples, "epochs": epochs})
+        epochs = config.epochs if config.steps is None else None
+        numbers = {"samples": samples, "steps": session.config.steps, "epochs": epochs}
+        rows.append({"run": str(run), "done": run.key in done, **numbers})
     pending = sum(not row["done"] for row in rows)
     text = "\n".join([*lines, f"would run {pending} of {len(lines)} rows"])
     return text, {"dry_run": True, "to_run": pending, "rows": rows}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdfast.cli import term_help
+from kdfast.cli import options, term_help
 from kdfast.cli.commands import recipe
 from kdfast.cli.output import MODE, log_event
 from kdfast.cli.progress import progress
@@ -23,8 +23,7 @@ Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training 
 DEFAULT_EPOCHS = 240
 # Epochs or steps, see `length`.
 RunEpochs = Annotated[
-    int | None,
-    typer.Option("--epochs", help="Passes over the training samples.", show_default=str(DEFAULT_EPOCHS)),
+    int | None, typer.Option("--epochs", help=f"Passes over the training samples. Default: {DEFAULT_EPOCHS}.")
 ]
 Steps = Annotated[
     int | None,
@@ -110,8 +109,8 @@ InitialEpochs = Annotated[
     int | None,
     typer.Option(
         "--initial-epochs",
-        help="The first epochs of --epochs, in which ab and fsp train alone and ft is prepared. Default: an eighth of "
-        "--epochs, at least one and not all, if there is such a term.",
+        help="The first epochs, in which ab and fsp train alone and ft is prepared. Default: an eighth of "
+        "the whole epochs, at least one and not all, if there is such a term.",
         min=0,
     ),
 ]
@@ -245,17 +244,22 @@ class JsonLines:
         """Do nothing: every line is written at once."""
 
 
-def length(epochs: int | None, steps: int | None) -> dict[str, Any]:
+def length(context: typer.Context, epochs: int | None, steps: int | None) -> dict[str, Any]:
     """Return the length of a run, as a field of `RunConfig`: the epochs or the steps.
 
+    The command line takes precedence over --config.
+
     Raises:
-        UsageError: Both are given.
+        UsageError: Both are given in the same place.
     """
-    if steps is None:
-        return {"epochs": DEFAULT_EPOCHS if epochs is None else epochs}
-    if epochs is not None:
-        raise UsageError("`epochs` and `steps` both say how long to train: pass one of them")
-    return {"steps": steps}
+    if epochs is not None and steps is not None:
+        typed = [name for name in ("epochs", "steps") if options.is_typed(context, name)]
+        if len(typed) != 1:
+            raise UsageError("`epochs` and `steps` both say how long to train: pass one of them")
+        epochs, steps = (epochs, None) if typed == ["epochs"] else (None, steps)
+    if steps is not None:
+        return {"steps": steps}
+    return {"epochs": DEFAULT_EPOCHS if epochs is None else epochs}
 
 
 def resume_mode(resume: str, force: bool) -> str:

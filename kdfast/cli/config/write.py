@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer
 
@@ -55,7 +55,7 @@ def _describe(context: Any, parameter: Any, given: dict[str, Any]) -> str:
     import yaml
 
     value, _ = parameter.consume_value(context, given)
-    value = _plain(value, parameter.get_default(context))
+    value = _plain(value, _number(get_type_hints(context.command.callback).get(parameter.name)))
     key = max(parameter.opts, key=len).lstrip("-")
     about = (parameter.help or "").strip() + (" (required)" if parameter.required else "")
     lines = textwrap.wrap(about, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
@@ -66,17 +66,24 @@ def _describe(context: Any, parameter: Any, given: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plain(value: Any, default: Any) -> Any:
-    """Return a value as YAML writes it: numbers without quotes where the default shows that it is one, paths as text.
+def _number(kind: Any) -> type[int] | type[float] | None:
+    """Return int or float if an option's values are such numbers, or lists of them; else None."""
+    kinds = {kind, *get_args(kind)}
+    kinds |= {part for one in kinds for part in get_args(one)}
+    return int if int in kinds else float if float in kinds else None
+
+
+def _plain(value: Any, number: type[int] | type[float] | None) -> Any:
+    """Return a value as YAML writes it: numbers of a kind, if the option takes them, without quotes; paths as text.
 
     Raises:
         UsageError: It is no number where one is needed.
     """
     if isinstance(value, (list, tuple)):
-        return [_plain(one, None) for one in value]
-    if isinstance(value, str) and type(default) in (int, float):
+        return [_plain(one, number) for one in value]
+    if isinstance(value, str) and number is not None:
         try:
-            return type(default)(value)
+            return number(value)
         except ValueError as error:
-            raise UsageError(f"{value!r} is no number: pass one in place of {default}") from error
+            raise UsageError(f"{value!r} is no {'integer' if number is int else 'number'}: pass one") from error
     return str(value) if isinstance(value, Path) else value

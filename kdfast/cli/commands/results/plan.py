@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     data: options.Data,
     student: options.Student,
     fraction: Annotated[
@@ -144,7 +145,7 @@ def plan(
     place = resolve_device(device)
     settings = RunConfig(
         student=options.with_arguments(student, net_arg),
-        **training.length(epochs, steps),
+        **training.length(context, epochs, steps),
         batch_size=batch_size,
         alpha=parse_alpha(alpha, fraction, 1.0 if ce_weight is None else float("inf")),
         precision=options.choose_precision(precision, place),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     data: options.Data,
     net: options.Net,
     out: Annotated[Path, typer.Option("--out", help="Model file to write, T.pt; the run folder is T.pt.run.")],
@@ -104,7 +105,7 @@ def train(
     settings = RunConfig(
         student=options.with_arguments(net, net_arg),
         init=init,
-        **training.length(epochs, steps),
+        **training.length(context, epochs, steps),
         batch_size=batch_size,
         lr=lr,
         momentum=momentum,
