@@ -15,7 +15,8 @@ subset. `--full` trains for 240 epochs of a tenth, the recipe of RepDistiller, a
 The rows with all data for the same epochs are long: only the first `--long-seeds` have them.
 
 Finished rows are appended to bench/results/selection_students.jsonl; the table shows means, standard deviations and
-95% intervals of the paired difference from random. `--report` only prints the tables of that file.
+95% intervals of the paired difference from random, or from `--baseline`. `--report` only prints the tables of that
+file.
 """
 
 from __future__ import annotations
@@ -190,15 +191,15 @@ def keep(name: str, rows: Iterator[dict[str, Any]]) -> None:
                 file.write(json.dumps(short) + "\n")
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Return one markdown table for each data set, kind of run and student."""
+def tables(rows: list[dict[str, Any]], baseline: str) -> str:
+    """Return one markdown table for each data set, kind of run and student, with differences from a method."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["kind"], row["student"]), []).append(row)
-    return "\n\n".join(_table(*key, members) for key, members in groups.items())
+    return "\n\n".join(_table(*key, members, baseline) for key, members in groups.items())
 
 
-def _table(data: str, kind: str, student: str, rows: list[dict[str, Any]]) -> str:
+def _table(data: str, kind: str, student: str, rows: list[dict[str, Any]], baseline: str) -> str:
     top1: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
         top1.setdefault((row["method"], row["compared_at"]), {})[row["seed"]] = row["test_top1"]
@@ -208,24 +209,24 @@ def _table(data: str, kind: str, student: str, rows: list[dict[str, Any]]) -> st
         *(n for n in names if n not in (ALL_STEPS, ALL_EPOCHS)),
         *(n for n in (ALL_STEPS, ALL_EPOCHS) if n in names),
     ]
-    head = " | ".join(f"{fraction:.0%}: top-1 | vs random" for fraction in fractions)
+    head = " | ".join(f"{fraction:.0%}: top-1 | vs {baseline}" for fraction in fractions)
     lines = [f"{data}, {student}, {kind} runs", "", f"| method | {head} |", "|---|" + "---|---|" * len(fractions)]
     for method in order:
-        cells = [_cells(top1.get((method, f), {}), top1.get(("random", f), {}), method) for f in fractions]
+        cells = [_cells(top1.get((method, f), {}), top1.get((baseline, f), {}), method == baseline) for f in fractions]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(ours: dict[int, float], random: dict[int, float], method: str) -> str:
+def _cells(ours: dict[int, float], theirs: dict[int, float], same: bool) -> str:
     if not ours:
         return "*not run* | "
     values = list(ours.values())
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     text = f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"
-    common = sorted(ours.keys() & random.keys())
-    if method == "random" or len(common) < 2:
+    common = sorted(ours.keys() & theirs.keys())
+    if same or len(common) < 2:
         return f"{text} | "
-    gaps = np.array([ours[seed] - random[seed] for seed in common])
+    gaps = np.array([ours[seed] - theirs[seed] for seed in common])
     half = half_width(gaps)
     return f"{text} | {gaps.mean():+.2f} [{gaps.mean() - half:+.2f}, {gaps.mean() + half:+.2f}]"
 
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--long-seeds", type=int, default=2, help="seeds with all data for the same epochs")
     parser.add_argument("--full", action="store_true", help="240 epochs of a tenth, the methods of FULL")
+    parser.add_argument("--baseline", default="random", help=f'of the differences: a method, or "{ALL_STEPS}"')
     parser.add_argument("--report", action="store_true", help="only print the tables")
     options = parser.parse_args()
     if not options.report:
@@ -253,7 +255,7 @@ def main() -> None:
             PRESETS[options.preset], paths, options.student, options.seeds, options.long_seeds, options.full
         )
         keep(options.preset, rows)
-    print(tables(read_rows(LOG)))
+    print(tables(read_rows(LOG), options.baseline))
 
 
 if __name__ == "__main__":
