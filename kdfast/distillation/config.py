@@ -183,6 +183,10 @@ class RunConfig:
         epochs = math.ceil(self.steps / per_epoch)
         return dataclasses.replace(self, epochs=epochs, steps=self.steps if self.steps < epochs * per_epoch else None)
 
+    def count_steps(self, per_epoch: int) -> int:
+        """Return the steps of the run, once `steps` is resolved; `per_epoch` are those of an epoch."""
+        return self.steps or self.epochs * per_epoch
+
     def check_total(self) -> None:
         """Check that some part of the loss has a weight, once alpha is resolved.
 

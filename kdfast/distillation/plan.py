@@ -84,14 +84,19 @@ class Plan:
         )
 
     @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return batch_count(len(self.ids), self.config.batch_size)
+
+    @property
     def steps(self) -> int:
         """Steps of the run."""
-        return self.config.steps or self.config.epochs * batch_count(len(self.ids), self.config.batch_size)
+        return self.config.count_steps(self.per_epoch)
 
     @property
     def images(self) -> int:
         """Images of these steps, over all processes."""
-        epochs, rest = divmod(self.steps, batch_count(len(self.ids), self.config.batch_size))
+        epochs, rest = divmod(self.steps, self.per_epoch)
         return epochs * len(self.ids) + rest * self.config.batch_size
 
     def describe(self) -> dict[str, Any]:

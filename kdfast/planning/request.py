@@ -202,7 +202,7 @@ def measure_amounts(request: PlanRequest, source: Source, model: Model | None, h
         raise UsageError(f"`batch_size` is {config.batch_size}, more than the {kept} samples that are kept: lower it")
     per_epoch, all_per_epoch = (batch_count(count, config.batch_size) for count in (kept, samples))
     config = config.resolve_steps(per_epoch)
-    steps = config.steps or per_epoch * config.epochs
+    steps = config.count_steps(per_epoch)
     cached = config.needs_teacher and not request.online
     views = (config.views or default_views(source.view_spec)) if cached else 0
     whole = cached and request.cache.whole

@@ -109,6 +109,7 @@ class Session:
                     f"`fractions` contains {fraction:g}, which keeps {samples} of {len(labels)} samples, fewer than "
                     f"one batch of {batch_size}: raise the fraction or lower `batch_size`"
                 )
+            # Also refuses phases of the loss that are longer than the run.
             settings = [self.config.run_config(samples, seed=0, kd=kd) for kd in self.config.kd]
             check_student(settings[0], samples, self._source, self.device)
 

@@ -138,21 +138,8 @@ def test_rows_of_rounded_steps_do_not_stand_beside_exact_ones(kdfast, tiny: Path
 def test_phases_that_do_not_fit_are_refused_before_the_first_run(
     kdfast, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
-    command = (
-        "sweep",
-        "--data",
-        tiny,
-        "--cache",
-        cache,
-        *GRID,
-        "--fractions",
-        ".25,1",
-        "--kd",
-        "on",
-        "--out",
-        tmp_path,
-    )
-    refused = kdfast(*command, "--kd-term", "dist", "--kd-warmup-epochs", 2)
+    command = ("sweep", "--data", tiny, "--cache", cache, *GRID, "--fractions", ".25,1", "--kd", "on")
+    refused = kdfast(*command, "--out", tmp_path, "--kd-term", "dist", "--kd-warmup-epochs", 2)
     assert (refused.code, "--kd-warmup-epochs is 2.0 of 0.5 epochs" in refused.err) == (2, True), refused.err
     assert not (tmp_path / "results.jsonl").exists()
 
