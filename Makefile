@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 CSOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 EMULATION := $(wildcard $(addprefix tests/cuda_emulation/,*.cpp *.cu *.h */*.h))
 SOURCES := pyproject.toml CMakeLists.txt $(CSOURCES)
-XDIST ?= -n 2
+XDIST ?= -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-matrix sanitize docs lint format bench cuda-check hub-kernel gpu setup clean
+.PHONY: demo test test-slow test-matrix sanitize docs lint format bench cuda-check hub-kernel gpu release setup clean
 
 demo: setup
 	$(BIN)/python bench/kd_table.py digits --out demo
@@ -63,6 +63,14 @@ hub-kernel: setup
 # On a machine with a GPU: builds, runs the tests that need it and the benchmarks, and writes the results to $OUT.
 gpu: setup
 	OUT=$${OUT:-gpu-results} PYTHON=$(BIN)/python bash bench/gpu.sh
+
+# Writes the files of a release and their digests to dist: the source archive, a wheel for this machine, and $ASSETS.
+release: setup
+	rm -rf dist
+	$(BIN)/python -m pip install -q build
+	$(BIN)/python -m build -q --no-isolation
+	$(if $(ASSETS),cp $(ASSETS) dist/)
+	cd dist && sha256sum * | tee SHA256SUMS
 
 setup: $(VENV)/.installed
 
