@@ -111,12 +111,21 @@ def returns_none(function):
     )
 
 
-def jit_functions():
+def kernel_modules():
+    """Return the syntax trees of the modules that use Triton's language, by path."""
     root = Path(kdfast.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    sources = {str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*.py"))}
+    return {path: ast.parse(source) for path, source in sources.items() if "triton.language" in source}
+
+
+MODULES = kernel_modules()
+
+
+def jit_functions():
+    for path, tree in MODULES.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and "triton.jit" in {ast.unparse(d) for d in node.decorator_list}:
-                yield pytest.param(node, id=f"{path.relative_to(root)}:{node.name}")
+                yield pytest.param(node, id=f"{path}:{node.name}")
 
 
 @pytest.mark.parametrize("function", [*jit_functions()])
@@ -133,15 +142,13 @@ class NumPyLanguage:
 
 def reductions():
     """Yield the functions that kernels pass to tl.reduce, as functions of NumPy arrays."""
-    root = Path(kdfast.__file__).parent
-    trees = [ast.parse(path.read_text()) for path in sorted(root.rglob("*.py"))]
     used = {
         ast.unparse(node.args[2])
-        for tree in trees
+        for tree in MODULES.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.reduce"
     }
-    for node in (node for tree in trees for node in tree.body):
+    for node in (node for tree in MODULES.values() for node in tree.body):
         if isinstance(node, ast.FunctionDef) and node.name in used:
             used.remove(node.name)
             node.decorator_list = []
