@@ -1,4 +1,4 @@
-"""Damage to files for tests/cli/test_fuzz.py: bytes, places, fields of JSON, headers of .npy, members of archives."""
+"""Damage to files for test_fuzz.py: bytes, places, fields of JSON, headers of .npy, members of archives."""
 
 from __future__ import annotations
 
