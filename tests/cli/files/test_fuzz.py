@@ -1,7 +1,8 @@
 """Commands with random options on damaged files: each ends in time with a documented exit code and spoils no input.
 
 A seed decides the case. The first ones run with the fast tests, the others with the slow ones. To repeat a case:
-`python -m pytest 'tests/cli/files/test_fuzz.py::test_damaged_input[SEED]'`; its files stay in the folder that is printed.
+`python -m pytest 'tests/cli/files/test_fuzz.py::test_damaged_input[SEED]'`; its files stay in the folder that is
+printed.
 """
 
 import contextlib
