@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,9 @@ def main() -> None:
     noisy, clean = open_source(arguments.data), open_source(arguments.clean)
     model = load_model(arguments.teacher)
     ids = hold_out(clean.train.labels, model.classes, share=arguments.held, seed=0)[1]
-    rows = [{"sharpness": "(teacher)", "steps": 0, "passes": 0, **measure(model, noisy, clean, ids)}]
-    for sharpness in arguments.sharpness:
-        config = FlattenConfig(sharpness=sharpness, iterations=max(arguments.steps), held=arguments.held)
+    rows = [{"sharpness": "(teacher)", "clip": "", "steps": 0, "passes": 0, **measure(model, noisy, clean, ids)}]
+    for sharpness, clip in itertools.product(arguments.sharpness, arguments.clip):
+        config = FlattenConfig(sharpness, iterations=max(arguments.steps), clip=clip, held=arguments.held)
         flat = Model(copy.deepcopy(model.net), model.name, model.classes, model.class_names, model.normalization)
         flattener = Flattener(flat, SplitPart(clean.train, ids), ids, clean.view_spec, config)
         for steps in sorted(arguments.steps):
@@ -55,7 +56,7 @@ def main() -> None:
                 flattener.take_step()
             passes = steps * (2 if sharpness == "fsam" else 1)
             found = measure(flat, noisy, clean, ids)
-            rows.append({"sharpness": sharpness, "steps": steps, "passes": passes, **found})
+            rows.append({"sharpness": sharpness, "clip": clip, "steps": steps, "passes": passes, **found})
             print(table(rows[-1:]), flush=True)
     print(table(rows))
     print(f"\nwritten to {write_results(arguments.name, rows, held=arguments.held)}")
@@ -144,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held", type=float, default=0.2, help="share to hold out (default: 0.2)")
     parser.add_argument("--steps", type=int, nargs="+", default=[250, 500])
     parser.add_argument("--sharpness", nargs="+", default=["fsam", "lpf"])
+    parser.add_argument("--clip", type=float, nargs="+", default=[1.0], help="largest gradients (default: 1)")
     parser.add_argument("--name", default="flatten", help="name of the result file")
     return parser.parse_args()
 

@@ -78,7 +78,7 @@ class OutputError(KdfastError, RuntimeError):
 
 
 class DivergedError(KdfastError, RuntimeError):
-    """Training stopped because the loss is not finite."""
+    """Training stopped because the loss is not finite, or ended with nothing learned."""
 
     exit_code = 5
 

@@ -104,15 +104,18 @@ class Head(nn.Module):
         return self.fc(self.body(x.flatten(1)).tanh())
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.3])
 @pytest.mark.parametrize("sharpness", SHARPNESS)
-def test_steps_match_a_naive_loop_in_float64(source, sharpness):
+def test_steps_match_a_naive_loop_in_float64(source, sharpness, clip):
     model = Model(Head(), "head", 4, tuple("0123"), Normalization((0.5,) * 3, (0.25,) * 3))
     ids = hold_out(source.train.labels, 4, share=0.5)[1]
-    config = FlattenConfig(sharpness, iterations=9, batch_size=12, lr=0.1, rho=None if sharpness == "none" else 0.1)
+    rho = None if sharpness == "none" else 0.1
+    config = FlattenConfig(sharpness, iterations=9, batch_size=12, lr=0.1, rho=rho, clip=clip)
     part = ArraySplit(source.train.read(ids), source.train.labels[ids], "part")
     naive = copy.deepcopy(model.net).double()
     flattener = Flattener(model, part, ids, source.view_spec, config)
     velocity, mean = ([torch.zeros_like(p) for p in naive.parameters()] for _ in range(2))
+    shrunk = 0
     for step in range(config.iterations):
         x, y = flattener._batch()
         start = [p.detach().clone() for p in naive.parameters()]
@@ -130,6 +133,10 @@ def test_steps_match_a_naive_loop_in_float64(source, sharpness):
             for p, o in zip(naive.parameters(), offsets, strict=True):
                 p.add_(o)
         g = torch.autograd.grad(F.cross_entropy(naive(x.double()), y), list(naive.parameters()))
+        length = math.sqrt(sum(float((one**2).sum()) for one in g))
+        if clip and length > clip:
+            g = [one * clip / length for one in g]
+            shrunk += 1
         with torch.no_grad():
             for p, w, v, one in zip(naive.parameters(), start, velocity, g, strict=True):
                 v.mul_(0.9).add_(one)
@@ -137,6 +144,7 @@ def test_steps_match_a_naive_loop_in_float64(source, sharpness):
         flattener.take_step()
     for ours, theirs in zip(model.net.parameters(), naive.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
+    assert bool(shrunk) == bool(clip)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
@@ -269,6 +277,18 @@ def test_divergence_is_an_error_and_is_not_saved(source, teacher, tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+def test_a_network_that_ignores_the_image_is_an_error(source, tmp_path):
+    torch.manual_seed(0)
+    teacher = Model(Head(), "head", 4, tuple("0123"), Normalization((0.5,) * 3, (0.25,) * 3))
+    fitted = flatten_teacher(teacher, source, FlattenConfig(iterations=60, held=0.5, views=1, sharpness="none"))
+    about = fitted.metadata["flattened"]
+    assert about["after"]["loss"] < about["before"]["loss"]
+    state, config = tmp_path / "state", FlattenConfig(lr=300.0, clip=0.0, **SHORT)
+    with pytest.raises(DivergedError, match="probabilities that ignore the image have less"):
+        flatten_teacher(fitted, source, config, state=state)
+    assert not state.exists(), "a lower learning rate starts at the teacher"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -279,6 +299,7 @@ def test_divergence_is_an_error_and_is_not_saved(source, teacher, tmp_path):
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"lr": math.nan}, "`lr` is nan"),
         ({"momentum": 1.0}, "`momentum` is 1.0"),
+        ({"clip": -1.0}, "`clip` is -1.0"),
         ({"held": 0.6}, "`held` is 0.6"),
         ({"seed": -1}, "`seed` is -1"),
     ],

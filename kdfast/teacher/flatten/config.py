@@ -25,6 +25,7 @@ class FlattenConfig:
         batch_size: Samples of a step; the last, smaller batch of a pass over the held-out part is kept.
         lr: Learning rate, constant.
         momentum: Momentum of SGD, in [0, 1), without Nesterov.
+        clip: Largest norm of the gradient of all weights together, to which larger ones are scaled; 0: any.
         held: Share of each class to hold out, at least 20 samples but at most half of the class.
         views: Augmentation views per sample; 0: all. 1: the unaugmented images.
         seed: Seed of the held-out part, the order, the views and the noise.
@@ -39,6 +40,7 @@ class FlattenConfig:
     batch_size: int = 128
     lr: float = 0.01
     momentum: float = 0.9
+    clip: float = 1.0
     held: float = 0.05
     views: int = 0
     seed: int = 0
@@ -53,7 +55,7 @@ class FlattenConfig:
             most = 2**63 - 1 if name == "seed" else _LARGEST_COUNT
             if not least <= getattr(self, name) <= most:
                 raise UsageError(f"`{name}` is {getattr(self, name)}: pass an integer from {least} to {most}")
-        for name in ("lr", "rho", "momentum"):
+        for name in ("lr", "rho", "momentum", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"`{name}` is {getattr(self, name)}: pass a finite number, 0 or more")
         if self.momentum >= 1:

@@ -18,7 +18,7 @@ from kdfast.data.holdout import SplitPart, hold_out
 from kdfast.data.loaders import fits_in_memory
 from kdfast.data.source import ArraySplit, Source, Split
 from kdfast.data.stateless_random import IntArray
-from kdfast.errors import Interrupted, UsageError
+from kdfast.errors import DivergedError, Interrupted, UsageError
 from kdfast.files.interrupt import StopRequest
 from kdfast.nets.checkpoint import Model
 from kdfast.progress import Progress
@@ -69,7 +69,8 @@ def flatten_teacher(
         UsageError: The data have fewer views.
         DataError: No class has two samples, or a label is not one of the teacher's classes.
         OutputError: The state cannot be written, belongs to other settings, or is no state.
-        DivergedError: A loss or weight is not finite; the state holds the last step that was saved.
+        DivergedError: A loss or weight is not finite; the state holds the last step that was saved. Or the last loss
+            is not below that of the same probabilities for all images, nor below that of the teacher.
         Interrupted: After SIGTERM or Ctrl-C, with the state saved; without `state`, both act as usual.
     """
     config = config or FlattenConfig()
@@ -85,6 +86,12 @@ def flatten_teacher(
     checkpoint.load(flattener)
     _run(flattener, config.iterations, checkpoint, checkpoint_seconds, progress)
     after = evaluate(flat, part, device=place, view_spec=source.view_spec)
+    if after["loss"] >= max(before["loss"], _entropy(part.labels)):
+        checkpoint.delete()
+        raise DivergedError(
+            f"the loss of the held-out samples is {after['loss']:.3f} after {config.iterations} steps, and was "
+            f"{before['loss']:.3f} before: probabilities that ignore the image have less. Lower `lr`, `rho` or `clip`"
+        )
     flat.net.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     scores = {name: {"loss": x["loss"], "top1": x["top1"]} for name, x in (("before", before), ("after", after))}
     results = {**scores, "seconds": flattener.seconds, "images": flattener.images()}
@@ -132,6 +139,12 @@ def is_flattened_from(model: Model, settings: Mapping[str, Any]) -> bool:
 
 def _held_out_ids(model: Model, source: Source, config: FlattenConfig) -> IntArray:
     return hold_out(source.train.labels, model.classes, share=config.held, seed=config.seed)[1]
+
+
+def _entropy(labels: IntArray) -> float:
+    """Return the cross-entropy of the labels with their own frequencies, in nats."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return -float(shares @ np.log(shares))
 
 
 def _in_memory(part: SplitPart, source: Source) -> Split:

@@ -74,11 +74,18 @@ class Flattener:
             gradients = gradient()
             for weight, value in zip(self._weights, kept, strict=False):
                 weight.copy_(value)
+            shrink = self._shrink(gradients)
             for weight, velocity, g in zip(self._weights, self._velocities, gradients, strict=True):
-                velocity.mul_(self._config.momentum).add_(g)
+                velocity.mul_(self._config.momentum).add_(g * shrink)
                 weight.sub_(velocity, alpha=self._config.lr)
         self._losses.append(loss.detach())
         self.step += 1
+
+    def _shrink(self, gradients: Sequence[Tensor]) -> Tensor | float:
+        """Return what scales the gradients to the largest norm that the settings allow, at most 1."""
+        if not self._config.clip:
+            return 1.0
+        return (self._config.clip / torch.nn.utils.get_total_norm(gradients)).clamp(max=1.0)
 
     def take_loss(self) -> float:
         """Return the mean loss of the steps since the last call, at the perturbed weights.

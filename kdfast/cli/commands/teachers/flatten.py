@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdfast.cli import options
-from kdfast.cli.commands import training
+from kdfast.cli.commands import recipe, training
 from kdfast.cli.output import show
 from kdfast.cli.progress import progress
 from kdfast.errors import CheckpointError, OutputError
@@ -47,6 +47,7 @@ def flatten(
     batch_size: training.BatchSize = 128,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of SGD, constant.")] = 0.01,
     momentum: training.Momentum = 0.9,
+    clip: recipe.Clip = 1.0,
     held: Annotated[
         float,
         typer.Option(
@@ -79,7 +80,7 @@ def flatten(
     from kdfast.teacher.flatten import FlattenConfig, describe_flattening, flatten_teacher
     from kdfast.teacher.flatten.checkpoint import FlattenCheckpoint
 
-    settings = FlattenConfig(sharpness, rho, iterations, batch_size, lr, momentum, held, views, seed)
+    settings = FlattenConfig(sharpness, rho, iterations, batch_size, lr, momentum, clip, held, views, seed)
     place = resolve_device(device)
     model = load_model(teacher)
     source = open_source(data, size=size, order=order, split=split)
