@@ -54,10 +54,12 @@ def grad_norms(
     embeddings and layer scales, are scored by the operations that they enter: by formulas for common ones, otherwise by
     running that operation alone again on each sample. A parameter used more than once counts with the sum of its
     gradients; frozen parameters do not count. The model is left unchanged: mode, hooks, ``grad``, ``requires_grad``,
-    buffers.
+    buffers. The first call with a model, loss and mode also runs a few samples in another order, to find models that
+    sort their samples or mix them.
 
     Args:
-        model: Any network that does not use statistics of the batch.
+        model: Any network that treats each sample alone, in the order of the inputs; other orders need
+            ``fallback="loop"``.
         inputs: A tensor, a tuple of arguments, or a dict of keyword arguments. Where samples are run separately (by the
             fallbacks, and to identify the samples' dimension), every tensor as long as the batch is split.
         labels: `(N,)` int64, or probabilities `(N, C)`; for a custom loss, anything it accepts.

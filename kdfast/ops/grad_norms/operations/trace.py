@@ -233,7 +233,9 @@ class OperationTracer(TorchFunctionMode):
             self.lost = True
         watched = list(outputs.values())
         if in_place is None:
-            replaced = {id(x): _without_view(x) for x in watched}
+            # One output may be computed from another, as h is from c in an LSTM cell: what flows between them inside
+            # the operation must not be received as a gradient of the latter.
+            replaced = {id(x): _as_new_node(x) if x._is_view() or len(watched) > 1 else x for x in watched}
             result = tree_map_only(Tensor, lambda x: replaced.get(id(x), x), result)
             watched = list(replaced.values())
         values = {i: leaves[i] for i, is_followed in enumerate(followed) if is_followed}
@@ -315,9 +317,10 @@ def _out_of_place(func: Callable[..., Any], name: str) -> Callable[..., Any] | N
     return found
 
 
-def _without_view(x: Tensor) -> Tensor:
-    """Return the tensor as one that is not a view: a later in-place change would replace the history of a view."""
-    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+def _as_new_node(x: Tensor) -> Tensor:
+    """Return the tensor with a node of its own that is no view: an in-place change would replace a view's history."""
+    found: Tensor = torch.ops.aten._unsafe_view(x, x.shape)
+    return found
 
 
 def _inside(func: Any, n: int) -> Callable[..., Any]:

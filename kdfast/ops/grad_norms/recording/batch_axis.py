@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from kdfast.errors import ShapeError
 from kdfast.ops.grad_norms.objective import Objective
 from kdfast.ops.grad_norms.operations.trace import Axes, OperationTracer
-from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, has_batch_of_one, record_calls
+from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, calls_that_mix, has_batch_of_one, record_calls
 from kdfast.ops.model_inputs import batched_tensors, call_model, iter_tensors, select_samples
 
 __all__ = [
     "Batch",
     "RngSnapshot",
     "Run",
+    "agrees",
     "check_samples_axis",
     "expandable_layers",
     "few_samples",
-    "mixes_samples",
     "not_the_samples",
 ]
 
@@ -101,8 +101,9 @@ class Batch:
         expand: Collection[str],
         first_only: bool = False,
         plan: Sequence[Axes] | None = None,
+        indices: list[int] | None = None,
     ) -> Run:
-        """Run the model on two samples, or three for a batch of two, without advancing the random number generators.
+        """Run the model on a few samples, without advancing the random number generators.
 
         Args:
             layers: As for ``run``.
@@ -110,8 +111,10 @@ class Batch:
             expand: As for ``run``.
             first_only: Treat only the first input as batched.
             plan: As for ``run``.
+            indices: Which samples; None: two, or three for a batch of two.
         """
-        indices = [0, 1] if self.n > 2 else [0, 1, 0]
+        if indices is None:
+            indices = [0, 1] if self.n > 2 else [0, 1, 0]
         inputs = select_samples(self.inputs, self.n, indices, self.dim, first_only)
         devices = list({x.device for _, x in iter_tensors(inputs) if x.is_cuda})
         with torch.random.fork_rng(devices):
@@ -198,7 +201,7 @@ def expandable_layers(batch: Batch, layers: Mapping[str, nn.Module], calls: Sequ
         expanded = batch.run_few(layers, {}, names)
         losses = objective(expanded.outputs)
         same = torch.allclose(losses, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
-        sound = same and not mixes_samples([call for call in expanded.layers if call.expanded], losses)
+        sound = same and not calls_that_mix([call for call in expanded.layers if call.expanded], losses)
     except Exception:  # a model may raise anything on rows that it does not expect
         return set()
     return names if sound else set()
@@ -209,6 +212,7 @@ def few_samples(
     layers: Mapping[str, nn.Module],
     traced: Mapping[str, nn.Parameter],
     expand: Collection[str],
+    indices: list[int] | None = None,
 ) -> list[Run]:
     """Return runs on a few samples, all inputs split or the first alone, for a batch as long as another dimension.
 
@@ -220,7 +224,7 @@ def few_samples(
     error: Exception | None = None
     for first_only in (False, True) if several else (False,):
         try:
-            runs.append(batch.run_few(layers, traced, expand, first_only))
+            runs.append(batch.run_few(layers, traced, expand, first_only, indices=indices))
         except Exception as caught:  # an input without a batch dimension, such as a mask, may be as long as the batch
             error = caught
     if not runs:
@@ -244,7 +248,7 @@ def check_samples_axis(batch: Batch, run: Run, few: Sequence[Run], losses: Tenso
         ShapeError: If none agrees: the samples are not where they are expected.
     """
     for candidate in few:
-        if _agrees(batch, run, candidate, losses):
+        if agrees(batch, run, candidate, losses):
             return candidate
     raise not_the_samples(batch)
 
@@ -258,7 +262,8 @@ def not_the_samples(batch: Batch) -> ShapeError:
     )
 
 
-def _agrees(batch: Batch, run: Run, few: Run, losses: Tensor) -> bool:
+def agrees(batch: Batch, run: Run, few: Run, losses: Tensor) -> bool:
+    """Return whether a run on a few samples has the losses of the run on all of them, as far as that can be told."""
     if batch.objective.is_linear:
         expected = losses[few.indices]
         try:
@@ -271,15 +276,3 @@ def _agrees(batch: Batch, run: Run, few: Run, losses: Tensor) -> bool:
             return True
         return batch.same_losses(found, expected, losses.detach().abs().max())
     return True
-
-
-def mixes_samples(calls: Sequence[Call], losses: Tensor) -> bool:
-    """Return whether the first or the last sample's loss has a gradient in another sample's part of an output."""
-    outputs = [(edge, axis) for call in calls for edge, axis in call.outputs() if axis is not None]
-    for loss, others in ((losses[0], slice(1, None)), (losses[-1], slice(0, -1))):
-        edges = [edge for edge, _ in outputs]
-        grads = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) if edges else ()
-        for (_, axis), g in zip(outputs, grads, strict=True):
-            if g is not None and bool(axis.first(g)[others].any()):
-                return True
-    return False

@@ -8,7 +8,7 @@ reaches them. Gradients are requested only at the lowest layers, so no weight gr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ __all__ = [
     "Call",
     "LayerCall",
     "calls_in_graph",
+    "calls_that_mix",
     "has_batch_of_one",
     "record_calls",
     "run_backward",
@@ -251,6 +252,25 @@ def calls_in_graph(calls: Sequence[Call], loss: Tensor) -> tuple[list[Call], lis
     for call in calls:
         call.expected = {i for i, edge in enumerate(call.edges) if (edge.node, edge.output_nr) in used}
     return [call for call in calls if call.expected], order
+
+
+def calls_that_mix(calls: Sequence[Call], losses: Tensor, samples: Iterable[int] | None = None) -> list[Call]:
+    """Return the calls where a sample's loss has a gradient in another sample's part of an output.
+
+    Args:
+        calls: The calls, all in the graph.
+        losses: The losses `(n,)`.
+        samples: The samples to look at, each in a backward pass; None: the first and the last.
+    """
+    outputs = [(call, edge, axis) for call in calls for edge, axis in call.outputs() if axis is not None]
+    edges = [edge for _, edge, _ in outputs]
+    mixed: dict[int, Call] = {}
+    for i in {0, len(losses) - 1} if samples is None else samples:
+        grads = torch.autograd.grad(losses[i], edges, retain_graph=True, allow_unused=True) if edges else ()
+        for (call, _, axis), g in zip(outputs, grads, strict=True):
+            if g is not None and (bool(axis.first(g)[:i].any()) or bool(axis.first(g)[i + 1 :].any())):
+                mixed[id(call)] = call
+    return list(mixed.values())
 
 
 def used_outside_calls(

@@ -23,10 +23,10 @@ from kdfast.ops.grad_norms.recording.batch_axis import (
     check_samples_axis,
     expandable_layers,
     few_samples,
-    mixes_samples,
     not_the_samples,
 )
-from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, calls_in_graph, used_outside_calls
+from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, calls_in_graph, calls_that_mix, used_outside_calls
+from kdfast.ops.grad_norms.recording.separation import mixed_parameters
 
 __all__ = ["Forward", "record_forward"]
 
@@ -86,7 +86,7 @@ def record_forward(batch: Batch, parameters: Parameters) -> tuple[Forward, dict[
         axes.adopt(forward.run)
     own_loss = not batch.objective.is_linear and batch.n in batch.other_input_lengths()
     # A loss of the user's own may be valid for the whole batch alone, so the run on a few samples cannot tell.
-    if axes is not None and axes.ambiguous and own_loss and mixes_samples(forward.calls, forward.losses):
+    if axes is not None and axes.ambiguous and own_loss and calls_that_mix(forward.calls, forward.losses):
         raise not_the_samples(batch)
     reason = "is used by an operation that mixes samples, or that PyTorch does not show (a custom autograd.Function)"
     uncovered = dict.fromkeys(forward.run.tracer.bypassing(forward.losses, forward.order), reason)
@@ -95,7 +95,10 @@ def record_forward(batch: Batch, parameters: Parameters) -> tuple[Forward, dict[
         uncovered |= dict.fromkeys(_traced(parameters, layers), reason)
     if axes is not None and axes.blocks(forward.run):
         uncovered |= _mixed_blocks(forward, parameters, layers, axes)
-    return forward, uncovered
+    traced = _traced(parameters, layers)
+    mixed = mixed_parameters(forward.batch, forward.run, forward.losses, parameters, layers, traced)
+    reason = "is used on samples in another order than that of the inputs, or on a mixture of them"
+    return forward, dict.fromkeys(mixed, reason) | uncovered
 
 
 def _forward(batch: Batch, parameters: Parameters, layers: dict[str, nn.Module]) -> Forward:
@@ -215,9 +218,9 @@ def _mixed_blocks(
         traced = _traced(parameters, layers)
         few = batch.run_few(layers, traced, run.expanded, axes.few.first_only, axes.operations)
         axes.adopt(few)
-        mixed = mixes_samples(few.calls, batch.objective.select(few.indices)(few.outputs))
+        mixed = calls_that_mix(few.calls, batch.objective.select(few.indices)(few.outputs))
     else:
-        mixed = mixes_samples(run.calls, forward.losses)
+        mixed = calls_that_mix(run.calls, forward.losses)
     if not mixed:
         return {}
     used = {id(p) for call in axes.blocks(run) for p in call.parameters()}
