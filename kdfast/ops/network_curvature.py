@@ -28,16 +28,13 @@ from torch.overrides import TorchFunctionMode
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.conjugate_gradients import Solution, conjugate_gradients
 from kdfast.ops.float32 import full_float32
-from kdfast.ops.grad_norms.layers import reject_unsuitable_layers
+from kdfast.ops.grad_norms.evaluation import make_batch
 from kdfast.ops.grad_norms.objective import Loss, Objective, logits_of
 from kdfast.ops.model_inputs import (
     batched_tensors,
     call_model,
-    check_inputs,
-    check_plain,
     replace_tensors,
     unchanged_buffers,
-    unwrap,
 )
 
 __all__ = ["KINDS", "NetworkCurvature", "network_hvp"]
@@ -146,16 +143,15 @@ class NetworkCurvature:
             raise UsageError(f"`l2` is {l2}: pass a finite number of at least 0")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"`batch_size` is {batch_size}: pass at least 1, or None")
-        model = unwrap(model)
-        check_inputs(model, inputs)
-        check_plain("labels", labels)
-        reject_unsuitable_layers(model)
-        self.kind, self.l2 = kind, l2
-        self._model, self._inputs, self._batch_size = model, inputs, batch_size
         # The compiled kd_loss has no second derivative.
-        self._objective = Objective(loss, labels, teacher, alpha, temperature, backend="reference")
-        with torch.enable_grad(), unchanged_buffers(model):
-            outputs = call_model(model, inputs)
+        objective = Objective(loss, labels, teacher, alpha, temperature, backend="reference")
+        batch = make_batch(model, inputs, labels, 0, objective)
+        model = batch.model
+        self.kind, self.l2 = kind, l2
+        self._model, self._inputs, self._batch_size = model, batch.inputs, batch_size
+        self._objective = batch.objective
+        with torch.inference_mode(False), torch.enable_grad(), unchanged_buffers(model):
+            outputs = call_model(model, batch.inputs)
             self._n = len(self._objective.checked_losses(outputs))
         if kind == "gauss_newton":
             logits_of(outputs)  # raises if the outputs have none

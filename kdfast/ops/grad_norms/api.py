@@ -55,7 +55,7 @@ def grad_norms(
     running that operation alone again on each sample. A parameter used more than once counts with the sum of its
     gradients; frozen parameters do not count. The model is left unchanged: mode, hooks, ``grad``, ``requires_grad``,
     buffers. The first call with a model, loss and mode also runs a few samples in another order, to find models that
-    sort their samples or mix them.
+    sort their samples or mix them. Calls on one model must not run in several threads at once: each adds hooks to it.
 
     Args:
         model: Any network that treats each sample alone, in the order of the inputs; other orders need

@@ -7,12 +7,13 @@ weight gradient is `G = sum_t b_t a_t^T`, and the functional follows from these 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from kdfast.errors import UsageError
 from kdfast.ops.grad_norms.fallback import FALLBACKS, Fallback
@@ -59,8 +60,18 @@ def make_batch(model: nn.Module, inputs: Any, labels: Any, batch_dim: int, objec
     check_inputs(model, inputs)
     check_plain("labels", labels)
     reject_unsuitable_layers(model)
-    objective.check_name()
+    objective.check_loss()
+    with torch.inference_mode(False):
+        inputs, labels, teacher, rows = map(
+            _outside_inference_mode, (inputs, labels, objective.teacher, objective.rows)
+        )
+    objective = replace(objective, labels=labels, teacher=teacher, rows=rows)
     return Batch(model, inputs, objective, count_samples(inputs, labels, batch_dim), batch_dim)
+
+
+def _outside_inference_mode(values: Any) -> Any:
+    """Return the values with copies of tensors of ``torch.inference_mode``, which autograd refuses to save."""
+    return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, values)
 
 
 def trainable(model: nn.Module) -> Parameters:

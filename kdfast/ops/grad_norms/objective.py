@@ -128,12 +128,15 @@ class Objective:
             )
         return losses
 
-    def check_name(self) -> None:
-        """Raise a UsageError if the loss is unknown."""
+    def check_loss(self) -> None:
+        """Raise a UsageError if the loss is unknown, or does not use the teacher that is given."""
         if not callable(self.loss) and self.loss not in ("cross_entropy", "kd"):
             raise UsageError(
                 f"`loss` is {self.loss!r}: choose 'cross_entropy', 'kd', or a function (outputs, labels) -> (N,)"
             )
+        if self.teacher is not None and self.loss != "kd":
+            given = "a function" if callable(self.loss) else repr(self.loss)
+            raise UsageError(f"`teacher` is given, and `loss` is {given}, without one: pass loss='kd'")
 
     @property
     def is_linear(self) -> bool:
@@ -178,7 +181,7 @@ class Objective:
             return torch.autograd.grad(losses.sum(), z)[0]
 
     def _check_targets(self, logits: Tensor) -> None:
-        self.check_name()
+        self.check_loss()
         if logits.dim() != 2:
             raise ShapeError(
                 f"logits have shape {tuple(logits.shape)}: {self.loss} needs (N, C); pass a function as `loss`"

@@ -264,11 +264,13 @@ class KDLoss(nn.Module):
         temperature: As in ``kd_loss``.
         **options: ``t_squared``, ``label_smoothing``, ``ignore_index``, ``reduction``, ``backend``, ``direction``,
             ``divergence``, ``jsd_beta``, ``dkd_weights``, ``validate``, ``class_weights`` and ``teacher_kind``, as in
-            ``kd_loss``.
+            ``kd_loss``. The class weights are a buffer, as in ``torch.nn.CrossEntropyLoss``.
 
     Raises:
         TypeError: If ``kd_loss`` has no such option.
     """
+
+    class_weights: Tensor | None
 
     def __init__(self, alpha: float | Tensor = 0.5, temperature: float | Tensor = 4.0, **options: Any) -> None:
         super().__init__()
@@ -285,6 +287,7 @@ class KDLoss(nn.Module):
         self.alpha = alpha
         self.temperature = temperature
         self.options: dict[str, Any] = options
+        self.register_buffer("class_weights", options.pop("class_weights", None))
 
     def forward(
         self,
@@ -296,11 +299,13 @@ class KDLoss(nn.Module):
     ) -> Tensor:
         """Return the loss; shapes as in ``kd_loss``."""
         options: dict[str, Any] = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
-        return kd_loss(logits, labels, teacher, rows, weights=weights, **options)
+        return kd_loss(logits, labels, teacher, rows, weights=weights, class_weights=self.class_weights, **options)
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""
         shown = {"alpha": self.alpha, "temperature": self.temperature, **self.options}
+        if self.class_weights is not None:
+            shown["class_weights"] = self.class_weights
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -51,7 +51,7 @@ def differentiable_loss(call: KDCall, backend: str) -> Tensor:
     logits = call.logits
     loss: Tensor
     if _torch_compat.has_tangent(logits):
-        raise RuntimeError("kd_loss has no forward-mode derivative: pass backend='reference'")
+        _raise_in_forward_mode()
     if torch.compiler.is_compiling():
         # Inside a compiled torch.func.vmap, a tensor does not expose whether it requires a gradient.
         need_grad = torch.is_grad_enabled() and (logits.requires_grad or _torch_compat.transforms_active())
@@ -212,6 +212,10 @@ scale_op.register_vmap(lambda info, in_dims, *args: _vmap_scale(scale_op, info, 
 # torch.func.
 
 
+def _raise_in_forward_mode(ctx: Any = None, *_: Any) -> None:
+    raise RuntimeError("kd_loss has no forward-mode derivative: pass backend='reference'")
+
+
 class FunctionalKDLoss(torch.autograd.Function):
     """The operator for ``torch.func``: arguments and results of ``kd_loss_op``."""
 
@@ -227,6 +231,8 @@ class FunctionalKDLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient."""
         return _backward(FunctionalScale.apply, ctx, grad_loss)
+
+    jvp = staticmethod(_raise_in_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[LossAndGrad, Any]:
@@ -246,7 +252,7 @@ class FunctionalScale(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Store nothing."""
 
-    backward = staticmethod(_raise_on_second_derivative)
+    backward = jvp = staticmethod(_raise_on_second_derivative)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -251,7 +251,10 @@ def check_tensor(name: str, x: object, dim: int | None) -> None:
         raise TypeError(f"`{name}` is a {x.layout} tensor: must be dense; convert it with .to_dense()")
     if dim is not None and x.dim() != dim:
         needed = "(rows, classes)" if dim == 2 else "one dimension"
-        raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must have {needed}; flatten leading dimensions first")
+        advice = "flatten leading dimensions first"
+        if name == "labels" and x.dim() == 2 and not x.is_floating_point():
+            advice = "pass probabilities as floating-point numbers"
+        raise ShapeError(f"`{name}` has shape {tuple(x.shape)}: must have {needed}; {advice}")
 
 
 def _check_device(name: str, x: Tensor, logits: Tensor) -> None:

@@ -36,7 +36,7 @@ def head_influence(
     bias: bool = True,
     corrected: bool = False,
     teacher: Array | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     temperature: float = 4.0,
     tol: float = 1e-6,
     method: str = "auto",
@@ -48,6 +48,10 @@ def head_influence(
 
     Positive: the sample is helpful. One solve, for the mean validation gradient, serves all N samples. The validation
     loss is the cross-entropy; ``teacher``, ``alpha`` and ``temperature`` define the training loss.
+
+    The other samples keep the weight 1/N, so that the penalty weighs as much against each of them as before: to retrain
+    without the sample, pass ``l2 * N / (N - 1)`` to ``head_newton``. With the same ``l2``, all effects shift by nearly
+    the same.
 
     Args:
         features: (N, D) of the training samples, without the bias; tensor, (memory-mapped) array, or a re-iterable of
@@ -62,10 +66,10 @@ def head_influence(
         corrected: Whether to add the second-order terms in 1/N: the sample's leverage and the curvature of both losses.
             Pass True to predict the size of effects closely, for example of mislabeled samples; False suffices for
             ranking. It needs H^-1 as a matrix, so up to 10,000 weights unless ``method`` is "cholesky".
-        teacher: (N, C) teacher logits of the training samples, for ``alpha`` > 0.
-        alpha: Weight of the divergence from the teacher in the training loss. For a head equal to the teacher the
-            divergence's gradient is zero, so with alpha = 1 every influence is, too: use hard labels, or evaluate the
-            divergence at the weights of a proxy.
+        teacher: (N, C) teacher logits of the training samples, with ``alpha``.
+        alpha: Weight of the divergence from the teacher in the training loss; None: 0, for no teacher. For a head equal
+            to the teacher the divergence's gradient is zero, so with alpha = 1 every influence is, too: use hard
+            labels, or evaluate the divergence at the weights of a proxy.
         temperature: T > 0 of the divergence.
         tol: Relative residual required of the solve.
         method: "auto", "cholesky" or "cg".
@@ -93,7 +97,9 @@ def head_influence(
             f"{val.device}, the training samples {data.num_features} and {data.num_classes} on {data.device}: pass "
             "both of the same head"
         )
-    removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)
+    removal = LeaveOneOut(
+        data, l2, LossConfig.of(alpha, temperature, teacher), corrected, tol, method, max_iterations, progress
+    )
     u = removal.solver.solve(mean_gradient(val, LossConfig())[None]).x[0]
     second_order = removal.second_order_matrix(val, u) if corrected else None
     effects = removal.allocate()
@@ -116,7 +122,7 @@ def head_self_influence(
     bias: bool = True,
     corrected: bool = False,
     teacher: Array | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     temperature: float = 4.0,
     tol: float = 1e-6,
     method: str = "auto",
@@ -137,8 +143,8 @@ def head_self_influence(
         bias: Whether the head has a bias.
         corrected: Whether to account for the sample's own curvature. Pass True to predict the size of effects closely;
             False suffices for ranking.
-        teacher: (N, C) teacher logits, for ``alpha`` > 0.
-        alpha: Weight of the divergence from the teacher.
+        teacher: (N, C) teacher logits, with ``alpha``.
+        alpha: Weight of the divergence from the teacher; None: 0, for no teacher.
         temperature: T > 0 of the divergence.
         tol: Relative residual required of conjugate gradients. They need one solve per sample: use them only for few
             samples, and Cholesky wherever the Hessian fits as a matrix.
@@ -162,8 +168,10 @@ def head_self_influence(
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
     data.reduce = reduce
     if method == "kronecker":
-        return _approximate(data, l2, LossConfig(alpha, temperature).check(), corrected, progress)
-    removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)
+        return _approximate(data, l2, LossConfig.of(alpha, temperature, teacher).check(), corrected, progress)
+    removal = LeaveOneOut(
+        data, l2, LossConfig.of(alpha, temperature, teacher), corrected, tol, method, max_iterations, progress
+    )
     if reduce is not None and (removal.solver.method == "cg" or corrected):
         raise ShapeError("`reduce` shares the Hessian as a matrix: pass corrected=False and method='cholesky'")
     effects = removal.allocate()

@@ -39,7 +39,7 @@ def head_leave_one_out(
     bias: bool = True,
     corrected: bool = True,
     teacher: Array | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     temperature: float = 4.0,
     tol: float = 1e-6,
     method: str = "auto",
@@ -49,7 +49,8 @@ def head_leave_one_out(
 ) -> Tensor:
     """Predict how the head's weights change if a training sample is removed, for each of the given samples.
 
-    Add the result to the weights to obtain the head without the sample, and evaluate on it any quantity that
+    The other samples keep the weight 1/N: the head is that of ``head_newton`` without the sample with
+    ``l2 * N / (N - 1)``. Add the result to the weights to obtain it, and evaluate on it any quantity that
     ``head_influence`` does not cover, such as accuracy or the predictions for other samples.
 
     Args:
@@ -61,8 +62,8 @@ def head_leave_one_out(
         bias: Whether the head has a bias.
         corrected: Whether to account for the sample's own curvature, which makes the change the exact Newton step.
             Pass False for heads too large for the Hessian as a matrix.
-        teacher: (N, C) teacher logits, for ``alpha`` > 0.
-        alpha: Weight of the divergence from the teacher.
+        teacher: (N, C) teacher logits, with ``alpha``.
+        alpha: Weight of the divergence from the teacher; None: 0, for no teacher.
         temperature: T > 0 of the divergence.
         tol: Relative residual required of the solve.
         method: "auto", "cholesky" or "cg".
@@ -81,7 +82,9 @@ def head_leave_one_out(
     check_tensor("rows", rows, floating=False)
     if rows.dim() != 1 or rows.dtype != torch.int64 or len(rows) == 0:
         raise ShapeError(f"`rows` has dtype {rows.dtype} and shape {tuple(rows.shape)}: pass (n,) int64 sample indices")
-    removal = LeaveOneOut(data, l2, LossConfig(alpha, temperature), corrected, tol, method, max_iterations, progress)
+    removal = LeaveOneOut(
+        data, l2, LossConfig.of(alpha, temperature, teacher), corrected, tol, method, max_iterations, progress
+    )
     if bool((rows < 0).any()) or bool((rows >= data.num_rows).any()):
         raise IndexError(f"`rows` has an index outside [0, {data.num_rows}): pass indices of training samples")
     rows = rows.to(data.device)

@@ -31,7 +31,7 @@ def head_newton(
     tol: float = 1e-8,
     bias: bool = True,
     teacher: Array | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     temperature: float = 4.0,
     classes: int | None = None,
     method: str = "auto",
@@ -51,8 +51,8 @@ def head_newton(
         init: (C, D) initial weights; with a bias, D = D' + 1 and the bias is the last column. None: zero.
         tol: Euclidean norm of the gradient to reach.
         bias: Whether the head has a bias.
-        teacher: (N, C) teacher logits, for ``alpha`` > 0.
-        alpha: Weight of the divergence from the teacher.
+        teacher: (N, C) teacher logits, with ``alpha``.
+        alpha: Weight of the divergence from the teacher; None: 0, for no teacher.
         temperature: T > 0 of the divergence.
         classes: C; None: that of ``init``, else of the teacher, else the largest label plus one.
         method: Method of the solves: "auto", "cholesky" or "cg".
@@ -69,14 +69,14 @@ def head_newton(
     """
     check_positive_l2(l2)
     check_tol(tol)
-    loss = LossConfig(alpha, temperature).check()
+    loss = LossConfig.of(alpha, temperature, teacher).check()
     data = HeadData(features, None, labels, teacher, bias=bias, tile_rows=tile_rows, needs_logits=False)
     data.require_multiple_passes("Newton's method")
     w = _initial_weights(data, init, classes)
     data = data.with_weights(w)
     method, factor = choose_method(method, data), None
     value, gradient = _objective(data, w, l2, loss)
-    if alpha < 1:
+    if loss.alpha < 1:
         data.require_two_classes()
     for step in range(MAX_STEPS):
         size = float(gradient.norm())

@@ -23,7 +23,7 @@ def head_grad_norms(
     *,
     bias: bool = True,
     teacher: Array | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     temperature: float = 4.0,
     l2: float = 0.0,
     weights: Tensor | None = None,
@@ -42,8 +42,8 @@ def head_grad_norms(
         features: (N, D) without the bias, tensor or (memory-mapped) array; or an iterable of blocks
             (features, logits, labels[, teacher]), read once.
         bias: Whether the head has a bias.
-        teacher: (N, C) teacher logits, for ``alpha`` > 0.
-        alpha: Weight of the divergence from the teacher, in [0, 1].
+        teacher: (N, C) teacher logits, with ``alpha``.
+        alpha: Weight of the divergence from the teacher, in [0, 1]; None: 0, for no teacher.
         temperature: T > 0 of the divergence.
         l2: Weight of the penalty, at least 0.
         weights: (C, D), the bias as the last column if there is one; required if ``l2`` > 0.
@@ -63,7 +63,7 @@ def head_grad_norms(
         https://arxiv.org/abs/2107.07075.
     """
     data = HeadData(features, logits, labels, teacher, bias=bias, tile_rows=tile_rows)
-    loss = LossConfig(alpha, temperature).check()
+    loss = LossConfig.of(alpha, temperature, teacher).check()
     check_l2(l2)
     _check_weights(weights, data, l2)
     penalty = 0.0 if weights is None else l2 * float(weights.detach().double().norm())

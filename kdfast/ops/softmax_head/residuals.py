@@ -29,6 +29,17 @@ class LossConfig(NamedTuple):
     alpha: float = 0.0
     temperature: float = 4.0
 
+    @classmethod
+    def of(cls, alpha: float | None, temperature: float, teacher: object) -> LossConfig:
+        """Return the loss that a caller asks for.
+
+        Raises:
+            ShapeError: If there is a teacher, and no weight of it.
+        """
+        if alpha is None and teacher is not None:
+            raise ShapeError("`teacher` is given without `alpha`, its weight: pass both")
+        return cls(alpha or 0.0, temperature)
+
     def check(self) -> LossConfig:
         """Return self if valid.
 

@@ -87,6 +87,12 @@ def test_rejects_bad_inputs_and_labels(x, y, error, message):
         ({"loss": lambda out, y: out.sum(1, keepdim=True)}, ShapeError, r"`loss` returned shape \(4, 1\)"),
         ({"loss": lambda out, y: out.sum(1) * float("nan")}, DataError, "loss of sample 0 is nan"),
         ({"loss": lambda out, y: out.sum(1).detach()}, UsageError, "does not depend on any trainable parameter"),
+        ({"teacher": torch.randn(N, CLASSES)}, UsageError, "`teacher` is given, and `loss` is 'cross_entropy'"),
+        (
+            {"teacher": torch.randn(N, CLASSES), "loss": lambda out, y: out.sum(1)},
+            UsageError,
+            "`teacher` is given, and `loss` is a function, without one: pass loss='kd'",
+        ),
         ({"backend": "cuda"}, BackendUnavailable, "grad_norms on cpu cannot use it"),
     ],
 )
@@ -94,6 +100,22 @@ def test_rejects_bad_options(options, error, message):
     model = nn.Sequential(nn.Conv1d(5, 6, 1), nn.Flatten(), nn.Linear(6, CLASSES))
     with pytest.raises(error, match=message):
         kdfast.grad_norms(model, X.unsqueeze(2), Y, **options)
+
+
+def test_curvature_rejects_a_teacher_that_the_loss_does_not_use():
+    with pytest.raises(UsageError, match="`teacher` is given"):
+        kdfast.network_hvp(net(), X, Y, torch.zeros(57), teacher=torch.randn(N, CLASSES))
+
+
+def test_accepts_tensors_of_inference_mode():
+    with torch.inference_mode():
+        x, y, teacher = X.clone(), Y.clone(), torch.zeros(N, CLASSES)
+    model = net()
+    assert torch.equal(kdfast.grad_norms(model, (x,), y), kdfast.grad_norms(model, X, Y))
+    found = kdfast.grad_norms(model, x, y, loss="kd", teacher=teacher)
+    assert torch.equal(found, kdfast.grad_norms(model, X, Y, loss="kd", teacher=torch.zeros(N, CLASSES)))
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    assert torch.equal(kdfast.network_hvp(model, x, y, v), kdfast.network_hvp(model, X, Y, v))
 
 
 def test_rejects_model_without_logits_or_trainable_parameters():

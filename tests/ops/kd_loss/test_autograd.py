@@ -481,6 +481,9 @@ def test_forward_mode_raises_instead_of_losing_the_tangent(args):
         tangent = forward_ad.unpack_dual(kdfast.kd_loss(dual, *rest, backend="reference")).tangent
         assert tangent.abs() < 1e-5, "logits may all be moved by the same"
         assert kdfast.kd_loss(z.detach(), *rest).isfinite(), "nothing moves"
+    for transform in (torch.func.hessian, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative: pass backend='reference'"):
+            transform(lambda x: kdfast.kd_loss(x, *rest))(z.detach())
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,11 @@ BAD = {
     "teacher sparse": ({"teacher": torch.randn(9, 6).to_sparse()}, TypeError, "`teacher` is a torch.sparse_coo"),
     "rows meta": ({"rows": torch.zeros(4, dtype=torch.int64, device="meta")}, TypeError, "`rows` is on meta"),
     "rows short": ({"rows": torch.tensor([0])}, ShapeError, r"`rows` has shape \(1,\)"),
+    "labels one-hot": (
+        {"labels": torch.eye(6, dtype=torch.int64)[:4]},
+        ShapeError,
+        "`labels` has shape .* pass probabilities as floating-point numbers",
+    ),
     "rows list": ({"rows": [0, 1, 2, 3]}, TypeError, "`rows` is list"),
     "weights meta": ({"weights": torch.ones(4, device="meta")}, TypeError, "`weights` is on meta"),
     "teacher empty": ({"teacher": torch.randn(0, 6)}, IndexError, "`teacher` has no rows"),

@@ -294,6 +294,18 @@ def test_module():
         kdfast.KDLoss(tau=3)
 
 
+def test_class_weights_of_the_module_are_a_buffer():
+    args, weights = case(6, 30), torch.rand(30)
+    module = kdfast.KDLoss(class_weights=weights)
+    assert torch.equal(module(*args), kdfast.kd_loss(*args, class_weights=weights))
+    assert torch.equal(module.state_dict()["class_weights"], weights)
+    moved = kdfast.KDLoss(class_weights=weights).to("meta")
+    assert moved(*(x.to("meta") for x in args)).device.type == "meta"
+    assert "class_weights" in repr(module)
+    assert not kdfast.KDLoss().state_dict()
+    assert "class_weights" not in repr(kdfast.KDLoss())
+
+
 MEMORY = """
 import json, sys, torch, kdfast
 from pathlib import Path

@@ -197,6 +197,21 @@ def test_rejects_missing_teacher_and_bad_weights(data):
         kdfast.head_grad_norms(data["z"], data["y"], data["x"], alpha=0.5, teacher=bad)
 
 
+def test_rejects_a_teacher_without_its_weight(data):
+    x, z, y = data["x"], data["z"], data["y"]
+    calls = (
+        lambda **o: kdfast.head_grad_norms(z, y, x, **o),
+        lambda **o: kdfast.head_self_influence(x, z, y, l2=0.1, **o),
+        lambda **o: kdfast.head_influence(x, z, y, x, z, y, l2=0.1, **o),
+        lambda **o: kdfast.head_leave_one_out(x, z, y, torch.tensor([0]), l2=0.1, **o),
+        lambda **o: kdfast.head_newton(x, y, l2=0.1, **o),
+    )
+    for call in calls:
+        with pytest.raises(ShapeError, match="`teacher` is given without `alpha`"):
+            call(teacher=z.flip(0))
+        assert torch.equal(call(teacher=z.flip(0), alpha=0.0), call())
+
+
 def test_rejects_validation_data_of_another_head(data):
     with pytest.raises(ShapeError, match="`val_features` and `val_logits` have 5 features and 3 classes"):
         kdfast.head_influence(*data.values(), torch.ones(2, 5), torch.ones(2, 3), torch.tensor([0, 1]), l2=0.1)
