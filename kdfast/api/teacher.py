@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from kdfast.api.data import as_integer, check_opened
 from kdfast.data.source import Source, compute_normalization
 from kdfast.data.views import Normalization
 from kdfast.device import resolve_device
-from kdfast.errors import UsageError
+from kdfast.errors import DataWarning, UsageError
 from kdfast.nets.checkpoint import Model, load_model
 from kdfast.nets.fit import check_fit
 from kdfast.nets.outputs import adapt, unchanged
@@ -32,7 +33,7 @@ def load_teacher(
     data: Source | None = None,
     *,
     normalization: Normalization | None = None,
-    net: str | None = None,
+    teacher_net: str | None = None,
 ) -> Model:
     """Return a trained network with its classes and the normalization of its input.
 
@@ -41,8 +42,9 @@ def load_teacher(
             images `(B, 3, H, W)` and returns logits `(B, C)`, or an object with `logits`. The module itself is put into
             evaluation mode, and returns its logits alone from then on.
         data: The data it was trained on. A module needs it for its classes; a file is compared with it if given.
-        normalization: Of the input of a module; None: mean and standard deviation of the training images.
-        net: The network that a file must hold, as for `kdfast.nets.build_net`; needed for one of your own code.
+        normalization: Of the input of a module; None: mean and standard deviation of the training images, with a
+            `DataWarning`.
+        teacher_net: The network that a file must hold, as for `kdfast.nets.build_net`; needed for one of your own code.
 
     Returns:
         The model, in evaluation mode.
@@ -55,12 +57,20 @@ def load_teacher(
         if data is None:
             raise UsageError("`teacher` is a module, which has no class names: pass `data` too")
         name = f"{type(teacher).__module__}:{type(teacher).__qualname__}"
-        spec = normalization or compute_normalization(data.train)
+        spec = normalization
+        if spec is None:
+            spec = compute_normalization(data.train)
+            warnings.warn(
+                "`normalization` is not given, so the module gets images normalized with the mean and standard "
+                "deviation of these training images: pass `normalization` to load_teacher if it was trained otherwise",
+                DataWarning,
+                stacklevel=2,
+            )
         model = Model(adapt(teacher).eval(), name, len(data.classes), data.classes, spec)
     elif normalization is not None:
         raise UsageError("`normalization` is for modules, a file has its own: omit it")
     else:
-        model = teacher if isinstance(teacher, Model) else load_model(teacher, net=net)
+        model = teacher if isinstance(teacher, Model) else load_model(teacher, net=teacher_net)
     if data is not None:
         check_fit(model, data, str(teacher) if isinstance(teacher, (str, os.PathLike)) else "`teacher`")
     return model

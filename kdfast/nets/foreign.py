@@ -75,16 +75,17 @@ def check_archive(path: str | os.PathLike[str], advice: str = FETCH_AGAIN) -> No
 
 
 def existing_file(path: str | os.PathLike[str]) -> Path:
-    """Return a path as `Path`.
+    """Return the file at a path, which may be the folder of a finished run.
 
     Raises:
-        CheckpointError: It is not an existing file.
+        CheckpointError: There is none.
     """
     file = Path(path)
+    student = file / "student.pt"
+    if student.is_file():
+        return student
     if not file.is_file():
-        inside = file / "student.pt"  # of a run's folder
-        advice = f"{inside}, which is in this folder" if inside.is_file() else "the path of an existing file"
-        raise CheckpointError(f"no checkpoint at {file}: pass {advice}")
+        raise CheckpointError(f"no checkpoint at {file}: pass the path of an existing file")
     return file
 
 

@@ -20,10 +20,11 @@ from kdfast.api.selection import prune, score
 from kdfast.api.teacher import cache, evaluate, load_teacher
 from kdfast.api.training import Run, distill
 from kdfast.data.readers.bare_labels import from_labels
-from kdfast.data.source import Source
+from kdfast.data.source import Source, compute_normalization
+from kdfast.data.views import Normalization
 from kdfast.distillation.folder import METADATA_KEY
 from kdfast.distillation.train import Monitoring
-from kdfast.errors import CheckpointError, DataError, SubsetError, UsageError
+from kdfast.errors import CheckpointError, DataError, DataWarning, SubsetError, UsageError
 from kdfast.pruning.score_file import open_scores, write_scores
 from kdfast.teacher.cache import TeacherCache
 
@@ -158,6 +159,11 @@ def test_arrays_need_no_images(cached: TeacherCache, data: Source) -> None:
         from_labels(labels).train.read([0])
 
 
+UNKNOWN = "`normalization` is not given"
+of_modules = pytest.mark.filterwarnings(f"ignore:{UNKNOWN}")
+
+
+@of_modules
 def test_own_modules(data: Source, teacher: Run, tmp_path: Path) -> None:
     own = Tiny(10)
     model = load_teacher(load_teacher(own, data).net, data)
@@ -172,6 +178,16 @@ def test_own_modules(data: Source, teacher: Run, tmp_path: Path) -> None:
     assert np.isfinite(made.identity_logits()).all()
 
 
+def test_a_module_without_its_normalization_is_a_warning(data: Source) -> None:
+    norm = Normalization((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert load_teacher(Tiny(10), data, normalization=norm).normalization == norm
+    with pytest.warns(DataWarning, match=UNKNOWN):
+        assert load_teacher(Tiny(10), data).normalization == compute_normalization(data.train)
+    with pytest.warns(DataWarning, match=UNKNOWN):
+        evaluate(Tiny(10), data)
+
+
+@of_modules
 def test_evaluate_leaves_modules_in_training_as_they_are(data: Source) -> None:
     own, other = Tiny(10), Tiny(10)
     own.features.eval()  # a part that is frozen
@@ -243,6 +259,7 @@ def test_two_indexed_data_sets() -> None:
     assert data.classes == ("0", "1")
 
 
+@of_modules
 def test_bad_input_is_one_clear_line(data: Source, cached: TeacherCache, teacher: Run, tmp_path: Path) -> None:
     labels, logits = data.train.labels, cached.identity_logits()
     other = score(labels, "el2n", logits=logits)

@@ -278,7 +278,7 @@ def test_programs_name_the_code_of_a_teacher(folder, monkeypatch):
     forget(monkeypatch)
     with pytest.raises(CodeError, match="name it"):
         kdfast.load_teacher("T.pt")
-    assert kdfast.load_teacher("T.pt", net="models.py:Net").name == "models.py:Net(width=7)"
+    assert kdfast.load_teacher("T.pt", teacher_net="models.py:Net").name == "models.py:Net(width=7)"
 
 
 def test_a_network_of_a_program_is_opened_by_the_file_of_the_program(folder, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,6 +58,16 @@ WRITERS = {
     "pandas.csv": (lambda p: save_text(p, [",el2n", *(f"{i},{s}" for i, _, _, s in ROWS)]), "el2n"),
     "by-path.csv": (
         lambda p: save_text(p, ["path,label,score", *(f"x/train/{name},{y},{s}" for _, name, y, s in ROWS)]),
+        "score",
+    ),
+    "european.csv": (
+        lambda p: save_text(p, ["path;score", *(f"{name};{s}" for _, name, _, s in ROWS)]),
+        "score",
+    ),
+    "with-other-splits.csv": (
+        lambda p: save_text(
+            p, ["path,score", "val/ant/0.png,7", *(f"train/{name},{s}" for _, name, _, s in ROWS), "new/x.png,nan"]
+        ),
         "score",
     ),
     "tab.tsv": (lambda p: save_text(p, ["file\tscore", *(f"{name}\t{s}" for _, name, _, s in ROWS)]), "score"),
@@ -221,3 +232,21 @@ def test_describes_how_a_file_was_read(tmp_path):
     )
     found = read(tmp_path / "s.npy", higher="easy")
     assert "higher = easier, so kdfast turns them round" in describe_scores(found.method, found.parameters)
+
+
+def test_scores_of_other_files_do_not_make_up_for_missing_ones(tmp_path):
+    rows = [f"{name},{score}" for _, name, _, score in ROWS]
+    save_text(tmp_path / "s.csv", ["path,score", *rows[1:], "held/out.png,1", "held/out2.png,1"])
+    refused(tmp_path / "s.csv", "holds 13 scores, this data has 12")
+    save_text(tmp_path / "s.csv", ["path,score", *rows, rows[0]])
+    refused(tmp_path / "s.csv", "holds 13 scores, this data has 12")
+
+
+def test_an_accent_may_be_a_code_point_of_its_own(tmp_path):
+    files = [f"/data/train/{name}/größe_{i}.png" for name in ("ant", "Käfer") for i in range(2)]
+    decomposed = [unicodedata.normalize("NFD", file.removeprefix("/data/train/")) for file in files]
+    assert not set(decomposed) & {file.removeprefix("/data/train/") for file in files}
+    for known, given in ((files, decomposed), ([unicodedata.normalize("NFD", f) for f in files], files)):
+        save_text(tmp_path / "s.csv", ["path,score", *(f"{file},{i}" for i, file in enumerate(given))])
+        found = read_scores(tmp_path / "s.csv", n=4, fingerprint=FINGERPRINT, files=known, labels=np.arange(4) % 2)
+        assert found.scores.tolist() == [0, 1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,19 @@ from kdfast.errors import DataError, KdfastError
 
 _SEVERAL = -1
 _TEST_SPLITS = ("test", "val", "valid", "validation", "testing", "eval")
+
+
+def _index(names: Sequence[str]) -> dict[str, int]:
+    """Return where each name is, or that it is several times."""
+    found: dict[str, int] = {}
+    for index, name in enumerate(names):
+        found[name] = _SEVERAL if name in found else index
+    return found
+
+
+def _composed(text: str) -> str:
+    """Return a name with one code point for a letter and its accent: macOS writes two where others write one."""
+    return unicodedata.normalize("NFC", text)
 
 
 class SamplePaths:
@@ -27,14 +41,19 @@ class SamplePaths:
     def __init__(self, files: Sequence[str]) -> None:
         if len({os.path.isabs(file) for file in files}) > 1:
             files = [os.path.abspath(file) for file in files]
+        files = [_composed(file) for file in files]
         root = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
         self._root = os.path.basename(root).lower()
-        self._by_path = {os.path.relpath(file, root): index for index, file in enumerate(files)}
-        self._by_name: dict[str, int] = {}
-        for index, file in enumerate(files):
-            name = os.path.basename(file)
-            self._by_name[name] = _SEVERAL if name in self._by_name else index
+        self._count = len(files)
+        self._by_path = _index([os.path.relpath(file, root) for file in files])
+        self._by_name = _index([os.path.basename(file) for file in files])
         self._example = os.path.relpath(files[0], root)
+
+    def covers(self, paths: Sequence[str]) -> list[bool] | None:
+        """Return which paths are of samples, if each sample has exactly one; otherwise None."""
+        found = [self.look_up(path) for path in paths]
+        known = sorted(index for index in found if index is not None)
+        return [index is not None for index in found] if known == list(range(self._count)) else None
 
     def find(self, paths: Sequence[str], what: str, error: type[KdfastError] = DataError) -> IntArray:
         """Return the sample of each path, int64 (n,).
@@ -64,6 +83,7 @@ class SamplePaths:
 
     def look_up(self, text: str) -> int | None:
         """Return the sample of a path with or without a label behind it; -1 for several, None for none."""
+        text = _composed(text)
         for path in (text, *text.rsplit(maxsplit=1)[:1], *text.rsplit(",", 1)[:1]):
             index = self._look_up(path)
             if index is not None:

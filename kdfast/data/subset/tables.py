@@ -57,15 +57,16 @@ def read_lines(path: str | os.PathLike[str], *, error: type[KdfastError] = DataE
 
 
 def read_table(path: str | os.PathLike[str], *, error: type[KdfastError] = DataError) -> Table:
-    """Read a .csv file whose first line names its columns, or a .tsv file.
+    """Read a .csv file whose first line names its columns, separated by commas or else semicolons, or a .tsv file.
 
     Raises:
         KdfastError: Of type `error`, if the file cannot be read, a row has another number of fields than the header,
             two columns have the same name, none or two say which sample a row is about, or an index is no whole number.
     """
-    delimiter = "\t" if os.fspath(path).endswith(".tsv") else ","
+    lines = read_lines(path, error=error)
+    delimiter = "\t" if os.fspath(path).endswith(".tsv") else "," if "," in lines[0] or ";" not in lines[0] else ";"
     try:
-        records = list(csv.reader(read_lines(path, error=error), delimiter=delimiter))
+        records = list(csv.reader(lines, delimiter=delimiter))
     except csv.Error as exc:
         raise error(f"{path} is not a .csv file ({exc}): write a header, then one row for each sample") from exc
     header, rows = [name.strip() for name in records[0]], records[1:]

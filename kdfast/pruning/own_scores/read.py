@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ def read_own_scores(
     name = f"{path.name}:{chosen}" if chosen else path.name
     what = f"{path}, {chosen}," if chosen else str(path)
     values, by = found.arrays[chosen], found.by
+    found, values = _leave_out_other_splits(found, values, n, files)
     check_kind(values, what, n)
     end = choose_higher(higher, chosen or path.name)
     if len(values) != n:
@@ -116,6 +118,18 @@ def _choose_key(found: Found, path: Path, n: int, key: str | None) -> str:
     raise UsageError(
         f"{path} holds {len(fitting)} arrays that may be the scores: pass one of {', '.join(fitting)} as `key`"
     )
+
+
+def _leave_out_other_splits(
+    found: Found, values: npt.NDArray[Any], n: int, files: Sequence[str] | None
+) -> tuple[Found, npt.NDArray[Any]]:
+    """Leave out the scores of further files, such as held-out ones, if each training sample has one of its own."""
+    if isinstance(found.rows, list) and files is not None and len(values) == len(found.rows) > n:
+        known = SamplePaths(files).covers(found.rows)
+        if known is not None:
+            kept = [path for path, is_known in zip(found.rows, known, strict=True) if is_known]
+            return dataclasses.replace(found, rows=kept), values[np.array(known)]
+    return found, values
 
 
 def _find_samples(found: Found, what: str, n: int, files: Sequence[str] | None) -> IntArray:

@@ -70,7 +70,7 @@ def el2n_score(inputs: ScoreInputs) -> ScoreResult:
         Paul et al., Deep Learning on a Data Diet, NeurIPS 2021, definition 2.
     """
     if not _use_dynamics(inputs, "el2n"):
-        return ScoreResult(compute_el2n(require_logits(inputs, "el2n"), inputs.labels))
+        return ScoreResult(compute_el2n(require_logits(inputs, "el2n"), inputs.labels), used={"use": "cache"})
     dynamics = require_dynamics(inputs, "el2n")
     epochs, used = _epochs(inputs, dynamics, range(1, dynamics.epochs + 1))
 
@@ -81,7 +81,7 @@ def el2n_score(inputs: ScoreInputs) -> ScoreResult:
             total += recorded[epoch - 1]
         return total
 
-    return ScoreResult(average_over_runs(dynamics, errors), used=used)
+    return ScoreResult(average_over_runs(dynamics, errors), used={"use": "dynamics", **used})
 
 
 def grand(inputs: ScoreInputs) -> ScoreResult:
@@ -100,7 +100,7 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
         return ScoreResult(_full_gradient_norms(inputs))
     if not _use_dynamics(inputs, "grand"):
         errors = compute_el2n(require_logits(inputs, "grand"), inputs.labels)
-        return ScoreResult(errors * _norms_with_bias(require_features(inputs, "grand")))
+        return ScoreResult(errors * _norms_with_bias(require_features(inputs, "grand")), used={"use": "cache"})
     dynamics = require_dynamics(inputs, "grand")
     epochs, used = _epochs(inputs, dynamics, [recorded + 1 for recorded in dynamics.feature_epochs])
 
@@ -111,7 +111,7 @@ def grand(inputs: ScoreInputs) -> ScoreResult:
             total += errors[epoch - 1].astype(np.float64) * _norms_with_bias(dynamics.features(run, epoch - 1))
         return total
 
-    return ScoreResult(average_over_runs(dynamics, norms), used=used)
+    return ScoreResult(average_over_runs(dynamics, norms), used={"use": "dynamics", **used})
 
 
 def compute_el2n(logits: Float32Array, labels: IntArray) -> FloatArray:

@@ -51,7 +51,8 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
     use = inputs.options["use"]
     if use == "cache" or (use is None and inputs.features is not None):
         refuse_epochs(inputs, "moderate")
-        return ScoreResult(_center_distances(require_features(inputs, "moderate"), inputs.labels, median))
+        found = _center_distances(require_features(inputs, "moderate"), inputs.labels, median)
+        return ScoreResult(found, used={"use": "cache"})
     use_dynamics(inputs, "moderate")
     dynamics = require_dynamics(inputs, "moderate")
     asked = inputs.options["epoch"]
@@ -60,7 +61,7 @@ def moderate(inputs: ScoreInputs) -> ScoreResult:
     def distances(run: int) -> FloatArray:
         return _center_distances(dynamics.features(run, epoch - 1), inputs.labels, median)
 
-    return ScoreResult(average_over_runs(dynamics, distances), used={"epoch": epoch})
+    return ScoreResult(average_over_runs(dynamics, distances), used={"use": "dynamics", "epoch": epoch})
 
 
 def _center_distances(features: npt.NDArray[np.float32], labels: IntArray, median: bool) -> FloatArray:

@@ -111,7 +111,7 @@ def test_el2n_from_dynamics(inputs, dynamics):
     for asked, epoch in ((None, EPOCHS), (4, 4)):
         found = compute_score("el2n", inputs(options={} if asked is None else {"epoch": asked}))
         np.testing.assert_allclose(found.values, averaged(lambda run, i, e=epoch: float(dynamics.el2n(run)[e - 1, i])))
-        assert found.used["epoch"] == epoch
+        assert (found.used["use"], found.used["epoch"]) == ("dynamics", epoch)
 
 
 def test_el2n_from_the_teacher(inputs, teacher):

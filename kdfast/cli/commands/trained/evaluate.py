@@ -13,7 +13,7 @@ from kdfast.cli.output import show
 
 def evaluate(
     data: options.Data,
-    model: Annotated[Path, typer.Option("--model", help="Model, T.pt or the student.pt of a run.")],
+    model: Annotated[Path, typer.Option("--model", help="Model, T.pt, or the folder of a run.")],
     teacher: Annotated[
         Path | None, typer.Option("--teacher", help="Teacher, T.pt, to also count the images on which both agree.")
     ] = None,
