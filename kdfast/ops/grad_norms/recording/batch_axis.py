@@ -124,7 +124,9 @@ class Batch:
     def same_losses(self, found: Tensor, expected: Tensor, scale: Tensor) -> bool:
         """Return whether losses of one or several samples are equal up to rounding, for losses of some scale."""
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
-        tolerance = 0.2 if half or torch.is_autocast_enabled(expected.device.type) else 0.01
+        kind = expected.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        tolerance = 0.2 if half or autocast else 0.01
         return bool(((found.detach() - expected.detach()).abs() <= tolerance * scale).all())
 
     def other_lengths(self, calls: Sequence[Call] = ()) -> set[int]:
@@ -265,9 +267,10 @@ def not_the_samples(batch: Batch) -> ShapeError:
 def agrees(batch: Batch, run: Run, few: Run, losses: Tensor) -> bool:
     """Return whether a run on a few samples has the losses of the run on all of them, as far as that can be told."""
     if batch.objective.is_linear:
-        expected = losses[few.indices]
+        indices = torch.tensor(few.indices, device=losses.device)
+        expected = losses[indices]
         try:
-            found = batch.objective.select(few.indices)(few.outputs)
+            found = batch.objective.select(indices)(few.outputs)
         except RuntimeError:  # the outputs are not those of as many samples
             return False
         if found.shape != expected.shape:

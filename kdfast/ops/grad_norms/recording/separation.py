@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Hashable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
@@ -66,7 +67,7 @@ def _mixed_calls(
         return []
     few = next((candidate for candidate in candidates if agrees(batch, run, candidate, losses)), candidates[0])
     try:
-        found = batch.objective.select(few.indices)(few.outputs)
+        found = batch.objective.select(torch.tensor(few.indices, device=losses.device))(few.outputs)
     except Exception:  # the user's own loss may be defined for the whole batch alone
         return []
     if not isinstance(found, Tensor) or found.shape != (size,) or not found.requires_grad:
