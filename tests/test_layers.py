@@ -92,7 +92,9 @@ def test_imports_point_down() -> None:
         own = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if own != "__init__":
             for part in imported_parts(path) - {own} - BELOW:
-                if not (LAYER[part] < LAYER[own] or (own, part) in SIDEWAYS):
+                if part not in LAYER:
+                    faults.append(f"{path.relative_to(ROOT)} imports {part!r}, which has no layer")
+                elif not (LAYER[part] < LAYER[own] or (own, part) in SIDEWAYS):
                     faults.append(f"{path.relative_to(ROOT)} ({own}) may not import {part}")
     assert not faults, "\n".join(faults)
 

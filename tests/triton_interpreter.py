@@ -1,10 +1,10 @@
-"""Triton's interpreter with every NumPy, and twice as fast: import this before the first kernel runs.
+"""Triton's interpreter with every NumPy, and faster: import this before the first kernel runs.
 
 Triton 3.6 reads the bounds of a kernel's loop by `int()` of an array of one element, which NumPy 2.5 rejects. Triton
 3.9 reads them correctly.
 
-Triton patches its language for each kernel, and anew for each call of a function in it, which takes as long as the
-kernels. Here a kernel patches what its functions need, too.
+Triton patches its language for each kernel, and anew for each call of a function in it, which takes up to half
+of the time. Here a kernel patches what its functions need, too.
 """
 
 from __future__ import annotations

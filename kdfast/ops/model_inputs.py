@@ -21,6 +21,7 @@ __all__ = [
     "iter_tensors",
     "replace_tensors",
     "select_samples",
+    "take_samples",
     "unchanged_buffers",
     "unwrap",
 ]
@@ -135,7 +136,12 @@ def select_samples(inputs: Any, n: int, indices: list[int], dim: int = 0, first_
     keys, tensors = batched_tensors(inputs, n, dim)
     if first_only:
         keys, tensors = keys[:1], tensors[:1]
-    return replace_tensors(inputs, keys, [x.index_select(dim, torch.tensor(indices, device=x.device)) for x in tensors])
+    return replace_tensors(inputs, keys, [take_samples(x, indices, dim) for x in tensors])
+
+
+def take_samples(x: Tensor, indices: list[int], dim: int = 0) -> Tensor:
+    """Return some samples of a tensor, with the indices on its device."""
+    return x.index_select(dim, torch.tensor(indices, device=x.device))
 
 
 def replace_tensors(inputs: Any, keys: list[Any], tensors: list[Tensor]) -> Any:

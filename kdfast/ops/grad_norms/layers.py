@@ -43,6 +43,14 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
+def parameters_outside(
+    parameters: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module]
+) -> dict[str, nn.Parameter]:
+    """Return those of the parameters, by name, that are none of the layers' own."""
+    inside = {id(p) for layer in layers.values() for p in trainable_parameters(layer).values()}
+    return {name: p for name, p in parameters.items() if id(p) not in inside}
+
+
 def find_formula(module: nn.Module) -> Formula | None:
     """Return the formula of a module; None if there is none or if the module overrides its class's computation."""
     for cls in type(module).__mro__:

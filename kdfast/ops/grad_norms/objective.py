@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast.errors import DataError, ShapeError, UsageError
 from kdfast.ops.kd_loss.call import TopKTeacher
+from kdfast.ops.model_inputs import take_samples
 from kdfast.ops.softmax_head.residuals import LossConfig, residuals
 
 __all__ = ["Loss", "Objective", "logits_of"]
@@ -58,10 +59,14 @@ class Objective:
 
     def select(self, indices: Any) -> Objective:
         """Return the same loss for the samples selected by an index."""
-        labels, rows = (x[indices] if isinstance(x, Tensor) else x for x in (self.labels, self.rows))
+
+        def take(x: Tensor) -> Tensor:
+            return take_samples(x, indices) if isinstance(indices, list) else x[indices]
+
+        labels, rows = (take(x) if isinstance(x, Tensor) else x for x in (self.labels, self.rows))
         teacher = self.teacher
         if rows is None and teacher is not None:
-            teacher = teacher[indices] if isinstance(teacher, Tensor) else TopKTeacher(*(x[indices] for x in teacher))
+            teacher = take(teacher) if isinstance(teacher, Tensor) else TopKTeacher(*map(take, teacher))
         return replace(self, labels=labels, rows=rows, teacher=teacher)
 
     def with_labels(self, labels: Tensor | None) -> Objective:

@@ -17,7 +17,7 @@ from kdfast.errors import ShapeError
 from kdfast.ops.grad_norms.objective import Objective
 from kdfast.ops.grad_norms.operations.trace import Axes, OperationTracer
 from kdfast.ops.grad_norms.recording.capture import Call, LayerCall, calls_that_mix, has_batch_of_one, record_calls
-from kdfast.ops.model_inputs import batched_tensors, call_model, iter_tensors, select_samples
+from kdfast.ops.model_inputs import batched_tensors, call_model, iter_tensors, select_samples, take_samples
 
 __all__ = [
     "Batch",
@@ -267,10 +267,9 @@ def not_the_samples(batch: Batch) -> ShapeError:
 def agrees(batch: Batch, run: Run, few: Run, losses: Tensor) -> bool:
     """Return whether a run on a few samples has the losses of the run on all of them, as far as that can be told."""
     if batch.objective.is_linear:
-        indices = torch.tensor(few.indices, device=losses.device)
-        expected = losses[indices]
+        expected = take_samples(losses, few.indices)
         try:
-            found = batch.objective.select(indices)(few.outputs)
+            found = batch.objective.select(few.indices)(few.outputs)
         except RuntimeError:  # the outputs are not those of as many samples
             return False
         if found.shape != expected.shape:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
-from kdfast.ops.grad_norms.layers import find_formula, trainable_parameters
+from kdfast.ops.grad_norms.layers import find_formula, parameters_outside, trainable_parameters
 from kdfast.ops.grad_norms.operations.axes import SampleAxis
 from kdfast.ops.grad_norms.operations.graph import Node
 from kdfast.ops.grad_norms.operations.trace import Axes, LoggedOperation, plan_between
@@ -92,11 +92,10 @@ def record_forward(batch: Batch, parameters: Parameters) -> tuple[Forward, dict[
     uncovered = dict.fromkeys(forward.run.tracer.bypassing(forward.losses, forward.order), reason)
     if axes is not None and axes.ambiguous and axes.operations is None:
         reason = f"enters other operations on a few samples, and another dimension is as long as the batch, {batch.n}"
-        uncovered |= dict.fromkeys(_traced(parameters, layers), reason)
+        uncovered |= dict.fromkeys(parameters_outside(parameters, layers), reason)
     if axes is not None and axes.blocks(forward.run):
         uncovered |= _mixed_blocks(forward, parameters, layers, axes)
-    traced = _traced(parameters, layers)
-    mixed = mixed_parameters(forward.batch, forward.run, forward.losses, parameters, layers, traced)
+    mixed = mixed_parameters(forward.batch, forward.run, forward.losses, parameters, layers)
     reason = "is used on samples in another order than that of the inputs, or on a mixture of them"
     return forward, dict.fromkeys(mixed, reason) | uncovered
 
@@ -107,7 +106,7 @@ def _forward(batch: Batch, parameters: Parameters, layers: dict[str, nn.Module])
     Raises:
         ShapeError: If there is another number of losses than of samples.
     """
-    run = batch.run(layers, {} if batch.n == 1 else _traced(parameters, layers))
+    run = batch.run(layers, {} if batch.n == 1 else parameters_outside(parameters, layers))
     losses = batch.objective.checked_losses(run.outputs)
     if len(losses) != batch.n:
         raise ShapeError(
@@ -127,19 +126,13 @@ def _again(
     plan: Sequence[Axes] | None = None,
 ) -> Forward:
     """Run and record a forward pass for a linearized loss; arguments as for ``Forward`` and ``Batch.run``."""
-    return _recorded(batch, scales, batch.run(layers, _traced(parameters, layers), expand, plan))
+    return _recorded(batch, scales, batch.run(layers, parameters_outside(parameters, layers), expand, plan))
 
 
 def _recorded(batch: Batch, scales: Tensor | None, run: Run) -> Forward:
     losses = batch.objective(run.outputs)
     calls, order = calls_in_graph(run.calls, losses)
     return Forward(batch, scales, losses, calls, order, run)
-
-
-def _traced(parameters: Parameters, layers: dict[str, nn.Module]) -> Parameters:
-    """Return the parameters of no layer with a formula."""
-    by_formula = {id(p) for layer in layers.values() for p in trainable_parameters(layer).values()}
-    return {name: p for name, p in parameters.items() if id(p) not in by_formula}
 
 
 @dataclass(frozen=True)
@@ -193,7 +186,7 @@ def _find_axes(
     if not (ambiguous or unknown or run.tracer.lost):
         return None
     try:
-        few = few_samples(batch, layers, _traced(parameters, layers), run.expanded)
+        few = few_samples(batch, layers, parameters_outside(parameters, layers), run.expanded)
         found = check_samples_axis(batch, run, few, forward.losses)
         if [call.name for call in found.layers] != [call.name for call in run.layers]:
             raise ShapeError(
@@ -215,7 +208,7 @@ def _mixed_blocks(
     """Return the parameters used on blocks of rows, with the reason, if the rows of a block are of several samples."""
     batch, run = forward.batch, forward.run
     if batch.objective.is_linear:
-        traced = _traced(parameters, layers)
+        traced = parameters_outside(parameters, layers)
         few = batch.run_few(layers, traced, run.expanded, axes.few.first_only, axes.operations)
         axes.adopt(few)
         mixed = calls_that_mix(few.calls, batch.objective.select(few.indices)(few.outputs))
@@ -242,4 +235,4 @@ def _unfit_layers(forward: Forward, parameters: Parameters, layers: dict[str, nn
 def _not_by_formula(forward: Forward, parameters: Parameters, layers: dict[str, nn.Module]) -> list[str]:
     """Return the names of parameters of no layer whose formula applies."""
     unfit = _unfit_layers(forward, parameters, layers)
-    return list(_traced(parameters, {name: layer for name, layer in layers.items() if name not in unfit}))
+    return list(parameters_outside(parameters, {name: layer for name, layer in layers.items() if name not in unfit}))

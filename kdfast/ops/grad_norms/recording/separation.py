@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Hashable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ShapeError
+from kdfast.ops.grad_norms.layers import parameters_outside
 from kdfast.ops.grad_norms.recording.batch_axis import Batch, Run, agrees, few_samples
 from kdfast.ops.grad_norms.recording.capture import Call, calls_that_mix
 
@@ -30,7 +30,6 @@ def mixed_parameters(
     losses: Tensor,
     parameters: Mapping[str, nn.Parameter],
     layers: Mapping[str, nn.Module],
-    traced: Mapping[str, nn.Parameter],
 ) -> frozenset[str]:
     """Return the names of parameters that are used on samples in another order than the inputs', or mixed.
 
@@ -41,13 +40,13 @@ def mixed_parameters(
         run: The pass on all samples.
         losses: Its losses.
         parameters: All trainable parameters.
-        layers: The recorded layers.
-        traced: The parameters whose operations are recorded.
+        layers: The recorded layers; the operations on all other parameters are recorded.
     """
     known = _found.setdefault(batch.model, {})
     loss = batch.objective.loss
     key = (batch.model.training, getattr(loss, "__code__", type(loss)), *parameters)
     if key not in known:
+        traced = parameters_outside(parameters, layers)
         mixed = {id(p) for call in _mixed_calls(batch, run, losses, layers, traced) for p in call.parameters()}
         known[key] = frozenset(name for name, p in parameters.items() if id(p) in mixed)
     return known[key]
@@ -67,7 +66,7 @@ def _mixed_calls(
         return []
     few = next((candidate for candidate in candidates if agrees(batch, run, candidate, losses)), candidates[0])
     try:
-        found = batch.objective.select(torch.tensor(few.indices, device=losses.device))(few.outputs)
+        found = batch.objective.select(few.indices)(few.outputs)
     except Exception:  # the user's own loss may be defined for the whole batch alone
         return []
     if not isinstance(found, Tensor) or found.shape != (size,) or not found.requires_grad:
